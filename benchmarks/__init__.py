@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.NAME --json`; the last line is one JSON object of ratios."""

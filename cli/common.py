@@ -1,0 +1,109 @@
+"""What commands share: the `--debug` switch, comma lists, progress lines, output."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class Command(click.Command):
+    """A command with `--debug`, and with its examples below the options."""
+
+    def __init__(self, *args: Any, examples: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.examples = [line.strip() for line in examples.strip().splitlines()]
+        self.params.append(
+            click.Option(
+                ["--debug"],
+                is_flag=True,
+                expose_value=False,
+                is_eager=True,
+                callback=_set_debug,
+                help="Show the traceback of an error.",
+            )
+        )
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The examples, each on its own line."""
+        if self.examples:
+            with formatter.section("Examples"):
+                for line in self.examples:
+                    formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+
+def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
+    if value:
+        os.environ["EVL_CACHE_DEBUG"] = "1"
+
+
+def existing_lines(path: Path) -> list[str]:
+    """Non-empty lines of a text file; click has checked that it exists."""
+    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def default_device(name: str | None) -> str:
+    """The device asked for, or the GPU where there is one. Raises: UsageError for one that is not there."""
+    import torch
+
+    from evl_cache.errors import UsageError
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r}: not a device; expected cpu, cuda or cuda:N") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu, or another")
+    return str(device)
+
+
+@contextmanager
+def clip_progress(total: int, description: str) -> Iterator[Callable[[bool], None]]:
+    """A line on stderr with clips/s, time left and failures; quiet where stderr is no terminal."""
+    from tqdm import tqdm
+
+    failed = 0
+    with tqdm(total=total, desc=description, unit="clip", disable=None) as bar:
+
+        def advance(clip_failed: bool) -> None:
+            nonlocal failed
+            failed += clip_failed
+            if failed:
+                bar.set_postfix(failed=failed, refresh=False)
+            bar.update()
+
+        yield advance
+
+
+@contextmanager
+def step_progress(description: str) -> Iterator[Callable[[int, int, float], None]]:
+    """A line on stderr with steps/s, time left and the loss; quiet where stderr is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=description, unit="step", disable=None) as bar:
+
+        def advance(done: int, total: int, loss: float) -> None:
+            bar.total = total
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            bar.update(done - bar.n)
+
+        yield advance
+
+
+def print_json(content: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    click.echo(json.dumps(content, indent=2))
+
+
+def human_bytes(count: float) -> str:
+    """`12.3 GB`, decimal units as disks are sold in."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")

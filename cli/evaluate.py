@@ -1,0 +1,39 @@
+"""`evl-cache eval`."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from .common import Command, default_device, existing_lines, print_json
+
+EXAMPLES = """
+evl-cache eval --cache caches/mine --run runs/fold1
+evl-cache eval --cache caches/mine --run runs/fold1 --clips held-out.txt --json
+"""
+
+
+@click.command(cls=Command, name="eval", examples=EXAMPLES)
+@click.option("--cache", type=click.Path(path_type=Path), required=True, help="Cache to score on.")
+@click.option("--run", type=click.Path(path_type=Path), required=True, help="Run directory of train or import-head.")
+@click.option("--clips", type=click.Path(path_type=Path, exists=True), help="Ids or paths, a line each [all].")
+@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples of a forward pass.")
+@click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
+def command(cache: Path, run: Path, clips: Path | None, batch: int, device: str | None, as_json: bool) -> int:
+    """Score a run's head on a cache: softmax averaged over a clip's views, top-1 and top-5."""
+    from evl_cache.clips import select
+    from evl_cache.evaluate import evaluate
+    from evl_cache.store import FeatureCache
+
+    opened = FeatureCache(cache)
+    rows = None if clips is None else select(opened.clips, existing_lines(clips), source=str(clips))
+    result = evaluate(run, opened, clips=rows, batch=batch, device=default_device(device))
+    if as_json:
+        print_json({"run": str(run), "cache": str(cache), **asdict(result)})
+    else:
+        click.echo(
+            f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.val_clips} clips; "
+            f"loss {result.loss:.4f}, {result.clips_per_s:.1f} samples/s"
+        )
+    return 0

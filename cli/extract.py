@@ -1,0 +1,138 @@
+"""`evl-cache extract`."""
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from evl_cache.spec import CODECS, MAP_STORAGE, SAMPLING, TOKEN_STORAGE, CacheSpec
+
+from .common import Command, clip_progress, default_device, human_bytes, print_json
+
+EXAMPLES = """
+evl-cache extract --dataset k400 --layers 8-12
+evl-cache extract --dataset folder --root clips --frames 8 --stride 4
+evl-cache extract --dataset list --list clips.txt --root videos --views 3x1 --cache caches/mine
+"""
+
+
+def dataset_options(function: Any) -> Any:
+    """The options that say what is extracted; `estimate` takes them too."""
+    options = [
+        click.option("--dataset", required=True, metavar="NAME", help="k400, ssv2, ucf101, hmdb51, folder, list, …"),
+        click.option("--root", type=click.Path(path_type=Path), help="Folder of the videos [$EVL_DATA_ROOT/NAME]."),
+        click.option("--split", help="Only this split [both train and val]."),
+        click.option("--annotations", type=click.Path(path_type=Path), help="File or folder of annotations [under --root]."),
+        click.option("--list", "list_path", type=click.Path(path_type=Path), help="Lines 'path label', for --dataset list."),
+        click.option("--model", default="ViT-B-16-quickgelu", show_default=True, help="open_clip name, or JSON file."),
+        click.option("--pretrained", default="openai", show_default=True, help="Tag, file, or none (seeded random)."),
+        click.option("--layers", metavar="8-12", help="Blocks counted from 1, also 9,11,12 [the last 4]."),
+        click.option("--frames", type=int, default=8, show_default=True, help="Frames of a view."),
+        click.option("--sampling", type=click.Choice(SAMPLING), default="strided", show_default=True),
+        click.option("--stride", type=int, help="Frames between two of a view [16; none for tsn]."),
+        click.option("--views", metavar="TxS", default="1x1", show_default=True, help="Temporal x spatial (1 or 3) views."),
+        click.option("--tokens", type=click.Choice(TOKEN_STORAGE), default="int8", show_default=True),
+        click.option("--maps", type=click.Choice(MAP_STORAGE), default="uint8", show_default=True),
+        click.option("--codec", type=click.Choice(CODECS), default="default", show_default=True, help="Lossless profile."),
+        click.option("--compute-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="[float16 on a GPU]"),
+        click.option("--cache", type=click.Path(path_type=Path), help="Directory to write [named under $EVL_CACHE_ROOT]."),
+        click.option("--limit", type=click.IntRange(1), help="Only the first N clips."),
+        click.option("--allow-missing", type=float, default=0.0, metavar="PERCENT", help="Of files that are not there [0]."),
+        click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one]."),
+        click.option("--batch", type=int, help="Samples of a forward pass [8 on a CPU, 32 on a GPU]."),
+        click.option("--decode-workers", type=int, default=2, show_default=True, help="Threads that decode."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return function
+
+
+def make_request(given: dict[str, Any]) -> Any:
+    """The ExtractRequest of the options above."""
+    from evl_cache.extract_dataset import ExtractRequest
+    from evl_cache.spec import ViewSpec, parse_layers, parse_views
+
+    temporal, spatial = parse_views(given["views"])
+    stride = given["stride"]
+    views = ViewSpec(
+        frames=given["frames"],
+        sampling=given["sampling"],
+        stride=16 if stride is None and given["sampling"] == "strided" else stride,
+        temporal_views=temporal,
+        spatial_views=spatial,
+    )
+    same = "dataset root split annotations list_path model pretrained tokens maps codec compute_dtype cache limit"
+    return ExtractRequest(
+        **{name: given[name] for name in same.split()},
+        layers=None if given["layers"] is None else parse_layers(given["layers"]),
+        views=views,
+        allow_missing_percent=given["allow_missing"],
+    )
+
+
+@click.command(cls=Command, name="extract", examples=EXAMPLES)
+@dataset_options
+@click.option("--retry-failed", is_flag=True, help="Redo the blocks of failed clips.")
+@click.option("--reuse", type=click.Path(path_type=Path), help="Copy rows of equal features and files from this cache.")
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
+def command(retry_failed: bool, reuse: Path | None, as_json: bool, **given: Any) -> int:
+    """Run the frozen backbone once over every clip and cache its features.
+
+    Run the same command again after a kill, or beside another job: it goes on, and shares the work.
+    """
+    from evl_cache.extract import ExtractOptions
+    from evl_cache.extract_dataset import extract_dataset
+
+    device = default_device(given["device"])
+    options = ExtractOptions(
+        device=device,
+        batch=given["batch"] or (8 if device == "cpu" else 32),
+        decode_workers=given["decode_workers"],
+        retry_failed=retry_failed,
+        reuse=reuse,
+    )
+    reports = []
+    for plan, result in extract_dataset(make_request(given), options=options, progress=_progress, on_plan=_say_plan):
+        report = {
+            "cache": str(plan.cache),
+            "split": plan.split,
+            "clips": result.clips,
+            "failed": len(result.failures),
+            "bytes": sum(file.stat().st_size for file in plan.cache.rglob("*") if file.is_file()),
+            "seconds": result.seconds,
+            "clips_per_s": result.clips_done_here / result.seconds,
+            "cache_digest": result.cache_digest,
+        }
+        reports.append(report)
+        if not as_json:
+            click.echo(
+                f"{plan.cache}: {result.clips} clips, {len(result.failures)} failed, "
+                f"{human_bytes(report['bytes'])}, {result.seconds:.1f} s, digest {result.cache_digest[:16]}"
+            )
+        for clip, reason in result.failures[:5]:
+            click.echo(f"failed: {clip}: {reason}", err=True)
+    if as_json:
+        print_json({"caches": reports})
+    failed = sum(report["failed"] for report in reports)
+    if failed:
+        click.echo(f"{failed} clips failed; see evl-cache info, mend them and use --retry-failed", err=True)
+    return 3 if failed else 0
+
+
+def _progress(spec: CacheSpec) -> AbstractContextManager[Any]:
+    return clip_progress(spec.num_clips, f"extract {spec.split}")
+
+
+def _say_plan(tower: Any, plan: Any) -> None:
+    t = tower.spec
+    click.echo(
+        f"{t.model} ({t.pretrained}), {t.image_size} pixels, patch {t.patch_size}, "
+        f"{'QuickGELU' if t.quick_gelu else 'GELU'}, mean {_numbers(t.mean)}, std {_numbers(t.std)}; "
+        f"layers {list(plan.spec.layers)}, {plan.spec.views.frames} frames -> {plan.cache}",
+        err=True,
+    )
+
+
+def _numbers(values: tuple[float, ...]) -> str:
+    return "/".join(f"{value:.3f}" for value in values)

@@ -1,0 +1,49 @@
+"""`evl-cache info`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import Command, human_bytes, print_json
+
+EXAMPLES = """
+evl-cache info caches/mine
+evl-cache info caches/mine --json
+"""
+
+
+@click.command(cls=Command, name="info", examples=EXAMPLES)
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
+def command(cache: Path, as_json: bool) -> int:
+    """What a cache holds, how complete it is, and which clips failed."""
+    from evl_cache.info import describe
+
+    found = describe(cache)
+    if as_json:
+        print_json(found)
+        return 0
+    for line in _lines(found):
+        click.echo(line)
+    return 0
+
+
+def _lines(found: dict[str, Any]) -> list[str]:
+    spec = found["spec"]
+    tower, views = spec["tower"], spec["views"]
+    sampling = views["sampling"] if views["stride"] is None else f"{views['sampling']}, stride {views['stride']}"
+    lines = [
+        f"{found['path']}: {spec['dataset']} {spec['split']}, {spec['num_clips']} clips of {len(spec['classes'])} classes",
+        f"  tower     {tower['model']} ({tower['pretrained']}, weights {tower['weights_sha256'][:12]})",
+        f"  layers    {spec['layers']}, width {tower['width']}, grid {found['grid'][0]}x{found['grid'][1]}",
+        f"  views     {views['temporal_views']}x{views['spatial_views']} of {views['frames']} frames ({sampling})",
+        f"  storage   tokens {spec['tokens']}, maps {spec['maps']}, codec {spec['codec']}; computed in {spec['compute_dtype']}",
+        f"  size      {human_bytes(found['bytes'])} in {found['files']} files",
+        f"  blocks    {found['blocks_done']} of {found['blocks']} done",
+        f"  clips     {found['clips_done']} done, {found['clips_failed']} failed",
+        f"  digest    {found['cache_digest']}" + ("" if found["is_complete"] else " (of the blocks done so far)"),
+        f"  made with {', '.join(f'{name} {version}' for name, version in found['created_with'].items())}",
+    ]
+    lines += [f"  failed    {count} x {reason}" for reason, count in found["failures_by_reason"].items()]
+    return lines + [f"  damaged   {reason}" for reason in found["damaged_marks"]]

@@ -1,0 +1,103 @@
+"""`evl-cache`: the commands, found by name and loaded when called, so that `--help` answers at once."""
+
+import importlib
+import os
+import signal
+import sys
+from types import FrameType
+
+import click
+
+from evl_cache import __version__
+from evl_cache.errors import EvlCacheError, UsageError, WeightsError, WeightsUnavailable
+
+# name -> (module, one line of help); the module's `command` is loaded only when it is called
+COMMANDS = {
+    "extract": ("extract", "Run the frozen backbone once over every clip and cache its features."),
+    "train": ("train", "Train a head from a cache."),
+    "eval": ("evaluate", "Score a run's head on a cache."),
+    "info": ("info", "What a cache holds, how complete it is, and which clips failed."),
+    "import-head": ("import_head", "Turn a checkpoint of the official EVL code into a run."),
+    "demo": ("demo", "Render clips, extract, train with and without temporal modules; needs no download."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands' modules are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """In the order of the work, not of the alphabet."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command's object."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f".{COMMANDS[cmd_name][0]}", __package__)
+        command: click.Command = module.command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The table of commands, without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"auto_envvar_prefix": "EVL_CACHE", "help_option_names": ["-h", "--help"], "max_content_width": 110},
+)
+@click.version_option(__version__, prog_name="evl-cache")
+def cli() -> None:
+    """Frozen image backbones for video: features cached once, heads trained in minutes.
+
+    \b
+    evl-cache extract --dataset k400 --layers 8-12
+    evl-cache train --dataset k400 --head decoder4
+
+    Every option can be set in the environment: EVL_CACHE_EXTRACT_MODEL is extract's --model.
+    """
+
+
+def main(args: list[str] | None = None) -> None:
+    """The console script: a user's mistake is one line and an exit status, never a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        status = cli.main(args=args, standalone_mode=False)
+    except click.exceptions.Abort:
+        _fail("interrupted; run the same command again to go on", 130)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on", 130)
+    except EvlCacheError as error:
+        _show_if_debugging()
+        wrong_use = isinstance(error, UsageError | WeightsError) and not isinstance(error, WeightsUnavailable)
+        _fail(str(error), 2 if wrong_use else 1)
+    except OSError as error:
+        _show_if_debugging()
+        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path, its permissions and the disk", 1)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    # As an exception, so that staged files are removed and locks released on the way out.
+    sys.exit(128 + number)
+
+
+def _fail(message: str, status: int) -> None:
+    click.echo(f"error: {' '.join(message.split())}", err=True)
+    sys.exit(status)
+
+
+def _show_if_debugging() -> None:
+    if os.environ.get("EVL_CACHE_DEBUG"):
+        import traceback
+
+        traceback.print_exc()
+
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,134 @@
+"""Finding caches by what they hold, where a command does not name one."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evl_cache.clips import select
+from evl_cache.errors import CacheError, UsageError
+from evl_cache.heads import head_layers as resolve_layers
+from evl_cache.spec import CacheSpec
+from evl_cache.store import FeatureCache, read_description
+
+CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
+TRAIN_SPLITS = ("train",)
+VAL_SPLITS = ("val", "validation", "test")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FoundCache:
+    """A cache's place and spec."""
+
+    path: Path
+    spec: CacheSpec
+
+
+def cache_root() -> Path:
+    """`$EVL_CACHE_ROOT`, or `./caches`."""
+    return Path(os.environ.get(CACHE_ROOT_VARIABLE) or "caches")
+
+
+def find_caches(root: Path) -> Iterator[FoundCache]:
+    """Caches directly under a directory, by name. What is no cache, or damaged, is passed over."""
+    for directory in sorted(root.iterdir()) if root.is_dir() else []:
+        try:
+            yield FoundCache(path=directory, spec=read_description(directory).spec)
+        except CacheError:
+            continue
+
+
+def find_pair(dataset: str, *, root: Path, fits: Callable[[CacheSpec], bool]) -> tuple[Path, Path]:
+    """The one training cache of a data set that fits, and its validation cache.
+
+    Raises: UsageError where none fits, or several do (they are listed).
+    """
+    found = [c for c in find_caches(root) if c.spec.dataset == dataset]
+    if not found:
+        raise UsageError(
+            f"no cache of {dataset} under {root}; run evl-cache extract --dataset {dataset}, or set {CACHE_ROOT_VARIABLE}"
+        )
+    trains = [c for c in found if c.spec.split in TRAIN_SPLITS and fits(c.spec)]
+    pairs = [(t, v) for t in trains for v in found if v.spec.split in VAL_SPLITS and _belong_together(t.spec, v.spec)]
+    if len(pairs) == 1:
+        return pairs[0][0].path, pairs[0][1].path
+    listed = "; ".join(f"{c.path.name} ({c.spec.split}, {c.spec.tower.model}, layers {list(c.spec.layers)})" for c in found)
+    if not pairs:
+        raise UsageError(f"no pair of train and validation caches of {dataset} under {root} fits the head; there are: {listed}")
+    raise UsageError(f"several caches of {dataset} under {root} fit; name one with --cache and --val-cache: {listed}")
+
+
+def _belong_together(train: CacheSpec, val: CacheSpec) -> bool:
+    return (
+        train.tower.weights_sha256 == val.tower.weights_sha256
+        and train.layers == val.layers
+        and (train.views.frames, train.views.sampling, train.views.stride)
+        == (val.views.frames, val.views.sampling, val.views.stride)
+        and (train.tokens, train.maps, train.classes) == (val.tokens, val.maps, val.classes)
+    )
+
+
+def find_training_caches(
+    dataset: str | None,
+    cache: Path | None,
+    val_cache: Path | None,
+    *,
+    head: str,
+    head_layers: tuple[int, ...] | None,
+    needs_maps: bool,
+    same_cache_for_val: bool,
+) -> tuple[FeatureCache, FeatureCache]:
+    """The training and the validation cache: those named, or those of the data set that fit the head.
+
+    Args:
+        same_cache_for_val: clips for validation are named: they may be of the training cache.
+
+    Raises: UsageError where the arguments do not tell, nothing fits, or several do.
+    """
+    if (dataset is None) == (cache is None):
+        raise UsageError("give either --dataset (caches are found) or --cache; expected exactly one of them")
+    if cache is not None:
+        if val_cache is None and not same_cache_for_val:
+            raise UsageError(f"--cache {cache} without --val-cache; give one, or --val-clips of the same cache")
+        train = FeatureCache(cache)
+        return train, train if val_cache is None else FeatureCache(val_cache)
+    assert dataset is not None
+
+    def fits(spec: CacheSpec) -> bool:
+        try:
+            wanted = resolve_layers(head, spec.layers, head_layers)
+        except UsageError:
+            return False
+        return bool(wanted) and (spec.has_maps or spec.views.frames == 1 or not needs_maps)
+
+    train_path, val_path = find_pair(dataset, root=cache_root(), fits=fits)
+    return FeatureCache(train_path), FeatureCache(val_path if val_cache is None else val_cache)
+
+
+def split_clips(
+    train: FeatureCache, val: FeatureCache, *, train_names: Sequence[str] | None, val_names: Sequence[str] | None
+) -> tuple[list[int] | None, list[int] | None]:
+    """Rows of the clips to train and to validate on; None is all of them.
+
+    Within one cache, clips held out for validation are not trained on.
+
+    Raises: UsageError for a name that is no clip's, or one that is on both sides.
+    """
+    train_rows = None if train_names is None else select(train.clips, train_names, source="--train-clips")
+    val_rows = None if val_names is None else select(val.clips, val_names, source="--val-clips")
+    if train.path == val.path and val_rows is not None:
+        held_out = set(val_rows)
+        if train_rows is None:
+            train_rows = [row for row in range(len(train.clips)) if row not in held_out]
+        both = [train.clips[row].id for row in train_rows if row in held_out]
+        if both:
+            raise UsageError(f"{both[0]!r} and {len(both) - 1} more are in --train-clips and in --val-clips; keep them apart")
+    return train_rows, val_rows
+
+
+def next_run_directory(cache_name: str, head: str) -> Path:
+    """A run directory that does not exist yet: `runs/<cache>-<head>-<number>`."""
+    number = 1
+    while (path := Path("runs") / f"{cache_name}-{head}-{number}").exists():
+        number += 1
+    return path

@@ -1,0 +1,176 @@
+"""Run directories: what a trained head is, and its weights. safetensors and JSON: data, never code."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from evl_cache.errors import UsageError, WeightsError
+from evl_cache.heads import EVLHead, build_head
+from evl_cache.spec import CacheSpec
+
+CONFIG_NAME = "config.json"
+HEAD_NAME = "head.safetensors"
+STATE_NAME = "last.pt"
+METRICS_NAME = "metrics.jsonl"
+RESULT_NAME = "result.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a run is, as `config.json` holds it.
+
+    Attributes:
+        head: name, such as `decoder4`. head_config: arguments of the head's constructor.
+        layers: blocks it reads; None for the last ones of whatever cache it is given (imported heads).
+        classes: names by label.
+        features: the training cache's spec as JSON; None for imported heads.
+        training: options of the run.
+        caches: `train` and `val`: path and fingerprint.
+    """
+
+    head: str
+    head_config: Mapping[str, Any]
+    layers: tuple[int, ...] | None
+    classes: tuple[str, ...]
+    features: Mapping[str, Any] | None
+    training: Mapping[str, Any]
+    caches: Mapping[str, Any]
+
+    def build(self) -> EVLHead:
+        """A head of this configuration, with new weights."""
+        config = {**self.head_config, "grid": tuple(self.head_config["grid"])}
+        config.pop("num_layers", None)
+        return build_head(self.head, **config)
+
+
+def write_run_config(run: Path, config: RunConfig) -> None:
+    """Create the run directory and its `config.json`."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / CONFIG_NAME, {"format": _FORMAT, **asdict(config)})
+
+
+def read_run_config(run: Path) -> RunConfig:
+    """Raises: UsageError where there is no run."""
+    try:
+        content = json.loads((run / CONFIG_NAME).read_text(encoding="utf-8"))
+        if content.pop("format", None) != _FORMAT:
+            raise UsageError(f"{run / CONFIG_NAME}: of another format; this evl-cache reads format {_FORMAT}")
+        layers = content.pop("layers")
+        classes = tuple(content.pop("classes"))
+        return RunConfig(layers=None if layers is None else tuple(layers), classes=classes, **content)
+    except OSError as error:
+        raise UsageError(f"{run}: no run there ({error.strerror}); expected a directory that train or import-head wrote") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{run / CONFIG_NAME}: not a run's configuration ({error})") from error
+
+
+def load_head(run: str | Path) -> EVLHead:
+    """The trained head of a run directory, in eval mode on the CPU.
+
+    Raises: UsageError where there is no run; WeightsError where its weights do not belong to it.
+    """
+    run = Path(run)
+    head = read_run_config(run).build()
+    try:
+        weights = load_file(run / HEAD_NAME)
+    except OSError as error:
+        raise WeightsError(f"{run / HEAD_NAME}: cannot be read ({error}); is the run finished?") from error
+    except Exception as error:  # safetensors' own error class is not part of its public interface
+        if type(error).__module__.startswith(("safetensors", "builtins")):
+            raise WeightsError(f"{run / HEAD_NAME}: not a valid safetensors file ({error})") from error
+        raise
+    load_weights(head, weights, source=run / HEAD_NAME)
+    return head.eval()
+
+
+def load_weights(head: EVLHead, weights: Mapping[str, torch.Tensor], *, source: Path) -> None:
+    """Raises: WeightsError where names or shapes are not the head's."""
+    own = head.state_dict()
+    wrong = [n for n in own.keys() | weights.keys() if n not in own or n not in weights or own[n].shape != weights[n].shape]
+    if wrong:
+        raise WeightsError(f"{source}: does not belong to this head ({sorted(wrong)[:3]} missing, extra or misshapen)")
+    head.load_state_dict(weights)
+
+
+def save_head(run: Path, head: EVLHead) -> None:
+    """Write `head.safetensors`, whole or not at all."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    temporary = run / f".{HEAD_NAME}.tmp"
+    save_file(tensors, temporary)
+    _publish(temporary, run / HEAD_NAME)
+
+
+def save_state(run: Path, state: Mapping[str, Any]) -> None:
+    """Write the resumable state: tensors and plain values only, whole or not at all."""
+    temporary = run / f".{STATE_NAME}.tmp"
+    torch.save(dict(state), temporary)
+    _publish(temporary, run / STATE_NAME)
+
+
+def load_state(run: Path) -> dict[str, Any]:
+    """Raises: UsageError where there is none or it is not intact."""
+    try:
+        state: dict[str, Any] = torch.load(run / STATE_NAME, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UsageError(f"{run}: nothing to resume ({STATE_NAME} is missing); train without --resume") from error
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UsageError(f"{run / STATE_NAME}: cannot be read ({error}); train without --resume") from error
+    return state
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON for people, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _publish(temporary, path)
+
+
+def check_features(config: RunConfig, spec: CacheSpec, *, run: str | Path) -> tuple[int, ...]:
+    """The blocks of a cache that a run's head reads.
+
+    Raises: UsageError naming both sides where the cache's features are not those the head was trained on.
+    """
+    head = config.head_config
+    got = {"frames": spec.views.frames, "patches": tuple(spec.tower.grid), "channels": spec.tower.width}
+    needs = {"frames": head["num_frames"], "patches": tuple(head["grid"]), "channels": head["width"]}
+    differing = [f"{name} {needs[name]}, not {got[name]}" for name in got if got[name] != needs[name]]
+    if config.features is not None:
+        trained = CacheSpec.from_json(config.features)
+        differing += provenance_differences(trained, spec)
+    if differing:
+        raise UsageError(f"{run}: its head needs {'; '.join(differing)} of the cache; extract a cache that fits")
+    depth = head["num_layers"]
+    wanted = spec.layers[-depth:] if config.layers is None else config.layers
+    missing = [layer for layer in wanted if layer not in spec.layers]
+    if missing or len(wanted) < depth:
+        raise UsageError(f"{run}: its head reads {depth} layers {list(wanted)}, the cache has {list(spec.layers)}")
+    return tuple(wanted)
+
+
+def provenance_differences(trained: CacheSpec, other: CacheSpec) -> list[str]:
+    """What makes features of two caches not comparable, `needed, not found`; views may differ."""
+    pairs = {
+        "weights": (trained.tower.weights_sha256[:12], other.tower.weights_sha256[:12]),
+        "frames": (trained.views.frames, other.views.frames),
+        "sampling": (trained.views.sampling, other.views.sampling),
+        "stride": (trained.views.stride, other.views.stride),
+        "image size": (trained.tower.image_size, other.tower.image_size),
+        "mean": (trained.tower.mean, other.tower.mean),
+        "std": (trained.tower.std, other.tower.std),
+        "QuickGELU": (trained.tower.quick_gelu, other.tower.quick_gelu),
+        "preprocessing": (trained.preprocessing, other.preprocessing),
+    }
+    return [f"{name} {ours}, not {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, final)

@@ -1,0 +1,127 @@
+"""Clips and their labels: the list whose order every cache keeps. Pure; readers of disks are in `annotations`."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from evl_cache.errors import CacheError, UsageError
+from evl_cache.spec import digest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """One video of a data set.
+
+    Attributes:
+        id: unique within the list; the path as its source writes it.
+        path: where the file lies: absolute, or relative to the data set's root.
+        label: class number.
+        split: `train`, `val`, … as the data set names it.
+        line: line of the annotation file it came from; None where there is no such file.
+    """
+
+    id: str
+    path: str
+    label: int
+    split: str
+    line: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The row of `clips.jsonl`."""
+        return {"id": self.id, "path": self.path, "label": self.label, "split": self.split}
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Clip":
+        """Raises: CacheError for a row of another form."""
+        try:
+            return cls(id=str(row["id"]), path=str(row["path"]), label=int(row["label"]), split=str(row["split"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CacheError(f"clips.jsonl: not a clip ({error!r}); expected id, path, label, split") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipList:
+    """Clips in their fixed order, and class names by label.
+
+    Raises: UsageError for an empty list, or an id that stands twice (with both line numbers).
+    """
+
+    clips: tuple[Clip, ...]
+    classes: tuple[str, ...]
+    source: str
+
+    def __post_init__(self) -> None:
+        if not self.clips:
+            raise UsageError(f"{self.source}: holds no clip; expected at least one")
+        seen: dict[str, Clip] = {}
+        for clip in self.clips:
+            if clip.id in seen:
+                where = f" (lines {seen[clip.id].line} and {clip.line})" if clip.line else ""
+                raise UsageError(f"{self.source}: {clip.id!r} stands twice{where}; expected each clip once")
+            seen[clip.id] = clip
+
+    @property
+    def content_id(self) -> str:
+        """Digest of ids and labels in order: where the files lie does not matter."""
+        return digest([[clip.id, clip.label] for clip in self.clips])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListLine:
+    """`path label` of one line, before labels are numbered."""
+
+    line: int
+    path: str
+    label: str
+
+
+def parse_list(text: str, *, source: str) -> list[ListLine]:
+    """Lines `path label` (path may hold spaces), or `path<TAB>label` (both may). Empty lines are skipped.
+
+    Raises: UsageError with the line number for a line without a label.
+    """
+    out = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        parts = line.strip().rsplit("\t", 1) if "\t" in line.strip() else line.strip().rsplit(None, 1)
+        if len(parts) != 2 or not parts[0].strip() or not parts[1].strip():
+            raise UsageError(f"{source}, line {number}: {line.strip()!r} has no label; expected 'path label'")
+        out.append(ListLine(line=number, path=parts[0].strip(), label=parts[1].strip()))
+    return out
+
+
+def number_labels(labels: Sequence[str], *, source: str, lines: Sequence[int]) -> tuple[list[int], tuple[str, ...]]:
+    """Class numbers and names: numbers are kept as they are, names are numbered in alphabetical order.
+
+    Raises: UsageError for a mixture of both, with the line number.
+    """
+    numeric = [label.isdecimal() for label in labels]
+    if all(numeric):
+        numbers = [int(label) for label in labels]
+        return numbers, tuple(str(i) for i in range(max(numbers, default=-1) + 1))
+    if any(numeric):
+        odd = numeric.index(not numeric[0])
+        raise UsageError(
+            f"{source}, line {lines[odd]}: label {labels[odd]!r} among labels like {labels[0]!r}; "
+            "expected either numbers or names throughout"
+        )
+    classes = tuple(sorted(set(labels)))
+    index = {name: i for i, name in enumerate(classes)}
+    return [index[label] for label in labels], classes
+
+
+def select(clips: Sequence[Clip], wanted: Iterable[str], *, source: str) -> list[int]:
+    """Rows of the clips named by id or path, in the order of `wanted`.
+
+    Raises: UsageError for a name that is no clip's, or names none.
+    """
+    rows = {clip.path: row for row, clip in enumerate(clips)} | {clip.id: row for row, clip in enumerate(clips)}
+    out: list[int] = []
+    for name in wanted:
+        if name not in rows:
+            raise UsageError(f"{source}: {name!r} is no clip of the cache; expected ids or paths as `clips.jsonl` has them")
+        out.append(rows[name])
+    if not out:
+        raise UsageError(f"{source}: names no clip; expected one id or path a line")
+    return out

@@ -1,0 +1,33 @@
+"""The one family of errors that a user can meet.
+
+Every message says what was got, what was expected and what to do, in one line: the command line prints it
+as it is.
+"""
+
+
+class EvlCacheError(Exception):
+    """Base of all errors raised on purpose by evl-cache."""
+
+
+class UsageError(EvlCacheError, ValueError):
+    """An option, argument or input file is wrong; nothing was changed."""
+
+
+class ClipError(EvlCacheError):
+    """One clip cannot be used (decoding, sampling, non-finite features). The run goes on without it."""
+
+
+class WeightsError(EvlCacheError):
+    """Weights cannot be had, or do not belong to the model."""
+
+
+class WeightsUnavailable(WeightsError):
+    """Weights that exist elsewhere could not be fetched."""
+
+
+class CacheError(EvlCacheError):
+    """A cache cannot be opened, written, or does not hold what is asked for."""
+
+
+class CacheDamaged(CacheError):
+    """Bytes of a cache are not those its marks promise."""

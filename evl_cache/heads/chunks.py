@@ -1,0 +1,93 @@
+"""The tokens of some clips, read in chunks that stay in a processor's cache.
+
+B clips, T frames, P patches (grid Hp x Wp), N = 1+P tokens of a frame, C channels, Q tokens of a chunk.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from evl_cache.quantize import QuantizedTokens
+
+# Measured on two Zen 4 cores (docs/architecture.md): matrix products over queries want some 256 rows of
+# frames and clips, and a chunk with its two companions should stay in the outer cache.
+CPU_ROWS = 256
+CPU_CHUNK_BYTES = 6 << 20
+# A GPU wants few, large kernels.
+GPU_ROWS = 1 << 14
+GPU_CHUNK_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chunk:
+    """Tokens taken together: the class token alone, or neighbours in one column of the grid.
+
+    tokens: which of the N; order: where they lie in the order of the walk (a permutation of N).
+    column, rows: of the grid; column is None for the class token, and rows then empty.
+    """
+
+    tokens: slice
+    order: slice
+    column: int | None
+    rows: range
+
+    @property
+    def patches(self) -> slice:
+        """The same tokens counted without the class token."""
+        return slice(self.tokens.start - 1, self.tokens.stop - 1, self.tokens.step)
+
+
+def clips_at_once(frames: int, device: torch.device) -> int:
+    """How many clips to take through a layer together."""
+    return max(1, (CPU_ROWS if device.type == "cpu" else GPU_ROWS) // frames)
+
+
+def walk(grid: tuple[int, int], bytes_per_token: int, device: torch.device) -> Iterator[Chunk]:
+    """All N tokens, in chunks: the class token, then column by column of the grid.
+
+    bytes_per_token: of one of the N tokens in all frames and clips taken together.
+    """
+    height, width = grid
+    budget = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
+    parts = -(-height // max(1, budget // bytes_per_token))
+    step = -(-height // parts)  # as equal as can be
+    yield Chunk(tokens=slice(0, 1, 1), order=slice(0, 1), column=None, rows=range(0))
+    done = 1
+    for column in range(width):
+        for top in range(0, height, step):
+            rows = range(top, min(top + step, height))
+            first = 1 + top * width + column
+            tokens = slice(first, first + (len(rows) - 1) * width + 1, width)
+            yield Chunk(tokens=tokens, order=slice(done, done + len(rows)), column=column, rows=rows)
+            done += len(rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenBlock:
+    """Tokens of some clips: `tokens` (B, T, N, C) floating, or int8 codes with `affine` (B, 2, C).
+
+    token_scale: (B, T, N) or None. A value is (code * affine[:, 0] + affine[:, 1]) * token_scale.
+    """
+
+    tokens: Tensor
+    affine: Tensor | None
+    token_scale: Tensor | None
+
+    def load(self, chunk: Chunk, out: Tensor) -> Tensor:
+        """The chunk's tokens, frames first: (Q, T, B, C), written into `out` and returned."""
+        out.copy_(self.tokens[:, :, chunk.tokens].permute(2, 1, 0, 3))
+        if self.affine is not None:
+            affine = self.affine.to(out.dtype)
+            torch.addcmul(affine[:, 1], out, affine[:, 0], out=out)
+        if self.token_scale is not None:
+            out.mul_(self.token_scale[:, :, chunk.tokens].permute(2, 1, 0).to(out.dtype)[..., None])
+        return out
+
+
+def token_block(tokens: Tensor | QuantizedTokens) -> TokenBlock:
+    """One layer's tokens, however they came."""
+    if isinstance(tokens, QuantizedTokens):
+        return TokenBlock(tokens=tokens.codes, affine=tokens.affine, token_scale=tokens.scale)
+    return TokenBlock(tokens=tokens, affine=None, token_scale=None)

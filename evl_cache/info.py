@@ -1,0 +1,43 @@
+"""What a cache holds and how far it is: the account that `info` gives."""
+
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from evl_cache.store import FeatureCache
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """A cache's spec, size, completeness, failures by reason and versions, as plain JSON values.
+
+    Raises: CacheError where there is no cache; CacheDamaged where its description is not intact.
+    """
+    cache = FeatureCache(path)
+    files = [file for file in path.rglob("*") if file.is_file()]
+    done = int(cache.is_valid.reshape(-1, cache.spec.views.per_clip).all(axis=1).sum())
+    return {
+        "path": str(path),
+        "spec": cache.spec.to_json(),
+        "grid": list(cache.spec.tower.grid),
+        "content_id": cache.spec.content_id,
+        "bytes": sum(file.stat().st_size for file in files),
+        "files": len(files),
+        "blocks": cache.spec.num_blocks,
+        "blocks_done": cache.num_blocks_done,
+        "is_complete": cache.is_complete,
+        "clips_done": done,
+        "clips_failed": len(cache.failures),
+        "failures_by_reason": failures_by_reason(cache),
+        "failures": [{"clip": clip, "reason": reason} for clip, reason in cache.failures],
+        "damaged_marks": list(cache.damaged_marks.values()),
+        "cache_digest": cache.fingerprint,
+        "created_with": dict(cache.description.created_with),
+        "decoders": sorted({decoder for decoder, _ in cache.provenance}),
+    }
+
+
+def failures_by_reason(cache: FeatureCache) -> dict[str, int]:
+    """Failed clips by reason, most frequent first; the file's name is taken out of the reason."""
+    counts = Counter(re.sub(r"^\S.*?: ", "", reason, count=1) for _, reason in cache.failures)
+    return dict(counts.most_common())

@@ -1,0 +1,65 @@
+"""From decoded frames to the backbone's input, exactly as the official test loader does it.
+
+T frames, H and W source pixels, S the model's image size.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from evl_cache.errors import ClipError, UsageError
+
+
+def spatial_crops(
+    frames: np.ndarray | torch.Tensor,
+    *,
+    size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    crops: int = 1,
+) -> torch.Tensor:
+    """Scale to [0, 1], normalise, resize the short side to `size` and cut crops along the long side.
+
+    Bilinear, `align_corners=False`, no antialias, in float32: the order and the filter of the official
+    loader, which the published figures depend on.
+
+    Args:
+        frames: uint8 (T, H, W, 3), RGB.
+        size: side of the square crop in pixels.
+        mean, std: three numbers each, in units of [0, 1].
+        crops: 1 (centre) or 3 (start, middle, end of the long side).
+
+    Returns: float32 (crops, T, 3, size, size).
+    Raises: UsageError for other shapes, dtypes or crop counts; ClipError for frames without pixels.
+    """
+    tensor = torch.as_tensor(frames)
+    if tensor.ndim != 4 or tensor.shape[-1] != 3 or tensor.dtype != torch.uint8:
+        raise UsageError(
+            f"frames are {tensor.dtype} {tuple(tensor.shape)}; expected uint8 (T, H, W, 3), RGB"
+        )
+    if 0 in tensor.shape:
+        raise ClipError(f"frames of shape {tuple(tensor.shape)} hold no pixels")
+    if crops not in (1, 3):
+        raise UsageError(f"spatial views: got {crops}; expected 1 (centre) or 3 (start, middle, end)")
+    height, width = tensor.shape[1:3]
+    short = min(height, width)
+    pixels = tensor.permute(0, 3, 1, 2).to(torch.float32) / 255.0  # (T,3,H,W)
+    shift = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+    pixels = (pixels - shift) / scale
+    resized = (height * size // short, width * size // short)
+    if resized != (height, width):
+        pixels = F.interpolate(pixels, size=resized, mode="bilinear", align_corners=False)
+    return torch.stack([_crop(pixels, offset, size) for offset in _offsets(max(resized) - size, crops)])
+
+
+def _offsets(margin: int, crops: int) -> list[int]:
+    return [margin // 2] if crops == 1 else [0, margin // 2, margin]
+
+
+def _crop(pixels: torch.Tensor, offset: int, size: int) -> torch.Tensor:
+    if pixels.shape[-2] > pixels.shape[-1]:
+        return pixels[..., offset : offset + size, :]
+    return pixels[..., offset : offset + size]

@@ -1,0 +1,79 @@
+"""Which frames of a file make a clip's views. Pure index arithmetic, no video.
+
+n: frames in the file, T: frames of a view, s: frame stride, V: temporal views.
+Rounding is Python's `round` (half to even), as in the official loader.
+Source: section 4 of arXiv 2208.03550 and the official data loader's rules.
+"""
+
+import numpy as np
+
+from evl_cache.errors import ClipError, UsageError
+
+
+def strided_test_views(num_frames_in_file: int, *, frames: int, stride: int, views: int = 1) -> np.ndarray:
+    """Frame indices of V evenly spread views of T frames, s apart.
+
+    A file shorter than s(T-1)+1 frames is padded with its last frame.
+
+    Returns: int64 (views, frames), each in 0 .. num_frames_in_file-1.
+    Raises: ClipError for an empty file; UsageError for a count below 1.
+    """
+    _check(num_frames_in_file, frames=frames, stride=stride, views=views)
+    span = stride * (frames - 1) + 1
+    slack = max(num_frames_in_file, span) - span
+    if views == 1:
+        starts = [slack // 2]
+    else:
+        starts = [round(slack / (views - 1) * view) for view in range(views)]
+    indices = np.asarray(starts, dtype=np.int64)[:, None] + stride * np.arange(frames, dtype=np.int64)
+    return np.minimum(indices, num_frames_in_file - 1)
+
+
+def tsn_test_views(num_frames_in_file: int, *, frames: int, views: int = 1) -> np.ndarray:
+    """Frame indices of V interleaved TSN views: frame i of view v is ((2iV + 2v + 1) n) // (2VT).
+
+    Returns: int64 (views, frames). Raises: as `strided_test_views`.
+    """
+    _check(num_frames_in_file, frames=frames, views=views)
+    position = 2 * np.arange(frames, dtype=np.int64) * views
+    view = 2 * np.arange(views, dtype=np.int64)[:, None] + 1
+    return ((position + view) * num_frames_in_file) // (2 * views * frames)
+
+
+def strided_train_view(
+    num_frames_in_file: int, *, frames: int, stride: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Frame indices of one random view of T frames, s apart.
+
+    A file that is too short (s(T-1)+1 >= n) gives i*s, or the last such index below n.
+
+    Returns: int64 (frames,). Raises: as `strided_test_views`.
+    """
+    _check(num_frames_in_file, frames=frames, stride=stride)
+    steps = stride * np.arange(frames, dtype=np.int64)
+    span = stride * (frames - 1) + 1
+    if span >= num_frames_in_file:
+        last = (num_frames_in_file - 1) // stride * stride
+        return np.minimum(steps, last)
+    return int(rng.integers(0, num_frames_in_file - span, endpoint=True)) + steps
+
+
+def tsn_train_view(num_frames_in_file: int, *, frames: int, rng: np.random.Generator) -> np.ndarray:
+    """Frame indices of one random TSN view: frame i uniform in round(g i) .. round(g (i+1)), g = (n-1)/T.
+
+    Returns: int64 (frames,). Raises: as `strided_test_views`.
+    """
+    _check(num_frames_in_file, frames=frames)
+    gap = (num_frames_in_file - 1) / frames
+    return np.asarray(
+        [rng.integers(round(gap * i), round(gap * (i + 1)), endpoint=True) for i in range(frames)],
+        dtype=np.int64,
+    )
+
+
+def _check(num_frames_in_file: int, **counts: int) -> None:
+    for name, value in counts.items():
+        if value < 1:
+            raise UsageError(f"{name} is {value}; expected at least 1")
+    if num_frames_in_file < 1:
+        raise ClipError(f"the video has {num_frames_in_file} frames; expected at least 1")

@@ -1,0 +1,256 @@
+"""What a cache holds: one frozen description, written into the store and compared on every use.
+
+T frames, P patches (grid Hp x Wp), N = 1+P tokens, C channels.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from evl_cache.errors import CacheError, UsageError
+
+FORMAT_VERSION = 1
+TOKEN_STORAGE = ("int8", "fp16")
+MAP_STORAGE = ("uint8", "fp16", "none")
+CODECS = ("default", "raw", "archive")
+SAMPLING = ("strided", "tsn")
+PREPROCESSING = "short-side-bilinear-v1"  # preprocess.spatial_crops; a change of its pixels is a new name
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerSpec:
+    """The frozen image tower: what open_clip calls it, and everything that changes its output."""
+
+    model: str
+    pretrained: str
+    weights_sha256: str
+    image_size: int
+    patch_size: int
+    width: int
+    blocks: int
+    heads: int
+    quick_gelu: bool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches (Hp, Wp)."""
+        side = self.image_size // self.patch_size
+        return side, side
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """Which frames and crops of a clip are its samples.
+
+    Attributes:
+        frames: T of a view.
+        sampling: `strided` or `tsn`.
+        stride: frames between two of a view; None for `tsn`.
+        temporal_views, spatial_views: samples of a clip are ordered spatial first, temporal within.
+    """
+
+    frames: int = 8
+    sampling: str = "strided"
+    stride: int | None = 16
+    temporal_views: int = 1
+    spatial_views: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sampling not in SAMPLING:
+            raise UsageError(f"sampling {self.sampling!r}; expected one of {', '.join(SAMPLING)}")
+        if (self.stride is None) != (self.sampling == "tsn"):
+            raise UsageError(f"stride {self.stride} with {self.sampling} sampling; TSN takes no stride, strided needs it")
+        for name in ("frames", "stride", "temporal_views"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; expected at least 1")
+        if self.spatial_views not in (1, 3):
+            raise UsageError(f"spatial views: got {self.spatial_views}; expected 1 (centre) or 3")
+
+    @property
+    def per_clip(self) -> int:
+        """Samples of one clip."""
+        return self.temporal_views * self.spatial_views
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSpec:
+    """Everything that decides a cache's bytes, but for the hardware that made them.
+
+    Attributes:
+        dataset, split: names, for people and for finding caches.
+        classes: class names by label.
+        tower, views: see there.
+        layers: blocks stored, counted from 1, shallow to deep.
+        tokens, maps: storage of either.
+        compute_dtype: of the forward pass.
+        num_clips: clips of the list, failed ones included.
+        content_id: digest of the clip list (ids and labels, in order).
+        block_clips: clips of one block (one shard of every array).
+        codec: profile of the lossless codecs; never changes a value.
+        extra: fields of a newer minor version, kept as they were read.
+    """
+
+    dataset: str
+    split: str
+    classes: tuple[str, ...]
+    tower: TowerSpec
+    views: ViewSpec
+    layers: tuple[int, ...]
+    tokens: str
+    maps: str
+    compute_dtype: str
+    num_clips: int
+    content_id: str
+    block_clips: int
+    codec: str = "default"
+    preprocessing: str = PREPROCESSING
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.tokens not in TOKEN_STORAGE:
+            raise UsageError(f"tokens {self.tokens!r}; expected one of {', '.join(TOKEN_STORAGE)}")
+        if self.maps not in MAP_STORAGE:
+            raise UsageError(f"maps {self.maps!r}; expected one of {', '.join(MAP_STORAGE)}")
+        if self.codec not in CODECS:
+            raise UsageError(f"codec {self.codec!r}; expected one of {', '.join(CODECS)}")
+        if self.num_clips < 1:
+            raise UsageError("the clip list is empty; expected at least one clip")
+
+    @property
+    def num_samples(self) -> int:
+        """Rows of every array: clips times views."""
+        return self.num_clips * self.views.per_clip
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks, the last of which may be short."""
+        return -(-self.num_clips // self.block_clips)
+
+    @property
+    def num_tokens(self) -> int:
+        """N = 1+P."""
+        return 1 + self.tower.grid[0] * self.tower.grid[1]
+
+    @property
+    def has_maps(self) -> bool:
+        """Whether maps can be read: stored, and of more than one frame."""
+        return self.maps != "none" and self.views.frames > 1
+
+    @property
+    def feature_id(self) -> str:
+        """Digest of all that changes a clip's features; layers stand beside it."""
+        tower = {k: v for k, v in asdict(self.tower).items() if k not in ("model", "pretrained")}
+        content = {
+            "tower": tower,
+            "views": asdict(self.views),
+            "preprocessing": self.preprocessing,
+            "tokens": self.tokens,
+            "maps": self.maps,
+            "compute_dtype": self.compute_dtype,
+        }
+        return digest(content)
+
+    @property
+    def name(self) -> str:
+        """Directory name: data set, split and eight digits of what is in it."""
+        identity = digest([self.feature_id, self.content_id, list(self.layers)])
+        return f"{self.dataset}-{self.split}-{identity[:8]}"
+
+    @property
+    def block_samples(self) -> int:
+        """Rows of one shard."""
+        return self.block_clips * self.views.per_clip
+
+    def clips_of_block(self, block: int) -> range:
+        """Clip rows of a block."""
+        return range(block * self.block_clips, min((block + 1) * self.block_clips, self.num_clips))
+
+    def differences(self, other: "CacheSpec") -> list[str]:
+        """`field: ours, not theirs` for every field whose values differ."""
+        mine, theirs = flatten(self.to_json()), flatten(other.to_json())
+        ignored = ("tower.model", "tower.pretrained", "dataset", "split")
+        return [
+            f"{name}: {_short(mine.get(name))}, not {_short(theirs.get(name))}"
+            for name in sorted(mine.keys() | theirs.keys())
+            if mine.get(name) != theirs.get(name) and name not in ignored
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; the inverse of `from_json`."""
+        content = asdict(self)
+        extra = content.pop("extra")
+        return {**extra, **json.loads(json.dumps(content)), "feature_id": self.feature_id}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> "CacheSpec":
+        """Raises: CacheError where fields are missing or of a wrong type."""
+        try:
+            known = {f.name for f in fields(cls)} - {"extra"}
+            given = {k: v for k, v in content.items() if k in known}
+            given["tower"] = TowerSpec(**_tuples(content["tower"]))
+            given["views"] = ViewSpec(**content["views"])
+            extra = {k: v for k, v in content.items() if k not in known and k != "feature_id"}
+            spec = cls(**_tuples(given), extra=extra)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CacheError(f"the cache's description is incomplete ({error}); is this an evl-cache store?") from error
+        if content.get("feature_id") != spec.feature_id:
+            raise CacheError(
+                f"feature_id {str(content.get('feature_id'))[:12]} does not belong to the cache's description "
+                f"({spec.feature_id[:12]}); the description was edited"
+            )
+        return spec
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    """Block numbers of `8-12` (inclusive) or `9,11,12` or a mixture.
+
+    Raises: UsageError for anything else.
+    """
+    out: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise UsageError(f"--layers {text!r}; expected blocks counted from 1, such as 8-12 or 9,11,12")
+        if dash and int(last) < int(first):
+            raise UsageError(f"--layers {text!r}: {part} runs backwards; expected {last}-{first}")
+        out.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(out))
+
+
+def parse_views(text: str) -> tuple[int, int]:
+    """(temporal, spatial) of `3x1`. Raises: UsageError for anything else."""
+    temporal, cross, spatial = text.lower().partition("x")
+    if not cross or not temporal.isdecimal() or not spatial.isdecimal():
+        raise UsageError(f"--views {text!r}; expected temporal x spatial, such as 3x1")
+    return int(temporal), int(spatial)
+
+
+def digest(content: Any) -> str:
+    """sha256 of the canonical JSON of plain values."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as `a.b` names."""
+    out: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            out.update(flatten(value, f"{prefix}{name}."))
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in content.items()}
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 48 else text[:45] + "…"

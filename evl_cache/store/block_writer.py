@@ -1,0 +1,173 @@
+"""Writing one block: rows in, shards and the done mark out, whole or not at all.
+
+Order of a commit: every shard's data and fsync, its name (never replacing), fsync of its directory; then a
+second look at what lies there; then the mark. See docs/cache-format.md.
+"""
+
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.quantize import frame_difference
+from evl_cache.spec import CacheSpec
+from evl_cache.store.directory import remove_leftovers
+from evl_cache.store.layout import MANIFEST_NAME, ArrayLayout, array_layouts, mark_path
+from evl_cache.store.locks import BlockLock
+from evl_cache.store.marks import ClipRecord, FileRecord, Mark, mark_document, read_mark
+from evl_cache.store.publish import (
+    AlreadyPublished,
+    StagedFile,
+    file_digest,
+    fsync_directory,
+    make_directories,
+    stage_file,
+    write_json_atomic,
+)
+from evl_cache.store.rows import Row
+from evl_cache.store.shard import ShardWriter
+
+ROWS_IN_FLIGHT = 8  # rows being compressed or waiting for the disk: what bounds the memory of a block
+
+
+class BlockLost(CacheError):
+    """Another job took the block over while this one was paused: its work counts, this one's is dropped."""
+
+
+class BlockWriter:
+    """Takes the rows of a block in order, compresses them in threads, and commits. Always `close` it.
+
+    Args:
+        root: the cache. spec: its spec. block: number. lock: held by this process for the block.
+        encoders: threads that compress; shared by blocks.
+    """
+
+    def __init__(self, root: Path, spec: CacheSpec, block: int, *, lock: BlockLock, encoders: ThreadPoolExecutor) -> None:
+        self.root, self.spec, self.block = root, spec, block
+        self._lock, self._encoders = lock, encoders
+        self._layouts = array_layouts(spec)
+        self._staged: dict[str, StagedFile] = {}
+        self._writers: dict[str, ShardWriter] = {}
+        self._appender = ThreadPoolExecutor(1, thread_name_prefix="append")
+        self._slots = threading.BoundedSemaphore(ROWS_IN_FLIGHT)
+        self._failure: BaseException | None = None
+        for name, layout in self._layouts.items():
+            directory = layout.shard(root, block).parent
+            make_directories(directory)
+            remove_leftovers(directory)
+            self._staged[name] = stage_file(directory)
+            grid = (spec.block_samples, len(spec.layers))
+            self._writers[name] = ShardWriter(self._staged[name], grid=grid, codec=layout.codec)
+
+    def append(self, row: Row | None) -> None:
+        """Hand over the next sample's row (None: its clip failed). Returns at once unless too many wait.
+
+        Raises: what went wrong with an earlier row.
+        """
+        self._raise_failure()
+        self._slots.acquire()
+        encoded: dict[str, list[Future[bytes]]] = {}
+        if row is not None:
+            for name, layout in self._layouts.items():
+                encoded[name] = [self._encoders.submit(_encode, layout, chunk) for chunk in row[name]]
+        self._appender.submit(self._append_encoded, encoded)
+
+    def commit(self, clips: Sequence[ClipRecord], environment: Mapping[str, Any]) -> Mark:
+        """Publish the block and its mark.
+
+        Returns: the mark that stands: this one, or an equal block's that another job finished meanwhile.
+        Raises: BlockLost where another job holds the block now; CacheError where the disk refuses.
+        """
+        self._appender.shutdown(wait=True)
+        self._raise_failure()
+        records = {name: FileRecord.of(writer.close()) for name, writer in self._writers.items()}
+        if not self._lock.is_held():
+            raise BlockLost(f"{self.root}: block {self.block} was taken over by another job")
+        # --retry-failed and repair redo a marked block: it does not exist while its files change.
+        clear_mark(self.root, self.spec, self.block, unless=records)
+        for name, layout in self._layouts.items():
+            self._publish(self._staged[name], layout.shard(self.root, self.block), records[name])
+        self._check(records)
+        mark = Mark(block=self.block, files=records, clips=tuple(clips), environment=environment)
+        return self._publish_mark(mark)
+
+    def close(self) -> None:
+        """Stop the threads and remove what was not published."""
+        self._appender.shutdown(wait=True, cancel_futures=True)
+        for staged in self._staged.values():
+            staged.discard()
+
+    def _append_encoded(self, encoded: Mapping[str, Sequence[Future[bytes]]]) -> None:
+        try:
+            for name, writer in self._writers.items():
+                for layer in range(len(self.spec.layers)):
+                    writer.append_encoded(encoded[name][layer].result() if encoded else None)
+        except BaseException as error:  # kept for the thread that owns the block
+            self._failure = self._failure or error
+        finally:
+            self._slots.release()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _publish(self, staged: StagedFile, final: Path, record: FileRecord) -> None:
+        try:
+            staged.publish(final)
+        except AlreadyPublished:
+            # Left by a job that died before its mark, or written by one that took the block over just now.
+            if file_digest(final) != (record.size, record.sha256):
+                raise BlockLost(f"{self.root}: block {self.block} was taken over by another job") from None
+
+    def _check(self, records: Mapping[str, FileRecord]) -> None:
+        for name, layout in self._layouts.items():
+            path = layout.shard(self.root, self.block)
+            if file_digest(path) != (records[name].size, records[name].sha256):
+                raise BlockLost(f"{path}: another job wrote other bytes; run the same command again")
+
+    def _publish_mark(self, mark: Mark) -> Mark:
+        document = mark_document(mark, self.spec)
+        path = mark_path(self.root, self.block)
+        try:
+            write_json_atomic(path, document, replace=False)
+        except AlreadyPublished:
+            found = valid_mark(self.root, self.spec, self.block)
+            if found is not None and found.files == dict(mark.files):
+                return found
+            write_json_atomic(path, document, replace=True)
+        written = read_mark(self.root, self.block, self.spec)
+        assert written is not None
+        return written
+
+
+def clear_mark(root: Path, spec: CacheSpec, block: int, *, unless: Mapping[str, FileRecord] | None = None) -> None:
+    """Make a block not exist: its mark goes first, then its files. Nothing is done where files are `unless`.
+
+    A file whose bytes are those about to be published stays, so that a reader that has it open sees no change.
+    """
+    (root / MANIFEST_NAME).unlink(missing_ok=True)
+    if mark_path(root, block).exists():
+        mark_path(root, block).unlink(missing_ok=True)
+        fsync_directory(mark_path(root, block).parent)
+    for name, layout in array_layouts(spec).items():
+        path = layout.shard(root, block)
+        if not path.exists():
+            continue
+        if unless is None or file_digest(path) != (unless[name].size, unless[name].sha256):
+            path.unlink(missing_ok=True)
+
+
+def valid_mark(root: Path, spec: CacheSpec, block: int) -> Mark | None:
+    """The block's mark where it is intact; None otherwise."""
+    try:
+        return read_mark(root, block, spec)
+    except CacheDamaged:
+        return None
+
+
+def _encode(layout: ArrayLayout, chunk: np.ndarray[Any, Any]) -> bytes:
+    return layout.codec.encode(frame_difference(chunk) if layout.differenced else chunk)

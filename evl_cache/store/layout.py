@@ -1,0 +1,136 @@
+"""The arrays of a cache: names, shapes, dtypes and codecs that follow from its spec.
+
+T frames, P patches, N = 1+P tokens, C channels. A chunk is one sample x one layer; a shard is one block of
+samples x all layers.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evl_cache.spec import CacheSpec
+from evl_cache.store.codec import ChunkCodec
+from evl_cache.store.metadata import array_metadata, shard_path
+
+ATTRIBUTE = "evl_cache"
+CLIPS_NAME = "clips.jsonl"
+DONE_NAME = "done"
+LOCKS_NAME = "locks"
+MANIFEST_NAME = "manifest.json"
+RECOVERY_NAME = "recovery.json"
+
+# Measured on real clips (docs/architecture.md): level 1 is as small as level 3 on these codes, and faster.
+_PROFILES = {
+    "default": ChunkCodec("zstd", zstd_level=1),
+    "raw": ChunkCodec("raw"),
+    "archive": ChunkCodec("zstd", zstd_level=12),
+}
+_DIFFERENCED = {"default": True, "raw": False, "archive": True}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArrayLayout:
+    """One array of the store.
+
+    Attributes:
+        name: of its directory.
+        dtype: as numpy names it.
+        chunk_shape: values of one sample and layer (without those two axes).
+        axes: names of the axes of a chunk.
+        fill_value: what a foreign reader sees where a clip failed.
+        codec: of a chunk.
+        differenced: codes are stored as frame-to-frame differences, modulo 256, along the first chunk axis
+            that counts frames.
+    """
+
+    name: str
+    dtype: str
+    chunk_shape: tuple[int, ...]
+    axes: tuple[str, ...]
+    fill_value: float
+    codec: ChunkCodec
+    differenced: bool = False
+
+    @property
+    def chunk_nbytes(self) -> int:
+        """Bytes of one decoded chunk."""
+        return math.prod(self.chunk_shape) * {"int8": 1, "uint8": 1, "float16": 2, "float32": 4}[self.dtype]
+
+    def metadata(self, spec: CacheSpec) -> dict[str, Any]:
+        """The array's `zarr.json`."""
+        layers = len(spec.layers)
+        return array_metadata(
+            shape=(spec.num_samples, layers, *self.chunk_shape),
+            dtype=self.dtype,
+            chunk_shape=(1, 1, *self.chunk_shape),
+            shard_shape=(spec.block_samples, layers, *self.chunk_shape),
+            fill_value=self.fill_value,
+            codec=self.codec,
+            attributes={ATTRIBUTE: {"frame_difference": self.differenced, "layers": list(spec.layers)}},
+            dimension_names=("sample", "layer", *self.axes),
+        )
+
+    def shard(self, root: Path, block: int) -> Path:
+        """Where block's shard lies."""
+        return shard_path(root / self.name, block, 2 + len(self.chunk_shape))
+
+
+def array_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
+    """Arrays by name, in the order in which a block's files are published."""
+    nan = float("nan")
+    frames, tokens, width = spec.views.frames, spec.num_tokens, spec.tower.width
+    patches = tokens - 1
+    codec, differenced = _PROFILES[spec.codec], _DIFFERENCED[spec.codec]
+    out = []
+    if spec.tokens == "int8":
+        out += [
+            ArrayLayout(
+                name="tokens", dtype="int8", chunk_shape=(frames, tokens, width), axes=("frame", "token", "channel"),
+                fill_value=0, codec=codec, differenced=differenced,
+            ),
+            ArrayLayout(
+                name="token_affine", dtype="float32", chunk_shape=(2, width), axes=("scale_offset", "channel"),
+                fill_value=nan, codec=codec,
+            ),
+            ArrayLayout(
+                name="token_scale", dtype="float16", chunk_shape=(frames, tokens), axes=("frame", "token"),
+                fill_value=nan, codec=codec,
+            ),
+        ]  # fmt: skip
+    else:
+        out.append(
+            ArrayLayout(
+                name="tokens", dtype="float16", chunk_shape=(frames, tokens, width), axes=("frame", "token", "channel"),
+                fill_value=nan, codec=codec,
+            )
+        )  # fmt: skip
+    if spec.has_maps:
+        axes = ("prev_next", "pair", "query", "key")
+        shape = (2, frames - 1, patches, patches)
+        if spec.maps == "uint8":
+            out += [
+                ArrayLayout(name="maps", dtype="uint8", chunk_shape=shape, axes=axes, fill_value=0, codec=codec),
+                ArrayLayout(
+                    name="map_scale", dtype="float16", chunk_shape=shape[:-1], axes=axes[:-1], fill_value=nan, codec=codec
+                ),
+            ]  # fmt: skip
+        else:
+            out.append(
+                ArrayLayout(
+                    name="maps", dtype="float16", chunk_shape=shape, axes=axes, fill_value=nan, codec=codec
+                )
+            )
+    out.append(
+        ArrayLayout(
+            name="class_tokens", dtype="float16", chunk_shape=(frames, width), axes=("frame", "channel"),
+            fill_value=nan, codec=codec,
+        )
+    )  # fmt: skip
+    return {layout.name: layout for layout in out}
+
+
+def mark_path(root: Path, block: int) -> Path:
+    """Where block's done mark lies."""
+    return root / DONE_NAME / f"{block:06d}.json"

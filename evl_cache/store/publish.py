@@ -1,0 +1,268 @@
+"""Atomic publication of files on a POSIX file system: whole and durable under its name, or not there at all.
+
+A file is written under a staging name in the directory where it will live, synced, and only then given its
+name. Published files are never replaced, except by `publish_replacing`, so what a reader has seen stays.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from evl_cache.errors import CacheError, UsageError
+
+Buffer = bytes | bytearray | memoryview
+
+FILE_MODE = 0o644  # less the umask, which the kernel applies
+_STAGING_NAME = re.compile(r"\.tmp-[A-Za-z0-9_-]{1,40}-[0-9]+-[0-9a-f]{16}")
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_PLACEHOLDER_WAIT_S = 2.0
+_REMEDIES = {
+    errno.ENOSPC: "free space or use another disk, then run the same command again: finished blocks stay",
+    errno.EDQUOT: "free space within the quota or use another disk, then run the same command again",
+    errno.EACCES: "check the permissions of the directory",
+    errno.EPERM: "check the permissions of the directory",
+    errno.EROFS: "the file system is read-only: use another disk",
+    errno.ENOENT: "something removed it meanwhile: run the same command again",
+}
+
+
+class AlreadyPublished(CacheError):
+    """The name is taken. Nothing was changed; the caller may compare what lies there with what it has."""
+
+
+def is_staging_name(name: str) -> bool:
+    """Whether `name` (no directory) is that of a staged file: a leftover, once its writer is dead."""
+    return _STAGING_NAME.fullmatch(name) is not None
+
+
+def stage_file(directory: Path) -> StagedFile:
+    """Open a new staged file in `directory`. A context manager: what is not published is removed.
+
+    Raises CacheError where the directory cannot be written.
+    """
+    return StagedFile(directory)
+
+
+class StagedFile:
+    """A file being written under a staging name; `size` and `sha256` are of the bytes written so far."""
+
+    def __init__(self, directory: Path) -> None:
+        host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
+        self.path = Path(directory) / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
+        self.size = 0
+        self._hash = hashlib.sha256()
+        self._descriptor: int | None = None
+        self._staged = False
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._descriptor = os.open(self.path, flags, FILE_MODE)
+        except OSError as error:
+            raise _cannot("create", self.path, error) from error
+        self._staged = True
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal digest of the bytes written so far."""
+        return self._hash.hexdigest()
+
+    def write(self, data: Buffer) -> None:
+        """Append all of `data`. Raises CacheError (disk full, ...), which names the remedy."""
+        if self._descriptor is None:
+            raise UsageError(f"{self.path} is closed: write before publishing")
+        view = memoryview(data).cast("B")
+        self._hash.update(view)
+        self.size += len(view)
+        try:
+            while len(view) > 0:
+                view = view[os.write(self._descriptor, view) :]
+        except OSError as error:
+            self.discard()
+            raise _cannot("write", self.path, error) from error
+
+    def publish(self, final: Path) -> None:
+        """Give the file the name `final` (same directory), durably, never replacing what exists.
+
+        Raises AlreadyPublished where the name is taken, CacheError where the file system refuses.
+        """
+        self._seal(final)
+        try:
+            self._take_name(final)
+            self._remove()
+            fsync_directory(final.parent)
+        except OSError as error:
+            self.discard()
+            raise _cannot("publish", final, error) from error
+
+    def publish_replacing(self, final: Path) -> None:
+        """Give the file the name `final` (same directory), durably, in place of what may exist there."""
+        self._seal(final)
+        try:
+            os.replace(self.path, final)
+            self._staged = False
+            fsync_directory(final.parent)
+        except OSError as error:
+            self.discard()
+            raise _cannot("publish", final, error) from error
+
+    def discard(self) -> None:
+        """Close and remove the staged file; no effect once published."""
+        try:
+            self._close()
+            self._remove()
+        except OSError:
+            pass  # a leftover is harmless and recognisable; the first error is the one to show
+
+    def _seal(self, final: Path) -> None:
+        if final.parent != self.path.parent:
+            raise UsageError(f"cannot publish {self.path} as {final}: stage in the same directory")
+        if self._descriptor is None:
+            raise UsageError(f"{self.path} is closed: stage a new file for {final}")
+        try:
+            os.fsync(self._descriptor)
+            self._close()
+        except OSError as error:
+            self.discard()
+            raise _cannot("sync", self.path, error) from error
+
+    def _take_name(self, final: Path) -> None:
+        try:
+            os.link(self.path, final)
+        except FileExistsError:
+            # NFS repeats a request whose answer was lost, and the repeat finds our own link there.
+            if not os.path.samefile(self.path, final):
+                self._refuse(final)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            self._rename_without_links(final)
+
+    def _rename_without_links(self, final: Path) -> None:
+        """Publish where there are no hard links (FAT, some FUSE and SMB mounts).
+
+        A rename alone would replace what exists. O_EXCL on an empty placeholder under the final name decides
+        who may rename. A writer that died between the two steps leaves the placeholder; no file of ours is
+        empty, so one that stays empty for a while, by this machine's own clock, is taken over. Only a writer
+        stalled that long exactly there could replace a file, and blocks are checked before they are marked.
+        """
+        try:
+            os.close(os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+        except FileExistsError:
+            if not _stays_empty(final):
+                self._refuse(final)
+        os.rename(self.path, final)
+        self._staged = False
+
+    def _refuse(self, final: Path) -> None:
+        self.discard()
+        # Its writer may have died before this: whoever accepts the file as it is needs it durable too.
+        fsync_directory(final.parent)
+        raise AlreadyPublished(f"{final} exists already and is not replaced; verify or repair the cache")
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _remove(self) -> None:
+        if self._staged:
+            self._staged = False
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+
+def canonical_json(obj: object) -> bytes:
+    """UTF-8 JSON that is the same for equal objects: sorted keys, no spaces, one newline at the end."""
+    text = json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError as error:
+        found = text[max(0, error.start - 40) : error.end]
+        raise UsageError(f"text ending in {found!r} is not valid UTF-8: rename the file it names") from error
+
+
+def write_json_atomic(path: Path, obj: object, *, replace: bool) -> bool:
+    """Publish `obj` as canonical JSON; True where it was written, False where the same bytes were there.
+
+    Raises AlreadyPublished where other bytes are there and `replace` is false; CacheError as `StagedFile`.
+    """
+    data = canonical_json(obj)
+    with stage_file(path.parent) as staged:
+        staged.write(data)
+        if replace:
+            staged.publish_replacing(path)
+            return True
+        try:
+            staged.publish(path)
+        except AlreadyPublished:
+            if file_digest(path) != (len(data), hashlib.sha256(data).hexdigest()):
+                raise
+            return False
+    return True
+
+
+def file_digest(path: Path) -> tuple[int, str]:
+    """Size in bytes and sha256 (hexadecimal) of a file. Raises CacheError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return file.tell(), digest
+    except OSError as error:
+        raise _cannot("read", path, error) from error
+
+
+def make_directories(path: Path) -> None:
+    """Create `path` and its missing parents, each made durable. Several writers may do so at once."""
+    missing = [path]
+    while not missing[-1].is_dir() and missing[-1] != missing[-1].parent:
+        missing.append(missing[-1].parent)
+    for directory in reversed(missing[:-1]):
+        try:
+            directory.mkdir(exist_ok=True)
+        except OSError as error:
+            raise _cannot("create", directory, error) from error
+        fsync_directory(directory.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable, where the file system can. Raises CacheError where it fails."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise _cannot("sync", path, error) from error
+
+
+def _stays_empty(path: Path) -> bool:
+    deadline = time.monotonic() + _PLACEHOLDER_WAIT_S
+    while time.monotonic() < deadline:
+        if path.stat().st_size > 0:
+            return False
+        time.sleep(0.01)
+    return path.stat().st_size == 0
+
+
+def _cannot(action: str, path: Path, error: OSError) -> CacheError:
+    remedy = _REMEDIES.get(error.errno or 0, "check the disk, then run the same command again")
+    return CacheError(f"cannot {action} {path}: {error.strerror or error}; {remedy}")

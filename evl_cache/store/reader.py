@@ -1,0 +1,230 @@
+"""Reading a cache: only marked blocks exist, and every chunk is checked against its mark.
+
+B samples, T frames, P patches, N = 1+P tokens, C channels.
+"""
+
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.quantize import QuantizedMaps, QuantizedTokens, frame_sum
+from evl_cache.spec import CacheSpec, digest
+from evl_cache.store.directory import read_clips, read_description
+from evl_cache.store.layout import MANIFEST_NAME, array_layouts, mark_path
+from evl_cache.store.manifest import read_manifest
+from evl_cache.store.marks import FileRecord, Mark, read_mark
+from evl_cache.store.rows import Row, StoredBatch, StoredMaps, StoredTokens
+from evl_cache.store.shard import ShardReader
+
+_NFS_RETRIES = 3
+_NFS_WAIT_S = 0.2
+_TOKEN_ARRAYS = ("tokens", "token_affine", "token_scale")
+_MAP_ARRAYS = ("maps", "map_scale")
+
+
+class FeatureCache:
+    """A cache on disk, open for reading. Files are opened by the process that reads, at the first read.
+
+    Attributes:
+        spec: what it holds.
+        clips: every clip of the list, failed ones included, in order.
+        labels: int64 (samples,).
+        is_valid: bool (samples,): extracted, and the clip did not fail.
+        sample_clips: int64 (samples,): row of `clips`.
+        provenance: clips by (decoder, source (height, width)).
+        damaged_marks: why a block whose mark is not intact does not exist, by block.
+
+    Args:
+        path: directory that `extract` wrote.
+        trust: do not check chunks against their marks' checksums (the codecs' own checks remain).
+
+    Raises: CacheError where there is no cache; CacheDamaged where its description is not intact.
+    """
+
+    def __init__(self, path: str | Path, *, trust: bool = False) -> None:
+        if "://" in str(path):
+            raise CacheError(f"{path}: caches are read from directories; copy it to a disk first")
+        self.path = Path(path)
+        self._trust = trust
+        description = read_description(self.path)
+        self.spec: CacheSpec = description.spec
+        self.description = description
+        self.clips = read_clips(self.path, description)
+        if len(self.clips) != self.spec.num_clips:
+            raise CacheDamaged(f"{path}: {len(self.clips)} clips listed, {self.spec.num_clips} described; repair the cache")
+        self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
+        self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
+        self.is_valid = np.zeros(self.spec.num_samples, dtype=bool)
+        self.provenance: Counter[tuple[str, tuple[int, int]]] = Counter()
+        self._files: dict[int, Mapping[str, FileRecord]] = {}
+        self._digests: dict[int, str] = {}
+        self._errors: dict[int, str] = {}
+        self.damaged_marks: dict[int, str] = {}
+        self._layouts = array_layouts(self.spec)
+        self._shards: dict[tuple[str, int], ShardReader] = {}
+        self.refresh()
+
+    def __len__(self) -> int:
+        """Samples, failed and unfinished ones included."""
+        return self.spec.num_samples
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every block is done."""
+        return self.num_blocks_done == self.spec.num_blocks
+
+    @property
+    def num_blocks_done(self) -> int:
+        """Blocks with a valid mark."""
+        return len(self._files)
+
+    @property
+    def fingerprint(self) -> str:
+        """The cache digest: the manifest's once complete; before that, a digest of the marks there are."""
+        if (self.path / MANIFEST_NAME).exists():
+            return read_manifest(self.path, self.spec).digest
+        return digest([self._digests[block] for block in sorted(self._digests)])
+
+    @property
+    def failures(self) -> list[tuple[str, str]]:
+        """(clip id, reason) of every failed clip of the blocks done."""
+        return [(self.clips[row].id, reason) for row, reason in sorted(self._errors.items())]
+
+    def refresh(self) -> None:
+        """See blocks that were finished since the cache was opened."""
+        for block in range(self.spec.num_blocks):
+            if block in self._files or not mark_path(self.path, block).exists():
+                continue
+            try:
+                mark = read_mark(self.path, block, self.spec)
+            except CacheDamaged as error:
+                self.damaged_marks[block] = str(error)
+                continue
+            if mark is not None:
+                self._admit(mark)
+
+    def _admit(self, mark: Mark) -> None:
+        self.damaged_marks.pop(mark.block, None)
+        self._files[mark.block], self._digests[mark.block] = mark.files, mark.digest
+        views = self.spec.views.per_clip
+        for row, clip in zip(self.spec.clips_of_block(mark.block), mark.clips, strict=True):
+            if clip.error is not None:
+                self._errors[row] = clip.error
+                continue
+            self.is_valid[row * views : (row + 1) * views] = True
+            if clip.decoder is not None and clip.frame_size is not None:
+                self.provenance[clip.decoder, (clip.frame_size[0], clip.frame_size[1])] += 1
+
+    def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
+        """Places of blocks in the arrays' layer axis. Raises: UsageError for one that is not stored."""
+        wanted = self.spec.layers if layers is None else tuple(layers)
+        missing = [layer for layer in wanted if layer not in self.spec.layers]
+        if missing:
+            raise UsageError(f"{self.path}: layers {missing} are not stored; it has {list(self.spec.layers)}")
+        return [self.spec.layers.index(layer) for layer in wanted]
+
+    def read(
+        self, samples: Sequence[int], layers: Sequence[int] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Dequantised features, shallow to deep.
+
+        Args:
+            samples: rows, in any order. layers: blocks; all stored ones by default.
+
+        Returns: float32 tokens, a (B, T, 1+P, C) for each layer; maps, a (B, 2, T-1, P, P) each, or None.
+        Raises: CacheError for a sample that failed or is not extracted yet; CacheDamaged where bytes are not
+            those that were written; UsageError for a sample or layer that does not exist.
+        """
+        return self.read_stored(samples, layers).dequantized()
+
+    def read_stored(
+        self, samples: Sequence[int], layers: Sequence[int] | None = None, *, with_maps: bool = True
+    ) -> StoredBatch:
+        """Features as they are stored. Arguments and errors as `read`; maps only where asked for."""
+        rows = [self._checked_sample(sample) for sample in samples]
+        positions = self.layer_positions(layers)
+        arrays = [n for n in _TOKEN_ARRAYS if n in self._layouts]
+        if with_maps:
+            arrays += [n for n in _MAP_ARRAYS if n in self._layouts]
+        read = {name: [torch.from_numpy(a) for a in self._read_array(name, rows, positions)] for name in arrays}
+        tokens: list[StoredTokens] = list(read["tokens"])
+        if self.spec.tokens == "int8":
+            quantized = zip(read["tokens"], read["token_affine"], read["token_scale"], strict=True)
+            tokens = [QuantizedTokens(codes=codes, affine=affine, scale=scale) for codes, affine, scale in quantized]
+        maps: list[StoredMaps] | None = list(read["maps"]) if "maps" in read else None
+        if "map_scale" in read:
+            coded = zip(read["maps"], read["map_scale"], strict=True)
+            maps = [QuantizedMaps(codes=codes, row_max=row_max) for codes, row_max in coded]
+        return StoredBatch(tokens=tokens, maps=maps)
+
+    def read_row(self, sample: int) -> Row:
+        """Every array's chunks of one sample, as `make_row` made them. Errors as `read`."""
+        rows, positions = [self._checked_sample(sample)], list(range(len(self.spec.layers)))
+        return {name: np.concatenate(self._read_array(name, rows, positions)) for name in self._layouts}
+
+    def read_class_tokens(self, samples: Sequence[int], layers: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Class tokens alone, float32, a (B, T, C) for each layer. Errors as `read`."""
+        rows = [self._checked_sample(sample) for sample in samples]
+        arrays = self._read_array("class_tokens", rows, self.layer_positions(layers))
+        return [torch.from_numpy(array).float() for array in arrays]
+
+    def _checked_sample(self, sample: int) -> int:
+        sample = int(sample)
+        if not 0 <= sample < len(self):
+            raise UsageError(f"sample {sample} of {self.path}; expected 0 to {len(self) - 1}")
+        if self.is_valid[sample]:
+            return sample
+        row = int(self.sample_clips[sample])
+        block = row // self.spec.block_clips
+        if block in self.damaged_marks:
+            raise CacheDamaged(self.damaged_marks[block])
+        if block not in self._files:
+            raise CacheError(f"sample {sample} of {self.path} is not extracted yet; run the extract command again")
+        raise CacheError(
+            f"sample {sample} of {self.path}: its clip {self.clips[row].id!r} failed ({self._errors[row]}); see is_valid"
+        )
+
+    def _read_array(self, name: str, rows: Sequence[int], positions: Sequence[int]) -> list[np.ndarray[Any, Any]]:
+        """One array a layer, (B, *chunk)."""
+        layout, layers = self._layouts[name], len(self.spec.layers)
+        out = [np.empty((len(rows), *layout.chunk_shape), layout.dtype) for _ in positions]
+        for i, sample in enumerate(rows):
+            block, row = divmod(sample, self.spec.block_samples)
+            chunks = [row * layers + position for position in positions]
+            self._read_chunks(name, block, chunks, [array[i] for array in out])
+        # Neighbouring frames are summed for the whole batch at once.
+        return [frame_sum(array) for array in out] if layout.differenced else out
+
+    def _read_chunks(self, name: str, block: int, chunks: list[int], outs: list[np.ndarray[Any, Any]]) -> None:
+        for attempt in range(_NFS_RETRIES):
+            try:
+                return self._shard(name, block).read_chunks(chunks, outs)
+            except CacheDamaged:
+                # On NFS a mark can be seen before its data: look again, from a newly opened file.
+                self._shards.pop((name, block), None)
+                if attempt + 1 == _NFS_RETRIES:
+                    raise
+                time.sleep(_NFS_WAIT_S * attempt)
+
+    def _shard(self, name: str, block: int) -> ShardReader:
+        reader = self._shards.get((name, block))
+        if reader is None:
+            layout, record = self._layouts[name], self._files[block][name]
+            reader = self._shards[name, block] = ShardReader(
+                layout.shard(self.path, block),
+                grid=(self.spec.block_samples, len(self.spec.layers)),
+                chunk_shape=layout.chunk_shape,
+                dtype=layout.dtype,
+                codec=layout.codec,
+                checksums=None if self._trust else record.checksums,
+            )
+        return reader
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_shards": {}}

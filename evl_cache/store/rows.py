@@ -1,0 +1,104 @@
+"""Features of a sample as the rows of the store's arrays, and back.
+
+T frames, P patches, N = 1+P tokens, C channels, L layers. A row is `{array name: (L, *chunk)}` in numpy.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from evl_cache.quantize import (
+    QuantizedMaps,
+    QuantizedTokens,
+    dequantize_maps,
+    dequantize_tokens,
+    quantize_maps,
+    quantize_tokens,
+    to_float16,
+)
+from evl_cache.spec import CacheSpec
+
+Row = Mapping[str, np.ndarray[Any, Any]]
+StoredTokens = QuantizedTokens | torch.Tensor
+StoredMaps = QuantizedMaps | torch.Tensor
+
+
+def make_row(tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None, spec: CacheSpec) -> Row:
+    """Quantise one sample on the device where its features are.
+
+    Args:
+        tokens: L of (T, N, C). maps: L of (2, T-1, P, P), or None where the spec has none.
+
+    Raises: ClipError where a feature is not finite or cannot be represented.
+    """
+    row: dict[str, torch.Tensor] = {}
+    stacked = torch.stack(list(tokens))  # (L,T,N,C)
+    row["class_tokens"] = to_float16(stacked[:, :, 0], what="class tokens")
+    if spec.tokens == "int8":
+        quantized = quantize_tokens(stacked)
+        assert quantized.scale is not None
+        row |= {"tokens": quantized.codes, "token_affine": quantized.affine, "token_scale": quantized.scale}
+    else:
+        row["tokens"] = to_float16(stacked, what="tokens")
+    if spec.has_maps:
+        assert maps is not None
+        stacked = torch.stack(list(maps))  # (L,2,T-1,P,P)
+        if spec.maps == "uint8":
+            coded = quantize_maps(stacked)
+            row |= {"maps": coded.codes, "map_scale": coded.row_max}
+        else:
+            row["maps"] = to_float16(stacked, what="attention maps")
+    return {name: value.cpu().numpy() for name, value in row.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredBatch:
+    """Features of several samples as they are stored, shallow to deep; dequantise on the device that uses them.
+
+    Attributes:
+        tokens: L of QuantizedTokens with (B, T, N, C) codes, or float16 (B, T, N, C).
+        maps: L of QuantizedMaps with (B, 2, T-1, P, P) codes, or float16; None where there are none.
+    """
+
+    tokens: list[StoredTokens]
+    maps: list[StoredMaps] | None
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "StoredBatch":
+        """The same on another device."""
+        maps = self.maps
+        return StoredBatch(
+            tokens=[_move(t, device, non_blocking) for t in self.tokens],
+            maps=None if maps is None else [_move(m, device, non_blocking) for m in maps],
+        )
+
+    def dequantized(
+        self, dtype: torch.dtype = torch.float32
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Tokens and maps as tensors of `dtype`."""
+        tokens = [
+            t.to(dtype)
+            if isinstance(t, torch.Tensor)
+            else dequantize_tokens(t.codes, t.affine, t.scale, dtype)
+            for t in self.tokens
+        ]
+        if self.maps is None:
+            return tokens, None
+        return tokens, [
+            m.to(dtype) if isinstance(m, torch.Tensor) else dequantize_maps(m.codes, m.row_max, dtype)
+            for m in self.maps
+        ]
+
+
+def _move(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
+    def there(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(device, non_blocking=non_blocking)
+
+    if isinstance(value, QuantizedTokens):
+        scale = None if value.scale is None else there(value.scale)
+        return QuantizedTokens(codes=there(value.codes), affine=there(value.affine), scale=scale)
+    if isinstance(value, QuantizedMaps):
+        return QuantizedMaps(codes=there(value.codes), row_max=there(value.row_max))
+    return there(value)

@@ -1,0 +1,54 @@
+"""What every test shares: fixed threads, restored random state, the GPU rule, real clips."""
+
+import os
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+NUM_THREADS = 2  # sums depend on the number of threads: one number everywhere
+
+
+def pytest_configure() -> None:
+    torch.set_num_threads(NUM_THREADS)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Without a GPU, tests marked `gpu` are skipped, or fail where EVL_CACHE_REQUIRE_GPU=1 promises one."""
+    if item.get_closest_marker("gpu") is None or torch.cuda.is_available():
+        return
+    if os.environ.get("EVL_CACHE_REQUIRE_GPU") == "1":
+        pytest.fail("EVL_CACHE_REQUIRE_GPU=1, but torch finds no CUDA device", pytrace=False)
+    pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture(autouse=True)
+def _restored_global_state() -> Iterator[None]:
+    """Give every test the random state, threads and default dtype of the first one.
+
+    A test that draws without a seed or changes them then cannot change its successors.
+    """
+    python_state, numpy_state, torch_state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    dtype = torch.get_default_dtype()
+    yield
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(torch_state)
+    torch.set_default_dtype(dtype)
+    torch.set_num_threads(NUM_THREADS)
+
+
+@pytest.fixture(scope="session")
+def ut_interaction() -> Path:
+    """Folder of the UT-Interaction clips: EVL_UT_INTERACTION, or shared/data beside the checkout."""
+    given = os.environ.get("EVL_UT_INTERACTION")
+    folder = Path(given) if given else ROOT.parent / "shared" / "data" / "ut_interaction"
+    if not folder.is_dir():
+        if given:
+            pytest.fail(f"EVL_UT_INTERACTION={given} is no folder", pytrace=False)
+        pytest.skip(f"no real clips at {folder}; set EVL_UT_INTERACTION to the UT-Interaction folder")
+    return folder
