@@ -58,7 +58,9 @@ def default_device(name: str | None) -> str:
     except RuntimeError as error:
         raise UsageError(f"--device {name!r}: not a device; expected cpu, cuda or cuda:N") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UsageError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu, or another")
+        raise UsageError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu, or another"
+        )
     return str(device)
 
 

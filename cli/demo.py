@@ -18,7 +18,9 @@ evl-cache demo --out demo --json
 
 
 @click.command(cls=Command, name="demo", examples=EXAMPLES)
-@click.option("--out", type=click.Path(path_type=Path), help="Keep clips, caches and runs here [a temporary folder].")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Keep clips, caches and runs here [a temporary folder]."
+)
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(out: Path | None, device: str | None, as_json: bool) -> int:
@@ -48,7 +50,9 @@ def command(out: Path | None, device: str | None, as_json: bool) -> int:
         click.echo(f"{seconds:6.1f} s  {stage}")
     click.echo(f"{sum(result.seconds.values()):6.1f} s  in all")
     for text, trained in (("with", result.with_modules), ("without", result.without_modules)):
-        click.echo(f"top-1 {trained.top1:5.1f} %  {text} temporal modules ({trained.val_clips} clips, {result.classes} classes)")
+        click.echo(
+            f"top-1 {trained.top1:5.1f} %  {text} temporal modules ({trained.val_clips} clips, {result.classes} classes)"
+        )
     return 0
 
 

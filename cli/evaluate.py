@@ -15,9 +15,15 @@ evl-cache eval --cache caches/mine --run runs/fold1 --clips held-out.txt --json
 
 @click.command(cls=Command, name="eval", examples=EXAMPLES)
 @click.option("--cache", type=click.Path(path_type=Path), required=True, help="Cache to score on.")
-@click.option("--run", type=click.Path(path_type=Path), required=True, help="Run directory of train or import-head.")
-@click.option("--clips", type=click.Path(path_type=Path, exists=True), help="Ids or paths, a line each [all].")
-@click.option("--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples of a forward pass.")
+@click.option(
+    "--run", type=click.Path(path_type=Path), required=True, help="Run directory of train or import-head."
+)
+@click.option(
+    "--clips", type=click.Path(path_type=Path, exists=True), help="Ids or paths, a line each [all]."
+)
+@click.option(
+    "--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples of a forward pass."
+)
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(cache: Path, run: Path, clips: Path | None, batch: int, device: str | None, as_json: bool) -> int:

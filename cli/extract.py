@@ -20,25 +20,68 @@ evl-cache extract --dataset list --list clips.txt --root videos --views 3x1 --ca
 def dataset_options(function: Any) -> Any:
     """The options that say what is extracted; `estimate` takes them too."""
     options = [
-        click.option("--dataset", required=True, metavar="NAME", help="k400, ssv2, ucf101, hmdb51, folder, list, …"),
-        click.option("--root", type=click.Path(path_type=Path), help="Folder of the videos [$EVL_DATA_ROOT/NAME]."),
+        click.option(
+            "--dataset", required=True, metavar="NAME", help="k400, ssv2, ucf101, hmdb51, folder, list, …"
+        ),
+        click.option(
+            "--root", type=click.Path(path_type=Path), help="Folder of the videos [$EVL_DATA_ROOT/NAME]."
+        ),
         click.option("--split", help="Only this split [both train and val]."),
-        click.option("--annotations", type=click.Path(path_type=Path), help="File or folder of annotations [under --root]."),
-        click.option("--list", "list_path", type=click.Path(path_type=Path), help="Lines 'path label', for --dataset list."),
-        click.option("--model", default="ViT-B-16-quickgelu", show_default=True, help="open_clip name, or JSON file."),
-        click.option("--pretrained", default="openai", show_default=True, help="Tag, file, or none (seeded random)."),
+        click.option(
+            "--annotations",
+            type=click.Path(path_type=Path),
+            help="File or folder of annotations [under --root].",
+        ),
+        click.option(
+            "--list",
+            "list_path",
+            type=click.Path(path_type=Path),
+            help="Lines 'path label', for --dataset list.",
+        ),
+        click.option(
+            "--model", default="ViT-B-16-quickgelu", show_default=True, help="open_clip name, or JSON file."
+        ),
+        click.option(
+            "--pretrained", default="openai", show_default=True, help="Tag, file, or none (seeded random)."
+        ),
         click.option("--layers", metavar="8-12", help="Blocks counted from 1, also 9,11,12 [the last 4]."),
         click.option("--frames", type=int, default=8, show_default=True, help="Frames of a view."),
         click.option("--sampling", type=click.Choice(SAMPLING), default="strided", show_default=True),
         click.option("--stride", type=int, help="Frames between two of a view [16; none for tsn]."),
-        click.option("--views", metavar="TxS", default="1x1", show_default=True, help="Temporal x spatial (1 or 3) views."),
+        click.option(
+            "--views",
+            metavar="TxS",
+            default="1x1",
+            show_default=True,
+            help="Temporal x spatial (1 or 3) views.",
+        ),
         click.option("--tokens", type=click.Choice(TOKEN_STORAGE), default="int8", show_default=True),
         click.option("--maps", type=click.Choice(MAP_STORAGE), default="uint8", show_default=True),
-        click.option("--codec", type=click.Choice(CODECS), default="default", show_default=True, help="Lossless profile."),
-        click.option("--compute-dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="[float16 on a GPU]"),
-        click.option("--cache", type=click.Path(path_type=Path), help="Directory to write [named under $EVL_CACHE_ROOT]."),
+        click.option(
+            "--codec",
+            type=click.Choice(CODECS),
+            default="default",
+            show_default=True,
+            help="Lossless profile.",
+        ),
+        click.option(
+            "--compute-dtype",
+            type=click.Choice(["float32", "float16", "bfloat16"]),
+            help="[float16 on a GPU]",
+        ),
+        click.option(
+            "--cache",
+            type=click.Path(path_type=Path),
+            help="Directory to write [named under $EVL_CACHE_ROOT].",
+        ),
         click.option("--limit", type=click.IntRange(1), help="Only the first N clips."),
-        click.option("--allow-missing", type=float, default=0.0, metavar="PERCENT", help="Of files that are not there [0]."),
+        click.option(
+            "--allow-missing",
+            type=float,
+            default=0.0,
+            metavar="PERCENT",
+            help="Of files that are not there [0].",
+        ),
         click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one]."),
         click.option("--batch", type=int, help="Samples of a forward pass [8 on a CPU, 32 on a GPU]."),
         click.option("--decode-workers", type=int, default=2, show_default=True, help="Threads that decode."),
@@ -74,7 +117,9 @@ def make_request(given: dict[str, Any]) -> Any:
 @click.command(cls=Command, name="extract", examples=EXAMPLES)
 @dataset_options
 @click.option("--retry-failed", is_flag=True, help="Redo the blocks of failed clips.")
-@click.option("--reuse", type=click.Path(path_type=Path), help="Copy rows of equal features and files from this cache.")
+@click.option(
+    "--reuse", type=click.Path(path_type=Path), help="Copy rows of equal features and files from this cache."
+)
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(retry_failed: bool, reuse: Path | None, as_json: bool, **given: Any) -> int:
     """Run the frozen backbone once over every clip and cache its features.
@@ -92,14 +137,17 @@ def command(retry_failed: bool, reuse: Path | None, as_json: bool, **given: Any)
         retry_failed=retry_failed,
         reuse=reuse,
     )
-    reports = []
-    for plan, result in extract_dataset(make_request(given), options=options, progress=_progress, on_plan=_say_plan):
+    reports: list[dict[str, Any]] = []
+    for plan, result in extract_dataset(
+        make_request(given), options=options, progress=_progress, on_plan=_say_plan
+    ):
+        stored_bytes = sum(file.stat().st_size for file in plan.cache.rglob("*") if file.is_file())
         report = {
             "cache": str(plan.cache),
             "split": plan.split,
             "clips": result.clips,
             "failed": len(result.failures),
-            "bytes": sum(file.stat().st_size for file in plan.cache.rglob("*") if file.is_file()),
+            "bytes": stored_bytes,
             "seconds": result.seconds,
             "clips_per_s": result.clips_done_here / result.seconds,
             "cache_digest": result.cache_digest,
@@ -108,7 +156,7 @@ def command(retry_failed: bool, reuse: Path | None, as_json: bool, **given: Any)
         if not as_json:
             click.echo(
                 f"{plan.cache}: {result.clips} clips, {len(result.failures)} failed, "
-                f"{human_bytes(report['bytes'])}, {result.seconds:.1f} s, digest {result.cache_digest[:16]}"
+                f"{human_bytes(stored_bytes)}, {result.seconds:.1f} s, digest {result.cache_digest[:16]}"
             )
         for clip, reason in result.failures[:5]:
             click.echo(f"failed: {clip}: {reason}", err=True)

@@ -16,9 +16,15 @@ evl-cache eval --cache caches/mine --run runs/official
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Run directory to write.")
 @click.option("--num-heads", type=click.IntRange(1), help="Decoder heads [width / 64].")
-@click.option("--head-layers", metavar="9-12", help="Blocks it reads [the last of the cache it is used with].")
-@click.option("--classes", type=click.Path(path_type=Path, exists=True), help="Class names, a line each [numbers].")
-def command(checkpoint: Path, out: Path, num_heads: int | None, head_layers: str | None, classes: Path | None) -> int:
+@click.option(
+    "--head-layers", metavar="9-12", help="Blocks it reads [the last of the cache it is used with]."
+)
+@click.option(
+    "--classes", type=click.Path(path_type=Path, exists=True), help="Class names, a line each [numbers]."
+)
+def command(
+    checkpoint: Path, out: Path, num_heads: int | None, head_layers: str | None, classes: Path | None
+) -> int:
     """Turn a checkpoint of the official EVL code into a run with the official model's logits."""
     from evl_cache.import_head import import_head
     from evl_cache.spec import parse_layers

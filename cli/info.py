@@ -32,7 +32,9 @@ def command(cache: Path, as_json: bool) -> int:
 def _lines(found: dict[str, Any]) -> list[str]:
     spec = found["spec"]
     tower, views = spec["tower"], spec["views"]
-    sampling = views["sampling"] if views["stride"] is None else f"{views['sampling']}, stride {views['stride']}"
+    sampling = (
+        views["sampling"] if views["stride"] is None else f"{views['sampling']}, stride {views['stride']}"
+    )
     lines = [
         f"{found['path']}: {spec['dataset']} {spec['split']}, {spec['num_clips']} clips of {len(spec['classes'])} classes",
         f"  tower     {tower['model']} ({tower['pretrained']}, weights {tower['weights_sha256'][:12]})",
@@ -42,7 +44,8 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"  size      {human_bytes(found['bytes'])} in {found['files']} files",
         f"  blocks    {found['blocks_done']} of {found['blocks']} done",
         f"  clips     {found['clips_done']} done, {found['clips_failed']} failed",
-        f"  digest    {found['cache_digest']}" + ("" if found["is_complete"] else " (of the blocks done so far)"),
+        f"  digest    {found['cache_digest']}"
+        + ("" if found["is_complete"] else " (of the blocks done so far)"),
         f"  made with {', '.join(f'{name} {version}' for name, version in found['created_with'].items())}",
     ]
     lines += [f"  failed    {count} x {reason}" for reason, count in found["failures_by_reason"].items()]

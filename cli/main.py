@@ -45,7 +45,11 @@ class LazyGroup(click.Group):
 
 @click.group(
     cls=LazyGroup,
-    context_settings={"auto_envvar_prefix": "EVL_CACHE", "help_option_names": ["-h", "--help"], "max_content_width": 110},
+    context_settings={
+        "auto_envvar_prefix": "EVL_CACHE",
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 110,
+    },
 )
 @click.version_option(__version__, prog_name="evl-cache")
 def cli() -> None:
@@ -77,7 +81,10 @@ def main(args: list[str] | None = None) -> None:
         _fail(str(error), 2 if wrong_use else 1)
     except OSError as error:
         _show_if_debugging()
-        _fail(f"{error.filename or 'input or output'}: {error.strerror or error}; check the path, its permissions and the disk", 1)
+        _fail(
+            f"{error.filename or 'input or output'}: {error.strerror or error}; check the path, its permissions and the disk",
+            1,
+        )
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -96,7 +103,6 @@ def _show_if_debugging() -> None:
         import traceback
 
         traceback.print_exc()
-
 
 
 if __name__ == "__main__":

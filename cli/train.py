@@ -15,12 +15,30 @@ evl-cache train --dataset folder --no-temporal-conv --no-temporal-cross-attentio
 
 
 @click.command(cls=Command, name="train", examples=EXAMPLES)
-@click.option("--dataset", help="Find the train and validation caches of this data set under $EVL_CACHE_ROOT.")
+@click.option(
+    "--dataset", help="Find the train and validation caches of this data set under $EVL_CACHE_ROOT."
+)
 @click.option("--cache", type=click.Path(path_type=Path), help="Or: the training cache,")
-@click.option("--val-cache", type=click.Path(path_type=Path), help="and the validation cache [the same, with --val-clips].")
-@click.option("--train-clips", type=click.Path(path_type=Path, exists=True), help="Ids or paths, a line each [all but val].")
-@click.option("--val-clips", type=click.Path(path_type=Path, exists=True), help="Ids or paths, a line each [all].")
-@click.option("--head", default="decoder4", show_default=True, metavar="decoderN", help="Reads the last N cached layers.")
+@click.option(
+    "--val-cache",
+    type=click.Path(path_type=Path),
+    help="and the validation cache [the same, with --val-clips].",
+)
+@click.option(
+    "--train-clips",
+    type=click.Path(path_type=Path, exists=True),
+    help="Ids or paths, a line each [all but val].",
+)
+@click.option(
+    "--val-clips", type=click.Path(path_type=Path, exists=True), help="Ids or paths, a line each [all]."
+)
+@click.option(
+    "--head",
+    default="decoder4",
+    show_default=True,
+    metavar="decoderN",
+    help="Reads the last N cached layers.",
+)
 @click.option("--head-layers", metavar="9-12", help="Other layers than the last.")
 @click.option("--no-temporal-conv", is_flag=True, help="Without the temporal convolution.")
 @click.option("--no-temporal-pos-embed", is_flag=True, help="Without the temporal position embedding.")
@@ -28,12 +46,16 @@ evl-cache train --dataset folder --no-temporal-conv --no-temporal-cross-attentio
 @click.option("--epochs", type=int, help="[30, unless --steps]")
 @click.option("--steps", type=int, help="Length in optimiser steps instead.")
 @click.option("--batch", type=int, default=64, show_default=True, help="Samples of a step.")
-@click.option("--accumulate", type=int, default=1, show_default=True, help="Forward passes a step is split into.")
+@click.option(
+    "--accumulate", type=int, default=1, show_default=True, help="Forward passes a step is split into."
+)
 @click.option("--lr", type=float, default=4e-4, show_default=True, help="Peak; cosine to zero.")
 @click.option("--warmup-steps", type=int, default=0, show_default=True)
 @click.option("--weight-decay", type=float, default=0.05, show_default=True)
 @click.option("--dropout", type=float, default=0.5, show_default=True)
-@click.option("--precision", type=click.Choice(["float32", "float16", "bfloat16"]), help="[bfloat16 on a GPU]")
+@click.option(
+    "--precision", type=click.Choice(["float32", "float16", "bfloat16"]), help="[bfloat16 on a GPU]"
+)
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Run directory [a new one under runs/].")
 @click.option("--resume", is_flag=True, help="Go on from the last state in --out.")
@@ -46,7 +68,10 @@ def command(**given: Any) -> int:
     from evl_cache.train import TrainOptions, train
 
     layers = None if given["head_layers"] is None else parse_layers(given["head_layers"])
-    modules = {name: not given[f"no_{name}"] for name in ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")}
+    modules: dict[str, Any] = {
+        name: not given[f"no_{name}"]
+        for name in ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")
+    }
     train_cache, val_cache = find_training_caches(
         given["dataset"],
         given["cache"],
@@ -64,7 +89,7 @@ def command(**given: Any) -> int:
         val_names=None if given["val_clips"] is None else existing_lines(given["val_clips"]),
     )
     same = "head epochs steps batch accumulate lr warmup_steps weight_decay dropout seed"
-    values = {name: given[name] for name in same.split()}
+    values: dict[str, Any] = {name: given[name] for name in same.split()}
     if values["epochs"] is None and values["steps"] is None:
         values["epochs"] = 30
     precision = given["precision"] or ("float32" if device == "cpu" else "bfloat16")

@@ -70,7 +70,9 @@ class Backbone(nn.Module):
         """
         size = tuple(self.visual.image_size)  # type: ignore[arg-type]
         if frames.ndim != 5 or frames.shape[2] != 3 or tuple(frames.shape[-2:]) != size:
-            raise UsageError(f"frames are {tuple(frames.shape)}; this tower expects (B, T, 3, {size[0]}, {size[1]})")
+            raise UsageError(
+                f"frames are {tuple(frames.shape)}; this tower expects (B, T, 3, {size[0]}, {size[1]})"
+            )
         batch, num_frames = frames.shape[:2]
         visual: Any = self.visual
         x = visual._embeds(frames.flatten(0, 1).to(visual.conv1.weight.dtype))  # (B*T,N,C)
@@ -79,10 +81,10 @@ class Backbone(nn.Module):
             x, q, k = _block_forward(visual.transformer.resblocks[number - 1], x)
             if number not in self.layers:
                 continue
-            features.tokens[number] = x.unflatten(0, (batch, num_frames))
+            features.tokens[number] = x.view(batch, num_frames, *x.shape[1:])
             if self.with_maps and num_frames > 1:
                 features.maps[number] = adjacent_frame_maps(
-                    q.unflatten(0, (batch, num_frames)), k.unflatten(0, (batch, num_frames))
+                    q.view(batch, num_frames, *q.shape[1:]), k.view(batch, num_frames, *k.shape[1:])
                 )
         return features
 
@@ -91,7 +93,7 @@ def _block_forward(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     """One frozen block, with its queries and keys at no extra cost. x (N, L, C); q, k (N, L, H, D)."""
     attn = block.attn
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).unbind(2)
+    q, k, v = qkv.view(*qkv.shape[:2], 3, attn.num_heads, -1).unbind(2)
     attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     x = x + block.ls_1(attn.out_proj(attended.transpose(1, 2).flatten(2)))
     return x + block.ls_2(block.mlp(block.ln_2(x))), q, k
@@ -99,7 +101,7 @@ def _block_forward(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
 
 def check_layers(layers: Sequence[int], num_blocks: int) -> tuple[int, ...]:
     """Sorted, distinct block numbers. Raises: UsageError for none, or one outside 1 .. num_blocks."""
-    out = tuple(sorted(set(int(layer) for layer in layers)))
+    out = tuple(sorted({int(layer) for layer in layers}))
     if not out or out[0] < 1 or out[-1] > num_blocks:
         raise UsageError(f"layers {list(layers)}; this tower has blocks 1 to {num_blocks}: choose among them")
     return out
@@ -191,7 +193,9 @@ def _random_tower(config: dict[str, Any], model: str) -> nn.Module:
         torch.manual_seed(_RANDOM_SEED)
         try:
             vision = CLIPVisionCfg(**deepcopy(config["vision_cfg"]))
-            visual = _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
+            visual: nn.Module = _build_vision_tower(
+                config["embed_dim"], vision, config.get("quick_gelu", False)
+            )
         except (TypeError, ValueError, AssertionError, RuntimeError) as error:
             raise UsageError(f"{model}: not a valid open_clip vision_cfg ({error})") from error
         _tie_queries_to_keys(visual, config.get("evl_init", {}))
@@ -215,9 +219,7 @@ def _tie_queries_to_keys(visual: Any, init: dict[str, Any]) -> None:
         block.attn.in_proj_weight[width : 2 * width] = shared
 
 
-def _find_weights(
-    model: str, pretrained: str, config: dict[str, Any]
-) -> tuple[TowerWeights, dict[str, Any]]:
+def _find_weights(model: str, pretrained: str, config: dict[str, Any]) -> tuple[TowerWeights, dict[str, Any]]:
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     quick_gelu = bool(config.get("quick_gelu", False))

@@ -49,13 +49,24 @@ def find_pair(dataset: str, *, root: Path, fits: Callable[[CacheSpec], bool]) ->
             f"no cache of {dataset} under {root}; run evl-cache extract --dataset {dataset}, or set {CACHE_ROOT_VARIABLE}"
         )
     trains = [c for c in found if c.spec.split in TRAIN_SPLITS and fits(c.spec)]
-    pairs = [(t, v) for t in trains for v in found if v.spec.split in VAL_SPLITS and _belong_together(t.spec, v.spec)]
+    pairs = [
+        (t, v)
+        for t in trains
+        for v in found
+        if v.spec.split in VAL_SPLITS and _belong_together(t.spec, v.spec)
+    ]
     if len(pairs) == 1:
         return pairs[0][0].path, pairs[0][1].path
-    listed = "; ".join(f"{c.path.name} ({c.spec.split}, {c.spec.tower.model}, layers {list(c.spec.layers)})" for c in found)
+    listed = "; ".join(
+        f"{c.path.name} ({c.spec.split}, {c.spec.tower.model}, layers {list(c.spec.layers)})" for c in found
+    )
     if not pairs:
-        raise UsageError(f"no pair of train and validation caches of {dataset} under {root} fits the head; there are: {listed}")
-    raise UsageError(f"several caches of {dataset} under {root} fit; name one with --cache and --val-cache: {listed}")
+        raise UsageError(
+            f"no pair of train and validation caches of {dataset} under {root} fits the head; there are: {listed}"
+        )
+    raise UsageError(
+        f"several caches of {dataset} under {root} fit; name one with --cache and --val-cache: {listed}"
+    )
 
 
 def _belong_together(train: CacheSpec, val: CacheSpec) -> bool:
@@ -89,7 +100,9 @@ def find_training_caches(
         raise UsageError("give either --dataset (caches are found) or --cache; expected exactly one of them")
     if cache is not None:
         if val_cache is None and not same_cache_for_val:
-            raise UsageError(f"--cache {cache} without --val-cache; give one, or --val-clips of the same cache")
+            raise UsageError(
+                f"--cache {cache} without --val-cache; give one, or --val-clips of the same cache"
+            )
         train = FeatureCache(cache)
         return train, train if val_cache is None else FeatureCache(val_cache)
     assert dataset is not None
@@ -106,23 +119,34 @@ def find_training_caches(
 
 
 def split_clips(
-    train: FeatureCache, val: FeatureCache, *, train_names: Sequence[str] | None, val_names: Sequence[str] | None
+    train: FeatureCache,
+    val: FeatureCache,
+    *,
+    train_names: Sequence[str] | None,
+    val_names: Sequence[str] | None,
 ) -> tuple[list[int] | None, list[int] | None]:
     """Rows of the clips to train and to validate on; None is all of them.
 
-    Within one cache, clips held out for validation are not trained on.
+    Where both caches hold the same clips (one cache twice, or other views of it), what one side names is left
+    out of the other.
 
     Raises: UsageError for a name that is no clip's, or one that is on both sides.
     """
     train_rows = None if train_names is None else select(train.clips, train_names, source="--train-clips")
     val_rows = None if val_names is None else select(val.clips, val_names, source="--val-clips")
-    if train.path == val.path and val_rows is not None:
-        held_out = set(val_rows)
-        if train_rows is None:
-            train_rows = [row for row in range(len(train.clips)) if row not in held_out]
-        both = [train.clips[row].id for row in train_rows if row in held_out]
+    if train.spec.content_id != val.spec.content_id:
+        return train_rows, val_rows
+    rows = range(len(train.clips))
+    if train_rows is None and val_rows is not None:
+        train_rows = sorted(set(rows) - set(val_rows))
+    elif val_rows is None and train_rows is not None:
+        val_rows = sorted(set(rows) - set(train_rows))
+    elif train_rows is not None and val_rows is not None:
+        both = [train.clips[row].id for row in sorted(set(train_rows) & set(val_rows))]
         if both:
-            raise UsageError(f"{both[0]!r} and {len(both) - 1} more are in --train-clips and in --val-clips; keep them apart")
+            raise UsageError(
+                f"{both[0]!r} and {len(both) - 1} more are in --train-clips and in --val-clips; keep them apart"
+            )
     return train_rows, val_rows
 
 

@@ -66,7 +66,9 @@ def read_run_config(run: Path) -> RunConfig:
         classes = tuple(content.pop("classes"))
         return RunConfig(layers=None if layers is None else tuple(layers), classes=classes, **content)
     except OSError as error:
-        raise UsageError(f"{run}: no run there ({error.strerror}); expected a directory that train or import-head wrote") from error
+        raise UsageError(
+            f"{run}: no run there ({error.strerror}); expected a directory that train or import-head wrote"
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{run / CONFIG_NAME}: not a run's configuration ({error})") from error
 
@@ -93,9 +95,15 @@ def load_head(run: str | Path) -> EVLHead:
 def load_weights(head: EVLHead, weights: Mapping[str, torch.Tensor], *, source: Path) -> None:
     """Raises: WeightsError where names or shapes are not the head's."""
     own = head.state_dict()
-    wrong = [n for n in own.keys() | weights.keys() if n not in own or n not in weights or own[n].shape != weights[n].shape]
+    wrong = [
+        n
+        for n in own.keys() | weights.keys()
+        if n not in own or n not in weights or own[n].shape != weights[n].shape
+    ]
     if wrong:
-        raise WeightsError(f"{source}: does not belong to this head ({sorted(wrong)[:3]} missing, extra or misshapen)")
+        raise WeightsError(
+            f"{source}: does not belong to this head ({sorted(wrong)[:3]} missing, extra or misshapen)"
+        )
     head.load_state_dict(weights)
 
 
@@ -119,7 +127,9 @@ def load_state(run: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(run / STATE_NAME, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise UsageError(f"{run}: nothing to resume ({STATE_NAME} is missing); train without --resume") from error
+        raise UsageError(
+            f"{run}: nothing to resume ({STATE_NAME} is missing); train without --resume"
+        ) from error
     except Exception as error:  # torch raises many kinds for a damaged file
         raise UsageError(f"{run / STATE_NAME}: cannot be read ({error}); train without --resume") from error
     return state
@@ -145,12 +155,16 @@ def check_features(config: RunConfig, spec: CacheSpec, *, run: str | Path) -> tu
         trained = CacheSpec.from_json(config.features)
         differing += provenance_differences(trained, spec)
     if differing:
-        raise UsageError(f"{run}: its head needs {'; '.join(differing)} of the cache; extract a cache that fits")
+        raise UsageError(
+            f"{run}: its head needs {'; '.join(differing)} of the cache; extract a cache that fits"
+        )
     depth = head["num_layers"]
     wanted = spec.layers[-depth:] if config.layers is None else config.layers
     missing = [layer for layer in wanted if layer not in spec.layers]
     if missing or len(wanted) < depth:
-        raise UsageError(f"{run}: its head reads {depth} layers {list(wanted)}, the cache has {list(spec.layers)}")
+        raise UsageError(
+            f"{run}: its head reads {depth} layers {list(wanted)}, the cache has {list(spec.layers)}"
+        )
     return tuple(wanted)
 
 

@@ -7,6 +7,8 @@ from typing import Any
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.spec import digest
 
+MAX_CLASSES = 100_000  # a larger number in a list is a frame count or an id, not a class
+
 
 @dataclass(frozen=True, kw_only=True)
 class Clip:
@@ -34,9 +36,13 @@ class Clip:
     def from_json(cls, row: Mapping[str, Any]) -> "Clip":
         """Raises: CacheError for a row of another form."""
         try:
-            return cls(id=str(row["id"]), path=str(row["path"]), label=int(row["label"]), split=str(row["split"]))
+            return cls(
+                id=str(row["id"]), path=str(row["path"]), label=int(row["label"]), split=str(row["split"])
+            )
         except (KeyError, TypeError, ValueError) as error:
-            raise CacheError(f"clips.jsonl: not a clip ({error!r}); expected id, path, label, split") from error
+            raise CacheError(
+                f"clips.jsonl: not a clip ({error!r}); expected id, path, label, split"
+            ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,7 @@ def parse_list(text: str, *, source: str) -> list[ListLine]:
     Raises: UsageError with the line number for a line without a label.
     """
     out = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         parts = line.strip().rsplit("\t", 1) if "\t" in line.strip() else line.strip().rsplit(None, 1)
@@ -91,14 +97,21 @@ def parse_list(text: str, *, source: str) -> list[ListLine]:
     return out
 
 
-def number_labels(labels: Sequence[str], *, source: str, lines: Sequence[int]) -> tuple[list[int], tuple[str, ...]]:
+def number_labels(
+    labels: Sequence[str], *, source: str, lines: Sequence[int]
+) -> tuple[list[int], tuple[str, ...]]:
     """Class numbers and names: numbers are kept as they are, names are numbered in alphabetical order.
 
-    Raises: UsageError for a mixture of both, with the line number.
+    Raises: UsageError for a mixture of both, or a number of `MAX_CLASSES` or more, with the line number.
     """
     numeric = [label.isdecimal() for label in labels]
     if all(numeric):
         numbers = [int(label) for label in labels]
+        for number, line in zip(numbers, lines, strict=True):
+            if number >= MAX_CLASSES:
+                raise UsageError(
+                    f"{source}, line {line}: label {number}; expected class numbers below {MAX_CLASSES}"
+                )
         return numbers, tuple(str(i) for i in range(max(numbers, default=-1) + 1))
     if any(numeric):
         odd = numeric.index(not numeric[0])
@@ -116,11 +129,15 @@ def select(clips: Sequence[Clip], wanted: Iterable[str], *, source: str) -> list
 
     Raises: UsageError for a name that is no clip's, or names none.
     """
-    rows = {clip.path: row for row, clip in enumerate(clips)} | {clip.id: row for row, clip in enumerate(clips)}
+    rows = {clip.path: row for row, clip in enumerate(clips)} | {
+        clip.id: row for row, clip in enumerate(clips)
+    }
     out: list[int] = []
     for name in wanted:
         if name not in rows:
-            raise UsageError(f"{source}: {name!r} is no clip of the cache; expected ids or paths as `clips.jsonl` has them")
+            raise UsageError(
+                f"{source}: {name!r} is no clip of the cache; expected ids or paths as `clips.jsonl` has them"
+            )
         out.append(rows[name])
     if not out:
         raise UsageError(f"{source}: names no clip; expected one id or path a line")

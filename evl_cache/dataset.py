@@ -52,7 +52,9 @@ class FeatureLoader:
         rows = np.asarray(samples, dtype=np.int64)
         self.samples = rows[cache.is_valid[rows]]
         if len(self.samples) == 0:
-            raise UsageError(f"{cache.path}: none of the {len(rows)} samples asked for is extracted; run extract first")
+            raise UsageError(
+                f"{cache.path}: none of the {len(rows)} samples asked for is extracted; run extract first"
+            )
         if batch < 1:
             raise UsageError(f"batch is {batch}; expected at least 1")
         self.cache, self.layers, self.batch = cache, tuple(layers), batch

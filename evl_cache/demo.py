@@ -106,7 +106,9 @@ def _extract(directory: Path, options: DemoOptions, progress: Progress) -> dict[
             cache=directory / "caches" / split,
         )
         extract_options = ExtractOptions(device=options.device, batch=64)
-        for plan, _ in extract_dataset(request, options=extract_options, progress=progress, on_plan=lambda *_: None):
+        for plan, _ in extract_dataset(
+            request, options=extract_options, progress=progress, on_plan=lambda *_: None
+        ):
             caches[split] = FeatureCache(plan.cache)
     return caches
 

@@ -45,11 +45,20 @@ def evaluate(
         raise UsageError(
             f"{run}: its head has {config.head_config['num_classes']} classes, {cache.path} has {len(cache.spec.classes)}"
         )
+    if config.features is not None and cache.spec.classes != config.classes:
+        ours, theirs = next((a, b) for a, b in zip(config.classes, cache.spec.classes, strict=True) if a != b)
+        raise UsageError(
+            f"{run}: its head was trained on other classes ({ours!r}) than {cache.path} has ({theirs!r})"
+        )
     head = load_head(run).to(device)
     needs_maps = head.temporal_cross_attention and head.num_frames > 1
     if needs_maps and not cache.spec.has_maps:
-        raise UsageError(f"{cache.path} holds no attention maps, which the head of {run} reads; extract with --maps")
-    loader = FeatureLoader(cache, samples_of_clips(cache, clips), layers=layers, batch=batch, with_maps=needs_maps)
+        raise UsageError(
+            f"{cache.path} holds no attention maps, which the head of {run} reads; extract with --maps"
+        )
+    loader = FeatureLoader(
+        cache, samples_of_clips(cache, clips), layers=layers, batch=batch, with_maps=needs_maps
+    )
     started = time.monotonic()
     scores = score(head, loader, device=torch.device(device), on_batch=on_batch)
     return EvalResult(

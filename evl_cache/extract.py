@@ -16,7 +16,16 @@ from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract_block import BlockExtractor, ExtractedBlock, Tower, package_versions
 from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
-from evl_cache.store import LOCKS_NAME, BlockLock, BlockLost, FeatureCache, LockWatcher, create_cache, valid_mark, write_manifest
+from evl_cache.store import (
+    LOCKS_NAME,
+    BlockLock,
+    BlockLost,
+    FeatureCache,
+    LockWatcher,
+    create_cache,
+    valid_mark,
+    write_manifest,
+)
 
 SHARD_SAMPLES = 64
 _WAIT_FOR_OTHERS_S = 0.5
@@ -143,7 +152,12 @@ class _BlockTaker:
     """One process's share of the blocks: takes what no living job holds, waits for the rest."""
 
     def __init__(
-        self, cache: Path, spec: CacheSpec, options: ExtractOptions, extractor: BlockExtractor, on_clip: OnClip
+        self,
+        cache: Path,
+        spec: CacheSpec,
+        options: ExtractOptions,
+        extractor: BlockExtractor,
+        on_clip: OnClip,
     ) -> None:
         self.cache, self.spec, self.extractor, self.on_clip = cache, spec, extractor, on_clip
         self._locks = LockWatcher(cache / LOCKS_NAME, expiry_s=options.lock_expiry_s)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class ExtractRequest:
     model: str = "ViT-B-16-quickgelu"
     pretrained: str = "openai"
     layers: tuple[int, ...] | None = None
-    views: ViewSpec = ViewSpec()
+    views: ViewSpec = field(default_factory=ViewSpec)
     tokens: str = "int8"
     maps: str = "uint8"
     codec: str = "default"
@@ -70,14 +70,16 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Pat
 
     Raises: UsageError, WeightsError for anything in the request that cannot be.
     """
-    root = dataset_root(request)
     if request.dataset not in DATASETS:
         raise UsageError(f"unknown data set {request.dataset!r}; expected one of {', '.join(DATASETS)}")
+    root = dataset_root(request)
     lists = DATASETS[request.dataset].read(
         root, annotations=request.annotations, split=request.split, list_path=request.list_path
     )
     if request.cache is not None and len(lists) > 1:
-        raise UsageError(f"--cache {request.cache} for {len(lists)} splits ({', '.join(lists)}); name one with --split")
+        raise UsageError(
+            f"--cache {request.cache} for {len(lists)} splits ({', '.join(lists)}); name one with --split"
+        )
     visual, tower = build_tower(request.model, request.pretrained)
     layers = request.layers or tuple(range(max(1, tower.blocks - DEFAULT_LAYERS + 1), tower.blocks + 1))
     plans = []
@@ -95,14 +97,21 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Pat
             tokens=request.tokens,
             maps=request.maps,
             codec=request.codec,
-            compute_dtype=request.compute_dtype or ("float32" if torch.device(device).type == "cpu" else "float16"),
+            compute_dtype=request.compute_dtype
+            or ("float32" if torch.device(device).type == "cpu" else "float16"),
         )
-        plans.append(Plan(split=split, clips=clips, spec=spec, cache=request.cache or cache_root() / spec.name))
+        plans.append(
+            Plan(split=split, clips=clips, spec=spec, cache=request.cache or cache_root() / spec.name)
+        )
     return Tower(visual=visual, spec=tower), root, plans
 
 
 def extract_dataset(
-    request: ExtractRequest, *, options: ExtractOptions, progress: Progress, on_plan: Callable[[Tower, Plan], None]
+    request: ExtractRequest,
+    *,
+    options: ExtractOptions,
+    progress: Progress,
+    on_plan: Callable[[Tower, Plan], None],
 ) -> Iterator[tuple[Plan, ExtractResult]]:
     """Extract every split of a request, one after another.
 
@@ -110,7 +119,11 @@ def extract_dataset(
         progress: opens the progress line of a cache. on_plan: called before each cache is begun.
     """
     tower, root, plans = plan_extraction(request, device=options.device)
-    recipe: dict[str, Any] = {"root": str(root.resolve()), "model": request.model, "pretrained": request.pretrained}
+    recipe: dict[str, Any] = {
+        "root": str(root.resolve()),
+        "model": request.model,
+        "pretrained": request.pretrained,
+    }
     for plan in plans:
         on_plan(tower, plan)
         with progress(plan.spec) as on_clip:
@@ -135,5 +148,7 @@ def dataset_root(request: ExtractRequest) -> Path:
         return request.list_path.parent
     base = os.environ.get(DATA_ROOT_VARIABLE)
     if not base:
-        raise UsageError(f"where is {request.dataset}? give --root, or set {DATA_ROOT_VARIABLE} to the folder above it")
+        raise UsageError(
+            f"where is {request.dataset}? give --root, or set {DATA_ROOT_VARIABLE} to the folder above it"
+        )
     return Path(base) / request.dataset

@@ -58,7 +58,11 @@ def prepare_clip(
         decoded = decode_clip(path, lambda count: choose_frames(count, views))
         crops = [
             spatial_crops(
-                decoded.view(view), size=tower.image_size, mean=tower.mean, std=tower.std, crops=views.spatial_views
+                decoded.view(view),
+                size=tower.image_size,
+                mean=tower.mean,
+                std=tower.std,
+                crops=views.spatial_views,
             )
             for view in range(views.temporal_views)
         ]

@@ -28,11 +28,15 @@ def import_head(
     if (out / CONFIG_NAME).exists():
         raise UsageError(f"{out} holds a run already; choose another --out")
     head = load_official_checkpoint(checkpoint, num_heads)
-    depth, num_classes = head.config["num_layers"], head.config["num_classes"]
+    depth, num_classes = len(head.layers), head.classifier.out_features
     if layers is not None and len(layers) != depth:
-        raise UsageError(f"{checkpoint}: has {depth} decoder layers, --head-layers names {len(layers)}; make them equal")
+        raise UsageError(
+            f"{checkpoint}: has {depth} decoder layers, --head-layers names {len(layers)}; make them equal"
+        )
     if classes is not None and len(classes) != num_classes:
-        raise UsageError(f"{checkpoint}: has {num_classes} classes, {len(classes)} names were given; make them equal")
+        raise UsageError(
+            f"{checkpoint}: has {num_classes} classes, {len(classes)} names were given; make them equal"
+        )
     config = RunConfig(
         head=f"decoder{depth}",
         head_config={**head.config, "grid": list(head.grid)},

@@ -125,7 +125,9 @@ def _sizes(
     num_frames = num_frames if pos is None else int(pos.shape[0])
     grid = grid if table is None else _square_grid(table.shape[0], path)
     if num_frames is None or grid is None:
-        raise WeightsError(f"{path}: does not tell its {'frames' if num_frames is None else 'grid of patches'}; pass it")
+        raise WeightsError(
+            f"{path}: does not tell its {'frames' if num_frames is None else 'grid of patches'}; pass it"
+        )
     return {
         "num_layers": len(layers),
         "width": width,
@@ -143,5 +145,7 @@ def _sizes(
 def _square_grid(rows: int, path: str | Path) -> tuple[int, int]:
     side = math.isqrt(rows)
     if side * side != rows or side % 2 == 0:
-        raise UsageError(f"{path}: motion tables of {rows} rows; expected (2g-1)^2 of a square grid of patches")
+        raise UsageError(
+            f"{path}: motion tables of {rows} rows; expected (2g-1)^2 of a square grid of patches"
+        )
     return (side + 1) // 2, (side + 1) // 2

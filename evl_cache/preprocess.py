@@ -34,11 +34,17 @@ def spatial_crops(
     Returns: float32 (crops, T, 3, size, size).
     Raises: UsageError for other shapes, dtypes or crop counts; ClipError for frames without pixels.
     """
+    if len(mean) != 3 or len(std) != 3 or size < 1:
+        raise UsageError(
+            f"size {size}, mean {mean}, std {std}; expected a size of at least 1 and three numbers each"
+        )
+    if isinstance(frames, np.ndarray):
+        frames = np.require(
+            frames, requirements=["C", "W"]
+        )  # torch warns of a read-only array; a view may run backwards
     tensor = torch.as_tensor(frames)
     if tensor.ndim != 4 or tensor.shape[-1] != 3 or tensor.dtype != torch.uint8:
-        raise UsageError(
-            f"frames are {tensor.dtype} {tuple(tensor.shape)}; expected uint8 (T, H, W, 3), RGB"
-        )
+        raise UsageError(f"frames are {tensor.dtype} {tuple(tensor.shape)}; expected uint8 (T, H, W, 3), RGB")
     if 0 in tensor.shape:
         raise ClipError(f"frames of shape {tuple(tensor.shape)} hold no pixels")
     if crops not in (1, 3):

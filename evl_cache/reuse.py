@@ -22,7 +22,9 @@ class ReusableRows:
         theirs = self._cache.spec
         if theirs.feature_id != spec.feature_id or not set(spec.layers) <= set(theirs.layers):
             features = [d for d in spec.differences(theirs) if d.split(":")[0] not in _NOT_FEATURES]
-            raise UsageError(f"--reuse {path}: its features are not those asked for ({'; '.join(features[:6])})")
+            raise UsageError(
+                f"--reuse {path}: its features are not those asked for ({'; '.join(features[:6])})"
+            )
         self._positions = [theirs.layers.index(layer) for layer in spec.layers]
         self._found: dict[str, tuple[int, ClipRecord]] = {}
         for block in range(theirs.num_blocks):

@@ -26,7 +26,8 @@ def strided_test_views(num_frames_in_file: int, *, frames: int, stride: int, vie
     else:
         starts = [round(slack / (views - 1) * view) for view in range(views)]
     indices = np.asarray(starts, dtype=np.int64)[:, None] + stride * np.arange(frames, dtype=np.int64)
-    return np.minimum(indices, num_frames_in_file - 1)
+    clipped: np.ndarray = np.minimum(indices, num_frames_in_file - 1)
+    return clipped
 
 
 def tsn_test_views(num_frames_in_file: int, *, frames: int, views: int = 1) -> np.ndarray:

@@ -44,7 +44,8 @@ def head_logits(
     tokens, maps = features.dequantized()
     device_type = tokens[0].device.type
     with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-        return head(tokens, maps).float()
+        logits: torch.Tensor = head(tokens, maps)
+    return logits.float()
 
 
 @torch.no_grad()

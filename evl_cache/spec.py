@@ -63,7 +63,9 @@ class ViewSpec:
         if self.sampling not in SAMPLING:
             raise UsageError(f"sampling {self.sampling!r}; expected one of {', '.join(SAMPLING)}")
         if (self.stride is None) != (self.sampling == "tsn"):
-            raise UsageError(f"stride {self.stride} with {self.sampling} sampling; TSN takes no stride, strided needs it")
+            raise UsageError(
+                f"stride {self.stride} with {self.sampling} sampling; TSN takes no stride, strided needs it"
+            )
         for name in ("frames", "stride", "temporal_views"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -197,7 +199,9 @@ class CacheSpec:
             extra = {k: v for k, v in content.items() if k not in known and k != "feature_id"}
             spec = cls(**_tuples(given), extra=extra)
         except (KeyError, TypeError, AttributeError) as error:
-            raise CacheError(f"the cache's description is incomplete ({error}); is this an evl-cache store?") from error
+            raise CacheError(
+                f"the cache's description is incomplete ({error}); is this an evl-cache store?"
+            ) from error
         if content.get("feature_id") != spec.feature_id:
             raise CacheError(
                 f"feature_id {str(content.get('feature_id'))[:12]} does not belong to the cache's description "
@@ -248,7 +252,9 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in content.items()}
+    return {
+        k: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in content.items()
+    }
 
 
 def _short(value: Any) -> str:

@@ -78,7 +78,9 @@ class TrainOptions:
             if value is not None and value < 1:
                 raise UsageError(f"{name} is {value}; expected at least 1")
         if self.batch % self.accumulate:
-            raise UsageError(f"batch {self.batch} is not divisible by accumulate {self.accumulate}; make it so")
+            raise UsageError(
+                f"batch {self.batch} is not divisible by accumulate {self.accumulate}; make it so"
+            )
         if self.precision not in PRECISIONS:
             raise UsageError(f"precision {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
         if self.lr <= 0 or self.weight_decay < 0 or self.warmup_steps < 0:
@@ -154,14 +156,22 @@ class Trainer:
     """The training loop of one run: optimiser, schedule, metrics, last state."""
 
     def __init__(
-        self, config: RunConfig, options: TrainOptions, train_loader: FeatureLoader, val_loader: FeatureLoader, *, out: Path
+        self,
+        config: RunConfig,
+        options: TrainOptions,
+        train_loader: FeatureLoader,
+        val_loader: FeatureLoader,
+        *,
+        out: Path,
     ) -> None:
         self.options, self.out = options, out
         self.train_loader, self.val_loader = train_loader, val_loader
         self.device = torch.device(options.device)
         torch.manual_seed(options.seed)
         self.head: EVLHead = config.build().to(self.device)
-        self.optimizer = torch.optim.AdamW(self.head.parameters(), lr=options.lr, weight_decay=options.weight_decay)
+        self.optimizer = torch.optim.AdamW(
+            self.head.parameters(), lr=options.lr, weight_decay=options.weight_decay
+        )
         self.autocast_dtype = PRECISIONS[options.precision]
         # Only float16's range needs it; disabled it does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
@@ -216,7 +226,10 @@ class Trainer:
         for batch in group:
             features = batch.features.to(self.device, non_blocking=True)
             logits = head_logits(self.head, features, self.autocast_dtype)
-            loss = torch.nn.functional.cross_entropy(logits, batch.labels.to(self.device), reduction="sum") / samples
+            loss = (
+                torch.nn.functional.cross_entropy(logits, batch.labels.to(self.device), reduction="sum")
+                / samples
+            )
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         self.scaler.step(self.optimizer)
@@ -225,7 +238,9 @@ class Trainer:
         self.samples_seen += samples
         value = float(total)
         if not math.isfinite(value):
-            raise UsageError(f"loss is {value} at step {self.step}: training diverged; use a lower --lr or --precision float32")
+            raise UsageError(
+                f"loss is {value} at step {self.step}: training diverged; use a lower --lr or --precision float32"
+            )
         return value
 
     def lr_factor(self, step: int) -> float:
@@ -295,9 +310,13 @@ def check_pair(train_cache: FeatureCache, val_cache: FeatureCache) -> None:
     """Raises: UsageError where features or classes of the two caches are not comparable."""
     differing = provenance_differences(train_cache.spec, val_cache.spec)
     if train_cache.spec.classes != val_cache.spec.classes:
-        differing.append(f"{len(train_cache.spec.classes)} classes, not {len(val_cache.spec.classes)}, or others")
+        differing.append(
+            f"{len(train_cache.spec.classes)} classes, not {len(val_cache.spec.classes)}, or others"
+        )
     if differing:
-        raise UsageError(f"{train_cache.path} and {val_cache.path} do not belong together: {'; '.join(differing)}")
+        raise UsageError(
+            f"{train_cache.path} and {val_cache.path} do not belong together: {'; '.join(differing)}"
+        )
 
 
 def _run_config(
@@ -342,4 +361,6 @@ def _prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
     fields = [name for name in ("head", "head_config", "layers", "training") if mine[name] != theirs[name]]
     detail = [n for n in mine["training"] if mine["training"][n] != theirs["training"].get(n)]
     if fields or mine["caches"]["train"]["fingerprint"] != theirs["caches"]["train"]["fingerprint"]:
-        raise UsageError(f"{out}: --resume with other {', '.join(detail or fields or ['training cache'])}; use the run's own, or another --out")
+        raise UsageError(
+            f"{out}: --resume with other {', '.join(detail or fields or ['training cache'])}; use the run's own, or another --out"
+        )

@@ -33,7 +33,8 @@ class DecodedClip:
 
     def view(self, number: int) -> np.ndarray:
         """Frames of one temporal view, uint8 (T, H, W, 3)."""
-        return self.frames[self.positions[number]]
+        frames: np.ndarray = self.frames[self.positions[number]]
+        return frames
 
 
 def decode_clip(path: str | Path, choose: Callable[[int], np.ndarray]) -> DecodedClip:

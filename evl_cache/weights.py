@@ -2,10 +2,12 @@
 
 import hashlib
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -37,9 +39,9 @@ def read_tower_weights(path: Path) -> TowerWeights:
         raise WeightsError(f"{path}: no such weights file; give a file or a pretrained tag")
     is_archive = _is_torchscript(path)
     state = _read(path, is_archive)
-    plain = {name.removeprefix("module."): value for name, value in state.items()}
+    plain: dict[str, Any] = {name.removeprefix("module."): value for name, value in state.items()}
     visual = {n.removeprefix("visual."): v for n, v in plain.items() if n.startswith("visual.")} or plain
-    tensors = {n: v.to(torch.float32) for n, v in visual.items() if isinstance(v, torch.Tensor)}
+    tensors = {n: v.to(torch.float32) for n, v in visual.items() if torch.is_tensor(v)}
     if "conv1.weight" not in tensors:
         raise WeightsError(
             f"{path}: holds no image tower ('visual.conv1.weight' is missing); expected weights of an "
@@ -65,6 +67,14 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
+def _read_torchscript(path: Path) -> Mapping[str, torch.Tensor]:
+    with warnings.catch_warnings():
+        # Newer torch deprecates TorchScript; OpenAI's files are what they are, and users can do nothing about it.
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.load.* is deprecated")
+        state: Mapping[str, torch.Tensor] = torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+    return state
+
+
 def _read(path: Path, is_torchscript: bool) -> Mapping[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
@@ -72,7 +82,7 @@ def _read(path: Path, is_torchscript: bool) -> Mapping[str, torch.Tensor]:
 
             return load_file(path)
         if is_torchscript:
-            return torch.jit.load(str(path), map_location="cpu").state_dict()
+            return _read_torchscript(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

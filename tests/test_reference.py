@@ -58,7 +58,9 @@ def official_head() -> EVLHead:
 
 def test_tokens_equal_the_official_backbones(reference, features):
     for layer in range(1, 7):
-        np.testing.assert_allclose(features.tokens[layer].numpy(), reference[f"out_{layer}"], rtol=0, atol=2e-4)
+        np.testing.assert_allclose(
+            features.tokens[layer].numpy(), reference[f"out_{layer}"], rtol=0, atol=2e-4
+        )
 
 
 def test_maps_equal_the_official_ones(reference, features):

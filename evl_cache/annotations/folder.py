@@ -5,10 +5,15 @@ from pathlib import Path
 from evl_cache.clips import Clip, ClipList
 from evl_cache.errors import UsageError
 
-VIDEO_SUFFIXES = frozenset(
-    ".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .ts .webm .wmv .3gp .mts".split()
-)
-_SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "validation": "val", "valid": "val", "test": "test"}
+VIDEO_SUFFIXES = frozenset(".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .ts .webm .wmv .3gp .mts".split())
+_SPLIT_NAMES = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "validation": "val",
+    "valid": "val",
+    "test": "test",
+}
 
 
 def read_folder(root: Path) -> dict[str, ClipList]:
@@ -19,14 +24,20 @@ def read_folder(root: Path) -> dict[str, ClipList]:
     Raises: UsageError where there is no folder of videos.
     """
     if not root.is_dir():
-        raise UsageError(f"{root}: no such folder; expected <class>/<video> or train/<class>/<video> under --root")
+        raise UsageError(
+            f"{root}: no such folder; expected <class>/<video> or train/<class>/<video> under --root"
+        )
     directories = [d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")]
     splits = {_SPLIT_NAMES[d.name]: d for d in directories if d.name in _SPLIT_NAMES}
     divided = bool(splits) and len(splits) == len(directories)
     parts = splits if divided else {"all": root}
-    classes = sorted({d.name for part in parts.values() for d in part.iterdir() if d.is_dir() and _has_video(d)})
+    classes = sorted(
+        {d.name for part in parts.values() for d in part.iterdir() if d.is_dir() and _has_video(d)}
+    )
     if not classes:
-        raise UsageError(f"{root}: no video in any folder; expected <class>/<video> ({', '.join(sorted(VIDEO_SUFFIXES)[:6])}, …)")
+        raise UsageError(
+            f"{root}: no video in any folder; expected <class>/<video> ({', '.join(sorted(VIDEO_SUFFIXES)[:6])}, …)"
+        )
     return {split: _one_split(root, part, split, tuple(classes)) for split, part in parts.items()}
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 from evl_cache.annotations.places import (
     VideoTree,
     annotation_folders,
+    find_in_class_folder,
     list_directory,
     numbered_split,
     require_root,
 )
 from evl_cache.annotations.text_file import numbered_lines, read_text
-from evl_cache.annotations.ucf101 import find_in_class_folder
 from evl_cache.clips import Clip, ClipList
 from evl_cache.errors import UsageError
 
@@ -81,7 +81,8 @@ def _read_class(path: Path, class_name: str, label: int, tree: VideoTree) -> lis
             raise UsageError(f"{path}, line {line}: {text[:120]!r}; expected {_EXPECTED}")
         if file_name in first_lines:
             raise UsageError(
-                f"{path}: {file_name!r} stands twice (lines {first_lines[file_name]} and {line}); expected it once"
+                f"{path}, line {line}: {file_name!r} stands on line {first_lines[file_name]} already; "
+                "expected each file once"
             )
         first_lines[file_name] = line
         split = _CODES[code]

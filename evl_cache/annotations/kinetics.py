@@ -67,7 +67,8 @@ def read_kinetics(
     Args:
         root: where the videos lie: `<split>/<file>`, `<split>/<class>/<file>`, or either without `<split>`.
         release: 400, 600 or 700.
-        annotations: a CSV file, or a folder of them; None looks in `annotations` under the root, and the root.
+        annotations: a CSV file, or a folder of them; None looks in `annotations` under the root,
+            in `kinetics400` (600, 700), and in the root.
         split: train, val (validate, validation) or test.
 
     Raises: UsageError for missing or malformed annotation files, with the line.
@@ -132,7 +133,8 @@ def _read_table(path: Path) -> _Table:
     absent = [name for name in _COLUMNS if name not in names]
     if absent:
         raise UsageError(
-            f"{path}, line {line}: header {','.join(header)[:80]!r} lacks {', '.join(absent)}; expected {_EXPECTED}"
+            f"{path}, line {line}: header {','.join(header)[:80]!r} lacks {', '.join(absent)}; "
+            f"expected {_EXPECTED}"
         )
     at = tuple(names.index(name) for name in _COLUMNS)
     rows = tuple(_row(fields, at, width=len(names), path=path, line=line) for line, fields in records)

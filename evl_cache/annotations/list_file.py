@@ -11,10 +11,10 @@ from evl_cache.errors import UsageError
 def read_list_file(path: Path, *, split: str) -> ClipList:
     """Clips of a list file. Paths stay as written: `extract --root` says what they are relative to.
 
-    mmaction2's lists of videos have this form. Its lists of frame folders (`folder total_frames label`) do not
-    name videos, and are refused.
+    mmaction2's lists of videos have this form. Its lists of frame folders (`folder total_frames label`) do
+    not name videos, and are refused.
 
-    Raises: UsageError where the file cannot be read, a line has no label, or the lines name folders of frames.
+    Raises: UsageError where the file cannot be read, a line has no label, or the lines name frame folders.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -37,8 +37,9 @@ def _refuse_frame_folders(rows: Sequence[ListLine], *, source: str) -> None:
     if rows and all(_counts_frames(row.path) for row in rows):
         row = rows[0]
         raise UsageError(
-            f"{source}, line {row.line}: '{row.path} {row.label}' looks like a folder of frames, their number and a "
-            "label (mmaction2 rawframes); expected 'path label' with the path of a video: list the videos instead"
+            f"{source}, line {row.line}: '{row.path} {row.label}' looks like a folder of frames, their number "
+            "and a label (mmaction2 rawframes); expected 'path label' with the path of a video: "
+            "list the videos instead"
         )
 
 

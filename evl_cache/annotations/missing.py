@@ -1,8 +1,8 @@
 """Clips whose files are not there, counted before hours of work start.
 
-A missing clip keeps its row: it becomes a failed clip, named in the marks with its reason and never served. So
-the order of samples, the content id and the blocks do not depend on what one machine happened to download, and a
-clip found later fills its own row.
+A missing clip keeps its row: it becomes a failed clip, named in the marks with its reason and never served.
+So the order of samples, the content id and the blocks do not depend on what one machine happened to download,
+and a clip found later fills its own row.
 """
 
 import math
@@ -17,7 +17,9 @@ _SHOWN = 3
 
 
 def missing_clips(clips: ClipList, root: Path) -> list[Clip]:
-    """Clips without a file, in list order. One listing a folder: fast on network disks, where a question a file is not.
+    """Clips without a file, in list order.
+
+    One listing a folder: fast on network disks, where one question a file is slow.
 
     Raises: UsageError where a folder cannot be listed.
     """
@@ -50,8 +52,8 @@ def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> ClipL
     else:
         remedy = f"fetch them, or go on without them by --allow-missing {math.ceil(percent * 100) / 100:g}"
     raise UsageError(
-        f"{clips.source}: {len(missing)} of {len(clips.clips)} clips ({percent:.3g} %) are missing under {root}: "
-        f"{shown}{more}; expected at most {allow_percent:g} %; {remedy}"
+        f"{clips.source}: {len(missing)} of {len(clips.clips)} clips ({percent:.3g} %) are missing "
+        f"under {root}: {shown}{more}; expected at most {allow_percent:g} %; {remedy}"
     )
 
 

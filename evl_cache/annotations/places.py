@@ -55,7 +55,8 @@ def require_root(root: Path, *, dataset: str) -> None:
     """Raises: UsageError where the root is no folder."""
     if not root.is_dir():
         raise UsageError(
-            f"{root}: no such folder; expected the folder of {dataset}; give it as --root (--explain says more)"
+            f"{root}: no such folder; expected the folder of {dataset}; "
+            "give it as --root (--explain says more)"
         )
 
 
@@ -68,7 +69,8 @@ def find_annotation(directories: Sequence[Path], names: Sequence[str], *, what: 
     if found is None:
         places = " or ".join(str(directory) for directory in directories)
         raise UsageError(
-            f"no {what} in {places}; expected {' or '.join(names[:4])}; say where with --annotations (--explain says more)"
+            f"no {what} in {places}; expected {' or '.join(names[:4])}; "
+            "say where with --annotations (--explain says more)"
         )
     return found
 
@@ -152,6 +154,16 @@ class VideoTree:
         if known is None:
             return other
         return min(known, other, key=lambda name: (not name.endswith(self._suffix), name))
+
+
+def find_in_class_folder(tree: VideoTree, bases: Sequence[str], class_name: str, file_name: str) -> str:
+    """Path, relative to the root, of `<base>/<class>/<file>`, whatever the file's ending.
+
+    A missing one is expected in the first of the bases that there is, and in the root where there is none.
+    """
+    present = [base for base in bases if not base or base in tree.folders("")]
+    found = tree.find((join(base, class_name) for base in present), PurePosixPath(file_name).stem)
+    return found or join(present[0] if present else "", class_name, file_name)
 
 
 def list_directory(directory: Path) -> list[os.DirEntry[str]]:

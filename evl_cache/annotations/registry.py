@@ -32,9 +32,9 @@ class DatasetReader:
         name: as `--dataset` takes it.
         description: what is expected on the disk, as `--explain` prints it; several lines.
         splits: what is read where no split is named.
-        read: `read(root, annotations=None, split=None, list_path=None)` gives `{"train": …, "val": …}`, or the one
-            split named. Paths of clips are relative to the root (of a list: as written). Files that are missing
-            keep their clip; `missing.check_missing` counts them. Raises UsageError.
+        read: `read(root, annotations=None, split=None, list_path=None)` gives `{"train": …, "val": …}`, or
+            the one split named. Paths of clips are relative to the root (of a list: as written). Files that
+            are missing keep their clip; `missing.check_missing` counts them. Raises UsageError.
     """
 
     name: str

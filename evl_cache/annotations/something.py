@@ -33,7 +33,8 @@ def read_something(root: Path, *, annotations: Path | None, split: str | None) -
 
     Args:
         root: where the videos lie: `20bn-something-something-v2/<id>.webm`, `videos/…`, or directly.
-        annotations: folder of the JSON files; None looks in `annotations` and `labels` under the root, and it.
+        annotations: folder of the JSON files; None looks in `annotations` and `labels` under the
+            root, and in the root.
         split: train or val (validation). The published test files hold no labels.
 
     Raises: UsageError for missing or malformed annotation files, with the line.
@@ -89,8 +90,8 @@ def _read_clips(
         name = template.replace("[", "").replace("]", "")
         if name not in numbers:
             raise UsageError(
-                f"{path}, line {line}: clip {clip_id} has the template {template!r}, which is not in {labels_path}; "
-                "expected files of one release"
+                f"{path}, line {line}: clip {clip_id} has the template {template!r:.100}, which is not in "
+                f"{labels_path}; expected files of one release"
             )
         found = tree.find(_VIDEO_FOLDERS, clip_id) or join(folder, f"{clip_id}.webm")
         clips.append(Clip(id=clip_id, path=found, label=numbers[name], split=split, line=line))

@@ -6,7 +6,7 @@ from evl_cache.annotations.places import (
     VideoTree,
     annotation_folders,
     find_annotation,
-    join,
+    find_in_class_folder,
     numbered_split,
     require_root,
 )
@@ -91,17 +91,7 @@ def _class_and_file(text: str, numbers: dict[str, int], *, with_number: bool, wh
         raise UsageError(f"{where}: file {file_name[:80]!r}; expected {_EXPECTED_LIST}")
     if given and given != str(numbers[class_name] + 1):
         raise UsageError(
-            f"{where}: {class_name} has number {given[:20]}; expected {numbers[class_name] + 1}, as in classInd.txt"
+            f"{where}: {class_name} has number {given[:20]}; "
+            f"expected {numbers[class_name] + 1}, as in classInd.txt"
         )
     return class_name, file_name
-
-
-def find_in_class_folder(tree: VideoTree, bases: tuple[str, ...], class_name: str, file_name: str) -> str:
-    """Path, relative to the root, of `<base>/<class>/<file>`; in the first base there is where it is missing."""
-    found = tree.find((join(base, class_name) for base in bases if _has(tree, base)), Path(file_name).stem)
-    base = next((base for base in bases if base and _has(tree, base)), "")
-    return found or join(base, class_name, file_name)
-
-
-def _has(tree: VideoTree, base: str) -> bool:
-    return not base or base in tree.folders("")

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from evl_cache.heads.chunks import TokenBlock
-from evl_cache.heads.fast_attention import Position, Setting, attend, setting_for
+from evl_cache.heads.fast_attention import Position, attend, setting_for
+from evl_cache.heads.layer_pass import Setting
 from evl_cache.heads.motion import MapBlock
 from evl_cache.heads.workspace import Workspace
 
@@ -82,7 +83,8 @@ class DecoderLayer(nn.Module):
         setting = setting_for(self.k_proj.weight, grid=self.grid, epsilon=self.norm3.eps, workspace=workspace)
         position = self._position(enabled, setting.sums)
         x = x + self.out_proj(self._attention(self.norm1(x), tokens, maps, position, setting))
-        return x + self.fc2(self.mlp_dropout(self.activation(self.fc1(self.norm2(x)))))
+        result: torch.Tensor = x + self.fc2(self.mlp_dropout(self.activation(self.fc1(self.norm2(x)))))
+        return result
 
     def _attention(
         self,
@@ -114,6 +116,7 @@ class DecoderLayer(nn.Module):
             shift = self.pos_embed.to(sums)  # (T,C)
         if enabled["temporal_conv"]:
             taps = self.conv.weight[:, 0].t().to(sums).contiguous()  # (3,C)
+            assert self.conv.bias is not None
             bias = self.conv.bias.to(sums).expand(self.num_frames, -1)
             shift = bias if shift is None else shift + bias
         if enabled["temporal_cross_attention"]:

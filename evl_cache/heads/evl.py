@@ -117,7 +117,8 @@ class EVLHead(nn.Module):
         for i, layer in enumerate(self.layers):
             layer_maps = map_block(maps[i]) if use_maps and maps is not None else None
             x = layer(x, token_block(tokens[i]), layer_maps, self._enabled, self._workspace)
-        return self.classifier(self.dropout(self.norm(x)))
+        logits: Tensor = self.classifier(self.dropout(self.norm(x)))
+        return logits
 
     def _check(self, tokens: Sequence[Tokens], maps: Sequence[Maps] | None) -> None:
         if len(tokens) != len(self.layers):
@@ -133,7 +134,8 @@ class EVLHead(nn.Module):
         if maps is None or len(maps) != len(self.layers):
             raise UsageError(
                 f"got maps of {0 if maps is None else len(maps)} layers; temporal cross attention needs them "
-                f"for all {len(self.layers)}: cache them (--maps) or switch it off (--no-temporal-cross-attention)"
+                f"for all {len(self.layers)}: cache them (--maps), or switch it off "
+                "(--no-temporal-cross-attention)"
             )
         for m in maps:
             _check_feature("maps", "(B, 2, T-1, P, P)", m, (clips, 2, self.num_frames - 1, patches, patches))
@@ -181,5 +183,6 @@ def _check_feature(name: str, axes: str, feature: Tokens | Maps, expected: tuple
         raise UsageError(f"{name} are {shape}; this head expects {axes} = {expected}")
     if isinstance(feature, Tensor) and not feature.is_floating_point():
         raise UsageError(
-            f"{name} are {dtype}; expected floating-point ones, or codes with their scales as Quantized{name.title()}"
+            f"{name} are {dtype}; expected floating-point ones, or codes together with their scales as "
+            f"Quantized{name.title()}"
         )

@@ -1,6 +1,6 @@
 """Temporal convolution and position embedding of a chunk of tokens, forward and backward.
 
-B clips, T frames, C channels, Q tokens of a chunk; a chunk is (Q, T, B, C), so a neighbour in time is a slice.
+B clips, T frames, C channels, Q tokens of a chunk. A chunk is (Q, T, B, C): a frame is a slice.
 Source: section 3.3 of arXiv 2208.03550.
 """
 
@@ -57,7 +57,7 @@ class TemporalShift:
         if self.taps is None:
             return gradient
         before, here, after = self.taps
-        result = gradient * (here + 1)
+        result: Tensor = gradient * (here + 1)
         result[:, :-1].addcmul_(gradient[:, 1:], before)
         result[:, 1:].addcmul_(gradient[:, :-1], after)
         return result

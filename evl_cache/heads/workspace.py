@@ -10,9 +10,8 @@ from torch import Tensor
 class Workspace:
     """Memory given back after use, for the next taker. Its contents are arbitrary.
 
-    Memory that is never given back is merely freed. Memory that someone still needs when it is given back
-    would be overwritten; for tensors saved in a graph autograd notices (it counts writes) and raises. On other
-    devices than a CPU, whose allocators keep memory themselves, nothing is held.
+    Memory that is never given back is merely freed. On other devices than a CPU, whose allocators keep memory
+    themselves, nothing is held. A copy, or what is read from a pickle, starts empty.
     """
 
     def __init__(self) -> None:

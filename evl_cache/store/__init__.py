@@ -1,12 +1,14 @@
 """The store: a Zarr v3 group that loses nothing and proves every byte. Only this package knows zarr's format."""
 
 from evl_cache.store.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
-from evl_cache.store.directory import create_cache, read_description, restore_description
+from evl_cache.store.directory import create_cache, read_description
 from evl_cache.store.layout import LOCKS_NAME, array_layouts
+from evl_cache.store.leftovers import finish_cache
 from evl_cache.store.locks import BlockLock, LockWatcher
 from evl_cache.store.manifest import write_manifest
 from evl_cache.store.marks import ClipRecord, Mark
 from evl_cache.store.reader import FeatureCache
+from evl_cache.store.recovery import restore_description
 from evl_cache.store.rows import Row, StoredBatch, make_row
 from evl_cache.store.verify import Problem, Verification, verify_cache
 
@@ -26,6 +28,7 @@ __all__ = [
     "array_layouts",
     "clear_mark",
     "create_cache",
+    "finish_cache",
     "make_row",
     "read_description",
     "restore_description",

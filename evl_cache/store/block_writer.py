@@ -15,8 +15,8 @@ import numpy as np
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.quantize import frame_difference
 from evl_cache.spec import CacheSpec
-from evl_cache.store.directory import remove_leftovers
 from evl_cache.store.layout import MANIFEST_NAME, ArrayLayout, array_layouts, mark_path
+from evl_cache.store.leftovers import remove_leftovers
 from evl_cache.store.locks import BlockLock
 from evl_cache.store.marks import ClipRecord, FileRecord, Mark, mark_document, read_mark
 from evl_cache.store.publish import (
@@ -46,7 +46,9 @@ class BlockWriter:
         encoders: threads that compress; shared by blocks.
     """
 
-    def __init__(self, root: Path, spec: CacheSpec, block: int, *, lock: BlockLock, encoders: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, root: Path, spec: CacheSpec, block: int, *, lock: BlockLock, encoders: ThreadPoolExecutor
+    ) -> None:
         self.root, self.spec, self.block = root, spec, block
         self._lock, self._encoders = lock, encoders
         self._layouts = array_layouts(spec)
@@ -144,7 +146,9 @@ class BlockWriter:
         return written
 
 
-def clear_mark(root: Path, spec: CacheSpec, block: int, *, unless: Mapping[str, FileRecord] | None = None) -> None:
+def clear_mark(
+    root: Path, spec: CacheSpec, block: int, *, unless: Mapping[str, FileRecord] | None = None
+) -> None:
     """Make a block not exist: its mark goes first, then its files. Nothing is done where files are `unless`.
 
     A file whose bytes are those about to be published stays, so that a reader that has it open sees no change.

@@ -4,9 +4,9 @@
 `recovery.json` holds them a second time: a damaged one is restored from it, byte for byte.
 """
 
+import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,12 @@ from typing import Any
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import FORMAT_VERSION, CacheSpec, digest
-from evl_cache.store.layout import ATTRIBUTE, CLIPS_NAME, DONE_NAME, RECOVERY_NAME, array_layouts
+from evl_cache.store.layout import ATTRIBUTE, CLIPS_NAME, DONE_NAME, LOCKS_NAME, RECOVERY_NAME, array_layouts
+from evl_cache.store.locks import CACHE_LOCK, EXPIRY_S, LockWatcher
 from evl_cache.store.metadata import METADATA_NAME, group_metadata
 from evl_cache.store.publish import (
     AlreadyPublished,
     canonical_json,
-    is_staging_name,
     make_directories,
     stage_file,
     write_json_atomic,
@@ -45,28 +45,23 @@ class CacheDescription:
 
 
 def create_cache(
-    root: Path, spec: CacheSpec, clips: Iterable[Clip], *, recipe: Mapping[str, Any], created_with: Mapping[str, str]
+    root: Path,
+    spec: CacheSpec,
+    clips: Iterable[Clip],
+    *,
+    recipe: Mapping[str, Any],
+    created_with: Mapping[str, str],
+    lock_expiry_s: float = EXPIRY_S,
 ) -> None:
     """Lay a cache down, or find the same one there. Several jobs may do so at once.
 
     Raises: UsageError naming the fields where another cache is there; CacheError where the disk refuses.
     """
-    clips = tuple(clips)
     if not (root / METADATA_NAME).exists():
-        make_directories(root / DONE_NAME)
-        lines = clips_lines(clips)
-        group = _group_document(spec, lines, recipe=recipe, created_with=created_with)
-        with stage_file(root) as staged:
-            staged.write(lines)
-            staged.publish_replacing(root / CLIPS_NAME)
-        for name, layout in array_layouts(spec).items():
-            make_directories(root / name)
-            write_json_atomic(root / name / METADATA_NAME, layout.metadata(spec), replace=True)
-        write_json_atomic(root / RECOVERY_NAME, _recovery_document(group, clips), replace=True)
-        try:  # last: until it is there, nothing is a cache
-            write_json_atomic(root / METADATA_NAME, group, replace=False)
-        except AlreadyPublished:
-            pass  # another job was first; compared below
+        # One job at a time: two with different specs would mix their files.
+        with LockWatcher(root / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK):
+            if not (root / METADATA_NAME).exists():
+                _lay_down(root, spec, tuple(clips), recipe=recipe, created_with=created_with)
     found = read_description(root).spec
     differences = spec.differences(found)
     if differences:
@@ -75,13 +70,39 @@ def create_cache(
         )
 
 
+def _lay_down(
+    root: Path,
+    spec: CacheSpec,
+    clips: tuple[Clip, ...],
+    *,
+    recipe: Mapping[str, Any],
+    created_with: Mapping[str, str],
+) -> None:
+    make_directories(root / DONE_NAME)
+    lines = clips_lines(clips)
+    group = _group_document(spec, lines, recipe=recipe, created_with=created_with)
+    with stage_file(root) as staged:
+        staged.write(lines)
+        staged.publish_replacing(root / CLIPS_NAME)
+    for name, layout in array_layouts(spec).items():
+        make_directories(root / name)
+        write_json_atomic(root / name / METADATA_NAME, layout.metadata(spec), replace=True)
+    write_json_atomic(root / RECOVERY_NAME, recovery_document(group, clips), replace=True)
+    try:  # last: until it is there, nothing is a cache
+        write_json_atomic(root / METADATA_NAME, group, replace=False)
+    except AlreadyPublished:
+        pass  # this job was paused for long, and another took its lock over; compared by the caller
+
+
 def read_description(root: Path) -> CacheDescription:
     """Raises: CacheError where there is no cache or of another format; CacheDamaged where it is not intact."""
     path = root / METADATA_NAME
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise CacheError(f"{root}: no cache here ({METADATA_NAME} is missing); give a directory that extract wrote") from error
+        raise CacheError(
+            f"{root}: no cache here ({METADATA_NAME} is missing); give a directory that extract wrote"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise CacheDamaged(f"{path}: cannot be read ({error}); repair the cache") from error
     return parse_group(content, path)
@@ -91,15 +112,19 @@ def parse_group(content: Any, path: Path) -> CacheDescription:
     """The description in a group document. Raises: as `read_description`."""
     attributes = content.get("attributes") if isinstance(content, dict) else None
     own = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
-    if not isinstance(own, dict):
-        raise CacheError(f"{path}: a Zarr group without the attribute {ATTRIBUTE!r}; expected a cache that extract wrote")
+    if not isinstance(own, dict) or attributes is None:
+        raise CacheError(
+            f"{path}: a Zarr group without the attribute {ATTRIBUTE!r}; expected a cache that extract wrote"
+        )
     if own.get("format_version") != FORMAT_VERSION and isinstance(own.get("format_version"), int):
         raise CacheError(
             f"{path}: cache format {own['format_version']}; this evl-cache reads format {FORMAT_VERSION}: "
             "install the version that wrote it, or extract again"
         )
     unsigned = {name: value for name, value in own.items() if name != "digest"}
-    if own.get("digest") != digest(unsigned) or canonical_json(group_metadata(attributes)) != canonical_json(content):
+    if own.get("digest") != digest(unsigned) or canonical_json(group_metadata(attributes)) != canonical_json(
+        content
+    ):
         raise CacheDamaged(f"{path}: the description's digest does not match; repair the cache")
     try:
         return CacheDescription(
@@ -129,50 +154,6 @@ def clips_lines(clips: Iterable[Clip]) -> bytes:
     return b"".join(canonical_json(clip.to_json()) for clip in clips)
 
 
-def restore_description(root: Path) -> list[str]:
-    """Restore what describes the cache from its second copy, and the arrays' metadata from the spec.
-
-    Returns: names of the files that were rewritten.
-    Raises: CacheError where both copies are damaged.
-    """
-    group, clips = _intact_copy(root)
-    spec = parse_group(group, root / METADATA_NAME).spec
-    wanted = {METADATA_NAME: canonical_json(group), CLIPS_NAME: clips_lines(clips)}
-    wanted[RECOVERY_NAME] = canonical_json(_recovery_document(group, clips))
-    for name, layout in array_layouts(spec).items():
-        wanted[f"{name}/{METADATA_NAME}"] = canonical_json(layout.metadata(spec))
-    rewritten = []
-    for name, content in wanted.items():
-        path = root / name
-        if not path.is_file() or path.read_bytes() != content:
-            make_directories(path.parent)
-            with stage_file(path.parent) as staged:
-                staged.write(content)
-                staged.publish_replacing(path)
-            rewritten.append(name)
-    return rewritten
-
-
-def check_recovery(root: Path, description: CacheDescription) -> str | None:
-    """What is wrong with the second copy, or None."""
-    try:
-        group, clips = _read_recovery(root)
-    except CacheDamaged as error:
-        return str(error)
-    same = parse_group(group, root / RECOVERY_NAME) == description
-    if not same or hashlib.sha256(clips_lines(clips)).hexdigest() != description.clips_sha256:
-        return f"{root / RECOVERY_NAME}: is the second copy of another cache; repair the cache"
-    return None
-
-
-def remove_leftovers(directory: Path) -> None:
-    """Remove staged files: the caller knows that no live writer is in this directory."""
-    if directory.is_dir():
-        for entry in os.scandir(directory):
-            if is_staging_name(entry.name):
-                Path(entry.path).unlink(missing_ok=True)
-
-
 def _group_document(
     spec: CacheSpec, lines: bytes, *, recipe: Mapping[str, Any], created_with: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -186,33 +167,7 @@ def _group_document(
     return group_metadata({ATTRIBUTE: {**content, "digest": digest(content)}})
 
 
-def _recovery_document(group: Mapping[str, Any], clips: Iterable[Clip]) -> dict[str, Any]:
+def recovery_document(group: Mapping[str, Any], clips: Iterable[Clip]) -> dict[str, Any]:
+    """The JSON of `recovery.json`."""
     content = {"group": dict(group), "clips": [clip.to_json() for clip in clips]}
     return {**content, "digest": digest(content)}
-
-
-def _read_recovery(root: Path) -> tuple[dict[str, Any], tuple[Clip, ...]]:
-    path = root / RECOVERY_NAME
-    try:
-        content = json.loads(path.read_bytes())
-        if content["digest"] != digest({"group": content["group"], "clips": content["clips"]}):
-            raise CacheDamaged(f"{path}: its digest does not match; repair the cache")
-        if canonical_json(content) != path.read_bytes():
-            raise CacheDamaged(f"{path}: is not written as evl-cache writes it; repair the cache")
-        return content["group"], tuple(Clip.from_json(row) for row in content["clips"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CacheDamaged(f"{path}: cannot be read ({error!r}); repair the cache") from error
-
-
-def _intact_copy(root: Path) -> tuple[dict[str, Any], tuple[Clip, ...]]:
-    try:
-        description = read_description(root)
-        return json.loads((root / METADATA_NAME).read_bytes()), read_clips(root, description)
-    except CacheError as first:
-        try:
-            return _read_recovery(root)
-        except CacheDamaged as second:
-            raise CacheError(
-                f"{root}: both copies of the description are damaged ({first}; {second}); run the extract command that "
-                "made the cache into a new directory"
-            ) from second

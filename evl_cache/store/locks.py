@@ -2,9 +2,9 @@
 
 A lock is a small file, created by linking, whose holder writes a counter into it from time to time. Whoever
 finds it watches the counter with its own clock only: a counter that stands still for `expiry_s` has lost its
-holder. On the same machine a dead holder is seen at once. Locks save work, they do not guard data: two writers
-that both believe they hold a block still end in one valid block, because files are published whole and
-checked before they are marked and again where a lock was lost meanwhile (`block_writer`).
+holder. On the same machine a dead holder is seen at once. Locks save work, they do not guard data: two
+writers that both believe they hold a block still end in one valid block, because files are published whole,
+checked before they are marked, and checked again where a lock was lost meanwhile (`block_writer`).
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from evl_cache.store.publish import make_directories
 
 BEAT_S = 5.0
 EXPIRY_S = 60.0
+CACHE_LOCK = "cache"  # who holds it may write what belongs to no block
 _BEATS_PER_EXPIRY = 8
 _LEAST_LOOKS = 4  # at a lock that stands still, before it is taken over
 _POLL_S = 0.1
@@ -121,7 +122,11 @@ class LockWatcher:
         return lock
 
     def sweep(self, *, own: BlockLock) -> bool:
-        """Remove what dead holders left here. Returns whether no other job may be at work: only `own` is held."""
+        """Remove what dead holders left here. Returns whether no other job may be at work.
+
+        Args:
+            own: the lock under which this is done; it stays.
+        """
         is_idle = True
         for entry in sorted(self.directory.iterdir()):
             if not entry.name.endswith(_SUFFIX):
@@ -135,7 +140,7 @@ class LockWatcher:
 
     def _take(self, path: Path) -> BlockLock | None:
         content = _read(path)
-        if content is not None:  # looked at first: most locks that are asked for are held, and reading is cheap
+        if content is not None:  # looked at before creating: most locks that are there are held
             if not self._is_abandoned(path, content):
                 return None
             self._remove_abandoned(path)
@@ -210,11 +215,11 @@ def machine_id() -> str:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
     except OSError:
-        return f"{socket.gethostname()}:{secrets.token_hex(4)}"  # no such files: never taken for the same machine
+        return f"{socket.gethostname()}:{secrets.token_hex(4)}"  # never taken for the same machine
 
 
 def process_start(pid: int) -> str:
-    """Start time of a process in clock ticks, so that a reused pid is not taken for the old one; '' if none."""
+    """Start of a process in clock ticks, so that a reused pid is not taken for the old one; '' if none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

@@ -26,7 +26,12 @@ class Manifest:
 
 def description_files(spec: CacheSpec) -> list[str]:
     """Names of the files that describe the cache."""
-    return [METADATA_NAME, CLIPS_NAME, RECOVERY_NAME, *(f"{name}/{METADATA_NAME}" for name in array_layouts(spec))]
+    return [
+        METADATA_NAME,
+        CLIPS_NAME,
+        RECOVERY_NAME,
+        *(f"{name}/{METADATA_NAME}" for name in array_layouts(spec)),
+    ]
 
 
 def manifest_document(root: Path, spec: CacheSpec, marks: Mapping[int, Mark]) -> dict[str, Any]:

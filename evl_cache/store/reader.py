@@ -57,7 +57,9 @@ class FeatureCache:
         self.description = description
         self.clips = read_clips(self.path, description)
         if len(self.clips) != self.spec.num_clips:
-            raise CacheDamaged(f"{path}: {len(self.clips)} clips listed, {self.spec.num_clips} described; repair the cache")
+            raise CacheDamaged(
+                f"{path}: {len(self.clips)} clips listed, {self.spec.num_clips} described; repair the cache"
+            )
         self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
         self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
         self.is_valid = np.zeros(self.spec.num_samples, dtype=bool)
@@ -152,11 +154,15 @@ class FeatureCache:
         arrays = [n for n in _TOKEN_ARRAYS if n in self._layouts]
         if with_maps:
             arrays += [n for n in _MAP_ARRAYS if n in self._layouts]
-        read = {name: [torch.from_numpy(a) for a in self._read_array(name, rows, positions)] for name in arrays}
+        read = {
+            name: [torch.from_numpy(a) for a in self._read_array(name, rows, positions)] for name in arrays
+        }
         tokens: list[StoredTokens] = list(read["tokens"])
         if self.spec.tokens == "int8":
             quantized = zip(read["tokens"], read["token_affine"], read["token_scale"], strict=True)
-            tokens = [QuantizedTokens(codes=codes, affine=affine, scale=scale) for codes, affine, scale in quantized]
+            tokens = [
+                QuantizedTokens(codes=codes, affine=affine, scale=scale) for codes, affine, scale in quantized
+            ]
         maps: list[StoredMaps] | None = list(read["maps"]) if "maps" in read else None
         if "map_scale" in read:
             coded = zip(read["maps"], read["map_scale"], strict=True)
@@ -168,7 +174,9 @@ class FeatureCache:
         rows, positions = [self._checked_sample(sample)], list(range(len(self.spec.layers)))
         return {name: np.concatenate(self._read_array(name, rows, positions)) for name in self._layouts}
 
-    def read_class_tokens(self, samples: Sequence[int], layers: Sequence[int] | None = None) -> list[torch.Tensor]:
+    def read_class_tokens(
+        self, samples: Sequence[int], layers: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
         """Class tokens alone, float32, a (B, T, C) for each layer. Errors as `read`."""
         rows = [self._checked_sample(sample) for sample in samples]
         arrays = self._read_array("class_tokens", rows, self.layer_positions(layers))
@@ -185,12 +193,16 @@ class FeatureCache:
         if block in self.damaged_marks:
             raise CacheDamaged(self.damaged_marks[block])
         if block not in self._files:
-            raise CacheError(f"sample {sample} of {self.path} is not extracted yet; run the extract command again")
+            raise CacheError(
+                f"sample {sample} of {self.path} is not extracted yet; run the extract command again"
+            )
         raise CacheError(
             f"sample {sample} of {self.path}: its clip {self.clips[row].id!r} failed ({self._errors[row]}); see is_valid"
         )
 
-    def _read_array(self, name: str, rows: Sequence[int], positions: Sequence[int]) -> list[np.ndarray[Any, Any]]:
+    def _read_array(
+        self, name: str, rows: Sequence[int], positions: Sequence[int]
+    ) -> list[np.ndarray[Any, Any]]:
         """One array a layer, (B, *chunk)."""
         layout, layers = self._layouts[name], len(self.spec.layers)
         out = [np.empty((len(rows), *layout.chunk_shape), layout.dtype) for _ in positions]
@@ -201,7 +213,9 @@ class FeatureCache:
         # Neighbouring frames are summed for the whole batch at once.
         return [frame_sum(array) for array in out] if layout.differenced else out
 
-    def _read_chunks(self, name: str, block: int, chunks: list[int], outs: list[np.ndarray[Any, Any]]) -> None:
+    def _read_chunks(
+        self, name: str, block: int, chunks: list[int], outs: list[np.ndarray[Any, Any]]
+    ) -> None:
         for attempt in range(_NFS_RETRIES):
             try:
                 return self._shard(name, block).read_chunks(chunks, outs)

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.directory import CacheDescription, check_recovery, read_clips, read_description
+from evl_cache.store.directory import CacheDescription, read_clips, read_description
 from evl_cache.store.layout import DONE_NAME, MANIFEST_NAME, array_layouts, mark_path
 from evl_cache.store.manifest import manifest_document, read_manifest
 from evl_cache.store.marks import Mark, read_mark
 from evl_cache.store.metadata import METADATA_NAME
 from evl_cache.store.publish import canonical_json, file_digest, is_staging_name
+from evl_cache.store.recovery import check_recovery, has_intact_recovery
 from evl_cache.store.shard_index import read_index
 
 
@@ -44,7 +45,9 @@ class Verification:
     cache_digest: str | None
 
 
-def verify_cache(root: Path, *, on_block: Callable[[], None] = lambda: None, threads: int = 2) -> Verification:
+def verify_cache(
+    root: Path, *, on_block: Callable[[], None] = lambda: None, threads: int = 2
+) -> Verification:
     """Check every file of a cache.
 
     Args:
@@ -57,7 +60,13 @@ def verify_cache(root: Path, *, on_block: Callable[[], None] = lambda: None, thr
     try:
         description = read_description(root)
     except CacheDamaged as error:
-        return Verification(problems=(Problem(block=None, reason=str(error)),), blocks_done=0, blocks=0, strays=(), cache_digest=None)
+        return Verification(
+            problems=(Problem(block=None, reason=str(error)),),
+            blocks_done=0,
+            blocks=0,
+            strays=(),
+            cache_digest=None,
+        )
     spec = description.spec
     problems = _check_description(root, description)
 
@@ -92,7 +101,9 @@ def _check_description(root: Path, description: CacheDescription) -> list[Proble
     for name, layout in array_layouts(description.spec).items():
         path = root / name / METADATA_NAME
         if not path.is_file() or path.read_bytes() != canonical_json(layout.metadata(description.spec)):
-            reasons.append(f"{path}: is not the metadata that the cache's description asks for; repair the cache")
+            reasons.append(
+                f"{path}: is not the metadata that the cache's description asks for; repair the cache"
+            )
     return [Problem(block=None, reason=reason) for reason in reasons]
 
 
@@ -119,19 +130,26 @@ def _check_block(root: Path, spec: CacheSpec, block: int) -> tuple[Mark | None, 
     return mark, reasons
 
 
-def _check_manifest(root: Path, spec: CacheSpec, marks: dict[int, Mark], *, intact: bool) -> tuple[str | None, list[Problem]]:
+def _check_manifest(
+    root: Path, spec: CacheSpec, marks: dict[int, Mark], *, intact: bool
+) -> tuple[str | None, list[Problem]]:
     path = root / MANIFEST_NAME
     if not path.exists():
         if len(marks) < spec.num_blocks or not intact:
             return None, []
-        return None, [Problem(block=None, reason=f"{path}: missing, though every block is done; repair the cache")]
+        return None, [
+            Problem(block=None, reason=f"{path}: missing, though every block is done; repair the cache")
+        ]
     try:
         manifest = read_manifest(root, spec)
     except CacheDamaged as error:
         return None, [Problem(block=None, reason=str(error))]
     if len(marks) < spec.num_blocks:
         absent = [
-            Problem(block=block, reason=f"{mark_path(root, block)}: in the manifest, but not a valid mark; repair the cache")
+            Problem(
+                block=block,
+                reason=f"{mark_path(root, block)}: in the manifest, but not a valid mark; repair the cache",
+            )
             for block in range(spec.num_blocks)
             if block not in marks
         ]
@@ -146,5 +164,7 @@ def _strays(root: Path, spec: CacheSpec) -> list[str]:
     out = [p for p in (root / DONE_NAME).iterdir() if p not in known] if (root / DONE_NAME).is_dir() else []
     for name, layout in array_layouts(spec).items():
         shards = {layout.shard(root, block) for block in range(spec.num_blocks)}
-        out += [p for p in (root / name).rglob("*") if p.is_file() and p not in shards and p.name != METADATA_NAME]
+        out += [
+            p for p in (root / name).rglob("*") if p.is_file() and p not in shards and p.name != METADATA_NAME
+        ]
     return sorted(p.relative_to(root).as_posix() for p in out if not is_staging_name(p.name))

@@ -1,0 +1,40 @@
+"""What killed jobs leave behind: staged files and locks; and the end of a job, which removes them."""
+
+import os
+from pathlib import Path
+
+from evl_cache.spec import CacheSpec
+from evl_cache.store.layout import DONE_NAME, LOCKS_NAME, array_layouts
+from evl_cache.store.locks import CACHE_LOCK, EXPIRY_S, LockWatcher
+from evl_cache.store.manifest import write_manifest
+from evl_cache.store.publish import is_staging_name
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove staged files: the caller knows that no live writer is in this directory."""
+    if directory.is_dir():
+        for entry in os.scandir(directory):
+            if is_staging_name(entry.name):
+                Path(entry.path).unlink(missing_ok=True)
+
+
+def finish_cache(root: Path, spec: CacheSpec, *, lock_expiry_s: float = EXPIRY_S) -> str:
+    """Remove what killed jobs left, unless another job is at work, and write the manifest of a complete cache.
+
+    Returns: the cache digest.
+    Raises: CacheError where a block is not done or the disk refuses; CacheDamaged where a mark is not intact.
+    """
+    watcher = LockWatcher(root / LOCKS_NAME, expiry_s=lock_expiry_s)
+    while True:
+        with watcher.wait_for(CACHE_LOCK) as lock:
+            if watcher.sweep(own=lock):
+                for directory in _staging_directories(root, spec):
+                    remove_leftovers(directory)
+            cache_digest = write_manifest(root, spec)
+            if lock.is_held():  # else paused for long, and the manifest may be older than a mark
+                return cache_digest
+
+
+def _staging_directories(root: Path, spec: CacheSpec) -> list[Path]:
+    """Where files are staged, but for shards, whose leftovers go when their block is written again."""
+    return [root, root / DONE_NAME, *(root / name for name in array_layouts(spec))]
