@@ -41,8 +41,14 @@ def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 def existing_lines(path: Path) -> list[str]:
-    """Non-empty lines of a text file; click has checked that it exists."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Non-empty lines of a text file; click has checked that it exists. Raises: UsageError where it is no text."""
+    from evl_cache.errors import UsageError
+
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 text ({error.reason}); expected one name a line") from error
+    return [line.strip() for line in lines if line.strip()]
 
 
 def default_device(name: str | None) -> str:

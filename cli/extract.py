@@ -114,6 +114,14 @@ def make_request(given: dict[str, Any]) -> Any:
     )
 
 
+def make_options(given: dict[str, Any], device: str, **more: Any) -> Any:
+    """The ExtractOptions of the options above."""
+    from evl_cache.extract import ExtractOptions
+
+    batch = given["batch"] or (8 if device == "cpu" else 32)
+    return ExtractOptions(device=device, batch=batch, decode_workers=given["decode_workers"], **more)
+
+
 @click.command(cls=Command, name="extract", examples=EXAMPLES)
 @dataset_options
 @click.option("--retry-failed", is_flag=True, help="Redo the blocks of failed clips.")
@@ -126,17 +134,9 @@ def command(retry_failed: bool, reuse: Path | None, as_json: bool, **given: Any)
 
     Run the same command again after a kill, or beside another job: it goes on, and shares the work.
     """
-    from evl_cache.extract import ExtractOptions
     from evl_cache.extract_dataset import extract_dataset
 
-    device = default_device(given["device"])
-    options = ExtractOptions(
-        device=device,
-        batch=given["batch"] or (8 if device == "cpu" else 32),
-        decode_workers=given["decode_workers"],
-        retry_failed=retry_failed,
-        reuse=reuse,
-    )
+    options = make_options(given, default_device(given["device"]), retry_failed=retry_failed, reuse=reuse)
     reports: list[dict[str, Any]] = []
     for plan, result in extract_dataset(
         make_request(given), options=options, progress=_progress, on_plan=_say_plan

@@ -17,6 +17,8 @@ COMMANDS = {
     "train": ("train", "Train a head from a cache."),
     "eval": ("evaluate", "Score a run's head on a cache."),
     "info": ("info", "What a cache holds, how complete it is, and which clips failed."),
+    "estimate": ("estimate", "What extract with the same options would cost."),
+    "verify": ("verify", "Prove every byte of a cache; exit status 1 where damage is found."),
     "import-head": ("import_head", "Turn a checkpoint of the official EVL code into a run."),
     "demo": ("demo", "Render clips, extract, train with and without temporal modules; needs no download."),
 }
@@ -70,9 +72,13 @@ def main(args: list[str] | None = None) -> None:
         status = cli.main(args=args, standalone_mode=False)
     except click.exceptions.Abort:
         _fail("interrupted; run the same command again to go on", 130)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = "" if context is None else f"; see {context.command_path} --help"
+        _fail(error.format_message().rstrip(".") + hint, error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on", 130)
     except EvlCacheError as error:

@@ -26,6 +26,7 @@ from evl_cache.store import (
     valid_mark,
     write_manifest,
 )
+from evl_cache.store.size import check_free_space
 
 SHARD_SAMPLES = 64
 _WAIT_FOR_OTHERS_S = 0.5
@@ -122,6 +123,7 @@ def extract(
     Raises: UsageError where another cache is there; CacheError where the disk refuses.
     """
     started = time.monotonic()
+    check_free_space(cache, spec)
     versions = package_versions()
     create_cache(cache, spec, clips.clips, recipe=recipe or {}, created_with=versions)
     extractor = BlockExtractor(

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from evl_cache.checkpoint import (
+    HEAD_NAME,
     METRICS_NAME,
     RESULT_NAME,
     STATE_NAME,
@@ -32,6 +33,7 @@ from evl_cache.errors import UsageError
 from evl_cache.heads import EVLHead, head_layers
 from evl_cache.heads.evl import MODULES
 from evl_cache.scoring import Scores, head_logits, score
+from evl_cache.spec import digest
 from evl_cache.store import FeatureCache
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -144,7 +146,7 @@ def train(
         )
         for cache, clips, seed in ((train_cache, train_clips, options.seed), (val_cache, val_clips, None))
     ]
-    config = _run_config(train_cache, val_cache, options, layers)
+    config = _run_config(loaders[0], loaders[1], options, layers)
     _prepare_run(out, config, resume=resume)
     trainer = Trainer(config, options, *loaders, out=out)
     if resume:
@@ -320,9 +322,9 @@ def check_pair(train_cache: FeatureCache, val_cache: FeatureCache) -> None:
 
 
 def _run_config(
-    train_cache: FeatureCache, val_cache: FeatureCache, options: TrainOptions, layers: tuple[int, ...]
+    train_loader: FeatureLoader, val_loader: FeatureLoader, options: TrainOptions, layers: tuple[int, ...]
 ) -> RunConfig:
-    spec = train_cache.spec
+    spec = train_loader.cache.spec
     modules = {name: getattr(options, name) for name in MODULES}
     head_config = {
         "num_layers": len(layers),
@@ -335,8 +337,13 @@ def _run_config(
         **modules,
     }
     caches = {
-        name: {"path": str(cache.path), "fingerprint": cache.fingerprint}
-        for name, cache in (("train", train_cache), ("val", val_cache))
+        name: {
+            "path": str(loader.cache.path),
+            "fingerprint": loader.cache.fingerprint,
+            "samples": len(loader.samples),
+            "samples_sha256": digest(sorted(loader.samples.tolist())),
+        }
+        for name, loader in (("train", train_loader), ("val", val_loader))
     }
     return RunConfig(
         head=options.head,
@@ -351,7 +358,7 @@ def _run_config(
 
 def _prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
     if not resume:
-        if (out / STATE_NAME).exists():
+        if (out / STATE_NAME).exists() or (out / HEAD_NAME).exists():
             raise UsageError(f"{out} holds a run already; use --resume, or another --out")
         (out / METRICS_NAME).unlink(missing_ok=True)
         write_run_config(out, config)
@@ -360,7 +367,13 @@ def _prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
     mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (config, before))
     fields = [name for name in ("head", "head_config", "layers", "training") if mine[name] != theirs[name]]
     detail = [n for n in mine["training"] if mine["training"][n] != theirs["training"].get(n)]
-    if fields or mine["caches"]["train"]["fingerprint"] != theirs["caches"]["train"]["fingerprint"]:
+    sides = [
+        f"{side} {what}"
+        for side in ("train", "val")
+        for what, key in (("cache", "fingerprint"), ("clips", "samples_sha256"))
+        if mine["caches"][side][key] != theirs["caches"][side].get(key)
+    ]
+    if fields or sides:
         raise UsageError(
-            f"{out}: --resume with other {', '.join(detail or fields or ['training cache'])}; use the run's own, or another --out"
+            f"{out}: --resume with other {', '.join(detail or fields or sides)}; use the run's own, or another --out"
         )

@@ -1,7 +1,7 @@
 """Motion vectors from adjacent-frame maps by plain matrix products: no table is ever gathered by index.
 
-B clips, T frames, P patches (grid Hp x Wp), C channels, Q query patches of one grid column, R rows of a table,
-(2Hp-1)(2Wp-1).
+B clips, T frames, P patches (grid Hp x Wp), C channels, Q query patches of one grid column, R rows of a
+table, (2Hp-1)(2Wp-1).
 Source: section 3.3 of arXiv 2208.03550.
 
 A query patch (qi, qj) reads row (qi-ki+Hp-1)(2Wp-1) + (qj-kj+Wp-1) of a motion table for key (ki, kj). With

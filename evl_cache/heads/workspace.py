@@ -27,7 +27,8 @@ class Workspace:
                     return self._spare.pop(i).view(*shape)
             # Sizes have changed, say from training to validation: do not hoard those of before.
             self._spare.clear()
-        return torch.empty(*shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # or autograd could not use it later
+            return torch.empty(*shape, dtype=dtype, device=device)
 
     def give_back(self, *used: Tensor) -> None:
         """Keep the memory of dense tensors that came from `take`."""

@@ -1,4 +1,4 @@
-"""The store: a Zarr v3 group that loses nothing and proves every byte. Only this package knows zarr's format."""
+"""The store: a Zarr v3 group that loses nothing and proves every byte. Only it knows zarr's format."""
 
 from evl_cache.store.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
 from evl_cache.store.directory import create_cache, read_description

@@ -1,9 +1,10 @@
 """Writing one block: rows in, shards and the done mark out, whole or not at all.
 
 Order of a commit: every shard's data and fsync, its name (never replacing), fsync of its directory; then a
-second look at what lies there; then the mark. See docs/cache-format.md.
+second look at what lies there; then the mark; and a third look where the lock was lost meanwhile. See docs/cache-format.md.
 """
 
+import contextlib
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -57,13 +58,12 @@ class BlockWriter:
         self._appender = ThreadPoolExecutor(1, thread_name_prefix="append")
         self._slots = threading.BoundedSemaphore(ROWS_IN_FLIGHT)
         self._failure: BaseException | None = None
-        for name, layout in self._layouts.items():
-            directory = layout.shard(root, block).parent
-            make_directories(directory)
-            remove_leftovers(directory)
-            self._staged[name] = stage_file(directory)
-            grid = (spec.block_samples, len(spec.layers))
-            self._writers[name] = ShardWriter(self._staged[name], grid=grid, codec=layout.codec)
+        try:
+            for name, layout in self._layouts.items():
+                self._open(name, layout)
+        except BaseException:
+            self.close()
+            raise
 
     def append(self, row: Row | None) -> None:
         """Hand over the next sample's row (None: its clip failed). Returns at once unless too many wait.
@@ -87,21 +87,29 @@ class BlockWriter:
         self._appender.shutdown(wait=True)
         self._raise_failure()
         records = {name: FileRecord.of(writer.close()) for name, writer in self._writers.items()}
-        if not self._lock.is_held():
-            raise BlockLost(f"{self.root}: block {self.block} was taken over by another job")
-        # --retry-failed and repair redo a marked block: it does not exist while its files change.
-        clear_mark(self.root, self.spec, self.block, unless=records)
-        for name, layout in self._layouts.items():
-            self._publish(self._staged[name], layout.shard(self.root, self.block), records[name])
-        self._check(records)
         mark = Mark(block=self.block, files=records, clips=tuple(clips), environment=environment)
-        return self._publish_mark(mark)
+        self._check_lock()
+        try:
+            return self._publish_block(mark)
+        except CacheError as error:
+            # What fails after a takeover fails because of it: a file that the other job removed, say.
+            if self._lock.is_held():
+                raise
+            raise self._lost() from error
 
     def close(self) -> None:
         """Stop the threads and remove what was not published."""
         self._appender.shutdown(wait=True, cancel_futures=True)
         for staged in self._staged.values():
             staged.discard()
+
+    def _open(self, name: str, layout: ArrayLayout) -> None:
+        directory = layout.shard(self.root, self.block).parent
+        make_directories(directory)
+        remove_leftovers(directory)
+        self._staged[name] = stage_file(directory)
+        grid = (self.spec.block_samples, len(self.spec.layers))
+        self._writers[name] = ShardWriter(self._staged[name], grid=grid, codec=layout.codec)
 
     def _append_encoded(self, encoded: Mapping[str, Sequence[Future[bytes]]]) -> None:
         try:
@@ -117,33 +125,61 @@ class BlockWriter:
         if self._failure is not None:
             raise self._failure
 
-    def _publish(self, staged: StagedFile, final: Path, record: FileRecord) -> None:
-        try:
-            staged.publish(final)
-        except AlreadyPublished:
-            # Left by a job that died before its mark, or written by one that took the block over just now.
-            if file_digest(final) != (record.size, record.sha256):
-                raise BlockLost(f"{self.root}: block {self.block} was taken over by another job") from None
-
-    def _check(self, records: Mapping[str, FileRecord]) -> None:
+    def _publish_block(self, mark: Mark) -> Mark:
+        # --retry-failed and repair redo a marked block: it does not exist while its files change.
+        clear_mark(self.root, self.spec, self.block, unless=mark.files)
         for name, layout in self._layouts.items():
-            path = layout.shard(self.root, self.block)
-            if file_digest(path) != (records[name].size, records[name].sha256):
-                raise BlockLost(f"{path}: another job wrote other bytes; run the same command again")
+            # A taken name: left by a job that died before its mark, or by one that took the block over.
+            with contextlib.suppress(AlreadyPublished):
+                self._staged[name].publish(layout.shard(self.root, self.block))
+        if not self._lies_there(mark.files):
+            raise self._lost()
+        found = self._publish_mark(mark)
+        # Whoever took the block over before this look may have changed its files after the look above; whoever
+        # takes it over from now on finds the mark.
+        if not self._lock.is_held() and not self._lies_there(found.files):
+            self._withdraw(found)
+            raise self._lost()
+        return found
 
     def _publish_mark(self, mark: Mark) -> Mark:
-        document = mark_document(mark, self.spec)
-        path = mark_path(self.root, self.block)
+        document, path = mark_document(mark, self.spec), mark_path(self.root, self.block)
         try:
             write_json_atomic(path, document, replace=False)
         except AlreadyPublished:
             found = valid_mark(self.root, self.spec, self.block)
             if found is not None and found.files == dict(mark.files):
                 return found
+            if not self._lies_there(mark.files):
+                raise self._lost() from None
             write_json_atomic(path, document, replace=True)
-        written = read_mark(self.root, self.block, self.spec)
-        assert written is not None
+        written = valid_mark(self.root, self.spec, self.block)
+        if written is None:
+            raise self._lost()
         return written
+
+    def _withdraw(self, mark: Mark) -> None:
+        found = valid_mark(self.root, self.spec, self.block)
+        if found is not None and found.digest == mark.digest:
+            mark_path(self.root, self.block).unlink(missing_ok=True)
+
+    def _lies_there(self, records: Mapping[str, FileRecord]) -> bool:
+        try:
+            return all(
+                file_digest(layout.shard(self.root, self.block)) == (records[name].size, records[name].sha256)
+                for name, layout in self._layouts.items()
+            )
+        except CacheError:
+            return False
+
+    def _check_lock(self) -> None:
+        if not self._lock.is_held():
+            raise self._lost()
+
+    def _lost(self) -> BlockLost:
+        return BlockLost(
+            f"{self.root}: block {self.block} was taken over by another job; run the same command again"
+        )
 
 
 def clear_mark(
@@ -151,12 +187,13 @@ def clear_mark(
 ) -> None:
     """Make a block not exist: its mark goes first, then its files. Nothing is done where files are `unless`.
 
-    A file whose bytes are those about to be published stays, so that a reader that has it open sees no change.
+    A file whose bytes are those about to be published stays, so that open readers see no change.
     """
-    (root / MANIFEST_NAME).unlink(missing_ok=True)
-    if mark_path(root, block).exists():
-        mark_path(root, block).unlink(missing_ok=True)
-        fsync_directory(mark_path(root, block).parent)
+    # The manifest names the mark, and the mark the files: each is gone for good before what it names.
+    for path in (root / MANIFEST_NAME, mark_path(root, block)):
+        if path.exists():
+            path.unlink(missing_ok=True)
+            fsync_directory(path.parent)
     for name, layout in array_layouts(spec).items():
         path = layout.shard(root, block)
         if not path.exists():

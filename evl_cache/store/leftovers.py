@@ -19,7 +19,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def finish_cache(root: Path, spec: CacheSpec, *, lock_expiry_s: float = EXPIRY_S) -> str:
-    """Remove what killed jobs left, unless another job is at work, and write the manifest of a complete cache.
+    """Remove what killed jobs left, unless another job is at work; write the manifest of a complete cache.
 
     Returns: the cache digest.
     Raises: CacheError where a block is not done or the disk refuses; CacheDamaged where a mark is not intact.

@@ -21,6 +21,7 @@ from evl_cache.store.manifest import read_manifest
 from evl_cache.store.marks import FileRecord, Mark, read_mark
 from evl_cache.store.rows import Row, StoredBatch, StoredMaps, StoredTokens
 from evl_cache.store.shard import ShardReader
+from evl_cache.store.shard_pool import ShardPool
 
 _NFS_RETRIES = 3
 _NFS_WAIT_S = 0.2
@@ -69,7 +70,7 @@ class FeatureCache:
         self._errors: dict[int, str] = {}
         self.damaged_marks: dict[int, str] = {}
         self._layouts = array_layouts(self.spec)
-        self._shards: dict[tuple[str, int], ShardReader] = {}
+        self._shards = ShardPool(self._open_shard)
         self.refresh()
 
     def __len__(self) -> int:
@@ -218,27 +219,30 @@ class FeatureCache:
     ) -> None:
         for attempt in range(_NFS_RETRIES):
             try:
-                return self._shard(name, block).read_chunks(chunks, outs)
+                self._shards.get((name, block)).read_chunks(chunks, outs)
+                return
             except CacheDamaged:
                 # On NFS a mark can be seen before its data: look again, from a newly opened file.
-                self._shards.pop((name, block), None)
+                self._shards.forget((name, block))
                 if attempt + 1 == _NFS_RETRIES:
                     raise
                 time.sleep(_NFS_WAIT_S * attempt)
 
-    def _shard(self, name: str, block: int) -> ShardReader:
-        reader = self._shards.get((name, block))
-        if reader is None:
-            layout, record = self._layouts[name], self._files[block][name]
-            reader = self._shards[name, block] = ShardReader(
-                layout.shard(self.path, block),
-                grid=(self.spec.block_samples, len(self.spec.layers)),
-                chunk_shape=layout.chunk_shape,
-                dtype=layout.dtype,
-                codec=layout.codec,
-                checksums=None if self._trust else record.checksums,
-            )
-        return reader
+    def _open_shard(self, key: tuple[str, int]) -> ShardReader:
+        name, block = key
+        layout, record = self._layouts[name], self._files[block][name]
+        return ShardReader(
+            layout.shard(self.path, block),
+            grid=(self.spec.block_samples, len(self.spec.layers)),
+            chunk_shape=layout.chunk_shape,
+            dtype=layout.dtype,
+            codec=layout.codec,
+            checksums=None if self._trust else record.checksums,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_shards": {}}
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._shards = ShardPool(self._open_shard)

@@ -124,8 +124,8 @@ def _best_copy(root: Path) -> _Copy:
     first, second = (_support(root, copy) for copy in copies)
     if first == second:
         raise CacheError(
-            f"{root}: {METADATA_NAME} and {RECOVERY_NAME} are intact but of two caches, and nothing tells which is "
-            "this one's; put back the right one, or extract into a new directory"
+            f"{root}: {METADATA_NAME} and {RECOVERY_NAME} are intact but of two caches, and nothing tells "
+            "which is this one's; put back the right one, or extract into a new directory"
         )
     return copies[0] if first > second else copies[1]
 

@@ -56,7 +56,7 @@ def make_row(tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None
 
 @dataclass(frozen=True, kw_only=True)
 class StoredBatch:
-    """Features of several samples as they are stored, shallow to deep; dequantise on the device that uses them.
+    """Features of several samples as they are stored, shallow to deep; dequantise where they are used.
 
     Attributes:
         tokens: L of QuantizedTokens with (B, T, N, C) codes, or float16 (B, T, N, C).

@@ -2,16 +2,17 @@
 can make a consistent other one; compare the cache digest with one you trust."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.directory import CacheDescription, read_clips, read_description
 from evl_cache.store.layout import DONE_NAME, MANIFEST_NAME, array_layouts, mark_path
-from evl_cache.store.manifest import manifest_document, read_manifest
+from evl_cache.store.manifest import Manifest, manifest_document, read_manifest
 from evl_cache.store.marks import Mark, read_mark
 from evl_cache.store.metadata import METADATA_NAME
 from evl_cache.store.publish import canonical_json, file_digest, is_staging_name
@@ -59,14 +60,12 @@ def verify_cache(
         raise CacheError(f"{root}: no such directory; give a cache that extract wrote")
     try:
         description = read_description(root)
-    except CacheDamaged as error:
-        return Verification(
-            problems=(Problem(block=None, reason=str(error)),),
-            blocks_done=0,
-            blocks=0,
-            strays=(),
-            cache_digest=None,
-        )
+    except CacheError as error:
+        # Without a second copy it may be no cache, or one of another format: nothing that can be checked.
+        if not isinstance(error, CacheDamaged) and not has_intact_recovery(root):
+            raise
+        problem = Problem(block=None, reason=str(error))
+        return Verification(problems=(problem,), blocks_done=0, blocks=0, strays=(), cache_digest=None)
     spec = description.spec
     problems = _check_description(root, description)
 
@@ -98,6 +97,9 @@ def _check_description(root: Path, description: CacheDescription) -> list[Proble
     recovery = check_recovery(root, description)
     if recovery is not None:
         reasons.append(recovery)
+    written = (root / METADATA_NAME).read_bytes()
+    if written != canonical_json(json.loads(written)):
+        reasons.append(f"{root / METADATA_NAME}: is not written as evl-cache writes it; repair the cache")
     for name, layout in array_layouts(description.spec).items():
         path = root / name / METADATA_NAME
         if not path.is_file() or path.read_bytes() != canonical_json(layout.metadata(description.spec)):
@@ -154,9 +156,31 @@ def _check_manifest(
             if block not in marks
         ]
         return manifest.digest, absent
-    if intact and canonical_json(manifest_document(root, spec, marks)) != path.read_bytes():
-        return None, [Problem(block=None, reason=f"{path}: does not agree with the files; repair the cache")]
-    return manifest.digest, []
+    if not intact:
+        return manifest.digest, []
+    document = manifest_document(root, spec, marks)
+    if canonical_json(document) == path.read_bytes():
+        return manifest.digest, []
+    return None, _disagreements(root, spec, manifest, document)
+
+
+def _disagreements(
+    root: Path, spec: CacheSpec, manifest: Manifest, document: Mapping[str, Any]
+) -> list[Problem]:
+    """Blocks that are whole in themselves but not those of the manifest, or, where most are, the manifest."""
+    found = {name: (row["size"], row["sha256"]) for name, row in document["files"].items()}
+    names = {mark_path(root, block).relative_to(root).as_posix(): block for block in range(spec.num_blocks)}
+    problems = [
+        Problem(
+            block=block, reason=f"{root / name}: is not the mark that the manifest names; repair the cache"
+        )
+        for name, block in names.items()
+        if manifest.files.get(name) != found[name]
+    ]
+    if 0 < len(problems) <= spec.num_blocks // 2:
+        return problems
+    reason = f"{root / MANIFEST_NAME}: does not agree with the files; repair the cache"
+    return [Problem(block=None, reason=reason)]
 
 
 def _strays(root: Path, spec: CacheSpec) -> list[str]:

@@ -1,0 +1,65 @@
+"""What a cache would cost: bytes, files, and, measured on a few clips, time."""
+
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from evl_cache.extract import ExtractOptions, extract
+from evl_cache.extract_block import Tower
+from evl_cache.extract_dataset import ExtractRequest, Plan, plan_extraction
+from evl_cache.store.size import num_files, sample_nbytes
+
+MEASURED_CLIPS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """Of one cache. `measured_bytes` and `measured_seconds` are scaled from a few clips; None unless asked for."""
+
+    split: str
+    cache: str
+    clips: int
+    samples: int
+    files: int
+    raw_bytes: int
+    expected_bytes: int
+    measured_bytes: int | None
+    measured_seconds: float | None
+
+
+def estimate(request: ExtractRequest, *, options: ExtractOptions, measure: bool) -> list[Estimate]:
+    """Costs of every cache that `extract` with the same request would make; nothing of it is kept.
+
+    Raises: as `plan_extraction`; CacheError where the few clips measured all failed.
+    """
+    tower, root, plans = plan_extraction(request, device=options.device)
+    return [_estimate(tower, root, plan, options, measure) for plan in plans]
+
+
+def _estimate(tower: Tower, root: Path, plan: Plan, options: ExtractOptions, measure: bool) -> Estimate:
+    raw, expected = sample_nbytes(plan.spec)
+    samples = plan.spec.num_samples
+    measured = _measure(tower, root, plan, options) if measure else None
+    return Estimate(
+        split=plan.split,
+        cache=str(plan.cache),
+        clips=plan.spec.num_clips,
+        samples=samples,
+        files=num_files(plan.spec),
+        raw_bytes=raw * samples,
+        expected_bytes=expected * samples,
+        measured_bytes=None if measured is None else round(measured[0] * plan.spec.num_clips),
+        measured_seconds=None if measured is None else measured[1] * plan.spec.num_clips,
+    )
+
+
+def _measure(tower: Tower, root: Path, plan: Plan, options: ExtractOptions) -> tuple[float, float]:
+    """(bytes, seconds) a clip, from clips spread over the list."""
+    step = max(1, len(plan.clips.clips) // MEASURED_CLIPS)
+    chosen = replace(plan.clips, clips=plan.clips.clips[::step][:MEASURED_CLIPS])
+    spec = replace(plan.spec, num_clips=len(chosen.clips), content_id=chosen.content_id)
+    with tempfile.TemporaryDirectory(prefix="evl-cache-estimate-") as directory:
+        cache = Path(directory) / "cache"
+        result = extract(chosen, root=root, cache=cache, spec=spec, tower=tower, options=options)
+        stored = sum(file.stat().st_size for file in cache.rglob("c/**/*") if file.is_file())
+    return stored / len(chosen.clips), result.seconds / len(chosen.clips)

@@ -1,0 +1,59 @@
+"""Open shards, the least recently used of which are let go: a large cache has more files than one may open."""
+
+import os
+import resource
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+
+from evl_cache.store.shard import ShardReader
+
+ShardKey = tuple[str, int]  # array and block
+_MOST_OPEN, _LEAST_OPEN = 1024, 16
+_SHARE_OF_LIMIT = 8  # a process reads two caches or more, and opens other files too
+
+
+class ShardPool:
+    """Shard readers by array and block, for any number of threads, and for processes forked at any time.
+
+    Args:
+        open_shard: makes the reader of a shard that is not in the pool.
+        limit: readers kept; by default what the process's limit of open files allows.
+    """
+
+    def __init__(self, open_shard: Callable[[ShardKey], ShardReader], *, limit: int | None = None) -> None:
+        self._open_shard = open_shard
+        self.limit = _default_limit() if limit is None else limit
+        self._renew()
+
+    def get(self, key: ShardKey) -> ShardReader:
+        """The shard's reader. It stays usable when it leaves the pool: its file closes after its last read."""
+        if self._pid != os.getpid():
+            self._renew()
+        with self._lock:
+            reader = self._readers.get(key)
+            if reader is None:
+                reader = self._readers[key] = self._open_shard(key)
+            self._readers.move_to_end(key)
+            while len(self._readers) > self.limit:
+                _, oldest = self._readers.popitem(last=False)
+                oldest.close()
+            return reader
+
+    def forget(self, key: ShardKey) -> None:
+        """Open the shard's file anew at the next read."""
+        with self._lock:
+            self._readers.pop(key, None)
+
+    def _renew(self) -> None:
+        # After a fork the lock may be held by a thread that only the parent has.
+        self._readers: OrderedDict[ShardKey, ShardReader] = OrderedDict()
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+
+def _default_limit() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _MOST_OPEN
+    return min(_MOST_OPEN, max(_LEAST_OPEN, soft // _SHARE_OF_LIMIT))
