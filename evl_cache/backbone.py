@@ -136,6 +136,9 @@ def build_tower(model: str, pretrained: str) -> tuple[nn.Module, TowerSpec]:
     config, preprocess = _model_config(model)
     visual = _random_tower(config, model)
     _check_tower(visual)
+    sides = (*visual.image_size, *visual.patch_size)  # type: ignore[misc]
+    if sides[0] != sides[1] or sides[2] != sides[3]:
+        raise UsageError(f"{model}: image and patch sizes {sides}; expected square ones, as crops are square")
     if pretrained != "none":
         weights, tag_preprocess = _find_weights(model, pretrained, config)
         _load(visual, weights, model=model, pretrained=pretrained)
@@ -175,10 +178,22 @@ def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{model}: cannot be read as a JSON model configuration ({error})") from error
     config = content.get("model_cfg", content) if isinstance(content, dict) else {}
-    if "vision_cfg" not in config or "embed_dim" not in config:
+    if (
+        not isinstance(config, dict)
+        or not isinstance(config.get("vision_cfg"), dict)
+        or "embed_dim" not in config
+    ):
         raise UsageError(f"{model}: has no 'embed_dim' and 'vision_cfg'; expected an open_clip configuration")
-    given = content.get("preprocess_cfg", {})
-    return config, {name: tuple(given.get(name, default)) for name, default in preprocess.items()}
+    given = content.get("preprocess_cfg") or {}
+    try:
+        found = {name: tuple(map(float, given.get(name, default))) for name, default in preprocess.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{model}: preprocess_cfg is not readable ({error}); expected mean and std"
+        ) from error
+    if any(len(values) != 3 for values in found.values()) or 0.0 in found["std"]:
+        raise UsageError(f"{model}: preprocess_cfg has {found}; expected three numbers each, std above 0")
+    return config, found
 
 
 def _random_tower(config: dict[str, Any], model: str) -> nn.Module:
@@ -196,7 +211,7 @@ def _random_tower(config: dict[str, Any], model: str) -> nn.Module:
             visual: nn.Module = _build_vision_tower(
                 config["embed_dim"], vision, config.get("quick_gelu", False)
             )
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
             raise UsageError(f"{model}: not a valid open_clip vision_cfg ({error})") from error
         _tie_queries_to_keys(visual, config.get("evl_init", {}))
     return visual
@@ -243,10 +258,12 @@ def _find_weights(model: str, pretrained: str, config: dict[str, Any]) -> tuple[
 def _check_activation(model: str, pretrained: str, *, needed: bool | None, has: bool) -> None:
     if needed is None or needed == has:
         return
-    remedy = f"{model}-quickgelu" if needed else model.removesuffix("-quickgelu")
+    remedy = f"--model {model}-quickgelu" if needed else f"--model {model.removesuffix('-quickgelu')}"
+    if model.endswith(".json"):
+        remedy = f'"quick_gelu": {str(needed).lower()} in that file'
     raise WeightsError(
         f"QuickGELU mismatch: weights {pretrained!r} were trained {'with' if needed else 'without'} it, "
-        f"model {model} is {'with' if has else 'without'}; use --model {remedy}"
+        f"model {model} is {'with' if has else 'without'}; use {remedy}"
     )
 
 

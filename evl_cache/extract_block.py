@@ -79,13 +79,9 @@ class BlockExtractor:
         self._decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
         self._lookahead = workers + _LOOKAHEAD_CLIPS
-        self._environment = {
-            "batch": batch,
-            "device": device_name(self._device),
-            "compute_dtype": spec.compute_dtype,
-            "threads": torch.get_num_threads(),
-            "versions": package_versions(),
-        }
+        self._environment = run_environment(
+            batch=batch, device=self._device, compute_dtype=spec.compute_dtype
+        )
 
     def extract(self, block: int, lock: BlockLock) -> ExtractedBlock:
         """Every row of a block handed to a new writer, which the caller commits and closes.
@@ -198,6 +194,17 @@ class _ClipRows:
             self.rows.append(make_row(tokens, maps, spec))
         except ClipError as error:
             self.record = replace(self.record, error=str(error))
+
+
+def run_environment(*, batch: int, device: torch.device, compute_dtype: str) -> dict[str, Any]:
+    """What decides the bytes of a block beside the cache's spec; kept in its mark."""
+    return {
+        "batch": batch,
+        "device": device_name(device),
+        "compute_dtype": compute_dtype,
+        "threads": torch.get_num_threads(),
+        "versions": package_versions(),
+    }
 
 
 def package_versions() -> dict[str, str]:

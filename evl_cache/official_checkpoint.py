@@ -1,7 +1,6 @@
 """Checkpoints of the official EVL code, as heads of ours. Read with `weights_only`: data, never code."""
 
 import math
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,9 +61,10 @@ def _official_state(path: Path) -> dict[str, torch.Tensor]:
         raise WeightsError(f"{path}: no such file; expected a checkpoint of the official EVL code")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except Exception as error:  # what torch and pickle raise for a damaged file is open-ended
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise WeightsError(
-            f"{path}: cannot be read as a checkpoint of tensors ({str(error).splitlines()[0]}); "
+            f"{path}: cannot be read as a checkpoint of tensors ({reason}); "
             "expected a file written by the official EVL code"
         ) from error
     state = content.get("model", content) if isinstance(content, dict) else content

@@ -18,6 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
+import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
@@ -179,6 +180,14 @@ def frame_sum(differences: CodesT) -> CodesT:
     for frame in range(1, result.shape[-3]):
         result[..., frame, :, :] += result[..., frame - 1, :, :]
     return result
+
+
+def frame_sum_(codes: npt.NDArray[Any]) -> None:
+    """`frame_sum` of a numpy array in place, as the trailing underscore says: for buffers that are reused."""
+    _check_codes(codes)
+    frames = codes.shape[-3]
+    for frame in range(1, frames):
+        np.add(codes[..., frame, :, :], codes[..., frame - 1, :, :], out=codes[..., frame, :, :])
 
 
 def _token_scale(values: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """Weight files of image towers, read as data: safetensors, state dicts, OpenAI's TorchScript archives."""
 
 import hashlib
-import pickle
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -39,7 +38,7 @@ def read_tower_weights(path: Path) -> TowerWeights:
         raise WeightsError(f"{path}: no such weights file; give a file or a pretrained tag")
     is_archive = _is_torchscript(path)
     state = _read(path, is_archive)
-    plain: dict[str, Any] = {name.removeprefix("module."): value for name, value in state.items()}
+    plain: dict[str, Any] = {str(name).removeprefix("module."): value for name, value in state.items()}
     visual = {n.removeprefix("visual."): v for n, v in plain.items() if n.startswith("visual.")} or plain
     tensors = {n: v.to(torch.float32) for n, v in visual.items() if torch.is_tensor(v)}
     if "conv1.weight" not in tensors:
@@ -67,36 +66,32 @@ def _is_torchscript(path: Path) -> bool:
         return any(name.endswith("constants.pkl") for name in archive.namelist())
 
 
-def _read_torchscript(path: Path) -> Mapping[str, torch.Tensor]:
-    with warnings.catch_warnings():
-        # Newer torch deprecates TorchScript; OpenAI's files are what they are, and users can do nothing about it.
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\.load.* is deprecated")
-        state: Mapping[str, torch.Tensor] = torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-    return state
-
-
 def _read(path: Path, is_torchscript: bool) -> Mapping[str, torch.Tensor]:
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        if is_torchscript:
-            return _read_torchscript(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        content = _load(path, is_torchscript)
+    except Exception as error:  # what torch, pickle and safetensors raise for a damaged file is open-ended
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise WeightsError(
             f"{path}: cannot be read as weights ({reason}); expected safetensors, a state dict of tensors "
             "(torch.save) or OpenAI's TorchScript archive"
         ) from error
-    except Exception as error:  # safetensors raises its own class, which it exports under a private name
-        if type(error).__module__.startswith("safetensors"):
-            raise WeightsError(f"{path}: not a valid safetensors file ({error})") from error
-        raise
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping):
         raise WeightsError(f"{path}: holds a {type(content).__name__}; expected a state dict of tensors")
     return content
+
+
+def _load(path: Path, is_torchscript: bool) -> Any:
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(path)
+    with warnings.catch_warnings():
+        # Of what the files are, which users cannot change: TorchScript is deprecated, pickles have a protocol.
+        warnings.filterwarnings("ignore", message=r".*torch\.jit\.load.* is deprecated")
+        warnings.filterwarnings("ignore", message=r"Detected pickle protocol")
+        if is_torchscript:
+            return torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
+        return torch.load(path, map_location="cpu", weights_only=True)

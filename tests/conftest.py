@@ -5,6 +5,9 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+# Before torch is loaded, as in cli/main.py: threads that wait for each other do not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import numpy as np
 import pytest
 import torch

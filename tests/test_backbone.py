@@ -51,7 +51,9 @@ def test_tokens_equal_open_clips_own_forward_pass(variant):
     visual, frames = tower(**VARIANTS[variant]), clip_frames()
     found = Backbone(visual, layers=(1, 2, 3, 4, 5))(frames)
     with torch.no_grad():
-        theirs = visual.forward_intermediates(frames.flatten(0, 1), output_fmt="NLC", output_extra_tokens=True)
+        theirs = visual.forward_intermediates(
+            frames.flatten(0, 1), output_fmt="NLC", output_extra_tokens=True
+        )
     for i in range(5):
         expected = torch.cat(
             [theirs["image_intermediates_prefix"][i], theirs["image_intermediates"][i]], dim=1
@@ -62,7 +64,9 @@ def test_tokens_equal_open_clips_own_forward_pass(variant):
 def slow_queries_and_keys(visual, frames, layer):
     """The published way: watch what enters the block, normalise it, project it again."""
     entered = []
-    hook = visual.transformer.resblocks[layer - 1].register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    hook = visual.transformer.resblocks[layer - 1].register_forward_pre_hook(
+        lambda module, args: entered.append(args[0])
+    )
     with torch.no_grad():
         visual(frames.flatten(0, 1))
     hook.remove()
@@ -71,7 +75,9 @@ def slow_queries_and_keys(visual, frames, layer):
     with torch.no_grad():
         normed = block.ln_1(entered[0])
         q = F.linear(normed, block.attn.in_proj_weight[:width], block.attn.in_proj_bias[:width])
-        k = F.linear(normed, block.attn.in_proj_weight[width : 2 * width], block.attn.in_proj_bias[width : 2 * width])
+        k = F.linear(
+            normed, block.attn.in_proj_weight[width : 2 * width], block.attn.in_proj_bias[width : 2 * width]
+        )
     shape = (*frames.shape[:2], q.shape[1], heads, width // heads)
     return q.view(shape), k.view(shape)
 
@@ -100,7 +106,9 @@ def test_maps_equal_a_loop_over_heads_and_patches():
                 for i in range(P):
                     row = torch.zeros(P)
                     for h in range(H):
-                        scores = [float(q[b, queries, 1 + i, h] @ k[b, keys, 1 + j, h]) * D**-0.5 for j in range(P)]
+                        scores = [
+                            float(q[b, queries, 1 + i, h] @ k[b, keys, 1 + j, h]) * D**-0.5 for j in range(P)
+                        ]
                         row += torch.softmax(torch.tensor(scores), dim=0) / H
                     torch.testing.assert_close(found[b, direction, t, i], row, atol=1e-5, rtol=0)
 
@@ -242,9 +250,9 @@ def test_an_unknown_model_lists_some():
         '{"embed_dim": 8}',
         '{"embed_dim": 8, "vision_cfg": 3}',
         '{"embed_dim": 8, "vision_cfg": {"layerz": 3}}',
-        '{"embed_dim": 8, "vision_cfg": {"width": 65, "head_width": 64, "image_size": 32}}',
-        '{"embed_dim": 8, "vision_cfg": {"image_size": 32}, "preprocess_cfg": null}',
-        '{"embed_dim": 8, "vision_cfg": {"image_size": 32}, "preprocess_cfg": {"mean": [0.5]}}',
+        '{"embed_dim": 8, "vision_cfg": {"patch_size": 0, "layers": 1, "width": 64}}',
+        '{"embed_dim": 8, "vision_cfg": {"width": 70, "head_width": 16, "layers": 1}}',
+        '{"embed_dim": 8, "vision_cfg": {"layers": 1, "width": 64}, "preprocess_cfg": {"mean": [0.5]}}',
         '{"embed_dim": 8, "vision_cfg": {"image_size": [32, 64], "width": 64, "layers": 1}}',
     ],
 )

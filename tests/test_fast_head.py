@@ -115,13 +115,16 @@ def test_logits_and_all_gradients_equal_the_plain_twins(shape: str) -> None:
     assert_same(gradients, twin_gradients, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("chunk_bytes", [1, 2000, 1 << 20])
-@pytest.mark.parametrize("rows", [1, 8, 64])
-def test_chunking_changes_nothing(monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, rows: int) -> None:
+@pytest.mark.parametrize("remake_one_of", [1, 2, 3])
+@pytest.mark.parametrize(("chunk_bytes", "rows"), [(1, 64), (2000, 1), (2000, 8), (1 << 20, 64)])
+def test_chunking_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, chunk_bytes: int, rows: int, remake_one_of: int
+) -> None:
     case = make_case("tall grid")
     expected, twin_gradients = logits_and_gradients(PlainHead(case.head), case.tokens, case.maps)
     monkeypatch.setattr(chunks, "CPU_CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(chunks, "CPU_ROWS", rows)
+    monkeypatch.setattr(chunks, "REMAKE_ONE_OF", remake_one_of)
     logits, gradients = logits_and_gradients(case.head, case.tokens, case.maps)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
     assert_same(gradients, twin_gradients, rtol=1e-10, atol=1e-10)

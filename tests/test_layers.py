@@ -22,9 +22,9 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("errors", "errors"),
         ("pure", "spec clips sampling preprocess attention_maps quantize"),
         ("adapters", "video rendered annotations weights backbone store dataset heads checkpoint"),
-        ("parts of stages", "frames reuse extract_block"),
+        ("parts of stages", "frames reuse extract_block block_taker"),
         ("stages", "extract train evaluate predict importing"),
-        ("composed stages", "demo"),
+        ("composed stages", "demo repair"),
     )
 )
 SAME_LAYER = {
@@ -33,6 +33,7 @@ SAME_LAYER = {
     ("backbone", "weights"),  # a tower is built from a weights file
     ("extract_block", "frames"),  # a block is made of prepared clips
     ("extract_block", "reuse"),  # and of rows that an older cache has
+    ("block_taker", "extract_block"),  # takes blocks, and has them extracted
 }
 FREE_WITHIN = {"pure"}  # small modules of plain values: clips are digested as spec does it
 

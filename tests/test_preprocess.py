@@ -28,7 +28,7 @@ def slow_bilinear(image, height, width):
 
 
 def slow_crops(frames, size, crops):
-    T, H, W, _ = frames.shape
+    H, W = frames.shape[1:3]
     if H <= W:
         height, width = size, W * size // H
     else:
@@ -80,7 +80,9 @@ def test_frames_are_normalised_before_they_are_resized():
     shift, scale = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
 
     def resize(x):
-        return torch.nn.functional.interpolate(x, size=(16, 41 * 16 // 30), mode="bilinear", align_corners=False)
+        return torch.nn.functional.interpolate(
+            x, size=(16, 41 * 16 // 30), mode="bilinear", align_corners=False
+        )
 
     start = (41 * 16 // 30 - 16) // 2
     normalised_first = resize((pixels - shift) / scale)[..., start : start + 16]

@@ -128,7 +128,7 @@ def _file_names(release: int, split: str) -> list[str]:
 def _read_table(path: Path) -> _Table:
     text = read_text(path, expected=_EXPECTED)
     records = _records(text, path)
-    line, header = next(records)
+    line, header = next(records, (1, []))
     names = [name.strip().lower() for name in header]
     absent = [name for name in _COLUMNS if name not in names]
     if absent:
@@ -169,9 +169,9 @@ def _row(fields: list[str], at: tuple[int, ...], *, width: int, path: Path, line
             f"{where}: no label; expected a class name (annotations without labels cannot be used)"
         )
     if _YOUTUBE_ID.fullmatch(youtube_id) is None:
-        raise UsageError(f"{where}: youtube_id {youtube_id!r}; expected letters, digits, - and _")
+        raise UsageError(f"{where}: youtube_id {youtube_id!r:.60}; expected letters, digits, - and _")
     if split.lower() not in SPLIT_NAMES:
-        raise UsageError(f"{where}: split {split!r}; expected train, val, validate or test")
+        raise UsageError(f"{where}: split {split!r:.60}; expected train, val, validate or test")
     times = _seconds(start, "time_start", where), _seconds(end, "time_end", where)
     if times[1] <= times[0]:
         raise UsageError(
@@ -183,7 +183,7 @@ def _row(fields: list[str], at: tuple[int, ...], *, width: int, path: Path, line
 
 def _seconds(text: str, name: str, where: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) <= 6):
-        raise UsageError(f"{where}: {name} {text!r}; expected a whole number of seconds, 0 to 999999")
+        raise UsageError(f"{where}: {name} {text!r:.60}; expected a whole number of seconds, 0 to 999999")
     return int(text)
 
 
@@ -194,7 +194,7 @@ def _clip_list(tree: VideoTree, table: _Table, numbering: _Table, split: str) ->
     for row in rows:
         if row.label not in numbers:
             raise UsageError(
-                f"{table.path}, line {row.line}: label {row.label!r} is in no train row of {numbering.path}; "
+                f"{table.path}, line {row.line}: label {row.label!r:.100} is in no train row of {numbering.path}; "
                 "expected classes of the train annotation, which numbers them"
             )
     found = _found(tree, {row.clip_id for row in rows}, split)
@@ -216,7 +216,8 @@ def _found(tree: VideoTree, wanted: set[str], split: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for folder in _places(tree, split):
         videos = tree.videos(folder)
-        found |= {name: join(folder, videos[name]) for name in videos.keys() & wanted - found.keys()}
+        new = [name for name in videos if name in wanted and name not in found]
+        found |= {name: join(folder, videos[name]) for name in new}
         if len(found) == len(wanted):
             break
     return found

@@ -201,4 +201,4 @@ def is_file(entry: os.DirEntry[str]) -> bool:
 
 def join(*parts: str) -> str:
     """A path relative to the root, with slashes; empty parts are left out."""
-    return PurePosixPath(*parts).as_posix()
+    return "/".join(part for part in parts if part)

@@ -33,7 +33,7 @@ def layer_gradients(
     query_gradient, space = torch.zeros_like(work.query), torch.empty_like(work.query)
     inputs = _InputGradients(work, needed)
     for chunk in work.chunks:
-        unit = kept.normed[chunk.order]  # (Q,T,B,C)
+        unit = inputs.unit(chunk, kept)  # (Q,T,B,C)
         logits = kept.logits[:, :, work.place(chunk)]  # (B,H,K)
         weights = torch.exp(logits - kept.log_total)
         weight_gradient = torch.bmm(ends[:, heads:], by_clip(unit).transpose(1, 2)).to(sums)
@@ -57,7 +57,17 @@ class _InputGradients:
         self.work, self.tables_wanted = work, prev or following
         self.tokens = torch.empty_like(work.tokens.tokens) if tokens else None
         self.maps = torch.empty_like(work.motion.maps.maps) if maps and work.motion is not None else None
-        self.spaces = [work.space(work.largest, work.setting.sums) for _ in range(3 if self.wanted else 0)]
+        self.spaces = [work.space(work.largest, work.setting.sums) for _ in range(4)]
+
+    def unit(self, chunk: Chunk, kept: Kept) -> Tensor:
+        """The chunk's normalised tokens (Q, T, B, C) in the dtype of products, kept or made again."""
+        work = self.work
+        if chunk.kept is not None:
+            if self.wanted and work.shift.taps is not None:
+                work.tokens.load(chunk, self.spaces[1][: chunk.size])
+            return kept.normed[chunk.kept]
+        again = work.centred(chunk, self.spaces[1], self.spaces[3])
+        return again.mul_(kept.scale[chunk.order]).to(work.setting.products)
 
     def through_norm(
         self, unit: Tensor, scale: Tensor, factors: Tensor, ends: Tensor, along: Tensor
@@ -68,7 +78,7 @@ class _InputGradients:
         over their deviation (Q, T, B, 1); factors: (B, 2H, K); ends: (B, 2H, C), of mean zero over C;
         along: (B, K), the product of each normalised token with its gradient.
         """
-        back, _, space = (s[: len(unit)] for s in self.spaces)
+        back, _, space, _ = (s[: len(unit)] for s in self.spaces)
         scale = scale.flatten(0, 1)[..., 0].t()  # (B,K)
         projection = (along * scale / -unit.shape[-1]).t()[..., None]  # (K,B,1)
         factors = (factors * scale[:, None]).transpose(1, 2).to(ends.dtype)  # (B,K,2H)
@@ -79,11 +89,9 @@ class _InputGradients:
         return back
 
     def add(self, chunk: Chunk, back: Tensor) -> None:
-        """Add what the gradient (Q, T, B, C) of a chunk's tokens with position gives."""
+        """Add what the gradient (Q, T, B, C) of a chunk's tokens with position gives, after its `unit`."""
         work = self.work
-        _, tokens, space = (s[: len(back)] for s in self.spaces)
-        if work.shift.taps is not None:
-            work.tokens.load(chunk, tokens)
+        _, tokens, space, _ = (s[: len(back)] for s in self.spaces)
         work.shift.collect(back, tokens, space)
         if work.motion is not None and chunk.column is not None:
             if self.tables_wanted:

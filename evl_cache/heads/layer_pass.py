@@ -36,9 +36,9 @@ class Setting:
 class Kept:
     """What the backward pass needs, tokens in the order of the walk.
 
-    mean: (B, H, C), the result. normed: (N, T, B, C), normalised tokens in the dtype of products. scale:
-    (N, T, B, 1), one over their deviations before. logits: (B, H, N T). log_total: (B, H, 1), the logarithm
-    of the sum of all exponentials.
+    mean: (B, H, C), the result. normed: (tokens of kept chunks, T, B, C), normalised, in the dtype of products.
+    scale: (N, T, B, 1), one over tokens' deviations before the norm. logits: (B, H, N T).
+    log_total: (B, H, 1), the logarithm of the sum of all exponentials.
     """
 
     mean: Tensor
@@ -65,10 +65,10 @@ class LayerPass:
         self.chunk_shape = (frames, clips, width)
         bytes_per_token = frames * clips * width * setting.sums.itemsize
         self.chunks = list(walk(setting.grid, bytes_per_token, query.device))
-        self.largest = max(c.order.stop - c.order.start for c in self.chunks)
+        self.largest = max(chunk.size for chunk in self.chunks)
         self.motion: Motion | None = None
         if maps is not None and prev is not None and following is not None:
-            shape = (self.largest, frames - 1, clips, self.count - 1)
+            shape = (2, self.largest, frames - 1, clips, self.count - 1)
             space = setting.workspace.take(shape, setting.products, query.device)
             block = MapBlock(maps=maps, row_max=row_max)
             self.motion = Motion(block, (prev, following), setting.grid, space)
@@ -78,19 +78,20 @@ class LayerPass:
         frames, clips, width = self.chunk_shape
         sums, products = self.setting.sums, self.setting.products
         query = self.query.to(products)
-        normed = self.space(self.count if self.setting.keep else 0, products)
+        tokens_kept = max(chunk.kept.stop for chunk in self.chunks if chunk.kept is not None)
+        empty = self.query.new_empty(0, *self.chunk_shape, dtype=products)
+        normed = self.space(tokens_kept, products) if self.setting.keep else empty
         scale = self.query.new_empty(self.count, frames, clips, 1)
         logits = self.query.new_empty(clips, query.shape[1], self.count * frames)
         tokens, positioned = self.space(self.largest, sums), self.space(self.largest, sums)
         mean = RunningMean(self.query)
         for chunk in self.chunks:
-            z = self._positioned(chunk, tokens, positioned)  # (Q,T,B,C)
-            z.sub_(z.mean(-1, keepdim=True))
+            z = self.centred(chunk, tokens, positioned)  # (Q,T,B,C)
             norm = torch.linalg.vector_norm(z, dim=-1, keepdim=True)
             scale[chunk.order] = norm.square_().div_(width).add_(self.setting.epsilon).rsqrt_()
-            unit = normed[chunk.order] if self.setting.keep else z
-            torch.mul(z, scale[chunk.order], out=unit)
-            tokens_by_clip = by_clip(unit).to(products)  # (B,K,C)
+            kept = self.setting.keep and chunk.kept is not None
+            unit = torch.mul(z, scale[chunk.order], out=normed[chunk.kept] if kept else z)
+            tokens_by_clip = by_clip(unit.to(products))  # (B,K,C)
             chunk_logits = torch.bmm(query, tokens_by_clip.transpose(1, 2)).to(sums)  # (B,H,K)
             logits[:, :, self.place(chunk)] = chunk_logits
             mean.add(chunk_logits, tokens_by_clip)
@@ -111,13 +112,15 @@ class LayerPass:
         """Where the chunk's K tokens lie in (B, H, N T)."""
         return slice(chunk.order.start * self.chunk_shape[0], chunk.order.stop * self.chunk_shape[0])
 
-    def _positioned(self, chunk: Chunk, tokens: Tensor, out: Tensor) -> Tensor:
-        """The chunk's tokens with all positions, (Q, T, B, C), in `out`; `tokens` is overwritten."""
-        size = chunk.order.stop - chunk.order.start
-        z = self.shift.apply(self.tokens.load(chunk, tokens[:size]), out[:size])
+    def centred(self, chunk: Chunk, tokens: Tensor, out: Tensor) -> Tensor:
+        """The chunk's tokens with position, less their mean over channels, (Q, T, B, C), in `out`.
+
+        The tokens alone are left in `tokens`.
+        """
+        z = self.shift.apply(self.tokens.load(chunk, tokens[: chunk.size]), out[: chunk.size])
         if self.motion is not None and chunk.column is not None:
             self.motion.add(z, chunk)
-        return z
+        return z.sub_(z.mean(-1, keepdim=True))
 
 
 def by_clip(chunk: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Motion:
         maps: of the clips.
         tables: motion tables prev and next, flipped, (R, C).
         grid: (Hp, Wp).
-        space: memory for a chunk's rows of the maps, (Q, T-1, B, P) at most, in the dtype to multiply in.
+        space: memory for a chunk's rows of the maps, (2, Q, T-1, B, P), in the dtype to multiply in.
     """
 
     def __init__(
@@ -56,30 +56,33 @@ class Motion:
     ) -> None:
         self.maps, self.tables, self.grid, self.space = maps, tables, grid, space
         self.products = space.dtype
+        self._loaded: Chunk | None = None
         self._column: int | None = None
-        self._bands: list[Tensor] = []
-        self._band_gradients: list[Tensor] = []
+        rows = (2 * grid[0] - 1) * grid[1]
+        self._bands = tables[0].new_empty(2, rows, tables[0].shape[-1], dtype=self.products)
+        self._band_gradients = torch.empty_like(self._bands, dtype=tables[0].dtype)
         self.gradients: tuple[Tensor, Tensor] | None = None
 
     def add(self, positioned: Tensor, chunk: Chunk) -> None:
         """Add the chunk's motion to `positioned` (Q, T, B, C), in place."""
         self._turn_to(chunk)
         for direction, moved in enumerate(_frames_moved(positioned)):
-            rows = self.maps.load(direction, chunk.patches, self.space[: len(chunk.rows)])
             for i, row in enumerate(chunk.rows):
-                add_product(moved[i], rows[i].flatten(0, 1), self._window(self._bands[direction], row))
+                maps = self.space[direction, i].flatten(0, 1)  # ((T-1) B,P)
+                add_product(moved[i], maps, self._window(self._bands[direction], row))
 
     def collect(self, gradient: Tensor, chunk: Chunk) -> None:
         """Add to the gradients of the tables what the chunk's `gradient` (Q, T, B, C) gives."""
         if self.gradients is None:
-            prev, following = (torch.zeros_like(table, dtype=gradient.dtype) for table in self.tables)
+            prev, following = (torch.zeros_like(table) for table in self.tables)
             self.gradients = prev, following
+            self._band_gradients.zero_()
         self._turn_to(chunk)
         for direction, moved in enumerate(_frames_moved(gradient)):
-            rows = self.maps.load(direction, chunk.patches, self.space[: len(chunk.rows)])
             for i, row in enumerate(chunk.rows):
+                maps = self.space[direction, i].flatten(0, 1)  # ((T-1) B,P)
                 band = self._window(self._band_gradients[direction], row)
-                add_product(band, rows[i].flatten(0, 1).t(), moved[i].to(self.products))
+                add_product(band, maps.t(), moved[i].to(self.products))
 
     def finish(self) -> tuple[Tensor, Tensor]:
         """Gradients of the flipped tables, (R, C) each."""
@@ -99,21 +102,27 @@ class Motion:
                 into[:, direction, :, patch] = rows.view(frames, -1, rows.shape[-1]).transpose(0, 1)
 
     def _turn_to(self, chunk: Chunk) -> None:
-        """Copy the bands of the chunk's column, once a column."""
+        """Load the chunk's maps, and copy the bands of its column, each once."""
+        if chunk != self._loaded:
+            self._loaded = chunk
+            for direction in range(2):
+                self.maps.load(direction, chunk.patches, self.space[direction, : len(chunk.rows)])
         if chunk.column == self._column:
             return
         self._flush()
         self._column = chunk.column
-        self._bands = [self._rows(t).flatten(0, 1).to(self.products) for t in self.tables]
-        if self.gradients is not None:
-            self._band_gradients = [torch.zeros_like(b, dtype=self.gradients[0].dtype) for b in self._bands]
+        for table, band in zip(self.tables, self._bands, strict=True):
+            rows = self._rows(table)
+            band.view(rows.shape).copy_(rows)
 
     def _flush(self) -> None:
-        if self.gradients is not None:
-            for total, band in zip(self.gradients, self._band_gradients, strict=False):
-                rows = self._rows(total)
-                rows += band.view_as(rows)
-        self._band_gradients = []
+        """Add the bands' gradients to those of the tables."""
+        if self.gradients is None or self._column is None:
+            return
+        for total, band in zip(self.gradients, self._band_gradients, strict=True):
+            rows = self._rows(total)
+            rows += band.view(rows.shape)
+        self._band_gradients.zero_()
 
     def _rows(self, table: Tensor) -> Tensor:
         """What queries of the present column read: a view (2Hp-1, Wp, C) of a flipped table."""

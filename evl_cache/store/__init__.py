@@ -1,7 +1,7 @@
 """The store: a Zarr v3 group that loses nothing and proves every byte. Only it knows zarr's format."""
 
 from evl_cache.store.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
-from evl_cache.store.directory import create_cache, read_description
+from evl_cache.store.directory import CacheDescription, create_cache, read_description
 from evl_cache.store.layout import LOCKS_NAME, array_layouts
 from evl_cache.store.leftovers import finish_cache
 from evl_cache.store.locks import BlockLock, LockWatcher
@@ -17,6 +17,7 @@ __all__ = [
     "BlockLock",
     "BlockLost",
     "BlockWriter",
+    "CacheDescription",
     "ClipRecord",
     "FeatureCache",
     "LockWatcher",

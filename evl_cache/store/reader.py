@@ -5,7 +5,7 @@ B samples, T frames, P patches, N = 1+P tokens, C channels.
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,19 @@ import numpy as np
 import torch
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
-from evl_cache.quantize import QuantizedMaps, QuantizedTokens, frame_sum
+from evl_cache.quantize import frame_sum_
 from evl_cache.spec import CacheSpec, digest
+from evl_cache.store.buffers import MAP_ARRAYS, TOKEN_ARRAYS, BatchBuffers
 from evl_cache.store.directory import read_clips, read_description
 from evl_cache.store.layout import MANIFEST_NAME, array_layouts, mark_path
 from evl_cache.store.manifest import read_manifest
 from evl_cache.store.marks import FileRecord, Mark, read_mark
-from evl_cache.store.rows import Row, StoredBatch, StoredMaps, StoredTokens
+from evl_cache.store.rows import Row, StoredBatch
 from evl_cache.store.shard import ShardReader
 from evl_cache.store.shard_pool import ShardPool
 
 _NFS_RETRIES = 3
 _NFS_WAIT_S = 0.2
-_TOKEN_ARRAYS = ("tokens", "token_affine", "token_scale")
-_MAP_ARRAYS = ("maps", "map_scale")
 
 
 class FeatureCache:
@@ -150,38 +149,57 @@ class FeatureCache:
         self, samples: Sequence[int], layers: Sequence[int] | None = None, *, with_maps: bool = True
     ) -> StoredBatch:
         """Features as they are stored. Arguments and errors as `read`; maps only where asked for."""
-        rows = [self._checked_sample(sample) for sample in samples]
+        buffers = self.buffers(slots=len(samples), layers=layers, with_maps=with_maps)
+        self.read_into(buffers, enumerate(samples), layers)
+        return buffers.batch(len(samples))
+
+    def buffers(
+        self,
+        *,
+        slots: int,
+        layers: Sequence[int] | None = None,
+        with_maps: bool = True,
+        pin_memory: bool = False,
+    ) -> BatchBuffers:
+        """Buffers for `read_into`. Raises: UsageError for a layer that is not stored."""
+        names = TOKEN_ARRAYS + (MAP_ARRAYS if with_maps else ())
+        layouts = [layout for name, layout in self._layouts.items() if name in names]
+        count = len(self.layer_positions(layers))
+        return BatchBuffers(layouts, num_layers=count, slots=slots, pin_memory=pin_memory)
+
+    def read_into(
+        self, buffers: BatchBuffers, samples: Iterable[tuple[int, int]], layers: Sequence[int] | None = None
+    ) -> None:
+        """Read (slot, sample) pairs into the arrays that `buffers` has. Threads may share a cache, not a slot.
+
+        Errors as `read`; the slots then hold anything.
+        """
         positions = self.layer_positions(layers)
-        arrays = [n for n in _TOKEN_ARRAYS if n in self._layouts]
-        if with_maps:
-            arrays += [n for n in _MAP_ARRAYS if n in self._layouts]
-        read = {
-            name: [torch.from_numpy(a) for a in self._read_array(name, rows, positions)] for name in arrays
-        }
-        tokens: list[StoredTokens] = list(read["tokens"])
-        if self.spec.tokens == "int8":
-            quantized = zip(read["tokens"], read["token_affine"], read["token_scale"], strict=True)
-            tokens = [
-                QuantizedTokens(codes=codes, affine=affine, scale=scale) for codes, affine, scale in quantized
-            ]
-        maps: list[StoredMaps] | None = list(read["maps"]) if "maps" in read else None
-        if "map_scale" in read:
-            coded = zip(read["maps"], read["map_scale"], strict=True)
-            maps = [QuantizedMaps(codes=codes, row_max=row_max) for codes, row_max in coded]
-        return StoredBatch(tokens=tokens, maps=maps)
+        for slot, sample in samples:
+            block, row = divmod(self._checked_sample(sample), self.spec.block_samples)
+            chunks = [row * len(self.spec.layers) + position for position in positions]
+            for name, arrays in buffers.arrays.items():
+                outs = [array[slot] for array in arrays]
+                self._read_chunks(name, block, chunks, outs)
+                if self._layouts[name].differenced:
+                    for out in outs:  # in the processor's cache still
+                        frame_sum_(out)
 
     def read_row(self, sample: int) -> Row:
         """Every array's chunks of one sample, as `make_row` made them. Errors as `read`."""
-        rows, positions = [self._checked_sample(sample)], list(range(len(self.spec.layers)))
-        return {name: np.concatenate(self._read_array(name, rows, positions)) for name in self._layouts}
+        layouts = list(self._layouts.values())
+        buffers = BatchBuffers(layouts, num_layers=len(self.spec.layers), slots=1)
+        self.read_into(buffers, [(0, sample)])
+        return {name: np.concatenate(arrays) for name, arrays in buffers.arrays.items()}
 
     def read_class_tokens(
         self, samples: Sequence[int], layers: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
         """Class tokens alone, float32, a (B, T, C) for each layer. Errors as `read`."""
-        rows = [self._checked_sample(sample) for sample in samples]
-        arrays = self._read_array("class_tokens", rows, self.layer_positions(layers))
-        return [torch.from_numpy(array).float() for array in arrays]
+        count = len(self.layer_positions(layers))
+        buffers = BatchBuffers([self._layouts["class_tokens"]], num_layers=count, slots=len(samples))
+        self.read_into(buffers, enumerate(samples), layers)
+        return [tensor.float() for tensor in buffers.tensors["class_tokens"]]
 
     def _checked_sample(self, sample: int) -> int:
         sample = int(sample)
@@ -200,19 +218,6 @@ class FeatureCache:
         raise CacheError(
             f"sample {sample} of {self.path}: its clip {self.clips[row].id!r} failed ({self._errors[row]}); see is_valid"
         )
-
-    def _read_array(
-        self, name: str, rows: Sequence[int], positions: Sequence[int]
-    ) -> list[np.ndarray[Any, Any]]:
-        """One array a layer, (B, *chunk)."""
-        layout, layers = self._layouts[name], len(self.spec.layers)
-        out = [np.empty((len(rows), *layout.chunk_shape), layout.dtype) for _ in positions]
-        for i, sample in enumerate(rows):
-            block, row = divmod(sample, self.spec.block_samples)
-            chunks = [row * layers + position for position in positions]
-            self._read_chunks(name, block, chunks, [array[i] for array in out])
-        # Neighbouring frames are summed for the whole batch at once.
-        return [frame_sum(array) for array in out] if layout.differenced else out
 
     def _read_chunks(
         self, name: str, block: int, chunks: list[int], outs: list[np.ndarray[Any, Any]]

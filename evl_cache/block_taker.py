@@ -1,0 +1,138 @@
+"""One process's share of the blocks of a cache: takes what no living job holds, waits for the rest."""
+
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from evl_cache.extract_block import BlockExtractor, ExtractedBlock
+from evl_cache.spec import CacheSpec
+from evl_cache.store import LOCKS_NAME, BlockLock, BlockLost, LockWatcher, valid_mark
+
+_WAIT_FOR_OTHERS_S = 0.5
+_MOST_LOSSES = 5  # of one block: then it is no other job that makes its commits fail
+
+OnClip = Callable[[bool], None]
+
+
+class BlockTaker:
+    """Extracts blocks that are not done, one at a time, together with other jobs on the same cache.
+
+    Args:
+        cache, spec: where, and what it is. extractor: does the work.
+        lock_expiry_s: see `store.locks`.
+        redo: blocks to extract again although they are done.
+        on_clip: called with whether it failed, for each clip of a block found done.
+    """
+
+    def __init__(
+        self,
+        cache: Path,
+        spec: CacheSpec,
+        extractor: BlockExtractor,
+        *,
+        lock_expiry_s: float,
+        redo: Collection[int],
+        on_clip: OnClip,
+    ) -> None:
+        self.cache, self.spec, self.extractor, self.on_clip = cache, spec, extractor, on_clip
+        self._locks = LockWatcher(cache / LOCKS_NAME, expiry_s=lock_expiry_s)
+        self._redo = set(redo)
+        self._todo: set[int] = set()
+        self._losses: Counter[int] = Counter()
+        self._clips_done = 0
+        self._committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
+        self._committing: Future[_Committed] | None = None
+
+    def run(self, blocks: Collection[int]) -> int:
+        """Until all of these blocks are done, by whomever. Returns the clips done by this process.
+
+        Raises: CacheError where the disk refuses.
+        """
+        self._todo = set(blocks)
+        try:
+            while self._todo:
+                took_one = False
+                for block in sorted(self._todo):
+                    if self._found_done(block):
+                        self._todo.discard(block)
+                    elif (lock := self._locks.take(block)) is not None:
+                        took_one = True
+                        self._take(block, lock)
+                self._wait_for_commit()
+                if self._todo and not took_one:
+                    time.sleep(_WAIT_FOR_OTHERS_S)
+        finally:
+            self._committer.shutdown(wait=True)
+        return self._clips_done
+
+    def _take(self, block: int, lock: BlockLock) -> None:
+        """Extract a locked block and start its commit."""
+        if self._found_done(block):  # finished by another job between the look and the lock
+            lock.release()
+            self._todo.discard(block)
+            return
+        extracted: ExtractedBlock | None = None
+        try:
+            extracted = self.extractor.extract(block, lock)
+            self._wait_for_commit()
+        except BaseException:
+            if extracted is not None:
+                extracted.writer.close()
+            lock.release()
+            raise
+        self._redo.discard(block)
+        self._todo.discard(block)
+        # In the background: the next block's forward pass overlaps this one's fsync.
+        self._committing = self._committer.submit(_commit, extracted, lock)
+
+    def _wait_for_commit(self) -> None:
+        """The block of a commit that another job came before is looked at again."""
+        committing, self._committing = self._committing, None
+        if committing is None:
+            return
+        committed = committing.result()
+        if committed.lost is None:
+            self._clips_done += committed.clips
+            return
+        self._todo.add(committed.block)
+        self._losses[committed.block] += 1
+        if self._losses[committed.block] >= _MOST_LOSSES:
+            raise committed.lost
+
+    def _found_done(self, block: int) -> bool:
+        mark = None if block in self._redo else valid_mark(self.cache, self.spec, block)
+        if mark is None:
+            return False
+        for clip in mark.clips:
+            self.on_clip(clip.error is not None)
+        return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Committed:
+    """What became of a block. `lost`: another job had taken it over."""
+
+    block: int
+    clips: int
+    lost: BlockLost | None
+
+
+def blocks_with_failures(cache: Path, spec: CacheSpec) -> set[int]:
+    """Blocks that are done, but for clips that failed."""
+    marks = ((block, valid_mark(cache, spec, block)) for block in range(spec.num_blocks))
+    return {block for block, mark in marks if mark is not None and any(clip.error for clip in mark.clips)}
+
+
+def _commit(extracted: ExtractedBlock, lock: BlockLock) -> _Committed:
+    lost = None
+    try:
+        extracted.writer.commit(extracted.records, extracted.environment)
+    except BlockLost as error:
+        lost = error
+    finally:
+        extracted.writer.close()
+        lock.release()
+    return _Committed(block=extracted.writer.block, clips=len(extracted.records), lost=lost)

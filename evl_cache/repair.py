@@ -1,0 +1,156 @@
+"""Repair: what `verify` finds is restored from its second copy, or extracted again; nothing else is touched.
+
+Composes the extract stage, because a block is repaired by the very code that made it.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evl_cache.errors import UsageError
+from evl_cache.extract import ExtractOptions, OnClip, extract_blocks
+from evl_cache.extract_block import Tower, run_environment
+from evl_cache.spec import CacheSpec, flatten
+from evl_cache.store import (
+    CacheDescription,
+    FeatureCache,
+    Mark,
+    Problem,
+    finish_cache,
+    read_description,
+    restore_description,
+    valid_mark,
+    verify_cache,
+)
+
+LoadTower = Callable[[CacheDescription], Tower]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairResult:
+    """What was found and done.
+
+    Attributes:
+        problems: what `verify` found.
+        files_restored: files of the description that were written again.
+        blocks_redone: blocks that were extracted again.
+        is_complete: whether every block is done now; an unfinished cache stays one.
+        cache_digest_before: None where it had no intact manifest. cache_digest_after: None where unfinished.
+        environment_differs: `field: now, not then` for what decides bytes and differs from the marks (device,
+            threads, versions, …): where there is any and a block was redone, the cache digest changes, and
+            features agree within rounding only.
+    """
+
+    problems: tuple[Problem, ...]
+    files_restored: tuple[str, ...]
+    blocks_redone: tuple[int, ...]
+    is_complete: bool
+    cache_digest_before: str | None
+    cache_digest_after: str | None
+    environment_differs: tuple[str, ...]
+
+
+def repair(
+    cache: Path,
+    *,
+    tower: LoadTower,
+    root: Path,
+    options: ExtractOptions,
+    on_clip: OnClip = lambda failed: None,
+    threads: int = 2,
+) -> RepairResult:
+    """Make a damaged cache whole. Killed at any instant, it may be run again.
+
+    Args:
+        tower: loads what the cache was made with; called only where a block has to be extracted.
+        root: what relative clip paths are relative to.
+        options: as for `extract`; its `batch` gives way to the one in the marks, which decides bytes.
+        on_clip: called with whether it failed, after each clip. threads: for verifying.
+
+    Raises: CacheError where both copies of the description are damaged or the disk refuses; UsageError for
+        another tower than the cache's.
+    """
+    found = verify_cache(cache, threads=threads)
+    problems = list(found.problems)
+    restored = restore_description(cache) if any(problem.block is None for problem in problems) else []
+    if found.blocks == 0:  # the description was too damaged to look further
+        found = verify_cache(cache, threads=threads)
+        problems += found.problems
+    spec = read_description(cache).spec
+    broken = sorted({problem.block for problem in problems if problem.block is not None})
+    differs: tuple[str, ...] = ()
+    if broken:
+        then = _environment_then(cache, spec, broken)
+        options = replace(options, batch=int(then.get("batch", options.batch)), retry_failed=False)
+        differs = _redo(cache, broken, then, tower=tower, root=root, options=options, on_clip=on_clip)
+    is_complete = FeatureCache(cache).is_complete
+    return RepairResult(
+        problems=tuple(problems),
+        files_restored=tuple(restored),
+        blocks_redone=tuple(broken),
+        is_complete=is_complete,
+        cache_digest_before=found.cache_digest,
+        cache_digest_after=(
+            finish_cache(cache, spec, lock_expiry_s=options.lock_expiry_s) if is_complete else None
+        ),
+        environment_differs=differs,
+    )
+
+
+def _redo(
+    cache: Path,
+    broken: list[int],
+    then: Mapping[str, Any],
+    *,
+    tower: LoadTower,
+    root: Path,
+    options: ExtractOptions,
+    on_clip: OnClip,
+) -> tuple[str, ...]:
+    """Extract blocks again. Returns: how the environment differs from the one of the marks."""
+    opened = FeatureCache(cache)
+    loaded = tower(opened.description)
+    if replace(opened.spec, tower=loaded.spec).feature_id != opened.spec.feature_id:
+        raise UsageError(
+            f"{cache} was made with {opened.spec.tower.model} ({opened.spec.tower.pretrained}), the tower given is "
+            f"{loaded.spec.model} ({loaded.spec.pretrained}): their features differ; give the model and weights "
+            "the cache was made with"
+        )
+    extract_blocks(
+        opened.clips,
+        broken,
+        redo=broken,
+        root=root,
+        cache=cache,
+        spec=opened.spec,
+        tower=loaded,
+        options=options,
+        on_clip=on_clip,
+    )
+    now = run_environment(
+        batch=options.batch, device=torch.device(options.device), compute_dtype=opened.spec.compute_dtype
+    )
+    return _differences(now, then)
+
+
+def _environment_then(cache: Path, spec: CacheSpec, broken: list[int]) -> Mapping[str, Any]:
+    """What the broken blocks were made with: as their own marks say, else the marks of other blocks."""
+    marks: list[Mark] = []
+    for block in [*broken, *(set(range(spec.num_blocks)) - set(broken))]:
+        mark = valid_mark(cache, spec, block)
+        if mark is not None:
+            marks.append(mark)
+            break
+    return marks[0].environment if marks else {}
+
+
+def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, ...]:
+    mine, theirs = flatten(now), flatten(then)
+    return tuple(
+        f"{name}: {mine.get(name)}, not {theirs.get(name)}"
+        for name in sorted(mine.keys() | theirs.keys())
+        if mine.get(name) != theirs.get(name)
+    )

@@ -1,0 +1,67 @@
+"""Preallocated arrays that batches of samples are read into, again and again.
+
+B slots, L layers.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from evl_cache.quantize import QuantizedMaps, QuantizedTokens
+from evl_cache.store.layout import ArrayLayout
+from evl_cache.store.rows import StoredBatch, StoredMaps, StoredTokens
+
+TOKEN_ARRAYS = ("tokens", "token_affine", "token_scale")
+MAP_ARRAYS = ("maps", "map_scale")
+
+
+class BatchBuffers:
+    """One array of B slots for each stored array and layer.
+
+    Args:
+        layouts: the stored arrays to hold. num_layers: L. slots: B.
+        pin_memory: page-locked, so that copies to a GPU overlap its work.
+
+    Attributes:
+        arrays: name -> L numpy arrays (B, *chunk), the same memory as `tensors`.
+        tensors: name -> L tensors.
+    """
+
+    def __init__(
+        self, layouts: Sequence[ArrayLayout], *, num_layers: int, slots: int, pin_memory: bool = False
+    ) -> None:
+        self.slots = slots
+        self.tensors: Mapping[str, list[torch.Tensor]] = {
+            layout.name: [
+                torch.empty((slots, *layout.chunk_shape), dtype=getattr(torch, layout.dtype), pin_memory=pin_memory)
+                for _ in range(num_layers)
+            ]
+            for layout in layouts
+        }
+        self.arrays: Mapping[str, list[np.ndarray[Any, Any]]] = {
+            name: [tensor.numpy() for tensor in tensors] for name, tensors in self.tensors.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(array.nbytes for arrays in self.arrays.values() for array in arrays)
+
+    def batch(self, count: int) -> StoredBatch:
+        """The first `count` slots as features; they share the buffers' memory."""
+        return stored_batch({name: [t[:count] for t in tensors] for name, tensors in self.tensors.items()})
+
+
+def stored_batch(tensors: Mapping[str, Sequence[torch.Tensor]]) -> StoredBatch:
+    """Features from L tensors (B, *chunk) of each stored array."""
+    tokens: list[StoredTokens] = list(tensors["tokens"])
+    if "token_affine" in tensors:
+        parts = zip(*(tensors[name] for name in TOKEN_ARRAYS), strict=True)
+        tokens = [QuantizedTokens(codes=codes, affine=affine, scale=scale) for codes, affine, scale in parts]
+    maps: list[StoredMaps] | None = list(tensors["maps"]) if "maps" in tensors else None
+    if "map_scale" in tensors:
+        pairs = zip(*(tensors[name] for name in MAP_ARRAYS), strict=True)
+        maps = [QuantizedMaps(codes=codes, row_max=row_max) for codes, row_max in pairs]
+    return StoredBatch(tokens=tokens, maps=maps)

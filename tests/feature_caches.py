@@ -1,0 +1,111 @@
+"""Small caches of random features, written through the store without videos or a tower."""
+
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from evl_cache.clips import Clip, ClipList
+from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
+from evl_cache.store import (
+    LOCKS_NAME,
+    BlockWriter,
+    ClipRecord,
+    FeatureCache,
+    LockWatcher,
+    create_cache,
+    make_row,
+    write_manifest,
+)
+
+TOWER = TowerSpec(
+    model="tiny",
+    pretrained="none",
+    weights_sha256="12" * 32,
+    image_size=16,
+    patch_size=8,
+    width=16,
+    blocks=4,
+    heads=2,
+    quick_gelu=True,
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+VIEWS = ViewSpec(frames=3, stride=2)
+
+
+def clip_list(labels: Sequence[int], *, classes: int, prefix: str = "c", split: str = "train") -> ClipList:
+    clips = tuple(
+        Clip(id=f"{prefix}{i}", path=f"dir/{prefix}{i}.mp4", label=label, split=split)
+        for i, label in enumerate(labels)
+    )
+    return ClipList(clips=clips, classes=tuple(f"class{i}" for i in range(classes)), source="test")
+
+
+def write_cache(
+    path: Path,
+    *,
+    labels: Sequence[int] = tuple(i % 3 for i in range(13)),
+    classes: int = 3,
+    tower: TowerSpec = TOWER,
+    views: ViewSpec = VIEWS,
+    layers: tuple[int, ...] = (2, 3, 4),
+    maps: str = "uint8",
+    failed: Collection[int] = (),
+    prefix: str = "c",
+    dataset: str = "test",
+    split: str = "train",
+    seed: int = 0,
+) -> FeatureCache:
+    """Write a finished cache whose tokens carry their clip's label among noise. `failed`: rows of failed clips."""
+    clips = clip_list(labels, classes=classes, prefix=prefix, split=split)
+    spec = CacheSpec(
+        dataset=dataset,
+        split=split,
+        classes=clips.classes,
+        tower=tower,
+        views=views,
+        layers=layers,
+        tokens="int8",
+        maps=maps,
+        compute_dtype="float32",
+        num_clips=len(clips.clips),
+        content_id=clips.content_id,
+        block_clips=5,
+    )
+    create_cache(path, spec, clips.clips, recipe={}, created_with={"evl-cache": "test"})
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(classes, tower.width, generator=torch.Generator().manual_seed(99))
+    locks = LockWatcher(path / LOCKS_NAME, expiry_s=60.0)
+    with ThreadPoolExecutor(1) as encoders:
+        for block in range(spec.num_blocks):
+            lock = locks.take(block)
+            assert lock is not None
+            writer = BlockWriter(path, spec, block, lock=lock, encoders=encoders)
+            try:
+                records = []
+                for row in spec.clips_of_block(block):
+                    error = "broken" if row in failed else None
+                    records.append(ClipRecord(id=clips.clips[row].id, error=error))
+                    for _ in range(views.per_clip):
+                        features = _features(spec, directions[labels[row]], generator)
+                        writer.append(None if error else make_row(*features, spec))
+                writer.commit(records, {})
+            finally:
+                writer.close()
+                lock.release()
+    write_manifest(path, spec)
+    return FeatureCache(path)
+
+
+def _features(
+    spec: CacheSpec, direction: torch.Tensor, generator: torch.Generator
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    T, N, P, C = spec.views.frames, spec.num_tokens, spec.num_tokens - 1, spec.tower.width
+    tokens = [torch.randn(T, N, C, generator=generator) + 0.7 * direction for _ in spec.layers]
+    if not spec.has_maps:
+        return tokens, None
+    return tokens, [
+        torch.softmax(torch.randn(2, T - 1, P, P, generator=generator), dim=-1) for _ in spec.layers
+    ]
