@@ -83,8 +83,16 @@ def dataset_options(function: Any) -> Any:
             help="Of files that are not there [0].",
         ),
         click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one]."),
-        click.option("--batch", type=int, help="Samples of a forward pass [8 on a CPU, 32 on a GPU]."),
-        click.option("--decode-workers", type=int, default=2, show_default=True, help="Threads that decode."),
+        click.option(
+            "--batch", type=click.IntRange(1), help="Samples of a forward pass [8 on a CPU, 32 on a GPU]."
+        ),
+        click.option(
+            "--decode-workers",
+            type=click.IntRange(1),
+            default=2,
+            show_default=True,
+            help="Threads that decode.",
+        ),
     ]
     for option in reversed(options):
         function = option(function)

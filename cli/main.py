@@ -19,6 +19,7 @@ COMMANDS = {
     "info": ("info", "What a cache holds, how complete it is, and which clips failed."),
     "estimate": ("estimate", "What extract with the same options would cost."),
     "verify": ("verify", "Prove every byte of a cache; exit status 1 where damage is found."),
+    "repair": ("repair", "Redo only what verify finds damaged."),
     "import-head": ("import_head", "Turn a checkpoint of the official EVL code into a run."),
     "demo": ("demo", "Render clips, extract, train with and without temporal modules; needs no download."),
 }
@@ -72,7 +73,7 @@ def main(args: list[str] | None = None) -> None:
     # small operations three times slower on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        status = cli.main(args=args, standalone_mode=False)
+        status = cli.main(args=args, prog_name="evl-cache", standalone_mode=False)
     except click.exceptions.Abort:
         _fail("interrupted; run the same command again to go on", 130)
     except click.exceptions.NoArgsIsHelpError as error:

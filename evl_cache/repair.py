@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from evl_cache.backbone import build_tower
 from evl_cache.errors import UsageError
 from evl_cache.extract import ExtractOptions, OnClip, extract_blocks
 from evl_cache.extract_block import Tower, run_environment
@@ -27,6 +28,7 @@ from evl_cache.store import (
 )
 
 LoadTower = Callable[[CacheDescription], Tower]
+FindRoot = Callable[[CacheDescription], Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,7 @@ def repair(
     cache: Path,
     *,
     tower: LoadTower,
-    root: Path,
+    root: Path | FindRoot,
     options: ExtractOptions,
     on_clip: OnClip = lambda failed: None,
     threads: int = 2,
@@ -66,7 +68,7 @@ def repair(
 
     Args:
         tower: loads what the cache was made with; called only where a block has to be extracted.
-        root: what relative clip paths are relative to.
+        root: what relative clip paths are relative to, or what tells it from the cache's description.
         options: as for `extract`; its `batch` gives way to the one in the marks, which decides bytes.
         on_clip: called with whether it failed, after each clip. threads: for verifying.
 
@@ -84,6 +86,7 @@ def repair(
     differs: tuple[str, ...] = ()
     if broken:
         then = _environment_then(cache, spec, broken)
+        root = root if isinstance(root, Path) else root(read_description(cache))
         options = replace(options, batch=int(then.get("batch", options.batch)), retry_failed=False)
         differs = _redo(cache, broken, then, tower=tower, root=root, options=options, on_clip=on_clip)
     is_complete = FeatureCache(cache).is_complete
@@ -154,3 +157,26 @@ def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, 
         for name in sorted(mine.keys() | theirs.keys())
         if mine.get(name) != theirs.get(name)
     )
+
+
+def tower_loader(model: str | None, pretrained: str | None) -> LoadTower:
+    """Loads the tower named, or the one that the cache's recipe names."""
+
+    def load(description: CacheDescription) -> Tower:
+        recipe = description.recipe
+        names = {"model": model or recipe.get("model"), "pretrained": pretrained or recipe.get("pretrained")}
+        for name, value in names.items():
+            if not value:
+                raise UsageError(f"the cache does not tell its {name}; give --{name}")
+        visual, spec = build_tower(str(names["model"]), str(names["pretrained"]))
+        return Tower(visual=visual, spec=spec)
+
+    return load
+
+
+def videos_root(description: CacheDescription, given: Path | None) -> Path:
+    """Where the videos lie: as given, or where they were when the cache was made."""
+    root = given or description.recipe.get("root")
+    if not root:
+        raise UsageError("the cache does not tell where its videos lie; give --root")
+    return Path(str(root))

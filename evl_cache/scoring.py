@@ -40,11 +40,13 @@ class Scores:
 def head_logits(
     head: EVLHead, features: StoredBatch, autocast_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Logits float32 (B, K) from stored features that are on the head's device."""
-    tokens, maps = features.dequantized()
-    device_type = tokens[0].device.type
+    """Logits float32 (B, K) from stored features that are on the head's device.
+
+    Codes go to the head as they are: it decodes them inside its first pass over the tokens.
+    """
+    device_type = head.class_query.device.type
     with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-        logits: torch.Tensor = head(tokens, maps)
+        logits: torch.Tensor = head(features.tokens, features.maps)
     return logits.float()
 
 

@@ -140,9 +140,10 @@ def train(
             cache,
             samples_of_clips(cache, clips),
             layers=layers,
-            batch=options.batch // options.accumulate,
+            batch=options.batch,
             with_maps=with_maps,
             shuffle_seed=seed,
+            pin_memory=torch.device(options.device).type == "cuda",
         )
         for cache, clips, seed in ((train_cache, train_clips, options.seed), (val_cache, val_clips, None))
     ]
@@ -177,8 +178,7 @@ class Trainer:
         self.autocast_dtype = PRECISIONS[options.precision]
         # Only float16's range needs it; disabled it does nothing.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=options.precision == "float16")
-        self.steps_per_epoch = -(-len(train_loader) // options.accumulate)
-        self.total_steps = options.steps or (options.epochs or 0) * self.steps_per_epoch
+        self.total_steps = options.steps or (options.epochs or 0) * len(train_loader)
         self.step, self.epoch, self.seconds, self.samples_seen = 0, 0, 0.0, 0
 
     def run(self, on_step: Callable[[int, int, float], None]) -> TrainResult:
@@ -204,34 +204,27 @@ class Trainer:
     def _train_epoch(self, on_step: Callable[[int, int, float], None]) -> float:
         """Mean loss of an epoch, or of what is left of the run."""
         self.head.train()
-        losses, group = [], []
+        losses = []
         for batch in self.train_loader.epoch(self.epoch):
-            group.append(batch)
-            if len(group) == self.options.accumulate:
-                losses.append(self._train_step(group))
-                group = []
-                on_step(self.step, self.total_steps, losses[-1])
-                if self.step == self.total_steps:
-                    break
-        if group and self.step < self.total_steps:
-            losses.append(self._train_step(group))
+            losses.append(self._train_step(batch))
             on_step(self.step, self.total_steps, losses[-1])
+            if self.step == self.total_steps:
+                break
         return float(np.mean(losses))
 
-    def _train_step(self, group: Sequence[Batch]) -> float:
-        """One optimiser step over the batches of a group; their mean loss."""
+    def _train_step(self, batch: Batch) -> float:
+        """One optimiser step over a batch, in as many forward passes as options say. Returns the mean loss."""
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = self.options.lr * self.lr_factor(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        samples = sum(len(batch.labels) for batch in group)
+        samples = len(batch.labels)
+        part = -(-self.options.batch // self.options.accumulate)
         total = torch.zeros((), device=self.device)
-        for batch in group:
-            features = batch.features.to(self.device, non_blocking=True)
+        for start in range(0, samples, part):
+            features = batch.features.part(start, start + part).to(self.device, non_blocking=True)
+            labels = batch.labels[start : start + part].to(self.device)
             logits = head_logits(self.head, features, self.autocast_dtype)
-            loss = (
-                torch.nn.functional.cross_entropy(logits, batch.labels.to(self.device), reduction="sum")
-                / samples
-            )
+            loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / samples
             self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             total = total + loss.detach()
         self.scaler.step(self.optimizer)

@@ -4,6 +4,7 @@ import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is loaded, as in cli/main.py: threads that wait for each other do not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -11,6 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    import store_helpers
 
 ROOT = Path(__file__).resolve().parent.parent
 NUM_THREADS = 2  # sums depend on the number of threads: one number everywhere
@@ -55,3 +59,23 @@ def ut_interaction() -> Path:
             pytest.fail(f"EVL_UT_INTERACTION={given} is no folder", pytrace=False)
         pytest.skip(f"no real clips at {folder}; set EVL_UT_INTERACTION to the UT-Interaction folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def motions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of eight small rendered clips, one of them broken, and the configuration of a small tower."""
+    from store_helpers import make_clips
+
+    folder = tmp_path_factory.mktemp("motions")
+    make_clips(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def store_server(motions: Path) -> "Iterator[store_helpers.Server]":
+    """Extracts `motions` in child processes that may be killed."""
+    from store_helpers import Server
+
+    server = Server(motions)
+    yield server
+    server.close()

@@ -5,7 +5,6 @@ that a job costs a fraction of a second. Parent and children use one thread for 
 decodes nor runs anything before it forks.
 """
 
-import io
 import json
 import os
 import resource
@@ -57,9 +56,8 @@ def make_clips(folder: Path, count: int = 8, *, seed: int = 0, broken: bool = Tr
     for i in range(count):
         name = f"{i:02d}.mp4"
         label = i % len(MOTION_CLASSES)
-        write_video(
-            folder / name, motion_frames(MOTION_CLASSES[label], i // len(MOTION_CLASSES), seed=seed, size=48)
-        )
+        frames = motion_frames(MOTION_CLASSES[label], i // len(MOTION_CLASSES), seed=seed)
+        write_video(folder / name, frames)
         clips.append(Clip(id=name, path=name, label=label, split="train"))
     if broken and count > 5:
         (folder / BROKEN).write_bytes((folder / BROKEN).read_bytes()[:200])
@@ -93,10 +91,11 @@ def extract_small(
     *,
     spec: CacheSpec | None = None,
     on_clip: Callable[[bool], None] = lambda failed: None,
+    folder: Path | None = None,
     **options: Any,
 ) -> ExtractResult:
     """Extract a list of `make_clips` on one thread, as the server's children do."""
-    folder = Path(clips.source)
+    folder = folder or Path(clips.source)
     tower = small_tower(folder)
     with one_thread():
         return extract(
@@ -210,6 +209,20 @@ class Server:
         return self._process.stdout.readline().strip()
 
 
+def wait_until(happened: Callable[[], bool], *, what: str, timeout_s: float = 30.0) -> None:
+    """Poll. Fails the test that waits in vain."""
+    deadline = time.monotonic() + timeout_s
+    while not happened():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"in vain: {what}")
+        time.sleep(0.005)
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process is stopped by a signal."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
 def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     """In the child. Keys of a job: cache, report; and, where given,
 
@@ -219,7 +232,7 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     stop_before_link: SIGSTOP before the link whose target's name contains this, once.
     """
     if job.get("file_limit"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], job["file_limit"]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], resource.RLIM_INFINITY))
     if job.get("polite"):
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     chosen = clips.clips[: job.get("clips", len(clips.clips))]
@@ -239,10 +252,8 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     except EvlCacheError as error:
         report = {"error": type(error).__name__, "message": str(error)}
     report |= {"changes": counted.count, "passes": passes.count}
-    if not job.get("file_limit"):
-        Path(job["report"]).write_text(json.dumps(report))
-    else:  # a report may be larger than the limit
-        Path(job["report"]).write_text(json.dumps(report)[: job["file_limit"]])
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    Path(job["report"]).write_text(json.dumps(report))
 
 
 class _Counter:
@@ -262,12 +273,12 @@ class _Counter:
             if stops:
                 self._stop_at = None
         if stops:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         if is_it and not self._after:
-            os.kill(os.getpid(), signal.SIGKILL)
+            signal.pthread_kill(threading.get_ident(), signal.SIGKILL)
         result = call()
         if is_it:
-            os.kill(os.getpid(), signal.SIGKILL)
+            signal.pthread_kill(threading.get_ident(), signal.SIGKILL)
         return result
 
 
@@ -288,13 +299,16 @@ def _serve(folder: Path) -> None:
     tower = small_tower(folder)
     import decord  # noqa: F401  here, so that children need not
 
-    answer = io.TextIOWrapper(os.fdopen(os.dup(1), "wb"), write_through=True)
-    answer.write("ready\n")
+    def answer(text: object) -> None:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
+    answer("ready")
     for line in sys.stdin:
         question = json.loads(line)
         if "wait" in question:
             _, status = os.waitpid(question["wait"], 0)
-            answer.write(f"{os.waitstatus_to_exitcode(status)}\n")
+            answer(os.waitstatus_to_exitcode(status))
             continue
         pid = os.fork()
         if pid == 0:
@@ -310,7 +324,7 @@ def _serve(folder: Path) -> None:
                 traceback.print_exc()
             finally:
                 os._exit(code)
-        answer.write(f"{pid}\n")
+        answer(pid)
 
 
 def load_clips(folder: Path) -> ClipList:

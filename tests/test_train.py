@@ -14,6 +14,7 @@ from evl_cache.checkpoint import load_state
 from evl_cache.dataset import FeatureLoader, samples_of_clips
 from evl_cache.errors import EvlCacheError, UsageError, WeightsError
 from evl_cache.evaluate import evaluate
+from evl_cache.scoring import score
 from evl_cache.spec import ViewSpec
 from evl_cache.train import TrainOptions, train
 from tests.feature_caches import TOWER, VIEWS, write_cache
@@ -68,7 +69,7 @@ def test_training_is_determined_by_its_seed(caches, tmp_path):
 
 
 def test_training_learns_what_the_features_say(caches, tmp_path):
-    result, losses = run(caches, tmp_path / "a", options=replace(OPTIONS, epochs=30, dropout=0.1))
+    result, losses = run(caches, tmp_path / "a", options=replace(OPTIONS, epochs=12, lr=1e-2, dropout=0.1))
     assert np.mean(losses[-4:]) < 0.5 * losses[0]
     assert result.top1 >= 80
 
@@ -143,12 +144,16 @@ def test_scores_average_the_softmax_over_a_clips_views(two_views, tmp_path):
     head = load_head(tmp_path / "run")
     right = {1: 0, 2: 0}
     served = [row for row in range(13) if row not in (2, 6)]
-    for row in served:
+    loader = FeatureLoader(two_views, samples_of_clips(two_views, None), layers=(3, 4), batch=4)
+    scores = score(head, loader, device=torch.device("cpu"))
+    assert scores.clips.tolist() == served
+    for i, row in enumerate(served):
         probabilities = torch.zeros(3, dtype=torch.float64)
         for sample in range(3 * row, 3 * row + 3):
             tokens, maps = two_views.read([sample], layers=(3, 4))
             with torch.no_grad():
                 probabilities += torch.softmax(head(tokens, maps)[0].double(), dim=0) / 3
+        np.testing.assert_allclose(scores.probabilities[i], probabilities.numpy(), atol=1e-6)
         order = probabilities.argsort(descending=True).tolist()
         for k in right:
             right[k] += two_views.clips[row].label in order[:k]

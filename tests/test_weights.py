@@ -13,6 +13,7 @@ from torch import nn
 
 from evl_cache.backbone import _find_weights, build_tower
 from evl_cache.errors import WeightsError, WeightsUnavailable
+from evl_cache.weights import read_tower_weights
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 2.0}
 
@@ -103,6 +104,15 @@ def test_every_kind_of_file_gives_the_same_tower_and_the_same_digest(tmp_path, m
     for name, value in visual.state_dict().items():
         assert value.dtype == torch.float32
         assert torch.equal(value, state[name])
+
+
+def test_half_precision_weights_are_read_as_float32(tmp_path, state):
+    for kind in ("half.pt", "openai.pt"):
+        WRITERS[kind](tmp_path / kind, state)
+        found = read_tower_weights(tmp_path / kind)
+        assert found.is_openai_archive == (kind == "openai.pt")
+        assert found.tensors.keys() == state.keys()
+        assert all(v.dtype == torch.float32 and torch.equal(v, state[n]) for n, v in found.tensors.items())
 
 
 def test_other_weights_have_another_digest(tmp_path, model, state):

@@ -1,6 +1,7 @@
 """The store: a Zarr v3 group that loses nothing and proves every byte. Only it knows zarr's format."""
 
 from evl_cache.store.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
+from evl_cache.store.buffers import BatchBuffers
 from evl_cache.store.directory import CacheDescription, create_cache, read_description
 from evl_cache.store.layout import LOCKS_NAME, array_layouts
 from evl_cache.store.leftovers import finish_cache
@@ -14,6 +15,7 @@ from evl_cache.store.verify import Problem, Verification, verify_cache
 
 __all__ = [
     "LOCKS_NAME",
+    "BatchBuffers",
     "BlockLock",
     "BlockLost",
     "BlockWriter",

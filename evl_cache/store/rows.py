@@ -3,7 +3,7 @@
 T frames, P patches, N = 1+P tokens, C channels, L layers. A row is `{array name: (L, *chunk)}` in numpy.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,10 +68,22 @@ class StoredBatch:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "StoredBatch":
         """The same on another device."""
+
+        def move(value: torch.Tensor) -> torch.Tensor:
+            return value.to(device, non_blocking=non_blocking)
+
         maps = self.maps
         return StoredBatch(
-            tokens=[_move(t, device, non_blocking) for t in self.tokens],
-            maps=None if maps is None else [_move(m, device, non_blocking) for m in maps],
+            tokens=[_map(t, move) for t in self.tokens],
+            maps=None if maps is None else [_map(m, move) for m in maps],
+        )
+
+    def part(self, start: int, stop: int) -> "StoredBatch":
+        """Samples start .. stop-1, sharing memory."""
+        maps = self.maps
+        return StoredBatch(
+            tokens=[_map(t, lambda v: v[start:stop]) for t in self.tokens],
+            maps=None if maps is None else [_map(m, lambda v: v[start:stop]) for m in maps],
         )
 
     def dequantized(
@@ -92,13 +104,11 @@ class StoredBatch:
         ]
 
 
-def _move(value: Any, device: torch.device | str, non_blocking: bool) -> Any:
-    def there(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(device, non_blocking=non_blocking)
-
+def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`function` of every tensor of stored tokens or maps."""
     if isinstance(value, QuantizedTokens):
-        scale = None if value.scale is None else there(value.scale)
-        return QuantizedTokens(codes=there(value.codes), affine=there(value.affine), scale=scale)
+        scale = None if value.scale is None else function(value.scale)
+        return QuantizedTokens(codes=function(value.codes), affine=function(value.affine), scale=scale)
     if isinstance(value, QuantizedMaps):
-        return QuantizedMaps(codes=there(value.codes), row_max=there(value.row_max))
-    return there(value)
+        return QuantizedMaps(codes=function(value.codes), row_max=function(value.row_max))
+    return function(value)

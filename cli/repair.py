@@ -1,0 +1,67 @@
+"""`evl-cache repair`."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import Command, clip_progress, default_device, print_json
+
+EXAMPLES = """
+evl-cache repair caches/mine
+evl-cache repair caches/mine --root /data/videos --pretrained ViT-B-16.pt
+"""
+
+
+@click.command(cls=Command, name="repair", examples=EXAMPLES)
+@click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--root", type=click.Path(path_type=Path), help="Folder of the videos [where they were].")
+@click.option("--model", help="Model or JSON file [as extracted].")
+@click.option("--pretrained", help="Weights [as extracted].")
+@click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
+@click.option(
+    "--decode-workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode."
+)
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
+def command(
+    cache: Path,
+    root: Path | None,
+    model: str | None,
+    pretrained: str | None,
+    device: str | None,
+    decode_workers: int,
+    as_json: bool,
+) -> int:
+    """Verify a cache and redo only what is damaged; on the same machine the bytes become what they were."""
+    from evl_cache.extract import ExtractOptions
+    from evl_cache.repair import repair, tower_loader, videos_root
+
+    options = ExtractOptions(device=default_device(device), decode_workers=decode_workers)
+    with clip_progress(0, "repair") as on_clip:
+        result = repair(
+            cache,
+            tower=tower_loader(model, pretrained),
+            root=lambda description: videos_root(description, root),
+            options=options,
+            on_clip=on_clip,
+        )
+    if as_json:
+        print_json({"cache": str(cache), **asdict(result)})
+        return 0
+    _render(cache, result)
+    return 0
+
+
+def _render(cache: Path, result: Any) -> None:
+    for problem in result.problems:
+        click.echo(f"was damaged: {problem.reason}", err=True)
+    if result.blocks_redone and result.environment_differs:
+        click.echo(
+            f"the cache digest changes, features agree within rounding only: {'; '.join(result.environment_differs)}",
+            err=True,
+        )
+    click.echo(
+        f"{cache}: {len(result.problems)} problems, {len(result.files_restored)} files restored, "
+        f"{len(result.blocks_redone)} blocks redone; digest {result.cache_digest_after or '(not complete)'}"
+    )
