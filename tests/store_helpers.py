@@ -94,13 +94,15 @@ def extract_small(
     folder: Path | None = None,
     **options: Any,
 ) -> ExtractResult:
-    """Extract a list of `make_clips` on one thread, as the server's children do."""
-    folder = folder or Path(clips.source)
-    tower = small_tower(folder)
+    """Extract a list of `make_clips` on one thread, as the server's children do.
+
+    `folder`: where the videos lie, if not where the list comes from.
+    """
+    tower = small_tower(Path(clips.source))
     with one_thread():
         return extract(
             clips,
-            root=folder,
+            root=folder or Path(clips.source),
             cache=cache,
             spec=spec or small_spec(clips, tower),
             tower=tower,
@@ -201,7 +203,7 @@ class Server:
 
     def _ask(self, question: Mapping[str, Any]) -> str:
         assert self._process.stdin is not None
-        print(json.dumps(question), file=self._process.stdin, flush=True)  # noqa: T201
+        print(json.dumps(question), file=self._process.stdin, flush=True)
         return self._answer()
 
     def _answer(self) -> str:
@@ -226,7 +228,7 @@ def is_stopped(pid: int) -> bool:
 def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     """In the child. Keys of a job: cache, report; and, where given,
 
-    clips: only so many of the list. spec: changes to it. options: of the extraction.
+    clips: only so many of the list. spec: changes to it. options: of the extraction. folder: other videos.
     kill_at: SIGKILL at this change (see CHANGES); kill_after: behind it, not before.
     file_limit: bytes of the largest file. polite: SIGTERM raises SystemExit. clip_s: pause after each clip.
     stop_before_link: SIGSTOP before the link whose target's name contains this, once.
@@ -245,6 +247,7 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
                 clips,
                 Path(job["cache"]),
                 spec=small_spec(clips, tower, **job.get("spec", {})),
+                folder=Path(job.get("folder", clips.source)),
                 on_clip=lambda failed: time.sleep(job.get("clip_s", 0)),
                 **{k: Path(v) if k == "reuse" else v for k, v in job.get("options", {}).items()},
             )

@@ -200,7 +200,7 @@ def check_order(calls: list[Call], cache: Path) -> None:
         shards = [layout.shard(cache, block) for layout in array_layouts(spec).values()]
         published = [_check_published(calls, shard) for shard in shards]
         mark = mark_path(cache, block)
-        linked = _only(calls, "link", lambda call: call.paths[1] == str(mark))
+        linked = _only(calls, "link", lambda call, name=str(mark): call.paths[1] == name)
         assert max(published) <= linked.began, f"{mark} has its name before the data is safe"
         _check_published(calls, mark)
 
@@ -265,7 +265,19 @@ def test_order_of_the_system_calls_of_a_commit(beside_its_clips: Path, tmp_path:
         "extract_small(load_clips(folder), Path(sys.argv[2]))"
     )
     traced = "trace=fsync,fdatasync,link,linkat,rename,write,writev,pwrite64"
-    command = ["strace", "-ff", "-y", "-ttt", "-T", "-s", "0", "-e", traced, "-o", str(tmp_path / "trace" / "t")]
+    command = [
+        "strace",
+        "-ff",
+        "-y",
+        "-ttt",
+        "-T",
+        "-s",
+        "0",
+        "-e",
+        traced,
+        "-o",
+        str(tmp_path / "trace" / "t"),
+    ]
     path = f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parent.parent}"
     done = subprocess.run(
         [*command, sys.executable, "-c", code, str(tmp_path / "clips"), str(beside_its_clips)],
@@ -293,6 +305,8 @@ def parse_trace(text: str) -> Iterator[Call]:
             paths = tuple(re.findall(r'"([^"]*)"', arguments))
         else:
             paths = tuple(re.findall(r"^\d+<([^>]*)>", arguments))
-        name = {"linkat": "link", "fdatasync": "fsync", "writev": "write", "pwrite64": "write"}.get(name, name)
+        name = {"linkat": "link", "fdatasync": "fsync", "writev": "write", "pwrite64": "write"}.get(
+            name, name
+        )
         if paths:
             yield Call(began=float(began), ended=float(began) + float(took), name=name, paths=paths)

@@ -21,14 +21,19 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
     for layer, modules in (
         ("errors", "errors"),
         ("pure", "spec clips sampling preprocess attention_maps quantize"),
-        ("adapters", "video rendered annotations weights backbone store dataset heads checkpoint"),
-        ("parts of stages", "frames reuse extract_block block_taker"),
-        ("stages", "extract train evaluate predict importing"),
-        ("composed stages", "demo repair"),
+        (
+            "adapters",
+            "video rendered annotations weights backbone store dataset heads checkpoint official_checkpoint",
+        ),
+        ("parts of stages", "frames reuse extract_block block_taker scoring catalog"),
+        ("stages", "extract train evaluate import_head info"),
+        ("stage one by name", "extract_dataset"),
+        ("composed stages", "demo repair estimate"),
     )
 )
 SAME_LAYER = {
     ("dataset", "store"),  # batches are rows of a store
+    ("official_checkpoint", "heads"),
     ("checkpoint", "heads"),  # a checkpoint is a head's parameters
     ("backbone", "weights"),  # a tower is built from a weights file
     ("extract_block", "frames"),  # a block is made of prepared clips

@@ -35,7 +35,9 @@ class BatchBuffers:
         self.slots = slots
         self.tensors: Mapping[str, list[torch.Tensor]] = {
             layout.name: [
-                torch.empty((slots, *layout.chunk_shape), dtype=getattr(torch, layout.dtype), pin_memory=pin_memory)
+                torch.empty(
+                    (slots, *layout.chunk_shape), dtype=getattr(torch, layout.dtype), pin_memory=pin_memory
+                )
                 for _ in range(num_layers)
             ]
             for layout in layouts

@@ -24,17 +24,18 @@ def finish_cache(root: Path, spec: CacheSpec, *, lock_expiry_s: float = EXPIRY_S
     Returns: the cache digest.
     Raises: CacheError where a block is not done or the disk refuses; CacheDamaged where a mark is not intact.
     """
+    layouts = array_layouts(spec).values()
+
+    def clean(block: int) -> None:
+        for layout in layouts:
+            remove_leftovers(layout.shard(root, block).parent)
+
     watcher = LockWatcher(root / LOCKS_NAME, expiry_s=lock_expiry_s)
     while True:
         with watcher.wait_for(CACHE_LOCK) as lock:
-            if watcher.sweep(own=lock):
-                for directory in _staging_directories(root, spec):
+            if watcher.sweep(own=lock, clean=clean):
+                for directory in (root, root / DONE_NAME, *(root / layout.name for layout in layouts)):
                     remove_leftovers(directory)
             cache_digest = write_manifest(root, spec)
             if lock.is_held():  # else paused for long, and the manifest may be older than a mark
                 return cache_digest
-
-
-def _staging_directories(root: Path, spec: CacheSpec) -> list[Path]:
-    """Where files are staged, but for shards, whose leftovers go when their block is written again."""
-    return [root, root / DONE_NAME, *(root / name for name in array_layouts(spec))]

@@ -14,6 +14,7 @@ import secrets
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
@@ -121,11 +122,12 @@ class LockWatcher:
             time.sleep(_POLL_S)
         return lock
 
-    def sweep(self, *, own: BlockLock) -> bool:
+    def sweep(self, *, own: BlockLock, clean: Callable[[int], None]) -> bool:
         """Remove what dead holders left here. Returns whether no other job may be at work.
 
         Args:
             own: the lock under which this is done; it stays.
+            clean: called with each block whose holder died, while the block is locked.
         """
         is_idle = True
         for entry in sorted(self.directory.iterdir()):
@@ -135,7 +137,9 @@ class LockWatcher:
                 lock = self._take(entry)
                 is_idle = is_idle and lock is not None
                 if lock is not None:
-                    lock.release()
+                    with lock:
+                        if entry.stem.isdecimal():
+                            clean(int(entry.stem))
         return is_idle
 
     def _take(self, path: Path) -> BlockLock | None:

@@ -17,6 +17,7 @@ from evl_cache.quantize import frame_sum_
 from evl_cache.spec import CacheSpec, digest
 from evl_cache.store.buffers import MAP_ARRAYS, TOKEN_ARRAYS, BatchBuffers
 from evl_cache.store.directory import read_clips, read_description
+from evl_cache.store.file_system import is_local
 from evl_cache.store.layout import MANIFEST_NAME, array_layouts, mark_path
 from evl_cache.store.manifest import read_manifest
 from evl_cache.store.marks import FileRecord, Mark, read_mark
@@ -26,6 +27,8 @@ from evl_cache.store.shard_pool import ShardPool
 
 _NFS_RETRIES = 3
 _NFS_WAIT_S = 0.2
+_READ_AHEAD = 8  # samples: without it a cold disk waits for each page fault
+_READ_AHEAD_NBYTES = 1 << 16  # smaller chunks are not worth a system call
 
 
 class FeatureCache:
@@ -69,6 +72,7 @@ class FeatureCache:
         self._errors: dict[int, str] = {}
         self.damaged_marks: dict[int, str] = {}
         self._layouts = array_layouts(self.spec)
+        self._is_local = is_local(self.path)
         self._shards = ShardPool(self._open_shard)
         self.refresh()
 
@@ -175,9 +179,11 @@ class FeatureCache:
         Errors as `read`; the slots then hold anything.
         """
         positions = self.layer_positions(layers)
-        for slot, sample in samples:
-            block, row = divmod(self._checked_sample(sample), self.spec.block_samples)
-            chunks = [row * len(self.spec.layers) + position for position in positions]
+        wanted = list(samples)
+        for number, (slot, sample) in enumerate(wanted):
+            for _, later in wanted[:_READ_AHEAD] if number == 0 else wanted[number + _READ_AHEAD :][:1]:
+                self._will_need(later, buffers.arrays, positions)
+            block, chunks = self._chunks(self._checked_sample(sample), positions)
             for name, arrays in buffers.arrays.items():
                 outs = [array[slot] for array in arrays]
                 self._read_chunks(name, block, chunks, outs)
@@ -219,6 +225,17 @@ class FeatureCache:
             f"sample {sample} of {self.path}: its clip {self.clips[row].id!r} failed ({self._errors[row]}); see is_valid"
         )
 
+    def _chunks(self, sample: int, positions: Sequence[int]) -> tuple[int, list[int]]:
+        """Block of a sample, and its chunks in the block's shards."""
+        block, row = divmod(sample, self.spec.block_samples)
+        return block, [row * len(self.spec.layers) + position for position in positions]
+
+    def _will_need(self, sample: int, names: Iterable[str], positions: Sequence[int]) -> None:
+        block, chunks = self._chunks(self._checked_sample(sample), positions)
+        for name in names:
+            if self._layouts[name].chunk_nbytes >= _READ_AHEAD_NBYTES:
+                self._shards.get((name, block)).will_need(chunks)
+
     def _read_chunks(
         self, name: str, block: int, chunks: list[int], outs: list[np.ndarray[Any, Any]]
     ) -> None:
@@ -242,7 +259,9 @@ class FeatureCache:
             chunk_shape=layout.chunk_shape,
             dtype=layout.dtype,
             codec=layout.codec,
-            checksums=None if self._trust else record.checksums,
+            checksums=record.checksums,
+            trust=self._trust,
+            map_file=self._is_local,
         )
 
     def __getstate__(self) -> dict[str, Any]:

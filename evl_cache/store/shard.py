@@ -73,7 +73,8 @@ class ShardWriter:
         and so do too many. Raises CacheError where the disk refuses.
         """
         if chunk is None:
-            return self.append_encoded(None, position=position)
+            self.append_encoded(None, position=position)
+            return
         template = (chunk.shape, chunk.dtype)
         self._template = self._template or template
         if template != self._template:
@@ -122,6 +123,8 @@ class ShardReader:
     `grid` is chunks per axis of the shard, chunks are numbered in its C order and have `chunk_shape` and
     `dtype` (little endian). `checksums` (one a chunk, from the mark) are checked at every read, beside the
     checksums in the file. Errors of reading are CacheDamaged and name file and chunk; missing chunks are one.
+    `trust` leaves out the checks that cost a pass over the bytes (of a mark, and of `raw` chunks). `map_file`
+    maps the file instead of reading it: for local disks only, see `file_system`.
     """
 
     def __init__(
@@ -133,8 +136,11 @@ class ShardReader:
         dtype: DTypeLike,
         codec: ChunkCodec,
         checksums: ArrayLike | None = None,
+        trust: bool = False,
+        map_file: bool = False,
     ) -> None:
         self.path = Path(path)
+        self._trust, self._map_file = trust, map_file
         self.num_chunks = math.prod(grid)
         self.chunk_shape = tuple(chunk_shape)
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -170,6 +176,10 @@ class ShardReader:
         for start, stop in self._runs(opened.index, chunks):
             self._read_run(opened, chunks[start:stop], targets[start:stop])
 
+    def will_need(self, chunks: Sequence[int]) -> None:
+        """Have the kernel read chunks that will be asked for soon."""
+        self._opened().will_need(chunks)
+
     def close(self) -> None:
         """Let go of the file: closed once no thread reads from it. The next read opens it again."""
         self._open = None
@@ -181,7 +191,7 @@ class ShardReader:
         # No lock, which a fork could leave held: two threads may both open the file, and one stays.
         opened = self._open
         if opened is None or opened.pid != os.getpid():
-            opened = OpenShard.open(self.path, self.num_chunks)
+            opened = OpenShard.open(self.path, self.num_chunks, map_file=self._map_file)
             nbytes = opened.index[:, 1]
             wrong = (nbytes != np.uint64(MISSING)) & ~self.codec.allows_size(nbytes, self.chunk_nbytes)
             if np.any(wrong):
@@ -217,6 +227,9 @@ class ShardReader:
             yield start, len(chunks)
 
     def _read_run(self, opened: OpenShard, chunks: Sequence[int], targets: list[NDArray[np.uint8]]) -> None:
+        if opened.mapped is not None:
+            self._copy_run(opened, chunks, targets)
+            return
         sizes = [int(opened.index[chunk, 1]) for chunk in chunks]
         if self.codec.name == "raw":  # straight into the outputs; only the checksums go elsewhere
             tails = list(np.empty((len(chunks), CRC_NBYTES), np.uint8))
@@ -229,12 +242,31 @@ class ShardReader:
             raise self._damaged(chunks[0], f"{error}") from error
         for k, (chunk, target) in enumerate(zip(chunks, targets, strict=True)):
             if self.codec.name == "raw":
-                self._check(chunk, crc32c(target), int.from_bytes(tails[k].tobytes(), "little"))
+                self._check_raw(chunk, target, tails[k])
             else:
                 self._decode(chunk, buffers[k], target)
 
+    def _copy_run(self, opened: OpenShard, chunks: Sequence[int], targets: list[NDArray[np.uint8]]) -> None:
+        assert opened.mapped is not None
+        try:
+            opened.check_size()
+        except CacheDamaged as error:
+            raise self._damaged(chunks[0], f"{error}") from error
+        for chunk, target in zip(chunks, targets, strict=True):
+            offset, nbytes = opened.index[chunk].tolist()
+            stored = opened.mapped[offset : offset + nbytes]
+            if self.codec.name == "raw":
+                np.copyto(target, stored[:-CRC_NBYTES])
+                self._check_raw(chunk, target, stored[-CRC_NBYTES:])
+            else:
+                self._decode(chunk, stored, target)
+
+    def _check_raw(self, chunk: int, target: NDArray[np.uint8], tail: NDArray[np.uint8]) -> None:
+        if not self._trust:  # over the copy: that is what is served, and it is in the cache
+            self._check(chunk, crc32c(target), int.from_bytes(tail.tobytes(), "little"))
+
     def _decode(self, chunk: int, encoded: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
-        if self.checksums is not None:
+        if self.checksums is not None and not self._trust:
             self._check(chunk, self.codec.checksum(encoded), None)
         try:
             self.codec.decode(encoded, target)

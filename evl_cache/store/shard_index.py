@@ -7,7 +7,9 @@ The index ends the file: for every chunk in C order of the grid its offset and s
 from __future__ import annotations
 
 import errno
+import mmap
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -49,19 +51,26 @@ def read_index(source: Path | int, num_chunks: int) -> NDArray[np.uint64]:
 
 
 class OpenShard:
-    """An open shard with its index, in the process that opened it; closed when its last user lets go."""
+    """An open shard with its index, in the process that opened it; closed when its last user lets go.
+
+    `mapped` is the file's bytes where it was opened so; `check_size` comes before every look at them.
+    """
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self.pid = os.getpid()
         self.index: NDArray[np.uint64] = np.empty((0, 2), np.uint64)
+        self.mapped: NDArray[np.uint8] | None = None
 
     @classmethod
-    def open(cls, path: Path, num_chunks: int) -> OpenShard:
+    def open(cls, path: Path, num_chunks: int, *, map_file: bool = False) -> OpenShard:
         """Open and read the index. Raises CacheDamaged (gone, not intact), CacheError (no access)."""
         try:
             opened = cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             opened.index = read_index(opened.descriptor, num_chunks)
+            if map_file:
+                pages = mmap.mmap(opened.descriptor, 0, prot=mmap.PROT_READ)
+                opened.mapped = np.frombuffer(pages, np.uint8)
         except CacheDamaged as error:
             raise CacheDamaged(f"{path} {error}; verify and repair the cache") from error
         except OSError as error:
@@ -71,6 +80,22 @@ class OpenShard:
             remedy = "check its permissions and the limit on open files (ulimit -n)"
             raise CacheError(f"{problem}; {remedy}") from error
         return opened
+
+    def check_size(self) -> None:
+        """A mapped file that was cut short would kill the process at the first touch. Raises CacheDamaged."""
+        assert self.mapped is not None
+        size = os.fstat(self.descriptor).st_size
+        if size != self.mapped.nbytes:
+            raise CacheDamaged(f"changed its size from {self.mapped.nbytes} to {size} bytes")
+
+    def will_need(self, chunks: Sequence[int]) -> None:
+        """Have the kernel read chunks ahead; they should lie together in the file."""
+        entries = self.index[list(chunks)]
+        entries = entries[entries[:, 0] != np.uint64(MISSING)]
+        if len(entries):
+            start = int(entries[:, 0].min())
+            stop = int((entries[:, 0] + entries[:, 1]).max())
+            os.posix_fadvise(self.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
     def __del__(self) -> None:
         os.close(self.descriptor)
