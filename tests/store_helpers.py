@@ -29,6 +29,7 @@ from evl_cache.extract import ExtractOptions, ExtractResult, extract, make_spec
 from evl_cache.extract_block import Tower
 from evl_cache.rendered import MOTION_CLASSES, motion_frames, write_video
 from evl_cache.spec import CacheSpec, ViewSpec
+from evl_cache.store import block_writer
 
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN = "05.mp4"  # of the clips that `make_clips` writes
@@ -232,7 +233,10 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     kill_at: SIGKILL at this change (see CHANGES); kill_after: behind it, not before.
     file_limit: bytes of the largest file. polite: SIGTERM raises SystemExit. clip_s: pause after each clip.
     stop_before_link: SIGSTOP before the link whose target's name contains this, once.
+    stop_before_clearing: SIGSTOP in the first commit, between the look at the lock and the first change.
     """
+    if job.get("stop_before_clearing"):
+        _stop_before_clearing()
     if job.get("file_limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], resource.RLIM_INFINITY))
     if job.get("polite"):
@@ -257,6 +261,17 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     report |= {"changes": counted.count, "passes": passes.count}
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     Path(job["report"]).write_text(json.dumps(report))
+
+
+def _stop_before_clearing() -> None:
+    real = block_writer.clear_mark
+
+    def clear_mark(*args: Any, **kwargs: Any) -> None:
+        block_writer.clear_mark = real
+        signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
+        real(*args, **kwargs)
+
+    block_writer.clear_mark = clear_mark
 
 
 class _Counter:

@@ -51,9 +51,14 @@ class Chunk:
         return slice(self.tokens.start - 1, self.tokens.stop - 1, self.tokens.step)
 
 
-def clips_at_once(frames: int, device: torch.device) -> int:
-    """How many clips to take through a layer together."""
-    return max(1, (CPU_ROWS if device.type == "cpu" else GPU_ROWS) // frames)
+def blocks_of_clips(clips: int, frames: int, device: torch.device) -> list[slice]:
+    """Clips to take through a layer together: as equal as can be, on a CPU enough for every thread."""
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    rows = CPU_ROWS if device.type == "cpu" else GPU_ROWS
+    rounds = -(-clips * frames // (rows * threads))
+    blocks = max(1, min(clips, rounds * threads))
+    bounds = [clips * i // blocks for i in range(blocks + 1)]
+    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def walk(grid: tuple[int, int], bytes_per_token: int, device: torch.device) -> Iterator[Chunk]:

@@ -10,6 +10,8 @@ thing is left, the tokens `norm(tokens + conv + position + motion)`: made chunk 
 cache, used there, and kept for the backward pass, where no gradient of their size ever exists.
 """
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +19,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evl_cache.heads.chunks import TokenBlock, clips_at_once
+from evl_cache.heads.chunks import TokenBlock, blocks_of_clips
 from evl_cache.heads.layer_gradients import layer_gradients
 from evl_cache.heads.layer_pass import Kept, LayerPass, Setting
 from evl_cache.heads.motion import MapBlock
+from evl_cache.heads.threads import map_in_threads
 from evl_cache.heads.workspace import Workspace
+
+NUM_OF_CLIPS = 6  # of a LayerPass's tensors, those that have one row a clip
+NUM_TENSORS = 10
+Block = Sequence[Tensor | None]  # the tensors of a LayerPass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +51,15 @@ def setting_for(parameter: Tensor, *, grid: tuple[int, int], epsilon: float, wor
     if torch.is_autocast_enabled(device) and sums == torch.float32:
         dtype = torch.get_autocast_dtype(device)
     keep = torch.is_grad_enabled()
-    return Setting(grid=grid, epsilon=epsilon, sums=sums, products=dtype, keep=keep, workspace=workspace)
+    return Setting(
+        grid=grid,
+        epsilon=epsilon,
+        device=parameter.device,
+        sums=sums,
+        products=dtype,
+        keep=keep,
+        workspace=workspace,
+    )
 
 
 def attend(
@@ -64,40 +79,62 @@ def attend(
     # Normalised tokens have mean zero over channels: what the query has of a mean says nothing.
     query = query - query.mean(-1, keepdim=True)
     tables = (None, None) if maps is None or position.tables is None else position.tables
-    step = clips_at_once(tokens.tokens.shape[1], query.device)
-    attended: list[Tensor] = []
-    for start in range(0, max(len(query), 1), step):
-        clips = slice(start, start + step)
-        inputs = [query, tokens.tokens, tokens.affine, tokens.token_scale]
-        inputs += [None, None] if maps is None else [maps.maps, maps.row_max]
-        parts = [None if whole is None else whole[clips] for whole in inputs]
-        attended.append(_Attend.apply(setting, *parts, position.taps, position.shift, *tables))
-    return torch.cat(attended)
+    stored = (None, None) if maps is None else (maps.maps, maps.row_max)
+    inputs = (query, tokens.tokens, tokens.affine, tokens.token_scale, *stored)
+    attended: Tensor = _Attend.apply(setting, *inputs, position.taps, position.shift, *tables)
+    return attended
 
 
 class _Attend(torch.autograd.Function):
-    """Inputs: the setting, then the tensors of `LayerPass` in its order."""
+    """Inputs: the setting, then the tensors of `LayerPass` in its order, of all clips."""
 
     @staticmethod
     def forward(ctx: Any, setting: Setting, *tensors: Tensor | None) -> Tensor:
-        work = LayerPass(setting, tensors)
-        with torch.autocast(work.query.device.type, enabled=False):
-            kept = work.forward()
+        def run(block: Block) -> Kept:
+            return LayerPass(setting, block).forward()
+
+        kept = map_in_threads(run, _blocks(tensors), setting.device)
         ctx.setting = setting
-        ctx.save_for_backward(*tensors, kept.mean, kept.normed, kept.scale, kept.logits, kept.log_total)
-        return kept.mean
+        ctx.save_for_backward(*tensors, *(tensor for block in kept for tensor in block))
+        return torch.cat([block.mean for block in kept])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, mean, normed, scale, logits, log_total = ctx.saved_tensors
-        kept = Kept(mean=mean, normed=normed, scale=scale, logits=logits, log_total=log_total)
-        work = LayerPass(ctx.setting, tensors)
-        with torch.autocast(gradient.device.type, enabled=False):
-            gradients = layer_gradients(work, kept, gradient, ctx.needs_input_grad[1:])
+        setting, saved, needed = ctx.setting, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        starts = range(NUM_TENSORS, len(saved), len(Kept._fields))
+        kept = [Kept(*saved[start : start + len(Kept._fields)]) for start in starts]
+        gradients = gradient.split([len(block.mean) for block in kept])
+
+        def run(block: tuple[Block, Kept, Tensor]) -> tuple[Tensor | None, ...]:
+            tensors, kept_of_block, gradient_of_block = block
+            return layer_gradients(LayerPass(setting, tensors), kept_of_block, gradient_of_block, needed)
+
+        work = list(zip(_blocks(saved[:NUM_TENSORS]), kept, gradients, strict=True))
+        joined = _joined(map_in_threads(run, work, setting.device))
         if not _graph_is_kept():
-            ctx.setting.workspace.give_back(normed)
-        return None, *gradients
+            setting.workspace.give_back(*(block.normed for block in kept))
+        return None, *joined
+
+
+def _blocks(tensors: Block) -> list[Block]:
+    """The tensors of each block of clips: those of clips, which come first, cut, the shared ones as they are."""
+    tokens = tensors[1]
+    assert tokens is not None
+    return [
+        [t if t is None or i >= NUM_OF_CLIPS else t[clips] for i, t in enumerate(tensors)]
+        for clips in blocks_of_clips(*tokens.shape[:2], tokens.device)
+    ]
+
+
+def _joined(blocks: Sequence[Block]) -> Block:
+    """Gradients of all clips from those of the blocks: put together for clips' tensors, added for others."""
+    joined: list[Tensor | None] = []
+    for i, parts in enumerate(zip(*blocks, strict=True)):
+        found = [part for part in parts if part is not None]
+        whole = torch.cat if i < NUM_OF_CLIPS else sum
+        joined.append(whole(found) if found else None)
+    return joined
 
 
 def _graph_is_kept() -> bool:

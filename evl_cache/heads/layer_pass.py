@@ -6,6 +6,7 @@ chunk, K = Q T tokens of a chunk in all frames, R rows of a motion table.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,14 +27,14 @@ class Setting:
 
     grid: tuple[int, int]
     epsilon: float
+    device: torch.device
     sums: torch.dtype
     products: torch.dtype
     keep: bool
     workspace: Workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class Kept:
+class Kept(NamedTuple):
     """What the backward pass needs, tokens in the order of the walk.
 
     mean: (B, H, C), the result. normed: (tokens of kept chunks, T, B, C), normalised, in the dtype of products.

@@ -3,6 +3,7 @@
 B samples, T frames, P patches, N = 1+P tokens, C channels.
 """
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,7 +74,7 @@ class FeatureCache:
         self.damaged_marks: dict[int, str] = {}
         self._layouts = array_layouts(self.spec)
         self._is_local = is_local(self.path)
-        self._shards = ShardPool(self._open_shard)
+        self._shards = ShardPool()
         self.refresh()
 
     def __len__(self) -> int:
@@ -234,14 +235,15 @@ class FeatureCache:
         block, chunks = self._chunks(self._checked_sample(sample), positions)
         for name in names:
             if self._layouts[name].chunk_nbytes >= _READ_AHEAD_NBYTES:
-                self._shards.get((name, block)).will_need(chunks)
+                with contextlib.suppress(CacheDamaged):  # the read itself looks again, and tells
+                    self._shards.get((name, block), self._open_shard).will_need(chunks)
 
     def _read_chunks(
         self, name: str, block: int, chunks: list[int], outs: list[np.ndarray[Any, Any]]
     ) -> None:
         for attempt in range(_NFS_RETRIES):
             try:
-                self._shards.get((name, block)).read_chunks(chunks, outs)
+                self._shards.get((name, block), self._open_shard).read_chunks(chunks, outs)
                 return
             except CacheDamaged:
                 # On NFS a mark can be seen before its data: look again, from a newly opened file.
@@ -269,4 +271,4 @@ class FeatureCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._shards = ShardPool(self._open_shard)
+        self._shards = ShardPool()

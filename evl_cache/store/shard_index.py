@@ -57,10 +57,17 @@ class OpenShard:
     """
 
     def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
+        self._descriptor: int | None = descriptor
+        self._pages: mmap.mmap | None = None
         self.pid = os.getpid()
         self.index: NDArray[np.uint64] = np.empty((0, 2), np.uint64)
         self.mapped: NDArray[np.uint8] | None = None
+
+    @property
+    def descriptor(self) -> int:
+        """Of the open file; there is none once it is mapped."""
+        assert self._descriptor is not None
+        return self._descriptor
 
     @classmethod
     def open(cls, path: Path, num_chunks: int, *, map_file: bool = False) -> OpenShard:
@@ -69,8 +76,7 @@ class OpenShard:
             opened = cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
             opened.index = read_index(opened.descriptor, num_chunks)
             if map_file:
-                pages = mmap.mmap(opened.descriptor, 0, prot=mmap.PROT_READ)
-                opened.mapped = np.frombuffer(pages, np.uint8)
+                opened._map()
         except CacheDamaged as error:
             raise CacheDamaged(f"{path} {error}; verify and repair the cache") from error
         except OSError as error:
@@ -83,8 +89,8 @@ class OpenShard:
 
     def check_size(self) -> None:
         """A mapped file that was cut short would kill the process at the first touch. Raises CacheDamaged."""
-        assert self.mapped is not None
-        size = os.fstat(self.descriptor).st_size
+        assert self.mapped is not None and self._pages is not None
+        size = self._pages.size()  # of the file now, not of the map
         if size != self.mapped.nbytes:
             raise CacheDamaged(f"changed its size from {self.mapped.nbytes} to {size} bytes")
 
@@ -95,10 +101,24 @@ class OpenShard:
         if len(entries):
             start = int(entries[:, 0].min())
             stop = int((entries[:, 0] + entries[:, 1]).max())
-            os.posix_fadvise(self.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+            if self._pages is not None:
+                start -= start % mmap.PAGESIZE
+                self._pages.madvise(mmap.MADV_WILLNEED, start, stop - start)
+            elif hasattr(os, "posix_fadvise"):  # not on macOS
+                os.posix_fadvise(self.descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+
+    def _map(self) -> None:
+        self._pages = mmap.mmap(self.descriptor, 0, prot=mmap.PROT_READ)
+        self.mapped = np.frombuffer(self._pages, np.uint8)
+        self._close()  # the map keeps a descriptor of its own
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            os.close(descriptor)
 
     def __del__(self) -> None:
-        os.close(self.descriptor)
+        self._close()
 
 
 def read_fully(descriptor: int, buffers: list[NDArray[np.uint8]], offset: int) -> None:

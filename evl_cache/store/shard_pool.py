@@ -17,23 +17,24 @@ class ShardPool:
     """Shard readers by array and block, for any number of threads, and for processes forked at any time.
 
     Args:
-        open_shard: makes the reader of a shard that is not in the pool.
         limit: readers kept; by default what the process's limit of open files allows.
     """
 
-    def __init__(self, open_shard: Callable[[ShardKey], ShardReader], *, limit: int | None = None) -> None:
-        self._open_shard = open_shard
+    def __init__(self, *, limit: int | None = None) -> None:
         self.limit = _default_limit() if limit is None else limit
         self._renew()
 
-    def get(self, key: ShardKey) -> ShardReader:
-        """The shard's reader. It stays usable when it leaves the pool: its file closes after its last read."""
+    def get(self, key: ShardKey, open_shard: Callable[[ShardKey], ShardReader]) -> ShardReader:
+        """The shard's reader, from the pool or from `open_shard`.
+
+        It stays usable when it leaves the pool: its file closes after its last read.
+        """
         if self._pid != os.getpid():
             self._renew()
         with self._lock:
             reader = self._readers.get(key)
             if reader is None:
-                reader = self._readers[key] = self._open_shard(key)
+                reader = self._readers[key] = open_shard(key)
             self._readers.move_to_end(key)
             while len(self._readers) > self.limit:
                 _, oldest = self._readers.popitem(last=False)

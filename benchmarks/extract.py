@@ -1,0 +1,91 @@
+"""Extraction from decoded frames against the bare forward pass: `python -m benchmarks.extract --json`.
+
+ViT-B/16 with random weights, 8 frames, layers 8 to 12, on the CPU. The bare side is open_clip's own forward pass
+of the same tower over the same frames in the same batches; ours makes maps, quantises, compresses, writes, syncs
+and marks as well.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import interleaved_seconds, machine, medians
+from benchmarks.stored_features import LAYERS, clip_list
+from evl_cache.backbone import build_tower
+from evl_cache.clips import Clip
+from evl_cache.extract import make_spec
+from evl_cache.extract_block import BlockExtractor, Tower
+from evl_cache.frames import PreparedClip
+from evl_cache.spec import ViewSpec
+from evl_cache.store import LOCKS_NAME, ClipRecord, LockWatcher, create_cache
+
+
+class FromMemory(BlockExtractor):
+    """Stage one behind the decoder: frames are in memory."""
+
+    frames: torch.Tensor
+
+    def _prepare(self, clip: Clip) -> PreparedClip:
+        return PreparedClip(record=ClipRecord(id=clip.id), samples=self.frames[int(clip.id)][None])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
+    parser.add_argument("--clips", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    visual, spec = build_tower("ViT-B-16-quickgelu", "none")
+    frames = torch.randn(arguments.clips, 8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with tempfile.TemporaryDirectory(prefix="evl-cache-bench-") as scratch:
+
+        @torch.no_grad()
+        def bare() -> None:
+            for start in range(0, arguments.clips, arguments.batch):
+                visual(frames[start : start + arguments.batch].flatten(0, 1))
+
+        def ours() -> None:
+            extract_once(Path(scratch) / "cache", frames, Tower(visual=visual, spec=spec), arguments.batch)
+
+        seconds = medians(interleaved_seconds({"bare": bare, "ours": ours}, arguments.rounds))
+    result = {
+        "vs_bare_forward": seconds["bare"] / seconds["ours"],
+        "ours_clips_per_s": arguments.clips / seconds["ours"],
+        "bare_clips_per_s": arguments.clips / seconds["bare"],
+        "clips": arguments.clips,
+        "batch": arguments.batch,
+        "rounds": arguments.rounds,
+        "machine": machine(),
+    }
+    print(json.dumps(result))
+
+
+def extract_once(cache: Path, frames: torch.Tensor, tower: Tower, batch: int) -> None:
+    """One block from frames to a marked cache."""
+    shutil.rmtree(cache, ignore_errors=True)
+    clips = clip_list(len(frames))
+    spec = make_spec(
+        clips, dataset="generated", split="train", tower=tower.spec, layers=LAYERS, views=ViewSpec()
+    )
+    create_cache(cache, spec, clips.clips, recipe={}, created_with={})
+    keywords: dict[str, Any] = {"device": "cpu", "batch": batch, "workers": 2, "reuse": None}
+    extractor = FromMemory(
+        clips.clips, root=cache, cache=cache, spec=spec, tower=tower, on_clip=lambda failed: None, **keywords
+    )
+    extractor.frames = frames
+    lock = LockWatcher(cache / LOCKS_NAME).take(0)
+    assert lock is not None
+    with extractor, lock:
+        extracted = extractor.extract(0, lock)
+        extracted.writer.commit(extracted.records, extracted.environment)
+        extracted.writer.close()
+
+
+if __name__ == "__main__":
+    main()
