@@ -219,5 +219,7 @@ def package_versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """`cpu`, or what the GPU calls itself."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """What the GPU calls itself; of a CPU its instruction set, which decides the order of its sums."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from evl_cache import Backbone, EVLHead, adjacent_frame_maps, load_official_checkpoint
+from evl_cache.quantize import quantize_maps, quantize_tokens
 
 FIXTURE = Path(__file__).parent / "fixtures" / "evl_reference"
 MODULES = ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")
@@ -136,3 +137,14 @@ def _our_name(name: str) -> str:
     found = our_name(name.removeprefix("module."))
     assert found is not None, name
     return found
+
+
+def test_quantised_features_move_the_official_logits_by_less_than_a_percent(reference, inputs):
+    tokens, maps = inputs
+    with torch.no_grad():
+        logits = official_head()(
+            [quantize_tokens(t) for t in tokens], [quantize_maps(m) for m in maps]
+        ).numpy()
+    expected = reference["logits"]
+    assert np.linalg.norm(logits - expected) < 0.01 * np.linalg.norm(expected)
+    assert (logits.argmax(axis=1) == expected.argmax(axis=1)).all()

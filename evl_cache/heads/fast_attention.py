@@ -10,7 +10,6 @@ thing is left, the tokens `norm(tokens + conv + position + motion)`: made chunk 
 cache, used there, and kept for the backward pass, where no gradient of their size ever exists.
 """
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
