@@ -7,7 +7,6 @@ the same codecs, a whole shard at a time, without any of that.
 
 import argparse
 import json
-import shutil
 import tempfile
 from pathlib import Path
 
@@ -39,16 +38,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="evl-cache-bench-") as scratch:
         root = Path(scratch)
 
+        # A new directory each time: removing the last one is not part of writing.
         def ours() -> None:
-            shutil.rmtree(root / "ours", ignore_errors=True)
-            write_rows(root / "ours", rows, samples=samples, codec="default")
+            write_rows(Path(tempfile.mkdtemp(dir=root)) / "cache", rows, samples=samples, codec="default")
 
         def zarr_python() -> None:
-            shutil.rmtree(root / "zarr", ignore_errors=True)
+            group = Path(tempfile.mkdtemp(dir=root))
             for name, layout in layouts.items():
-                (root / "zarr" / name).mkdir(parents=True)
-                (root / "zarr" / name / "zarr.json").write_bytes(canonical_json(layout.metadata(spec)))
-                zarr.open_array(root / "zarr" / name, mode="r+")[:] = whole[name]
+                (group / name).mkdir()
+                (group / name / "zarr.json").write_bytes(canonical_json(layout.metadata(spec)))
+                zarr.open_array(group / name, mode="r+")[:] = whole[name]
 
         seconds = medians(interleaved_seconds({"ours": ours, "zarr_python": zarr_python}, arguments.rounds))
     megabytes = as_bytes(rows[0]) * samples / 1e6

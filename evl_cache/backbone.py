@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evl_cache.attention_maps import adjacent_frame_maps
+from evl_cache.attention_maps import MapProjection, adjacent_frame_maps
 from evl_cache.errors import UsageError, WeightsError, WeightsUnavailable
 from evl_cache.spec import TowerSpec
 from evl_cache.weights import TowerWeights, read_tower_weights, tensors_sha256
@@ -97,6 +97,38 @@ def _block_forward(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     attended = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     x = x + block.ls_1(attn.out_proj(attended.transpose(1, 2).flatten(2)))
     return x + block.ls_2(block.mlp(block.ln_2(x))), q, k
+
+
+def map_projections(
+    visual: nn.Module, layers: Sequence[int], *, compute_dtype: torch.dtype
+) -> dict[int, MapProjection]:
+    """What makes the maps of some blocks from the tokens below them, on the CPU.
+
+    The projection is rounded to `compute_dtype`, with which the tower ran, and then to float16, which costs
+    less than int8 tokens do by far; the rest is float32. The same for a tower that was moved to
+    `compute_dtype` before.
+
+    Raises: UsageError for a tower that is no such transformer, or layers out of its range.
+    """
+    _check_tower(visual)
+    blocks: Any = visual.transformer.resblocks  # type: ignore[union-attr]
+
+    def kept(value: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return value.detach().to("cpu", compute_dtype).to(dtype).contiguous()
+
+    out = {}
+    for number in check_layers(layers, len(blocks)):
+        norm, attn = blocks[number - 1].ln_1, blocks[number - 1].attn
+        rows = 2 * attn.embed_dim
+        out[number] = MapProjection(
+            norm_weight=kept(norm.weight),
+            norm_bias=kept(norm.bias),
+            norm_eps=float(norm.eps),
+            weight=kept(attn.in_proj_weight[:rows], torch.float16),
+            bias=kept(attn.in_proj_bias[:rows]),
+            num_heads=int(attn.num_heads),
+        )
+    return out
 
 
 def check_layers(layers: Sequence[int], num_blocks: int) -> tuple[int, ...]:

@@ -73,8 +73,9 @@ class BlockExtractor:
         self.clips, self.root, self.cache, self.spec, self.on_clip = clips, root, cache, spec, on_clip
         self._device, self._batch = torch.device(device), batch
         dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+        self._stores_maps = spec.has_maps and not spec.recomputes_maps
         visual = tower.visual.to(device=self._device, dtype=dtype)
-        self._backbone = Backbone(visual, spec.layers, with_maps=spec.has_maps)
+        self._backbone = Backbone(visual, spec.stored_layers, with_maps=self._stores_maps)
         self._reusable = None if reuse is None else ReusableRows(reuse, spec)
         self._decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
         self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
@@ -188,8 +189,8 @@ class _ClipRows:
         """Quantise the sample in `slot` of a batch; features that cannot be stored fail the clip."""
         if self.record.error is not None:
             return
-        tokens = [features.tokens[layer][slot] for layer in spec.layers]
-        maps = [features.maps[layer][slot] for layer in spec.layers] if spec.has_maps else None
+        tokens = [features.tokens[layer][slot] for layer in spec.stored_layers]
+        maps = [features.maps[layer][slot] for layer in spec.layers] if features.maps else None
         try:
             self.rows.append(make_row(tokens, maps, spec))
         except ClipError as error:

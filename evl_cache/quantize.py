@@ -161,13 +161,18 @@ def to_float16(values: Tensor, *, what: str = "tokens") -> Tensor:
     return halves
 
 
-def frame_difference(codes: CodesT) -> CodesT:
+def frame_difference(codes: CodesT, out: npt.NDArray[Any] | None = None) -> CodesT:
     """Codes (..., T, A, B) as differences to the frame before, modulo 256; frame 0 stays as it is.
 
-    For int8 tokens (T, N, C) and uint8 maps (T-1, P, P) alike, numpy arrays or tensors; a new array. Exact:
-    `frame_sum` is the inverse. Neighbouring frames are alike, so differences compress better.
+    For int8 tokens (T, N, C) and uint8 maps (T-1, P, P) alike, numpy arrays or tensors; a new array, or `out`
+    (numpy only). Exact: `frame_sum` is the inverse. Neighbouring frames are alike, so differences compress better.
     """
     _check_codes(codes)
+    if out is not None:
+        assert isinstance(codes, np.ndarray)
+        out[..., :1, :, :] = codes[..., :1, :, :]
+        np.subtract(codes[..., 1:, :, :], codes[..., :-1, :, :], out=out[..., 1:, :, :])
+        return out
     result = _copy(codes)
     result[..., 1:, :, :] -= codes[..., :-1, :, :]
     return result

@@ -20,12 +20,12 @@ class ReusableRows:
     def __init__(self, path: Path, spec: CacheSpec) -> None:
         self._cache = FeatureCache(path)
         theirs = self._cache.spec
-        if theirs.feature_id != spec.feature_id or not set(spec.layers) <= set(theirs.layers):
+        if theirs.feature_id != spec.feature_id or not set(spec.stored_layers) <= set(theirs.stored_layers):
             features = [d for d in spec.differences(theirs) if d.split(":")[0] not in _NOT_FEATURES]
             raise UsageError(
                 f"--reuse {path}: its features are not those asked for ({'; '.join(features[:6])})"
             )
-        self._positions = [theirs.layers.index(layer) for layer in spec.layers]
+        self._positions = [theirs.stored_layers.index(layer) for layer in spec.stored_layers]
         self._found: dict[str, tuple[int, ClipRecord]] = {}
         for block in range(theirs.num_blocks):
             mark = valid_mark(path, theirs, block)

@@ -13,7 +13,7 @@ from evl_cache.errors import CacheError, UsageError
 
 FORMAT_VERSION = 1
 TOKEN_STORAGE = ("int8", "fp16")
-MAP_STORAGE = ("uint8", "fp16", "none")
+MAP_STORAGE = ("uint8", "fp16", "recompute", "none")
 CODECS = ("default", "raw", "archive")
 SAMPLING = ("strided", "tsn")
 PREPROCESSING = "short-side-bilinear-v1"  # preprocess.spatial_crops; a change of its pixels is a new name
@@ -87,8 +87,8 @@ class CacheSpec:
         dataset, split: names, for people and for finding caches.
         classes: class names by label.
         tower, views: see there.
-        layers: blocks stored, counted from 1, shallow to deep.
-        tokens, maps: storage of either.
+        layers: blocks that a head may read, counted from 1, shallow to deep.
+        tokens, maps: storage of either; maps "recompute" are made from stored tokens one block below.
         compute_dtype: of the forward pass.
         num_clips: clips of the list, failed ones included.
         content_id: digest of the clip list (ids and labels, in order).
@@ -120,6 +120,11 @@ class CacheSpec:
             raise UsageError(f"maps {self.maps!r}; expected one of {', '.join(MAP_STORAGE)}")
         if self.codec not in CODECS:
             raise UsageError(f"codec {self.codec!r}; expected one of {', '.join(CODECS)}")
+        if self.recomputes_maps and 1 in self.layers:
+            raise UsageError(
+                f"maps 'recompute' with layers {list(self.layers)}: block 1 has no block below whose tokens give "
+                "its maps; leave it out, or use --maps uint8"
+            )
         if self.num_clips < 1:
             raise UsageError("the clip list is empty; expected at least one clip")
 
@@ -140,8 +145,19 @@ class CacheSpec:
 
     @property
     def has_maps(self) -> bool:
-        """Whether maps can be read: stored, and of more than one frame."""
+        """Whether maps can be read, stored or made: of more than one frame."""
         return self.maps != "none" and self.views.frames > 1
+
+    @property
+    def recomputes_maps(self) -> bool:
+        """Whether maps are made from tokens when they are read."""
+        return self.has_maps and self.maps == "recompute"
+
+    @property
+    def stored_layers(self) -> tuple[int, ...]:
+        """Blocks along the layer axis of every array: `layers`, and with "recompute" those one below."""
+        below = {layer - 1 for layer in self.layers} if self.recomputes_maps else set()
+        return tuple(sorted(below.union(self.layers)))
 
     @property
     def feature_id(self) -> str:

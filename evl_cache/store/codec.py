@@ -9,6 +9,7 @@ was no faster: two threads that read and check such chunks reached 10 GB/s with 
 
 from __future__ import annotations
 
+import threading
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ Array = NDArray[Any]
 Buffer = bytes | bytearray | memoryview | Array
 
 CRC_NBYTES = 4
+_SCRATCH = threading.local()
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
@@ -39,6 +41,14 @@ def byte_view(data: Buffer) -> NDArray[np.uint8]:
             raise UsageError(f"array of shape {data.shape} is not C-contiguous: pass a contiguous one")
         return data.reshape(-1).view(np.uint8)
     return np.frombuffer(data, dtype=np.uint8)
+
+
+def scratch(nbytes: int) -> NDArray[np.uint8]:
+    """A buffer of this thread, kept between uses: fresh pages would cost as much as what is done in them."""
+    kept: NDArray[np.uint8] | None = getattr(_SCRATCH, "buffer", None)
+    if kept is None or kept.nbytes < nbytes:
+        kept = _SCRATCH.buffer = np.empty(nbytes, np.uint8)
+    return kept[:nbytes]
 
 
 @dataclass(frozen=True)

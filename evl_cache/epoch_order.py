@@ -1,0 +1,75 @@
+"""Which samples make which batch of an epoch, and which part of it is whose: one order for any number of processes.
+
+B samples of a global batch, N samples in all.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchPart:
+    """One process's part of a batch.
+
+    Attributes:
+        number: of the batch in its epoch.
+        rows: int64, samples of this process, in order.
+        total: samples of the batch in all processes.
+        is_stand_in: the batch is too small for a part of this process; `rows` is one sample of it, of no weight.
+    """
+
+    number: int
+    rows: np.ndarray
+    total: int
+    is_stand_in: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochOrder:
+    """The order of epochs.
+
+    Attributes:
+        samples: int64 (N,), rows of the cache.
+        batch: B, of all processes together; the last batch of an epoch is smaller.
+        seed: an epoch's order is drawn from (seed, epoch); None keeps the order.
+        block_samples, shuffle_blocks: 0 blocks permutes all samples; otherwise blocks of so many rows are
+            permuted, and samples shuffled within so many of them at a time.
+        rank, world: this process, and how many there are.
+    """
+
+    samples: np.ndarray
+    batch: int
+    seed: int | None = None
+    block_samples: int = 1
+    shuffle_blocks: int = 0
+    rank: int = 0
+    world: int = 1
+
+    def __len__(self) -> int:
+        """Batches of an epoch, the same for every process."""
+        return -(-len(self.samples) // self.batch)
+
+    def of(self, epoch: int) -> np.ndarray:
+        """All samples in the order of an epoch, int64 (N,). The same epoch gives the same order."""
+        if self.seed is None:
+            return self.samples
+        rng = np.random.default_rng([self.seed, epoch])
+        return rng.permutation(self.samples) if self.shuffle_blocks == 0 else self._by_blocks(rng)
+
+    def parts(self, epoch: int, *, start_batch: int = 0) -> Iterator[BatchPart]:
+        """This process's part of every batch: batch k is the one that a single process would have as its k-th."""
+        order = self.of(epoch)
+        for number in range(start_batch, len(self)):
+            whole = order[number * self.batch : (number + 1) * self.batch]
+            first, stop = (len(whole) * rank // self.world for rank in (self.rank, self.rank + 1))
+            is_stand_in = first == stop
+            rows = whole[:1] if is_stand_in else whole[first:stop]
+            yield BatchPart(number=number, rows=rows, total=len(whole), is_stand_in=is_stand_in)
+
+    def _by_blocks(self, rng: np.random.Generator) -> np.ndarray:
+        block_of = self.samples // self.block_samples
+        blocks = rng.permutation(np.unique(block_of))
+        groups = [blocks[i : i + self.shuffle_blocks] for i in range(0, len(blocks), self.shuffle_blocks)]
+        return np.concatenate([rng.permutation(self.samples[np.isin(block_of, group)]) for group in groups])

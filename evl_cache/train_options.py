@@ -1,0 +1,140 @@
+"""How to train: options, published recipes, and what may differ between a run and its continuation."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from evl_cache.errors import UsageError
+
+PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
+MEMORIES = ("ram", "device")
+DEFAULT_EPOCHS = 30
+
+# Section 4 and supplement of arXiv 2208.03550: AdamW, cosine to zero, no warm-up; everything decays.
+_PUBLISHED = {
+    "batch": 256,
+    "lr": 4e-4,
+    "warmup_steps": 0,
+    "weight_decay": 0.05,
+    "decay_norms_and_biases": True,
+    "dropout": 0.5,
+    "label_smoothing": 0.0,
+}
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "k400": {**_PUBLISHED, "steps": 50_000},
+    "ssv2": {**_PUBLISHED, "steps": 30_000},
+}
+
+# They change where and how fast a run is trained, not to what: a continuation may have others.
+OPERATIONAL = frozenset({"device", "save_every_steps", "keep_in", "keep_bytes", "tensorboard"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """How to train.
+
+    Attributes:
+        head: name; head_layers: blocks it reads, by default the last cached ones.
+        temporal_conv, temporal_pos_embed, temporal_cross_attention: modules of the head.
+        num_heads: decoder heads; channels / 64 by default.
+        epochs, steps: length; one of them.
+        batch: samples of an optimiser step, in all processes; `auto` is the largest that fits.
+        accumulate: forward passes it is split into.
+        lr: peak; warmup_steps: linear from zero.
+        weight_decay: of every parameter, as published, or without those of norms and biases.
+        grad_clip: largest norm of all gradients together; None does not clip.
+        dropout: in the MLP and before the classifier. label_smoothing: share given to all classes.
+        ema: decay of the parameters' moving average, which is then what is validated and saved.
+        precision: autocast of the forward pass.
+        save_every_steps: how often the state to resume from is written; every epoch by default.
+        keep_in: `ram` or `device`: keep samples there after their first read; keep_bytes: at most so many, by
+            default a share of what is available.
+        tensorboard: also write TensorBoard's event files.
+    """
+
+    head: str = "decoder4"
+    head_layers: tuple[int, ...] | None = None
+    temporal_conv: bool = True
+    temporal_pos_embed: bool = True
+    temporal_cross_attention: bool = True
+    num_heads: int | None = None
+    epochs: int | None = None
+    steps: int | None = None
+    batch: int | Literal["auto"] = 64
+    accumulate: int = 1
+    lr: float = 4e-4
+    warmup_steps: int = 0
+    weight_decay: float = 0.05
+    decay_norms_and_biases: bool = True
+    grad_clip: float | None = None
+    dropout: float = 0.5
+    label_smoothing: float = 0.0
+    ema: float | None = None
+    precision: str = "float32"
+    seed: int = 0
+    device: str = "cpu"
+    save_every_steps: int | None = None
+    keep_in: str | None = None
+    keep_bytes: int | None = None
+    tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.epochs is None) == (self.steps is None):
+            raise UsageError(f"epochs {self.epochs} and steps {self.steps}; expected exactly one of them")
+        for name in ("epochs", "steps", "batch", "accumulate", "save_every_steps"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise UsageError(f"{name} is {value}; expected at least 1")
+        if isinstance(self.batch, str) and self.batch != "auto":
+            raise UsageError(f"batch {self.batch!r}; expected a number, or auto")
+        if self.batch != "auto" and self.batch % self.accumulate:
+            raise UsageError(
+                f"batch {self.batch} is not divisible by accumulate {self.accumulate}; make it so"
+            )
+        if self.precision not in PRECISIONS:
+            raise UsageError(f"precision {self.precision!r}; expected one of {', '.join(PRECISIONS)}")
+        if self.lr <= 0 or self.weight_decay < 0 or self.warmup_steps < 0:
+            raise UsageError(
+                f"lr {self.lr}, weight_decay {self.weight_decay}, warmup_steps {self.warmup_steps}; "
+                "expected lr above 0, the others at least 0"
+            )
+        self._check_shares()
+
+    def _check_shares(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise UsageError(f"label_smoothing is {self.label_smoothing}; expected 0 <= label_smoothing < 1")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise UsageError(f"ema is {self.ema}; expected a decay between 0 and 1, such as 0.999")
+        if self.grad_clip is not None and self.grad_clip <= 0:
+            raise UsageError(f"grad_clip is {self.grad_clip}; expected a norm above 0")
+        if self.keep_in is not None and self.keep_in not in MEMORIES:
+            raise UsageError(f"keep_in {self.keep_in!r}; expected one of {', '.join(MEMORIES)}")
+        if self.keep_bytes is not None and (self.keep_bytes < 1 or self.keep_in is None):
+            raise UsageError(
+                f"keep_bytes is {self.keep_bytes} with keep_in {self.keep_in}; expected at least 1, and a place"
+            )
+
+    @property
+    def global_batch(self) -> int:
+        """Samples of a step, once it is known."""
+        assert self.batch != "auto", "resolved before training begins"
+        return self.batch
+
+
+def options_of(recipe: str | None, given: Mapping[str, Any]) -> TrainOptions:
+    """Options of a recipe, or the defaults, with those that are given (not None) in their place.
+
+    Raises: UsageError for an unknown recipe, or options that contradict each other.
+    """
+    if recipe is not None and recipe not in RECIPES:
+        raise UsageError(f"recipe {recipe!r}; expected one of {', '.join(RECIPES)}")
+    values = {} if recipe is None else dict(RECIPES[recipe])
+    explicit = {name: value for name, value in given.items() if value is not None}
+    if "epochs" in explicit or "steps" in explicit:
+        values.pop("steps", None)
+    values |= explicit
+    if "epochs" not in values and "steps" not in values:
+        values["epochs"] = DEFAULT_EPOCHS
+    return TrainOptions(**values)
