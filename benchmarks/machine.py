@@ -40,11 +40,14 @@ def peak_memory_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def interleaved_seconds(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call, A B A B, after one call of each that is not counted."""
+def interleaved_seconds(
+    sides: Mapping[str, Callable[[], object]], rounds: int, *, before: Callable[[], object] = lambda: None
+) -> dict[str, list[float]]:
+    """Seconds of every call, A B A B, after one call of each that is not counted; `before` each, untimed."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, call in sides.items():
+            before()
             start = time.perf_counter()
             call()
             if turn:

@@ -76,6 +76,7 @@ class Training:
 
 
 VARIANTS = ("8bit", "6bit", "4bit", "int4-groups", "maps4", "recompute", "no-maps")
+UT_VARIANTS = ("8bit", "6bit", "4bit", "recompute", "no-maps")  # minutes each
 
 
 def variant(
@@ -119,7 +120,7 @@ def train(sides: tuple[Side, Side], spec: CacheSpec, *, training: Training, seed
             optimizer.step()
             step += 1
             if epoch == training.epochs - 1:
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
     head.eval()
     with torch.no_grad():
         found = [(head(*features), labels) for features, labels in sides[1].batches(training.batch)]
@@ -224,6 +225,7 @@ def ut_interaction(path: Path, val_list: Path) -> dict[str, dict[str, float]]:
         layers=spec.layers[-4:],
         projections=_projections(spec.tower.model, spec.tower.pretrained, spec),
         training=Training(head="decoder4", epochs=12),
+        variants=UT_VARIANTS,
     )
 
 

@@ -10,6 +10,7 @@ from evl_cache.clips import Clip, ClipList
 from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import (
     LOCKS_NAME,
+    BlockLock,
     BlockWriter,
     ClipRecord,
     LockWatcher,
@@ -79,19 +80,27 @@ def write_rows(
     spec = cache_spec(clips, codec=codec, block_clips=block_clips)
     create_cache(directory, spec, clips.clips, recipe={}, created_with={})
     locks = LockWatcher(directory / LOCKS_NAME)
-    with ThreadPoolExecutor(threads) as encoders:
+    with ThreadPoolExecutor(threads) as encoders, ThreadPoolExecutor(1) as committer:
+        commits = []
         for block in range(spec.num_blocks):
             lock = locks.take(block)
             assert lock is not None
             writer = BlockWriter(directory, spec, block, lock=lock, encoders=encoders)
-            with lock:
-                for row in spec.clips_of_block(block):
-                    writer.append(rows[row % len(rows)])
-                records = [ClipRecord(id=clips.clips[row].id) for row in spec.clips_of_block(block)]
-                writer.commit(records, {})
-                writer.close()
+            for row in spec.clips_of_block(block):
+                writer.append(rows[row % len(rows)])
+            records = [ClipRecord(id=clips.clips[row].id) for row in spec.clips_of_block(block)]
+            # As in stage one: a block is committed while the next one is written.
+            commits.append(committer.submit(_commit, writer, records, lock))
+        for commit in commits:
+            commit.result()
     write_manifest(directory, spec)
     return spec
+
+
+def _commit(writer: BlockWriter, records: list[ClipRecord], lock: BlockLock) -> None:
+    with lock:
+        writer.commit(records, {})
+        writer.close()
 
 
 def stored_nbytes(directory: Path, arrays: tuple[str, ...]) -> int:

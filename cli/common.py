@@ -88,19 +88,29 @@ def clip_progress(total: int, description: str) -> Iterator[Callable[[bool], Non
         yield advance
 
 
+class StepProgress:
+    """A progress line of steps: called with (steps done, steps in all, loss)."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar, self._waits_for = bar, "device"
+
+    def __call__(self, done: int, total: int, loss: float) -> None:
+        self._bar.total = total
+        self._bar.set_postfix(loss=f"{loss:.3f}", bottleneck=self._waits_for, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+    def note_bottleneck(self, name: str) -> None:
+        """What training waits for: `device`, `disk` or `processor`."""
+        self._waits_for = name
+
+
 @contextmanager
-def step_progress(description: str) -> Iterator[Callable[[int, int, float], None]]:
-    """A line on stderr with steps/s, time left and the loss; quiet where stderr is no terminal."""
+def step_progress(description: str) -> Iterator[StepProgress]:
+    """A line on stderr with steps/s, time left, the loss and the bottleneck; quiet where stderr is no terminal."""
     from tqdm import tqdm
 
     with tqdm(desc=description, unit="step", disable=None) as bar:
-
-        def advance(done: int, total: int, loss: float) -> None:
-            bar.total = total
-            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            bar.update(done - bar.n)
-
-        yield advance
+        yield StepProgress(bar)
 
 
 def print_json(content: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ evl-cache eval --cache caches/mine --run runs/fold1 --clips held-out.txt --json
 @click.option(
     "--run", type=click.Path(path_type=Path), required=True, help="Run directory of train or import-head."
 )
+@click.option("--best", is_flag=True, help="The head of the run's best epoch, not of its last.")
 @click.option(
     "--clips", type=click.Path(path_type=Path, exists=True), help="Ids or paths, a line each [all]."
 )
@@ -26,7 +27,9 @@ evl-cache eval --cache caches/mine --run runs/fold1 --clips held-out.txt --json
 )
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
-def command(cache: Path, run: Path, clips: Path | None, batch: int, device: str | None, as_json: bool) -> int:
+def command(
+    cache: Path, run: Path, best: bool, clips: Path | None, batch: int, device: str | None, as_json: bool
+) -> int:
     """Score a run's head on a cache: softmax averaged over a clip's views, top-1 and top-5."""
     from evl_cache.clips import select
     from evl_cache.evaluate import evaluate
@@ -34,7 +37,7 @@ def command(cache: Path, run: Path, clips: Path | None, batch: int, device: str 
 
     opened = FeatureCache(cache)
     rows = None if clips is None else select(opened.clips, existing_lines(clips), source=str(clips))
-    result = evaluate(run, opened, clips=rows, batch=batch, device=default_device(device))
+    result = evaluate(run, opened, clips=rows, batch=batch, device=default_device(device), best=best)
     if as_json:
         print_json({"run": str(run), "cache": str(cache), **asdict(result)})
     else:

@@ -29,6 +29,11 @@ def command(cache: Path, as_json: bool) -> int:
     return 0
 
 
+def _more_layers(found: dict[str, Any]) -> str:
+    more = sorted(set(found["stored_layers"]) - set(found["spec"]["layers"]))
+    return f" (and tokens of {', '.join(map(str, more))}, for maps)" if more else ""
+
+
 def _lines(found: dict[str, Any]) -> list[str]:
     spec = found["spec"]
     tower, views = spec["tower"], spec["views"]
@@ -38,7 +43,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
     lines = [
         f"{found['path']}: {spec['dataset']} {spec['split']}, {spec['num_clips']} clips of {len(spec['classes'])} classes",
         f"  tower     {tower['model']} ({tower['pretrained']}, weights {tower['weights_sha256'][:12]})",
-        f"  layers    {spec['layers']}, width {tower['width']}, grid {found['grid'][0]}x{found['grid'][1]}",
+        f"  layers    {spec['layers']}{_more_layers(found)}, width {tower['width']}, grid {found['grid'][0]}x{found['grid'][1]}",
         f"  views     {views['temporal_views']}x{views['spatial_views']} of {views['frames']} frames ({sampling})",
         f"  storage   tokens {spec['tokens']}, maps {spec['maps']}, codec {spec['codec']}; computed in {spec['compute_dtype']}",
         f"  size      {human_bytes(found['bytes'])} in {found['files']} files",

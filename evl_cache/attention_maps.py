@@ -4,7 +4,7 @@ B clips, T frames, P patches, N = 1+P tokens, C channels, H heads, D head width.
 Source: section 3.3 of arXiv 2208.03550.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -37,9 +37,12 @@ class MapProjection:
 
     def to(self, device: torch.device | str) -> "MapProjection":
         """The same on another device."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return MapProjection(
-            **{n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+        return replace(
+            self,
+            norm_weight=self.norm_weight.to(device),
+            norm_bias=self.norm_bias.to(device),
+            weight=self.weight.to(device),
+            bias=self.bias.to(device),
         )
 
 

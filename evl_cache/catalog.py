@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evl_cache.batches import Source
 from evl_cache.clips import select
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.heads import head_layers as resolve_layers
@@ -119,8 +120,8 @@ def find_training_caches(
 
 
 def split_clips(
-    train: FeatureCache,
-    val: FeatureCache,
+    train: Source,
+    val: Source,
     *,
     train_names: Sequence[str] | None,
     val_names: Sequence[str] | None,

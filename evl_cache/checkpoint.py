@@ -16,9 +16,13 @@ from evl_cache.spec import CacheSpec
 
 CONFIG_NAME = "config.json"
 HEAD_NAME = "head.safetensors"
+BEST_NAME = "best.safetensors"
 STATE_NAME = "last.pt"
 METRICS_NAME = "metrics.jsonl"
+STEPS_NAME = "steps.jsonl"
 RESULT_NAME = "result.json"
+CONFUSION_NAME = "confusion.csv"
+CLASSES_NAME = "classes.json"
 _FORMAT = 1
 
 
@@ -73,22 +77,23 @@ def read_run_config(run: Path) -> RunConfig:
         raise UsageError(f"{run / CONFIG_NAME}: not a run's configuration ({error})") from error
 
 
-def load_head(run: str | Path) -> EVLHead:
-    """The trained head of a run directory, in eval mode on the CPU.
+def load_head(run: str | Path, *, best: bool = False) -> EVLHead:
+    """The trained head of a run directory, in eval mode on the CPU: the last one, or that of its best epoch.
 
     Raises: UsageError where there is no run; WeightsError where its weights do not belong to it.
     """
     run = Path(run)
+    path = run / (BEST_NAME if best else HEAD_NAME)
     head = read_run_config(run).build()
     try:
-        weights = load_file(run / HEAD_NAME)
+        weights = load_file(path)
     except OSError as error:
-        raise WeightsError(f"{run / HEAD_NAME}: cannot be read ({error}); is the run finished?") from error
+        raise WeightsError(f"{path}: cannot be read ({error}); is the run finished?") from error
     except Exception as error:  # safetensors' own error class is not part of its public interface
         if type(error).__module__.startswith(("safetensors", "builtins")):
-            raise WeightsError(f"{run / HEAD_NAME}: not a valid safetensors file ({error})") from error
+            raise WeightsError(f"{path}: not a valid safetensors file ({error})") from error
         raise
-    load_weights(head, weights, source=run / HEAD_NAME)
+    load_weights(head, weights, source=path)
     return head.eval()
 
 
@@ -107,12 +112,13 @@ def load_weights(head: EVLHead, weights: Mapping[str, torch.Tensor], *, source: 
     head.load_state_dict(weights)
 
 
-def save_head(run: Path, head: EVLHead) -> None:
-    """Write `head.safetensors`, whole or not at all."""
+def save_head(run: Path, head: EVLHead, *, best: bool = False) -> None:
+    """Write `head.safetensors`, or `best.safetensors`, whole or not at all."""
+    name = BEST_NAME if best else HEAD_NAME
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    temporary = run / f".{HEAD_NAME}.tmp"
+    temporary = run / f".{name}.tmp"
     save_file(tensors, temporary)
-    _publish(temporary, run / HEAD_NAME)
+    _publish(temporary, run / name)
 
 
 def save_state(run: Path, state: Mapping[str, Any]) -> None:

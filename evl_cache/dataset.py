@@ -8,96 +8,17 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 
-from evl_cache.clips import Clip
+from evl_cache.batches import Batch, LoaderTimes
 from evl_cache.epoch_order import BatchPart, EpochOrder
 from evl_cache.errors import UsageError
 from evl_cache.resident import ResidentSamples
-from evl_cache.spec import CacheSpec
-from evl_cache.store import BatchBuffers, FeatureCache, StoredBatch
+from evl_cache.store import BatchBuffers, FeatureCache
 
 _RING = 3  # one with the consumer, two being filled
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Features of B samples, their labels int64 (B,) and their rows in the cache int64 (B,).
-
-    The features' memory is reused: it holds until the next batch is asked for.
-    number: of the batch in its epoch. total: its samples in all processes. is_stand_in: see `BatchPart`.
-    """
-
-    features: StoredBatch
-    labels: torch.Tensor
-    samples: np.ndarray
-    number: int
-    total: int
-    is_stand_in: bool = False
-
-
-@dataclass(kw_only=True)
-class LoaderTimes:
-    """Where the time of an epoch went, in seconds, summed over threads but for `waited`.
-
-    Attributes:
-        waited: the consumer waited for a batch. cpu: threads decoded. io: threads waited for the disk.
-    """
-
-    waited: float = 0.0
-    cpu: float = 0.0
-    io: float = 0.0
-
-    def bottleneck(self, elapsed: float) -> str:
-        """`device` where the consumer hardly waits; else `disk` or `processor`, whichever the threads wait for."""
-        if self.waited < 0.1 * elapsed:
-            return "device"
-        return "disk" if self.io > self.cpu else "processor"
-
-
-class Source(Protocol):
-    """What samples are of: a cache, or videos that stand in for one. Attributes as `FeatureCache`."""
-
-    spec: CacheSpec
-    labels: np.ndarray
-    sample_clips: np.ndarray
-
-    @property
-    def clips(self) -> Sequence[Clip]:
-        """Every clip, in order."""
-
-    @property
-    def name(self) -> str:
-        """For messages and `config.json`."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of the features."""
-
-
-class Loader(Protocol):
-    """Batches of some samples of a source, in an order drawn anew for each epoch. See `FeatureLoader`."""
-
-    samples: np.ndarray
-    times: LoaderTimes
-
-    @property
-    def cache(self) -> Source:
-        """What the samples are rows of."""
-
-    @property
-    def skipped_clips(self) -> int:
-        """Clips asked for that have no features."""
-
-    def __len__(self) -> int:
-        """Batches of an epoch."""
-
-    def epoch(self, number: int = 0, *, start_batch: int = 0) -> Iterator[Batch]:
-        """Every sample once, from a batch on."""
 
 
 class FeatureLoader:
@@ -155,7 +76,9 @@ class FeatureLoader:
             world=world,
         )
         self._with_maps, self._threads, self._pin_memory = with_maps, threads, pin_memory
-        self._resident = resident
+        on_host = resident is not None and resident.device.type == "cpu"
+        self._in_ram: ResidentSamples | None = resident if on_host else None
+        self._on_device: ResidentSamples | None = None if on_host else resident
         self._ring: list[BatchBuffers] = []
 
     def __len__(self) -> int:
@@ -189,13 +112,12 @@ class FeatureLoader:
                 self._ring = ring
 
     def _batch(self, part: BatchPart, buffers: BatchBuffers) -> Batch:
-        on_device = self._resident is not None and self._resident.device.type != "cpu"
+        if self._on_device is None:
+            features = buffers.batch(len(part.rows))
+        else:
+            features = self._on_device.assemble(part.rows, buffers)
         return Batch(
-            features=(
-                self._resident.assemble(part.rows, buffers)
-                if self._resident is not None and on_device
-                else buffers.batch(len(part.rows))
-            ),
+            features=features,
             labels=torch.from_numpy(self.cache.labels[part.rows]),
             samples=part.rows,
             number=part.number,
@@ -216,8 +138,9 @@ class FeatureLoader:
     def _start(
         self, pool: ThreadPoolExecutor, rows: np.ndarray, buffers: BatchBuffers
     ) -> list["Future[None]"]:
-        if self._resident is not None and self._resident.device.type != "cpu":
-            rows = rows[~self._resident.holds(rows)]  # in the first slots; `assemble` puts them in their places
+        if self._on_device is not None:
+            # The others fill the first slots; `assemble` puts all in their places.
+            rows = rows[~self._on_device.holds(rows)]
         pairs = list(enumerate(rows.tolist()))
         return [
             pool.submit(self._read, pairs[thread :: self._threads], buffers)
@@ -226,13 +149,13 @@ class FeatureLoader:
 
     def _read(self, pairs: Sequence[tuple[int, int]], buffers: BatchBuffers) -> None:
         wall, cpu = time.perf_counter(), time.thread_time()
-        if self._resident is None or self._resident.device.type != "cpu":
+        if self._in_ram is None:
             self.cache.read_into(buffers, pairs, self.layers)
         else:
-            away = [(s, row) for s, row in pairs if not self._resident.load(row, buffers.arrays, s)]
+            away = [(s, row) for s, row in pairs if not self._in_ram.load(row, buffers.arrays, s)]
             self.cache.read_into(buffers, away, self.layers)
             for slot, row in away:
-                self._resident.keep(row, buffers.arrays, slot)
+                self._in_ram.keep(row, buffers.arrays, slot)
         cpu = time.thread_time() - cpu
         self.times.cpu += cpu
         self.times.io += max(0.0, time.perf_counter() - wall - cpu)

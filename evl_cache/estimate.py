@@ -7,6 +7,7 @@ from pathlib import Path
 from evl_cache.extract import ExtractOptions, extract
 from evl_cache.extract_block import Tower
 from evl_cache.extract_dataset import ExtractRequest, Plan, plan_extraction
+from evl_cache.store.recomputed import projections_nbytes
 from evl_cache.store.size import num_files, sample_nbytes
 
 MEASURED_CLIPS = 4
@@ -38,7 +39,7 @@ def estimate(request: ExtractRequest, *, options: ExtractOptions, measure: bool)
 
 def _estimate(tower: Tower, root: Path, plan: Plan, options: ExtractOptions, measure: bool) -> Estimate:
     raw, expected = sample_nbytes(plan.spec)
-    samples = plan.spec.num_samples
+    once, samples = projections_nbytes(plan.spec), plan.spec.num_samples
     measured = _measure(tower, root, plan, options) if measure else None
     return Estimate(
         split=plan.split,
@@ -46,9 +47,9 @@ def _estimate(tower: Tower, root: Path, plan: Plan, options: ExtractOptions, mea
         clips=plan.spec.num_clips,
         samples=samples,
         files=num_files(plan.spec),
-        raw_bytes=raw * samples,
-        expected_bytes=expected * samples,
-        measured_bytes=None if measured is None else round(measured[0] * plan.spec.num_clips),
+        raw_bytes=raw * samples + once,
+        expected_bytes=expected * samples + once,
+        measured_bytes=None if measured is None else round(measured[0] * plan.spec.num_clips) + once,
         measured_seconds=None if measured is None else measured[1] * plan.spec.num_clips,
     )
 

@@ -33,9 +33,10 @@ def evaluate(
     clips: Sequence[int] | None = None,
     batch: int = 64,
     device: str = "cpu",
+    best: bool = False,
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> EvalResult:
-    """Score a run's head on a cache.
+    """Score a run's head on a cache: the last one, or that of the best epoch.
 
     Raises: UsageError naming both sides where the cache's features or classes are not the head's.
     """
@@ -50,7 +51,7 @@ def evaluate(
         raise UsageError(
             f"{run}: its head was trained on other classes ({ours!r}) than {cache.path} has ({theirs!r})"
         )
-    head = load_head(run).to(device)
+    head = load_head(run, best=best).to(device)
     needs_maps = head.temporal_cross_attention and head.num_frames > 1
     if needs_maps and not cache.spec.has_maps:
         raise UsageError(

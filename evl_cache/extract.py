@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evl_cache.backbone import check_layers
+import torch
+
+from evl_cache.attention_maps import MapProjection
+from evl_cache.backbone import check_layers, map_projections
 from evl_cache.block_taker import BlockTaker, blocks_with_failures
 from evl_cache.block_taker import OnClip as OnClip
 from evl_cache.clips import Clip, ClipList
@@ -120,6 +123,7 @@ def extract(
         clips.clips,
         recipe=recipe or {},
         created_with=versions,
+        projections=tower_projections(tower, spec),
         lock_expiry_s=options.lock_expiry_s,
     )
     done_here = extract_blocks(
@@ -141,6 +145,13 @@ def extract(
         seconds=time.monotonic() - started,
         cache_digest=finish_cache(cache, spec, lock_expiry_s=options.lock_expiry_s),
     )
+
+
+def tower_projections(tower: Tower, spec: CacheSpec) -> dict[int, MapProjection] | None:
+    """What a cache that recomputes maps keeps of its tower; None for others."""
+    if not spec.recomputes_maps:
+        return None
+    return map_projections(tower.visual, spec.layers, compute_dtype=getattr(torch, spec.compute_dtype))
 
 
 def extract_blocks(

@@ -73,7 +73,7 @@ class BlockExtractor:
         self.clips, self.root, self.cache, self.spec, self.on_clip = clips, root, cache, spec, on_clip
         self._device, self._batch = torch.device(device), batch
         dtype: torch.dtype = getattr(torch, spec.compute_dtype)
-        self._stores_maps = spec.has_maps and not spec.recomputes_maps
+        self._stores_maps = spec.stores_maps
         visual = tower.visual.to(device=self._device, dtype=dtype)
         self._backbone = Backbone(visual, spec.stored_layers, with_maps=self._stores_maps)
         self._reusable = None if reuse is None else ReusableRows(reuse, spec)

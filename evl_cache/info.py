@@ -19,6 +19,7 @@ def describe(path: Path) -> dict[str, Any]:
     return {
         "path": str(path),
         "spec": cache.spec.to_json(),
+        "stored_layers": list(cache.spec.stored_layers),
         "grid": list(cache.spec.tower.grid),
         "content_id": cache.spec.content_id,
         "bytes": sum(file.stat().st_size for file in files),

@@ -3,6 +3,7 @@
 Composes the extract stage, because a block is repaired by the very code that made it.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,20 +12,24 @@ from typing import Any
 import torch
 
 from evl_cache.backbone import build_tower
-from evl_cache.errors import UsageError
-from evl_cache.extract import ExtractOptions, OnClip, extract_blocks
+from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.extract import ExtractOptions, OnClip, extract_blocks, tower_projections
 from evl_cache.extract_block import Tower, run_environment
 from evl_cache.spec import CacheSpec, flatten
 from evl_cache.store import (
+    PROJECTIONS_NAME,
     CacheDescription,
     FeatureCache,
     Mark,
     Problem,
     finish_cache,
+    projections_content,
     read_description,
+    read_projections,
     restore_description,
     valid_mark,
     verify_cache,
+    write_projections,
 )
 
 LoadTower = Callable[[CacheDescription], Tower]
@@ -67,7 +72,8 @@ def repair(
     """Make a damaged cache whole. Killed at any instant, it may be run again.
 
     Args:
-        tower: loads what the cache was made with; called only where a block has to be extracted.
+        tower: loads what the cache was made with; called only where a block has to be extracted, or the file
+            of what recomputes maps written again.
         root: what relative clip paths are relative to, or what tells it from the cache's description.
         options: as for `extract`; its `batch` gives way to the one in the marks, which decides bytes.
         on_clip: called with whether it failed, after each clip. threads: for verifying.
@@ -81,12 +87,14 @@ def repair(
     if found.blocks == 0:  # the description was too damaged to look further
         found = verify_cache(cache, threads=threads)
         problems += found.problems
-    spec = read_description(cache).spec
+    description = read_description(cache)
+    spec = description.spec
+    restored += _restore_projections(cache, description, tower)
     broken = sorted({problem.block for problem in problems if problem.block is not None})
     differs: tuple[str, ...] = ()
     if broken:
         then = _environment_then(cache, spec, broken)
-        root = root if isinstance(root, Path) else root(read_description(cache))
+        root = root if isinstance(root, Path) else root(description)
         options = replace(options, batch=int(then.get("batch", options.batch)), retry_failed=False)
         differs = _redo(cache, broken, then, tower=tower, root=root, options=options, on_clip=on_clip)
     is_complete = FeatureCache(cache).is_complete
@@ -115,13 +123,7 @@ def _redo(
 ) -> tuple[str, ...]:
     """Extract blocks again. Returns: how the environment differs from the one of the marks."""
     opened = FeatureCache(cache)
-    loaded = tower(opened.description)
-    if replace(opened.spec, tower=loaded.spec).feature_id != opened.spec.feature_id:
-        raise UsageError(
-            f"{cache} was made with {opened.spec.tower.model} ({opened.spec.tower.pretrained}), the tower given is "
-            f"{loaded.spec.model} ({loaded.spec.pretrained}): their features differ; give the model and weights "
-            "the cache was made with"
-        )
+    loaded = _checked_tower(cache, opened.description, tower)
     extract_blocks(
         opened.clips,
         broken,
@@ -137,6 +139,39 @@ def _redo(
         batch=options.batch, device=torch.device(options.device), compute_dtype=opened.spec.compute_dtype
     )
     return _differences(now, then)
+
+
+def _checked_tower(cache: Path, description: CacheDescription, tower: LoadTower) -> Tower:
+    """The cache's own tower. Raises: UsageError for another one."""
+    spec, loaded = description.spec, tower(description)
+    if replace(spec, tower=loaded.spec).feature_id != spec.feature_id:
+        raise UsageError(
+            f"{cache} was made with {spec.tower.model} ({spec.tower.pretrained}), the tower given is "
+            f"{loaded.spec.model} ({loaded.spec.pretrained}): their features differ; give the model and weights "
+            "the cache was made with"
+        )
+    return loaded
+
+
+def _restore_projections(cache: Path, description: CacheDescription, tower: LoadTower) -> list[str]:
+    """Write the file of what recomputes maps again where it is damaged. Returns: its name, or nothing."""
+    if not description.spec.recomputes_maps:
+        return []
+    try:
+        read_projections(cache, description.spec, description.projections_sha256)
+        return []
+    except CacheDamaged:
+        loaded = _checked_tower(cache, description, tower)
+    projections = tower_projections(loaded, description.spec)
+    assert projections is not None
+    content = projections_content(projections)
+    if hashlib.sha256(content).hexdigest() != description.projections_sha256:
+        raise CacheError(
+            f"{cache / PROJECTIONS_NAME}: is damaged, and what this version writes is not byte for byte what was "
+            "there; repair with the versions that made the cache (evl-cache info names them)"
+        )
+    write_projections(cache, content)
+    return [PROJECTIONS_NAME]
 
 
 def _environment_then(cache: Path, spec: CacheSpec, broken: list[int]) -> Mapping[str, Any]:

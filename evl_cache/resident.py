@@ -62,7 +62,7 @@ class ResidentSamples:
     def holds(self, rows: np.ndarray) -> np.ndarray:
         """Whether each row is here already, bool."""
         slots = self._slot_of[rows]
-        held = slots >= 0
+        held: np.ndarray = slots >= 0
         held[held] = self._is_filled[slots[held]]
         return held
 
@@ -105,10 +105,13 @@ class ResidentSamples:
                 # Not asynchronous: the host's memory is filled anew as soon as this returns.
                 read = source[: len(there)].to(self.device)
                 batch[there] = read
-                kept[torch.from_numpy(new_slots).to(self.device)] = read[torch.from_numpy(new).to(self.device)]
+                kept[torch.from_numpy(new_slots).to(self.device)] = read[
+                    torch.from_numpy(new).to(self.device)
+                ]
                 out[name].append(batch)
         self._is_filled[new_slots] = True
-        return stored_batch(out)
+        held_layers = stored_batch(out)
+        return held_layers if host.recipe is None else host.recipe.applied(held_layers)
 
 
 def default_budget(device: torch.device) -> int:

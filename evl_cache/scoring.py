@@ -3,15 +3,26 @@
 B samples, K classes.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from torch import nn
 
-from evl_cache.dataset import FeatureLoader
-from evl_cache.heads import EVLHead
+from evl_cache.batches import Loader
+from evl_cache.errors import EvlCacheError
 from evl_cache.store import StoredBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScore:
+    """One class: its clips, the percent of them found, and the class most often said instead (None if none)."""
+
+    name: str
+    clips: int
+    top1: float
+    mistaken_for: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,50 +47,109 @@ class Scores:
         ranked = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
         return float(100.0 * np.mean(np.any(ranked == self.labels[:, None], axis=1)))
 
+    def confusion(self) -> np.ndarray:
+        """Clips by (label, class said), int64 (K, K)."""
+        K = self.probabilities.shape[1]
+        said = self.probabilities.argmax(axis=1)  # the first of equals, as `top`
+        return np.bincount(self.labels * K + said, minlength=K * K).reshape(K, K)
+
+    def by_class(self, names: Sequence[str]) -> list[ClassScore]:
+        """Classes that have clips, in their order."""
+        rows = []
+        for label, row in enumerate(self.confusion()):
+            clips, wrong = int(row.sum()), row.copy()
+            wrong[label] = 0
+            if clips:
+                other = names[int(wrong.argmax())] if wrong.any() else None
+                top1 = 100.0 * float(row[label]) / clips
+                rows.append(ClassScore(name=names[label], clips=clips, top1=top1, mistaken_for=other))
+        return rows
+
+
+@dataclass(kw_only=True)
+class ViewSums:
+    """Scores of one process, to be added up: clip row -> (sum of probabilities (K,), views)."""
+
+    clips: dict[int, tuple[np.ndarray, int]] = field(default_factory=dict)
+    loss: float = 0.0
+    samples: int = 0
+
+    def add(self, clip: int, probabilities: np.ndarray, views: int = 1) -> None:
+        """Add views of a clip."""
+        before, count = self.clips.get(clip, (0.0, 0))
+        self.clips[clip] = (before + probabilities, count + views)
+
 
 def head_logits(
-    head: EVLHead, features: StoredBatch, autocast_dtype: torch.dtype | None = None
+    head: nn.Module, features: StoredBatch, autocast_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
     """Logits float32 (B, K) from stored features that are on the head's device.
 
-    Codes go to the head as they are: it decodes them inside its first pass over the tokens.
+    Codes go to the head as they are: it decodes them inside its first pass over the tokens. Maps
+    that are not stored are made first.
     """
-    device_type = head.class_query.device.type
+    features = features.with_made_maps()
+    device_type = next(head.parameters()).device.type
     with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
         logits: torch.Tensor = head(features.tokens, features.maps)
     return logits.float()
 
 
-@torch.no_grad()
 def score(
-    head: EVLHead,
-    loader: FeatureLoader,
+    head: nn.Module,
+    loader: Loader,
     *,
     device: torch.device,
     autocast_dtype: torch.dtype | None = None,
     on_batch: Callable[[int], None] = lambda samples: None,
+    gather: Callable[[ViewSums], list[ViewSums]] = lambda sums: [sums],
 ) -> Scores:
-    """Run a head over the loader's samples. The head's mode is restored."""
+    """Run a head over the loader's samples. The head's mode is restored.
+
+    gather: what every process found, where several share the samples.
+    """
     was_training = head.training
     head.eval()
-    sums: dict[int, np.ndarray] = {}
-    counts: dict[int, int] = {}
-    loss_sum, samples = 0.0, 0
+    mine = _view_sums(head, loader, device=device, autocast_dtype=autocast_dtype, on_batch=on_batch)
+    head.train(was_training)
+    total = ViewSums()
+    for part in gather(mine):
+        total.loss += part.loss
+        total.samples += part.samples
+        for clip, (probabilities, views) in part.clips.items():
+            total.add(clip, probabilities, views)
+    if not total.clips:
+        raise EvlCacheError(
+            f"{loader.cache.path}: none of the clips to score has features; see why with info"
+        )
+    rows = sorted(total.clips)
+    return Scores(
+        clips=np.asarray(rows, dtype=np.int64),
+        labels=np.asarray([loader.cache.clips[row].label for row in rows], dtype=np.int64),
+        probabilities=np.stack([total.clips[row][0] / total.clips[row][1] for row in rows]),
+        loss=total.loss / total.samples,
+    )
+
+
+@torch.no_grad()
+def _view_sums(
+    head: nn.Module,
+    loader: Loader,
+    *,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None,
+    on_batch: Callable[[int], None],
+) -> ViewSums:
+    found = ViewSums()
     for batch in loader.epoch():
+        if batch.is_stand_in:
+            continue
         logits = head_logits(head, batch.features.to(device), autocast_dtype)
         labels = batch.labels.to(device)
-        loss_sum += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        samples += len(labels)
+        found.loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        found.samples += len(labels)
         probabilities = torch.softmax(logits.double(), dim=-1).cpu().numpy()
         for clip, row in zip(loader.cache.sample_clips[batch.samples].tolist(), probabilities, strict=True):
-            sums[clip] = sums.get(clip, 0.0) + row
-            counts[clip] = counts.get(clip, 0) + 1
+            found.add(clip, row)
         on_batch(len(labels))
-    head.train(was_training)
-    clips = np.asarray(sorted(sums), dtype=np.int64)
-    return Scores(
-        clips=clips,
-        labels=np.asarray([loader.cache.clips[clip].label for clip in clips], dtype=np.int64),
-        probabilities=np.stack([sums[clip] / counts[clip] for clip in clips]),
-        loss=loss_sum / samples,
-    )
+    return found

@@ -149,6 +149,11 @@ class CacheSpec:
         return self.maps != "none" and self.views.frames > 1
 
     @property
+    def stores_maps(self) -> bool:
+        """Whether maps are an array of the store."""
+        return self.has_maps and self.maps != "recompute"
+
+    @property
     def recomputes_maps(self) -> bool:
         """Whether maps are made from tokens when they are read."""
         return self.has_maps and self.maps == "recompute"

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from benchmarks.plain_head import PlainHead
 from evl_cache.errors import UsageError
 from evl_cache.heads import chunks
 from evl_cache.heads.evl import EVLHead
+from evl_cache.heads.threads import map_in_threads
 from evl_cache.quantize import (
     QuantizedMaps,
     QuantizedTokens,
@@ -301,6 +303,47 @@ def test_memory_used_again_never_reaches_an_older_graph() -> None:
     case.head([t * 3 for t in case.tokens], case.maps)
     for a, b in zip(first, torch.autograd.grad(logits.sum(), parameters), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_number_of_threads_changes_nothing_and_is_left_as_it_was(threads: int) -> None:
+    case = make_case("usual")
+    expected, twin_gradients = logits_and_gradients(PlainHead(case.head), case.tokens, case.maps)
+    torch.set_num_threads(threads)
+    logits, gradients = logits_and_gradients(case.head, case.tokens, case.maps)
+    assert torch.get_num_threads() == threads
+    torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+    assert_same(gradients, twin_gradients, rtol=1e-10, atol=1e-10)
+
+
+def test_the_number_of_threads_may_change_before_the_backward_pass() -> None:
+    case = make_case("many clips")
+    parameters = list(case.head.parameters())
+    expected = torch.autograd.grad(case.head(case.tokens, case.maps).sum(), parameters)
+    logits = case.head(case.tokens, case.maps).sum()
+    torch.set_num_threads(1)
+    for a, b in zip(torch.autograd.grad(logits, parameters), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_an_error_in_a_thread_is_raised_and_leaves_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    with pytest.raises(ZeroDivisionError):
+        map_in_threads(lambda x: 1 // x, [1, 0, 1], torch.device("cpu"))
+    assert torch.get_num_threads() == before
+
+
+def test_two_callers_at_once_restore_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    case = make_case("many clips")
+    expected = case.head(case.tokens, case.maps).detach()
+    with ThreadPoolExecutor(4) as pool:
+        futures = [pool.submit(case.head, case.tokens, case.maps) for _ in range(16)]
+        for future in futures:
+            torch.testing.assert_close(future.result().detach(), expected, rtol=1e-10, atol=1e-10)
+    assert torch.get_num_threads() == before
+    with ThreadPoolExecutor(1) as pool:  # so will threads to come
+        assert pool.submit(torch.get_num_threads).result() == before
 
 
 def test_two_graphs_at_once_are_kept_apart() -> None:

@@ -20,19 +20,32 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
     (layer, frozenset(modules.split()))
     for layer, modules in (
         ("errors", "errors"),
-        ("pure", "spec clips sampling preprocess attention_maps quantize"),
+        (
+            "pure",
+            "spec clips sampling preprocess attention_maps quantize epoch_order train_options progress",
+        ),
         (
             "adapters",
-            "video rendered annotations weights backbone store dataset heads checkpoint official_checkpoint",
+            (
+                "video rendered annotations weights backbone store dataset heads checkpoint official_checkpoint"
+                " batches memory resident distributed interruption"
+            ),
         ),
-        ("parts of stages", "frames reuse extract_block block_taker scoring catalog"),
+        ("parts of stages", "frames reuse extract_block block_taker scoring catalog optimisation run_log"),
+        ("made of parts", "report batch_size trainer"),
         ("stages", "extract train evaluate import_head info"),
         ("stage one by name", "extract_dataset"),
-        ("composed stages", "demo repair estimate"),
+        ("composed stages", "demo repair estimate online"),
     )
 )
 SAME_LAYER = {
     ("dataset", "store"),  # batches are rows of a store
+    ("batches", "store"),
+    ("dataset", "batches"),
+    ("dataset", "resident"),  # which rows are kept is for the loader to use
+    ("resident", "store"),
+    ("resident", "memory"),
+    ("trainer", "report"),  # the last thing a run does
     ("official_checkpoint", "heads"),
     ("checkpoint", "heads"),  # a checkpoint is a head's parameters
     ("backbone", "weights"),  # a tower is built from a weights file

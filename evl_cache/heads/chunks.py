@@ -13,9 +13,13 @@ from torch import Tensor
 from evl_cache.quantize import QuantizedTokens
 
 # Measured on two Zen 4 cores (docs/architecture.md): matrix products over queries want some 256 rows of
-# frames and clips, and a chunk with its two companions should stay in the outer cache.
+# frames and clips, and a chunk with its companions should stay in the outer cache.
 CPU_ROWS = 256
 CPU_CHUNK_BYTES = 6 << 20
+# Blocks are worked on at once, in threads that take turns at some 40 ms of Python a block: more or smaller blocks
+# would wait for one another (by arithmetic; measured on two cores only).
+CPU_BLOCKS_AT_ONCE = 8
+CPU_ROWS_AT_LEAST = 64
 # A GPU wants few, large kernels.
 GPU_ROWS = 1 << 14
 GPU_CHUNK_BYTES = 1 << 28
@@ -51,14 +55,17 @@ class Chunk:
         return slice(self.tokens.start - 1, self.tokens.stop - 1, self.tokens.step)
 
 
-def blocks_of_clips(clips: int, frames: int, device: torch.device) -> list[slice]:
-    """Clips to take through a layer together: as equal as can be, on a CPU enough for every thread."""
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    rows = CPU_ROWS if device.type == "cpu" else GPU_ROWS
-    rounds = -(-clips * frames // (rows * threads))
-    blocks = max(1, min(clips, rounds * threads))
+def block_sizes(clips: int, frames: int, device: torch.device) -> list[int]:
+    """How many clips to take through a layer together: as equal as can be, on a CPU for all threads."""
+    if device.type != "cpu":
+        workers, rows = 1, GPU_ROWS
+    else:
+        useful = max(2, min(clips * frames // CPU_ROWS_AT_LEAST, CPU_BLOCKS_AT_ONCE))
+        workers, rows = min(torch.get_num_threads(), useful), CPU_ROWS
+    rounds = -(-clips * frames // (rows * workers))
+    blocks = max(1, min(clips, rounds * workers))
     bounds = [clips * i // blocks for i in range(blocks + 1)]
-    return [slice(start, stop) for start, stop in itertools.pairwise(bounds)]
+    return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
 def walk(grid: tuple[int, int], bytes_per_token: int, device: torch.device) -> Iterator[Chunk]:

@@ -10,6 +10,7 @@ thing is left, the tokens `norm(tokens + conv + position + motion)`: made chunk 
 cache, used there, and kept for the backward pass, where no gradient of their size ever exists.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evl_cache.heads.chunks import TokenBlock, blocks_of_clips
+from evl_cache.heads.chunks import TokenBlock, block_sizes
 from evl_cache.heads.layer_gradients import layer_gradients
 from evl_cache.heads.layer_pass import Kept, LayerPass, Setting
 from evl_cache.heads.motion import MapBlock
@@ -92,7 +93,10 @@ class _Attend(torch.autograd.Function):
         def run(block: Block) -> Kept:
             return LayerPass(setting, block).forward()
 
-        kept = map_in_threads(run, _blocks(tensors), setting.device)
+        tokens = tensors[1]
+        assert tokens is not None
+        sizes = block_sizes(tokens.shape[0], tokens.shape[1], setting.device)
+        kept = map_in_threads(run, _blocks(tensors, sizes), setting.device)
         ctx.setting = setting
         ctx.save_for_backward(*tensors, *(tensor for block in kept for tensor in block))
         return torch.cat([block.mean for block in kept])
@@ -103,26 +107,26 @@ class _Attend(torch.autograd.Function):
         setting, saved, needed = ctx.setting, ctx.saved_tensors, ctx.needs_input_grad[1:]
         starts = range(NUM_TENSORS, len(saved), len(Kept._fields))
         kept = [Kept(*saved[start : start + len(Kept._fields)]) for start in starts]
-        gradients = gradient.split([len(block.mean) for block in kept])
+        sizes = [len(block.mean) for block in kept]
 
         def run(block: tuple[Block, Kept, Tensor]) -> tuple[Tensor | None, ...]:
             tensors, kept_of_block, gradient_of_block = block
             return layer_gradients(LayerPass(setting, tensors), kept_of_block, gradient_of_block, needed)
 
-        work = list(zip(_blocks(saved[:NUM_TENSORS]), kept, gradients, strict=True))
+        blocks = _blocks(saved[:NUM_TENSORS], sizes)
+        work = list(zip(blocks, kept, torch.split(gradient, sizes), strict=True))
         joined = _joined(map_in_threads(run, work, setting.device))
         if not _graph_is_kept():
             setting.workspace.give_back(*(block.normed for block in kept))
         return None, *joined
 
 
-def _blocks(tensors: Block) -> list[Block]:
+def _blocks(tensors: Block, sizes: Sequence[int]) -> list[Block]:
     """The tensors of each block of clips: those of clips, which come first, cut, the shared ones as they are."""
-    tokens = tensors[1]
-    assert tokens is not None
+    stops = list(itertools.accumulate(sizes))
     return [
-        [t if t is None or i >= NUM_OF_CLIPS else t[clips] for i, t in enumerate(tensors)]
-        for clips in blocks_of_clips(*tokens.shape[:2], tokens.device)
+        [t if t is None or i >= NUM_OF_CLIPS else t[stop - size : stop] for i, t in enumerate(tensors)]
+        for size, stop in zip(sizes, stops, strict=True)
     ]
 
 

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+from evl_cache.heads.chunks import CPU_BLOCKS_AT_ONCE
+
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
@@ -23,33 +25,38 @@ _threads_before = 1
 def map_in_threads(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], device: torch.device
 ) -> list[ResultT]:
-    """`function` of every item, in their order, with autograd and autocast off; on a CPU in torch's many threads.
+    """`function` of every item, in their order, with autograd and autocast off; on a CPU one thread an item.
 
-    With a single item, or on another device, it is called here, and torch spreads each operation as usual.
+    torch's number of threads is shared out among items: each operation is spread over what an item gets. With a
+    single item, or on another device, nothing is changed.
     """
-    threads = min(torch.get_num_threads(), len(items))
+    workers = min(torch.get_num_threads(), len(items), CPU_BLOCKS_AT_ONCE)
 
     def plainly(item: ItemT) -> ResultT:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):  # both are of each thread
             return function(item)
 
-    if device.type != "cpu" or threads < 2:
+    if device.type != "cpu" or workers < 2:
         return [plainly(item) for item in items]
-    with _operations_in_one_thread(), ThreadPoolExecutor(threads, "evl-cache-head") as pool:
+    with (
+        _threads_an_operation(torch.get_num_threads() // workers),
+        ThreadPoolExecutor(workers, "evl-cache-head") as pool,
+    ):
         return list(pool.map(plainly, items))
 
 
 @contextmanager
-def _operations_in_one_thread() -> Iterator[None]:
-    """While this is entered, operations of threads that begin now are not spread over cores.
+def _threads_an_operation(number: int) -> Iterator[None]:
+    """While this is entered, operations of threads that begin now are spread over so many cores.
 
-    torch has one such number for all threads to come, so callers in several threads share what it was before.
+    torch has one such number for all threads to come, so callers in several threads share what it was before. A
+    thread of someone else's whose first operation falls in between keeps this one: torch asks only then.
     """
     global _users, _threads_before
     with _lock:
         _threads_before = _threads_before if _users else torch.get_num_threads()
         _users += 1
-        torch.set_num_threads(1)
+        torch.set_num_threads(number)
     try:
         yield
     finally:

@@ -3,18 +3,20 @@
 from evl_cache.store.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
 from evl_cache.store.buffers import BatchBuffers
 from evl_cache.store.directory import CacheDescription, create_cache, read_description
-from evl_cache.store.layout import LOCKS_NAME, array_layouts
+from evl_cache.store.layout import LOCKS_NAME, PROJECTIONS_NAME, array_layouts
 from evl_cache.store.leftovers import finish_cache
 from evl_cache.store.locks import BlockLock, LockWatcher
 from evl_cache.store.manifest import write_manifest
 from evl_cache.store.marks import ClipRecord, Mark
 from evl_cache.store.reader import FeatureCache
+from evl_cache.store.recomputed import projections_content, read_projections, write_projections
 from evl_cache.store.recovery import restore_description
 from evl_cache.store.rows import Row, StoredBatch, make_row
 from evl_cache.store.verify import Problem, Verification, verify_cache
 
 __all__ = [
     "LOCKS_NAME",
+    "PROJECTIONS_NAME",
     "BatchBuffers",
     "BlockLock",
     "BlockLost",
@@ -33,9 +35,12 @@ __all__ = [
     "create_cache",
     "finish_cache",
     "make_row",
+    "projections_content",
     "read_description",
+    "read_projections",
     "restore_description",
     "valid_mark",
     "verify_cache",
     "write_manifest",
+    "write_projections",
 ]

@@ -4,6 +4,7 @@ B slots, L layers.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,36 @@ import torch
 
 from evl_cache.quantize import QuantizedMaps, QuantizedTokens
 from evl_cache.store.layout import ArrayLayout
+from evl_cache.store.recomputed import ProjectionOnDevices, RecomputedMaps
 from evl_cache.store.rows import StoredBatch, StoredMaps, StoredTokens
 
 TOKEN_ARRAYS = ("tokens", "token_affine", "token_scale")
 MAP_ARRAYS = ("maps", "map_scale")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapRecipe:
+    """Which tokens give the maps of which blocks.
+
+    Attributes:
+        wanted: blocks whose features are asked for. held: those and the ones below, shallow to deep.
+        projections: of the wanted blocks.
+    """
+
+    wanted: tuple[int, ...]
+    held: tuple[int, ...]
+    projections: Mapping[int, ProjectionOnDevices]
+
+    def applied(self, held: StoredBatch) -> StoredBatch:
+        """Tokens of the wanted blocks, and their maps, to be made; from tokens of the held ones."""
+        tokens = dict(zip(self.held, held.tokens, strict=True))
+        return StoredBatch(
+            tokens=[tokens[layer] for layer in self.wanted],
+            maps=[
+                RecomputedMaps(below=tokens[layer - 1], projection=self.projections[layer])
+                for layer in self.wanted
+            ],
+        )
 
 
 class BatchBuffers:
@@ -23,6 +50,7 @@ class BatchBuffers:
     Args:
         layouts: the stored arrays to hold. num_layers: L. slots: B.
         pin_memory: page-locked, so that copies to a GPU overlap its work.
+        recipe: how maps are made from the tokens, where they are not stored; its `held` layers are the L.
 
     Attributes:
         arrays: name -> L numpy arrays (B, *chunk), the same memory as `tensors`.
@@ -30,9 +58,15 @@ class BatchBuffers:
     """
 
     def __init__(
-        self, layouts: Sequence[ArrayLayout], *, num_layers: int, slots: int, pin_memory: bool = False
+        self,
+        layouts: Sequence[ArrayLayout],
+        *,
+        num_layers: int,
+        slots: int,
+        pin_memory: bool = False,
+        recipe: MapRecipe | None = None,
     ) -> None:
-        self.slots = slots
+        self.slots, self.recipe = slots, recipe
         self.tensors: Mapping[str, list[torch.Tensor]] = {
             layout.name: [
                 torch.empty(
@@ -53,7 +87,8 @@ class BatchBuffers:
 
     def batch(self, count: int) -> StoredBatch:
         """The first `count` slots as features; they share the buffers' memory."""
-        return stored_batch({name: [t[:count] for t in tensors] for name, tensors in self.tensors.items()})
+        held = stored_batch({name: [t[:count] for t in tensors] for name, tensors in self.tensors.items()})
+        return held if self.recipe is None else self.recipe.applied(held)
 
 
 def stored_batch(tensors: Mapping[str, Sequence[torch.Tensor]]) -> StoredBatch:

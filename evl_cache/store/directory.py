@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evl_cache.attention_maps import MapProjection
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import FORMAT_VERSION, CacheSpec, digest
@@ -25,6 +26,7 @@ from evl_cache.store.publish import (
     stage_file,
     write_json_atomic,
 )
+from evl_cache.store.recomputed import projections_content, write_projections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,13 +37,14 @@ class CacheDescription:
         spec: see there.
         recipe: arguments that `repair` needs (root of the videos, model, weights); not part of any identity.
         created_with: versions of the software that laid the cache down.
-        clips_sha256: of `clips.jsonl`.
+        clips_sha256: of `clips.jsonl`. projections_sha256: of `recompute.safetensors`, where there is one.
     """
 
     spec: CacheSpec
     recipe: Mapping[str, Any]
     created_with: Mapping[str, str]
     clips_sha256: str
+    projections_sha256: str | None = None
 
 
 def create_cache(
@@ -51,9 +54,13 @@ def create_cache(
     *,
     recipe: Mapping[str, Any],
     created_with: Mapping[str, str],
+    projections: Mapping[int, MapProjection] | None = None,
     lock_expiry_s: float = EXPIRY_S,
 ) -> None:
     """Lay a cache down, or find the same one there. Several jobs may do so at once.
+
+    Args:
+        projections: of the spec's layers, where it recomputes maps.
 
     Raises: UsageError naming the fields where another cache is there; CacheError where the disk refuses.
     """
@@ -62,7 +69,14 @@ def create_cache(
         with LockWatcher(root / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK):
             if not (root / METADATA_NAME).exists():
                 _refuse_headless(root)
-                _lay_down(root, spec, tuple(clips), recipe=recipe, created_with=created_with)
+                _lay_down(
+                    root,
+                    spec,
+                    tuple(clips),
+                    recipe=recipe,
+                    created_with=created_with,
+                    projections=projections,
+                )
     found = read_description(root).spec
     differences = spec.differences(found)
     if differences:
@@ -79,10 +93,17 @@ def _lay_down(
     *,
     recipe: Mapping[str, Any],
     created_with: Mapping[str, str],
+    projections: Mapping[int, MapProjection] | None,
 ) -> None:
+    assert (projections is not None) == spec.recomputes_maps, f"projections for maps {spec.maps!r}"
     make_directories(root / DONE_NAME)
     lines = clips_lines(clips)
-    group = _group_document(spec, lines, recipe=recipe, created_with=created_with)
+    digests = {"clips_sha256": hashlib.sha256(lines).hexdigest()}
+    if projections is not None:
+        content = projections_content(projections)
+        digests["projections_sha256"] = hashlib.sha256(content).hexdigest()
+        write_projections(root, content)
+    group = _group_document(spec, digests, recipe=recipe, created_with=created_with)
     with stage_file(root) as staged:
         staged.write(lines)
         staged.publish_replacing(root / CLIPS_NAME)
@@ -139,6 +160,7 @@ def parse_group(content: Any, path: Path) -> CacheDescription:
             recipe=own["recipe"],
             created_with=own["created_with"],
             clips_sha256=own["clips_sha256"],
+            projections_sha256=own.get("projections_sha256"),
         )
     except KeyError as error:
         raise CacheDamaged(f"{path}: {error} is missing; repair the cache") from error
@@ -163,14 +185,14 @@ def clips_lines(clips: Iterable[Clip]) -> bytes:
 
 
 def _group_document(
-    spec: CacheSpec, lines: bytes, *, recipe: Mapping[str, Any], created_with: Mapping[str, str]
+    spec: CacheSpec, digests: Mapping[str, str], *, recipe: Mapping[str, Any], created_with: Mapping[str, str]
 ) -> dict[str, Any]:
     content = {
         "format_version": FORMAT_VERSION,
         "spec": spec.to_json(),
         "recipe": dict(recipe),
         "created_with": dict(created_with),
-        "clips_sha256": hashlib.sha256(lines).hexdigest(),
+        **digests,
     }
     return group_metadata({ATTRIBUTE: {**content, "digest": digest(content)}})
 

@@ -109,7 +109,7 @@ def array_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
                 fill_value=nan, codec=codec,
             )
         )  # fmt: skip
-    if spec.has_maps and not spec.recomputes_maps:
+    if spec.stores_maps:
         axes = ("prev_next", "pair", "query", "key")
         shape = (2, frames - 1, patches, patches)
         if spec.maps == "uint8":

@@ -8,7 +8,14 @@ from typing import Any
 
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec, digest
-from evl_cache.store.layout import CLIPS_NAME, MANIFEST_NAME, RECOVERY_NAME, array_layouts, mark_path
+from evl_cache.store.layout import (
+    CLIPS_NAME,
+    MANIFEST_NAME,
+    PROJECTIONS_NAME,
+    RECOVERY_NAME,
+    array_layouts,
+    mark_path,
+)
 from evl_cache.store.marks import Mark, read_mark
 from evl_cache.store.metadata import METADATA_NAME
 from evl_cache.store.publish import file_digest, write_json_atomic
@@ -30,6 +37,7 @@ def description_files(spec: CacheSpec) -> list[str]:
         METADATA_NAME,
         CLIPS_NAME,
         RECOVERY_NAME,
+        *((PROJECTIONS_NAME,) if spec.recomputes_maps else ()),
         *(f"{name}/{METADATA_NAME}" for name in array_layouts(spec)),
     ]
 

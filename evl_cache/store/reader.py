@@ -16,12 +16,13 @@ import torch
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.quantize import frame_sum_
 from evl_cache.spec import CacheSpec, digest
-from evl_cache.store.buffers import MAP_ARRAYS, TOKEN_ARRAYS, BatchBuffers
+from evl_cache.store.buffers import MAP_ARRAYS, TOKEN_ARRAYS, BatchBuffers, MapRecipe
 from evl_cache.store.directory import read_clips, read_description
 from evl_cache.store.file_system import is_local
 from evl_cache.store.layout import MANIFEST_NAME, array_layouts, mark_path
 from evl_cache.store.manifest import read_manifest
 from evl_cache.store.marks import FileRecord, Mark, read_mark
+from evl_cache.store.recomputed import ProjectionOnDevices, read_projections
 from evl_cache.store.rows import Row, StoredBatch
 from evl_cache.store.shard import ShardReader
 from evl_cache.store.shard_pool import ShardPool
@@ -75,6 +76,7 @@ class FeatureCache:
         self._layouts = array_layouts(self.spec)
         self._is_local = is_local(self.path)
         self._shards = ShardPool()
+        self._projections: Mapping[int, ProjectionOnDevices] | None = None
         self.refresh()
 
     def __len__(self) -> int:
@@ -134,7 +136,7 @@ class FeatureCache:
         missing = [layer for layer in wanted if layer not in self.spec.layers]
         if missing:
             raise UsageError(f"{self.path}: layers {missing} are not stored; it has {list(self.spec.layers)}")
-        return [self.spec.layers.index(layer) for layer in wanted]
+        return [self.spec.stored_layers.index(layer) for layer in wanted]
 
     def read(
         self, samples: Sequence[int], layers: Sequence[int] | None = None
@@ -169,8 +171,19 @@ class FeatureCache:
         """Buffers for `read_into`. Raises: UsageError for a layer that is not stored."""
         names = TOKEN_ARRAYS + (MAP_ARRAYS if with_maps else ())
         layouts = [layout for name, layout in self._layouts.items() if name in names]
-        count = len(self.layer_positions(layers))
-        return BatchBuffers(layouts, num_layers=count, slots=slots, pin_memory=pin_memory)
+        recipe = self._map_recipe(layers) if with_maps and self.spec.recomputes_maps else None
+        count = len(self.layer_positions(layers) if recipe is None else recipe.held)
+        return BatchBuffers(layouts, num_layers=count, slots=slots, pin_memory=pin_memory, recipe=recipe)
+
+    def _map_recipe(self, layers: Sequence[int] | None) -> MapRecipe:
+        """How maps that are not stored are made. Raises: as `layer_positions`; CacheDamaged."""
+        self.layer_positions(layers)
+        if self._projections is None:
+            found = read_projections(self.path, self.spec, self.description.projections_sha256)
+            self._projections = {block: ProjectionOnDevices(value) for block, value in found.items()}
+        wanted = self.spec.layers if layers is None else tuple(layers)
+        held = tuple(sorted({layer - 1 for layer in wanted}.union(wanted)))
+        return MapRecipe(wanted=wanted, held=held, projections=self._projections)
 
     def read_into(
         self, buffers: BatchBuffers, samples: Iterable[tuple[int, int]], layers: Sequence[int] | None = None
@@ -180,6 +193,13 @@ class FeatureCache:
         Errors as `read`; the slots then hold anything.
         """
         positions = self.layer_positions(layers)
+        if buffers.recipe is not None:
+            positions = [self.spec.stored_layers.index(layer) for layer in buffers.recipe.held]
+        self._read_positions(buffers, samples, positions)
+
+    def _read_positions(
+        self, buffers: BatchBuffers, samples: Iterable[tuple[int, int]], positions: Sequence[int]
+    ) -> None:
         wanted = list(samples)
         for number, (slot, sample) in enumerate(wanted):
             for _, later in wanted[:_READ_AHEAD] if number == 0 else wanted[number + _READ_AHEAD :][:1]:
@@ -195,8 +215,9 @@ class FeatureCache:
     def read_row(self, sample: int) -> Row:
         """Every array's chunks of one sample, as `make_row` made them. Errors as `read`."""
         layouts = list(self._layouts.values())
-        buffers = BatchBuffers(layouts, num_layers=len(self.spec.layers), slots=1)
-        self.read_into(buffers, [(0, sample)])
+        positions = range(len(self.spec.stored_layers))
+        buffers = BatchBuffers(layouts, num_layers=len(positions), slots=1)
+        self._read_positions(buffers, [(0, sample)], positions)
         return {name: np.concatenate(arrays) for name, arrays in buffers.arrays.items()}
 
     def read_class_tokens(
@@ -229,7 +250,7 @@ class FeatureCache:
     def _chunks(self, sample: int, positions: Sequence[int]) -> tuple[int, list[int]]:
         """Block of a sample, and its chunks in the block's shards."""
         block, row = divmod(sample, self.spec.block_samples)
-        return block, [row * len(self.spec.layers) + position for position in positions]
+        return block, [row * len(self.spec.stored_layers) + position for position in positions]
 
     def _will_need(self, sample: int, names: Iterable[str], positions: Sequence[int]) -> None:
         block, chunks = self._chunks(self._checked_sample(sample), positions)
@@ -257,7 +278,7 @@ class FeatureCache:
         layout, record = self._layouts[name], self._files[block][name]
         return ShardReader(
             layout.shard(self.path, block),
-            grid=(self.spec.block_samples, len(self.spec.layers)),
+            grid=(self.spec.block_samples, len(self.spec.stored_layers)),
             chunk_shape=layout.chunk_shape,
             dtype=layout.dtype,
             codec=layout.codec,
@@ -267,8 +288,9 @@ class FeatureCache:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_shards"}
+        here_only = ("_shards", "_projections")  # files open in this process, tensors on its devices
+        return {name: value for name, value in self.__dict__.items() if name not in here_only}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._shards = ShardPool()
+        self._shards, self._projections = ShardPool(), None

@@ -20,10 +20,11 @@ from evl_cache.quantize import (
     to_float16,
 )
 from evl_cache.spec import CacheSpec
+from evl_cache.store.recomputed import RecomputedMaps
 
 Row = Mapping[str, np.ndarray[Any, Any]]
 StoredTokens = QuantizedTokens | torch.Tensor
-StoredMaps = QuantizedMaps | torch.Tensor
+StoredMaps = QuantizedMaps | torch.Tensor | RecomputedMaps
 
 
 def make_row(tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None, spec: CacheSpec) -> Row:
@@ -43,7 +44,7 @@ def make_row(tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None
         row |= {"tokens": quantized.codes, "token_affine": quantized.affine, "token_scale": quantized.scale}
     else:
         row["tokens"] = to_float16(stacked, what="tokens")
-    if spec.has_maps and not spec.recomputes_maps:
+    if spec.stores_maps:
         assert maps is not None
         stacked = torch.stack(list(maps))  # (L,2,T-1,P,P)
         if spec.maps == "uint8":
@@ -60,7 +61,8 @@ class StoredBatch:
 
     Attributes:
         tokens: L of QuantizedTokens with (B, T, N, C) codes, or float16 (B, T, N, C).
-        maps: L of QuantizedMaps with (B, 2, T-1, P, P) codes, or float16; None where there are none.
+        maps: L of QuantizedMaps with (B, 2, T-1, P, P) codes, or float16, or to be made from tokens one block
+            below; None where there are none.
     """
 
     tokens: list[StoredTokens]
@@ -72,18 +74,41 @@ class StoredBatch:
         def move(value: torch.Tensor) -> torch.Tensor:
             return value.to(device, non_blocking=non_blocking)
 
-        maps = self.maps
-        return StoredBatch(
-            tokens=[_map(t, move) for t in self.tokens],
-            maps=None if maps is None else [_map(m, move) for m in maps],
-        )
+        return self._mapped(move)
 
     def part(self, start: int, stop: int) -> "StoredBatch":
         """Samples start .. stop-1, sharing memory."""
-        maps = self.maps
+        return self._mapped(lambda v: v[start:stop])
+
+    def repeated(self, count: int) -> "StoredBatch":
+        """A batch of `count` samples: these again and again. New memory."""
+        return self._mapped(lambda v: v[torch.arange(count, device=v.device) % len(v)])
+
+    def with_made_maps(self) -> "StoredBatch":
+        """The same, as a head takes it: maps that are not stored are made, float32, on the features' device."""
+        if self.maps is None:
+            return self
+        maps = [m.made() if isinstance(m, RecomputedMaps) else m for m in self.maps]
+        return StoredBatch(tokens=self.tokens, maps=list(maps))
+
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "StoredBatch":
+        """`function` of every tensor, once: tokens of one layer may be the source of the next one's maps."""
+        done: dict[int, Any] = {}
+
+        def once(value: StoredTokens) -> Any:
+            if id(value) not in done:
+                done[id(value)] = _map(value, function)
+            return done[id(value)]
+
+        def mapped(maps: StoredMaps) -> StoredMaps:
+            if isinstance(maps, RecomputedMaps):
+                return RecomputedMaps(below=once(maps.below), projection=maps.projection)
+            mapped_maps: StoredMaps = _map(maps, function)
+            return mapped_maps
+
         return StoredBatch(
-            tokens=[_map(t, lambda v: v[start:stop]) for t in self.tokens],
-            maps=None if maps is None else [_map(m, lambda v: v[start:stop]) for m in maps],
+            tokens=[once(t) for t in self.tokens],
+            maps=None if self.maps is None else [mapped(m) for m in self.maps],
         )
 
     def dequantized(
@@ -98,10 +123,13 @@ class StoredBatch:
         ]
         if self.maps is None:
             return tokens, None
-        return tokens, [
-            m.to(dtype) if isinstance(m, torch.Tensor) else dequantize_maps(m.codes, m.row_max, dtype)
-            for m in self.maps
-        ]
+        return tokens, [_dequantized_maps(m, dtype) for m in self.maps]
+
+
+def _dequantized_maps(maps: StoredMaps, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(maps, QuantizedMaps):
+        return dequantize_maps(maps.codes, maps.row_max, dtype)
+    return (maps.made() if isinstance(maps, RecomputedMaps) else maps).to(dtype)
 
 
 def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:

@@ -7,6 +7,7 @@ from pathlib import Path
 from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.layout import array_layouts, mark_path
+from evl_cache.store.recomputed import projections_nbytes
 
 # Stored bytes over decoded bytes, measured on real clips (docs/results.md). Rounded up: a full disk costs more
 # than a warning too many.
@@ -30,9 +31,9 @@ def sample_nbytes(spec: CacheSpec) -> tuple[int, int]:
 
 
 def num_files(spec: CacheSpec) -> int:
-    """Files of the complete cache: shards, marks, metadata, clip list, its copy, manifest."""
+    """Files of the complete cache: shards, marks, metadata, clip list, its copy, manifest, projections."""
     arrays = len(array_layouts(spec))
-    return spec.num_blocks * (arrays + 1) + arrays + 4
+    return spec.num_blocks * (arrays + 1) + arrays + 4 + int(spec.recomputes_maps)
 
 
 def check_free_space(root: Path, spec: CacheSpec) -> None:
@@ -45,7 +46,7 @@ def check_free_space(root: Path, spec: CacheSpec) -> None:
         for block in range(spec.num_blocks)
         if not mark_path(root, block).exists()
     )
-    needed = left * sample_nbytes(spec)[1]
+    needed = left * sample_nbytes(spec)[1] + projections_nbytes(spec)
     existing = root
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent

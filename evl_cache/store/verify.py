@@ -16,6 +16,7 @@ from evl_cache.store.manifest import Manifest, manifest_document, read_manifest
 from evl_cache.store.marks import Mark, read_mark
 from evl_cache.store.metadata import METADATA_NAME
 from evl_cache.store.publish import canonical_json, file_digest, is_staging_name
+from evl_cache.store.recomputed import read_projections
 from evl_cache.store.recovery import check_recovery, has_intact_recovery
 from evl_cache.store.shard_index import read_index
 
@@ -94,6 +95,11 @@ def _check_description(root: Path, description: CacheDescription) -> list[Proble
         read_clips(root, description)
     except CacheDamaged as error:
         reasons.append(str(error))
+    if description.spec.recomputes_maps:
+        try:
+            read_projections(root, description.spec, description.projections_sha256)
+        except CacheDamaged as error:
+            reasons.append(str(error))
     recovery = check_recovery(root, description)
     if recovery is not None:
         reasons.append(recovery)

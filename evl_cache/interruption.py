@@ -1,0 +1,48 @@
+"""A polite end: a run that is asked to stop finishes its step and keeps its state first."""
+
+import signal
+import threading
+from types import FrameType
+from typing import Any, Self
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A run was asked to stop, and its state is kept. Not an error: whoever catches those must not go on.
+
+    Attributes:
+        signal_number: that asked.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class StopRequests:
+    """While this is entered in the main thread, SIGINT and SIGTERM are noted; a second one acts as before.
+
+    Attributes:
+        signal_number: that was noted; 0 for none.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number = 0
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_number:
+            self.__exit__()
+            signal.raise_signal(number)
+        self.signal_number = number

@@ -1,0 +1,27 @@
+"""What a finished run says class by class: a confusion matrix and a table."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from evl_cache.checkpoint import CLASSES_NAME, CONFUSION_NAME, write_json
+from evl_cache.scoring import ClassScore, Scores
+
+
+def write_report(run: Path, scores: Scores, classes: Sequence[str]) -> None:
+    """Write `confusion.csv` (a row a true class, a column a class said, clips) and `classes.json`."""
+    with (run / CONFUSION_NAME).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", *classes])
+        for name, row in zip(classes, scores.confusion().tolist(), strict=True):
+            writer.writerow([name, *row])
+    write_json(run / CLASSES_NAME, {"classes": [asdict(row) for row in scores.by_class(classes)]})
+
+
+def worst_classes(run: Path, count: int = 5) -> list[ClassScore]:
+    """The classes of a finished run of which the fewest clips are found, worst first; equals by clips, then name."""
+    rows = json.loads((run / CLASSES_NAME).read_text(encoding="utf-8"))["classes"]
+    scores = [ClassScore(**row) for row in rows]
+    return sorted(scores, key=lambda row: (row.top1, -row.clips, row.name))[:count]

@@ -1,0 +1,241 @@
+"""The training loop of one run, in one process or in several.
+
+A step is the same in both: batch k of an epoch holds the same samples, and its loss is divided by their number.
+"""
+
+import math
+import signal
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from evl_cache.batches import Batch, Loader
+from evl_cache.checkpoint import RESULT_NAME, RunConfig, save_head, save_state, write_json
+from evl_cache.distributed import Processes
+from evl_cache.errors import EvlCacheError, UsageError
+from evl_cache.heads import EVLHead
+from evl_cache.interruption import Interrupted, StopRequests
+from evl_cache.optimisation import Optimisation, seed_step
+from evl_cache.progress import Progress, TrainResult
+from evl_cache.report import write_report
+from evl_cache.run_log import RunLog
+from evl_cache.scoring import Scores, head_logits, score
+from evl_cache.train_options import PRECISIONS, TrainOptions
+
+OnStep = Callable[[int, int, float], None]
+OnBottleneck = Callable[[str], None]
+
+
+class Trainer:
+    """The training loop of one run: steps, metrics, last state.
+
+    Args:
+        config: of the run. options: with the batch known. train_loader, val_loader: of this process's part.
+        out: the run directory; the first process writes it. processes: that train together.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        options: TrainOptions,
+        train_loader: Loader,
+        val_loader: Loader,
+        *,
+        out: Path,
+        processes: Processes | None = None,
+    ) -> None:
+        self.config, self.options, self.out = config, options, out
+        self.processes = processes or Processes()
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self.device = torch.device(options.device)
+        torch.manual_seed(options.seed)
+        head: EVLHead = config.build().to(self.device)
+        self.total_steps = options.steps or (options.epochs or 0) * len(train_loader)
+        unused = head.temporal_cross_attention and head.num_frames == 1
+        self.model = self.processes.wrap(head, some_unused=unused)
+        self.optimisation = Optimisation(head, options, total_steps=self.total_steps)
+        self.autocast_dtype = PRECISIONS[options.precision]
+        self.progress = Progress()
+        self._bottleneck = "device"
+        self._stop = StopRequests()
+        self._log = RunLog(out if self.processes.is_first else None, tensorboard=options.tensorboard)
+
+    def run(self, on_step: OnStep, on_bottleneck: OnBottleneck = lambda name: None) -> TrainResult:
+        """Train to the last step.
+
+        Raises: Interrupted where a signal asks to stop, after the state was kept; UsageError where the loss is no
+            number any more; EvlCacheError where another process is lost.
+        """
+        progress, started = self.progress, time.monotonic()
+        scores: Scores | None = None
+        with self._stop, self._log:
+            self._log.keep(steps=progress.step, epochs=progress.epoch)
+            while progress.step < self.total_steps or progress.batches:
+                self._train_epoch(on_step, on_bottleneck)
+                scores = self._end_epoch()
+            return self._finish(scores or self.validate(), time.monotonic() - started)
+
+    def validate(self) -> Scores:
+        """Scores of the validation clips."""
+
+        def on_batch(samples: int) -> None:
+            # With several processes they would disagree: those stop at their next step.
+            if self._stop.signal_number and self.processes.world == 1:
+                self._interrupt(self._stop.signal_number)
+
+        return score(
+            self.optimisation.result,
+            self.val_loader,
+            device=self.device,
+            autocast_dtype=self.autocast_dtype,
+            on_batch=on_batch,
+            gather=lambda sums: self.processes.gather(sums, "in validation"),
+        )
+
+    def _train_epoch(self, on_step: OnStep, on_bottleneck: OnBottleneck) -> None:
+        """The rest of the epoch, or of the run."""
+        self.model.train()
+        progress, options = self.progress, self.options
+        started = before = time.monotonic()
+        if progress.step == self.total_steps:
+            return
+        for batch in self.train_loader.epoch(progress.epoch, start_batch=progress.batches):
+            loss, stop = self._train_step(batch)
+            now = time.monotonic()
+            progress.epoch_seconds, before = progress.epoch_seconds + now - before, now
+            on_bottleneck(self.train_loader.times.bottleneck(now - started))
+            on_step(progress.step, self.total_steps, loss)
+            if stop:
+                self._interrupt(stop)
+            if options.save_every_steps and progress.step % options.save_every_steps == 0:
+                self._save_state()
+            if progress.step == self.total_steps:
+                break
+        if not progress.batches:
+            raise EvlCacheError(f"{self.train_loader.cache.path}: none of the clips to train on can be used")
+        self._bottleneck = self.train_loader.times.bottleneck(time.monotonic() - started)
+
+    def _train_step(self, batch: Batch) -> tuple[float, int]:
+        """One optimiser step. Returns: the mean loss, and the signal that asked a process to stop, or 0."""
+        progress, when = self.progress, f"at step {self.progress.step + 1}"
+        seed_step(self.options.seed, progress.step, self.processes.rank)
+        self.optimisation.begin(progress.step)
+        with self.processes.watched(when):
+            total = self._passes(batch)
+        self.optimisation.finish(progress.step)
+        sums = torch.tensor([float(total), float(self._stop.signal_number)], dtype=torch.float64)
+        loss, stop = self.processes.add(sums, when).tolist()
+        progress.step += 1
+        if not math.isfinite(loss):
+            raise UsageError(
+                f"loss is {loss} at step {progress.step}: training diverged; use a lower --lr or --precision float32"
+            )
+        progress.batches, progress.epoch_steps = batch.number + 1, progress.epoch_steps + 1
+        progress.epoch_loss += loss
+        progress.epoch_samples += batch.total
+        self._log.step(progress.step, {"loss": loss, "lr": self.optimisation.lr(progress.step - 1)})
+        return loss, self._stop.signal_number or (signal.SIGTERM if stop else 0)
+
+    def _passes(self, batch: Batch) -> torch.Tensor:
+        """Forward and backward over this process's part, in as many passes as options say. Returns: its loss."""
+        world, samples = self.processes.world, len(batch.labels)
+        part = -(-self.options.global_batch // (world * self.options.accumulate))
+        total = torch.zeros((), device=self.device)
+        for start in range(0, samples, part):
+            features = batch.features.part(start, start + part).to(self.device, non_blocking=True)
+            labels = batch.labels[start : start + part].to(self.device)
+            is_last = start + part >= samples
+            with self._unsynchronised() if not is_last else nullcontext():
+                logits = head_logits(self.model, features, self.autocast_dtype)
+                loss = torch.nn.functional.cross_entropy(
+                    logits, labels, reduction="sum", label_smoothing=self.options.label_smoothing
+                )
+                loss = loss / batch.total * (0.0 if batch.is_stand_in else 1.0)
+                # Gradients are averaged over processes; those of a batch are to be added.
+                self.optimisation.backward(loss * world)
+            total = total + loss.detach()
+        return total
+
+    def _unsynchronised(self) -> Any:
+        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+
+    def _end_epoch(self) -> Scores:
+        """Validate, log, save."""
+        progress = self.progress
+        scores = self.validate()
+        rate = progress.epoch_samples / progress.epoch_seconds if progress.epoch_seconds else 0.0
+        progress.epoch += 1
+        row = {
+            "epoch": progress.epoch,
+            "step": progress.step,
+            "train_loss": progress.epoch_loss / max(1, progress.epoch_steps),
+            "val_loss": scores.loss,
+            "top1": scores.top(1),
+            "top5": scores.top(5),
+            "lr": self.optimisation.lr(progress.step - 1),
+            "clips_per_s": rate,
+            "bottleneck": self._bottleneck,
+        }
+        self._log.epoch(progress.step, row)
+        progress.samples += progress.epoch_samples
+        progress.seconds += progress.epoch_seconds
+        progress.batches, progress.epoch_steps, progress.epoch_samples = 0, 0, 0
+        progress.epoch_loss, progress.epoch_seconds = 0.0, 0.0
+        is_best = scores.top(1) > progress.best_top1
+        if is_best:
+            progress.best_top1, progress.best_epoch = scores.top(1), progress.epoch
+        if self.processes.is_first:
+            save_head(self.out, self.optimisation.result)
+            if is_best:
+                save_head(self.out, self.optimisation.result, best=True)
+        self._save_state()
+        return scores
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a resumed run needs to give the same losses; what is random is drawn step by step."""
+        return {**self.optimisation.state(), "progress": asdict(self.progress)}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self.optimisation.load(state)
+        self.progress = Progress(**state["progress"])
+
+    def _save_state(self) -> None:
+        if self.processes.is_first:
+            self._log.flush()
+            save_state(self.out, self.state())
+
+    def _interrupt(self, signal_number: int) -> None:
+        self._save_state()
+        raise Interrupted(
+            f"stopped after step {self.progress.step} of {self.total_steps}, which is kept; go on with "
+            f"--out {self.out} --resume",
+            signal_number,
+        )
+
+    def _finish(self, scores: Scores, seconds: float) -> TrainResult:
+        progress = self.progress
+        result = TrainResult(
+            top1=scores.top(1),
+            top5=scores.top(5),
+            val_clips=len(scores.clips),
+            clips_per_s=progress.samples / progress.seconds if progress.seconds else 0.0,
+            cache_fingerprint=self.train_loader.cache.fingerprint,
+            epochs=progress.epoch,
+            steps=progress.step,
+            seconds=seconds,
+            best_top1=progress.best_top1,
+            best_epoch=progress.best_epoch,
+            batch=self.options.global_batch,
+            skipped_clips=self.train_loader.skipped_clips + self.val_loader.skipped_clips,
+        )
+        if self.processes.is_first:
+            write_report(self.out, scores, self.config.classes)
+            write_json(self.out / RESULT_NAME, asdict(result))
+        return result
