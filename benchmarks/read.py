@@ -1,9 +1,10 @@
 """Random samples out of a warm cache, against other stores of the same bytes: `python -m benchmarks.read --json`.
 
-ViT-B/16, 8 frames, five layers, int8 tokens and uint8 maps of generated features. Every side copies the tokens'
-and maps' codes (and, ours, the scales beside them) of the same random samples into reused arrays, in the same
-number of threads. `np.memmap` over the plain codes is the ceiling; of the others, those that check integrity are
-named in `checked_peers`.
+ViT-B/16, 8 frames, five layers, int8 tokens and uint8 maps of generated features. Every side brings the codes and
+scales of the same random samples into memory, in the same number of threads: ours into reused buffers, the others
+as they give them (a new array a sample). `memmap` is a persistent `np.memmap` over the plain bytes, each sample
+copied out of it; `memmap_reused` copies into reused arrays, the ceiling. Of the others, those that check integrity
+are named in `checked_peers`.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from benchmarks.machine import interleaved_seconds, machine, medians
 from benchmarks.stored_features import LAYERS, generated_rows, write_rows
 from evl_cache.store import FeatureCache, Row
 
-ARRAYS = ("tokens", "maps")
+ARRAYS = ("tokens", "token_affine", "token_scale", "maps", "map_scale")
 # What notices a flipped bit: zstd frames and chunks with checksums do, plain containers do not.
 CHECKED_PEERS = ("zarr_python", "tensorstore", "h5py")
 
@@ -85,7 +86,7 @@ def _ours(cache: FeatureCache, layers: tuple[int, ...]) -> Read:
 
 
 def peers(root: Path, rows: list[Row], samples: int) -> dict[str, Read]:
-    """The ceiling and the other stores, each holding the codes of tokens and maps."""
+    """The ceiling and the other stores, each holding the same arrays."""
     data = {name: np.stack([rows[i % len(rows)][name] for i in range(samples)]) for name in ARRAYS}
     outs = [{name: np.empty(data[name].shape[1:], data[name].dtype) for name in ARRAYS} for _ in range(8)]
 
@@ -93,20 +94,32 @@ def peers(root: Path, rows: list[Row], samples: int) -> dict[str, Read]:
         def read(thread: int, wanted: Sequence[int]) -> None:
             for sample in wanted:
                 for name in ARRAYS:
-                    np.copyto(outs[thread][name], fetch(name, sample))
+                    fetch(name, sample)
 
         return read
 
-    makers = (_memmap, _zarr_python, _tensorstore, _h5py, _lmdb, _safetensors, _tar)
-    return {maker.__name__.removeprefix("_"): reader(maker(root, data)) for maker in makers}
+    maps = _memmap(root, data)
+
+    def memmap_reused(thread: int, wanted: Sequence[int]) -> None:
+        for sample in wanted:
+            for name in ARRAYS:
+                np.copyto(outs[thread][name], maps[name][sample])
+
+    makers = (_zarr_python, _tensorstore, _h5py, _lmdb, _safetensors, _tar)
+    sides = {maker.__name__.removeprefix("_"): reader(maker(root, data)) for maker in makers}
+    return {
+        "memmap": reader(lambda name, sample: maps[name][sample].copy()),
+        "memmap_reused": memmap_reused,
+        **sides,
+    }
 
 
-def _memmap(root: Path, data: dict[str, np.ndarray]) -> Callable[[str, int], Any]:
+def _memmap(root: Path, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     maps = {}
     for name, array in data.items():
         array.tofile(root / f"{name}.bin")
         maps[name] = np.memmap(root / f"{name}.bin", dtype=array.dtype, mode="r", shape=array.shape)
-    return lambda name, sample: maps[name][sample]
+    return maps
 
 
 def _zarr_python(root: Path, data: dict[str, np.ndarray]) -> Callable[[str, int], Any]:

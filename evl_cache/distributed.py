@@ -131,8 +131,11 @@ def processes_of_environment(
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_s))
-    yield Processes(rank=rank, world=world, local_world=local_world)
+    processes = Processes(rank=rank, world=world, local_world=local_world)
+    with processes.watched("at the start"):
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    yield processes
     # Not after an error: where a process is lost, taking leave of it may wait for ever.
     dist.destroy_process_group()
 

@@ -15,7 +15,7 @@ from evl_cache.quantize import QuantizedTokens
 # Measured on two Zen 4 cores (docs/architecture.md): matrix products over queries want some 256 rows of
 # frames and clips, and a chunk with its companions should stay in the outer cache.
 CPU_ROWS = 256
-CPU_CHUNK_BYTES = 6 << 20
+CPU_CHUNK_BYTES = 3 << 20
 # Blocks are worked on at once, in threads that take turns at some 40 ms of Python a block: more or smaller blocks
 # would wait for one another (by arithmetic; measured on two cores only).
 CPU_BLOCKS_AT_ONCE = 8

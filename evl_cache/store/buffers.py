@@ -55,6 +55,7 @@ class BatchBuffers:
     Attributes:
         arrays: name -> L numpy arrays (B, *chunk), the same memory as `tensors`.
         tensors: name -> L tensors.
+        stacked: name -> (L, B, *chunk), the same memory.
     """
 
     def __init__(
@@ -67,17 +68,19 @@ class BatchBuffers:
         recipe: MapRecipe | None = None,
     ) -> None:
         self.slots, self.recipe = slots, recipe
-        self.tensors: Mapping[str, list[torch.Tensor]] = {
-            layout.name: [
-                torch.empty(
-                    (slots, *layout.chunk_shape), dtype=getattr(torch, layout.dtype), pin_memory=pin_memory
-                )
-                for _ in range(num_layers)
-            ]
+        # One piece a stored array: a sample's layers are then filled by one strided copy.
+        whole = {
+            layout.name: torch.empty(
+                (num_layers, slots, *layout.chunk_shape),
+                dtype=getattr(torch, layout.dtype),
+                pin_memory=pin_memory,
+            )
             for layout in layouts
         }
+        self.stacked: Mapping[str, np.ndarray[Any, Any]] = {name: t.numpy() for name, t in whole.items()}
+        self.tensors: Mapping[str, list[torch.Tensor]] = {name: list(t) for name, t in whole.items()}
         self.arrays: Mapping[str, list[np.ndarray[Any, Any]]] = {
-            name: [tensor.numpy() for tensor in tensors] for name, tensors in self.tensors.items()
+            name: list(array) for name, array in self.stacked.items()
         }
 
     @property

@@ -22,6 +22,7 @@ from evl_cache.store.file_system import is_local
 from evl_cache.store.layout import MANIFEST_NAME, array_layouts, mark_path
 from evl_cache.store.manifest import read_manifest
 from evl_cache.store.marks import FileRecord, Mark, read_mark
+from evl_cache.store.read_ahead import ReadAhead
 from evl_cache.store.recomputed import ProjectionOnDevices, read_projections
 from evl_cache.store.rows import Row, StoredBatch
 from evl_cache.store.shard import ShardReader
@@ -75,6 +76,7 @@ class FeatureCache:
         self.damaged_marks: dict[int, str] = {}
         self._layouts = array_layouts(self.spec)
         self._is_local = is_local(self.path)
+        self._read_ahead = ReadAhead(always=not self._is_local)
         self._shards = ShardPool()
         self._projections: Mapping[int, ProjectionOnDevices] | None = None
         self.refresh()
@@ -202,15 +204,24 @@ class FeatureCache:
     ) -> None:
         wanted = list(samples)
         for number, (slot, sample) in enumerate(wanted):
-            for _, later in wanted[:_READ_AHEAD] if number == 0 else wanted[number + _READ_AHEAD :][:1]:
-                self._will_need(later, buffers.arrays, positions)
-            block, chunks = self._chunks(self._checked_sample(sample), positions)
-            for name, arrays in buffers.arrays.items():
-                outs = [array[slot] for array in arrays]
-                self._read_chunks(name, block, chunks, outs)
-                if self._layouts[name].differenced:
-                    for out in outs:  # in the processor's cache still
-                        frame_sum_(out)
+            if self._read_ahead.is_on():
+                for _, later in wanted[:_READ_AHEAD] if number == 0 else wanted[number + _READ_AHEAD :][:1]:
+                    self._will_need(later, buffers.arrays, positions)
+            with self._read_ahead.watching():
+                self._read_sample(buffers, slot, sample, positions)
+
+    def _read_sample(self, buffers: BatchBuffers, slot: int, sample: int, positions: Sequence[int]) -> None:
+        block, chunks = self._chunks(self._checked_sample(sample), positions)
+        for name, stacked in buffers.stacked.items():
+            outs = stacked[:, slot]  # (L,*chunk)
+            self._read_chunks(name, block, chunks, outs)
+            if self._layouts[name].differenced:
+                for out in outs:  # in the processor's cache still
+                    frame_sum_(out)
+
+    def close(self) -> None:
+        """Let go of every open file; the next read opens what it needs again."""
+        self._shards.close()
 
     def read_row(self, sample: int) -> Row:
         """Every array's chunks of one sample, as `make_row` made them. Errors as `read`."""
@@ -259,9 +270,7 @@ class FeatureCache:
                 with contextlib.suppress(CacheDamaged):  # the read itself looks again, and tells
                     self._shards.get((name, block), self._open_shard).will_need(chunks)
 
-    def _read_chunks(
-        self, name: str, block: int, chunks: list[int], outs: list[np.ndarray[Any, Any]]
-    ) -> None:
+    def _read_chunks(self, name: str, block: int, chunks: list[int], outs: np.ndarray[Any, Any]) -> None:
         for attempt in range(_NFS_RETRIES):
             try:
                 self._shards.get((name, block), self._open_shard).read_chunks(chunks, outs)

@@ -46,6 +46,13 @@ class ShardPool:
         with self._lock:
             self._readers.pop(key, None)
 
+    def close(self) -> None:
+        """Let go of every file; each closes after its last read."""
+        with self._lock:
+            for reader in self._readers.values():
+                reader.close()
+            self._readers.clear()
+
     def _renew(self) -> None:
         # After a fork the lock may be held by a thread that only the parent has.
         self._readers: OrderedDict[ShardKey, ShardReader] = OrderedDict()
