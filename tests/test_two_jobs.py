@@ -215,7 +215,7 @@ def test_leftovers_stay_while_another_job_is_at_work(motions: Path, tmp_path: Pa
 def test_a_block_that_keeps_being_lost_is_an_error_in_the_end(
     motions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BlockWriter, "_lies_there", lambda self, records: False)  # a disk that forgets
+    monkeypatch.setattr(BlockWriter, "_written_lies_there", lambda self: False)  # a disk that forgets
     with pytest.raises(CacheError, match="block 0"):
         extract_small(load_clips(motions), tmp_path / "cache")
 
