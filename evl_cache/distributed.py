@@ -136,7 +136,8 @@ def processes_of_environment(
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     yield processes
-    # Not after an error: where a process is lost, taking leave of it may wait for ever.
+    # Together, so that none finds another gone; not after an error: taking leave of a lost one may wait for ever.
+    processes.add(torch.zeros(1), "at the end")
     dist.destroy_process_group()
 
 

@@ -1,36 +1,27 @@
 """Stage two: a head trained from a cache, without a video or the backbone."""
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from evl_cache.batch_size import resolve_batch
-from evl_cache.batches import Loader, Source
+from evl_cache.batches import Loader
 from evl_cache.checkpoint import (
-    HEAD_NAME,
-    METRICS_NAME,
-    STATE_NAME,
-    STEPS_NAME,
-    RunConfig,
     load_state,
-    provenance_differences,
     read_run_config,
-    write_run_config,
 )
 from evl_cache.dataset import FeatureLoader, samples_of_clips
 from evl_cache.distributed import Processes
 from evl_cache.errors import UsageError
 from evl_cache.heads import head_layers
-from evl_cache.heads.evl import MODULES
 from evl_cache.progress import TrainResult
 from evl_cache.resident import ResidentSamples, default_budget
-from evl_cache.spec import CacheSpec, digest
+from evl_cache.run_setup import check_pair, prepare_run, run_config
+from evl_cache.spec import CacheSpec
 from evl_cache.store import FeatureCache
-from evl_cache.train_options import OPERATIONAL, TrainOptions
+from evl_cache.train_options import TrainOptions
 from evl_cache.trainer import OnBottleneck, OnStep, Trainer
 
 __all__ = ["TrainOptions", "TrainResult", "Trainer", "train", "train_with_loaders"]
@@ -85,23 +76,8 @@ def train(
         recorded=(lambda: read_run_config(out).training.get("batch")) if resume else None,
         processes=processes,
     )
-    residents = _residents((train_cache, val_cache), samples, layers, with_maps, options, processes)
-    train_loader, val_loader = (
-        FeatureLoader(
-            cache,
-            rows,
-            layers=layers,
-            batch=options.global_batch,
-            with_maps=with_maps,
-            shuffle_seed=seed,
-            rank=processes.rank,
-            world=processes.world,
-            pin_memory=torch.device(options.device).type == "cuda",
-            resident=resident,
-        )
-        for cache, rows, seed, resident in zip(
-            (train_cache, val_cache), samples, (options.seed, None), residents, strict=True
-        )
+    train_loader, val_loader = _loaders(
+        (train_cache, val_cache), samples, layers, with_maps, options, processes
     )
     return train_with_loaders(
         train_loader,
@@ -134,7 +110,7 @@ def train_with_loaders(
     """
     config = run_config(train_loader.cache, {"train": train_loader, "val": val_loader}, options, layers)
     when = "while preparing the run"
-    processes.on_first(lambda: _prepare_run(out, config, resume=resume), when)
+    processes.on_first(lambda: prepare_run(out, config, resume=resume), when)
     trainer = Trainer(config, options, train_loader, val_loader, out=out, processes=processes)
     if resume:
         trainer.load(processes.on_first(lambda: load_state(out), when))
@@ -144,6 +120,33 @@ def train_with_loaders(
 def needs_maps(options: TrainOptions, spec: CacheSpec) -> bool:
     """Whether the head reads adjacent-frame maps."""
     return options.temporal_cross_attention and spec.views.frames > 1
+
+
+def _loaders(
+    caches: tuple[FeatureCache, FeatureCache],
+    samples: Sequence[np.ndarray],
+    layers: tuple[int, ...],
+    with_maps: bool,
+    options: TrainOptions,
+    processes: Processes,
+) -> list[FeatureLoader]:
+    """Of the training and of the validation samples, of this process's part."""
+    residents = _residents(caches, samples, layers, with_maps, options, processes)
+    return [
+        FeatureLoader(
+            cache,
+            rows,
+            layers=layers,
+            batch=options.global_batch,
+            with_maps=with_maps,
+            shuffle_seed=seed,
+            rank=processes.rank,
+            world=processes.world,
+            pin_memory=torch.device(options.device).type == "cuda",
+            resident=resident,
+        )
+        for cache, rows, seed, resident in zip(caches, samples, (options.seed, None), residents, strict=True)
+    ]
 
 
 def _residents(
@@ -174,78 +177,3 @@ def _residents(
         budget -= resident.nbytes
         residents.append(resident)
     return residents
-
-
-def check_pair(train_cache: Source, val_cache: Source) -> None:
-    """Raises: UsageError where features or classes of the two caches are not comparable."""
-    differing = provenance_differences(train_cache.spec, val_cache.spec)
-    if train_cache.spec.classes != val_cache.spec.classes:
-        differing.append(
-            f"{len(train_cache.spec.classes)} classes, not {len(val_cache.spec.classes)}, or others"
-        )
-    if differing:
-        raise UsageError(
-            f"{train_cache.path} and {val_cache.path} do not belong together: {'; '.join(differing)}"
-        )
-
-
-def run_config(
-    cache: Source, loaders: Mapping[str, Loader], options: TrainOptions, layers: tuple[int, ...]
-) -> RunConfig:
-    """What a run on this cache with these options is. loaders: by side, `train` and `val`."""
-    spec = cache.spec
-    modules = {name: getattr(options, name) for name in MODULES}
-    head_config = {
-        "num_layers": len(layers),
-        "width": spec.tower.width,
-        "num_frames": spec.views.frames,
-        "grid": list(spec.tower.grid),
-        "num_classes": len(spec.classes),
-        "num_heads": options.num_heads,
-        "dropout": options.dropout,
-        **modules,
-    }
-    caches = {
-        name: {
-            "path": str(loader.cache.path),
-            "fingerprint": loader.cache.fingerprint,
-            "samples": len(loader.samples),
-            "samples_sha256": digest(sorted(loader.samples.tolist())),
-        }
-        for name, loader in loaders.items()
-    }
-    return RunConfig(
-        head=options.head,
-        head_config=head_config,
-        layers=layers,
-        classes=spec.classes,
-        features=spec.to_json(),
-        training=asdict(options),
-        caches=caches,
-    )
-
-
-def _prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
-    if not resume:
-        if (out / STATE_NAME).exists() or (out / HEAD_NAME).exists():
-            raise UsageError(f"{out} holds a run already; use --resume, or another --out")
-        for name in (METRICS_NAME, STEPS_NAME):
-            (out / name).unlink(missing_ok=True)
-        write_run_config(out, config)
-        return
-    before = read_run_config(out)
-    mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (config, before))
-    for side in (mine, theirs):
-        side["training"] = {k: v for k, v in side["training"].items() if k not in OPERATIONAL}
-    fields = [name for name in ("head", "head_config", "layers", "training") if mine[name] != theirs[name]]
-    detail = [n for n in mine["training"] if mine["training"][n] != theirs["training"].get(n)]
-    sides = [
-        f"{side} {what}"
-        for side in ("train", "val")
-        for what, key in (("cache", "fingerprint"), ("clips", "samples_sha256"))
-        if mine["caches"][side][key] != theirs["caches"][side].get(key)
-    ]
-    if fields or sides:
-        raise UsageError(
-            f"{out}: --resume with other {', '.join(detail or fields or sides)}; use the run's own, or another --out"
-        )

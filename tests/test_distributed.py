@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from evl_cache import load_head
+from evl_cache.checkpoint import load_state
 from evl_cache.dataset import FeatureLoader
 from evl_cache.epoch_order import EpochOrder
 from evl_cache.train import TrainOptions, train
@@ -125,6 +126,16 @@ def check_same_weights(a, b):
             torch.testing.assert_close(a[name], b[name], atol=2e-4, rtol=0, msg=name)
 
 
+def check_same_gradients(a, b):
+    """AdamW hardly minds gradients of another scale; its means tell."""
+    means = [load_state(path)["optimizer"]["state"] for path in (a, b)]
+    largest = 0.0
+    for number, state in means[0].items():
+        torch.testing.assert_close(means[1][number]["exp_avg"], state["exp_avg"], atol=1e-4, rtol=1e-2)
+        largest = max(largest, float(state["exp_avg"].abs().max()))
+    assert largest > 1e-2
+
+
 @pytest.fixture(scope="module")
 def runs(caches, tmp_path_factory):
     """One process; two; two into a directory that holds a run; two of which one dies, and one that goes on."""
@@ -153,6 +164,7 @@ def test_two_processes_take_the_steps_of_one(runs):
         assert (report["top1"], report["val_clips"]) == (runs["one"]["top1"], 3)
     one, two = runs["folder"] / "one", runs["folder"] / "two"
     check_same_weights(one, two)
+    check_same_gradients(one, two)
     steps = [row["loss"] for row in lines(two / "steps.jsonl")]
     assert steps == runs["two"][0]["losses"] and len(steps) == 12
     for mine, theirs in zip(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"), strict=True):

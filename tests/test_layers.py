@@ -31,8 +31,11 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
                 " batches memory resident distributed interruption"
             ),
         ),
-        ("parts of stages", "frames reuse extract_block block_taker scoring catalog optimisation run_log"),
-        ("made of parts", "report batch_size trainer"),
+        (
+            "parts of stages",
+            "frames reuse extract_block block_taker scoring catalog optimisation run_log run_setup",
+        ),
+        ("made of parts", "report batch_size trainer online_loader"),
         ("stages", "extract train evaluate import_head info"),
         ("stage one by name", "extract_dataset"),
         ("composed stages", "demo repair estimate online"),

@@ -1,0 +1,101 @@
+"""Before a run: do its caches belong together, what is it, and may its directory be written."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from evl_cache.batches import Loader, Source
+from evl_cache.checkpoint import (
+    HEAD_NAME,
+    METRICS_NAME,
+    STATE_NAME,
+    STEPS_NAME,
+    RunConfig,
+    provenance_differences,
+    read_run_config,
+    write_run_config,
+)
+from evl_cache.errors import UsageError
+from evl_cache.heads.evl import MODULES
+from evl_cache.spec import digest
+from evl_cache.train_options import OPERATIONAL, TrainOptions
+
+
+def check_pair(train_cache: Source, val_cache: Source) -> None:
+    """Raises: UsageError where features or classes of the two caches are not comparable."""
+    differing = provenance_differences(train_cache.spec, val_cache.spec)
+    if train_cache.spec.classes != val_cache.spec.classes:
+        differing.append(
+            f"{len(train_cache.spec.classes)} classes, not {len(val_cache.spec.classes)}, or others"
+        )
+    if differing:
+        raise UsageError(
+            f"{train_cache.path} and {val_cache.path} do not belong together: {'; '.join(differing)}"
+        )
+
+
+def run_config(
+    cache: Source, loaders: Mapping[str, Loader], options: TrainOptions, layers: tuple[int, ...]
+) -> RunConfig:
+    """What a run on this cache with these options is. loaders: by side, `train` and `val`."""
+    spec = cache.spec
+    modules = {name: getattr(options, name) for name in MODULES}
+    head_config = {
+        "num_layers": len(layers),
+        "width": spec.tower.width,
+        "num_frames": spec.views.frames,
+        "grid": list(spec.tower.grid),
+        "num_classes": len(spec.classes),
+        "num_heads": options.num_heads,
+        "dropout": options.dropout,
+        **modules,
+    }
+    caches = {
+        name: {
+            "path": str(loader.cache.path),
+            "fingerprint": loader.cache.fingerprint,
+            "samples": len(loader.samples),
+            "samples_sha256": digest(sorted(loader.samples.tolist())),
+        }
+        for name, loader in loaders.items()
+    }
+    return RunConfig(
+        head=options.head,
+        head_config=head_config,
+        layers=layers,
+        classes=spec.classes,
+        features=spec.to_json(),
+        training=asdict(options),
+        caches=caches,
+    )
+
+
+def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
+    """Write a new run's `config.json`, or check that the run to resume is this one.
+
+    Raises: UsageError where a run is there already, or another one is to be resumed.
+    """
+    if not resume:
+        if (out / STATE_NAME).exists() or (out / HEAD_NAME).exists():
+            raise UsageError(f"{out} holds a run already; use --resume, or another --out")
+        for name in (METRICS_NAME, STEPS_NAME):
+            (out / name).unlink(missing_ok=True)
+        write_run_config(out, config)
+        return
+    before = read_run_config(out)
+    mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (config, before))
+    for side in (mine, theirs):
+        side["training"] = {k: v for k, v in side["training"].items() if k not in OPERATIONAL}
+    fields = [name for name in ("head", "head_config", "layers", "training") if mine[name] != theirs[name]]
+    detail = [n for n in mine["training"] if mine["training"][n] != theirs["training"].get(n)]
+    sides = [
+        f"{side} {what}"
+        for side in ("train", "val")
+        for what, key in (("cache", "fingerprint"), ("clips", "samples_sha256"))
+        if mine["caches"][side][key] != theirs["caches"][side].get(key)
+    ]
+    if fields or sides:
+        raise UsageError(
+            f"{out}: --resume with other {', '.join(detail or fields or sides)}; use the run's own, or another --out"
+        )
