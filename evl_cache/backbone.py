@@ -5,11 +5,15 @@ B clips, T frames, P patches, N = 1+P tokens, C channels, H heads, D head width.
 """
 
 import json
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import torch
 import torch.nn.functional as F
@@ -299,11 +303,30 @@ def _check_activation(model: str, pretrained: str, *, needed: bool | None, has: 
     )
 
 
+@contextmanager
+def _offline_where_unreachable() -> Iterator[None]:
+    """Without a network the hub's client retries for a minute: there, have it look into its cache only."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    host = urlparse(constants.ENDPOINT).hostname
+    if not getproxies():
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def _download(model: str, pretrained: str, tag: dict[str, Any]) -> Path:
     from open_clip.pretrained import download_pretrained
 
     try:
-        return Path(download_pretrained(tag))
+        with _offline_where_unreachable():
+            return Path(download_pretrained(tag))
     except Exception as error:  # the hub's client raises many kinds; all mean that the file is not here
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise WeightsUnavailable(

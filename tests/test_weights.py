@@ -297,3 +297,27 @@ def test_a_bad_url_download_is_one_line_too(small_models, monkeypatch):
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", refused)
     with pytest.raises(WeightsUnavailable, match="name or service not known"):
         build_tower("ViT-B-32-quickgelu", "openai")
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, reachable):
+    from huggingface_hub import constants
+
+    before, seen = constants.HF_HUB_OFFLINE, []
+
+    def look_up(*arguments: object, **keywords: object) -> list[object]:
+        if not reachable:
+            raise OSError("Name or service not known")
+        return []
+
+    def download(tag: object) -> str:
+        seen.append(constants.HF_HUB_OFFLINE)
+        raise OSError("not here")
+
+    monkeypatch.setattr("socket.getaddrinfo", look_up)
+    monkeypatch.setattr("evl_cache.backbone.getproxies", dict)
+    monkeypatch.setattr("open_clip.pretrained.download_pretrained", download)
+    with pytest.raises(WeightsUnavailable, match="could not be downloaded"):
+        build_tower("ViT-B-32", "laion2b_s34b_b79k")
+    assert seen == [before or not reachable]
+    assert before == constants.HF_HUB_OFFLINE
