@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     import store_helpers
 
 ROOT = Path(__file__).resolve().parent.parent
-# Sums depend on the number of threads: one number everywhere. One, because
-# stage one's tests compare bytes, and were once seen to differ in a process that went between one thread and two.
+# Sums depend on the number of threads: one number everywhere.
 NUM_THREADS = 1
 
 
