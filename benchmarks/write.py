@@ -1,6 +1,6 @@
 """Writing a cache against zarr-python writing whole shards of the same data: `python -m benchmarks.write --json`.
 
-ViT-B/16, 8 frames, five layers, int8 tokens and uint8 maps of generated features, two blocks. Ours takes frame
+ViT-B/16, 8 frames, five layers, int8 tokens and uint8 maps of generated features, four blocks. Ours takes frame
 differences, compresses in two threads, computes checksums and digests, syncs, reads back and marks. zarr-python
 is given the same codes, chunks and shards, with its default codecs (zstd without checksums, `vs_zarr_python`) and
 with ours (`vs_zarr_python_our_codecs`); it does none of the rest.
@@ -94,7 +94,7 @@ SIDES = (ours, zarr_python, zarr_python_our_codecs)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
-    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--samples", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     seconds: dict[str, list[float]] = {}

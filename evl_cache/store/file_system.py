@@ -1,5 +1,7 @@
-"""What kind of disk a path is on: only on a local one may files be mapped."""
+"""The kernel's side of a file: what kind of disk it is on (only on a local one may files be mapped), and writing back."""
 
+import ctypes
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 
@@ -7,6 +9,7 @@ from pathlib import Path
 # changed or lost elsewhere kills the process that touches it.
 _LOCAL = frozenset("ext2 ext3 ext4 xfs btrfs zfs f2fs tmpfs ramfs overlay bcachefs jfs".split())
 _MOUNTS = Path("/proc/self/mounts")
+_SYNC_FILE_RANGE_WRITE = 2  # of Linux's fcntl.h
 
 
 @lru_cache(maxsize=256)
@@ -25,3 +28,24 @@ def is_local(directory: Path) -> bool:
         if len(point.parts) >= best and (resolved == point or point in resolved.parents):
             best, kind = len(point.parts), name
     return kind in _LOCAL
+
+
+def start_writeback(descriptor: int, start: int, end: int) -> None:
+    """Have the kernel begin to write bytes start .. end of a file to the disk, without waiting for it.
+
+    Only a hint: durability is fsync's alone, which then finds little left to do. Where there is no such call
+    (other systems than Linux), nothing happens.
+    """
+    if (call := _sync_file_range()) is not None:
+        call(descriptor, start, end - start, _SYNC_FILE_RANGE_WRITE)
+
+
+@lru_cache(maxsize=1)
+def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
+    function = getattr(ctypes.CDLL(None), "sync_file_range", None)
+    if function is None:
+        return None
+    function.restype = ctypes.c_int
+    function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+    result: Callable[[int, int, int, int], int] = function
+    return result

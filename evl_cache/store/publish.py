@@ -22,6 +22,7 @@ import google_crc32c
 import numpy as np
 
 from evl_cache.errors import CacheError, UsageError
+from evl_cache.store.file_system import start_writeback
 
 Buffer = bytes | bytearray | memoryview
 
@@ -30,6 +31,7 @@ _STAGING_NAME = re.compile(r"\.tmp-[A-Za-z0-9_-]{1,40}-[0-9]+-[0-9a-f]{16}")
 _NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _PLACEHOLDER_WAIT_S = 2.0
+_WRITEBACK_NBYTES = 8 << 20  # handed to the disk at a time, so that the sync at the end has little left
 _PART_NBYTES = 1 << 20  # read and checked while it is in the processor's cache
 _REMEDIES = {
     errno.ENOSPC: "free space or use another disk, then run the same command again: finished blocks stay",
@@ -65,6 +67,7 @@ class StagedFile:
         host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
         self.path = Path(directory) / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
         self.size = 0
+        self._handed_on = 0  # bytes that are on their way to the disk
         self._hash = hashlib.sha256()
         self.crc32c = 0
         self._descriptor: int | None = None
@@ -95,6 +98,9 @@ class StagedFile:
         except OSError as error:
             self.discard()
             raise _cannot("write", self.path, error) from error
+        if self.size - self._handed_on >= _WRITEBACK_NBYTES:
+            start_writeback(self._descriptor, self._handed_on, self.size)
+            self._handed_on = self.size
 
     def publish(self, final: Path) -> None:
         """Give the file the name `final` (same directory), durably, never replacing what exists.
