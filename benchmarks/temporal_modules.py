@@ -49,7 +49,12 @@ def folds(cache: FeatureCache, *, count: int, group: str, leave_out: tuple[int, 
 
 
 def accuracy(
-    cache: FeatureCache, parts: list[np.ndarray], *, switches: Mapping[str, bool], seed: int, options: TrainOptions
+    cache: FeatureCache,
+    parts: list[np.ndarray],
+    *,
+    switches: Mapping[str, bool],
+    seed: int,
+    options: TrainOptions,
 ) -> float:
     """Percent of all folds' clips that the head trained without their fold gets right."""
     correct = 0.0
@@ -74,13 +79,17 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--head", default="decoder4")
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--group", default=SEQUENCE, help="regular expression whose first group names a clip's group")
+    parser.add_argument(
+        "--group", default=SEQUENCE, help="regular expression whose first group names a clip's group"
+    )
     parser.add_argument("--leave-out", type=int, nargs="*", default=[], metavar="LABEL")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=4e-4)
-    parser.add_argument("--only", nargs="*", choices=list(CONFIGURATIONS), help="configurations [all of them]")
+    parser.add_argument(
+        "--only", nargs="*", choices=list(CONFIGURATIONS), help="configurations [all of them]"
+    )
     arguments = parser.parse_args()
     cache = FeatureCache(arguments.cache)
     parts = folds(cache, count=arguments.folds, group=arguments.group, leave_out=tuple(arguments.leave_out))

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 # Sums depend on the number of threads: one number everywhere.
-NUM_THREADS = 1
+NUM_THREADS = 2
 
 
 def pytest_configure() -> None:

@@ -42,6 +42,12 @@ SHAPES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut small batches into blocks too, as large ones are: the twin is to be compared with what threads join."""
+    monkeypatch.setattr(chunks, "CPU_ONE_BLOCK_VALUES", 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Case:
     head: EVLHead
@@ -303,6 +309,15 @@ def test_memory_used_again_never_reaches_an_older_graph() -> None:
     case.head([t * 3 for t in case.tokens], case.maps)
     for a, b in zip(first, torch.autograd.grad(logits.sum(), parameters), strict=True):
         assert torch.equal(a, b)
+
+
+def test_small_batches_are_one_block_and_large_ones_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert chunks.block_sizes(torch.Size((8, 8, 17, 128)), cpu) == [4, 4]
+    monkeypatch.undo()
+    assert chunks.block_sizes(torch.Size((8, 8, 17, 128)), cpu) == [8]
+    torch.set_num_threads(2)
+    assert chunks.block_sizes(torch.Size((32, 8, 197, 768)), cpu) == [16, 16]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

@@ -95,7 +95,7 @@ class _Attend(torch.autograd.Function):
 
         tokens = tensors[1]
         assert tokens is not None
-        sizes = block_sizes(tokens.shape[0], tokens.shape[1], setting.device)
+        sizes = block_sizes(tokens.shape, setting.device)
         kept = map_in_threads(run, _blocks(tensors, sizes), setting.device)
         ctx.setting = setting
         ctx.save_for_backward(*tensors, *(tensor for block in kept for tensor in block))
