@@ -411,7 +411,7 @@ opened = shard._open
 pid = os.fork()
 if pid == 0:
     same = np.array_equal(shard.read_chunk(0), first)
-    os._exit(0 if same and shard._open is not opened and shard._open.pid == os.getpid() else 1)
+    os._exit(0 if same and shard._open is not opened and shard._open[0].pid == os.getpid() else 1)
 assert os.waitpid(pid, 0)[1] == 0
 assert np.array_equal(shard.read_chunk(0), first) and shard._open is opened
 """

@@ -42,6 +42,13 @@ def crc32c(data: Buffer) -> int:
     return int(google_crc32c.value(view))
 
 
+def crc32c_at(address: int, nbytes: int) -> int:
+    """CRC-32C of the memory at an address, which the caller keeps alive: what a view costs is left out."""
+    if (function := _crc32c_without_lock()) is not None:
+        return int(function(address, nbytes))
+    return int(google_crc32c.value(np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))))
+
+
 @lru_cache(maxsize=1)
 def _crc32c_without_lock() -> Callable[[int, int], int] | None:
     """The C function inside google_crc32c, called so that other Python threads run; None where it is not found."""

@@ -75,6 +75,7 @@ class FeatureCache:
         self._errors: dict[int, str] = {}
         self.damaged_marks: dict[int, str] = {}
         self._layouts = array_layouts(self.spec)
+        self._num_layers = len(self.spec.stored_layers)
         self._is_local = is_local(self.path)
         self._read_ahead = ReadAhead(always=not self._is_local)
         self._shards = ShardPool()
@@ -203,6 +204,7 @@ class FeatureCache:
         self, buffers: BatchBuffers, samples: Iterable[tuple[int, int]], positions: Sequence[int]
     ) -> None:
         wanted = list(samples)
+        positions = _as_range(positions)
         for number, (slot, sample) in enumerate(wanted):
             if self._read_ahead.is_on():
                 for _, later in wanted[:_READ_AHEAD] if number == 0 else wanted[number + _READ_AHEAD :][:1]:
@@ -258,10 +260,13 @@ class FeatureCache:
             f"sample {sample} of {self.path}: its clip {self.clips[row].id!r} failed ({self._errors[row]}); see is_valid"
         )
 
-    def _chunks(self, sample: int, positions: Sequence[int]) -> tuple[int, list[int]]:
+    def _chunks(self, sample: int, positions: Sequence[int]) -> tuple[int, Sequence[int]]:
         """Block of a sample, and its chunks in the block's shards."""
         block, row = divmod(sample, self.spec.block_samples)
-        return block, [row * len(self.spec.stored_layers) + position for position in positions]
+        first = row * self._num_layers
+        if isinstance(positions, range):
+            return block, range(first + positions.start, first + positions.stop, positions.step)
+        return block, [first + position for position in positions]
 
     def _will_need(self, sample: int, names: Iterable[str], positions: Sequence[int]) -> None:
         block, chunks = self._chunks(self._checked_sample(sample), positions)
@@ -270,7 +275,7 @@ class FeatureCache:
                 with contextlib.suppress(CacheDamaged):  # the read itself looks again, and tells
                     self._shards.get((name, block), self._open_shard).will_need(chunks)
 
-    def _read_chunks(self, name: str, block: int, chunks: list[int], outs: np.ndarray[Any, Any]) -> None:
+    def _read_chunks(self, name: str, block: int, chunks: Sequence[int], outs: np.ndarray[Any, Any]) -> None:
         for attempt in range(_NFS_RETRIES):
             try:
                 self._shards.get((name, block), self._open_shard).read_chunks(chunks, outs)
@@ -303,3 +308,14 @@ class FeatureCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._shards, self._projections = ShardPool(), None
+
+
+def _as_range(positions: Sequence[int]) -> Sequence[int]:
+    """Evenly spaced ascending positions as a range, which is read faster; others as they are."""
+    if not positions:
+        return positions
+    step = positions[1] - positions[0] if len(positions) > 1 else 1
+    if step < 1:
+        return positions
+    evenly = range(positions[0], positions[-1] + 1, step)
+    return evenly if list(evenly) == list(positions) else positions

@@ -20,6 +20,7 @@ from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.store.codec import CRC_NBYTES, Array, ChunkCodec, byte_view, crc32c, scratch
 from evl_cache.store.metadata import array_metadata, group_metadata, shard_path
 from evl_cache.store.publish import StagedFile
+from evl_cache.store.raw_rows import RawRows
 from evl_cache.store.shard_index import MISSING, OpenShard, read_fully, read_index
 
 __all__ = [
@@ -148,12 +149,12 @@ class ShardReader:
         if self.checksums is not None and self.checksums.shape != (self.num_chunks,):
             found = self.checksums.size
             raise CacheDamaged(f"{path}: its mark has {found} checksums for {self.num_chunks} chunks")
-        self._open: OpenShard | None = None
+        self._open: tuple[OpenShard, RawRows | None] | None = None
 
     @property
     def present(self) -> NDArray[np.bool_]:
         """Which chunks are in the file, shape (num_chunks,)."""
-        present: NDArray[np.bool_] = self._opened().index[:, 1] != np.uint64(MISSING)
+        present: NDArray[np.bool_] = self._opened()[0].index[:, 1] != np.uint64(MISSING)
         return present
 
     def read_chunk(self, chunk: int, out: Array | None = None) -> Array:
@@ -163,22 +164,25 @@ class ShardReader:
         return out
 
     def read_chunks(self, chunks: Sequence[int], outs: Sequence[Array] | Array) -> None:
-        """Fill `outs[k]` with `chunks[k]`; neighbours in the file are read by one call.
+        """Fill `outs[k]` with `chunks[k]`; neighbours in the file are read by one call, a range of chunks in one copy.
 
         After an error the outputs hold anything.
         """
         if len(chunks) != len(outs):
             raise UsageError(f"{len(chunks)} chunks for {len(outs)} outputs: give one output for each chunk")
-        opened = self._opened()
-        if self._copy_evenly_spaced(opened, chunks, outs):
-            return
+        opened, rows = self._opened()
+        if rows is not None and isinstance(chunks, range) and isinstance(outs, np.ndarray) and chunks:
+            self._check_outputs(chunks, outs)
+            self._check_size(opened, chunks[0])
+            if rows.copy(chunks, outs, trust=self._trust, check=self._check):
+                return
         targets = [self._target(out) for out in outs]
         for start, stop in self._runs(opened.index, chunks):
             self._read_run(opened, chunks[start:stop], targets[start:stop])
 
     def will_need(self, chunks: Sequence[int]) -> None:
         """Have the kernel read chunks that will be asked for soon."""
-        self._opened().will_need(chunks)
+        self._opened()[0].will_need(chunks)
 
     def close(self) -> None:
         """Let go of the file: closed once no thread reads from it. The next read opens it again."""
@@ -187,18 +191,35 @@ class ShardReader:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": None}
 
-    def _opened(self) -> OpenShard:
+    def _opened(self) -> tuple[OpenShard, RawRows | None]:
         # No lock, which a fork could leave held: two threads may both open the file, and one stays.
-        opened = self._open
-        if opened is None or opened.pid != os.getpid():
-            opened = OpenShard.open(self.path, self.num_chunks, map_file=self._map_file)
-            nbytes = opened.index[:, 1]
-            wrong = (nbytes != np.uint64(MISSING)) & ~self.codec.allows_size(nbytes, self.chunk_nbytes)
-            if np.any(wrong):
-                chunk = int(np.argmax(wrong))
-                raise self._damaged(chunk, f"cannot have {nbytes[chunk]} bytes as a {self.codec.name} chunk")
-            self._open = opened
-        return opened
+        found = self._open
+        if found is not None and found[0].pid == os.getpid():
+            return found
+        opened = OpenShard.open(self.path, self.num_chunks, map_file=self._map_file)
+        nbytes = opened.index[:, 1]
+        wrong = (nbytes != np.uint64(MISSING)) & ~self.codec.allows_size(nbytes, self.chunk_nbytes)
+        if np.any(wrong):
+            chunk = int(np.argmax(wrong))
+            raise self._damaged(chunk, f"cannot have {nbytes[chunk]} bytes as a {self.codec.name} chunk")
+        found = self._open = opened, self._raw_rows(opened)
+        return found
+
+    def _raw_rows(self, opened: OpenShard) -> RawRows | None:
+        if opened.mapped is None or self.codec.name != "raw":
+            return None
+        return RawRows.of(
+            opened.mapped, opened.index, chunk_nbytes=self.chunk_nbytes, checksums=self.checksums
+        )
+
+    def _check_outputs(self, chunks: range, outs: Array) -> None:
+        if not 0 <= chunks[0] <= chunks[-1] < self.num_chunks:
+            raise UsageError(f"chunks {chunks} asked for, {self.path} has 0 to {self.num_chunks - 1}")
+        if outs.shape[1:] != self.chunk_shape or outs.dtype != self.dtype or not outs[0].flags.c_contiguous:
+            raise UsageError(
+                f"outputs are {outs.dtype} {outs.shape}, a chunk is {self.dtype} {self.chunk_shape}: "
+                "make them equal, each contiguous"
+            )
 
     def _target(self, out: Array) -> NDArray[np.uint8]:
         if out.shape != self.chunk_shape or out.dtype != self.dtype or not out.flags.writeable:
@@ -245,47 +266,6 @@ class ShardReader:
                 self._check_raw(chunk, target, tails[k])
             else:
                 self._decode(chunk, buffers[k], target)
-
-    def _copy_evenly_spaced(
-        self, opened: OpenShard, chunks: Sequence[int], outs: Sequence[Array] | Array
-    ) -> bool:
-        """Raw chunks of a mapped file that lie evenly spaced, as a sample's layers do: one copy for all.
-
-        Returns: whether it applied; nothing was done where not.
-        """
-        if (
-            opened.mapped is None
-            or self.codec.name != "raw"
-            or not isinstance(outs, np.ndarray)
-            or not chunks
-        ):
-            return False
-        count, nbytes = len(chunks), self.chunk_nbytes
-        step = chunks[1] - chunks[0] if count > 1 else 1
-        in_order = count == 1 or chunks == list(range(chunks[0], chunks[0] + count * step, step))
-        if outs.shape[1:] != self.chunk_shape or outs.dtype != self.dtype or not in_order or step < 1:
-            return False
-        if not 0 <= chunks[0] <= chunks[-1] < self.num_chunks:
-            return False
-        offsets = opened.index[chunks, 0].tolist()
-        stride = offsets[1] - offsets[0] if count > 1 else nbytes + CRC_NBYTES
-        if MISSING in offsets or offsets != list(range(offsets[0], offsets[0] + count * stride, stride)):
-            return False
-        self._check_size(opened, chunks[0])
-        targets = outs.reshape(count, -1).view(np.uint8)  # (L,nbytes); a view: each chunk is contiguous
-        stored = np.lib.stride_tricks.as_strided(
-            opened.mapped[offsets[0] :],
-            shape=(count, nbytes + CRC_NBYTES),
-            strides=(stride, 1),
-            writeable=False,
-        )
-        if self._trust:
-            np.copyto(targets, stored[:, :nbytes])
-            return True
-        for chunk, target, source in zip(chunks, targets, stored, strict=True):
-            np.copyto(target, source[:nbytes])
-            self._check_raw(chunk, target, source[nbytes:])  # while the copy is in the processor's cache
-        return True
 
     def _check_size(self, opened: OpenShard, chunk: int) -> None:
         try:

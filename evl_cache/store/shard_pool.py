@@ -31,6 +31,10 @@ class ShardPool:
         """
         if self._pid != os.getpid():
             self._renew()
+        # While there is room for more, order does not matter, and a look needs no lock.
+        reader = self._readers.get(key)
+        if reader is not None and len(self._readers) < self.limit:
+            return reader
         with self._lock:
             reader = self._readers.get(key)
             if reader is None:
