@@ -83,6 +83,7 @@ def _cached(
         head_layers=options.head_layers,
         needs_maps=options.temporal_cross_attention,
         same_cache_for_val=given["val_clips"] is not None,
+        trust=given["trust"],
     )
     train_rows, val_rows = split_clips(*caches, **names)
     out = _out(given, caches[0].path.name, processes)

@@ -15,7 +15,7 @@ _ONLINE_ONLY = {*ONLINE.split(), "compute-dtype", "allow-missing", "decode-worke
 _MODULES = ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")
 _SAME = (
     "head epochs steps accumulate lr warmup_steps weight_decay grad_clip dropout label_smoothing ema seed "
-    "save_every_steps"
+    "save_every_steps shuffle_blocks"
 )
 
 
@@ -83,6 +83,13 @@ def train_options(function: Any) -> Any:
         click.option("--save-every-steps", type=int, metavar="N", help="The last state [every epoch]."),
         _gigabytes("--cache-in-ram", "Keep samples once read [half of what is free]."),
         _gigabytes("--cache-on-device", "The same on the GPU."),
+        click.option(
+            "--shuffle-blocks",
+            type=int,
+            metavar="N",
+            help="Shuffle within N blocks at a time; 0: all [0 on a local disk, else 16].",
+        ),
+        click.option("--trust", is_flag=True, help="Do not check chunks against their marks."),
         click.option("--tensorboard", is_flag=True, help="Write its event files too."),
         click.option("--online", is_flag=True, help="No cache: the backbone live on videos."),
         click.option(

@@ -89,11 +89,13 @@ def find_training_caches(
     head_layers: tuple[int, ...] | None,
     needs_maps: bool,
     same_cache_for_val: bool,
+    trust: bool = False,
 ) -> tuple[FeatureCache, FeatureCache]:
     """The training and the validation cache: those named, or those of the data set that fit the head.
 
     Args:
         same_cache_for_val: clips for validation are named: they may be of the training cache.
+        trust: do not check chunks against their marks.
 
     Raises: UsageError where the arguments do not tell, nothing fits, or several do.
     """
@@ -104,8 +106,8 @@ def find_training_caches(
             raise UsageError(
                 f"--cache {cache} without --val-cache; give one, or --val-clips of the same cache"
             )
-        train = FeatureCache(cache)
-        return train, train if val_cache is None else FeatureCache(val_cache)
+        train = FeatureCache(cache, trust=trust)
+        return train, train if val_cache is None else FeatureCache(val_cache, trust=trust)
     assert dataset is not None
 
     def fits(spec: CacheSpec) -> bool:
@@ -116,7 +118,7 @@ def find_training_caches(
         return bool(wanted) and (spec.has_maps or spec.views.frames == 1 or not needs_maps)
 
     train_path, val_path = find_pair(dataset, root=cache_root(), fits=fits)
-    return FeatureCache(train_path), FeatureCache(val_path if val_cache is None else val_cache)
+    return FeatureCache(train_path, trust=trust), FeatureCache(val_cache or val_path, trust=trust)
 
 
 def split_clips(

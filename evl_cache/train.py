@@ -1,6 +1,7 @@
 """Stage two: a head trained from a cache, without a video or the backbone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,9 @@ from evl_cache.spec import CacheSpec
 from evl_cache.store import FeatureCache
 from evl_cache.train_options import TrainOptions
 from evl_cache.trainer import OnBottleneck, OnStep, Trainer
+
+# Blocks shuffled together on network and spinning disks: a thousand samples mix well enough for batches of 64.
+BLOCKS_AT_A_TIME = 16
 
 __all__ = ["TrainOptions", "TrainResult", "Trainer", "train", "train_with_loaders"]
 
@@ -76,6 +80,7 @@ def train(
         recorded=(lambda: read_run_config(out).training.get("batch")) if resume else None,
         processes=processes,
     )
+    options = replace(options, shuffle_blocks=_shuffle_blocks(options, train_cache, out if resume else None))
     train_loader, val_loader = _loaders(
         (train_cache, val_cache), samples, layers, with_maps, options, processes
     )
@@ -122,6 +127,14 @@ def needs_maps(options: TrainOptions, spec: CacheSpec) -> bool:
     return options.temporal_cross_attention and spec.views.frames > 1
 
 
+def _shuffle_blocks(options: TrainOptions, cache: FeatureCache, resumed: Path | None) -> int:
+    """As asked for, as the run to go on with has it, or what suits the disk: nearly whole shards at a time far away."""
+    if options.shuffle_blocks is not None:
+        return options.shuffle_blocks
+    recorded = None if resumed is None else read_run_config(resumed).training.get("shuffle_blocks")
+    return (0 if cache.is_local else BLOCKS_AT_A_TIME) if recorded is None else int(recorded)
+
+
 def _loaders(
     caches: tuple[FeatureCache, FeatureCache],
     samples: Sequence[np.ndarray],
@@ -140,6 +153,7 @@ def _loaders(
             batch=options.global_batch,
             with_maps=with_maps,
             shuffle_seed=seed,
+            shuffle_blocks=options.shuffle_blocks or 0,
             rank=processes.rank,
             world=processes.world,
             pin_memory=torch.device(options.device).type == "cuda",

@@ -52,6 +52,8 @@ class TrainOptions:
         keep_in: `ram` or `device`: keep samples there after their first read; keep_bytes: at most so many, by
             default a share of what is available.
         tensorboard: also write TensorBoard's event files.
+        shuffle_blocks: 0 draws an epoch's order from all samples; otherwise blocks are permuted and samples shuffled
+            within so many at a time. By default what the cache's disk wants; a continuation keeps it.
     """
 
     head: str = "decoder4"
@@ -79,6 +81,7 @@ class TrainOptions:
     keep_in: str | None = None
     keep_bytes: int | None = None
     tensorboard: bool = False
+    shuffle_blocks: int | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
@@ -87,6 +90,8 @@ class TrainOptions:
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise UsageError(f"{name} is {value}; expected at least 1")
+        if self.shuffle_blocks is not None and self.shuffle_blocks < 0:
+            raise UsageError(f"shuffle_blocks is {self.shuffle_blocks}; expected 0 (all samples) or more")
         if isinstance(self.batch, str) and self.batch != "auto":
             raise UsageError(f"batch {self.batch!r}; expected a number, or auto")
         if self.batch != "auto" and self.batch % self.accumulate:

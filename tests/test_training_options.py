@@ -14,6 +14,7 @@ import torch
 
 from evl_cache import load_head
 from evl_cache.batch_size import largest_on_cpu, largest_that
+from evl_cache.catalog import find_training_caches
 from evl_cache.checkpoint import load_state, read_run_config
 from evl_cache.dataset import FeatureLoader
 from evl_cache.errors import UsageError
@@ -369,3 +370,45 @@ def test_clips_without_features_are_counted(tmp_path):
     cache = FeatureCache(path)
     result, _ = run((cache, cache), tmp_path / "run", train_clips=[0, 1, 2, 3], val_clips=[4, 5, 6, 7])
     assert result.skipped_clips == 3 and result.val_clips == 2
+
+
+def test_far_from_the_disk_blocks_are_shuffled_and_a_resumed_run_keeps_it(caches, tmp_path, monkeypatch):
+    opened = [FeatureCache(cache.path) for cache in caches]
+    options = replace(OPTIONS, epochs=None, steps=4)
+    _, near = run(opened, tmp_path / "near", options=options)
+    assert read_run_config(tmp_path / "near").training["shuffle_blocks"] == 0
+    monkeypatch.setattr(opened[0], "is_local", False)
+    _, far = run(opened, tmp_path / "far", options=options)
+    assert read_run_config(tmp_path / "far").training["shuffle_blocks"] == 16
+    run(opened, tmp_path / "one", options=replace(options, shuffle_blocks=1))
+    monkeypatch.setattr(opened[0], "is_local", True)  # the cache was copied to a local disk: the order stays
+    whole = run(opened, tmp_path / "far", options=options, resume=True)[0]
+    assert whole.epochs >= 1 and read_run_config(tmp_path / "far").training["shuffle_blocks"] == 16
+    with pytest.raises(UsageError, match="other shuffle_blocks"):
+        run(opened, tmp_path / "far", options=replace(options, shuffle_blocks=1), resume=True)
+    assert near.keys() == far.keys()
+
+
+def test_within_one_block_at_a_time_an_epoch_reads_block_after_block(caches):
+    cache = FeatureCache(caches[0].path)
+    loader = FeatureLoader(
+        cache, np.arange(len(cache)), layers=cache.spec.layers, batch=4, shuffle_seed=3, shuffle_blocks=1
+    )
+    blocks = loader.order.of(0) // cache.spec.block_samples
+    assert len(set(blocks)) > 1 and np.count_nonzero(np.diff(blocks)) == len(set(blocks)) - 1
+
+
+def test_trusted_caches_are_opened_without_their_checks(caches):
+    train_path, val_path = (cache.path for cache in caches)
+    for trust in (False, True):
+        opened = find_training_caches(
+            None,
+            train_path,
+            val_path,
+            head="decoder2",
+            head_layers=None,
+            needs_maps=True,
+            same_cache_for_val=False,
+            trust=trust,
+        )
+        assert [cache._trust for cache in opened] == [trust, trust]

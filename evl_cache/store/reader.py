@@ -44,6 +44,7 @@ class FeatureCache:
         is_valid: bool (samples,): extracted, and the clip did not fail.
         sample_clips: int64 (samples,): row of `clips`.
         provenance: clips by (decoder, source (height, width)).
+        is_local: whether it lies on a local disk.
         damaged_marks: why a block whose mark is not intact does not exist, by block.
 
     Args:
@@ -76,8 +77,8 @@ class FeatureCache:
         self.damaged_marks: dict[int, str] = {}
         self._layouts = array_layouts(self.spec)
         self._num_layers = len(self.spec.stored_layers)
-        self._is_local = is_local(self.path)
-        self._read_ahead = ReadAhead(always=not self._is_local)
+        self.is_local = is_local(self.path)
+        self._read_ahead = ReadAhead(always=not self.is_local)
         self._shards = ShardPool()
         self._projections: Mapping[int, ProjectionOnDevices] | None = None
         self.refresh()
@@ -298,7 +299,7 @@ class FeatureCache:
             codec=layout.codec,
             checksums=record.checksums,
             trust=self._trust,
-            map_file=self._is_local,
+            map_file=self.is_local,
         )
 
     def __getstate__(self) -> dict[str, Any]:
