@@ -3,10 +3,10 @@
 B samples.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -77,6 +77,10 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str:
         """Digest of the features."""
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """Where the tower came from (`model`, `pretrained`), as far as it is known."""
 
 
 class Loader(Protocol):

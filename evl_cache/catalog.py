@@ -10,7 +10,7 @@ from evl_cache.clips import select
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.heads import head_layers as resolve_layers
 from evl_cache.spec import CacheSpec
-from evl_cache.store import FeatureCache, read_description
+from evl_cache.store import FeatureCache, read_clips, read_description
 
 CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
 TRAIN_SPLITS = ("train",)
@@ -39,40 +39,48 @@ def find_caches(root: Path) -> Iterator[FoundCache]:
             continue
 
 
-def find_pair(dataset: str, *, root: Path, fits: Callable[[CacheSpec], bool]) -> tuple[Path, Path]:
-    """The one training cache of a data set that fits, and its validation cache.
+def find_pair(dataset: str | None, *, root: Path, fits: Callable[[CacheSpec], bool]) -> tuple[Path, Path]:
+    """The one training cache (of a data set, where named) that fits, and its validation cache.
 
     Raises: UsageError where none fits, or several do (they are listed).
     """
-    found = [c for c in find_caches(root) if c.spec.dataset == dataset]
+    found = [c for c in find_caches(root) if dataset in (None, c.spec.dataset)]
+    wanted = "caches" if dataset is None else f"caches of {dataset}"
     if not found:
         raise UsageError(
-            f"no cache of {dataset} under {root}; run evl-cache extract --dataset {dataset}, or set {CACHE_ROOT_VARIABLE}"
+            f"no {wanted} under {root}; run evl-cache extract --dataset {dataset or 'NAME'}, "
+            f"or set {CACHE_ROOT_VARIABLE}"
         )
-    trains = [c for c in found if c.spec.split in TRAIN_SPLITS and fits(c.spec)]
     pairs = [
         (t, v)
-        for t in trains
+        for t in found
+        if t.spec.split in TRAIN_SPLITS and fits(t.spec)
         for v in found
         if v.spec.split in VAL_SPLITS and _belong_together(t.spec, v.spec)
     ]
+    if len(pairs) > 1:  # folds of one data set: what one trains on, another validates on
+        pairs = [(t, v) for t, v in pairs if _clip_ids(t).isdisjoint(_clip_ids(v))]
     if len(pairs) == 1:
         return pairs[0][0].path, pairs[0][1].path
     listed = "; ".join(
-        f"{c.path.name} ({c.spec.split}, {c.spec.tower.model}, layers {list(c.spec.layers)})" for c in found
+        f"{c.path.name} ({c.spec.dataset} {c.spec.split}, {c.spec.tower.model}, layers {list(c.spec.layers)})"
+        for c in found
     )
     if not pairs:
         raise UsageError(
-            f"no pair of train and validation caches of {dataset} under {root} fits the head; there are: {listed}"
+            f"no pair of train and validation {wanted} under {root} fits the head; there are: {listed}"
         )
-    raise UsageError(
-        f"several caches of {dataset} under {root} fit; name one with --cache and --val-cache: {listed}"
-    )
+    raise UsageError(f"several {wanted} under {root} fit; name one with --cache and --val-cache: {listed}")
+
+
+def _clip_ids(found: FoundCache) -> frozenset[str]:
+    return frozenset(clip.id for clip in read_clips(found.path, read_description(found.path)))
 
 
 def _belong_together(train: CacheSpec, val: CacheSpec) -> bool:
     return (
-        train.tower.weights_sha256 == val.tower.weights_sha256
+        train.dataset == val.dataset
+        and train.tower.weights_sha256 == val.tower.weights_sha256
         and train.layers == val.layers
         and (train.views.frames, train.views.sampling, train.views.stride)
         == (val.views.frames, val.views.sampling, val.views.stride)
@@ -91,7 +99,7 @@ def find_training_caches(
     same_cache_for_val: bool,
     trust: bool = False,
 ) -> tuple[FeatureCache, FeatureCache]:
-    """The training and the validation cache: those named, or those of the data set that fit the head.
+    """The training and the validation cache: those named, or the pair there is that fits the head.
 
     Args:
         same_cache_for_val: clips for validation are named: they may be of the training cache.
@@ -99,8 +107,8 @@ def find_training_caches(
 
     Raises: UsageError where the arguments do not tell, nothing fits, or several do.
     """
-    if (dataset is None) == (cache is None):
-        raise UsageError("give either --dataset (caches are found) or --cache; expected exactly one of them")
+    if dataset is not None and cache is not None:
+        raise UsageError("--dataset (caches are found) and --cache; expected one of them at most")
     if cache is not None:
         if val_cache is None and not same_cache_for_val:
             raise UsageError(
@@ -108,7 +116,6 @@ def find_training_caches(
             )
         train = FeatureCache(cache, trust=trust)
         return train, train if val_cache is None else FeatureCache(val_cache, trust=trust)
-    assert dataset is not None
 
     def fits(spec: CacheSpec) -> bool:
         try:

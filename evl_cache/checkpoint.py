@@ -22,6 +22,7 @@ METRICS_NAME = "metrics.jsonl"
 STEPS_NAME = "steps.jsonl"
 RESULT_NAME = "result.json"
 CONFUSION_NAME = "confusion.csv"
+TOWER_NAME = "tower.json"
 CLASSES_NAME = "classes.json"
 _FORMAT = 1
 
@@ -37,6 +38,7 @@ class RunConfig:
         features: the training cache's spec as JSON; None for imported heads.
         training: options of the run.
         caches: `train` and `val`: path and fingerprint.
+        tower: `model` and `pretrained` as extract was given them, and the `views` of validation; None where unknown.
     """
 
     head: str
@@ -46,6 +48,7 @@ class RunConfig:
     features: Mapping[str, Any] | None
     training: Mapping[str, Any]
     caches: Mapping[str, Any]
+    tower: Mapping[str, Any] | None = None
 
     def build(self) -> EVLHead:
         """A head of this configuration, with new weights."""

@@ -54,6 +54,12 @@ class ExtractRequest:
     limit: int | None = None
     allow_missing_percent: float = 0.0
 
+    def recipe(self, root: Path) -> dict[str, Any]:
+        """What `repair` and `predict` need beside the spec; files by their whole path."""
+        names = {"model": self.model, "pretrained": self.pretrained}
+        paths = {name: str(Path(value).resolve()) for name, value in names.items() if Path(value).is_file()}
+        return {"root": str(root.resolve()), **names, **paths}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -119,11 +125,7 @@ def extract_dataset(
         progress: opens the progress line of a cache. on_plan: called before each cache is begun.
     """
     tower, root, plans = plan_extraction(request, device=options.device)
-    recipe: dict[str, Any] = {
-        "root": str(root.resolve()),
-        "model": request.model,
-        "pretrained": request.pretrained,
-    }
+    recipe = request.recipe(root)
     for plan in plans:
         on_plan(tower, plan)
         with progress(plan.spec) as on_clip:

@@ -52,6 +52,9 @@ def train_online(
         raise UsageError(
             "--online has no cache to measure or to keep; give --batch a number, no --cache-in-…"
         )
+    if options.shuffle_blocks:
+        raise UsageError("--online has no blocks to shuffle; leave --shuffle-blocks out")
+    options = replace(options, shuffle_blocks=0)
     tower, root, plans = plan_extraction(request, device=options.device)
     layers, backbone, sources = _live(tower, root, _sides(plans, val_names), request, options)
     chosen = split_clips(*sources, train_names=train_names, val_names=val_names)
@@ -96,7 +99,10 @@ def _live(
     specs = [replace(plan.spec, layers=layers, tokens="fp16", maps=maps) for plan in plans]
     dtype: torch.dtype = getattr(torch, specs[0].compute_dtype)
     visual = tower.visual.to(device=torch.device(options.device), dtype=dtype)
-    sources = [LiveClips.of(plan.clips, root, spec) for plan, spec in zip(plans, specs, strict=True)]
+    recipe = request.recipe(root)
+    sources = [
+        LiveClips.of(plan.clips, root, spec, recipe=recipe) for plan, spec in zip(plans, specs, strict=True)
+    ]
     return layers, Backbone(visual, layers, with_maps=with_maps), sources
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,13 +36,23 @@ class LiveClips:
     clips: tuple[Clip, ...]
     labels: np.ndarray
     sample_clips: np.ndarray
+    recipe: Mapping[str, Any]
 
     @classmethod
-    def of(cls, clips: ClipList, root: Path, spec: CacheSpec) -> "LiveClips":
+    def of(
+        cls, clips: ClipList, root: Path, spec: CacheSpec, *, recipe: Mapping[str, Any] | None = None
+    ) -> "LiveClips":
         """A list of clips, with what is to be made of them."""
         rows = np.repeat(np.arange(spec.num_clips), spec.views.per_clip)
         labels = np.asarray([clip.label for clip in clips.clips], dtype=np.int64)
-        return cls(path=root, spec=spec, clips=clips.clips, labels=labels[rows], sample_clips=rows)
+        return cls(
+            path=root,
+            spec=spec,
+            clips=clips.clips,
+            labels=labels[rows],
+            sample_clips=rows,
+            recipe=recipe or {},
+        )
 
     @property
     def fingerprint(self) -> str:

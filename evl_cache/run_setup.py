@@ -11,6 +11,7 @@ from evl_cache.checkpoint import (
     METRICS_NAME,
     STATE_NAME,
     STEPS_NAME,
+    TOWER_NAME,
     RunConfig,
     provenance_differences,
     read_run_config,
@@ -68,7 +69,13 @@ def run_config(
         features=spec.to_json(),
         training=asdict(options),
         caches=caches,
+        tower=_tower(cache, loaders["val"].cache if "val" in loaders else cache),
     )
+
+
+def _tower(cache: Source, val: Source) -> dict[str, object] | None:
+    names = {name: cache.recipe.get(name) for name in ("model", "pretrained")}
+    return None if None in names.values() else {**names, "views": asdict(val.spec.views)}
 
 
 def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
@@ -82,6 +89,9 @@ def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
         for name in (METRICS_NAME, STEPS_NAME):
             (out / name).unlink(missing_ok=True)
         write_run_config(out, config)
+        model = Path(str((config.tower or {}).get("model", "")))
+        if model.suffix == ".json" and model.is_file():
+            (out / TOWER_NAME).write_bytes(model.read_bytes())  # a run is whole without the file's place
         return
     before = read_run_config(out)
     mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (config, before))

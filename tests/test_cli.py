@@ -122,6 +122,35 @@ EXTRACT_LIST = "extract --dataset list --list clips.txt --root videos --cache ca
 # The work
 
 
+def test_both_commands_as_typed_on_a_tree_laid_out_as_published(work, run, monkeypatch):
+    monkeypatch.setenv("EVL_CACHE_EXTRACT_MODEL", "deep-tower.json")
+    status, _, err = run(*"extract --dataset k400 --layers 8-12".split())
+    assert status == 0, err
+    status, out, err = run(*"train --head decoder4".split())
+    assert status == 0, err
+    assert "of 2 clips" in out and "runs/k400-train-" in out
+    config = json.loads(next(Path("runs").glob("*/config.json")).read_text())
+    assert config["layers"] == [9, 10, 11, 12] and config["training"]["epochs"] == 30
+
+
+def test_folds_of_a_data_set_are_not_mixed_up(work, run, monkeypatch):
+    monkeypatch.setenv("EVL_CACHE_EXTRACT_MODEL", str(DEMO_TOWER))
+    for fold in range(2):  # what fold 0 validates on, fold 1 trains on
+        lines = Path("clips.txt").read_text().splitlines()
+        for split, part in (("train", lines[5 * fold :][:5]), ("val", (lines + lines)[5 + 5 * fold :][:5])):
+            Path(f"{split}{fold}.txt").write_text("\n".join(part) + "\n")
+            args = f"extract --dataset list --list {split}{fold}.txt --root videos --split {split}"
+            assert run(*args.split(), "--layers", "4", "--stride", "1")[0] == 0
+    train = "train --dataset list --head decoder1 --epochs 1".split()
+    message = error_of_last_line(run(*train), 2)
+    assert "several caches of list under caches fit; name one with --cache and --val-cache" in message
+    for cache in Path("caches").glob("*"):
+        first = json.loads((cache / "clips.jsonl").read_text().splitlines()[0])
+        if cache.name.startswith("list-val") and first["id"] == "clip 0.mp4":
+            shutil.rmtree(cache)  # fold 1's: only fold 0 is whole now
+    assert run(*train)[0] == 0
+
+
 def test_a_folder_from_videos_to_scores(work, run):
     status, out, err = run("extract", "--dataset", "folder", "--root", "clips", "--stride", "1", "--json")
     assert status == 0
@@ -286,8 +315,12 @@ def test_a_run_from_an_official_checkpoint_scores_a_cache(work, run, monkeypatch
         ("extract --dataset folder --tokens int4", "'int4' is not one of 'int8', 'fp16'"),
         ("extract --datset folder", "No such option"),
         ("exract", "No such command 'exract'"),
-        ("train --head decoder4", "expected exactly one of them"),
-        ("train --dataset folder", "no cache of folder under caches; run evl-cache extract --dataset folder"),
+        ("train --head decoder4", "no caches under"),
+        ("train --dataset k400 --cache caches/mine", "expected one of them at most"),
+        (
+            "train --dataset folder",
+            "no caches of folder under caches; run evl-cache extract --dataset folder",
+        ),
         ("train --cache x", "without --val-cache"),
         ("eval --cache caches/x", "Missing option '--run'"),
         ("import-head nothing.pth --out runs/x", "nothing.pth: no such file"),

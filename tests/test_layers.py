@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("made of parts", "report batch_size trainer online_loader"),
         ("stages", "extract train evaluate import_head info"),
         ("stage one by name", "extract_dataset"),
-        ("composed stages", "demo repair estimate online"),
+        ("composed stages", "demo repair estimate online predict"),
     )
 )
 SAME_LAYER = {

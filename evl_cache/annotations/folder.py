@@ -45,15 +45,16 @@ def _one_split(root: Path, part: Path, split: str, classes: tuple[str, ...]) -> 
     clips = []
     for label, name in enumerate(classes):
         for video in sorted((part / name).rglob("*")) if (part / name).is_dir() else []:
-            if _is_video(video):
+            if is_video(video):
                 relative = video.relative_to(root).as_posix()
                 clips.append(Clip(id=relative, path=relative, label=label, split=split))
     return ClipList(clips=tuple(clips), classes=classes, source=str(part))
 
 
-def _is_video(path: Path) -> bool:
+def is_video(path: Path) -> bool:
+    """Whether a file looks like a video by its name."""
     return path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
 def _has_video(directory: Path) -> bool:
-    return any(_is_video(path) for path in directory.rglob("*"))
+    return any(is_video(path) for path in directory.rglob("*"))

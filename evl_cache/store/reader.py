@@ -105,6 +105,11 @@ class FeatureCache:
         return digest([self._digests[block] for block in sorted(self._digests)])
 
     @property
+    def recipe(self) -> Mapping[str, Any]:
+        """What the cache was made with beside its spec: `root` of the videos, `model`, `pretrained`."""
+        return self.description.recipe
+
+    @property
     def failures(self) -> list[tuple[str, str]]:
         """(clip id, reason) of every failed clip of the blocks done."""
         return [(self.clips[row].id, reason) for row, reason in sorted(self._errors.items())]

@@ -1,0 +1,91 @@
+"""`evl-cache predict`."""
+
+import csv
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .common import Command, default_device, print_json
+
+EXAMPLES = """
+evl-cache predict "videos/clip 3.mp4" --run runs/fold1
+evl-cache predict videos clips --run runs/fold1 --topk 3 --csv labels.csv
+"""
+
+
+@click.command(cls=Command, name="predict", examples=EXAMPLES)
+@click.argument("videos", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--run", type=click.Path(path_type=Path), required=True, help="Run directory of train.")
+@click.option("--topk", type=click.IntRange(1), default=5, show_default=True, help="Labels of a video.")
+@click.option("--best", is_flag=True, help="The head of the run's best epoch, not of its last.")
+@click.option("--model", help="Where the run's tower is now [as the run says].")
+@click.option("--pretrained", help="Where its weights are now [as the run says].")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples of a pass.")
+@click.option(
+    "--decode-workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode."
+)
+@click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
+@click.option("--csv", "csv_path", metavar="FILE", help="Write video,rank,label,score; - is the terminal.")
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
+def command(
+    videos: tuple[Path, ...], run: Path, topk: int, csv_path: str | None, as_json: bool, **given: Any
+) -> int:
+    """Label videos, and those in folders, with a run's head.
+
+    Tower, sampling and views are the run's own. Exit status 3: some videos could not be read.
+    """
+    from evl_cache.predict import predict
+
+    found = predict(
+        run,
+        videos,
+        model=given["model"],
+        pretrained=given["pretrained"],
+        device=default_device(given["device"]),
+        batch=given["batch"],
+        workers=given["decode_workers"],
+        best=given["best"],
+    )
+    labelled = list(zip(map(str, found.videos), found.top(topk), strict=True))
+    if csv_path is not None:
+        _write_csv(csv_path, labelled)
+    if as_json:
+        print_json(
+            {
+                "run": str(run),
+                "videos": [
+                    {"video": video, "labels": [{"label": name, "score": value} for name, value in labels]}
+                    for video, labels in labelled
+                ],
+                "failures": [{"video": str(video), "reason": reason} for video, reason in found.failures],
+            }
+        )
+    elif csv_path != "-":
+        for video, labels in labelled:
+            click.echo(video)
+            for name, value in labels:
+                click.echo(f"  {100 * value:6.2f} %  {name}")
+    for failed, reason in found.failures:
+        click.echo(f"failed: {failed}: {reason}", err=True)
+    return 3 if found.failures else 0
+
+
+def _write_csv(path: str, labelled: list[tuple[str, list[tuple[str, float]]]]) -> None:
+    rows = [
+        (video, rank, name, f"{value:.6f}")
+        for video, labels in labelled
+        for rank, (name, value) in enumerate(labels, 1)
+    ]
+    if path == "-":
+        _write_rows(sys.stdout, rows)
+        return
+    with Path(path).open("w", newline="", encoding="utf-8") as file:
+        _write_rows(file, rows)
+
+
+def _write_rows(file: Any, rows: list[tuple[str, int, str, str]]) -> None:
+    writer = csv.writer(file)
+    writer.writerow(("video", "rank", "label", "score"))
+    writer.writerows(rows)
