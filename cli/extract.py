@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from evl_cache.spec import CODECS, MAP_STORAGE, SAMPLING, TOKEN_STORAGE, CacheSpec
+from evl_cache.spec import CODECS, MAP_STORAGE, RECIPES, SAMPLING, TOKEN_STORAGE, CacheSpec
 
 from .common import Command, clip_progress, default_device, human_bytes, print_json
 
@@ -45,16 +45,25 @@ def dataset_options(function: Any) -> Any:
             "--pretrained", default="openai", show_default=True, help="Tag, file, or none (seeded random)."
         ),
         click.option("--layers", metavar="8-12", help="Blocks counted from 1, also 9,11,12 [the last 4]."),
-        click.option("--frames", type=int, default=8, show_default=True, help="Frames of a view."),
-        click.option("--sampling", type=click.Choice(SAMPLING), default="strided", show_default=True),
+        click.option(
+            "--recipe", type=click.Choice(list(RECIPES)), help="Published views; options given win."
+        ),
+        click.option("--frames", type=int, help="Frames of a view [8]."),
+        click.option("--sampling", type=click.Choice(SAMPLING), help="[strided]"),
         click.option("--stride", type=int, help="Frames between two of a view [16; none for tsn]."),
         click.option(
-            "--views",
-            metavar="TxS",
-            default="1x1",
-            show_default=True,
-            help="Temporal x spatial (1 or 3) views.",
+            "--views", metavar="TxS", help="Temporal x spatial (1 or 3) views [1x1; a recipe's: of val only]."
         ),
+        click.option(
+            "--train-views",
+            type=click.IntRange(1),
+            metavar="V",
+            help="Augmented views of the train split [none].",
+        ),
+        click.option(
+            "--augment-seed", type=click.IntRange(0), metavar="N", help="What they are drawn from [0]."
+        ),
+        click.option("--flip", is_flag=True, help="Mirror half of them (published: none)."),
         click.option("--tokens", type=click.Choice(TOKEN_STORAGE), default="int8", show_default=True),
         click.option("--maps", type=click.Choice(MAP_STORAGE), default="uint8", show_default=True),
         click.option(
@@ -99,25 +108,54 @@ def dataset_options(function: Any) -> Any:
     return function
 
 
-def make_request(given: dict[str, Any]) -> Any:
-    """The ExtractRequest of the options above."""
-    from evl_cache.extract_dataset import ExtractRequest
-    from evl_cache.spec import ViewSpec, parse_layers, parse_views
+def make_views(given: dict[str, Any]) -> tuple[Any, Any]:
+    """Views of validation, and those of the train split where they are others (None: the same)."""
+    from dataclasses import replace
 
-    temporal, spatial = parse_views(given["views"])
+    from evl_cache.spec import RECIPES, ViewSpec, parse_views
+
+    recipe = given.get("recipe")
+    published = dict(RECIPES[recipe]) if recipe else {"frames": 8, "sampling": "strided", "views": "1x1"}
+    chosen: dict[str, Any] = {
+        name: published[name] if given[name] is None else given[name]
+        for name in ("frames", "sampling", "views")
+    }
     stride = given["stride"]
+    if stride is None and chosen["sampling"] == "strided":
+        stride = published.get("stride") or 16
+    temporal, spatial = parse_views(chosen["views"])
     views = ViewSpec(
-        frames=given["frames"],
-        sampling=given["sampling"],
-        stride=16 if stride is None and given["sampling"] == "strided" else stride,
+        frames=chosen["frames"],
+        sampling=chosen["sampling"],
+        stride=stride,
         temporal_views=temporal,
         spatial_views=spatial,
     )
+    count = given.get("train_views") or 0
+    if not (recipe or count or given.get("flip") or given.get("augment_seed")):
+        return views, None
+    return views, replace(
+        views,
+        temporal_views=1,
+        spatial_views=1,
+        train_views=count,
+        augment_seed=given.get("augment_seed") or 0,
+        flip=bool(given.get("flip")),
+    )
+
+
+def make_request(given: dict[str, Any]) -> Any:
+    """The ExtractRequest of the options above."""
+    from evl_cache.extract_dataset import ExtractRequest
+    from evl_cache.spec import parse_layers
+
+    views, train_split_views = make_views(given)
     same = "dataset root split annotations list_path model pretrained tokens maps codec compute_dtype cache limit"
     return ExtractRequest(
         **{name: given[name] for name in same.split()},
         layers=None if given["layers"] is None else parse_layers(given["layers"]),
         views=views,
+        train_split_views=train_split_views,
         allow_missing_percent=given["allow_missing"],
     )
 

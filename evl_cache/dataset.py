@@ -28,7 +28,8 @@ class FeatureLoader:
         cache: open for reading. samples: rows; failed ones are left out.
         layers: blocks. with_maps: read the maps too.
         batch: samples of a batch, in all processes; the last of an epoch is smaller.
-        shuffle_seed: order of an epoch is drawn from (seed, epoch); None keeps the order.
+        shuffle_seed: order of an epoch is drawn from (seed, epoch), and with it which of a clip's augmented training
+            views the epoch has; None keeps the order, and has all.
         shuffle_blocks: how the order is drawn: 0 permutes all samples (local disks); otherwise blocks are
             permuted and samples shuffled within so many of them at a time, so that shards are read nearly in
             one piece (network and spinning disks).
@@ -72,6 +73,7 @@ class FeatureLoader:
             seed=shuffle_seed,
             block_samples=cache.spec.block_samples,
             shuffle_blocks=shuffle_blocks,
+            views=1 if shuffle_seed is None else max(1, cache.spec.views.train_views),
             rank=rank,
             world=world,
         )
@@ -126,7 +128,7 @@ class FeatureLoader:
         )
 
     def _grown(self, ring: list[BatchBuffers], count: int) -> list[BatchBuffers]:
-        most = -(-min(self.batch, len(self.samples)) // self.order.world)
+        most = -(-min(self.batch, self.order.samples_of_epoch) // self.order.world)
         new = [
             self.cache.buffers(
                 slots=most, layers=self.layers, with_maps=self._with_maps, pin_memory=self._pin_memory

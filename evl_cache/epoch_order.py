@@ -36,6 +36,7 @@ class EpochOrder:
         seed: an epoch's order is drawn from (seed, epoch); None keeps the order.
         block_samples, shuffle_blocks: 0 blocks permutes all samples; otherwise blocks of so many rows are
             permuted, and samples shuffled within so many of them at a time.
+        views: samples of a clip that stand one after another, of which an epoch has one: each once in `views` epochs.
         rank, world: this process, and how many there are.
     """
 
@@ -44,19 +45,26 @@ class EpochOrder:
     seed: int | None = None
     block_samples: int = 1
     shuffle_blocks: int = 0
+    views: int = 1
     rank: int = 0
     world: int = 1
 
     def __len__(self) -> int:
         """Batches of an epoch, the same for every process."""
-        return -(-len(self.samples) // self.batch)
+        return -(-self.samples_of_epoch // self.batch)
+
+    @property
+    def samples_of_epoch(self) -> int:
+        """N, or N / views."""
+        return len(self.samples) // self.views
 
     def of(self, epoch: int) -> np.ndarray:
-        """All samples in the order of an epoch, int64 (N,). The same epoch gives the same order."""
+        """The samples of an epoch in its order, int64 (N / views,). The same epoch gives the same order."""
         if self.seed is None:
             return self.samples
         rng = np.random.default_rng([self.seed, epoch])
-        return rng.permutation(self.samples) if self.shuffle_blocks == 0 else self._by_blocks(rng)
+        samples = self.samples if self.views == 1 else self._one_view_each(self.seed, epoch)
+        return rng.permutation(samples) if self.shuffle_blocks == 0 else self._by_blocks(rng, samples)
 
     def parts(self, epoch: int, *, start_batch: int = 0) -> Iterator[BatchPart]:
         """This process's part of every batch: batch k is the one that a single process would have as its k-th."""
@@ -68,8 +76,17 @@ class EpochOrder:
             rows = whole[:1] if is_stand_in else whole[first:stop]
             yield BatchPart(number=number, rows=rows, total=len(whole), is_stand_in=is_stand_in)
 
-    def _by_blocks(self, rng: np.random.Generator) -> np.ndarray:
-        block_of = self.samples // self.block_samples
+    def _one_view_each(self, seed: int, epoch: int) -> np.ndarray:
+        """A view of each clip: every clip has its own order of its views, drawn anew when they are through."""
+        cycle, number = divmod(epoch, self.views)
+        rng = np.random.default_rng([seed, cycle, self.views])
+        by_clip = self.samples.reshape(-1, self.views)
+        view = rng.permuted(np.tile(np.arange(self.views), (len(by_clip), 1)), axis=1)[:, number]
+        chosen: np.ndarray = by_clip[np.arange(len(by_clip)), view]
+        return chosen
+
+    def _by_blocks(self, rng: np.random.Generator, samples: np.ndarray) -> np.ndarray:
+        block_of = samples // self.block_samples
         blocks = rng.permutation(np.unique(block_of))
         groups = [blocks[i : i + self.shuffle_blocks] for i in range(0, len(blocks), self.shuffle_blocks)]
-        return np.concatenate([rng.permutation(self.samples[np.isin(block_of, group)]) for group in groups])
+        return np.concatenate([rng.permutation(samples[np.isin(block_of, group)]) for group in groups])

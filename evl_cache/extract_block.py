@@ -129,7 +129,7 @@ class BlockExtractor:
             yield ahead.popleft().result()
 
     def _prepare(self, clip: Clip) -> PreparedClip:
-        is_known = (lambda sha256: False) if self._reusable is None else self._reusable.__contains__
+        is_known = (lambda clip_id, sha256: False) if self._reusable is None else self._reusable.has
         return prepare_clip(clip, self.root, tower=self.spec.tower, views=self.spec.views, is_known=is_known)
 
     def _run_batch(self, batch: Sequence[tuple["_ClipRows", int]]) -> None:

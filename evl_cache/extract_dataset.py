@@ -12,7 +12,7 @@ import torch
 from evl_cache.annotations.missing import check_missing
 from evl_cache.annotations.registry import DATASETS
 from evl_cache.backbone import build_tower
-from evl_cache.catalog import cache_root
+from evl_cache.catalog import TRAIN_SPLITS, cache_root
 from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract import ExtractOptions, ExtractResult, OnClip, extract, make_spec
@@ -33,6 +33,7 @@ class ExtractRequest:
         dataset: name; root, annotations, list_path: where it lies. split: both train and val by default.
         model, pretrained: the tower. layers: blocks; the last four by default.
         views, tokens, maps, codec, compute_dtype: what is stored; see `spec`.
+        train_split_views: views of the train split, where they are others.
         cache: the directory to write; named after its content under the cache root by default.
         limit: only the first clips of the list. allow_missing_percent: of files that are not there.
     """
@@ -46,6 +47,7 @@ class ExtractRequest:
     pretrained: str = "openai"
     layers: tuple[int, ...] | None = None
     views: ViewSpec = field(default_factory=ViewSpec)
+    train_split_views: ViewSpec | None = None
     tokens: str = "int8"
     maps: str = "uint8"
     codec: str = "default"
@@ -86,6 +88,11 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Pat
         raise UsageError(
             f"--cache {request.cache} for {len(lists)} splits ({', '.join(lists)}); name one with --split"
         )
+    augmented = request.train_split_views is not None and request.train_split_views.train_views > 0
+    if augmented and not any(split in TRAIN_SPLITS for split in lists):
+        raise UsageError(
+            f"augmented training views, but no train split in {', '.join(lists)}; name it with --split train"
+        )
     visual, tower = build_tower(request.model, request.pretrained)
     layers = request.layers or tuple(range(max(1, tower.blocks - DEFAULT_LAYERS + 1), tower.blocks + 1))
     plans = []
@@ -99,7 +106,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Pat
             split=split,
             tower=tower,
             layers=layers,
-            views=request.views,
+            views=(request.train_split_views or request.views) if split in TRAIN_SPLITS else request.views,
             tokens=request.tokens,
             maps=request.maps,
             codec=request.codec,

@@ -51,14 +51,19 @@ def spatial_crops(
         raise UsageError(f"spatial views: got {crops}; expected 1 (centre) or 3 (start, middle, end)")
     height, width = tensor.shape[1:3]
     short = min(height, width)
-    pixels = tensor.permute(0, 3, 1, 2).to(torch.float32) / 255.0  # (T,3,H,W)
-    shift = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
-    scale = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
-    pixels = (pixels - shift) / scale
+    pixels = normalised(tensor, mean, std)  # (T,3,H,W)
     resized = (height * size // short, width * size // short)
     if resized != (height, width):
         pixels = F.interpolate(pixels, size=resized, mode="bilinear", align_corners=False)
     return torch.stack([_crop(pixels, offset, size) for offset in _offsets(max(resized) - size, crops)])
+
+
+def normalised(frames: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """uint8 (T, H, W, 3) as float32 (T, 3, H, W): scaled to [0, 1], less the mean, by the standard deviation."""
+    pixels = frames.permute(0, 3, 1, 2).to(torch.float32) / 255.0
+    shift = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
+    scale = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
+    return (pixels - shift) / scale
 
 
 def _offsets(margin: int, crops: int) -> list[int]:

@@ -26,15 +26,20 @@ class ReusableRows:
                 f"--reuse {path}: its features are not those asked for ({'; '.join(features[:6])})"
             )
         self._positions = [theirs.stored_layers.index(layer) for layer in spec.stored_layers]
-        self._found: dict[str, tuple[int, ClipRecord]] = {}
+        self._found: dict[tuple[str, str], tuple[int, ClipRecord]] = {}
         for block in range(theirs.num_blocks):
             mark = valid_mark(path, theirs, block)
             for row, clip in zip(theirs.clips_of_block(block), mark.clips if mark else (), strict=False):
                 if clip.error is None and clip.source_sha256 is not None:
-                    self._found[clip.source_sha256] = row, clip
+                    self._found[self._key(clip.id, clip.source_sha256)] = row, clip
 
-    def __contains__(self, sha256: str) -> bool:
-        return sha256 in self._found
+    def has(self, clip_id: str, sha256: str) -> bool:
+        """Whether there are rows of a clip whose file has this sha256."""
+        return self._key(clip_id, sha256) in self._found
+
+    def _key(self, clip_id: str, sha256: str) -> tuple[str, str]:
+        # Augmented views are drawn from the clip's id; other features follow from the file alone.
+        return clip_id if self._cache.spec.views.train_views else "", sha256
 
     def fetch(self, record: ClipRecord) -> tuple[ClipRecord, list[Row]]:
         """The clip's record under its new id, and a row for each of its samples.
@@ -42,7 +47,7 @@ class ReusableRows:
         Raises: CacheDamaged where the older cache's bytes are not what its marks promise.
         """
         assert record.source_sha256 is not None
-        row, found = self._found[record.source_sha256]
+        row, found = self._found[self._key(record.id, record.source_sha256)]
         views = self._cache.spec.views.per_clip
         rows = [self._cache.read_row(sample) for sample in range(row * views, (row + 1) * views)]
         kept = [{name: array[self._positions] for name, array in stored.items()} for stored in rows]

@@ -16,6 +16,15 @@ TOKEN_STORAGE = ("int8", "fp16")
 MAP_STORAGE = ("uint8", "fp16", "recompute", "none")
 CODECS = ("default", "raw", "archive")
 SAMPLING = ("strided", "tsn")
+# Views of the published test recipes (section 4 of arXiv 2208.03550 and its supplement), by data set and frames.
+RECIPES: Mapping[str, Mapping[str, Any]] = {
+    "k400-8": {"frames": 8, "sampling": "strided", "stride": 16, "views": "3x1"},
+    "k400-16": {"frames": 16, "sampling": "strided", "stride": 16, "views": "1x3"},
+    "k400-32": {"frames": 32, "sampling": "strided", "stride": 8, "views": "1x3"},
+    "ssv2-8": {"frames": 8, "sampling": "tsn", "views": "3x1"},
+    "ssv2-16": {"frames": 16, "sampling": "tsn", "views": "1x3"},
+    "ssv2-32": {"frames": 32, "sampling": "tsn", "views": "1x3"},
+}
 PREPROCESSING = "short-side-bilinear-v1"  # preprocess.spatial_crops; a change of its pixels is a new name
 
 
@@ -51,6 +60,8 @@ class ViewSpec:
         sampling: `strided` or `tsn`.
         stride: frames between two of a view; None for `tsn`.
         temporal_views, spatial_views: samples of a clip are ordered spatial first, temporal within.
+        train_views: augmented training views in the place of these; 0: none.
+        augment_seed: what they are drawn from, with clip id and view number. flip: mirror half of them.
     """
 
     frames: int = 8
@@ -58,6 +69,9 @@ class ViewSpec:
     stride: int | None = 16
     temporal_views: int = 1
     spatial_views: int = 1
+    train_views: int = 0
+    augment_seed: int = 0
+    flip: bool = False
 
     def __post_init__(self) -> None:
         if self.sampling not in SAMPLING:
@@ -72,11 +86,30 @@ class ViewSpec:
                 raise UsageError(f"{name} is {value}; expected at least 1")
         if self.spatial_views not in (1, 3):
             raise UsageError(f"spatial views: got {self.spatial_views}; expected 1 (centre) or 3")
+        if self.train_views < 0 or self.augment_seed < 0:
+            raise UsageError(
+                f"train_views is {self.train_views}, augment_seed {self.augment_seed}; expected at least 0"
+            )
+        if self.train_views and (self.temporal_views, self.spatial_views) != (1, 1):
+            raise UsageError(
+                f"{self.train_views} augmented views beside {self.temporal_views}x{self.spatial_views}; a clip has "
+                "either those or these"
+            )
+        if not self.train_views and (self.augment_seed or self.flip):
+            raise UsageError("an augmentation seed or flip without augmented views; give --train-views")
 
     @property
     def per_clip(self) -> int:
         """Samples of one clip."""
-        return self.temporal_views * self.spatial_views
+        return self.train_views or self.temporal_views * self.spatial_views
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; those of augmentation only where there is one, so that other caches keep their identity."""
+        content = asdict(self)
+        if not self.train_views:
+            for name in ("train_views", "augment_seed", "flip"):
+                del content[name]
+        return content
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +203,7 @@ class CacheSpec:
         tower = {k: v for k, v in asdict(self.tower).items() if k not in ("model", "pretrained")}
         content = {
             "tower": tower,
-            "views": asdict(self.views),
+            "views": self.views.to_json(),
             "preprocessing": self.preprocessing,
             "tokens": self.tokens,
             "maps": self.maps,
@@ -205,7 +238,7 @@ class CacheSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the inverse of `from_json`."""
-        content = asdict(self)
+        content = asdict(self) | {"views": self.views.to_json()}
         extra = content.pop("extra")
         return {**extra, **json.loads(json.dumps(content)), "feature_id": self.feature_id}
 

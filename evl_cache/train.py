@@ -75,7 +75,7 @@ def train(
         options,
         build=lambda: run_config(train_cache, {}, options, layers).build(),
         probe=lambda: train_cache.read_stored(served[:1].tolist(), layers, with_maps=with_maps),
-        num_samples=len(served),
+        num_samples=len(served) // max(1, train_cache.spec.views.train_views),
         sample_nbytes=train_cache.buffers(slots=1, layers=layers, with_maps=with_maps).nbytes,
         recorded=(lambda: read_run_config(out).training.get("batch")) if resume else None,
         processes=processes,

@@ -27,7 +27,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         (
             "adapters",
             (
-                "video rendered annotations weights backbone store dataset heads checkpoint official_checkpoint"
+                "video augmentation rendered annotations weights backbone store dataset heads checkpoint official_checkpoint"
                 " batches memory resident distributed interruption"
             ),
         ),
@@ -61,6 +61,8 @@ FREE_WITHIN = {"pure"}  # small modules of plain values: clips are digested as s
 # Heavy libraries and the only modules that know them.
 OWNERS: Mapping[str, frozenset[str]] = {
     "decord": frozenset({"video"}),
+    "timm": frozenset({"augmentation"}),
+    "PIL": frozenset({"augmentation"}),
     "av": frozenset({"video", "rendered"}),
     "open_clip": frozenset({"backbone"}),
     "zarr": frozenset({"store"}),

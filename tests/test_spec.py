@@ -54,6 +54,9 @@ VIEW_CHANGES = {
     "stride": 8,
     "temporal_views": 3,
     "spatial_views": 3,
+    "train_views": 2,
+    "augment_seed": ViewSpec(train_views=1, augment_seed=1),
+    "flip": ViewSpec(train_views=1, flip=True),
 }
 SPEC_CHANGES = {
     "dataset": "folder",
