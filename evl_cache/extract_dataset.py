@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from evl_cache.annotations.missing import check_missing
-from evl_cache.annotations.registry import DATASETS
+from evl_cache.annotations.registry import DATASETS, DatasetReader
 from evl_cache.backbone import build_tower
 from evl_cache.catalog import TRAIN_SPLITS, cache_root
 from evl_cache.clips import ClipList
@@ -78,10 +78,9 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Pat
 
     Raises: UsageError, WeightsError for anything in the request that cannot be.
     """
-    if request.dataset not in DATASETS:
-        raise UsageError(f"unknown data set {request.dataset!r}; expected one of {', '.join(DATASETS)}")
+    reader = dataset_reader(request.dataset)
     root = dataset_root(request)
-    lists = DATASETS[request.dataset].read(
+    lists = reader.read(
         root, annotations=request.annotations, split=request.split, list_path=request.list_path
     )
     if request.cache is not None and len(lists) > 1:
@@ -117,6 +116,13 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Pat
             Plan(split=split, clips=clips, spec=spec, cache=request.cache or cache_root() / spec.name)
         )
     return Tower(visual=visual, spec=tower), root, plans
+
+
+def dataset_reader(name: str) -> DatasetReader:
+    """Of a data set by name. Raises: UsageError for an unknown one."""
+    if name not in DATASETS:
+        raise UsageError(f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}")
+    return DATASETS[name]
 
 
 def extract_dataset(

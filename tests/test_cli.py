@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from evl_cache.annotations.registry import DATASETS
 from evl_cache.rendered import MOTION_CLASSES, motion_frames, write_video
 from evl_cache_cli.main import COMMANDS, cli, main
 
@@ -131,6 +132,14 @@ def test_both_commands_as_typed_on_a_tree_laid_out_as_published(work, run, monke
     assert "of 2 clips" in out and "runs/k400-train-" in out
     config = json.loads(next(Path("runs").glob("*/config.json")).read_text())
     assert config["layers"] == [9, 10, 11, 12] and config["training"]["epochs"] == 30
+
+
+def test_what_a_data_set_needs_on_the_disk_is_told_and_documented(run):
+    page = (ROOT / "docs" / "datasets.md").read_text()
+    for name, reader in DATASETS.items():
+        assert run("extract", "--dataset", name, "--explain") == (0, reader.description + "\n", "")
+        assert f"## {name}\n\n```\n{reader.description}\n```\n" in page
+    assert "unknown data set 'x'" in error_of(run("extract", "--dataset", "x", "--explain"), 2)
 
 
 def test_folds_of_a_data_set_are_not_mixed_up(work, run, monkeypatch):
