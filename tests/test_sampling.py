@@ -5,6 +5,7 @@ import pytest
 
 from evl_cache.errors import ClipError, UsageError
 from evl_cache.sampling import strided_test_views, strided_train_view, tsn_test_views, tsn_train_view
+from evl_cache.spec import RECIPES
 
 LENGTHS = [*range(1, 60), *range(60, 400, 17), 399, 400]
 SHAPES = [(1, 1), (1, 16), (2, 3), (4, 7), (8, 1), (8, 4), (8, 16), (16, 16), (32, 8), (3, 150)]  # (T, s)
@@ -36,13 +37,16 @@ def test_strided_test_views_equal_the_written_rule(views):
             assert found.tolist() == slow_strided_views(n, frames, stride, views), (n, frames, stride)
 
 
-def test_every_length_to_400_with_the_published_settings():
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_at_every_length_to_400(name):
+    recipe = RECIPES[name]
+    frames, views, stride = recipe["frames"], int(recipe["views"].split("x")[0]), recipe.get("stride")
     for n in range(1, 401):
-        for frames, stride, views in ((8, 16, 3), (16, 16, 1), (32, 8, 1)):
-            found = strided_test_views(n, frames=frames, stride=stride, views=views)
-            assert found.tolist() == slow_strided_views(n, frames, stride, views)
-        for frames, views in ((8, 1), (8, 3), (16, 1)):
+        if stride is None:
             assert tsn_test_views(n, frames=frames, views=views).tolist() == slow_tsn_views(n, frames, views)
+            continue
+        found = strided_test_views(n, frames=frames, stride=stride, views=views)
+        assert found.tolist() == slow_strided_views(n, frames, stride, views)
 
 
 def test_known_figures_of_strided_views():
@@ -130,3 +134,28 @@ def test_an_empty_file_is_a_failed_clip_and_a_count_of_zero_is_a_mistake():
         tsn_test_views(9, frames=8, views=0)
     with pytest.raises(UsageError, match="frames is 0"):
         tsn_train_view(9, frames=0, rng=rng)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_training_frames_of_every_recipe_at_every_length_to_400(name):
+    recipe = RECIPES[name]
+    frames, stride = recipe["frames"], recipe.get("stride")
+    for n in range(1, 401):
+        for seed in range(2):
+            if stride is None:
+                found = tsn_train_view(n, frames=frames, rng=np.random.default_rng(seed)).tolist()
+                bounds = [
+                    (round((n - 1) / frames * i), round((n - 1) / frames * (i + 1))) for i in range(frames)
+                ]
+                assert all(low <= index <= high for index, (low, high) in zip(found, bounds, strict=True)), n
+                continue
+            found = strided_train_view(
+                n, frames=frames, stride=stride, rng=np.random.default_rng(seed)
+            ).tolist()
+            if stride * (frames - 1) + 1 >= n:
+                below = [i * stride for i in range(frames) if i * stride < n]
+                assert found == below + [below[-1]] * (frames - len(below)), n
+            else:
+                start = found[0]
+                assert 0 <= start <= n - stride * (frames - 1) - 1
+                assert found == list(range(start, start + stride * frames, stride)), n
