@@ -171,12 +171,21 @@ def make_options(given: dict[str, Any], device: str, **more: Any) -> Any:
 @click.command(cls=Command, name="extract", examples=EXAMPLES)
 @dataset_options
 @click.option("--explain", is_flag=True, help="Print what --dataset expects on the disk, and stop.")
+@click.option(
+    "--decoder",
+    type=click.Choice(["auto", "decord", "pyav"]),
+    default="auto",
+    show_default=True,
+    help="auto: PyAV where decord fails.",
+)
 @click.option("--retry-failed", is_flag=True, help="Redo the blocks of failed clips.")
 @click.option(
     "--reuse", type=click.Path(path_type=Path), help="Copy rows of equal features and files from this cache."
 )
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
-def command(explain: bool, retry_failed: bool, reuse: Path | None, as_json: bool, **given: Any) -> int:
+def command(
+    explain: bool, decoder: str, retry_failed: bool, reuse: Path | None, as_json: bool, **given: Any
+) -> int:
     """Run the frozen backbone once over every clip and cache its features.
 
     Run the same command again after a kill, or beside another job: it goes on, and shares the work.
@@ -186,7 +195,9 @@ def command(explain: bool, retry_failed: bool, reuse: Path | None, as_json: bool
     if explain:
         click.echo(dataset_reader(given["dataset"]).description)
         return 0
-    options = make_options(given, default_device(given["device"]), retry_failed=retry_failed, reuse=reuse)
+    options = make_options(
+        given, default_device(given["device"]), retry_failed=retry_failed, reuse=reuse, decoder=decoder
+    )
     reports: list[dict[str, Any]] = []
     for plan, result in extract_dataset(
         make_request(given), options=options, progress=_progress, on_plan=_say_plan

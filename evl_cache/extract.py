@@ -36,6 +36,7 @@ class ExtractOptions:
         decode_workers: threads that decode.
         retry_failed: redo the blocks that hold failed clips.
         reuse: a cache whose rows of equal features and sources are copied.
+        decoder: `decord`, `pyav`, or `auto`, decord first; which one served a clip is in its mark.
         lock_expiry_s: see `store.locks`.
     """
 
@@ -44,6 +45,7 @@ class ExtractOptions:
     decode_workers: int = 2
     retry_failed: bool = False
     reuse: Path | None = None
+    decoder: str = "auto"
     lock_expiry_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -181,6 +183,7 @@ def extract_blocks(
         batch=options.batch,
         workers=options.decode_workers,
         reuse=options.reuse,
+        decoder=options.decoder,
         on_clip=on_clip,
     )
     with extractor:

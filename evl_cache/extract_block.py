@@ -52,7 +52,7 @@ class BlockExtractor:
         tower: moved to `device` and the spec's compute dtype.
         batch: samples of one forward pass; the last of a block is padded to it.
         workers: threads that decode, and as many that compress.
-        reuse: a cache whose rows of equal features and sources are copied.
+        reuse: a cache whose rows of equal features and sources are copied. decoder: see `video`.
         on_clip: called with whether it failed, after each clip.
     """
 
@@ -68,8 +68,10 @@ class BlockExtractor:
         batch: int,
         workers: int,
         reuse: Path | None,
+        decoder: str,
         on_clip: Callable[[bool], None],
     ) -> None:
+        self._decoder = decoder
         self.clips, self.root, self.cache, self.spec, self.on_clip = clips, root, cache, spec, on_clip
         self._device, self._batch = torch.device(device), batch
         dtype: torch.dtype = getattr(torch, spec.compute_dtype)
@@ -130,7 +132,14 @@ class BlockExtractor:
 
     def _prepare(self, clip: Clip) -> PreparedClip:
         is_known = (lambda clip_id, sha256: False) if self._reusable is None else self._reusable.has
-        return prepare_clip(clip, self.root, tower=self.spec.tower, views=self.spec.views, is_known=is_known)
+        return prepare_clip(
+            clip,
+            self.root,
+            tower=self.spec.tower,
+            views=self.spec.views,
+            is_known=is_known,
+            decoder=self._decoder,
+        )
 
     def _run_batch(self, batch: Sequence[tuple["_ClipRows", int]]) -> None:
         """One forward pass of fixed shape; each sample's row goes back to its clip."""

@@ -40,12 +40,14 @@ def prepare_clip(
     tower: TowerSpec,
     views: ViewSpec,
     is_known: Callable[[str, str], bool] = lambda clip_id, sha256: False,
+    decoder: str = "auto",
 ) -> PreparedClip:
     """Hash, decode and crop one clip. This is where a clip's failure becomes data.
 
     Args:
         root: what relative paths are relative to.
         is_known: whether features of a clip (id, sha256 of its file) are at hand: then it is not decoded.
+        decoder: see `video`.
     """
     path = root / clip.path
     try:
@@ -56,7 +58,7 @@ def prepare_clip(
     if is_known(clip.id, sha256):
         return PreparedClip(record=source, samples=None)
     try:
-        decoded = decode_clip(path, lambda count: choose_frames(count, views, clip.id))
+        decoded = decode_clip(path, lambda count: choose_frames(count, views, clip.id), decoder=decoder)
         samples = (
             _train_views(decoded, clip.id, tower, views)
             if views.train_views

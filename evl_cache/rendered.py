@@ -156,6 +156,10 @@ def write_video(
 def _encoder_options(codec: str, crf: int) -> dict[str, object]:
     if codec.startswith("libvpx"):
         return {"crf": str(crf), "b": "0", "cpu-used": "5"}  # libvpx reads crf as quality only at bit rate 0
+    if codec == "libsvtav1":
+        return {"crf": str(crf), "preset": "10"}
+    if codec != "libx264":
+        return {"crf": str(crf)}
     # The macroblock tree reads memory it never wrote: with it one clip of a hundred has other bytes.
     return {"crf": str(crf), "preset": "veryfast", "x264-params": "mbtree=0"}
 
