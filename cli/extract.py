@@ -30,7 +30,7 @@ def dataset_options(function: Any) -> Any:
         click.option(
             "--annotations",
             type=click.Path(path_type=Path),
-            help="File or folder of annotations [under --root].",
+            help="File or folder [under --root].",
         ),
         click.option(
             "--list",
@@ -46,19 +46,20 @@ def dataset_options(function: Any) -> Any:
         ),
         click.option("--layers", metavar="8-12", help="Blocks counted from 1, also 9,11,12 [the last 4]."),
         click.option(
-            "--recipe", type=click.Choice(list(RECIPES)), help="Published views; options given win."
+            "--recipe",
+            type=click.Choice(list(RECIPES)),
+            metavar="NAME",
+            help="Published views: k400-8, -16, -32, ssv2-8, …",
         ),
         click.option("--frames", type=int, help="Frames of a view [8]."),
         click.option("--sampling", type=click.Choice(SAMPLING), help="[strided]"),
-        click.option("--stride", type=int, help="Frames between two of a view [16; none for tsn]."),
-        click.option(
-            "--views", metavar="TxS", help="Temporal x spatial (1 or 3) views [1x1; a recipe's: of val only]."
-        ),
+        click.option("--stride", type=int, help="Frames between two of a view [16]."),
+        click.option("--views", metavar="TxS", help="Temporal x spatial views [1x1]."),
         click.option(
             "--train-views",
             type=click.IntRange(1),
             metavar="V",
-            help="Augmented views of the train split [none].",
+            help="Augmented, of the train split.",
         ),
         click.option(
             "--augment-seed", type=click.IntRange(0), metavar="N", help="What they are drawn from [0]."
@@ -81,7 +82,7 @@ def dataset_options(function: Any) -> Any:
         click.option(
             "--cache",
             type=click.Path(path_type=Path),
-            help="Directory to write [named under $EVL_CACHE_ROOT].",
+            help="To write [named under $EVL_CACHE_ROOT].",
         ),
         click.option("--limit", type=click.IntRange(1), help="Only the first N clips."),
         click.option(

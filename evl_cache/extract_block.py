@@ -68,8 +68,8 @@ class BlockExtractor:
         batch: int,
         workers: int,
         reuse: Path | None,
-        decoder: str,
         on_clip: Callable[[bool], None],
+        decoder: str = "auto",
     ) -> None:
         self._decoder = decoder
         self.clips, self.root, self.cache, self.spec, self.on_clip = clips, root, cache, spec, on_clip
