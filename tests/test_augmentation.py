@@ -25,13 +25,22 @@ from evl_cache.clips import ClipList
 from evl_cache.dataset import FeatureLoader
 from evl_cache.epoch_order import EpochOrder
 from evl_cache.errors import ClipError, UsageError
+from evl_cache.extract import ExtractOptions, extract
 from evl_cache.frames import choose_frames, prepare_clip
 from evl_cache.sampling import strided_train_view, tsn_train_view
 from evl_cache.spec import RECIPES, CacheSpec, ViewSpec
 from evl_cache.store import FeatureCache
 from evl_cache.train import TrainOptions, train
 from evl_cache_cli.extract import make_views
-from tests.store_helpers import extract_small, make_clips, small_spec, small_tower
+from tests.store_helpers import (
+    differences,
+    extract_small,
+    make_clips,
+    one_thread,
+    small_spec,
+    small_tower,
+    tree,
+)
 
 VIEWS = ViewSpec(frames=4, stride=2, train_views=3)
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
@@ -222,6 +231,21 @@ def test_views_are_the_same_bytes_again_in_another_order_and_with_other_workers(
         for _ in "ab"
     ]
     assert all(torch.equal(x, y) for x, y in zip(pixels[::2], pixels[1::2], strict=True))
+
+
+def test_the_number_of_workers_changes_no_byte(folder, tmp_path):
+    clips = clip_list(folder)
+    extract_small(clips, tmp_path / "one", spec=augmented(clips, folder))
+    with one_thread():
+        extract(
+            clips,
+            root=folder,
+            cache=tmp_path / "three",
+            spec=augmented(clips, folder),
+            tower=small_tower(folder),
+            options=ExtractOptions(batch=4, decode_workers=3),
+        )
+    assert differences(tree(tmp_path / "one"), tree(tmp_path / "three")) == []
 
 
 def test_augmentation_is_part_of_the_features_identity_and_absent_elsewhere(folder):
