@@ -16,7 +16,7 @@ from torch import Tensor
 
 from benchmarks.storage_variants import fewer_bits, grouped_int4, sqrt_maps
 from evl_cache.attention_maps import MapProjection, maps_from_tokens
-from evl_cache.backbone import build_tower, map_projections
+from evl_cache.backbone import map_projections
 from evl_cache.clips import select
 from evl_cache.heads import build_head
 from evl_cache.quantize import (
@@ -28,6 +28,7 @@ from evl_cache.quantize import (
 )
 from evl_cache.spec import CacheSpec
 from evl_cache.store import FeatureCache
+from evl_cache.towers import build_tower
 
 Tokens = QuantizedTokens | Tensor
 Batch = tuple[list[Tokens], list[QuantizedMaps] | None]

@@ -15,10 +15,11 @@ from torch import Tensor
 from benchmarks.outlier_features import outlier_features
 from benchmarks.stored_features import LAYERS, VIT_B_16
 from evl_cache.attention_maps import MapProjection, maps_from_tokens
-from evl_cache.backbone import Backbone, build_tower, map_projections
+from evl_cache.backbone import Backbone, map_projections
 from evl_cache.clips import Clip
 from evl_cache.frames import prepare_clip
 from evl_cache.spec import ViewSpec
+from evl_cache.towers import build_tower
 
 MODEL = "ViT-B-16-quickgelu"
 VARIABLE = "EVL_UT_INTERACTION"

@@ -21,7 +21,10 @@ def dataset_options(function: Any) -> Any:
     """The options that say what is extracted; `estimate` takes them too."""
     options = [
         click.option(
-            "--dataset", required=True, metavar="NAME", help="k400, ssv2, ucf101, hmdb51, folder, list, …"
+            "--dataset",
+            required=True,
+            metavar="NAME",
+            help="k400, ssv2, ucf101, hmdb51, folder, list, scenes, motions, …",
         ),
         click.option(
             "--root", type=click.Path(path_type=Path), help="Folder of the videos [$EVL_DATA_ROOT/NAME]."
@@ -39,11 +42,12 @@ def dataset_options(function: Any) -> Any:
             help="Lines 'path label', for --dataset list.",
         ),
         click.option(
-            "--model", default="ViT-B-16-quickgelu", show_default=True, help="open_clip name, or JSON file."
+            "--model",
+            default="ViT-B-16-quickgelu",
+            show_default=True,
+            help="open_clip name, evl-tiny, or JSON file.",
         ),
-        click.option(
-            "--pretrained", default="openai", show_default=True, help="Tag, file, or none (seeded random)."
-        ),
+        click.option("--pretrained", help="Tag, file, or none (seeded random) [openai; evl-tiny's own]."),
         click.option("--layers", metavar="8-12", help="Blocks counted from 1, also 9,11,12 [the last 4]."),
         click.option(
             "--recipe",
@@ -113,10 +117,12 @@ def make_views(given: dict[str, Any]) -> tuple[Any, Any]:
     """Views of validation, and those of the train split where they are others (None: the same)."""
     from dataclasses import replace
 
+    from evl_cache.extract_dataset import dataset_reader
     from evl_cache.spec import RECIPES, ViewSpec, parse_views
 
     recipe = given.get("recipe")
-    published = dict(RECIPES[recipe]) if recipe else {"frames": 8, "sampling": "strided", "views": "1x1"}
+    plain = {"frames": 8, "sampling": "strided", "stride": 16, "views": "1x1"}
+    published = dict(RECIPES[recipe]) if recipe else plain | dict(dataset_reader(given["dataset"]).views)
     chosen: dict[str, Any] = {
         name: published[name] if given[name] is None else given[name]
         for name in ("frames", "sampling", "views")

@@ -21,6 +21,7 @@ COMMANDS = {
     "estimate": ("estimate", "What extract with the same options would cost."),
     "verify": ("verify", "Prove every byte of a cache; exit status 1 where damage is found."),
     "repair": ("repair", "Redo only what verify finds damaged."),
+    "render": ("render", "Draw a benchmark's clips: H.264 files by seed, in class folders."),
     "import-head": ("import_head", "Turn a checkpoint of the official EVL code into a run."),
     "demo": ("demo", "Render clips, extract, train with and without temporal modules; needs no download."),
 }

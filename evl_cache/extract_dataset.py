@@ -11,13 +11,13 @@ import torch
 
 from evl_cache.annotations.missing import check_missing
 from evl_cache.annotations.registry import DATASETS, DatasetReader
-from evl_cache.backbone import build_tower
 from evl_cache.catalog import TRAIN_SPLITS, cache_root
 from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract import ExtractOptions, ExtractResult, OnClip, extract, make_spec
 from evl_cache.extract_block import Tower
-from evl_cache.spec import CacheSpec, ViewSpec
+from evl_cache.spec import CacheSpec, ViewSpec, default_pretrained
+from evl_cache.towers import build_tower
 
 DATA_ROOT_VARIABLE = "EVL_DATA_ROOT"
 DEFAULT_LAYERS = 4
@@ -44,7 +44,7 @@ class ExtractRequest:
     annotations: Path | None = None
     list_path: Path | None = None
     model: str = "ViT-B-16-quickgelu"
-    pretrained: str = "openai"
+    pretrained: str | None = None
     layers: tuple[int, ...] | None = None
     views: ViewSpec = field(default_factory=ViewSpec)
     train_split_views: ViewSpec | None = None
@@ -56,9 +56,14 @@ class ExtractRequest:
     limit: int | None = None
     allow_missing_percent: float = 0.0
 
+    @property
+    def weights(self) -> str:
+        """`pretrained`, or the model's own."""
+        return self.pretrained or default_pretrained(self.model)
+
     def recipe(self, root: Path) -> dict[str, Any]:
         """What `repair` and `predict` need beside the spec; files by their whole path."""
-        names = {"model": self.model, "pretrained": self.pretrained}
+        names = {"model": self.model, "pretrained": self.weights}
         paths = {name: str(Path(value).resolve()) for name, value in names.items() if Path(value).is_file()}
         return {"root": str(root.resolve()), **names, **paths}
 
@@ -92,7 +97,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Pat
         raise UsageError(
             f"augmented training views, but no train split in {', '.join(lists)}; name it with --split train"
         )
-    visual, tower = build_tower(request.model, request.pretrained)
+    visual, tower = build_tower(request.model, request.weights)
     layers = request.layers or tuple(range(max(1, tower.blocks - DEFAULT_LAYERS + 1), tower.blocks + 1))
     plans = []
     for split, clips in lists.items():

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from evl_cache.annotations.folder import is_video
-from evl_cache.backbone import Backbone, build_tower
+from evl_cache.backbone import Backbone
 from evl_cache.checkpoint import TOWER_NAME, RunConfig, load_head, read_run_config
 from evl_cache.clips import Clip, ClipList
 from evl_cache.distributed import Processes
@@ -20,6 +20,7 @@ from evl_cache.errors import EvlCacheError, UsageError, WeightsError
 from evl_cache.online_loader import LiveClips, OnlineLoader
 from evl_cache.scoring import score
 from evl_cache.spec import CacheSpec, ViewSpec
+from evl_cache.towers import build_tower
 
 
 @dataclass(frozen=True, kw_only=True)

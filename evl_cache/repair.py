@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from evl_cache.backbone import build_tower
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract import ExtractOptions, OnClip, extract_blocks, tower_projections
 from evl_cache.extract_block import Tower, run_environment
@@ -31,6 +30,7 @@ from evl_cache.store import (
     verify_cache,
     write_projections,
 )
+from evl_cache.towers import build_tower
 
 LoadTower = Callable[[CacheDescription], Tower]
 FindRoot = Callable[[CacheDescription], Path]

@@ -25,6 +25,10 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "ssv2-16": {"frames": 16, "sampling": "tsn", "views": "1x3"},
     "ssv2-32": {"frames": 32, "sampling": "tsn", "views": "1x3"},
 }
+TINY_TOWER, TINY_PRETRAINED = (
+    "evl-tiny",
+    "rendered-v1",
+)  # the tower that comes with the package, and its weights
 PREPROCESSING = "short-side-bilinear-v1"  # preprocess.spatial_crops; a change of its pixels is a new name
 
 
@@ -314,3 +318,8 @@ def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 48 else text[:45] + "…"
+
+
+def default_pretrained(model: str) -> str:
+    """The weights of a model for which none are named."""
+    return TINY_PRETRAINED if model == TINY_TOWER else "openai"

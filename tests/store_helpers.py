@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-from evl_cache.backbone import build_tower
 from evl_cache.clips import Clip, ClipList
 from evl_cache.errors import EvlCacheError
 from evl_cache.extract import ExtractOptions, ExtractResult, extract, make_spec
@@ -30,6 +29,7 @@ from evl_cache.extract_block import Tower
 from evl_cache.rendered import MOTION_CLASSES, motion_frames, write_video
 from evl_cache.spec import CacheSpec, ViewSpec
 from evl_cache.store import block_writer
+from evl_cache.towers import build_tower
 
 ROOT = Path(__file__).resolve().parent.parent
 BROKEN = "05.mp4"  # of the clips that `make_clips` writes

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from open_clip.transformer import LayerNormFp32, QuickGELU, VisionTransformer
 
 from evl_cache import Backbone, adjacent_frame_maps
-from evl_cache.backbone import build_tower
 from evl_cache.errors import UsageError
+from evl_cache.towers import build_tower
 
 CONFIG = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 5, "head_width": 16, "mlp_ratio": 2.0}
 

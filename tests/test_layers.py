@@ -27,8 +27,8 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         (
             "adapters",
             (
-                "video augmentation rendered annotations weights backbone store dataset heads checkpoint official_checkpoint"
-                " batches memory resident distributed interruption"
+                "video augmentation rendered annotations weights backbone towers store dataset heads checkpoint"
+                " official_checkpoint batches memory resident distributed interruption"
             ),
         ),
         (
@@ -51,7 +51,9 @@ SAME_LAYER = {
     ("trainer", "report"),  # the last thing a run does
     ("official_checkpoint", "heads"),
     ("checkpoint", "heads"),  # a checkpoint is a head's parameters
-    ("backbone", "weights"),  # a tower is built from a weights file
+    ("towers", "weights"),  # a tower is built from a weights file
+    ("towers", "backbone"),  # and must be one that the backbone reads
+    ("annotations", "rendered"),  # a rendered data set is drawn where it is not there yet
     ("extract_block", "frames"),  # a block is made of prepared clips
     ("extract_block", "reuse"),  # and of rows that an older cache has
     ("block_taker", "extract_block"),  # takes blocks, and has them extracted
@@ -64,7 +66,7 @@ OWNERS: Mapping[str, frozenset[str]] = {
     "timm": frozenset({"augmentation"}),
     "PIL": frozenset({"augmentation"}),
     "av": frozenset({"video", "rendered"}),
-    "open_clip": frozenset({"backbone"}),
+    "open_clip": frozenset({"towers"}),
     "zarr": frozenset({"store"}),
     "numcodecs": frozenset({"store"}),
     "google_crc32c": frozenset({"store"}),
@@ -178,7 +180,7 @@ def test_imports_point_down_only() -> None:
         ("evl_cache.train", "from evl_cache import EVLHead", "from the module that defines them"),
         ("evl_cache.train", "from evl_cache_cli.main import main", "above the package"),
         ("evl_cache.extract", "import decord", "only video may know decord"),
-        ("evl_cache.weights", "def f():\n    import open_clip.model", "only backbone may know open_clip"),
+        ("evl_cache.weights", "def f():\n    import open_clip.model", "only towers may know open_clip"),
         ("evl_cache.dataset", "from numcodecs import zstd", "only store may know numcodecs"),
         ("evl_cache.video_writer", "x = 1", "in no layer"),
         ("evl_cache_cli.main", "import zarr", "only store may know zarr"),

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from evl_cache.backbone import _find_weights, build_tower
 from evl_cache.errors import WeightsError, WeightsUnavailable
+from evl_cache.towers import _find_weights, build_tower
 from evl_cache.weights import read_tower_weights
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 2.0}
@@ -315,7 +315,7 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, rea
         raise OSError("not here")
 
     monkeypatch.setattr("socket.getaddrinfo", look_up)
-    monkeypatch.setattr("evl_cache.backbone.getproxies", dict)
+    monkeypatch.setattr("evl_cache.towers.getproxies", dict)
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", download)
     with pytest.raises(WeightsUnavailable, match="could not be downloaded"):
         build_tower("ViT-B-32", "laion2b_s34b_b79k")

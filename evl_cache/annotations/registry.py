@@ -1,19 +1,21 @@
 """The data sets known by name, and how each is read."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from evl_cache.annotations.folder import read_folder
 from evl_cache.annotations.hmdb51 import read_hmdb51
 from evl_cache.annotations.kinetics import read_kinetics
 from evl_cache.annotations.list_file import read_list_file
 from evl_cache.annotations.places import normal_split
+from evl_cache.annotations.rendered_clips import RENDERED_VIEWS, read_rendered
 from evl_cache.annotations.something import read_something
 from evl_cache.annotations.ucf101 import read_ucf101
 from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
+from evl_cache.rendered.benchmarks import BENCHMARKS
 
 
 class ReadFunction(Protocol):
@@ -32,6 +34,7 @@ class DatasetReader:
         name: as `--dataset` takes it.
         description: what is expected on the disk, as `--explain` prints it; several lines.
         splits: what is read where no split is named.
+        views: frames, sampling, stride or views that suit its clips, where they are not the usual ones.
         read: `read(root, annotations=None, split=None, list_path=None)` gives `{"train": …, "val": …}`, or
             the one split named. Paths of clips are relative to the root (of a list: as written). Files that
             are missing keep their clip; `missing.check_missing` counts them. Raises UsageError.
@@ -40,6 +43,7 @@ class DatasetReader:
     name: str
     description: str
     splits: tuple[str, ...] = ("train", "val")
+    views: Mapping[str, Any] = field(default_factory=dict)
     read: ReadFunction
 
 
@@ -91,6 +95,15 @@ def _read_list(
     name = "all" if split is None else normal_split(split)
     return {name: read_list_file(list_path, split=name)}
 
+
+_RENDERED = """\
+{name}, rendered H.264 clips under --root (default $EVL_DATA_ROOT/{name}):
+  videos       train/<class>/<index>.mp4 and val/<class>/<index>.mp4; where they are not there yet they are drawn
+               by seed, {clips} (evl-cache render {name} draws others: harder, easier, more)
+  annotations  none
+  labels       names of the classes in alphabetical order, numbered from 0
+  splits       train and val, of other colours and grounds; --split names one
+  views        8 frames, every second one"""
 
 _KINETICS = """\
 Kinetics-{n} under --root (default $EVL_DATA_ROOT/k{n}):
@@ -172,6 +185,20 @@ _READERS = (
         name="hmdb51",
         description=_HMDB51,
         read=_without_list("hmdb51", lambda r, a, s: read_hmdb51(r, annotations=a, split=s)),
+    ),
+    *(
+        DatasetReader(
+            name=name,
+            description=_RENDERED.format(name=name, clips="100 and 30 clips of a class"),
+            views=RENDERED_VIEWS,
+            read=_without_list(
+                name,
+                lambda root, annotations, split, name=name: read_rendered(  # type: ignore[misc]
+                    name, root, annotations=annotations, split=split
+                ),
+            ),
+        )
+        for name in BENCHMARKS
     ),
     DatasetReader(name="folder", description=_FOLDER, read=_without_list("folder", _read_folder)),
     DatasetReader(name="list", description=_LIST, splits=("all",), read=_read_list),

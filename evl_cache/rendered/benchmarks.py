@@ -1,0 +1,195 @@
+"""The rendered benchmarks as folders of H.264 files: `<root>/<split>/<class>/<index>.mp4`.
+
+T frames, H and W pixels (H = W = side).
+"""
+
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evl_cache.errors import UsageError
+from evl_cache.rendered import motions, scenes
+from evl_cache.rendered.files import Frames, write_video
+from evl_cache.rendered.films import Film
+
+DIFFICULTIES = ("easy", "normal", "hard")
+_RECORD = "rendered.json"
+_VERSION = 1  # of the drawing: a change of any pixel is a new number
+
+Rng = np.random.Generator
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Benchmark:
+    """classes; film: class, random stream, split, difficulty, frames -> Film; stream: classes of equal ones share clips."""
+
+    classes: tuple[str, ...]
+    film: Callable[[str, Rng, str, str, int], Film]
+    stream: Callable[[str], int]
+
+
+def _scene(class_name: str, rng: Rng, split: str, difficulty: str, num_frames: int) -> Film:
+    chosen = scenes.DIFFICULTIES[difficulty]
+    return scenes.scene_film(class_name, rng, split=split, difficulty=chosen, num_frames=num_frames)
+
+
+def _motion(class_name: str, rng: Rng, split: str, difficulty: str, num_frames: int) -> Film:
+    chosen = motions.DIFFICULTIES[difficulty]
+    return motions.motion_film(class_name, rng, split=split, difficulty=chosen, num_frames=num_frames)
+
+
+BENCHMARKS: Mapping[str, _Benchmark] = {
+    "scenes": _Benchmark(classes=scenes.CLASSES, film=_scene, stream=scenes.CLASSES.index),
+    "motions": _Benchmark(
+        classes=motions.CLASSES,
+        film=_motion,
+        stream=lambda name: next(n for n, pair in enumerate(motions.REVERSED) if name in pair),
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RenderOptions:
+    """What is rendered.
+
+    Attributes:
+        difficulty: of `DIFFICULTIES`. clips_per_class: by split.
+        side: pixels. num_frames: of a clip. fps: frames a second.
+    """
+
+    difficulty: str = "normal"
+    clips_per_class: Mapping[str, int] = field(default_factory=lambda: {"train": 100, "val": 30})
+    seed: int = 0
+    side: int = 96
+    num_frames: int = 16
+    fps: int = 12
+
+    def __post_init__(self) -> None:
+        if self.difficulty not in DIFFICULTIES:
+            raise UsageError(f"difficulty {self.difficulty!r}; expected one of {', '.join(DIFFICULTIES)}")
+        if self.side < 32 or self.side % 2 or self.num_frames < 2 or self.seed < 0 or self.fps < 1:
+            raise UsageError(
+                f"side {self.side}, {self.num_frames} frames, seed {self.seed}, {self.fps} frames a second; expected "
+                "an even side of at least 32 pixels, at least 2 frames, a seed of at least 0 and 1 frame a second"
+            )
+        if set(self.clips_per_class) - {"train", "val"} or min(self.clips_per_class.values(), default=0) < 1:
+            raise UsageError(
+                f"clips of a class {dict(self.clips_per_class)}; expected at least 1 of train and val"
+            )
+
+
+def clip_frames(name: str, class_name: str, index: int, *, split: str, options: RenderOptions) -> Frames:
+    """Frames of one clip, uint8 (T, side, side, 3), by seed: equal arguments give equal frames.
+
+    Raises: UsageError for an unknown benchmark or class.
+    """
+    benchmark = _benchmark(name)
+    if class_name not in benchmark.classes:
+        raise UsageError(f"class {class_name!r} of {name}; expected one of {', '.join(benchmark.classes)}")
+    stream = [options.seed, zlib.crc32(f"{name} {split}".encode()), benchmark.stream(class_name), index]
+    rng = np.random.default_rng(stream)
+    return benchmark.film(class_name, rng, split, options.difficulty, options.num_frames).frames(options.side)
+
+
+def render(
+    name: str,
+    root: str | Path,
+    *,
+    options: RenderOptions,
+    threads: int = 2,
+    on_clip: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write a benchmark's clips under a root; what is there of the same options is kept, so it may be stopped.
+
+    Args:
+        on_clip: called with the clips done and those in all, after each.
+
+    Raises: UsageError for an unknown benchmark, or a root that holds clips of other options.
+    """
+    root = Path(root)
+    benchmark = _benchmark(name)
+    record = {"benchmark": name, "version": _VERSION, **asdict(options)}
+    _claim(root, record)
+    jobs = [
+        (split, class_name, index)
+        for split, count in options.clips_per_class.items()
+        for class_name in benchmark.classes
+        for index in range(count)
+    ]
+    for split, class_name in {job[:2] for job in jobs}:
+        (root / split / class_name).mkdir(parents=True, exist_ok=True)
+
+    def write(job: tuple[str, str, int]) -> None:
+        split, class_name, index = job
+        path = root / split / class_name / f"{index:04d}.mp4"
+        if path.exists():
+            return
+        unfinished = path.with_name(f".{path.name}")
+        frames = clip_frames(name, class_name, index, split=split, options=options)
+        write_video(unfinished, frames, fps=options.fps)
+        os.replace(unfinished, path)
+
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        for done, _ in enumerate(pool.map(write, jobs), start=1):
+            on_clip(done, len(jobs))
+    _write_record(root, {**record, "is_complete": True})
+
+
+def is_rendered(root: str | Path) -> bool:
+    """Whether every clip of what was begun there is there; of an empty or absent folder False."""
+    return bool(_read_record(Path(root)).get("is_complete", False))
+
+
+def begun_options(root: str | Path) -> RenderOptions:
+    """The options with which a folder was begun; the default ones where it was not."""
+    record = _read_record(Path(root))
+    names = RenderOptions.__dataclass_fields__
+    return RenderOptions(**{key: value for key, value in record.items() if key in names})
+
+
+def _benchmark(name: str) -> _Benchmark:
+    if name not in BENCHMARKS:
+        raise UsageError(f"nothing is rendered by the name {name!r}; expected one of {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+def _claim(root: Path, record: dict[str, Any]) -> None:
+    found = {key: value for key, value in _read_record(root).items() if key != "is_complete"}
+    if found and found != record:
+        differing = sorted(key for key in record if found.get(key) != record[key])
+        raise UsageError(
+            f"{root} holds clips of other options ({', '.join(differing)} differ); choose another --root, or remove it"
+        )
+    if not found and root.is_dir() and any(root.iterdir()):
+        raise UsageError(
+            f"{root} holds other files and no {_RECORD}; choose an empty or new folder as --root"
+        )
+    if not found:
+        root.mkdir(parents=True, exist_ok=True)
+        _write_record(root, record)
+
+
+def _read_record(root: Path) -> dict[str, Any]:
+    path = root / _RECORD
+    if not path.exists():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UsageError(f"{path}: is not JSON ({error}); remove the folder and render it anew") from error
+    if not isinstance(record, dict):
+        raise UsageError(f"{path}: is no record of rendered clips; remove the folder and render it anew")
+    return record
+
+
+def _write_record(root: Path, record: dict[str, Any]) -> None:
+    unfinished = root / f".{_RECORD}"
+    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, root / _RECORD)
