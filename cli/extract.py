@@ -105,7 +105,7 @@ def dataset_options(function: Any) -> Any:
             type=click.IntRange(1),
             default=2,
             show_default=True,
-            help="Threads that decode.",
+            help="Processes that decode.",
         ),
     ]
     for option in reversed(options):
@@ -185,25 +185,41 @@ def make_options(given: dict[str, Any], device: str, **more: Any) -> Any:
     show_default=True,
     help="auto: PyAV where decord fails.",
 )
+@click.option("--tolerate-bad-frames", is_flag=True, help="Keep clips with damaged frames.")
+@click.option("--clip-timeout", type=float, metavar="SECONDS", help="For decoding a clip [120].")
 @click.option("--retry-failed", is_flag=True, help="Redo the blocks of failed clips.")
 @click.option(
     "--reuse", type=click.Path(path_type=Path), help="Copy rows of equal features and files from this cache."
 )
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
-    explain: bool, decoder: str, retry_failed: bool, reuse: Path | None, as_json: bool, **given: Any
+    explain: bool,
+    decoder: str,
+    tolerate_bad_frames: bool,
+    clip_timeout: float | None,
+    retry_failed: bool,
+    reuse: Path | None,
+    as_json: bool,
+    **given: Any,
 ) -> int:
     """Run the frozen backbone once over every clip and cache its features.
 
     Run the same command again after a kill, or beside another job: it goes on, and shares the work.
     """
+    from evl_cache.decode_pool import DEFAULT_TIMEOUT_S
     from evl_cache.extract_dataset import dataset_reader, extract_dataset
+    from evl_cache.video import DecodeOptions
 
     if explain:
         click.echo(dataset_reader(given["dataset"]).description)
         return 0
     options = make_options(
-        given, default_device(given["device"]), retry_failed=retry_failed, reuse=reuse, decoder=decoder
+        given,
+        default_device(given["device"]),
+        retry_failed=retry_failed,
+        reuse=reuse,
+        decoding=DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames),
+        clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
     )
     reports: list[dict[str, Any]] = []
     for plan, result in extract_dataset(

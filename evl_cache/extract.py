@@ -6,7 +6,7 @@ takes a block writes the same bytes: batches are a fixed function of the block.
 
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from evl_cache.backbone import check_layers, map_projections
 from evl_cache.block_taker import BlockTaker, blocks_with_failures
 from evl_cache.block_taker import OnClip as OnClip
 from evl_cache.clips import Clip, ClipList
+from evl_cache.decode_pool import DEFAULT_TIMEOUT_S
 from evl_cache.errors import UsageError
 from evl_cache.extract_block import BlockExtractor, Tower, package_versions
 from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import FeatureCache, create_cache, finish_cache
 from evl_cache.store.size import check_free_space
+from evl_cache.video import DecodeOptions
 
 SHARD_SAMPLES = 64
 
@@ -33,10 +35,11 @@ class ExtractOptions:
     Attributes:
         device: of the forward pass.
         batch: samples of one forward pass; part of what makes bytes identical.
-        decode_workers: threads that decode.
+        decode_workers: processes that decode.
         retry_failed: redo the blocks that hold failed clips.
         reuse: a cache whose rows of equal features and sources are copied.
-        decoder: `decord`, `pyav`, or `auto`, decord first; which one served a clip is in its mark.
+        decoding: which decoder, and what of damaged frames; which decoder served a clip is in its mark.
+        clip_timeout_s: of decoding one clip.
         lock_expiry_s: see `store.locks`.
     """
 
@@ -45,13 +48,16 @@ class ExtractOptions:
     decode_workers: int = 2
     retry_failed: bool = False
     reuse: Path | None = None
-    decoder: str = "auto"
+    decoding: DecodeOptions = field(default_factory=DecodeOptions)
+    clip_timeout_s: float = DEFAULT_TIMEOUT_S
     lock_expiry_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("batch", "decode_workers"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.clip_timeout_s <= 0:
+            raise UsageError(f"clip_timeout_s is {self.clip_timeout_s}; expected more than 0 seconds")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +189,8 @@ def extract_blocks(
         batch=options.batch,
         workers=options.decode_workers,
         reuse=options.reuse,
-        decoder=options.decoder,
+        decoding=options.decoding,
+        clip_timeout_s=options.clip_timeout_s,
         on_clip=on_clip,
     )
     with extractor:

@@ -17,11 +17,13 @@ from torch import nn
 
 from evl_cache.backbone import Backbone, Features
 from evl_cache.clips import Clip
+from evl_cache.decode_pool import DecodePool
 from evl_cache.errors import ClipError
 from evl_cache.frames import PreparedClip, prepare_clip
 from evl_cache.reuse import ReusableRows
 from evl_cache.spec import CacheSpec, TowerSpec
 from evl_cache.store import BlockLock, BlockWriter, ClipRecord, Row, make_row
+from evl_cache.video import DecodeOptions
 
 _LOOKAHEAD_CLIPS = 4  # decoded ahead of the forward pass, beyond what the workers hold
 _PACKAGES = ("evl-cache", "torch", "open_clip_torch", "numpy", "numcodecs")
@@ -45,14 +47,15 @@ class ExtractedBlock:
 
 
 class BlockExtractor:
-    """Extracts blocks one at a time. A context manager: leaving it stops the threads.
+    """Extracts blocks one at a time. A context manager: leaving it stops the threads and processes.
 
     Args:
         clips: the whole list. root: what relative paths are relative to. cache, spec: where to, and what.
         tower: moved to `device` and the spec's compute dtype.
         batch: samples of one forward pass; the last of a block is padded to it.
-        workers: threads that decode, and as many that compress.
-        reuse: a cache whose rows of equal features and sources are copied. decoder: see `video`.
+        workers: processes that decode, and as many threads that crop and that compress.
+        reuse: a cache whose rows of equal features and sources are copied.
+        decoding, clip_timeout_s: see `decode_pool`.
         on_clip: called with whether it failed, after each clip.
     """
 
@@ -69,9 +72,9 @@ class BlockExtractor:
         workers: int,
         reuse: Path | None,
         on_clip: Callable[[bool], None],
-        decoder: str = "auto",
+        decoding: DecodeOptions,
+        clip_timeout_s: float,
     ) -> None:
-        self._decoder = decoder
         self.clips, self.root, self.cache, self.spec, self.on_clip = clips, root, cache, spec, on_clip
         self._device, self._batch = torch.device(device), batch
         dtype: torch.dtype = getattr(torch, spec.compute_dtype)
@@ -79,7 +82,9 @@ class BlockExtractor:
         visual = tower.visual.to(device=self._device, dtype=dtype)
         self._backbone = Backbone(visual, spec.stored_layers, with_maps=self._stores_maps)
         self._reusable = None if reuse is None else ReusableRows(reuse, spec)
-        self._decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+        # A thread for each process, and one that crops meanwhile.
+        self._decode_pool = DecodePool(workers, options=decoding, timeout_s=clip_timeout_s)
+        self._decoders = ThreadPoolExecutor(workers + 1, thread_name_prefix="decode")
         self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
         self._lookahead = workers + _LOOKAHEAD_CLIPS
         self._environment = run_environment(
@@ -138,7 +143,7 @@ class BlockExtractor:
             tower=self.spec.tower,
             views=self.spec.views,
             is_known=is_known,
-            decoder=self._decoder,
+            decode=self._decode_pool.decode,
         )
 
     def _run_batch(self, batch: Sequence[tuple["_ClipRows", int]]) -> None:
@@ -172,7 +177,9 @@ class BlockExtractor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._decoders.shutdown(wait=True, cancel_futures=True)
+        self._decoders.shutdown(wait=False, cancel_futures=True)
+        self._decode_pool.close()  # threads that wait for a worker hear that it is gone
+        self._decoders.shutdown(wait=True)
         self._encoders.shutdown(wait=True, cancel_futures=True)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
+import torch  # before anything that decodes: see video
 
 from evl_cache.augmentation import augmented_view, view_generator
 from evl_cache.clips import Clip
@@ -16,7 +16,9 @@ from evl_cache.preprocess import spatial_crops
 from evl_cache.sampling import strided_test_views, strided_train_view, tsn_test_views, tsn_train_view
 from evl_cache.spec import TowerSpec, ViewSpec
 from evl_cache.store import ClipRecord
-from evl_cache.video import DecodedClip, decode_clip
+from evl_cache.video import Choose, DecodedClip, decode_clip
+
+Decode = Callable[[Path, Choose], DecodedClip]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,14 +42,14 @@ def prepare_clip(
     tower: TowerSpec,
     views: ViewSpec,
     is_known: Callable[[str, str], bool] = lambda clip_id, sha256: False,
-    decoder: str = "auto",
+    decode: Decode = decode_clip,
 ) -> PreparedClip:
     """Hash, decode and crop one clip. This is where a clip's failure becomes data.
 
     Args:
         root: what relative paths are relative to.
         is_known: whether features of a clip (id, sha256 of its file) are at hand: then it is not decoded.
-        decoder: see `video`.
+        decode: gives the frames chosen of a file; `decode_pool` does it in another process.
     """
     path = root / clip.path
     try:
@@ -58,7 +60,7 @@ def prepare_clip(
     if is_known(clip.id, sha256):
         return PreparedClip(record=source, samples=None)
     try:
-        decoded = decode_clip(path, lambda count: choose_frames(count, views, clip.id), decoder=decoder)
+        decoded = decode(path, lambda count: choose_frames(count, views, clip.id))
         samples = (
             _train_views(decoded, clip.id, tower, views)
             if views.train_views

@@ -1,18 +1,28 @@
 """Frames out of video files. The only module that knows decord, and PyAV as a decoder.
 
-decord first: it is fast and exact on healthy files. PyAV for what decord cannot open, such as AV1.
+decord first: it is fast and exact on healthy files. PyAV for what decord cannot open, such as AV1, and as a second
+opinion where decord complains of a file. A process that uses torch must import it before this decodes: their bundled
+libraries clash otherwise.
 T frames asked for, H and W source pixels.
 """
 
+import os
+import sys
+import tempfile
 import warnings
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch  # noqa: F401  torch must be imported before decord: their bundled libraries clash otherwise
 
 from evl_cache.errors import ClipError, UsageError
+
+if TYPE_CHECKING:
+    import av
 
 DECODERS = ("auto", "decord", "pyav")
 
@@ -43,41 +53,60 @@ class DecodedClip:
         return frames
 
 
-def decode_clip(path: str | Path, choose: Choose, *, decoder: str = "auto") -> DecodedClip:
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions:
+    """How clips are decoded.
+
+    Attributes:
+        decoder: `decord`, `pyav`, or `auto`: decord, and PyAV where decord cannot read the file or complains of it.
+        tolerate_bad_frames: take what a decoder puts in the place of damaged frames, instead of failing the clip.
+    """
+
+    decoder: str = "auto"
+    tolerate_bad_frames: bool = False
+
+    def __post_init__(self) -> None:
+        if self.decoder not in DECODERS:
+            raise UsageError(f"decoder {self.decoder!r}; expected one of {', '.join(DECODERS)}")
+
+
+def decode_clip(path: str | Path, choose: Choose, *, options: DecodeOptions | None = None) -> DecodedClip:
     """Decode only the frames that `choose(num_frames_in_file) -> (views, T)` asks for, each once.
 
-    Args:
-        decoder: `decord`, `pyav`, or `auto`: decord, and PyAV where decord cannot read the file.
+    `choose` may be called again, where another decoder counts other frames.
 
-    Raises: ClipError with the reason where the file cannot be read; UsageError for another decoder.
+    Raises: ClipError with the reason where the file cannot be read, or frames of it are damaged.
     """
-    if decoder not in DECODERS:
-        raise UsageError(f"decoder {decoder!r}; expected one of {', '.join(DECODERS)}")
-    if decoder == "pyav":
-        return _with_pyav(path, choose)
+    options = options or DecodeOptions()
+    if options.decoder == "pyav":
+        return _with_pyav(path, choose, options)
     try:
-        return _with_decord(path, choose)
+        return _with_decord(path, choose, options)
     except ClipError as refused:
-        if decoder == "decord":
+        if options.decoder == "decord":
             raise
         try:
-            return _with_pyav(path, choose)
+            return _with_pyav(path, choose, options)
         except ClipError as error:
             raise ClipError(f"{refused}; PyAV: {_reason(error.__cause__ or error)}") from error
 
 
-def _with_decord(path: str | Path, choose: Choose) -> DecodedClip:
+def _with_decord(path: str | Path, choose: Choose, options: DecodeOptions) -> DecodedClip:
     import decord
 
     try:
-        # A new, single-threaded reader a clip: a reused one leaks, and threads inside a worker fight.
-        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
-        count = len(reader)
-        indices = choose(count)
-        distinct, positions = np.unique(indices, return_inverse=True)
-        frames = reader.get_batch(distinct).asnumpy()
+        with _native_messages() as messages:
+            # A new, single-threaded reader a clip: a reused one leaks, and threads inside a worker fight.
+            reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+            count = len(reader)
+            indices = choose(count)
+            distinct, positions = np.unique(indices, return_inverse=True)
+            frames = reader.get_batch(distinct).asnumpy()
+            del reader
     except (decord.DECORDError, decord.DECORDLimitReachedError, OSError, RuntimeError) as error:
         raise ClipError(f"{path}: cannot be decoded ({_reason(error)})") from error
+    if messages and not options.tolerate_bad_frames:
+        raise ClipError(f"{path}: has damaged frames ({messages[0]})")
     return DecodedClip(
         frames=frames,
         positions=positions.reshape(indices.shape),
@@ -87,20 +116,63 @@ def _with_decord(path: str | Path, choose: Choose) -> DecodedClip:
     )
 
 
-def _with_pyav(path: str | Path, choose: Choose) -> DecodedClip:
-    """Decodes the file twice, to count its frames and to take some: what containers say of their number may be wrong."""
+_owns_stderr = False
+
+
+def own_stderr() -> None:
+    """Say that this process exists to decode, one clip at a time, and that its stderr is nobody else's.
+
+    decord conceals damaged frames without an error; only the messages that its FFmpeg writes to stderr tell of them.
+    """
+    import decord
+
+    global _owns_stderr
+    _owns_stderr = True
+    decord.logging.set_level(decord.logging.ERROR)
+
+
+@contextmanager
+def _native_messages() -> Iterator[list[str]]:
+    """What C libraries write to stderr meanwhile, line by line; nothing where stderr is not ours to take."""
+    lines: list[str] = []
+    if not _owns_stderr:
+        yield lines
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with tempfile.TemporaryFile() as file:
+            os.dup2(file.fileno(), 2)
+            try:
+                yield lines
+            finally:
+                os.dup2(kept, 2)
+            file.seek(0)
+            text = file.read(1 << 16).decode(errors="replace")
+            lines += [line.split("] ", 1)[-1].strip()[:160] for line in text.splitlines() if line.strip()]
+    finally:
+        os.close(kept)
+
+
+def _with_pyav(path: str | Path, choose: Choose, options: DecodeOptions) -> DecodedClip:
     import av
 
+    av.logging.set_level(av.logging.ERROR)
     try:
-        count = sum(1 for _ in _pictures(path))
-        indices = choose(count)
-        distinct, positions = np.unique(indices, return_inverse=True)
-        wanted = set(distinct.tolist())
-        frames = [_upright(frame) for number, frame in enumerate(_pictures(path)) if number in wanted]
+        with av.logging.Capture() as messages:
+            try:
+                count, indices, frames = _seek_frames(path, choose)
+            except _NoIndex:  # the packets do not tell which frame is which: decode from the start and count
+                count, indices, frames = _all_frames(path, choose)
     except (av.FFmpegError, OSError) as error:
         raise ClipError(f"{path}: cannot be decoded ({_reason(error)})") from error
-    if len(frames) != len(distinct) or len({frame.shape for frame in frames}) > 1:
-        raise ClipError(f"{path}: cannot be decoded (frames are lost or change their size within the file)")
+    positions = np.unique(indices, return_inverse=True)[1]
+    if len({frame.shape for frame in frames}) > 1:
+        raise ClipError(f"{path}: cannot be decoded (frames change their size within the file)")
+    if not options.tolerate_bad_frames:
+        complaints = [text.strip() for level, _, text in messages if level <= av.logging.ERROR]
+        if complaints:
+            raise ClipError(f"{path}: has damaged frames ({complaints[0][:160]})")
     return DecodedClip(
         frames=np.stack(frames),
         positions=positions.reshape(indices.shape),
@@ -110,7 +182,57 @@ def _with_pyav(path: str | Path, choose: Choose) -> DecodedClip:
     )
 
 
-def _pictures(path: str | Path) -> "Iterator[av.VideoFrame]":  # type: ignore[name-defined]  # noqa: F821
+class _NoIndex(Exception):
+    """The packets of a file do not say which frame is which."""
+
+
+def _seek_frames(path: str | Path, choose: Choose) -> tuple[int, np.ndarray, list[np.ndarray]]:
+    """Frames in the file, indices chosen, and the distinct frames, decoded from the key frames before them.
+
+    Raises: _NoIndex where the packets' times do not number the frames.
+    """
+    with _open(path) as (container, stream):
+        packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size]
+        times = sorted(pts for pts, _ in packets if pts is not None)
+        keys = sorted(pts for pts, is_key in packets if is_key and pts is not None)
+        if len(times) < len(packets) or len(set(times)) < len(times) or not keys or keys[0] != times[0]:
+            raise _NoIndex
+        indices = choose(len(times))
+        frames: list[np.ndarray] = []
+        at: int | None = None  # time of the last frame decoded
+        decoding: Iterator[av.VideoFrame] = iter(())
+        for number in np.unique(indices).tolist():
+            wanted = times[number]
+            key = keys[bisect_right(keys, wanted) - 1]
+            if at is None or key > at:
+                container.seek(key, stream=stream, backward=True)
+                decoding = container.decode(stream)
+            for frame in decoding:
+                at = frame.pts
+                if at is None or at >= wanted:
+                    break
+            if at != wanted:
+                raise _NoIndex
+            frames.append(_upright(frame))
+        return len(times), indices, frames
+
+
+def _all_frames(path: str | Path, choose: Choose) -> tuple[int, np.ndarray, list[np.ndarray]]:
+    """The slow twin of `_seek_frames`: the whole file is decoded twice, to count its frames and to take some."""
+    with _open(path) as (container, stream):
+        count = sum(1 for _ in container.decode(stream))
+    indices = choose(count)
+    wanted = set(np.unique(indices).tolist())
+    with _open(path) as (container, stream):
+        found = enumerate(container.decode(stream))
+        frames = [_upright(frame) for number, frame in found if number in wanted]
+    if len(frames) != len(wanted):
+        raise ClipError(f"{path}: cannot be decoded (it gives other frames when it is decoded again)")
+    return count, indices, frames
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
     import av
 
     with av.open(str(path)) as container:
@@ -118,10 +240,10 @@ def _pictures(path: str | Path) -> "Iterator[av.VideoFrame]":  # type: ignore[na
             raise ClipError(f"{path}: cannot be decoded (it has no video stream)")
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
-        yield from container.decode(stream)
+        yield container, stream
 
 
-def _upright(frame: "av.VideoFrame") -> np.ndarray:  # type: ignore[name-defined]  # noqa: F821
+def _upright(frame: "av.VideoFrame") -> np.ndarray:
     """uint8 (H, W, 3), turned as the file says it is to be shown, as decord does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # swscale's remarks on unusual colour ranges

@@ -27,8 +27,8 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         (
             "adapters",
             (
-                "video augmentation rendered annotations weights backbone towers store dataset heads checkpoint"
-                " official_checkpoint batches memory resident distributed interruption"
+                "video decode_worker decode_pool augmentation rendered annotations weights backbone towers store dataset heads"
+                " checkpoint official_checkpoint batches memory resident distributed interruption"
             ),
         ),
         (
@@ -51,6 +51,8 @@ SAME_LAYER = {
     ("trainer", "report"),  # the last thing a run does
     ("official_checkpoint", "heads"),
     ("checkpoint", "heads"),  # a checkpoint is a head's parameters
+    ("decode_worker", "video"),  # a process around it
+    ("decode_pool", "video"),
     ("towers", "weights"),  # a tower is built from a weights file
     ("towers", "backbone"),  # and must be one that the backbone reads
     ("annotations", "rendered"),  # a rendered data set is drawn where it is not there yet

@@ -9,7 +9,7 @@ import pytest
 
 from evl_cache.errors import ClipError, UsageError
 from evl_cache.rendered import motion_frames, write_video
-from evl_cache.video import decode_clip
+from evl_cache.video import DecodeOptions, decode_clip
 
 CODECS = {"libx264": "mp4", "libvpx-vp9": "webm", "libx265": "mp4"}
 
@@ -43,7 +43,7 @@ def test_both_decoders_give_the_frames_of_the_file(tmp_path, codec, suffix, shap
     write_video(path, np.ascontiguousarray(frames), codec=codec)
     every = pyav_frames(path)
     for decoder in ("decord", "pyav"):
-        found = decode_clip(path, some, decoder=decoder)
+        found = decode_clip(path, some, options=DecodeOptions(decoder=decoder))
         assert (found.num_frames_in_file, found.frames.shape) == (9, (3, *shape, 3))
         assert np.array_equal(found.view(0), [every[0], every[4], every[8]])
         assert np.array_equal(found.view(1), [every[0], every[0], every[8]])
@@ -55,7 +55,7 @@ def test_what_decord_cannot_open_is_decoded_by_pyav(tmp_path):
     path = tmp_path / "clip.mp4"
     write_video(path, drawn(), codec="libsvtav1")
     with pytest.raises(ClipError, match="cannot be decoded"):
-        decode_clip(path, some, decoder="decord")
+        decode_clip(path, some, options=DecodeOptions(decoder="decord"))
     found = decode_clip(path, some)
     assert found.decoder.startswith("PyAV") and found.num_frames_in_file == 9
     every = pyav_frames(path)
@@ -68,7 +68,7 @@ def test_a_turned_video_is_turned_upright_by_both(tmp_path, degrees, turns):
     turn(tmp_path / "plain.mp4", tmp_path / "turned.mp4", degrees)
     plain = decode_clip(tmp_path / "plain.mp4", some).frames
     for decoder in ("decord", "pyav"):
-        found = decode_clip(tmp_path / "turned.mp4", some, decoder=decoder).frames
+        found = decode_clip(tmp_path / "turned.mp4", some, options=DecodeOptions(decoder=decoder)).frames
         assert np.array_equal(found, np.rot90(plain, turns, axes=(1, 2)))
 
 
@@ -93,8 +93,10 @@ def test_one_frame_and_frames_that_do_not_come_evenly(tmp_path):
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     for decoder in ("decord", "pyav"):
-        assert decode_clip(tmp_path / "one.mp4", some, decoder=decoder).frames.shape == (1, 64, 96, 3)
-        found = decode_clip(tmp_path / "uneven.mp4", some, decoder=decoder)
+        assert decode_clip(
+            tmp_path / "one.mp4", some, options=DecodeOptions(decoder=decoder)
+        ).frames.shape == (1, 64, 96, 3)
+        found = decode_clip(tmp_path / "uneven.mp4", some, options=DecodeOptions(decoder=decoder))
         every = pyav_frames(tmp_path / "uneven.mp4")
         assert np.array_equal(found.view(0), [every[0], every[4], every[8]])
 
@@ -108,7 +110,10 @@ def test_ten_bits_a_channel(tmp_path):
                 stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"))
             )
         container.mux(stream.encode())
-    one, other = (decode_clip(tmp_path / "ten.mp4", some, decoder=name).frames for name in ("decord", "pyav"))
+    one, other = (
+        decode_clip(tmp_path / "ten.mp4", some, options=DecodeOptions(decoder=name)).frames
+        for name in ("decord", "pyav")
+    )
     # Their conversions to 8 bits differ at the edges of colours; the flat parts, most of the picture, do not.
     assert np.median(np.abs(one.astype(int) - other)) <= 1
     for found in (one, other):
@@ -128,15 +133,17 @@ def test_files_without_pictures_say_so(tmp_path):
         with pytest.raises(ClipError, match=rf"{name}\.mp4: cannot be decoded \(.+\); PyAV: .+"):
             decode_clip(tmp_path / f"{name}.mp4", some)
     with pytest.raises(ClipError, match="it has no video stream"):
-        decode_clip(tmp_path / "sound.mp4", some, decoder="pyav")
+        decode_clip(tmp_path / "sound.mp4", some, options=DecodeOptions(decoder="pyav"))
     with pytest.raises(UsageError, match="expected one of auto, decord, pyav"):
-        decode_clip(tmp_path / "text.mp4", some, decoder="ffmpeg")
+        decode_clip(tmp_path / "text.mp4", some, options=DecodeOptions(decoder="ffmpeg"))
 
 
 def test_real_clips_have_the_frames_that_pyav_gives(ut_interaction):
     for path in sorted(ut_interaction.rglob("*.avi"))[::15]:
         every = pyav_frames(path)
-        found = decode_clip(path, lambda count: np.arange(count)[None], decoder="decord")
+        found = decode_clip(
+            path, lambda count: np.arange(count)[None], options=DecodeOptions(decoder="decord")
+        )
         # decord counts what these files say; one or two of their pictures were never coded.
         assert 0 <= found.num_frames_in_file - len(every) <= 2
         differences = np.abs(found.frames[: len(every)].astype(np.int16) - np.stack(every))

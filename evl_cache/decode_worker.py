@@ -1,0 +1,93 @@
+"""The process that decodes for `decode_pool`: one clip at a time, killed when it takes too long.
+
+It talks over a socket, a JSON object a line, and lays the frames into shared memory. It imports neither torch nor
+anything of the cache, so that it starts at once and stays small. Its lines:
+
+    request  {"path", "decoder", "tolerate_bad_frames"}
+    asks     {"count"}                      -> {"indices"}: which frames of a file of so many; may ask again
+    answers  {"shape", "indices", "positions", "count", "decoder", "rss_bytes"} or {"error", "rss_bytes"}
+"""
+
+import ctypes
+import json
+import mmap
+import os
+import resource
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evl_cache import video
+from evl_cache.errors import ClipError, EvlCacheError
+
+_MOST_ADDRESS_SPACE = 16 << 30  # a header that lies about its size must not take the machine's memory
+_PR_SET_PDEATHSIG = 1
+
+
+def main(socket_fd: int, memory_fd: int, parent: int) -> None:
+    """Serve requests until the socket is closed."""
+    _die_with(parent)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESS_SPACE, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    video.own_stderr()
+    with socket.socket(fileno=socket_fd) as channel, channel.makefile("rw", encoding="utf-8") as lines:
+        for line in lines:
+            _send(lines, {**_answer(json.loads(line), lines, memory_fd), "rss_bytes": _resident_bytes()})
+
+
+def _answer(request: dict[str, Any], lines: Any, memory_fd: int) -> dict[str, Any]:
+    os.ftruncate(memory_fd, 0)  # gives the last clip's pages back
+
+    def choose(count: int) -> np.ndarray:
+        _send(lines, {"count": count})
+        reply = json.loads(lines.readline())
+        if "error" in reply:
+            raise ClipError(reply["error"])
+        return np.asarray(reply["indices"], dtype=np.int64)
+
+    options = video.DecodeOptions(
+        decoder=request["decoder"], tolerate_bad_frames=request["tolerate_bad_frames"]
+    )
+    try:
+        clip = video.decode_clip(os.fsdecode(bytes.fromhex(request["path"])), choose, options=options)
+    except EvlCacheError as error:
+        return {"error": str(error)}
+    except MemoryError:
+        return {
+            "error": f"{os.fsdecode(bytes.fromhex(request['path']))}: needs more memory than a decoder may take"
+        }
+    os.ftruncate(memory_fd, max(1, clip.frames.nbytes))
+    with mmap.mmap(memory_fd, max(1, clip.frames.nbytes)) as memory:
+        memory[: clip.frames.nbytes] = np.ascontiguousarray(clip.frames).data.cast("B")
+    return {
+        "shape": clip.frames.shape,
+        "indices": clip.indices.tolist(),
+        "positions": clip.positions.tolist(),
+        "count": clip.num_frames_in_file,
+        "decoder": clip.decoder,
+    }
+
+
+def _send(lines: Any, message: dict[str, Any]) -> None:
+    lines.write(json.dumps(message) + "\n")
+    lines.flush()
+
+
+def _resident_bytes() -> int:
+    statm = Path("/proc/self/statm")
+    if statm.exists():
+        return int(statm.read_text().split()[1]) * mmap.PAGESIZE
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _die_with(parent: int) -> None:
+    """Leave no process behind, not even one that hangs in a decoder when its parent is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before
+        os._exit(1)
