@@ -121,7 +121,7 @@ def make_views(given: dict[str, Any]) -> tuple[Any, Any]:
     from evl_cache.spec import RECIPES, ViewSpec, parse_views
 
     recipe = given.get("recipe")
-    plain = {"frames": 8, "sampling": "strided", "stride": 16, "views": "1x1"}
+    plain: dict[str, Any] = {"frames": 8, "sampling": "strided", "stride": 16, "views": "1x1"}
     published = dict(RECIPES[recipe]) if recipe else plain | dict(dataset_reader(given["dataset"]).views)
     chosen: dict[str, Any] = {
         name: published[name] if given[name] is None else given[name]

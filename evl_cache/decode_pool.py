@@ -4,14 +4,12 @@ T frames asked for, H and W source pixels.
 """
 
 import json
-import mmap
 import os
 import queue
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +17,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from evl_cache.errors import ClipError
+from evl_cache.errors import ClipError, WorkerError
 from evl_cache.video import Choose, DecodedClip, DecodeOptions
 
 DEFAULT_TIMEOUT_S = 120.0
 WORKER = "evl_cache.decode_worker"
+_SOCKET_BUFFER = 1 << 20
+_START_TIMEOUT_S = 120.0
 _MOST_GROWTH = 1 << 30  # bytes that a worker may grow before another takes its place
 # sys.path is handed on: a worker must find the same packages, however this process came to them.
 _START = (
@@ -114,30 +114,24 @@ class _WorkerLost(Exception):
 
 
 class _Worker:
-    """One process, with the socket it is spoken to by and the memory it lays frames into."""
+    """One process, and the socket it is spoken to by."""
 
     def __init__(self) -> None:
         self._channel, theirs = socket.socketpair()
-        self._memory = tempfile.TemporaryFile(dir="/dev/shm" if os.path.isdir("/dev/shm") else None)  # noqa: SIM115
-        fds = (theirs.fileno(), self._memory.fileno())
+        for end in (self._channel, theirs):
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+        command = [sys.executable, "-c", _START, json.dumps(sys.path), WORKER]
         try:
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-c",
-                    _START,
-                    json.dumps(sys.path),
-                    WORKER,
-                    *map(str, fds),
-                    str(os.getpid()),
-                ],
-                pass_fds=fds,
+                [*command, str(theirs.fileno()), str(os.getpid())],
+                pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
             )
         finally:
             theirs.close()
+        self._is_ready = False
         self._unread = b""
         self._first_rss: int | None = None
         self.growth_bytes = 0
@@ -146,6 +140,7 @@ class _Worker:
         self, path: str | Path, choose: Choose, decoder: str, tolerate_bad_frames: bool, timeout_s: float
     ) -> DecodedClip:
         """Raises: ClipError for a clip that cannot be decoded; _WorkerLost where it cost the worker."""
+        self._wait_until_ready()
         deadline = time.monotonic() + timeout_s
         self._send(
             {
@@ -163,17 +158,25 @@ class _Worker:
         self.growth_bytes = reply["rss_bytes"] - self._first_rss
         if "error" in reply:
             raise ClipError(reply["error"])
-        shape = tuple(reply["shape"])
-        size = int(np.prod(shape))
-        with mmap.mmap(self._memory.fileno(), max(1, size), access=mmap.ACCESS_READ) as memory:
-            frames = np.frombuffer(memory[:size], np.uint8).reshape(shape)
         return DecodedClip(
-            frames=frames,
+            frames=self._receive_frames(tuple(reply["shape"]), deadline, timeout_s),
             positions=np.asarray(reply["positions"], np.int64),
             indices=np.asarray(reply["indices"], np.int64),
             num_frames_in_file=reply["count"],
             decoder=reply["decoder"],
         )
+
+    def _wait_until_ready(self) -> None:
+        if self._is_ready:
+            return
+        try:
+            self._receive(time.monotonic() + _START_TIMEOUT_S, _START_TIMEOUT_S)
+        except _WorkerLost as error:  # no clip's fault
+            raise WorkerError(
+                f"the process that decodes cannot start ({self._cause_of_death()}; what it said is above); "
+                "check that decord or av can be imported by this Python"
+            ) from error
+        self._is_ready = True
 
     @staticmethod
     def _choice(choose: Choose, count: int) -> dict[str, Any]:
@@ -190,22 +193,37 @@ class _Worker:
 
     def _receive(self, deadline: float, timeout_s: float) -> dict[str, Any]:
         while b"\n" not in self._unread:
-            left = deadline - time.monotonic()
-            try:
-                self._channel.settimeout(max(left, 1e-3))
-                more = self._channel.recv(1 << 16) if left > 0 else None
-            except TimeoutError:
-                more = None
-            except OSError:
-                more = b""
-            if more is None:
-                raise _WorkerLost(f"decoding took longer than {timeout_s:g} s and was stopped")
-            if not more:
-                raise _WorkerLost(self._cause_of_death())
-            self._unread += more
+            more = bytearray(1 << 16)
+            self._unread += more[: self._receive_into(memoryview(more), deadline, timeout_s)]
         line, _, self._unread = self._unread.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
         return message
+
+    def _receive_frames(self, shape: tuple[int, ...], deadline: float, timeout_s: float) -> np.ndarray:
+        frames = np.empty(shape, np.uint8)
+        view = frames.data.cast("B")
+        got = len(self._unread)
+        view[:got] = self._unread
+        self._unread = b""
+        while got < len(view):
+            got += self._receive_into(view[got:], deadline, timeout_s)
+        return frames
+
+    def _receive_into(self, buffer: memoryview, deadline: float, timeout_s: float) -> int:
+        """Bytes received, at least one. Raises: _WorkerLost where none come in time, or ever."""
+        left = deadline - time.monotonic()
+        try:
+            if left <= 0:
+                raise TimeoutError
+            self._channel.settimeout(left)
+            count = self._channel.recv_into(buffer)
+        except TimeoutError as error:
+            raise _WorkerLost(f"decoding took longer than {timeout_s:g} s and was stopped") from error
+        except OSError as error:
+            raise _WorkerLost(self._cause_of_death()) from error
+        if not count:
+            raise _WorkerLost(self._cause_of_death())
+        return count
 
     def _cause_of_death(self) -> str:
         try:
@@ -216,8 +234,7 @@ class _Worker:
         return f"the decoder crashed ({name})"
 
     def kill(self) -> None:
-        """End the process, whatever it does, and give its memory back."""
+        """End the process, whatever it does."""
         self._process.kill()
         self._process.wait()
         self._channel.close()
-        self._memory.close()

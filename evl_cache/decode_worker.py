@@ -1,16 +1,17 @@
 """The process that decodes for `decode_pool`: one clip at a time, killed when it takes too long.
 
-It talks over a socket, a JSON object a line, and lays the frames into shared memory. It imports neither torch nor
-anything of the cache, so that it starts at once and stays small. Its lines:
+It talks over a socket, a JSON object a line. It imports neither torch nor anything of the cache, so that it starts at
+once and stays small. Its lines:
 
+    says     {"ready"}, once
     request  {"path", "decoder", "tolerate_bad_frames"}
     asks     {"count"}                      -> {"indices"}: which frames of a file of so many; may ask again
-    answers  {"shape", "indices", "positions", "count", "decoder", "rss_bytes"} or {"error", "rss_bytes"}
+    answers  {"shape", "indices", "positions", "count", "decoder", "rss_bytes"}, then the frames' bytes;
+             or {"error", "rss_bytes"}
 """
 
 import ctypes
 import json
-import mmap
 import os
 import resource
 import signal
@@ -28,7 +29,7 @@ _MOST_ADDRESS_SPACE = 16 << 30  # a header that lies about its size must not tak
 _PR_SET_PDEATHSIG = 1
 
 
-def main(socket_fd: int, memory_fd: int, parent: int) -> None:
+def main(socket_fd: int, parent: int) -> None:
     """Serve requests until the socket is closed."""
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -36,12 +37,16 @@ def main(socket_fd: int, memory_fd: int, parent: int) -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     video.own_stderr()
     with socket.socket(fileno=socket_fd) as channel, channel.makefile("rw", encoding="utf-8") as lines:
+        _send(lines, {"ready": True})
         for line in lines:
-            _send(lines, {**_answer(json.loads(line), lines, memory_fd), "rss_bytes": _resident_bytes()})
+            answer, frames = _answer(json.loads(line), lines)
+            _send(lines, {**answer, "rss_bytes": _resident_bytes()})
+            if frames is not None:
+                channel.sendall(frames.data.cast("B"))
 
 
-def _answer(request: dict[str, Any], lines: Any, memory_fd: int) -> dict[str, Any]:
-    os.ftruncate(memory_fd, 0)  # gives the last clip's pages back
+def _answer(request: dict[str, Any], lines: Any) -> tuple[dict[str, Any], np.ndarray | None]:
+    path = os.fsdecode(bytes.fromhex(request["path"]))
 
     def choose(count: int) -> np.ndarray:
         _send(lines, {"count": count})
@@ -54,23 +59,19 @@ def _answer(request: dict[str, Any], lines: Any, memory_fd: int) -> dict[str, An
         decoder=request["decoder"], tolerate_bad_frames=request["tolerate_bad_frames"]
     )
     try:
-        clip = video.decode_clip(os.fsdecode(bytes.fromhex(request["path"])), choose, options=options)
+        clip = video.decode_clip(path, choose, options=options)
     except EvlCacheError as error:
-        return {"error": str(error)}
+        return {"error": str(error)}, None
     except MemoryError:
-        return {
-            "error": f"{os.fsdecode(bytes.fromhex(request['path']))}: needs more memory than a decoder may take"
-        }
-    os.ftruncate(memory_fd, max(1, clip.frames.nbytes))
-    with mmap.mmap(memory_fd, max(1, clip.frames.nbytes)) as memory:
-        memory[: clip.frames.nbytes] = np.ascontiguousarray(clip.frames).data.cast("B")
-    return {
+        return {"error": f"{path}: needs more memory than a decoder may take"}, None
+    answer = {
         "shape": clip.frames.shape,
         "indices": clip.indices.tolist(),
         "positions": clip.positions.tolist(),
         "count": clip.num_frames_in_file,
         "decoder": clip.decoder,
     }
+    return answer, np.ascontiguousarray(clip.frames)
 
 
 def _send(lines: Any, message: dict[str, Any]) -> None:
@@ -81,7 +82,7 @@ def _send(lines: Any, message: dict[str, Any]) -> None:
 def _resident_bytes() -> int:
     statm = Path("/proc/self/statm")
     if statm.exists():
-        return int(statm.read_text().split()[1]) * mmap.PAGESIZE
+        return int(statm.read_text().split()[1]) * resource.getpagesize()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

@@ -31,3 +31,7 @@ class CacheError(EvlCacheError):
 
 class CacheDamaged(CacheError):
     """Bytes of a cache are not those its marks promise."""
+
+
+class WorkerError(EvlCacheError):
+    """A process of ours cannot do its work, for a reason that lies in the installation and in no clip."""

@@ -24,6 +24,8 @@ from evl_cache.errors import ClipError, UsageError
 if TYPE_CHECKING:
     import av
 
+# What decord recovers it counts, and this share of the frames is too much.
+_NO_FAULT = 1e-9
 DECODERS = ("auto", "decord", "pyav")
 
 Choose = Callable[[int], np.ndarray]
@@ -92,18 +94,29 @@ def decode_clip(path: str | Path, choose: Choose, *, options: DecodeOptions | No
 
 
 def _with_decord(path: str | Path, choose: Choose, options: DecodeOptions) -> DecodedClip:
+    import av
     import decord
 
     try:
         with _native_messages() as messages:
             # A new, single-threaded reader a clip: a reused one leaks, and threads inside a worker fight.
-            reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+            reader = decord.VideoReader(
+                str(path),
+                ctx=decord.cpu(0),
+                num_threads=1,
+                fault_tol=-1 if options.tolerate_bad_frames else _NO_FAULT,
+            )
             count = len(reader)
+            _check_count(path, count, options)
             indices = choose(count)
             distinct, positions = np.unique(indices, return_inverse=True)
             frames = reader.get_batch(distinct).asnumpy()
             del reader
-    except (decord.DECORDError, decord.DECORDLimitReachedError, OSError, RuntimeError) as error:
+    except av.FFmpegError as error:
+        raise ClipError(f"{path}: cannot be opened ({_reason(error)})") from error
+    except decord.DECORDLimitReachedError as error:
+        raise ClipError(f"{path}: has frames that were never coded or are lost") from error
+    except (decord.DECORDError, OSError, RuntimeError) as error:
         raise ClipError(f"{path}: cannot be decoded ({_reason(error)})") from error
     if messages and not options.tolerate_bad_frames:
         raise ClipError(f"{path}: has damaged frames ({messages[0]})")
@@ -114,6 +127,24 @@ def _with_decord(path: str | Path, choose: Choose, options: DecodeOptions) -> De
         num_frames_in_file=count,
         decoder=f"decord {decord.__version__}",
     )
+
+
+def _check_count(path: str | Path, count: int, options: DecodeOptions) -> None:
+    """Where the packets number other frames than decord counts, some were never coded, as AVI files may have it.
+
+    What decord gives in their place differs from one time to the next, and it does not always say so.
+    """
+    if options.tolerate_bad_frames:
+        return
+    with _open(path) as (container, stream):
+        try:
+            coded = len(_index(container, stream)[0])
+        except _NoIndex as error:
+            raise ClipError(
+                f"{path}: its packets do not tell which frame is which, on which decord relies"
+            ) from error
+    if coded != count:
+        raise ClipError(f"{path}: decord counts {count} frames, {coded} are coded")
 
 
 _owns_stderr = False
@@ -192,11 +223,7 @@ def _seek_frames(path: str | Path, choose: Choose) -> tuple[int, np.ndarray, lis
     Raises: _NoIndex where the packets' times do not number the frames.
     """
     with _open(path) as (container, stream):
-        packets = [(p.pts, p.is_keyframe) for p in container.demux(stream) if p.size]
-        times = sorted(pts for pts, _ in packets if pts is not None)
-        keys = sorted(pts for pts, is_key in packets if is_key and pts is not None)
-        if len(times) < len(packets) or len(set(times)) < len(times) or not keys or keys[0] != times[0]:
-            raise _NoIndex
+        times, keys = _index(container, stream)
         indices = choose(len(times))
         frames: list[np.ndarray] = []
         at: int | None = None  # time of the last frame decoded
@@ -215,6 +242,28 @@ def _seek_frames(path: str | Path, choose: Choose) -> tuple[int, np.ndarray, lis
                 raise _NoIndex
             frames.append(_upright(frame))
         return len(times), indices, frames
+
+
+# Files of DivX and Xvid hold packets of some bytes that stand for no picture; other codecs' smallest do.
+_NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
+_LEAST_PICTURE = 8
+
+
+def _index(container: "av.container.InputContainer", stream: "av.VideoStream") -> tuple[list[int], list[int]]:
+    """Times of all frames and of the key frames, in order. Raises: _NoIndex where packets do not number frames."""
+    packets = [(p.pts, p.is_keyframe, p.size) for p in container.demux(stream) if p.size]
+    if not packets:
+        raise _NoIndex
+    if (
+        stream.codec_context.name.startswith(_NEVER_CODED)
+        and min(size for *_, size in packets) < _LEAST_PICTURE
+    ):
+        raise _NoIndex
+    times = sorted(pts for pts, *_ in packets if pts is not None)
+    keys = sorted(pts for pts, is_key, _ in packets if is_key and pts is not None)
+    if len(times) < len(packets) or len(set(times)) < len(times) or not keys or keys[0] != times[0]:
+        raise _NoIndex
+    return times, keys
 
 
 def _all_frames(path: str | Path, choose: Choose) -> tuple[int, np.ndarray, list[np.ndarray]]:

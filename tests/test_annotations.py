@@ -594,7 +594,7 @@ def test_options_of_other_data_sets_are_refused(tmp_path: Path) -> None:
 
 
 def test_every_data_set_has_a_description_that_names_its_files() -> None:
-    assert sorted(DATASETS) == sorted("k400 k600 k700 ssv2 ucf101 hmdb51 folder list".split())
+    assert sorted(DATASETS) == sorted("k400 k600 k700 ssv2 ucf101 hmdb51 scenes motions folder list".split())
     for name, words in {
         "k400": "train.csv val.csv youtube_id EVL_DATA_ROOT/k400",
         "k700": "Kinetics-700 kinetics700_train.csv",
@@ -603,6 +603,8 @@ def test_every_data_set_has_a_description_that_names_its_files() -> None:
         "hmdb51": "_test_split1.txt",
         "folder": "<class>/<video>",
         "list": "--list",
+        "scenes": "train/<class>/<index>.mp4 EVL_DATA_ROOT/scenes",
+        "motions": "evl-cache render motions",
     }.items():
         assert DATASETS[name].name == name
         assert all(word in DATASETS[name].description for word in words.split())

@@ -323,7 +323,7 @@ def test_training_draws_a_view_per_epoch_and_validates_on_test_views(folder, tmp
 
 def given(**changes):
     names = "recipe frames sampling stride views train_views augment_seed flip".split()
-    return {**dict.fromkeys(names), **changes}
+    return {**dict.fromkeys(names), "dataset": "k400", **changes}
 
 
 @pytest.mark.parametrize(("name", "frames", "stride", "views"), [
