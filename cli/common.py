@@ -70,22 +70,38 @@ def default_device(name: str | None) -> str:
     return str(device)
 
 
+class ClipProgress:
+    """A progress line of clips: called with whether one failed."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._told: dict[str, Any] = {}
+
+    def __call__(self, clip_failed: bool) -> None:
+        if clip_failed:
+            self._told["failed"] = self._told.get("failed", 0) + 1
+        self._bar.set_postfix(self._told, refresh=False)
+        self._bar.update()
+
+    def note_bottleneck(self, name: str) -> None:
+        """What extraction waits for: `decoding`, `device` or `writing`."""
+        self._told["bottleneck"] = name
+
+
 @contextmanager
-def clip_progress(total: int, description: str) -> Iterator[Callable[[bool], None]]:
-    """A line on stderr with clips/s, time left and failures; quiet where stderr is no terminal."""
+def clip_progress(total: int, description: str) -> Iterator[ClipProgress]:
+    """A line on stderr with clips/s, time left, failures, bottleneck; quiet where stderr is no terminal."""
     from tqdm import tqdm
 
-    failed = 0
     with tqdm(total=total, desc=description, unit="clip", disable=None) as bar:
+        yield ClipProgress(bar)
 
-        def advance(clip_failed: bool) -> None:
-            nonlocal failed
-            failed += clip_failed
-            if failed:
-                bar.set_postfix(failed=failed, refresh=False)
-            bar.update()
 
-        yield advance
+@contextmanager
+def extract_progress(num_clips: int, split: str) -> Iterator[tuple[ClipProgress, Callable[[str], None]]]:
+    """The progress line of a cache that is extracted."""
+    with clip_progress(num_clips, f"extract {split}") as line:
+        yield line, line.note_bottleneck
 
 
 class StepProgress:

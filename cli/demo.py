@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .common import Command, clip_progress, default_device, print_json, step_progress
+from .common import Command, default_device, extract_progress, print_json, step_progress
 
 EXAMPLES = """
 evl-cache demo
@@ -57,4 +57,4 @@ def command(out: Path | None, device: str | None, as_json: bool) -> int:
 
 
 def _progress(spec: Any) -> AbstractContextManager[Any]:
-    return clip_progress(spec.num_clips, f"extract {spec.split}")
+    return extract_progress(spec.num_clips, spec.split)

@@ -8,7 +8,7 @@ import click
 
 from evl_cache.spec import CODECS, MAP_STORAGE, RECIPES, SAMPLING, TOKEN_STORAGE, CacheSpec
 
-from .common import Command, clip_progress, default_device, human_bytes, print_json
+from .common import Command, default_device, extract_progress, human_bytes, print_json
 
 EXAMPLES = """
 evl-cache extract --dataset k400 --layers 8-12
@@ -187,6 +187,7 @@ def make_options(given: dict[str, Any], device: str, **more: Any) -> Any:
 )
 @click.option("--tolerate-bad-frames", is_flag=True, help="Keep clips with damaged frames.")
 @click.option("--clip-timeout", type=float, metavar="SECONDS", help="For decoding a clip [120].")
+@click.option("--max-failures", metavar="N%", help="Stop when more clips fail: 20, 5% [never].")
 @click.option("--retry-failed", is_flag=True, help="Redo the blocks of failed clips.")
 @click.option(
     "--reuse", type=click.Path(path_type=Path), help="Copy rows of equal features and files from this cache."
@@ -197,6 +198,7 @@ def command(
     decoder: str,
     tolerate_bad_frames: bool,
     clip_timeout: float | None,
+    max_failures: str | None,
     retry_failed: bool,
     reuse: Path | None,
     as_json: bool,
@@ -206,6 +208,7 @@ def command(
 
     Run the same command again after a kill, or beside another job: it goes on, and shares the work.
     """
+    from evl_cache.block_taker import MostFailures
     from evl_cache.decode_pool import DEFAULT_TIMEOUT_S
     from evl_cache.extract_dataset import dataset_reader, extract_dataset
     from evl_cache.video import DecodeOptions
@@ -219,6 +222,7 @@ def command(
         retry_failed=retry_failed,
         reuse=reuse,
         decoding=DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames),
+        most_failures=None if max_failures is None else MostFailures.parse(max_failures),
         clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
     )
     reports: list[dict[str, Any]] = []
@@ -248,12 +252,15 @@ def command(
         print_json({"caches": reports})
     failed = sum(report["failed"] for report in reports)
     if failed:
-        click.echo(f"{failed} clips failed; see evl-cache info, mend them and use --retry-failed", err=True)
+        click.echo(
+            f"{failed} clips failed; see evl-cache info --failures, mend them and use --retry-failed",
+            err=True,
+        )
     return 3 if failed else 0
 
 
 def _progress(spec: CacheSpec) -> AbstractContextManager[Any]:
-    return clip_progress(spec.num_clips, f"extract {spec.split}")
+    return extract_progress(spec.num_clips, spec.split)
 
 
 def _say_plan(tower: Any, plan: Any) -> None:

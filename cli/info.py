@@ -1,5 +1,7 @@
 """`evl-cache info`."""
 
+import csv
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,26 @@ from .common import Command, human_bytes, print_json
 EXAMPLES = """
 evl-cache info caches/mine
 evl-cache info caches/mine --json
+evl-cache info caches/mine --failures --csv > failed.csv
 """
 
 
 @click.command(cls=Command, name="info", examples=EXAMPLES)
 @click.argument("cache", type=click.Path(path_type=Path))
+@click.option("--failures", is_flag=True, help="Which clips failed, by reason.")
+@click.option("--csv", "as_csv", is_flag=True, help="The failures as CSV: clip, kind, reason.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
-def command(cache: Path, as_json: bool) -> int:
+def command(cache: Path, failures: bool, as_csv: bool, as_json: bool) -> int:
     """What a cache holds, how complete it is, and which clips failed."""
-    from evl_cache.info import describe
+    from evl_cache.errors import UsageError
+    from evl_cache.info import describe, failed_clips_by_reason
+    from evl_cache.store import FeatureCache
 
+    if as_json and (failures or as_csv):
+        raise UsageError("--json with --failures or --csv; its report holds the failures: leave them out")
+    if failures or as_csv:
+        _show_failures(failed_clips_by_reason(FeatureCache(cache)), as_csv=as_csv)
+        return 0
     found = describe(cache)
     if as_json:
         print_json(found)
@@ -27,6 +39,18 @@ def command(cache: Path, as_json: bool) -> int:
     for line in _lines(found):
         click.echo(line)
     return 0
+
+
+def _show_failures(failures: dict[str, list[tuple[str, str]]], *, as_csv: bool) -> None:
+    if as_csv:
+        out = csv.writer(sys.stdout)
+        out.writerow(["clip", "kind", "reason"])
+        out.writerows((clip, kind, reason) for kind, clips in failures.items() for clip, reason in clips)
+        return
+    for kind, clips in failures.items():
+        click.echo(f"{len(clips)} x {kind}")
+        for clip, _ in clips:
+            click.echo(f"    {clip}")
 
 
 def _more_layers(found: dict[str, Any]) -> str:

@@ -2,11 +2,12 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from evl_cache.errors import TooManyFailures, UsageError
 from evl_cache.extract_block import BlockExtractor, ExtractedBlock
 from evl_cache.spec import CacheSpec
 from evl_cache.store import LOCKS_NAME, BlockLock, BlockLost, LockWatcher, valid_mark
@@ -17,6 +18,33 @@ _MOST_LOSSES = 5  # of one block: then it is no other job that makes its commits
 OnClip = Callable[[bool], None]
 
 
+@dataclass(frozen=True, kw_only=True)
+class MostFailures:
+    """How many clips may fail: a number, or a share in percent of those done so far."""
+
+    count: int | None = None
+    percent: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> "MostFailures":
+        """`20` or `5%`. Raises: UsageError for anything else."""
+        number = text.strip().removesuffix("%")
+        try:
+            if text.strip().endswith("%") and 0.0 <= float(number) <= 100.0:
+                return cls(percent=float(number))
+            if number == text.strip() and int(number) >= 0:
+                return cls(count=int(number))
+        except ValueError:
+            pass  # said below, as for numbers out of range
+        raise UsageError(f"--max-failures {text!r}; expected a number of clips, or a share such as 5%")
+
+    def is_exceeded(self, failed: int, *, of: int) -> bool:
+        return failed > self.count if self.count is not None else 100.0 * failed > (self.percent or 0.0) * of
+
+    def __str__(self) -> str:
+        return str(self.count) if self.count is not None else f"{self.percent:g}%"
+
+
 class BlockTaker:
     """Extracts blocks that are not done, one at a time, together with other jobs on the same cache.
 
@@ -25,6 +53,7 @@ class BlockTaker:
         lock_expiry_s: see `store.locks`.
         redo: blocks to extract again although they are done.
         on_clip: called with whether it failed, for each clip of a block found done.
+        most_failures: how many clips may fail before the run is stopped.
     """
 
     def __init__(
@@ -36,7 +65,10 @@ class BlockTaker:
         lock_expiry_s: float,
         redo: Collection[int],
         on_clip: OnClip,
+        most_failures: MostFailures | None = None,
     ) -> None:
+        self._most_failures = most_failures
+        self._clips_seen = self._clips_failed = 0
         self.cache, self.spec, self.extractor, self.on_clip = cache, spec, extractor, on_clip
         self._locks = LockWatcher(cache / LOCKS_NAME, expiry_s=lock_expiry_s)
         self._redo = set(redo)
@@ -93,14 +125,28 @@ class BlockTaker:
         committing, self._committing = self._committing, None
         if committing is None:
             return
-        committed = committing.result()
+        with self.extractor.waited.of("writing"):
+            committed = committing.result()
         if committed.lost is None:
             self._clips_done += committed.clips
+            self._check_failures(committed.clips, committed.failures)
             return
         self._todo.add(committed.block)
         self._losses[committed.block] += 1
         if self._losses[committed.block] >= _MOST_LOSSES:
             raise committed.lost
+
+    def _check_failures(self, clips: int, failures: Sequence[str]) -> None:
+        """At the end of a block, so that what failed is in its mark. Raises: TooManyFailures."""
+        self._clips_seen += clips
+        self._clips_failed += len(failures)
+        limit = self._most_failures
+        if limit is not None and limit.is_exceeded(self._clips_failed, of=self._clips_seen):
+            raise TooManyFailures(
+                f"{self._clips_failed} of {self._clips_seen} clips failed, more than --max-failures {limit}; the last: "
+                f"{failures[-1] if failures else 'found failed'}; see evl-cache info --failures {self.cache}, mend them "
+                "and use --retry-failed"
+            )
 
     def _found_done(self, block: int) -> bool:
         mark = None if block in self._redo else valid_mark(self.cache, self.spec, block)
@@ -108,15 +154,17 @@ class BlockTaker:
             return False
         for clip in mark.clips:
             self.on_clip(clip.error is not None)
+        self._check_failures(len(mark.clips), [clip.error for clip in mark.clips if clip.error is not None])
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Committed:
-    """What became of a block. `lost`: another job had taken it over."""
+    """What became of a block. `failures`: reasons. `lost`: another job had taken it over."""
 
     block: int
     clips: int
+    failures: tuple[str, ...]
     lost: BlockLost | None
 
 
@@ -135,4 +183,9 @@ def _commit(extracted: ExtractedBlock, lock: BlockLock) -> _Committed:
     finally:
         extracted.writer.close()
         lock.release()
-    return _Committed(block=extracted.writer.block, clips=len(extracted.records), lost=lost)
+    return _Committed(
+        block=extracted.writer.block,
+        clips=len(extracted.records),
+        failures=tuple(record.error for record in extracted.records if record.error is not None),
+        lost=lost,
+    )

@@ -35,3 +35,7 @@ class CacheDamaged(CacheError):
 
 class WorkerError(EvlCacheError):
     """A process of ours cannot do its work, for a reason that lies in the installation and in no clip."""
+
+
+class TooManyFailures(EvlCacheError):
+    """More clips failed than the user allows: a run that goes wrong is stopped early."""

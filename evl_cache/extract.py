@@ -5,7 +5,7 @@ takes a block writes the same bytes: batches are a fixed function of the block.
 """
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 
 from evl_cache.attention_maps import MapProjection
 from evl_cache.backbone import check_layers, map_projections
-from evl_cache.block_taker import BlockTaker, blocks_with_failures
+from evl_cache.block_taker import BlockTaker, MostFailures, blocks_with_failures
 from evl_cache.block_taker import OnClip as OnClip
 from evl_cache.clips import Clip, ClipList
 from evl_cache.decode_pool import DEFAULT_TIMEOUT_S
@@ -26,6 +26,8 @@ from evl_cache.store.size import check_free_space
 from evl_cache.video import DecodeOptions
 
 SHARD_SAMPLES = 64
+
+OnBottleneck = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +42,7 @@ class ExtractOptions:
         reuse: a cache whose rows of equal features and sources are copied.
         decoding: which decoder, and what of damaged frames; which decoder served a clip is in its mark.
         clip_timeout_s: of decoding one clip.
+        most_failures: how many clips may fail before the run is stopped; looked at after each block.
         lock_expiry_s: see `store.locks`.
     """
 
@@ -50,6 +53,7 @@ class ExtractOptions:
     reuse: Path | None = None
     decoding: DecodeOptions = field(default_factory=DecodeOptions)
     clip_timeout_s: float = DEFAULT_TIMEOUT_S
+    most_failures: MostFailures | None = None
     lock_expiry_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -112,6 +116,7 @@ def extract(
     options: ExtractOptions,
     recipe: dict[str, Any] | None = None,
     on_clip: OnClip = lambda failed: None,
+    on_bottleneck: OnBottleneck = lambda name: None,
 ) -> ExtractResult:
     """Extract every clip that is not in the cache yet; run again after a kill, it goes on.
 
@@ -119,8 +124,9 @@ def extract(
         root: what relative clip paths are relative to.
         recipe: stored for `repair`.
         on_clip: called with whether it failed, after each clip, also for those found done.
+        on_bottleneck: called with what the run waits for most: `decoding`, `device` or `writing`.
 
-    Raises: UsageError where another cache is there; CacheError where the disk refuses.
+    Raises: UsageError where another cache is there; CacheError where the disk refuses; TooManyFailures.
     """
     started = time.monotonic()
     check_free_space(cache, spec)
@@ -144,6 +150,7 @@ def extract(
         tower=tower,
         options=options,
         on_clip=on_clip,
+        on_bottleneck=on_bottleneck,
     )
     finished = FeatureCache(cache)
     return ExtractResult(
@@ -173,6 +180,7 @@ def extract_blocks(
     tower: Tower,
     options: ExtractOptions,
     on_clip: OnClip,
+    on_bottleneck: OnBottleneck = lambda name: None,
 ) -> int:
     """Extract the blocks that are not done or are in `redo`; the cache's description is there already.
 
@@ -192,9 +200,16 @@ def extract_blocks(
         decoding=options.decoding,
         clip_timeout_s=options.clip_timeout_s,
         on_clip=on_clip,
+        on_bottleneck=on_bottleneck,
     )
     with extractor:
         taker = BlockTaker(
-            cache, spec, extractor, lock_expiry_s=options.lock_expiry_s, redo=redo, on_clip=on_clip
+            cache,
+            spec,
+            extractor,
+            lock_expiry_s=options.lock_expiry_s,
+            redo=redo,
+            on_clip=on_clip,
+            most_failures=options.most_failures,
         )
         return taker.run(blocks)

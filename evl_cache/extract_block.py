@@ -4,9 +4,11 @@ B samples, T frames, S the tower's image size, L layers.
 """
 
 import importlib.metadata
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -46,6 +48,26 @@ class ExtractedBlock:
     environment: dict[str, Any]
 
 
+class StageSeconds:
+    """What the thread that drives the device spends its time on: waiting for frames, the device, handing rows over."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("decoding", "device", "writing"), 0.0)
+
+    @contextmanager
+    def of(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.monotonic() - started
+
+    @property
+    def bottleneck(self) -> str:
+        """The stage that took the most time."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+
 class BlockExtractor:
     """Extracts blocks one at a time. A context manager: leaving it stops the threads and processes.
 
@@ -56,6 +78,7 @@ class BlockExtractor:
         workers: processes that decode, and as many threads that crop and that compress.
         reuse: a cache whose rows of equal features and sources are copied.
         decoding, clip_timeout_s: see `decode_pool`.
+        on_bottleneck: called with `decoding`, `device` or `writing` after each clip.
         on_clip: called with whether it failed, after each clip.
     """
 
@@ -74,7 +97,10 @@ class BlockExtractor:
         on_clip: Callable[[bool], None],
         decoding: DecodeOptions,
         clip_timeout_s: float,
+        on_bottleneck: Callable[[str], None] = lambda name: None,
     ) -> None:
+        self.waited = StageSeconds()
+        self._on_bottleneck = on_bottleneck
         self.clips, self.root, self.cache, self.spec, self.on_clip = clips, root, cache, spec, on_clip
         self._device, self._batch = torch.device(device), batch
         dtype: torch.dtype = getattr(torch, spec.compute_dtype)
@@ -115,12 +141,14 @@ class BlockExtractor:
             for sample in range(self.spec.views.per_clip):
                 batch.append((clip, sample))
                 if len(batch) == self._batch:
-                    self._run_batch(batch)
+                    with self.waited.of("device"):
+                        self._run_batch(batch)
                     batch = []
             while waiting and waiting[0].is_ready:
                 yield self._finish(waiting.popleft(), writer)
         if batch:
-            self._run_batch(batch)
+            with self.waited.of("device"):
+                self._run_batch(batch)
         for clip in waiting:
             yield self._finish(clip, writer)
 
@@ -133,7 +161,9 @@ class BlockExtractor:
                 ahead.append(self._decoders.submit(self._prepare, self.clips[row]))
             if not ahead:
                 return
-            yield ahead.popleft().result()
+            with self.waited.of("decoding"):
+                prepared = ahead.popleft().result()
+            yield prepared
 
     def _prepare(self, clip: Clip) -> PreparedClip:
         is_known = (lambda clip_id, sha256: False) if self._reusable is None else self._reusable.has
@@ -166,8 +196,10 @@ class BlockExtractor:
         if record.error is None and not rows:
             assert self._reusable is not None and record.source_sha256 is not None
             record, rows = self._reusable.fetch(record)
-        for sample in range(self.spec.views.per_clip):
-            writer.append(None if record.error is not None else rows[sample])
+        with self.waited.of("writing"):
+            for sample in range(self.spec.views.per_clip):
+                writer.append(None if record.error is not None else rows[sample])
+        self._on_bottleneck(self.waited.bottleneck)
         self.on_clip(record.error is not None)
         return record
 

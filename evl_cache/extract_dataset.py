@@ -14,7 +14,7 @@ from evl_cache.annotations.registry import DATASETS, DatasetReader
 from evl_cache.catalog import TRAIN_SPLITS, cache_root
 from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
-from evl_cache.extract import ExtractOptions, ExtractResult, OnClip, extract, make_spec
+from evl_cache.extract import ExtractOptions, ExtractResult, OnBottleneck, OnClip, extract, make_spec
 from evl_cache.extract_block import Tower
 from evl_cache.spec import CacheSpec, ViewSpec, default_pretrained
 from evl_cache.towers import build_tower
@@ -22,7 +22,7 @@ from evl_cache.towers import build_tower
 DATA_ROOT_VARIABLE = "EVL_DATA_ROOT"
 DEFAULT_LAYERS = 4
 
-Progress = Callable[[CacheSpec], AbstractContextManager[OnClip]]
+Progress = Callable[[CacheSpec], AbstractContextManager[tuple[OnClip, OnBottleneck]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,13 +140,14 @@ def extract_dataset(
     """Extract every split of a request, one after another.
 
     Args:
-        progress: opens the progress line of a cache. on_plan: called before each cache is begun.
+        progress: opens the progress line of a cache, to be told of clips and of the bottleneck.
+        on_plan: called before each cache is begun.
     """
     tower, root, plans = plan_extraction(request, device=options.device)
     recipe = request.recipe(root)
     for plan in plans:
         on_plan(tower, plan)
-        with progress(plan.spec) as on_clip:
+        with progress(plan.spec) as (on_clip, on_bottleneck):
             result = extract(
                 plan.clips,
                 root=root,
@@ -156,6 +157,7 @@ def extract_dataset(
                 options=options,
                 recipe=recipe,
                 on_clip=on_clip,
+                on_bottleneck=on_bottleneck,
             )
         yield plan, result
 

@@ -40,5 +40,18 @@ def describe(path: Path) -> dict[str, Any]:
 
 def failures_by_reason(cache: FeatureCache) -> dict[str, int]:
     """Failed clips by reason, most frequent first; the file's name is taken out of the reason."""
-    counts = Counter(re.sub(r"^\S.*?: ", "", reason, count=1) for _, reason in cache.failures)
+    counts = Counter(_kind(reason) for _, reason in cache.failures)
     return dict(counts.most_common())
+
+
+def failed_clips_by_reason(cache: FeatureCache) -> dict[str, list[tuple[str, str]]]:
+    """Failed clips (id, whole reason) by kind of reason, the most frequent kind first."""
+    found: dict[str, list[tuple[str, str]]] = {kind: [] for kind in failures_by_reason(cache)}
+    for clip, reason in cache.failures:
+        found[_kind(reason)].append((clip, reason))
+    return found
+
+
+def _kind(reason: str) -> str:
+    """A reason without the file's name, places in it and other numbers."""
+    return re.sub(r"0x[0-9a-f]+|-?\d+", "#", re.sub(r"^\S.*?: ", "", reason, count=1))

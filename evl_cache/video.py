@@ -90,13 +90,15 @@ def decode_clip(path: str | Path, choose: Choose, *, options: DecodeOptions | No
         try:
             return _with_pyav(path, choose, options)
         except ClipError as error:
-            raise ClipError(f"{refused}; PyAV: {_reason(error.__cause__ or error)}") from error
+            told = str(error).removeprefix(f"{path}: ")
+            raise ClipError(f"{refused}; PyAV: {told}") from error
 
 
 def _with_decord(path: str | Path, choose: Choose, options: DecodeOptions) -> DecodedClip:
     import av
     import decord
 
+    _hear_errors()
     try:
         with _native_messages() as messages:
             # A new, single-threaded reader a clip: a reused one leaks, and threads inside a worker fight.
@@ -129,6 +131,22 @@ def _with_decord(path: str | Path, choose: Choose, options: DecodeOptions) -> De
     )
 
 
+def _hear_errors() -> None:
+    import av
+
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # a second look at a file complains of the same
+
+
+def _check_messages(path: str | Path, messages: list[tuple[int, str, str]]) -> None:
+    """Raises: ClipError with the first error that PyAV's libraries told of."""
+    import av
+
+    complaints = [text.strip() for level, _, text in messages if level <= av.logging.ERROR]
+    if complaints:
+        raise ClipError(f"{path}: has damaged frames ({complaints[0][:160]})")
+
+
 def _check_count(path: str | Path, count: int, options: DecodeOptions) -> None:
     """Where the packets number other frames than decord counts, some were never coded, as AVI files may have it.
 
@@ -136,13 +154,16 @@ def _check_count(path: str | Path, count: int, options: DecodeOptions) -> None:
     """
     if options.tolerate_bad_frames:
         return
-    with _open(path) as (container, stream):
+    import av
+
+    with av.logging.Capture() as messages, _open(path) as (container, stream):
         try:
-            coded = len(_index(container, stream)[0])
+            coded = len(_index(container, stream, options)[0])
         except _NoIndex as error:
             raise ClipError(
                 f"{path}: its packets do not tell which frame is which, on which decord relies"
             ) from error
+    _check_messages(path, messages)
     if coded != count:
         raise ClipError(f"{path}: decord counts {count} frames, {coded} are coded")
 
@@ -188,11 +209,11 @@ def _native_messages() -> Iterator[list[str]]:
 def _with_pyav(path: str | Path, choose: Choose, options: DecodeOptions) -> DecodedClip:
     import av
 
-    av.logging.set_level(av.logging.ERROR)
+    _hear_errors()
     try:
         with av.logging.Capture() as messages:
             try:
-                count, indices, frames = _seek_frames(path, choose)
+                count, indices, frames = _seek_frames(path, choose, options)
             except _NoIndex:  # the packets do not tell which frame is which: decode from the start and count
                 count, indices, frames = _all_frames(path, choose)
     except (av.FFmpegError, OSError) as error:
@@ -201,9 +222,7 @@ def _with_pyav(path: str | Path, choose: Choose, options: DecodeOptions) -> Deco
     if len({frame.shape for frame in frames}) > 1:
         raise ClipError(f"{path}: cannot be decoded (frames change their size within the file)")
     if not options.tolerate_bad_frames:
-        complaints = [text.strip() for level, _, text in messages if level <= av.logging.ERROR]
-        if complaints:
-            raise ClipError(f"{path}: has damaged frames ({complaints[0][:160]})")
+        _check_messages(path, messages)
     return DecodedClip(
         frames=np.stack(frames),
         positions=positions.reshape(indices.shape),
@@ -217,13 +236,15 @@ class _NoIndex(Exception):
     """The packets of a file do not say which frame is which."""
 
 
-def _seek_frames(path: str | Path, choose: Choose) -> tuple[int, np.ndarray, list[np.ndarray]]:
+def _seek_frames(
+    path: str | Path, choose: Choose, options: DecodeOptions
+) -> tuple[int, np.ndarray, list[np.ndarray]]:
     """Frames in the file, indices chosen, and the distinct frames, decoded from the key frames before them.
 
     Raises: _NoIndex where the packets' times do not number the frames.
     """
     with _open(path) as (container, stream):
-        times, keys = _index(container, stream)
+        times, keys = _index(container, stream, options)
         indices = choose(len(times))
         frames: list[np.ndarray] = []
         at: int | None = None  # time of the last frame decoded
@@ -247,23 +268,48 @@ def _seek_frames(path: str | Path, choose: Choose) -> tuple[int, np.ndarray, lis
 # Files of DivX and Xvid hold packets of some bytes that stand for no picture; other codecs' smallest do.
 _NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
 _LEAST_PICTURE = 8
+_LEAST_LOSS_S, _LEAST_LOSS = 0.3, 0.05  # seconds, and of the whole: less may be a matter of rounding
 
 
-def _index(container: "av.container.InputContainer", stream: "av.VideoStream") -> tuple[list[int], list[int]]:
-    """Times of all frames and of the key frames, in order. Raises: _NoIndex where packets do not number frames."""
-    packets = [(p.pts, p.is_keyframe, p.size) for p in container.demux(stream) if p.size]
+def _index(
+    container: "av.container.InputContainer", stream: "av.VideoStream", options: DecodeOptions
+) -> tuple[list[int], list[int]]:
+    """Times of all frames and of the key frames, in order.
+
+    Raises: _NoIndex where packets do not number frames; ClipError where many of them are missing.
+    """
+    # Not the packets themselves: an hour of them would fill the memory.
+    packets = [(p.pts, p.duration or 0, p.size, p.is_keyframe) for p in container.demux(stream) if p.size]
     if not packets:
         raise _NoIndex
-    if (
-        stream.codec_context.name.startswith(_NEVER_CODED)
-        and min(size for *_, size in packets) < _LEAST_PICTURE
-    ):
+    smallest = min(size for _, _, size, _ in packets)
+    if stream.codec_context.name.startswith(_NEVER_CODED) and smallest < _LEAST_PICTURE:
         raise _NoIndex
+    ends = [pts + duration for pts, duration, _, _ in packets if pts is not None]
     times = sorted(pts for pts, *_ in packets if pts is not None)
-    keys = sorted(pts for pts, is_key, _ in packets if is_key and pts is not None)
+    keys = sorted(pts for pts, _, _, is_key in packets if is_key and pts is not None)
     if len(times) < len(packets) or len(set(times)) < len(times) or not keys or keys[0] != times[0]:
         raise _NoIndex
+    if not options.tolerate_bad_frames:
+        _check_length(container, stream, max(ends) - times[0])
     return times, keys
+
+
+def _check_length(container: "av.container.InputContainer", stream: "av.VideoStream", ticks: int) -> None:
+    """A damaged container may lose most packets without a word: hold what is there against what it says.
+
+    Raises: ClipError where much is missing.
+    """
+    assert stream.time_base is not None  # where packets have times
+    declared_s, length_s = None, float(ticks * stream.time_base)
+    if stream.duration is not None:
+        declared_s = float(stream.duration * stream.time_base)
+    elif container.duration is not None and len(container.streams) == 1:
+        declared_s = container.duration / 1e6
+    if declared_s is not None and declared_s - length_s > _LEAST_LOSS_S + _LEAST_LOSS * declared_s:
+        raise ClipError(
+            f"{container.name}: has lost frames (it says that it lasts {declared_s:.2f} s, {length_s:.2f} s are there)"
+        )
 
 
 def _all_frames(path: str | Path, choose: Choose) -> tuple[int, np.ndarray, list[np.ndarray]]:

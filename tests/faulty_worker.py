@@ -1,0 +1,31 @@
+"""A worker whose decoders hang, crash and leak on clips whose names say so; on others it is the real one."""
+
+import os
+import signal
+import time
+
+from evl_cache import decode_worker, video
+
+_real = video.decode_clip
+_leaked = []
+
+
+def _decode_clip(path, choose, *, options=None):
+    name = os.path.basename(os.fsdecode(path))
+    if "hangs" in name:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # deaf to everything but a kill
+        while True:
+            time.sleep(3600)
+    if "killed" in name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "aborts" in name:
+        os.abort()
+    if "leaks" in name:
+        _leaked.append(b"x" * (64 << 20))
+    if name.startswith("decord ") and options.decoder != "pyav":
+        os.abort()
+    return _real(path, choose, options=options)
+
+
+video.decode_clip = _decode_clip
+main = decode_worker.main
