@@ -12,7 +12,7 @@ from .common import Command, human_bytes, print_json
 EXAMPLES = """
 evl-cache info caches/mine
 evl-cache info caches/mine --json
-evl-cache info caches/mine --failures --csv > failed.csv
+evl-cache info caches/mine --failures --csv
 """
 
 

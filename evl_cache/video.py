@@ -6,7 +6,9 @@ libraries clash otherwise.
 T frames asked for, H and W source pixels.
 """
 
+import ctypes
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 # What decord recovers it counts, and this share of the frames is too much.
 _NO_FAULT = 1e-9
+_AV_LOG_PRINT_LEVEL = 2
 DECODERS = ("auto", "decord", "pyav")
 
 Choose = Callable[[int], np.ndarray]
@@ -120,8 +123,9 @@ def _with_decord(path: str | Path, choose: Choose, options: DecodeOptions) -> De
         raise ClipError(f"{path}: has frames that were never coded or are lost") from error
     except (decord.DECORDError, OSError, RuntimeError) as error:
         raise ClipError(f"{path}: cannot be decoded ({_reason(error)})") from error
-    if messages and not options.tolerate_bad_frames:
-        raise ClipError(f"{path}: has damaged frames ({messages[0]})")
+    complaint = next(filter(None, map(_complaint, messages)), None)
+    if complaint and not options.tolerate_bad_frames:
+        raise ClipError(f"{path}: has damaged frames ({complaint})")
     return DecodedClip(
         frames=frames,
         positions=positions.reshape(indices.shape),
@@ -180,7 +184,30 @@ def own_stderr() -> None:
 
     global _owns_stderr
     _owns_stderr = True
-    decord.logging.set_level(decord.logging.ERROR)
+    decord.logging.set_level(decord.logging.INFO if _say_levels() else decord.logging.ERROR)
+
+
+def _say_levels() -> bool:
+    """Have decord's FFmpeg write the level of each message before it. Returns: whether it does."""
+    import decord
+
+    libraries = sorted((Path(decord.__file__).parent.parent / "decord.libs").glob("libavutil*"))
+    if not libraries:  # as on Windows: errors alone are heard
+        return False
+    ctypes.CDLL(str(libraries[0])).av_log_set_flags(_AV_LOG_PRINT_LEVEL)
+    return True
+
+
+def _complaint(message: str) -> str | None:
+    """What a message of decord's FFmpeg says against a file; None for remarks.
+
+    That it made up part of a picture is said as a remark, sometimes with no error before it.
+    """
+    found = re.match(r"(?:\[[^]]* @ [^]]*\] )?(?:\[(\w+)\] )?(.*)", message)
+    assert found is not None  # it matches everything
+    level, text = found.groups()
+    is_remark = level in ("warning", "info", "verbose", "debug") and not text.startswith("concealing")
+    return None if is_remark else text.strip()[:160]
 
 
 @contextmanager
@@ -201,7 +228,7 @@ def _native_messages() -> Iterator[list[str]]:
                 os.dup2(kept, 2)
             file.seek(0)
             text = file.read(1 << 16).decode(errors="replace")
-            lines += [line.split("] ", 1)[-1].strip()[:160] for line in text.splitlines() if line.strip()]
+            lines += [line.strip() for line in text.splitlines() if line.strip()]
     finally:
         os.close(kept)
 
@@ -334,6 +361,8 @@ def _open(path: str | Path) -> Iterator[tuple["av.container.InputContainer", "av
         if not container.streams.video:
             raise ClipError(f"{path}: cannot be decoded (it has no video stream)")
         stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ClipError(f"{path}: cannot be decoded (no decoder for its video stream)")
         stream.codec_context.thread_count = 1
         yield container, stream
 
