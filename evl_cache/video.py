@@ -242,7 +242,7 @@ def _with_pyav(path: str | Path, choose: Choose, options: DecodeOptions) -> Deco
             try:
                 count, indices, frames = _seek_frames(path, choose, options)
             except _NoIndex:  # the packets do not tell which frame is which: decode from the start and count
-                count, indices, frames = _all_frames(path, choose)
+                count, indices, frames = _all_frames(path, choose, options)
     except (av.FFmpegError, OSError) as error:
         raise ClipError(f"{path}: cannot be decoded ({_reason(error)})") from error
     positions = np.unique(indices, return_inverse=True)[1]
@@ -284,6 +284,7 @@ def _seek_frames(
                 decoding = container.decode(stream)
             for frame in decoding:
                 at = frame.pts
+                _check_whole(path, frame, options, since=key)
                 if at is None or at >= wanted:
                     break
             if at != wanted:
@@ -339,10 +340,25 @@ def _check_length(container: "av.container.InputContainer", stream: "av.VideoStr
         )
 
 
-def _all_frames(path: str | Path, choose: Choose) -> tuple[int, np.ndarray, list[np.ndarray]]:
+def _check_whole(
+    path: str | Path, frame: "av.VideoFrame", options: DecodeOptions, *, since: int | None = None
+) -> None:
+    """Raises: ClipError for a frame that is made up in part. Those before a key frame where one begins may be."""
+    if options.tolerate_bad_frames or not frame.is_corrupt:
+        return
+    if since is None or frame.pts is None or frame.pts >= since:
+        raise ClipError(f"{path}: has damaged frames (one is concealed in part)")
+
+
+def _all_frames(
+    path: str | Path, choose: Choose, options: DecodeOptions
+) -> tuple[int, np.ndarray, list[np.ndarray]]:
     """The slow twin of `_seek_frames`: the whole file is decoded twice, to count its frames and to take some."""
     with _open(path) as (container, stream):
-        count = sum(1 for _ in container.decode(stream))
+        count = 0
+        for frame in container.decode(stream):
+            _check_whole(path, frame, options)
+            count += 1
     indices = choose(count)
     wanted = set(np.unique(indices).tolist())
     with _open(path) as (container, stream):
