@@ -45,7 +45,7 @@ def dataset_options(function: Any) -> Any:
             "--model",
             default="ViT-B-16-quickgelu",
             show_default=True,
-            help="open_clip name, evl-tiny, or JSON file.",
+            help="open_clip name, timm/NAME, evl-tiny, JSON file.",
         ),
         click.option("--pretrained", help="Tag, file, or none (seeded random) [openai; evl-tiny's own]."),
         click.option("--layers", metavar="8-12", help="Blocks counted from 1, also 9,11,12 [the last 4]."),

@@ -61,11 +61,16 @@ def adjacent_frame_maps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         raise UsageError(
             f"q is {tuple(q.shape)} and k is {tuple(k.shape)}; expected the same (B, T, 1+P, H, D) twice"
         )
+    return patch_maps(q[:, :, 1:], k[:, :, 1:])
+
+
+def patch_maps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+    """The same of patches alone. q, k: (B, T, P, H, D). Raises: UsageError for a single frame."""
     if q.shape[1] < 2:
         raise UsageError("adjacent-frame maps of 1 frame: expected at least 2 frames")
-    scaled = q[:, :, 1:].permute(0, 1, 3, 2, 4) * q.shape[-1] ** -0.5  # (B,T,H,P,D)
-    keys = k[:, :, 1:].permute(0, 1, 3, 4, 2)  # (B,T,H,D,P)
-    maps = q.new_empty(q.shape[0], 2, q.shape[1] - 1, q.shape[2] - 1, q.shape[2] - 1)
+    scaled = q.permute(0, 1, 3, 2, 4) * q.shape[-1] ** -0.5  # (B,T,H,P,D)
+    keys = k.permute(0, 1, 3, 4, 2)  # (B,T,H,D,P)
+    maps = q.new_empty(q.shape[0], 2, q.shape[1] - 1, q.shape[2], q.shape[2])
     for clip in range(q.shape[0]):  # one clip at a time: the per-head maps are H times the result
         maps[clip, 0] = _mean_attention(scaled[clip, 1:], keys[clip, :-1])
         maps[clip, 1] = _mean_attention(scaled[clip, :-1], keys[clip, 1:])

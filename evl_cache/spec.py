@@ -29,12 +29,19 @@ TINY_TOWER, TINY_PRETRAINED = (
     "evl-tiny",
     "rendered-v1",
 )  # the tower that comes with the package, and its weights
+TIMM_PREFIX, TIMM_DEFAULT = "timm/", "default"  # models by timm's names, and the first weights of each
 PREPROCESSING = "short-side-bilinear-v1"  # preprocess.spatial_crops; a change of its pixels is a new name
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerSpec:
-    """The frozen image tower: what open_clip calls it, and everything that changes its output."""
+    """The frozen image tower: its name, and everything that changes its output.
+
+    Attributes:
+        model, pretrained: names, for people and for building it again.
+        class_token: `own`, or `mean` where the tower has none and row 0 holds the mean of a frame's patches.
+        registers: tokens of the tower that are neither class token nor patch, and are not stored.
+    """
 
     model: str
     pretrained: str
@@ -47,6 +54,16 @@ class TowerSpec:
     quick_gelu: bool
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    class_token: str = "own"
+    registers: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; those of a tower unlike CLIP's only where it is one, so that others keep their identity."""
+        content = asdict(self)
+        for name, usual in (("class_token", "own"), ("registers", 0)):
+            if content[name] == usual:
+                del content[name]
+        return content
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -204,7 +221,7 @@ class CacheSpec:
     @property
     def feature_id(self) -> str:
         """Digest of all that changes a clip's features; layers stand beside it."""
-        tower = {k: v for k, v in asdict(self.tower).items() if k not in ("model", "pretrained")}
+        tower = {k: v for k, v in self.tower.to_json().items() if k not in ("model", "pretrained")}
         content = {
             "tower": tower,
             "views": self.views.to_json(),
@@ -242,7 +259,7 @@ class CacheSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the inverse of `from_json`."""
-        content = asdict(self) | {"views": self.views.to_json()}
+        content = asdict(self) | {"views": self.views.to_json(), "tower": self.tower.to_json()}
         extra = content.pop("extra")
         return {**extra, **json.loads(json.dumps(content)), "feature_id": self.feature_id}
 
@@ -322,4 +339,6 @@ def _short(value: Any) -> str:
 
 def default_pretrained(model: str) -> str:
     """The weights of a model for which none are named."""
+    if model.startswith(TIMM_PREFIX):
+        return TIMM_DEFAULT
     return TINY_PRETRAINED if model == TINY_TOWER else "openai"

@@ -12,6 +12,8 @@ import torch
 
 from evl_cache.errors import WeightsError
 
+# The patch embedding of open_clip's own tower, of a timm trunk inside open_clip's, and of timm's model alone.
+_STEMS = ("conv1.weight", "trunk.patch_embed.proj.weight", "patch_embed.proj.weight", "patch_embed.weight")
 _WRAPPERS = ("state_dict", "model", "module")
 
 
@@ -41,10 +43,10 @@ def read_tower_weights(path: Path) -> TowerWeights:
     plain: dict[str, Any] = {str(name).removeprefix("module."): value for name, value in state.items()}
     visual = {n.removeprefix("visual."): v for n, v in plain.items() if n.startswith("visual.")} or plain
     tensors = {n: v.to(torch.float32) for n, v in visual.items() if torch.is_tensor(v)}
-    if "conv1.weight" not in tensors:
+    if not any(stem in tensors for stem in _STEMS):
         raise WeightsError(
             f"{path}: holds no image tower ('visual.conv1.weight' is missing); expected weights of an "
-            "open_clip or OpenAI CLIP VisionTransformer"
+            "open_clip, OpenAI CLIP or timm vision transformer"
         )
     return TowerWeights(tensors=tensors, is_openai_archive=is_archive)
 

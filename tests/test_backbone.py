@@ -201,10 +201,10 @@ def write_config(path: Path, vision: dict, **more) -> str:
     return str(path)
 
 
-def test_build_tower_refuses_resnet_timm_and_custom_towers(tmp_path):
+def test_build_tower_refuses_resnet_windowed_and_custom_towers(tmp_path):
     cases = {
         "ModifiedResNet": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "head_width": 8},
-        "timm": {"timm_model_name": "vit_tiny_patch16_224", "timm_model_pretrained": False, "image_size": 32},
+        "timm's SwinTransformer": {"timm_model_name": "swin_tiny_patch4_window7_224", "image_size": 224},
         "CustomResidualAttentionBlock": {**CONFIG, "qk_norm": True},
     }
     for name, vision in cases.items():

@@ -54,7 +54,7 @@ SAME_LAYER = {
     ("decode_worker", "video"),  # a process around it
     ("decode_pool", "video"),
     ("towers", "weights"),  # a tower is built from a weights file
-    ("towers", "backbone"),  # and must be one that the backbone reads
+    ("backbone", "towers"),  # and read through its family's adapter
     ("annotations", "rendered"),  # a rendered data set is drawn where it is not there yet
     ("extract_block", "frames"),  # a block is made of prepared clips
     ("extract_block", "reuse"),  # and of rows that an older cache has
@@ -65,7 +65,7 @@ FREE_WITHIN = {"pure"}  # small modules of plain values: clips are digested as s
 # Heavy libraries and the only modules that know them.
 OWNERS: Mapping[str, frozenset[str]] = {
     "decord": frozenset({"video"}),
-    "timm": frozenset({"augmentation"}),
+    "timm": frozenset({"augmentation", "towers"}),
     "PIL": frozenset({"augmentation"}),
     "av": frozenset({"video", "rendered"}),
     "open_clip": frozenset({"towers"}),

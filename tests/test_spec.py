@@ -47,6 +47,8 @@ TOWER_CHANGES = {
     "quick_gelu": False,
     "mean": (0.5, 0.4, 0.2),
     "std": (0.2, 0.2, 0.2),
+    "class_token": "mean",
+    "registers": 4,
 }
 VIEW_CHANGES = {
     "frames": 16,
@@ -107,6 +109,12 @@ def test_feature_id_follows_the_views(name):
 def test_feature_id_follows_what_changes_features_and_nothing_else(name):
     changed = replace(SPEC, **{name: SPEC_CHANGES[name]})
     assert (changed.feature_id == SPEC.feature_id) == (name in NOT_FEATURES)
+
+
+def test_caches_that_were_made_keep_their_feature_id():
+    """Written down when 0.1.0 made it: a new field must leave what it does not concern alone."""
+    assert SPEC.feature_id == "e6316d98527b0907f178d106f9d3633a9d67894a389afabec3a7e18543244dd5"
+    assert not {"class_token", "registers"} & set(SPEC.to_json()["tower"])
 
 
 def test_the_directory_name_follows_features_clips_and_layers():

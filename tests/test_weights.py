@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from evl_cache.errors import WeightsError, WeightsUnavailable
-from evl_cache.towers import _find_weights, build_tower
+from evl_cache.towers import build_tower
+from evl_cache.towers.pretrained import find_weights
 from evl_cache.weights import read_tower_weights
 
 VISION = {"image_size": 32, "patch_size": 16, "width": 32, "layers": 2, "head_width": 16, "mlp_ratio": 2.0}
@@ -212,7 +213,7 @@ def test_what_is_neither_file_nor_tag_lists_the_tags():
     with pytest.raises(
         WeightsError, match=r"'opanai' is neither a file nor a tag of RN50; expected one of .*openai"
     ):
-        _find_weights("RN50", "opanai", {"quick_gelu": True})
+        find_weights("RN50", "opanai", {"quick_gelu": True})
 
 
 def test_a_missing_file_for_a_model_file_says_so(model):
@@ -315,7 +316,7 @@ def test_without_a_network_the_hub_is_not_asked_again_and_again(monkeypatch, rea
         raise OSError("not here")
 
     monkeypatch.setattr("socket.getaddrinfo", look_up)
-    monkeypatch.setattr("evl_cache.towers.getproxies", dict)
+    monkeypatch.setattr("evl_cache.towers.pretrained.getproxies", dict)
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", download)
     with pytest.raises(WeightsUnavailable, match="could not be downloaded"):
         build_tower("ViT-B-32", "laion2b_s34b_b79k")

@@ -1,0 +1,148 @@
+"""Image towers by name: open_clip's, timm's, those of a JSON configuration, and the one that comes with this package."""
+
+import json
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evl_cache.errors import UsageError
+from evl_cache.spec import TIMM_PREFIX, TINY_TOWER, TowerSpec
+from evl_cache.towers.adapter import adapter_of
+from evl_cache.towers.pretrained import bundled, find_weights, load_weights
+from evl_cache.towers.timm_names import build_timm
+from evl_cache.weights import tensors_sha256
+
+_RANDOM_SEED = 0
+
+
+def build_tower(model: str, pretrained: str) -> tuple[nn.Module, TowerSpec]:
+    """An image tower with its weights.
+
+    Args:
+        model: open_clip name such as `ViT-B-16-quickgelu`, `evl-tiny`, `timm/NAME` or `timm/NAME@PIXELS`, or a JSON
+            file as open_clip's (`embed_dim`, `vision_cfg`, `quick_gelu`, optionally `preprocess_cfg`).
+        pretrained: tag (downloaded; evl-tiny's comes with the package), file, or `none` for seeded random weights.
+
+    Returns: the float32 tower on the CPU, and its spec.
+    Raises: UsageError for an unknown model or a tower that EVL cannot read; WeightsError where the weights cannot
+        be had or do not belong to the model.
+    """
+    if model.startswith(TIMM_PREFIX):
+        visual, preprocess, pretrained_name = build_timm(model, pretrained, seed=_RANDOM_SEED)
+        return visual, _describe(visual, model, pretrained_name, preprocess, quick_gelu=False)
+    config, preprocess = _model_config(model)
+    visual = _random_tower(config, model)
+    adapter_of(visual)  # refuses before anything is downloaded
+    if pretrained != "none":
+        weights, tag_preprocess = find_weights(model, pretrained, config)
+        load_weights(visual, weights, model=model, pretrained=pretrained)
+        preprocess = {**preprocess, **tag_preprocess}
+    return visual, _describe(
+        visual,
+        Path(model).stem if model.endswith(".json") else model,
+        Path(pretrained).name if Path(pretrained).is_file() else pretrained,
+        preprocess,
+        quick_gelu=bool(config.get("quick_gelu", False)),
+    )
+
+
+def _describe(
+    visual: nn.Module, model: str, pretrained: str, preprocess: dict[str, Any], *, quick_gelu: bool
+) -> TowerSpec:
+    tower = adapter_of(visual)
+    sides = (*tower.image_size, *tower.patch_size)
+    if sides[0] != sides[1] or sides[2] != sides[3]:
+        raise UsageError(f"{model}: image and patch sizes {sides}; expected square ones, as crops are square")
+    return TowerSpec(
+        model=model,
+        pretrained=pretrained,
+        weights_sha256=tensors_sha256(visual.state_dict()),
+        image_size=tower.image_size[0],
+        patch_size=tower.patch_size[0],
+        width=tower.width,
+        blocks=tower.num_blocks,
+        heads=tower.num_heads,
+        quick_gelu=quick_gelu,
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
+        class_token=tower.class_token,
+        registers=tower.registers,
+    )
+
+
+def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    import open_clip
+    from open_clip.transform import PreprocessCfg
+
+    defaults = PreprocessCfg()
+    preprocess = {"mean": defaults.mean, "std": defaults.std}
+    if model == TINY_TOWER:
+        return json.loads(bundled(f"{TINY_TOWER}.json").read_text(encoding="utf-8")), preprocess
+    if not model.endswith(".json"):
+        config = open_clip.get_model_config(model) if model in open_clip.list_models() else None
+        if config is None:
+            near = [name for name in open_clip.list_models() if name.startswith("ViT-")]
+            raise UsageError(
+                f"unknown model {model!r}; expected an open_clip name ({', '.join(near[:6])}, …), {TINY_TOWER}, "
+                "timm/NAME or a JSON file"
+            )
+        return config, preprocess
+    try:
+        content = json.loads(Path(model).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{model}: cannot be read as a JSON model configuration ({error})") from error
+    config = content.get("model_cfg", content) if isinstance(content, dict) else {}
+    if (
+        not isinstance(config, dict)
+        or not isinstance(config.get("vision_cfg"), dict)
+        or "embed_dim" not in config
+    ):
+        raise UsageError(f"{model}: has no 'embed_dim' and 'vision_cfg'; expected an open_clip configuration")
+    given = content.get("preprocess_cfg") or {}
+    try:
+        found = {name: tuple(map(float, given.get(name, default))) for name, default in preprocess.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{model}: preprocess_cfg is not readable ({error}); expected mean and std"
+        ) from error
+    if any(len(values) != 3 for values in found.values()) or 0.0 in found["std"]:
+        raise UsageError(f"{model}: preprocess_cfg has {found}; expected three numbers each, std above 0")
+    return config, found
+
+
+def _random_tower(config: dict[str, Any], model: str) -> nn.Module:
+    from open_clip.model import CLIPVisionCfg, _build_vision_tower
+
+    given = {**deepcopy(config["vision_cfg"]), "timm_model_pretrained": False}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        try:
+            vision = CLIPVisionCfg(**given)
+            visual: Any = _build_vision_tower(config["embed_dim"], vision, config.get("quick_gelu", False))
+            if vision.timm_model_name and hasattr(visual, "set_input_size"):
+                visual.set_input_size(vision.image_size)
+        except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
+            raise UsageError(f"{model}: not a valid open_clip vision_cfg ({error})") from error
+        _tie_queries_to_keys(visual, config.get("evl_init", {}))
+    tower: nn.Module = visual
+    return tower
+
+
+@torch.no_grad()
+def _tie_queries_to_keys(visual: Any, init: dict[str, Any]) -> None:
+    """Give an untrained tower maps that mean something: a patch attends to patches that look like it.
+
+    With unrelated random query and key matrices an attention map says nothing about motion; with the same
+    matrix for both, q.k is a similarity. Only for the demo's random towers (`evl_init` of the JSON file).
+    """
+    if not init.get("tie_query_key", False):
+        return
+    gain = float(init.get("query_key_gain", 1.0))
+    for block in visual.transformer.resblocks:
+        width = block.attn.embed_dim
+        shared = torch.randn(width, width) * gain * width**-0.5
+        block.attn.in_proj_weight[:width] = shared
+        block.attn.in_proj_weight[width : 2 * width] = shared

@@ -1,0 +1,122 @@
+"""The weights of a tower: a file, a tag that is downloaded, or those that come with this package."""
+
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+from urllib.request import getproxies
+
+from torch import nn
+
+from evl_cache.errors import WeightsError, WeightsUnavailable
+from evl_cache.spec import TINY_PRETRAINED, TINY_TOWER
+from evl_cache.weights import TowerWeights, read_tower_weights
+
+
+def bundled(name: str) -> Path:
+    """A file of the package's data."""
+    return Path(str(files("evl_cache") / "data" / name))
+
+
+def find_weights(model: str, pretrained: str, config: dict[str, Any]) -> tuple[TowerWeights, dict[str, Any]]:
+    """Weights of an open_clip model, and what their tag says of mean and standard deviation.
+
+    Raises: WeightsError for what is neither file nor tag, or was trained with the other activation;
+        WeightsUnavailable where a tag cannot be downloaded.
+    """
+    from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
+
+    quick_gelu = bool(config.get("quick_gelu", False))
+    if Path(pretrained).is_file():
+        weights = read_tower_weights(Path(pretrained))
+        _check_activation(model, pretrained, needed=weights.is_openai_archive or None, has=quick_gelu)
+        return weights, {}
+    if model == TINY_TOWER:
+        if pretrained != TINY_PRETRAINED:
+            raise WeightsError(
+                f"--pretrained {pretrained!r} is neither a file nor a tag of {TINY_TOWER}; expected "
+                f"{TINY_PRETRAINED}, a file, or none"
+            )
+        return read_tower_weights(bundled(f"{TINY_TOWER}.safetensors")), {}
+    tag = get_pretrained_cfg(model, pretrained)
+    if not tag:
+        tags = list_pretrained_tags_by_model(model)
+        raise WeightsError(
+            f"--pretrained {pretrained!r} is neither a file nor a tag of {model}; "
+            f"expected one of {', '.join(tags) or '(no tags)'}, a file, or none"
+        )
+    _check_activation(model, pretrained, needed=bool(tag.get("quick_gelu", False)), has=quick_gelu)
+    return read_tower_weights(_download(model, pretrained, tag)), {
+        name: tuple(tag[name]) for name in ("mean", "std") if tag.get(name) is not None
+    }
+
+
+def _check_activation(model: str, pretrained: str, *, needed: bool | None, has: bool) -> None:
+    if needed is None or needed == has:
+        return
+    remedy = f"--model {model}-quickgelu" if needed else f"--model {model.removesuffix('-quickgelu')}"
+    if model.endswith(".json"):
+        remedy = f'"quick_gelu": {str(needed).lower()} in that file'
+    raise WeightsError(
+        f"QuickGELU mismatch: weights {pretrained!r} were trained {'with' if needed else 'without'} it, "
+        f"model {model} is {'with' if has else 'without'}; use {remedy}"
+    )
+
+
+@contextmanager
+def offline_where_unreachable() -> Iterator[None]:
+    """Without a network the hub's client retries for a minute: there, have it look into its cache only."""
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    host = urlparse(constants.ENDPOINT).hostname
+    if not getproxies():
+        try:
+            socket.getaddrinfo(host, 443)
+        except OSError:
+            constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
+def _download(model: str, pretrained: str, tag: dict[str, Any]) -> Path:
+    from open_clip.pretrained import download_pretrained
+
+    try:
+        with offline_where_unreachable():
+            return Path(download_pretrained(tag))
+    except Exception as error:  # the hub's client raises many kinds; all mean that the file is not here
+        raise unavailable(model, pretrained, error) from error
+
+
+def unavailable(model: str, pretrained: str, error: Exception) -> WeightsUnavailable:
+    """The error for weights that could not be downloaded, with the ways out."""
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+    return WeightsUnavailable(
+        f"weights {pretrained!r} of {model} could not be downloaded ({reason}); no network? Fetch them where "
+        "there is one and pass --pretrained FILE, share its hub cache (HF_HOME), or use --pretrained none"
+    )
+
+
+def load_weights(visual: nn.Module, weights: TowerWeights, *, model: str, pretrained: str) -> None:
+    """Put weights into a tower. Raises: WeightsError where a name or a shape does not match."""
+    own = visual.state_dict()
+    wrong = [n for n in own if n in weights.tensors and weights.tensors[n].shape != own[n].shape]
+    missing = [name for name in own if name not in weights.tensors]
+    extra = [name for name in weights.tensors if name not in own]
+    if wrong or missing or extra:
+        first = (
+            f"{wrong[0]} is {tuple(weights.tensors[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}"
+            if wrong
+            else f"missing {missing[:2]}, not in the model {extra[:2]}"
+        )
+        raise WeightsError(
+            f"weights {pretrained!r} do not match model {model}: {first} ({len(wrong)} shapes, {len(missing)} "
+            f"missing, {len(extra)} extra); choose the --model they were trained for"
+        )
+    visual.load_state_dict(weights.tensors)

@@ -1,0 +1,117 @@
+"""timm's models by name: `timm/NAME`, `timm/NAME.TAG`, `timm/NAME@PIXELS`."""
+
+import difflib
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from evl_cache.errors import UsageError, WeightsError
+from evl_cache.spec import TIMM_DEFAULT, TIMM_PREFIX
+from evl_cache.towers.adapter import adapter_of
+from evl_cache.towers.pretrained import load_weights, offline_where_unreachable, unavailable
+from evl_cache.weights import TowerWeights, read_tower_weights
+
+
+def build_timm(model: str, pretrained: str, *, seed: int) -> tuple[nn.Module, dict[str, Any], str]:
+    """A timm model without its classifier, its mean and standard deviation, and the name of its weights.
+
+    Args:
+        model: with @PIXELS for another image size than the weights' own; positions are then resampled by timm.
+        pretrained: tag of timm, `default` for the model's first, file, or `none`.
+
+    Raises: as `build_tower` does.
+    """
+    import timm
+
+    name, pixels, tag = _parse(model)
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models("*vit*") + timm.list_models("*eva*"), n=4)
+        raise UsageError(
+            f"unknown model {model!r}; timm has no {name}, expected a name such as {', '.join(near) or 'vit_base_patch16_224'}"
+        )
+    if pretrained == TIMM_DEFAULT:
+        pretrained = tag or str(_told(name).tag or "none")
+    is_file = Path(pretrained).is_file()
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
+    if pretrained != "none" and not is_file and pretrained not in tags:
+        raise WeightsError(
+            f"--pretrained {pretrained!r} is neither a file nor a tag of {model}; expected one of "
+            f"{', '.join(tags) or '(no tags)'}, a file, or none"
+        )
+    visual = _random_model(name, pixels, seed, model)
+    adapter_of(visual)  # refuses before anything is downloaded
+    full = name if is_file or pretrained == "none" else f"{name}.{pretrained}"
+    if is_file:
+        _load_file(visual, model, pretrained)
+    elif pretrained != "none":
+        visual = _download(full, pixels, model, pretrained)
+    told = _told(full)
+    return visual, {"mean": told.mean, "std": told.std}, Path(pretrained).name if is_file else pretrained
+
+
+def _parse(model: str) -> tuple[str, int | None, str]:
+    """Name, pixels, tag."""
+    full, at, size = model.removeprefix(TIMM_PREFIX).partition("@")
+    if at and not (size.isdecimal() and int(size) > 0):
+        raise UsageError(f"model {model!r}: {size!r} is no image size; expected pixels, such as @224")
+    name, _, tag = full.partition(".")
+    return name, int(size) if at else None, tag
+
+
+def _told(name: str) -> Any:
+    """What timm knows of a name: tag, mean, std."""
+    import timm
+
+    return timm.get_pretrained_cfg(name)
+
+
+def _create(name: str, pixels: int | None, **options: Any) -> nn.Module:
+    import timm
+
+    if pixels is not None:
+        options["img_size"] = pixels
+    created: nn.Module = timm.create_model(name, num_classes=0, **options)
+    return created.eval()
+
+
+def _random_model(name: str, pixels: int | None, seed: int, model: str) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return _create(name, pixels, pretrained=False)
+        except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UsageError(
+                f"{model}: timm cannot build it ({reason}); choose another size or name"
+            ) from error
+
+
+def _download(full: str, pixels: int | None, model: str, pretrained: str) -> nn.Module:
+    try:
+        with offline_where_unreachable():
+            return _create(full, pixels, pretrained=True)
+    except Exception as error:  # the hub's client raises many kinds; all mean that the file is not here
+        raise unavailable(model, pretrained, error) from error
+
+
+def _load_file(visual: nn.Module, model: str, pretrained: str) -> None:
+    """Weights of a file in timm's names, or in the names of the first publication where timm converts them."""
+    weights = read_tower_weights(Path(pretrained))
+    tensors = weights.tensors
+    own = visual.state_dict()
+    if any(name not in tensors or tensors[name].shape != own[name].shape for name in own):
+        convert = getattr(sys.modules[type(visual).__module__], "checkpoint_filter_fn", None)
+        try:
+            tensors = dict(convert(tensors, visual)) if convert is not None else tensors
+        except (KeyError, ValueError, RuntimeError, AttributeError) as error:
+            raise WeightsError(
+                f"weights {pretrained!r} do not match model {model}: timm cannot convert them ({error}); choose the "
+                "--model they were trained for"
+            ) from error
+    tensors = {name: value for name, value in tensors.items() if not name.startswith(("head.", "mask_token"))}
+    load_weights(
+        visual, TowerWeights(tensors=tensors, is_openai_archive=False), model=model, pretrained=pretrained
+    )
