@@ -101,6 +101,7 @@ def train(sides: tuple[Side, Side], spec: CacheSpec, *, training: Training, seed
     torch.manual_seed(seed)
     head = build_head(
         training.head,
+        num_layers=len(sides[0].features.tokens),
         width=spec.tower.width,
         num_frames=spec.views.frames,
         grid=spec.tower.grid,

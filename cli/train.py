@@ -72,6 +72,7 @@ def _cached(
     given: dict[str, Any], options: Any, names: dict[str, Any], progress: Any, processes: Any
 ) -> tuple[Path, int, Any]:
     from evl_cache.catalog import find_training_caches, split_clips
+    from evl_cache.heads import has_module
     from evl_cache.train import train
 
     refuse_online_options()
@@ -81,7 +82,7 @@ def _cached(
         given["val_cache"],
         head=options.head,
         head_layers=options.head_layers,
-        needs_maps=options.temporal_cross_attention,
+        needs_maps=options.temporal_cross_attention and has_module(options.head, "temporal_cross_attention"),
         same_cache_for_val=given["val_clips"] is not None,
         trust=given["trust"],
     )

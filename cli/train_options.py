@@ -56,7 +56,10 @@ def train_options(function: Any) -> Any:
         _path("--val-clips", "Ids or paths, a line each [all].", exists=True),
         click.option("--recipe", metavar="k400|ssv2", help="Published settings; options given win."),
         click.option(
-            "--head", default="decoder4", metavar="decoderN", help="Reads the last N layers [decoder4]."
+            "--head",
+            default="decoder4",
+            metavar="NAME",
+            help="decoderN, linear, mlap, … (docs/heads.md) [decoder4].",
         ),
         click.option("--head-layers", metavar="9-12", help="Other layers than the last."),
         click.option("--no-temporal-conv", is_flag=True, help="Without the temporal convolution."),

@@ -8,7 +8,7 @@ import torch
 
 from evl_cache.distributed import Processes
 from evl_cache.errors import UsageError
-from evl_cache.heads import EVLHead
+from evl_cache.heads import Head
 from evl_cache.memory import available_bytes, peak_bytes, reset_peak
 from evl_cache.optimisation import Optimisation
 from evl_cache.scoring import head_logits
@@ -25,7 +25,7 @@ _UNMEASURED = 64
 def resolve_batch(
     options: TrainOptions,
     *,
-    build: Callable[[], EVLHead],
+    build: Callable[[], Head],
     probe: Callable[[], StoredBatch],
     num_samples: int,
     sample_nbytes: int,
@@ -69,7 +69,7 @@ def resolve_batch(
 
 
 def largest_on_gpu(
-    build: Callable[[], EVLHead], features: StoredBatch, options: TrainOptions, *, cap: int
+    build: Callable[[], Head], features: StoredBatch, options: TrainOptions, *, cap: int
 ) -> int:
     """Samples of a pass, at most `cap`: tried until memory is out, less a margin."""
 
@@ -102,7 +102,7 @@ def largest_that(fits: Callable[[int], bool], *, cap: int) -> int:
 
 
 def largest_on_cpu(
-    build: Callable[[], EVLHead],
+    build: Callable[[], Head],
     features: StoredBatch,
     options: TrainOptions,
     *,
@@ -131,7 +131,7 @@ def largest_on_cpu(
     return max(0, min(cap, int(room / each)))
 
 
-def training_step(head: EVLHead, features: StoredBatch, options: TrainOptions, *, batch: int) -> None:
+def training_step(head: Head, features: StoredBatch, options: TrainOptions, *, batch: int) -> None:
     """One optimiser step of a head on `batch` samples: these again and again."""
     device = torch.device(options.device)
     head = head.to(device).train()

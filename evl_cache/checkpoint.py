@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from evl_cache.errors import UsageError, WeightsError
-from evl_cache.heads import EVLHead, build_head
+from evl_cache.heads import Head, build_head
 from evl_cache.spec import CacheSpec
 
 CONFIG_NAME = "config.json"
@@ -50,10 +50,9 @@ class RunConfig:
     caches: Mapping[str, Any]
     tower: Mapping[str, Any] | None = None
 
-    def build(self) -> EVLHead:
+    def build(self) -> Head:
         """A head of this configuration, with new weights."""
         config = {**self.head_config, "grid": tuple(self.head_config["grid"])}
-        config.pop("num_layers", None)
         return build_head(self.head, **config)
 
 
@@ -80,7 +79,7 @@ def read_run_config(run: Path) -> RunConfig:
         raise UsageError(f"{run / CONFIG_NAME}: not a run's configuration ({error})") from error
 
 
-def load_head(run: str | Path, *, best: bool = False) -> EVLHead:
+def load_head(run: str | Path, *, best: bool = False) -> Head:
     """The trained head of a run directory, in eval mode on the CPU: the last one, or that of its best epoch.
 
     Raises: UsageError where there is no run; WeightsError where its weights do not belong to it.
@@ -100,7 +99,7 @@ def load_head(run: str | Path, *, best: bool = False) -> EVLHead:
     return head.eval()
 
 
-def load_weights(head: EVLHead, weights: Mapping[str, torch.Tensor], *, source: Path) -> None:
+def load_weights(head: Head, weights: Mapping[str, torch.Tensor], *, source: Path) -> None:
     """Raises: WeightsError where names or shapes are not the head's."""
     own = head.state_dict()
     wrong = [
@@ -115,7 +114,7 @@ def load_weights(head: EVLHead, weights: Mapping[str, torch.Tensor], *, source: 
     head.load_state_dict(weights)
 
 
-def save_head(run: Path, head: EVLHead, *, best: bool = False) -> None:
+def save_head(run: Path, head: Head, *, best: bool = False) -> None:
     """Write `head.safetensors`, or `best.safetensors`, whole or not at all."""
     name = BEST_NAME if best else HEAD_NAME
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,7 @@ from evl_cache.batches import Batch, LoaderTimes
 from evl_cache.epoch_order import BatchPart, EpochOrder
 from evl_cache.errors import UsageError
 from evl_cache.resident import ResidentSamples
-from evl_cache.store import BatchBuffers, FeatureCache
+from evl_cache.store import BatchBuffers, FeatureCache, TokensRead
 
 _RING = 3  # one with the consumer, two being filled
 
@@ -26,7 +27,7 @@ class FeatureLoader:
 
     Args:
         cache: open for reading. samples: rows; failed ones are left out.
-        layers: blocks. with_maps: read the maps too.
+        layers: blocks. with_maps: read the maps too. tokens: which ones of a frame, as `FeatureCache.buffers`.
         batch: samples of a batch, in all processes; the last of an epoch is smaller.
         shuffle_seed: order of an epoch is drawn from (seed, epoch), and with it which of a clip's augmented training
             views the epoch has; None keeps the order, and has all.
@@ -48,6 +49,7 @@ class FeatureLoader:
         layers: Sequence[int],
         batch: int,
         with_maps: bool = True,
+        tokens: TokensRead = "all",
         shuffle_seed: int | None = None,
         shuffle_blocks: int = 0,
         rank: int = 0,
@@ -77,7 +79,8 @@ class FeatureLoader:
             rank=rank,
             world=world,
         )
-        self._with_maps, self._threads, self._pin_memory = with_maps, threads, pin_memory
+        self._threads = threads
+        self._reads: dict[str, Any] = {"with_maps": with_maps, "tokens": tokens, "pin_memory": pin_memory}
         on_host = resident is not None and resident.device.type == "cpu"
         self._in_ram: ResidentSamples | None = resident if on_host else None
         self._on_device: ResidentSamples | None = None if on_host else resident
@@ -130,9 +133,7 @@ class FeatureLoader:
     def _grown(self, ring: list[BatchBuffers], count: int) -> list[BatchBuffers]:
         most = -(-min(self.batch, self.order.samples_of_epoch) // self.order.world)
         new = [
-            self.cache.buffers(
-                slots=most, layers=self.layers, with_maps=self._with_maps, pin_memory=self._pin_memory
-            )
+            self.cache.buffers(slots=most, layers=self.layers, **self._reads)
             for _ in range(count - len(ring))
         ]
         return [*ring, *new]

@@ -52,13 +52,17 @@ def evaluate(
             f"{run}: its head was trained on other classes ({ours!r}) than {cache.path} has ({theirs!r})"
         )
     head = load_head(run, best=best).to(device)
-    needs_maps = head.temporal_cross_attention and head.num_frames > 1
-    if needs_maps and not cache.spec.has_maps:
+    if head.reads_maps and not cache.spec.has_maps:
         raise UsageError(
             f"{cache.path} holds no attention maps, which the head of {run} reads; extract with --maps"
         )
     loader = FeatureLoader(
-        cache, samples_of_clips(cache, clips), layers=layers, batch=batch, with_maps=needs_maps
+        cache,
+        samples_of_clips(cache, clips),
+        layers=layers,
+        batch=batch,
+        with_maps=head.reads_maps,
+        tokens="class" if head.class_tokens_only else "all",
     )
     started = time.monotonic()
     scores = score(head, loader, device=torch.device(device), on_batch=on_batch)

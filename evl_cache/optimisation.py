@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from evl_cache.heads import EVLHead
+from evl_cache.heads import Head
 from evl_cache.train_options import TrainOptions
 
 
@@ -26,7 +26,7 @@ class Optimisation:
         averaged: a head of the moving averages, where options ask for it.
     """
 
-    def __init__(self, head: EVLHead, options: TrainOptions, *, total_steps: int) -> None:
+    def __init__(self, head: Head, options: TrainOptions, *, total_steps: int) -> None:
         self.head, self.options, self.total_steps = head, options, total_steps
         self.optimizer = torch.optim.AdamW(
             parameter_groups(
@@ -34,13 +34,13 @@ class Optimisation:
             ),
             lr=options.lr,
         )
-        device = head.class_query.device.type
+        device = next(head.parameters()).device.type
         # Only float16's range needs it; disabled it does nothing.
         self.scaler = torch.amp.GradScaler(device, enabled=options.precision == "float16")
         self.averaged = None if options.ema is None else copy.deepcopy(head).requires_grad_(False)
 
     @property
-    def result(self) -> EVLHead:
+    def result(self) -> Head:
         """The head that is validated and saved."""
         return self.head if self.averaged is None else self.averaged
 

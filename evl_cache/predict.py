@@ -71,9 +71,8 @@ def predict(
     config = read_run_config(run)
     spec = _live_spec(config, run, num_clips=len(files))
     head = load_head(run, best=best).to(device)
-    with_maps = head.temporal_cross_attention and head.num_frames > 1
     backbone = _backbone(
-        config, run, spec, model, pretrained, with_maps=with_maps, device=torch.device(device)
+        config, run, spec, model, pretrained, with_maps=head.reads_maps, device=torch.device(device)
     )
     clips = ClipList(
         clips=tuple(Clip(id=str(file), path=str(file), label=0, split="predict") for file in files),

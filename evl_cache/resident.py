@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evl_cache.memory import available_bytes
-from evl_cache.store import BatchBuffers, FeatureCache, StoredBatch
+from evl_cache.store import BatchBuffers, FeatureCache, StoredBatch, TokensRead
 from evl_cache.store.buffers import stored_batch
 
 DEFAULT_SHARE = 0.5  # of what is available: the rest is the training's
@@ -24,7 +24,7 @@ class ResidentSamples:
 
     Args:
         cache: where they are from. samples: rows that will be asked for, in the order of preference.
-        layers, with_maps: what is kept of each.
+        layers, with_maps, tokens: what is kept of each, as `FeatureCache.buffers`.
         budget_bytes: at most so much. device: where.
 
     Attributes:
@@ -38,10 +38,11 @@ class ResidentSamples:
         *,
         layers: Sequence[int],
         with_maps: bool,
+        tokens: TokensRead = "all",
         budget_bytes: int,
         device: torch.device,
     ) -> None:
-        one = cache.buffers(slots=1, layers=layers, with_maps=with_maps)
+        one = cache.buffers(slots=1, layers=layers, with_maps=with_maps, tokens=tokens)
         self.device = device
         self.sample_nbytes = one.nbytes
         self.capacity = min(len(samples), budget_bytes // one.nbytes)

@@ -18,7 +18,7 @@ from evl_cache.checkpoint import (
     write_run_config,
 )
 from evl_cache.errors import UsageError
-from evl_cache.heads.evl import MODULES
+from evl_cache.heads import MODULES, head_class
 from evl_cache.spec import digest
 from evl_cache.train_options import OPERATIONAL, TrainOptions
 
@@ -39,9 +39,17 @@ def check_pair(train_cache: Source, val_cache: Source) -> None:
 def run_config(
     cache: Source, loaders: Mapping[str, Loader], options: TrainOptions, layers: tuple[int, ...]
 ) -> RunConfig:
-    """What a run on this cache with these options is. loaders: by side, `train` and `val`."""
-    spec = cache.spec
-    modules = {name: getattr(options, name) for name in MODULES}
+    """What a run on this cache with these options is. loaders: by side, `train` and `val`.
+
+    Raises: UsageError where a module is switched off that the head does not have.
+    """
+    spec, has = cache.spec, head_class(options.head).temporal_modules
+    foreign = [name for name in MODULES if not getattr(options, name) and name not in has]
+    if foreign:
+        raise UsageError(
+            f"{options.head} has no {', '.join(foreign)} to switch off; it has {', '.join(has) or 'no such module'}"
+        )
+    modules = {name: getattr(options, name) for name in has}
     head_config = {
         "num_layers": len(layers),
         "width": spec.tower.width,

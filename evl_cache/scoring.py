@@ -5,6 +5,7 @@ B samples, K classes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -89,9 +90,12 @@ def head_logits(
     that are not stored are made first.
     """
     features = features.with_made_maps()
+    tokens: Sequence[Any] = features.tokens
+    if features.class_tokens is not None and getattr(head, "module", head).class_tokens_only:
+        tokens = features.class_tokens
     device_type = next(head.parameters()).device.type
     with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-        logits: torch.Tensor = head(features.tokens, features.maps)
+        logits: torch.Tensor = head(tokens, features.maps)
     return logits.float()
 
 

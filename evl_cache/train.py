@@ -1,8 +1,9 @@
 """Stage two: a head trained from a cache, without a video or the backbone."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,12 +17,12 @@ from evl_cache.checkpoint import (
 from evl_cache.dataset import FeatureLoader, samples_of_clips
 from evl_cache.distributed import Processes
 from evl_cache.errors import UsageError
-from evl_cache.heads import head_layers
+from evl_cache.heads import has_module, head_class, head_layers
 from evl_cache.progress import TrainResult
 from evl_cache.resident import ResidentSamples, default_budget
 from evl_cache.run_setup import check_pair, prepare_run, run_config
 from evl_cache.spec import CacheSpec
-from evl_cache.store import FeatureCache
+from evl_cache.store import FeatureCache, TokensRead
 from evl_cache.train_options import TrainOptions
 from evl_cache.trainer import OnBottleneck, OnStep, Trainer
 
@@ -61,6 +62,7 @@ def train(
     check_pair(train_cache, val_cache)
     layers = head_layers(options.head, train_cache.spec.layers, options.head_layers)
     with_maps = needs_maps(options, train_cache.spec)
+    reads: dict[str, Any] = {"with_maps": with_maps, "tokens": tokens_read(options.head)}
     if with_maps and not train_cache.spec.has_maps:
         raise UsageError(
             f"{train_cache.path} holds no attention maps, which temporal cross attention reads; "
@@ -74,16 +76,14 @@ def train(
     options = resolve_batch(
         options,
         build=lambda: run_config(train_cache, {}, options, layers).build(),
-        probe=lambda: train_cache.read_stored(served[:1].tolist(), layers, with_maps=with_maps),
+        probe=lambda: train_cache.read_stored(served[:1].tolist(), layers, **reads),
         num_samples=len(served) // max(1, train_cache.spec.views.train_views),
-        sample_nbytes=train_cache.buffers(slots=1, layers=layers, with_maps=with_maps).nbytes,
+        sample_nbytes=train_cache.buffers(slots=1, layers=layers, **reads).nbytes,
         recorded=(lambda: read_run_config(out).training.get("batch")) if resume else None,
         processes=processes,
     )
     options = replace(options, shuffle_blocks=_shuffle_blocks(options, train_cache, out if resume else None))
-    train_loader, val_loader = _loaders(
-        (train_cache, val_cache), samples, layers, with_maps, options, processes
-    )
+    train_loader, val_loader = _loaders((train_cache, val_cache), samples, layers, reads, options, processes)
     return train_with_loaders(
         train_loader,
         val_loader,
@@ -124,7 +124,13 @@ def train_with_loaders(
 
 def needs_maps(options: TrainOptions, spec: CacheSpec) -> bool:
     """Whether the head reads adjacent-frame maps."""
-    return options.temporal_cross_attention and spec.views.frames > 1
+    has = has_module(options.head, "temporal_cross_attention")
+    return has and options.temporal_cross_attention and spec.views.frames > 1
+
+
+def tokens_read(head: str) -> TokensRead:
+    """Which tokens of a frame a head reads."""
+    return "class" if head_class(head).class_tokens_only else "all"
 
 
 def _shuffle_blocks(options: TrainOptions, cache: FeatureCache, resumed: Path | None) -> int:
@@ -139,19 +145,19 @@ def _loaders(
     caches: tuple[FeatureCache, FeatureCache],
     samples: Sequence[np.ndarray],
     layers: tuple[int, ...],
-    with_maps: bool,
+    reads: Mapping[str, Any],
     options: TrainOptions,
     processes: Processes,
 ) -> list[FeatureLoader]:
     """Of the training and of the validation samples, of this process's part."""
-    residents = _residents(caches, samples, layers, with_maps, options, processes)
+    residents = _residents(caches, samples, layers, reads, options, processes)
     return [
         FeatureLoader(
             cache,
             rows,
             layers=layers,
             batch=options.global_batch,
-            with_maps=with_maps,
+            **reads,
             shuffle_seed=seed,
             shuffle_blocks=options.shuffle_blocks or 0,
             rank=processes.rank,
@@ -167,7 +173,7 @@ def _residents(
     caches: Sequence[FeatureCache],
     samples: Sequence[np.ndarray],
     layers: tuple[int, ...],
-    with_maps: bool,
+    reads: Mapping[str, Any],
     options: TrainOptions,
     processes: Processes,
 ) -> list[ResidentSamples | None]:
@@ -184,7 +190,7 @@ def _residents(
             cache,
             rows[cache.is_valid[rows]],
             layers=layers,
-            with_maps=with_maps,
+            **reads,
             budget_bytes=budget,
             device=device,
         )

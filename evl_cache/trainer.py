@@ -19,7 +19,7 @@ from evl_cache.batches import Batch, Loader
 from evl_cache.checkpoint import RESULT_NAME, RunConfig, save_head, save_state, write_json
 from evl_cache.distributed import Processes
 from evl_cache.errors import EvlCacheError, UsageError
-from evl_cache.heads import EVLHead
+from evl_cache.heads import Head
 from evl_cache.interruption import Interrupted, StopRequests
 from evl_cache.optimisation import Optimisation, seed_step
 from evl_cache.progress import Progress, TrainResult
@@ -55,10 +55,9 @@ class Trainer:
         self.train_loader, self.val_loader = train_loader, val_loader
         self.device = torch.device(options.device)
         torch.manual_seed(options.seed)
-        head: EVLHead = config.build().to(self.device)
+        head: Head = config.build().to(self.device)
         self.total_steps = options.steps or (options.epochs or 0) * len(train_loader)
-        unused = head.temporal_cross_attention and head.num_frames == 1
-        self.model = self.processes.wrap(head, some_unused=unused)
+        self.model = self.processes.wrap(head, some_unused=head.has_idle_parameters)
         self.optimisation = Optimisation(head, options, total_steps=self.total_steps)
         self.autocast_dtype = PRECISIONS[options.precision]
         self.progress = Progress()

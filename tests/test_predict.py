@@ -76,6 +76,17 @@ def from_cache(run, cache):
     return score(load_head(run), loader, device=torch.device("cpu")).probabilities
 
 
+@pytest.mark.parametrize("name", ["linear", "mlap"])
+def test_heads_beyond_evl_predict_what_eval_scores(work, tmp_path, name):
+    cache = FeatureCache(work / "cache")
+    train(cache, cache, options=replace(OPTIONS, head=name), out=tmp_path / "run", val_clips=[0, 1])
+    found = predict(tmp_path / "run", [work / "videos"])
+    # Live features are whole frames' tokens: a linear head takes the class token of each.
+    order = np.argsort([str(video) for video in found.videos])
+    expected = from_cache(tmp_path / "run", cache)
+    np.testing.assert_allclose(found.probabilities[order], expected, atol=2e-3)
+
+
 def test_predictions_equal_the_scores_from_a_cache(work):
     found = predict(work / "run", [work / "videos"])
     assert [video.name for video in found.videos] == [f"{i:02d}.mp4" for i in range(6)]

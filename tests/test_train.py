@@ -339,8 +339,8 @@ def test_a_deeper_head_than_layers_names_both(caches, tmp_path):
         UsageError, match=r"decoder6 reads 6 layers, the cache has 3 \[2, 3, 4\]; use decoder3"
     ):
         run(caches, tmp_path / "run", options=replace(OPTIONS, head="decoder6"))
-    with pytest.raises(UsageError, match="unknown head 'linear'"):
-        run(caches, tmp_path / "run", options=replace(OPTIONS, head="linear"))
+    with pytest.raises(UsageError, match="unknown head 'quadratic'"):
+        run(caches, tmp_path / "run", options=replace(OPTIONS, head="quadratic"))
     with pytest.raises(UsageError, match=r"\[9\] are not cached"):
         run(caches, tmp_path / "run", options=replace(OPTIONS, head_layers=(2, 9)))
     with pytest.raises(UsageError, match="decoder2 reads 2 layers, --head-layers names 3"):

@@ -1,42 +1,80 @@
-"""Heads that read cached features. `build_head` makes one from its name on the command line."""
+"""Heads that read cached features, by their names on the command line."""
 
 import re
 from typing import Any
 
 from evl_cache.errors import UsageError
+from evl_cache.heads.attentive import AttentiveHead
 from evl_cache.heads.evl import EVLHead
+from evl_cache.heads.head import MODULES, Head
+from evl_cache.heads.ladder import LadderHead
+from evl_cache.heads.linear import LinearHead
+from evl_cache.heads.meanpool import MeanPoolHead
+from evl_cache.heads.mlap import MLAPHead
+from evl_cache.heads.uniformerv2 import UniFormerV2Head
 
-__all__ = ["EVLHead", "build_head", "head_layers"]
+__all__ = ["HEADS", "MODULES", "EVLHead", "Head", "build_head", "has_module", "head_class", "head_layers"]
+
+# A new head is one file and one line here: docs/heads.md. A name that ends in N takes a number, the layers it reads.
+HEADS: dict[str, type[Head]] = {
+    "decoderN": EVLHead,
+    "linear": LinearHead,
+    "meanpool": MeanPoolHead,
+    "attentive": AttentiveHead,
+    "mlap": MLAPHead,
+    "uniformerv2": UniFormerV2Head,
+    "ladder": LadderHead,
+}
+
+
+def head_class(name: str) -> type[Head]:
+    """The class of a head. Raises: UsageError for an unknown one."""
+    return HEADS[_entry(name)[0]]
+
+
+def has_module(name: str, module: str) -> bool:
+    """Whether a head has one of `MODULES`. Raises: UsageError for an unknown head."""
+    return module in head_class(name).temporal_modules
 
 
 def head_layers(name: str, cached: tuple[int, ...], wanted: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """The blocks that a head reads: `wanted`, or the last N cached ones for `decoderN`.
+    """The blocks that a head reads: `wanted`, or the last ones that are cached, as many as its name or class says.
 
     Raises: UsageError for an unknown head, or layers that are not cached or do not fit its depth.
     """
-    match = re.fullmatch(r"decoder([1-9]\d*)", name)
-    if match is None:
-        raise UsageError(f"unknown head {name!r}; expected decoderN, such as decoder4")
-    depth = int(match[1])
+    _, number = _entry(name)
+    kind = head_class(name)
+    depth = number or kind.default_depth
     if wanted is None:
-        if depth > len(cached):
+        if number is not None and number > len(cached):
             raise UsageError(
-                f"{name} reads {depth} layers, the cache has {len(cached)} {list(cached)}; "
-                f"use decoder{len(cached)}, or extract more --layers"
+                f"{name} reads {number} layers, the cache has {len(cached)} {list(cached)}; "
+                f"use {name.removesuffix(str(number))}{len(cached)}, or extract more --layers"
             )
-        return cached[-depth:]
+        return cached if depth is None else cached[-depth:]
     missing = [layer for layer in wanted if layer not in cached]
     if missing:
         raise UsageError(
             f"--head-layers {list(wanted)}: {missing} are not cached; the cache has {list(cached)}"
         )
-    if len(wanted) != depth:
+    is_fixed = number is not None or not kind.takes_other_depths
+    if is_fixed and len(wanted) != depth:
         raise UsageError(f"{name} reads {depth} layers, --head-layers names {len(wanted)}; make them equal")
     return wanted
 
 
-def build_head(name: str, **config: Any) -> EVLHead:
-    """A new head. Arguments as `EVLHead`, without `num_layers`, which the name tells."""
-    match = re.fullmatch(r"decoder([1-9]\d*)", name)
-    assert match is not None, "head_layers has checked the name"
-    return EVLHead(num_layers=int(match[1]), **config)
+def build_head(name: str, **config: Any) -> Head:
+    """A new head. Arguments as its class takes them."""
+    return head_class(name)(**config)
+
+
+def _entry(name: str) -> tuple[str, int | None]:
+    """The registry's key, and the number in the name where it takes one."""
+    if name in HEADS and not name.endswith("N"):
+        return name, None
+    match = re.fullmatch(r"(.*?)([1-9]\d*)", name)
+    if match is None or f"{match[1]}N" not in HEADS:
+        raise UsageError(
+            f"unknown head {name!r}; expected one of {', '.join(HEADS)}, with a number for N, such as decoder4"
+        )
+    return f"{match[1]}N", int(match[2])

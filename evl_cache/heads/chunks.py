@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from evl_cache.heads.layer_tokens import LayerTokens
 from evl_cache.quantize import QuantizedTokens
 
 # Measured on two Zen 4 cores (docs/architecture.md): matrix products over queries want some 256 rows of
@@ -125,8 +126,10 @@ class TokenBlock:
         return out
 
 
-def token_block(tokens: Tensor | QuantizedTokens) -> TokenBlock:
-    """One layer's tokens, however they came."""
+def token_block(tokens: Tensor | QuantizedTokens | LayerTokens) -> TokenBlock:
+    """One layer's tokens, however they came; where heads share them, decoded once for all."""
+    if isinstance(tokens, LayerTokens):
+        tokens = tokens.values
     if isinstance(tokens, QuantizedTokens):
         return TokenBlock(tokens=tokens.codes, affine=tokens.affine, token_scale=tokens.scale)
     return TokenBlock(tokens=tokens, affine=None, token_scale=None)

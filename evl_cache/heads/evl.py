@@ -12,17 +12,12 @@ from torch import Tensor, nn
 from evl_cache.errors import UsageError
 from evl_cache.heads.chunks import token_block
 from evl_cache.heads.decoder_layer import DecoderLayer
+from evl_cache.heads.head import MODULES, Head, Maps, Tokens, check_floating, check_shape, stored_values
 from evl_cache.heads.motion import map_block
 from evl_cache.heads.workspace import Workspace
-from evl_cache.quantize import QuantizedMaps, QuantizedTokens
-
-Tokens = Tensor | QuantizedTokens
-Maps = Tensor | QuantizedMaps
-
-MODULES = ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")
 
 
-class EVLHead(nn.Module):
+class EVLHead(Head):
     """Transformer decoder over cached tokens, with the three temporal modules, and the classifier.
 
     Args:
@@ -41,6 +36,8 @@ class EVLHead(nn.Module):
     Raises: UsageError where sizes contradict each other.
     """
 
+    temporal_modules = MODULES
+
     def __init__(
         self,
         *,
@@ -57,40 +54,26 @@ class EVLHead(nn.Module):
         temporal_pos_embed: bool = True,
         temporal_cross_attention: bool = True,
     ) -> None:
-        super().__init__()
         qkv_width = width if qkv_width is None else qkv_width
         num_heads = max(1, qkv_width // 64) if num_heads is None else num_heads
-        sizes = {
-            "num_layers": num_layers,
-            "width": width,
-            "num_frames": num_frames,
-            "num_classes": num_classes,
-            "num_heads": num_heads,
-        }
-        for name, value in sizes.items():
-            if value < 1:
-                raise UsageError(f"{name} is {value}; expected at least 1")
+        super().__init__(
+            num_layers=num_layers,
+            width=width,
+            num_frames=num_frames,
+            grid=grid,
+            num_classes=num_classes,
+            num_heads=num_heads,
+            dropout=dropout,
+            qkv_width=qkv_width,
+            mlp_width=4 * width if mlp_width is None else mlp_width,
+            temporal_conv=temporal_conv,
+            temporal_pos_embed=temporal_pos_embed,
+            temporal_cross_attention=temporal_cross_attention,
+        )
         if qkv_width % num_heads:
             raise UsageError(
                 f"{num_heads} heads do not divide the decoder's width of {qkv_width}; expected a divisor"
             )
-        if not 0 <= dropout < 1:
-            raise UsageError(f"dropout is {dropout}; expected 0 <= dropout < 1")
-        self.config = {
-            "num_layers": num_layers,
-            "width": width,
-            "num_frames": num_frames,
-            "grid": tuple(grid),
-            "num_classes": num_classes,
-            "num_heads": num_heads,
-            "qkv_width": qkv_width,
-            "mlp_width": 4 * width if mlp_width is None else mlp_width,
-            "dropout": dropout,
-            "temporal_conv": temporal_conv,
-            "temporal_pos_embed": temporal_pos_embed,
-            "temporal_cross_attention": temporal_cross_attention,
-        }
-        self.num_frames, self.grid, self.width = num_frames, (int(grid[0]), int(grid[1])), width
         self._enabled = {name: bool(self.config[name]) for name in MODULES}
         self._workspace = Workspace()
         self.class_query = nn.Parameter(torch.zeros(width))
@@ -111,34 +94,39 @@ class EVLHead(nn.Module):
         Returns: (B, num_classes).
         Raises: UsageError for a list or shape that is not this head's.
         """
-        self._check(tokens, maps)
-        use_maps = self.temporal_cross_attention and self.num_frames > 1
-        x = self.class_query.expand(len(_values(tokens[0])), -1)  # (B,C)
+        self.check_tokens(tokens)
+        clips = len(stored_values(tokens[0]))
+        if self.reads_maps:
+            self._check_maps(clips, maps)
+        x = self.class_query.expand(clips, -1)  # (B,C)
         for i, layer in enumerate(self.layers):
-            layer_maps = map_block(maps[i]) if use_maps and maps is not None else None
+            layer_maps = map_block(maps[i]) if self.reads_maps and maps is not None else None
             x = layer(x, token_block(tokens[i]), layer_maps, self._enabled, self._workspace)
         logits: Tensor = self.classifier(self.dropout(self.norm(x)))
         return logits
 
-    def _check(self, tokens: Sequence[Tokens], maps: Sequence[Maps] | None) -> None:
-        if len(tokens) != len(self.layers):
-            raise UsageError(
-                f"got tokens of {len(tokens)} layers; this head has {len(self.layers)} decoder layers"
-            )
-        patches = self.grid[0] * self.grid[1]
-        clips = len(_values(tokens[0]))
-        for t in tokens:
-            _check_feature("tokens", "(B, T, 1+P, C)", t, (clips, self.num_frames, 1 + patches, self.width))
-        if not (self.temporal_cross_attention and self.num_frames > 1):
-            return
+    @property
+    def reads_maps(self) -> bool:
+        """Whether it needs adjacent-frame maps as it is now."""
+        return self.temporal_cross_attention and self.num_frames > 1
+
+    @property
+    def has_idle_parameters(self) -> bool:
+        """Motion tables are idle where there is one frame."""
+        return self.temporal_cross_attention and self.num_frames == 1
+
+    def _check_maps(self, clips: int, maps: Sequence[Maps] | None) -> None:
         if maps is None or len(maps) != len(self.layers):
             raise UsageError(
                 f"got maps of {0 if maps is None else len(maps)} layers; temporal cross attention needs them "
                 f"for all {len(self.layers)}: cache them (--maps), or switch it off "
                 "(--no-temporal-cross-attention)"
             )
+        patches = self.grid[0] * self.grid[1]
+        expected = (clips, 2, self.num_frames - 1, patches, patches)
         for m in maps:
-            _check_feature("maps", "(B, 2, T-1, P, P)", m, (clips, 2, self.num_frames - 1, patches, patches))
+            check_shape("maps", "(B, 2, T-1, P, P)", tuple(stored_values(m).shape), expected)
+            check_floating("maps", m)
 
     def _switch(self, name: str, on: bool) -> None:
         if on and not self.config[name]:
@@ -171,18 +159,3 @@ class EVLHead(nn.Module):
     @temporal_cross_attention.setter
     def temporal_cross_attention(self, on: bool) -> None:
         self._switch("temporal_cross_attention", on)
-
-
-def _values(feature: Tokens | Maps) -> Tensor:
-    return feature if isinstance(feature, Tensor) else feature.codes
-
-
-def _check_feature(name: str, axes: str, feature: Tokens | Maps, expected: tuple[int, ...]) -> None:
-    shape, dtype = tuple(_values(feature).shape), _values(feature).dtype
-    if shape != expected:
-        raise UsageError(f"{name} are {shape}; this head expects {axes} = {expected}")
-    if isinstance(feature, Tensor) and not feature.is_floating_point():
-        raise UsageError(
-            f"{name} are {dtype}; expected floating-point ones, or codes together with their scales as "
-            f"Quantized{name.title()}"
-        )

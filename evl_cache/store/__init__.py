@@ -1,7 +1,7 @@
 """The store: a Zarr v3 group that loses nothing and proves every byte. Only it knows zarr's format."""
 
 from evl_cache.store.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
-from evl_cache.store.buffers import BatchBuffers
+from evl_cache.store.buffers import BatchBuffers, TokensRead
 from evl_cache.store.directory import CacheDescription, create_cache, read_clips, read_description
 from evl_cache.store.layout import LOCKS_NAME, PROJECTIONS_NAME, array_layouts
 from evl_cache.store.leftovers import finish_cache
@@ -29,6 +29,7 @@ __all__ = [
     "Problem",
     "Row",
     "StoredBatch",
+    "TokensRead",
     "Verification",
     "array_layouts",
     "clear_mark",

@@ -5,7 +5,7 @@ B slots, L layers.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,8 @@ from evl_cache.store.rows import StoredBatch, StoredMaps, StoredTokens
 
 TOKEN_ARRAYS = ("tokens", "token_affine", "token_scale")
 MAP_ARRAYS = ("maps", "map_scale")
+CLASS_ARRAYS = ("class_tokens",)
+TokensRead = Literal["all", "class", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,12 @@ class MapRecipe:
     def applied(self, held: StoredBatch) -> StoredBatch:
         """Tokens of the wanted blocks, and their maps, to be made; from tokens of the held ones."""
         tokens = dict(zip(self.held, held.tokens, strict=True))
+        class_tokens = None
+        if held.class_tokens is not None:
+            by_layer = dict(zip(self.held, held.class_tokens, strict=True))
+            class_tokens = [by_layer[layer] for layer in self.wanted]
         return StoredBatch(
+            class_tokens=class_tokens,
             tokens=[tokens[layer] for layer in self.wanted],
             maps=[
                 RecomputedMaps(below=tokens[layer - 1], projection=self.projections[layer])
@@ -98,7 +105,7 @@ def _memory(shape: tuple[int, ...], dtype: str, pin_memory: bool) -> torch.Tenso
 
 def stored_batch(tensors: Mapping[str, Sequence[torch.Tensor]]) -> StoredBatch:
     """Features from L tensors (B, *chunk) of each stored array."""
-    tokens: list[StoredTokens] = list(tensors["tokens"])
+    tokens: list[StoredTokens] = list(tensors.get("tokens", []))
     if "token_affine" in tensors:
         parts = zip(*(tensors[name] for name in TOKEN_ARRAYS), strict=True)
         tokens = [QuantizedTokens(codes=codes, affine=affine, scale=scale) for codes, affine, scale in parts]
@@ -106,4 +113,5 @@ def stored_batch(tensors: Mapping[str, Sequence[torch.Tensor]]) -> StoredBatch:
     if "map_scale" in tensors:
         pairs = zip(*(tensors[name] for name in MAP_ARRAYS), strict=True)
         maps = [QuantizedMaps(codes=codes, row_max=row_max) for codes, row_max in pairs]
-    return StoredBatch(tokens=tokens, maps=maps)
+    class_tokens = [t[:, :, None] for t in tensors["class_tokens"]] if "class_tokens" in tensors else None
+    return StoredBatch(tokens=tokens, maps=maps, class_tokens=class_tokens)

@@ -16,7 +16,14 @@ import torch
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.quantize import frame_sum_
 from evl_cache.spec import CacheSpec, digest
-from evl_cache.store.buffers import MAP_ARRAYS, TOKEN_ARRAYS, BatchBuffers, MapRecipe
+from evl_cache.store.buffers import (
+    CLASS_ARRAYS,
+    MAP_ARRAYS,
+    TOKEN_ARRAYS,
+    BatchBuffers,
+    MapRecipe,
+    TokensRead,
+)
 from evl_cache.store.directory import read_clips, read_description
 from evl_cache.store.file_system import is_local
 from evl_cache.store.layout import MANIFEST_NAME, array_layouts, mark_path
@@ -162,10 +169,15 @@ class FeatureCache:
         return self.read_stored(samples, layers).dequantized()
 
     def read_stored(
-        self, samples: Sequence[int], layers: Sequence[int] | None = None, *, with_maps: bool = True
+        self,
+        samples: Sequence[int],
+        layers: Sequence[int] | None = None,
+        *,
+        with_maps: bool = True,
+        tokens: TokensRead = "all",
     ) -> StoredBatch:
-        """Features as they are stored. Arguments and errors as `read`; maps only where asked for."""
-        buffers = self.buffers(slots=len(samples), layers=layers, with_maps=with_maps)
+        """Features as they are stored. Arguments and errors as `read` and `buffers`; maps only where asked for."""
+        buffers = self.buffers(slots=len(samples), layers=layers, with_maps=with_maps, tokens=tokens)
         self.read_into(buffers, enumerate(samples), layers)
         return buffers.batch(len(samples))
 
@@ -175,10 +187,18 @@ class FeatureCache:
         slots: int,
         layers: Sequence[int] | None = None,
         with_maps: bool = True,
+        tokens: TokensRead = "all",
         pin_memory: bool = False,
     ) -> BatchBuffers:
-        """Buffers for `read_into`. Raises: UsageError for a layer that is not stored."""
-        names = TOKEN_ARRAYS + (MAP_ARRAYS if with_maps else ())
+        """Buffers for `read_into`.
+
+        tokens: all of a frame, its class token alone (without maps), or `both`: all, and class tokens in float16.
+
+        Raises: UsageError for a layer that is not stored.
+        """
+        assert tokens != "class" or not with_maps, "maps come with all tokens"
+        names: tuple[str, ...] = () if tokens == "class" else TOKEN_ARRAYS
+        names += (MAP_ARRAYS if with_maps else ()) + (() if tokens == "all" else CLASS_ARRAYS)
         layouts = [layout for name, layout in self._layouts.items() if name in names]
         recipe = self._map_recipe(layers) if with_maps and self.spec.recomputes_maps else None
         count = len(self.layer_positions(layers) if recipe is None else recipe.held)

@@ -4,7 +4,7 @@ T frames, P patches, N = 1+P tokens, C channels, L layers. A row is `{array name
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -60,13 +60,16 @@ class StoredBatch:
     """Features of several samples as they are stored, shallow to deep; dequantise where they are used.
 
     Attributes:
-        tokens: L of QuantizedTokens with (B, T, N, C) codes, or float16 (B, T, N, C).
+        tokens: L of QuantizedTokens with (B, T, N, C) codes, or float16 (B, T, N, C); none where only class tokens
+            were read.
         maps: L of QuantizedMaps with (B, 2, T-1, P, P) codes, or float16, or to be made from tokens one block
             below; None where there are none.
+        class_tokens: L of float16 (B, T, 1, C); None where they were not read.
     """
 
     tokens: list[StoredTokens]
     maps: list[StoredMaps] | None
+    class_tokens: list[torch.Tensor] | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "StoredBatch":
         """The same on another device."""
@@ -89,7 +92,7 @@ class StoredBatch:
         if self.maps is None:
             return self
         maps = [m.made() if isinstance(m, RecomputedMaps) else m for m in self.maps]
-        return StoredBatch(tokens=self.tokens, maps=list(maps))
+        return replace(self, maps=list(maps))
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "StoredBatch":
         """`function` of every tensor, once: tokens of one layer may be the source of the next one's maps."""
@@ -109,6 +112,7 @@ class StoredBatch:
         return StoredBatch(
             tokens=[once(t) for t in self.tokens],
             maps=None if self.maps is None else [mapped(m) for m in self.maps],
+            class_tokens=None if self.class_tokens is None else [function(t) for t in self.class_tokens],
         )
 
     def dequantized(

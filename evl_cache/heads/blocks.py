@@ -1,0 +1,90 @@
+"""Parts that several heads are made of: one query's attention, self-attention, the MLP.
+
+B clips, S sequences (frames of clips, or clips), K tokens of a sequence, C channels, H attention heads, D their width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from evl_cache.errors import UsageError
+from evl_cache.heads.layer_tokens import LayerTokens
+
+
+class QueryAttention(nn.Module):
+    """One query attends to tokens. Keys and values are never projected: see `fast_attention` for why it is the same.
+
+    A key bias would move all logits of a head alike, so there is none.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        check_heads(width, num_heads)
+        self.num_heads = num_heads
+        self.q_proj, self.v_proj, self.out_proj = (nn.Linear(width, width) for _ in range(3))
+        self.k_proj = nn.Linear(width, width, bias=False)
+        initialise(self)
+
+    def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
+        """query: (B, C). tokens: (B, K, C), normalised. Returns: (B, C)."""
+        by_head = (self.num_heads, -1, query.shape[-1])  # (H,D,C)
+        q = self.q_proj(query).unflatten(-1, (self.num_heads, -1))  # (B,H,D)
+        carried = torch.einsum("bhd,hdc->bhc", q, self.k_proj.weight.view(by_head)) * q.shape[-1] ** -0.5
+        weights = torch.softmax(carried @ tokens.transpose(1, 2), dim=-1)  # (B,H,K)
+        mean = weights.to(tokens.dtype) @ tokens  # (B,H,C)
+        values = torch.einsum("bhc,hdc->bhd", mean, self.v_proj.weight.view(by_head)).flatten(1)
+        result: Tensor = self.out_proj(values + self.v_proj.bias)
+        return result
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the tokens of each sequence."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        check_heads(width, num_heads)
+        self.num_heads = num_heads
+        self.qkv_proj, self.out_proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        initialise(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x, result: (S, K, C)."""
+        q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (S,H,K,D)
+        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        result: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
+        return result
+
+
+class MLP(nn.Sequential):
+    """Linear, activation, linear: `expansion` times as wide inside."""
+
+    def __init__(self, width: int, activation: nn.Module | None = None, *, expansion: int = 4) -> None:
+        hidden = expansion * width
+        super().__init__(nn.Linear(width, hidden), activation or nn.GELU(), nn.Linear(hidden, width))
+        initialise(self)
+
+
+def normalised(tokens: LayerTokens, norm: nn.LayerNorm) -> Tensor:
+    """`norm` of the tokens (B, T, N, C), whose mean and deviation are found once for all heads that read them."""
+    return tokens.unit * norm.weight + norm.bias
+
+
+def initialise(module: nn.Module) -> None:
+    """Xavier uniform weights and zero biases, as the published decoder begins."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+
+
+def zero(*layers: nn.Module) -> None:
+    """Set parameters to zero, so that a residual branch begins as nothing."""
+    for layer in layers:
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+
+
+def check_heads(width: int, num_heads: int) -> None:
+    """Raises: UsageError where the heads do not divide the width."""
+    if width % num_heads:
+        raise UsageError(f"{num_heads} heads do not divide the head's width of {width}; expected a divisor")

@@ -1,0 +1,63 @@
+"""One layer's tokens as heads take them: decoded once, however many heads read them.
+
+B clips, T frames, N = 1+P tokens of a frame, C channels.
+"""
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from evl_cache.quantize import QuantizedTokens, dequantize_tokens
+
+NORM_EPSILON = 1e-5  # of torch's LayerNorm
+
+
+class LayerTokens:
+    """The tokens of one block of the backbone, and what can be made of them without any parameter.
+
+    Each thing is made when it is first asked for and then kept: heads of a sweep that read the same layer share it.
+
+    Args:
+        stored: (B, T, N, C) floating, or 8-bit codes. It must not be overwritten while this is in use.
+    """
+
+    def __init__(self, stored: Tensor | QuantizedTokens) -> None:
+        self.stored = stored
+
+    @cached_property
+    def values(self) -> Tensor:
+        """The tokens (B, T, N, C), float32 or wider."""
+        return _decoded(self.stored)
+
+    @cached_property
+    def class_tokens(self) -> Tensor:
+        """The frames' class tokens (B, T, C); the others are not decoded for them."""
+        if "values" in self.__dict__:
+            return self.values[:, :, 0]
+        if isinstance(self.stored, Tensor):
+            return _decoded(self.stored[:, :, 0])
+        codes, scale = self.stored.codes[:, :, :1], self.stored.scale
+        scale = None if scale is None else scale[:, :, :1]
+        return _decoded(QuantizedTokens(codes=codes, affine=self.stored.affine, scale=scale))[:, :, 0]
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean over all tokens of all frames, (B, C)."""
+        return self.values.mean((1, 2))
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """Each token less its mean over channels, over its deviation (B, T, N, C): a layer norm without gain and bias."""
+        return torch.nn.functional.layer_norm(self.values, self.values.shape[-1:], eps=NORM_EPSILON)
+
+
+def layer_tokens(tokens: Tensor | QuantizedTokens | LayerTokens) -> LayerTokens:
+    """One layer's tokens, however they came."""
+    return tokens if isinstance(tokens, LayerTokens) else LayerTokens(tokens)
+
+
+def _decoded(stored: Tensor | QuantizedTokens) -> Tensor:
+    if isinstance(stored, Tensor):
+        return stored.to(torch.promote_types(stored.dtype, torch.float32))
+    return dequantize_tokens(stored.codes, stored.affine, stored.scale)
