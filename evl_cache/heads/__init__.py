@@ -64,8 +64,9 @@ def head_layers(name: str, cached: tuple[int, ...], wanted: tuple[int, ...] | No
 
 
 def build_head(name: str, **config: Any) -> Head:
-    """A new head. Arguments as its class takes them."""
-    return head_class(name)(**config)
+    """A new head. Arguments as its class takes them; `num_layers` need not be given where the name has a number."""
+    _, number = _entry(name)
+    return head_class(name)(**({} if number is None else {"num_layers": number}) | config)
 
 
 def _entry(name: str) -> tuple[str, int | None]:
