@@ -89,18 +89,20 @@ class ClipProgress:
 
 
 @contextmanager
-def clip_progress(total: int, description: str) -> Iterator[ClipProgress]:
+def clip_progress(total: int, description: str, *, shown: bool = True) -> Iterator[ClipProgress]:
     """A line on stderr with clips/s, time left, failures, bottleneck; quiet where stderr is no terminal."""
     from tqdm import tqdm
 
-    with tqdm(total=total, desc=description, unit="clip", disable=None) as bar:
+    with tqdm(total=total, desc=description, unit="clip", disable=None if shown else True) as bar:
         yield ClipProgress(bar)
 
 
 @contextmanager
-def extract_progress(num_clips: int, split: str) -> Iterator[tuple[ClipProgress, Callable[[str], None]]]:
-    """The progress line of a cache that is extracted."""
-    with clip_progress(num_clips, f"extract {split}") as line:
+def extract_progress(
+    num_clips: int, split: str, *, shown: bool = True
+) -> Iterator[tuple[ClipProgress, Callable[[str], None]]]:
+    """The progress line of a cache that is extracted, by all jobs on it together."""
+    with clip_progress(num_clips, f"extract {split}", shown=shown) as line:
         yield line, line.note_bottleneck
 
 

@@ -1,12 +1,11 @@
 """`evl-cache extract`."""
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import click
 
-from evl_cache.spec import CODECS, MAP_STORAGE, RECIPES, SAMPLING, TOKEN_STORAGE, CacheSpec
+from evl_cache.spec import CODECS, MAP_STORAGE, RECIPES, SAMPLING, TOKEN_STORAGE
 
 from .common import Command, default_device, extract_progress, human_bytes, print_json
 
@@ -207,18 +206,23 @@ def command(
     """Run the frozen backbone once over every clip and cache its features.
 
     Run the same command again after a kill, or beside another job: it goes on, and shares the work.
+    Several machines: docs/cluster.md.
     """
     from evl_cache.block_taker import MostFailures
     from evl_cache.decode_pool import DEFAULT_TIMEOUT_S
+    from evl_cache.distributed import local_device
     from evl_cache.extract_dataset import dataset_reader, extract_dataset
+    from evl_cache.rendezvous import Place, Rendezvous
     from evl_cache.video import DecodeOptions
 
     if explain:
         click.echo(dataset_reader(given["dataset"]).description)
         return 0
+    place = Place.of_environment()
+    rendezvous = Rendezvous.of_environment(place, on_lost=_say_lost)
     options = make_options(
         given,
-        default_device(given["device"]),
+        default_device(local_device(default_device(given["device"]))),
         retry_failed=retry_failed,
         reuse=reuse,
         decoding=DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames),
@@ -227,40 +231,68 @@ def command(
     )
     reports: list[dict[str, Any]] = []
     for plan, result in extract_dataset(
-        make_request(given), options=options, progress=_progress, on_plan=_say_plan
+        make_request(given),
+        options=options,
+        progress=lambda spec: extract_progress(spec.num_clips, spec.split, shown=place.is_first),
+        on_plan=_say_plan if place.is_first else lambda tower, plan: None,
+        rendezvous=rendezvous,
     ):
-        stored_bytes = sum(file.stat().st_size for file in plan.cache.rglob("*") if file.is_file())
-        report = {
-            "cache": str(plan.cache),
-            "split": plan.split,
-            "clips": result.clips,
-            "failed": len(result.failures),
-            "bytes": stored_bytes,
-            "seconds": result.seconds,
-            "clips_per_s": result.clips_done_here / result.seconds,
-            "cache_digest": result.cache_digest,
-        }
-        reports.append(report)
+        if not place.is_first:
+            _say_share(place, plan, result)
+            continue
+        reports.append(_report(plan, result))
         if not as_json:
-            click.echo(
-                f"{plan.cache}: {result.clips} clips, {len(result.failures)} failed, "
-                f"{human_bytes(stored_bytes)}, {result.seconds:.1f} s, digest {result.cache_digest[:16]}"
-            )
+            _say_result(reports[-1])
         for clip, reason in result.failures[:5]:
             click.echo(f"failed: {clip}: {reason}", err=True)
-    if as_json:
+    if as_json and place.is_first:
         print_json({"caches": reports})
-    failed = sum(report["failed"] for report in reports)
-    if failed:
-        click.echo(
-            f"{failed} clips failed; see evl-cache info --failures, mend them and use --retry-failed",
-            err=True,
-        )
-    return 3 if failed else 0
+    return _status(place, sum(report["failed"] for report in reports))
 
 
-def _progress(spec: CacheSpec) -> AbstractContextManager[Any]:
-    return extract_progress(spec.num_clips, spec.split)
+def _report(plan: Any, result: Any) -> dict[str, Any]:
+    return {
+        "cache": str(plan.cache),
+        "split": plan.split,
+        "clips": result.clips,
+        "clips_here": result.clips_done_here,
+        "failed": len(result.failures),
+        "bytes": sum(file.stat().st_size for file in plan.cache.rglob("*") if file.is_file()),
+        "seconds": result.seconds,
+        "clips_per_s": result.clips_done_here / result.seconds,
+        "cache_digest": result.cache_digest,
+    }
+
+
+def _say_result(report: dict[str, Any]) -> None:
+    click.echo(
+        f"{report['cache']}: {report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
+        f"{report['seconds']:.1f} s, digest {report['cache_digest'][:16]}"
+    )
+
+
+def _say_share(place: Any, plan: Any, result: Any) -> None:
+    """What a process that is not the first did of a cache."""
+    click.echo(
+        f"process {place.rank} of {place.world}: {result.clips_done_here} of {result.clips} clips of {plan.cache}, "
+        f"{result.seconds:.1f} s",
+        err=True,
+    )
+
+
+def _say_lost(reason: str) -> None:
+    click.echo(f"the rendezvous is lost ({reason}); going on by the locks on the disk", err=True)
+
+
+def _status(place: Any, failed: int) -> int:
+    """Of the first process: 3 where clips failed, unless torchrun would take that for a crash and start anew."""
+    if not failed:
+        return 0
+    click.echo(
+        f"{failed} clips failed; see evl-cache info --failures, mend them and use --retry-failed",
+        err=True,
+    )
+    return 0 if place.is_supervised else 3
 
 
 def _say_plan(tower: Any, plan: Any) -> None:

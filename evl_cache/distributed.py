@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from evl_cache.errors import EvlCacheError, UsageError
+from evl_cache.errors import EvlCacheError
+from evl_cache.rendezvous import Place
 
 DEFAULT_TIMEOUT_S = 600.0
 _SIGNS_OF_LOSS = ("gloo", "nccl", "connection", "timed out", "timeout", "socket", "peer")
@@ -115,23 +116,14 @@ def processes_of_environment(
 
     Raises: UsageError for an environment that is half torchrun's.
     """
-    if "WORLD_SIZE" not in os.environ:
-        yield Processes()
-        return
-    try:
-        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    except (KeyError, ValueError) as error:
-        raise UsageError(
-            f"WORLD_SIZE is set, RANK is {os.environ.get('RANK')!r}; start several processes with torchrun, or unset it"
-        ) from error
-    if world == 1:
+    place = Place.of_environment()
+    if place.world == 1:
         yield Processes()
         return
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
-    processes = Processes(rank=rank, world=world, local_world=local_world)
+    processes = Processes(rank=place.rank, world=place.world, local_world=place.local_world)
     with processes.watched("at the start"):
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))

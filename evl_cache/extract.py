@@ -20,7 +20,8 @@ from evl_cache.clips import Clip, ClipList
 from evl_cache.decode_pool import DEFAULT_TIMEOUT_S
 from evl_cache.errors import UsageError
 from evl_cache.extract_block import BlockExtractor, Tower, package_versions
-from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
+from evl_cache.rendezvous import Rendezvous
+from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec, digest
 from evl_cache.store import FeatureCache, create_cache, finish_cache
 from evl_cache.store.size import check_free_space
 from evl_cache.video import DecodeOptions
@@ -117,6 +118,7 @@ def extract(
     recipe: dict[str, Any] | None = None,
     on_clip: OnClip = lambda failed: None,
     on_bottleneck: OnBottleneck = lambda name: None,
+    rendezvous: Rendezvous | None = None,
 ) -> ExtractResult:
     """Extract every clip that is not in the cache yet; run again after a kill, it goes on.
 
@@ -125,6 +127,7 @@ def extract(
         recipe: stored for `repair`.
         on_clip: called with whether it failed, after each clip, also for those found done.
         on_bottleneck: called with what the run waits for most: `decoding`, `device` or `writing`.
+        rendezvous: of the processes of one run, which then try no block twice; None for one that goes by the locks.
 
     Raises: UsageError where another cache is there; CacheError where the disk refuses; TooManyFailures.
     """
@@ -151,6 +154,7 @@ def extract(
         options=options,
         on_clip=on_clip,
         on_bottleneck=on_bottleneck,
+        rendezvous=rendezvous,
     )
     finished = FeatureCache(cache)
     return ExtractResult(
@@ -169,6 +173,13 @@ def tower_projections(tower: Tower, spec: CacheSpec) -> dict[int, MapProjection]
     return map_projections(tower.visual, spec.layers, compute_dtype=getattr(torch, spec.compute_dtype))
 
 
+def _numbers(rendezvous: Rendezvous | None, spec: CacheSpec) -> Callable[[], int | None]:
+    if rendezvous is None:
+        return lambda: None
+    name = digest(spec.to_json())
+    return lambda: rendezvous.next(name)
+
+
 def extract_blocks(
     clips: Sequence[Clip],
     blocks: Collection[int],
@@ -181,12 +192,18 @@ def extract_blocks(
     options: ExtractOptions,
     on_clip: OnClip,
     on_bottleneck: OnBottleneck = lambda name: None,
+    rendezvous: Rendezvous | None = None,
 ) -> int:
     """Extract the blocks that are not done or are in `redo`; the cache's description is there already.
 
     Returns: clips done by this process; others may have been done by other jobs meanwhile.
     Raises: CacheError where the disk refuses.
     """
+
+    def on_own_clip(failed: bool) -> None:
+        on_clip(failed)
+        taker.look_around_at_times()  # so that a progress line is that of all jobs
+
     extractor = BlockExtractor(
         clips,
         root=root,
@@ -199,7 +216,7 @@ def extract_blocks(
         reuse=options.reuse,
         decoding=options.decoding,
         clip_timeout_s=options.clip_timeout_s,
-        on_clip=on_clip,
+        on_clip=on_own_clip,
         on_bottleneck=on_bottleneck,
     )
     with extractor:
@@ -210,6 +227,7 @@ def extract_blocks(
             lock_expiry_s=options.lock_expiry_s,
             redo=redo,
             on_clip=on_clip,
+            next_number=_numbers(rendezvous, spec),
             most_failures=options.most_failures,
         )
         return taker.run(blocks)

@@ -16,6 +16,7 @@ from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract import ExtractOptions, ExtractResult, OnBottleneck, OnClip, extract, make_spec
 from evl_cache.extract_block import Tower
+from evl_cache.rendezvous import Rendezvous
 from evl_cache.spec import CacheSpec, ViewSpec, default_pretrained
 from evl_cache.towers import build_tower
 
@@ -136,12 +137,14 @@ def extract_dataset(
     options: ExtractOptions,
     progress: Progress,
     on_plan: Callable[[Tower, Plan], None],
+    rendezvous: Rendezvous | None = None,
 ) -> Iterator[tuple[Plan, ExtractResult]]:
     """Extract every split of a request, one after another.
 
     Args:
         progress: opens the progress line of a cache, to be told of clips and of the bottleneck.
         on_plan: called before each cache is begun.
+        rendezvous: of the processes of one run.
     """
     tower, root, plans = plan_extraction(request, device=options.device)
     recipe = request.recipe(root)
@@ -158,6 +161,7 @@ def extract_dataset(
                 recipe=recipe,
                 on_clip=on_clip,
                 on_bottleneck=on_bottleneck,
+                rendezvous=rendezvous,
             )
         yield plan, result
 

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "adapters",
             (
                 "video decode_worker decode_pool augmentation rendered annotations weights backbone towers store dataset heads"
-                " checkpoint official_checkpoint batches memory resident distributed interruption"
+                " checkpoint official_checkpoint batches memory resident rendezvous distributed interruption"
             ),
         ),
         (
@@ -48,6 +48,7 @@ SAME_LAYER = {
     ("dataset", "resident"),  # which rows are kept is for the loader to use
     ("resident", "store"),
     ("resident", "memory"),
+    ("distributed", "rendezvous"),  # which process this is
     ("trainer", "report"),  # the last thing a run does
     ("official_checkpoint", "heads"),
     ("checkpoint", "heads"),  # a checkpoint is a head's parameters

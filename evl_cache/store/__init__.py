@@ -3,7 +3,7 @@
 from evl_cache.store.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
 from evl_cache.store.buffers import BatchBuffers, TokensRead
 from evl_cache.store.directory import CacheDescription, create_cache, read_clips, read_description
-from evl_cache.store.layout import LOCKS_NAME, PROJECTIONS_NAME, array_layouts
+from evl_cache.store.layout import LOCKS_NAME, PROJECTIONS_NAME, array_layouts, marked_blocks
 from evl_cache.store.leftovers import finish_cache
 from evl_cache.store.locks import BlockLock, LockWatcher
 from evl_cache.store.manifest import write_manifest
@@ -36,6 +36,7 @@ __all__ = [
     "create_cache",
     "finish_cache",
     "make_row",
+    "marked_blocks",
     "projections_content",
     "read_clips",
     "read_description",

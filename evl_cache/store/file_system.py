@@ -49,3 +49,12 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     result: Callable[[int, int, int, int], int] = function
     return result
+
+
+def file_identity(path: Path) -> tuple[int, int] | None:
+    """Of the file under a name: another once something else was published there. None where there is nothing."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

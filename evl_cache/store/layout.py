@@ -4,7 +4,9 @@ T frames, P patches, N = 1+P tokens, C channels. A chunk is one sample x one lay
 samples x all layers.
 """
 
+import contextlib
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,3 +139,11 @@ def array_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
 def mark_path(root: Path, block: int) -> Path:
     """Where block's done mark lies."""
     return root / DONE_NAME / f"{block:06d}.json"
+
+
+def marked_blocks(root: Path) -> set[int]:
+    """Blocks that have a done mark, intact or not: one look at the directory for all of them."""
+    with contextlib.suppress(OSError):
+        names = os.listdir(root / DONE_NAME)
+        return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()}
+    return set()

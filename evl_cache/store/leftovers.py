@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 
 from evl_cache.spec import CacheSpec
-from evl_cache.store.layout import DONE_NAME, LOCKS_NAME, array_layouts
+from evl_cache.store.file_system import file_identity
+from evl_cache.store.layout import DONE_NAME, LOCKS_NAME, MANIFEST_NAME, array_layouts
 from evl_cache.store.locks import CACHE_LOCK, EXPIRY_S, LockWatcher
-from evl_cache.store.manifest import write_manifest
+from evl_cache.store.manifest import read_manifest, write_manifest
 from evl_cache.store.publish import is_staging_name
+from evl_cache.store.runtime import REAL, Runtime
 
 
 def remove_leftovers(directory: Path) -> None:
@@ -18,7 +20,9 @@ def remove_leftovers(directory: Path) -> None:
                 Path(entry.path).unlink(missing_ok=True)
 
 
-def finish_cache(root: Path, spec: CacheSpec, *, lock_expiry_s: float = EXPIRY_S) -> str:
+def finish_cache(
+    root: Path, spec: CacheSpec, *, lock_expiry_s: float = EXPIRY_S, runtime: Runtime = REAL
+) -> str:
     """Remove what killed jobs left, unless another job is at work; write the manifest of a complete cache.
 
     Returns: the cache digest.
@@ -30,9 +34,13 @@ def finish_cache(root: Path, spec: CacheSpec, *, lock_expiry_s: float = EXPIRY_S
         for layout in layouts:
             remove_leftovers(layout.shard(root, block).parent)
 
-    watcher = LockWatcher(root / LOCKS_NAME, expiry_s=lock_expiry_s)
+    watcher = LockWatcher(root / LOCKS_NAME, expiry_s=lock_expiry_s, runtime=runtime)
+    manifest = root / MANIFEST_NAME
+    before = file_identity(manifest)
     while True:
         with watcher.wait_for(CACHE_LOCK) as lock:
+            if file_identity(manifest) not in (None, before):  # one of many jobs does this for all
+                return read_manifest(root, spec).digest
             if watcher.sweep(own=lock, clean=clean):
                 for directory in (root, root / DONE_NAME, *(root / layout.name for layout in layouts)):
                     remove_leftovers(directory)

@@ -12,8 +12,6 @@ import json
 import os
 import secrets
 import socket
-import threading
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +19,7 @@ from typing import Self
 
 from evl_cache.errors import CacheError
 from evl_cache.store.publish import make_directories
+from evl_cache.store.runtime import REAL, Runtime
 
 BEAT_S = 5.0
 EXPIRY_S = 60.0
@@ -50,14 +49,12 @@ class _Sighting:
 class BlockLock:
     """A lock this process holds. Release it, or leave the `with` block."""
 
-    def __init__(self, path: Path, descriptor: int, *, beat_s: float) -> None:
+    def __init__(self, path: Path, descriptor: int, *, beat_s: float, runtime: Runtime = REAL) -> None:
         self.path = path
         self._descriptor = descriptor
-        self._stop = threading.Event()
-        self._beats = threading.Thread(
-            target=self._beat, args=(beat_s,), name=f"lock {path.stem}", daemon=True
-        )
-        self._beats.start()
+        self._counter = 0
+        self._is_released = False
+        self._stop_beats = runtime.repeat(self._beat, every_s=beat_s, name=f"lock {path.stem}")
 
     def is_held(self) -> bool:
         """Whether the name still leads to this process's file: a paused holder may have lost it."""
@@ -69,22 +66,20 @@ class BlockLock:
 
     def release(self) -> None:
         """Give the block back. Safe to call twice."""
-        if self._stop.is_set():
+        if self._is_released:
             return
-        self._stop.set()
-        self._beats.join()
+        self._is_released = True
+        self._stop_beats()
         if self.is_held():
             self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
 
-    def _beat(self, beat_s: float) -> None:
-        counter = 0
-        while not self._stop.wait(beat_s):
-            counter += 1
-            with contextlib.suppress(OSError):  # at worst the lock is taken over, which `is_held` tells
-                # In place, through the open file: after a takeover this writes to a file without a name.
-                os.pwrite(self._descriptor, f"{counter:0{_COUNTER_DIGITS}d}".encode(), 0)
-                os.fsync(self._descriptor)  # NFS keeps writes to itself for longer than a lock lives
+    def _beat(self) -> None:
+        self._counter += 1
+        with contextlib.suppress(OSError):  # at worst the lock is taken over, which `is_held` tells
+            # In place, through the open file: after a takeover this writes to a file without a name.
+            os.pwrite(self._descriptor, f"{self._counter:0{_COUNTER_DIGITS}d}".encode(), 0)
+            os.fsync(self._descriptor)  # NFS keeps writes to itself for longer than a lock lives
 
     def __enter__(self) -> Self:
         return self
@@ -102,7 +97,15 @@ class LockWatcher:
         beat_s: how often this process's locks count up; often enough for jobs of equal `expiry_s` by default.
     """
 
-    def __init__(self, directory: Path, *, expiry_s: float = EXPIRY_S, beat_s: float | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        expiry_s: float = EXPIRY_S,
+        beat_s: float | None = None,
+        runtime: Runtime = REAL,
+    ) -> None:
+        self._runtime = runtime
         self.directory = directory
         self.expiry_s = expiry_s
         self.beat_s = min(BEAT_S, expiry_s / _BEATS_PER_EXPIRY) if beat_s is None else beat_s
@@ -119,7 +122,7 @@ class LockWatcher:
     def wait_for(self, name: str) -> BlockLock:
         """The lock of something other than a block, once no other job holds it. Errors as `take`."""
         while (lock := self._take(self.directory / f"{name}{_SUFFIX}")) is None:
-            time.sleep(_POLL_S)
+            self._runtime.sleep(_POLL_S)
         return lock
 
     def sweep(self, *, own: BlockLock, clean: Callable[[int], None]) -> bool:
@@ -173,10 +176,10 @@ class LockWatcher:
             ) from error
         finally:
             temporary.unlink(missing_ok=True)
-        return BlockLock(path, descriptor, beat_s=self.beat_s)
+        return BlockLock(path, descriptor, beat_s=self.beat_s, runtime=self._runtime)
 
     def _is_abandoned(self, path: Path, content: bytes) -> bool:
-        now, before = time.monotonic(), self._seen.get(path.name)
+        now, before = self._runtime.now_s(), self._seen.get(path.name)
         still_s = 0.0
         if before is not None and before.content == content:
             # One long gap counts little: this process may have been paused together with the holder.

@@ -1,0 +1,42 @@
+"""The clock and the threads of a block taker, in one place, so that a simulation can put its own there."""
+
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+
+class Runtime:
+    """The real ones."""
+
+    def now_s(self) -> float:
+        """Seconds of a clock that only this process reads."""
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait."""
+        time.sleep(seconds)
+
+    def repeat(self, action: Callable[[], None], *, every_s: float, name: str) -> Callable[[], None]:
+        """Do something again and again, in a thread of its own. Returns: what stops it and waits for its end."""
+        stopped = threading.Event()
+
+        def loop() -> None:
+            while not stopped.wait(every_s):
+                action()
+
+        thread = threading.Thread(target=loop, name=name, daemon=True)
+        thread.start()
+
+        def stop() -> None:
+            stopped.set()
+            thread.join()
+
+        return stop
+
+    def executor(self, name: str) -> Executor:
+        """Runs what is submitted in the background, one after another."""
+        return ThreadPoolExecutor(1, thread_name_prefix=name)
+
+
+REAL = Runtime()
