@@ -143,3 +143,13 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     raise AssertionError("unreachable")
+
+
+def human_seconds(seconds: float) -> str:
+    """`3 d 4 h`, `2 h 05 min`, `12 min` or `40 s`."""
+    minutes, hours = round(seconds / 60), seconds / 3600
+    if hours >= 48:
+        return f"{int(hours) // 24} d {int(hours) % 24} h"
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"

@@ -1,18 +1,21 @@
 """`evl-cache info`."""
 
 import csv
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import click
 
-from .common import Command, human_bytes, print_json
+from .common import Command, human_bytes, human_seconds, print_json
 
 EXAMPLES = """
 evl-cache info caches/mine
 evl-cache info caches/mine --json
 evl-cache info caches/mine --failures --csv
+evl-cache info caches/mine --watch
 """
 
 
@@ -20,8 +23,12 @@ evl-cache info caches/mine --failures --csv
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option("--failures", is_flag=True, help="Which clips failed, by reason.")
 @click.option("--csv", "as_csv", is_flag=True, help="The failures as CSV: clip, kind, reason.")
-@click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
-def command(cache: Path, failures: bool, as_csv: bool, as_json: bool) -> int:
+@click.option(
+    "--watch", "watched", is_flag=True, help="How far extraction is, by all jobs, until it is done."
+)
+@click.option("--every", type=click.FloatRange(0, min_open=True), default=5.0, metavar="SECONDS", help="[5]")
+@click.option("--json", "as_json", is_flag=True, help="Report as JSON; with --watch a line a look.")
+def command(cache: Path, failures: bool, as_csv: bool, watched: bool, every: float, as_json: bool) -> int:
     """What a cache holds, how complete it is, and which clips failed."""
     from evl_cache.errors import UsageError
     from evl_cache.info import describe, failed_clips_by_reason
@@ -32,6 +39,9 @@ def command(cache: Path, failures: bool, as_csv: bool, as_json: bool) -> int:
     if failures or as_csv:
         _show_failures(failed_clips_by_reason(FeatureCache(cache)), as_csv=as_csv)
         return 0
+    if watched:
+        _watch(cache, every, as_json=as_json)
+        return 0
     found = describe(cache)
     if as_json:
         print_json(found)
@@ -39,6 +49,27 @@ def command(cache: Path, failures: bool, as_csv: bool, as_json: bool) -> int:
     for line in _lines(found):
         click.echo(line)
     return 0
+
+
+def _watch(cache: Path, every_s: float, *, as_json: bool) -> None:
+    from evl_cache.watch import watch
+
+    for look in watch(cache, every_s=every_s):
+        if as_json:
+            click.echo(json.dumps(asdict(look)))
+            continue
+        again = sys.stdout.isatty() and not look.is_complete  # one line that is written over
+        click.echo(("\r\x1b[K" if sys.stdout.isatty() else "") + _look_line(look), nl=not again)
+
+
+def _look_line(look: Any) -> str:
+    at_work = ", ".join(f"{host} {count}" for host, count in sorted(look.in_hand.items()))
+    rate = "" if look.clips_per_s is None else f", {look.clips_per_s:.1f} clips/s"
+    left = "" if not look.seconds_left else f", {human_seconds(look.seconds_left)} left"
+    return (
+        f"{look.clips_done + look.clips_failed} of {look.clips} clips, {look.clips_failed} failed; "
+        f"blocks {look.blocks_done} of {look.blocks}{rate}{left}{'; in hand: ' + at_work if at_work else ''}"
+    )
 
 
 def _show_failures(failures: dict[str, list[tuple[str, str]]], *, as_csv: bool) -> None:

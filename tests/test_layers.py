@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "frames reuse extract_block block_taker scoring catalog optimisation run_log run_setup",
         ),
         ("made of parts", "report batch_size trainer online_loader"),
-        ("stages", "extract train evaluate import_head info"),
+        ("stages", "extract train evaluate import_head info watch"),
         ("stage one by name", "extract_dataset"),
         ("composed stages", "demo repair estimate online predict"),
     )

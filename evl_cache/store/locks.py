@@ -33,6 +33,7 @@ _SUFFIX = ".lock"
 
 @dataclass(frozen=True)
 class _Holder:
+    host: str  # for people; `machine` and the process's start tell whether it lives
     machine: str
     pid: int
     start: str
@@ -156,7 +157,13 @@ class LockWatcher:
     def _create(self, path: Path) -> BlockLock | None:
         temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
         pid = os.getpid()
-        holder = _Holder(machine=machine_id(), pid=pid, start=process_start(pid), token=secrets.token_hex(8))
+        holder = _Holder(
+            host=socket.gethostname(),
+            machine=machine_id(),
+            pid=pid,
+            start=process_start(pid),
+            token=secrets.token_hex(8),
+        )
         try:
             descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
         except OSError as error:
@@ -234,11 +241,29 @@ def process_start(pid: int) -> str:
     return "" if fields[0] in "ZX" else fields[19]
 
 
-def _holder_is_dead(content: bytes) -> bool:
+def lock_holders(directory: Path) -> dict[int, str]:
+    """The host that has each block's lock, alive or not; `?` for a lock that cannot be read."""
+    found = {}
+    for path in directory.glob(f"[0-9]*{_SUFFIX}"):
+        content = _read(path)
+        if path.stem.isdecimal() and content is not None:
+            holder = _parse(content)
+            found[int(path.stem)] = "?" if holder is None else holder.host
+    return found
+
+
+def _parse(content: bytes) -> _Holder | None:
+    """Who holds a lock; None where it is unreadable."""
     try:
-        holder = _Holder(**json.loads(content[_COUNTER_DIGITS:]))
+        return _Holder(**json.loads(content[_COUNTER_DIGITS:]))
     except (ValueError, TypeError):
-        return False  # unreadable: only time tells
+        return None
+
+
+def _holder_is_dead(content: bytes) -> bool:
+    holder = _parse(content)
+    if holder is None:
+        return False  # only time tells
     return holder.machine == machine_id() and process_start(holder.pid) != holder.start
 
 
