@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -27,6 +27,7 @@ from evl_cache.errors import EvlCacheError
 from evl_cache.extract import ExtractOptions, ExtractResult, extract, make_spec
 from evl_cache.extract_block import Tower
 from evl_cache.rendered import MOTION_CLASSES, motion_frames, write_video
+from evl_cache.rendezvous import Place, Rendezvous
 from evl_cache.spec import CacheSpec, ViewSpec
 from evl_cache.store import block_writer
 from evl_cache.towers import build_tower
@@ -93,11 +94,12 @@ def extract_small(
     spec: CacheSpec | None = None,
     on_clip: Callable[[bool], None] = lambda failed: None,
     folder: Path | None = None,
+    rendezvous: Rendezvous | None = None,
     **options: Any,
 ) -> ExtractResult:
     """Extract a list of `make_clips` on one thread, as the server's children do.
 
-    `folder`: where the videos lie, if not where the list comes from.
+    `folder`: where the videos lie, if not where the list comes from. `rendezvous`: of several processes.
     """
     tower = small_tower(Path(clips.source))
     with one_thread():
@@ -109,6 +111,7 @@ def extract_small(
             tower=tower,
             options=ExtractOptions(batch=4, decode_workers=1, **options),
             on_clip=on_clip,
+            rendezvous=rendezvous,
         )
 
 
@@ -163,14 +166,17 @@ class Ended:
 
 
 class Server:
-    """The process that forks. `start` and `wait`; signals are sent by process id."""
+    """The process that forks. `start` and `wait`; signals are sent by process id.
 
-    def __init__(self, folder: Path) -> None:
+    `host`: words of a command that starts it elsewhere, in name spaces of its own say; pids are those of there.
+    """
+
+    def __init__(self, folder: Path, host: Sequence[str] = ()) -> None:
         environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
         self.folder, self._jobs = folder, 0
         self._reports: dict[int, Path] = {}
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(folder)],
+            [*host, sys.executable, __file__, str(folder)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -182,7 +188,7 @@ class Server:
     def start(self, cache: Path, **job: Any) -> int:
         """Start a child that extracts into `cache`; see `_run_job` for what a job may hold."""
         self._jobs += 1
-        report = self.folder / f"report-{self._jobs}.json"
+        report = self.folder / f"report-{self._process.pid}-{self._jobs}.json"
         pid = int(self._ask({"start": {"cache": str(cache), "report": str(report), **job}}))
         self._reports[pid] = report
         return pid
@@ -195,6 +201,10 @@ class Server:
 
     def run(self, cache: Path, **job: Any) -> Ended:
         return self.wait(self.start(cache, **job))
+
+    def signal(self, pid: int, number: int) -> None:
+        """To a child, by its pid where it runs."""
+        assert self._ask({"signal": [pid, number]}) == "sent"
 
     def close(self) -> None:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -234,7 +244,9 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     file_limit: bytes of the largest file. polite: SIGTERM raises SystemExit. clip_s: pause after each clip.
     stop_before_link: SIGSTOP before the link whose target's name contains this, once.
     stop_before_clearing: SIGSTOP in the first commit, between the look at the lock and the first change.
+    environment: as torchrun would set it.
     """
+    os.environ.update(job.get("environment", {}))
     if job.get("stop_before_clearing"):
         _stop_before_clearing()
     if job.get("file_limit"):
@@ -244,7 +256,7 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     chosen = clips.clips[: job.get("clips", len(clips.clips))]
     clips = replace(clips, clips=chosen)
     report: dict[str, Any] = {}
-    counted, passes = _Counter(job), _Passes(tower)
+    counted, passes, lost = _Counter(job), _Passes(tower), []
     try:
         with watched_changes(counted):
             result = extract_small(
@@ -253,12 +265,13 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
                 spec=small_spec(clips, tower, **job.get("spec", {})),
                 folder=Path(job.get("folder", clips.source)),
                 on_clip=lambda failed: time.sleep(job.get("clip_s", 0)),
+                rendezvous=Rendezvous.of_environment(Place.of_environment(), on_lost=lost.append),
                 **{k: Path(v) if k == "reuse" else v for k, v in job.get("options", {}).items()},
             )
         report = {"digest": result.cache_digest, "here": result.clips_done_here, "failures": result.failures}
     except EvlCacheError as error:
         report = {"error": type(error).__name__, "message": str(error)}
-    report |= {"changes": counted.count, "passes": passes.count}
+    report |= {"changes": counted.count, "passes": passes.count, "rendezvous_lost": lost}
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     Path(job["report"]).write_text(json.dumps(report))
 
@@ -324,6 +337,10 @@ def _serve(folder: Path) -> None:
     answer("ready")
     for line in sys.stdin:
         question = json.loads(line)
+        if "signal" in question:
+            os.kill(*question["signal"])
+            answer("sent")
+            continue
         if "wait" in question:
             _, status = os.waitpid(question["wait"], 0)
             answer(os.waitstatus_to_exitcode(status))
