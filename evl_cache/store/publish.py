@@ -95,7 +95,7 @@ class StagedFile:
         if self._descriptor is None:
             raise UsageError(f"{self.path} is closed: write before publishing")
         view = np.frombuffer(memoryview(data).cast("B"), np.uint8)
-        self._hash.update(view)
+        self._hash.update(view.data)
         self.crc32c = int(google_crc32c.extend(self.crc32c, view))
         if self._pending is None:
             self._pending = np.empty(_HUGE_PAGE_NBYTES, np.uint8)
