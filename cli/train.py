@@ -85,6 +85,7 @@ def _cached(
         needs_maps=options.temporal_cross_attention and has_module(options.head, "temporal_cross_attention"),
         same_cache_for_val=given["val_clips"] is not None,
         trust=given["trust"],
+        on_found=_tell_found if processes.is_first else lambda train, val: None,
     )
     train_rows, val_rows = split_clips(*caches, **names)
     out = _out(given, caches[0].path.name, processes)
@@ -100,6 +101,14 @@ def _cached(
             **_callbacks(on_step),
         )
     return out, 0, result
+
+
+def _tell_found(*caches: Any) -> None:
+    for side, cache in zip(("train", "val"), caches, strict=True):
+        done = (
+            "" if cache.is_complete else f", {cache.num_blocks_done} of {cache.spec.num_blocks} blocks done"
+        )
+        click.echo(f"{side} cache: {cache.place}{done}", err=True)
 
 
 def _online(

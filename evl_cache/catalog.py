@@ -1,80 +1,213 @@
 """Finding caches by what they hold, where a command does not name one."""
 
+import contextlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+import re
+import shlex
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from evl_cache.batches import Source
 from evl_cache.clips import select
-from evl_cache.errors import CacheError, UsageError
+from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
 from evl_cache.heads import head_layers as resolve_layers
-from evl_cache.spec import CacheSpec
-from evl_cache.store import FeatureCache, read_clips, read_description
+from evl_cache.spec import CacheSpec, format_layers
+from evl_cache.store import (
+    SCHEMES,
+    FeatureCache,
+    is_url,
+    open_objects,
+    public_url,
+    read_clips_from,
+    read_description_from,
+)
 
 CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
 TRAIN_SPLITS = ("train",)
 VAL_SPLITS = ("val", "validation", "test")
+_DEFAULT_BLOCKS = 12  # of extract's default model
 
 
 @dataclass(frozen=True, kw_only=True)
 class FoundCache:
-    """A cache's place and spec."""
+    """A cache's place (path or URL, which may hold credentials: show `name`) and spec; `recipe` as its description has it."""
 
-    path: Path
+    place: str
     spec: CacheSpec
+    recipe: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The last part of the place."""
+        return self.place.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadNeeds:
+    """What a head asks of a cache.
+
+    Attributes:
+        head: name. head_layers: blocks it reads; the last ones by default. maps: whether it reads maps.
+    """
+
+    head: str
+    head_layers: tuple[int, ...] | None = None
+    maps: bool = True
+
+    def objection(self, spec: CacheSpec) -> str | None:
+        """Why a cache does not fit, or None."""
+        try:
+            resolve_layers(self.head, spec.layers, self.head_layers)
+        except UsageError as error:
+            return str(error).partition(";")[0]
+        if self.maps and not spec.has_maps and spec.views.frames > 1:
+            return "it holds no attention maps"
+        return None
+
+    def layers(self, blocks: int) -> str:
+        """The blocks to extract from a tower of `blocks`, as `--layers` takes them."""
+        depth = int(re.sub(r"\D", "", self.head) or 1)
+        wanted = self.head_layers or tuple(range(max(1, blocks - depth + 1), blocks + 1))
+        return format_layers(wanted)
+
+
+def cache_places() -> tuple[str, ...]:
+    """The places that `$EVL_CACHE_ROOT` names, as PATH does: directories and URLs; `./caches` by default."""
+    return split_places(os.environ.get(CACHE_ROOT_VARIABLE) or "caches")
+
+
+def split_places(text: str) -> tuple[str, ...]:
+    """Places between colons; those inside URLs (scheme, password, port) do not part them."""
+    places: list[str] = []
+    for piece in text.split(os.pathsep):
+        before = places[-1] if places else ""
+        if (piece.startswith("//") and before in SCHEMES) or _is_rest_of_host(before, piece):
+            places[-1] = f"{before}{os.pathsep}{piece}"
+        elif piece:
+            places.append(piece)
+    return tuple(places)
+
+
+def _is_rest_of_host(before: str, piece: str) -> bool:
+    """Whether `piece` is a password with its host, or a port: the URL before it has no path yet."""
+    scheme, _, rest = before.partition("://")
+    if scheme not in SCHEMES or not rest or "/" in rest:
+        return False
+    host = piece.partition("/")[0]
+    return host.isdecimal() or ("@" in host and "@" not in rest)
 
 
 def cache_root() -> Path:
-    """`$EVL_CACHE_ROOT`, or `./caches`."""
-    return Path(os.environ.get(CACHE_ROOT_VARIABLE) or "caches")
+    """The directory that new caches go to: the first of the places. Raises: UsageError where all are URLs."""
+    for place in cache_places():
+        if not is_url(place):
+            return Path(place)
+    raise UsageError(
+        f"{CACHE_ROOT_VARIABLE} names URLs only; extract writes to a directory: name one too, or use --cache"
+    )
 
 
-def find_caches(root: Path) -> Iterator[FoundCache]:
-    """Caches directly under a directory, by name. What is no cache, or damaged, is passed over."""
-    for directory in sorted(root.iterdir()) if root.is_dir() else []:
-        try:
-            yield FoundCache(path=directory, spec=read_description(directory).spec)
-        except CacheError:
-            continue
+def find_caches(place: str | Path) -> Iterator[FoundCache]:
+    """Caches directly under a place, by name, or the place itself. What is no cache, or damaged, is passed over.
+
+    Raises: CacheError where a URL cannot be read.
+    """
+    with contextlib.suppress(NoCacheHere, CacheDamaged):
+        yield _look_at(str(place))
+        return
+    for name in open_objects(place).folders():
+        with contextlib.suppress(NoCacheHere, CacheError):
+            yield _look_at(f"{str(place).rstrip('/')}/{name}")
 
 
-def find_pair(dataset: str | None, *, root: Path, fits: Callable[[CacheSpec], bool]) -> tuple[Path, Path]:
+def _look_at(place: str) -> FoundCache:
+    found = read_description_from(open_objects(place))
+    return FoundCache(place=place, spec=found.spec, recipe=found.recipe)
+
+
+def find_pair(
+    dataset: str | None, *, places: Sequence[str | Path], needs: HeadNeeds
+) -> tuple[FoundCache, FoundCache]:
     """The one training cache (of a data set, where named) that fits, and its validation cache.
 
-    Raises: UsageError where none fits, or several do (they are listed).
+    Raises: UsageError where none fits, saying what is missing and how to make it, or several do (they are listed).
     """
-    found = [c for c in find_caches(root) if dataset in (None, c.spec.dataset)]
+    found = [c for place in places for c in find_caches(place) if dataset in (None, c.spec.dataset)]
     wanted = "caches" if dataset is None else f"caches of {dataset}"
+    under = ", ".join(public_url(str(p)) if is_url(p) else str(p) for p in places)
     if not found:
+        layers = f" --layers {needs.layers(_DEFAULT_BLOCKS)}"
         raise UsageError(
-            f"no {wanted} under {root}; run evl-cache extract --dataset {dataset or 'NAME'}, "
+            f"no {wanted} under {under}; run evl-cache extract --dataset {dataset or 'NAME'}{layers}, "
             f"or set {CACHE_ROOT_VARIABLE}"
         )
     pairs = [
         (t, v)
         for t in found
-        if t.spec.split in TRAIN_SPLITS and fits(t.spec)
+        if t.spec.split in TRAIN_SPLITS and needs.objection(t.spec) is None
         for v in found
         if v.spec.split in VAL_SPLITS and _belong_together(t.spec, v.spec)
     ]
     if len(pairs) > 1:  # folds of one data set: what one trains on, another validates on
         pairs = [(t, v) for t, v in pairs if _clip_ids(t).isdisjoint(_clip_ids(v))]
     if len(pairs) == 1:
-        return pairs[0][0].path, pairs[0][1].path
+        return pairs[0]
     listed = "; ".join(
-        f"{c.path.name} ({c.spec.dataset} {c.spec.split}, {c.spec.tower.model}, layers {list(c.spec.layers)})"
+        f"{c.name} ({c.spec.dataset} {c.spec.split}, {c.spec.tower.model}, layers {list(c.spec.layers)})"
         for c in found
     )
     if not pairs:
         raise UsageError(
-            f"no pair of train and validation {wanted} under {root} fits the head; there are: {listed}"
+            f"no pair of train and validation {wanted} under {under} fits the head; there are: {listed}; "
+            f"{_missing(found, needs)}"
         )
-    raise UsageError(f"several {wanted} under {root} fit; name one with --cache and --val-cache: {listed}")
+    raise UsageError(f"several {wanted} under {under} fit; name one with --cache and --val-cache: {listed}")
+
+
+def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:
+    """Of the caches that come nearest: what they lack, and the command that makes it."""
+    train = [c for c in found if c.spec.split in TRAIN_SPLITS]
+    fitting = [c for c in train if needs.objection(c.spec) is None]
+    if fitting:
+        cache = fitting[0]
+        command = extract_command(cache, split="val", layers=format_layers(cache.spec.layers))
+        return f"{cache.name} fits, but its validation cache is missing; run {command}"
+    if train:
+        cache = train[-1]
+        layers = needs.layers(cache.spec.tower.blocks)
+        maps = "uint8" if needs.maps and cache.spec.maps == "none" else cache.spec.maps
+        command = extract_command(cache, split=None, layers=layers, maps=maps)
+        return f"{cache.name}: {needs.objection(cache.spec)}; run {command}"
+    cache = found[0]
+    command = extract_command(cache, split="train", layers=format_layers(cache.spec.layers))
+    return f"the training cache is missing; run {command}"
+
+
+def extract_command(cache: FoundCache, *, split: str | None, layers: str, maps: str | None = None) -> str:
+    """The extract command that makes a cache like another one, of another split, other layers or maps."""
+    spec, views = cache.spec, cache.spec.views
+    words = ["evl-cache extract --dataset", spec.dataset]
+    if root := cache.recipe.get("root"):
+        words += ["--root", shlex.quote(str(root))]
+    words += ["--split", split] if split else []
+    words += ["--model", shlex.quote(str(cache.recipe.get("model") or spec.tower.model))]
+    words += ["--pretrained", shlex.quote(str(cache.recipe.get("pretrained") or spec.tower.pretrained))]
+    words += ["--layers", layers, "--frames", str(views.frames)]
+    words += ["--sampling tsn"] if views.stride is None else ["--stride", str(views.stride)]
+    if views.train_views and split in (None, *TRAIN_SPLITS):
+        words += ["--train-views", str(views.train_views)]
+    elif not views.train_views and views.per_clip > 1:
+        words += ["--views", f"{views.temporal_views}x{views.spatial_views}"]
+    words += [] if spec.tokens == "int8" else ["--tokens", spec.tokens]
+    words += [] if (maps or spec.maps) == "uint8" else ["--maps", maps or spec.maps]
+    return " ".join(words)
 
 
 def _clip_ids(found: FoundCache) -> frozenset[str]:
-    return frozenset(clip.id for clip in read_clips(found.path, read_description(found.path)))
+    objects = open_objects(found.place)
+    return frozenset(clip.id for clip in read_clips_from(objects, read_description_from(objects)))
 
 
 def _belong_together(train: CacheSpec, val: CacheSpec) -> bool:
@@ -90,20 +223,22 @@ def _belong_together(train: CacheSpec, val: CacheSpec) -> bool:
 
 def find_training_caches(
     dataset: str | None,
-    cache: Path | None,
-    val_cache: Path | None,
+    cache: Path | str | None,
+    val_cache: Path | str | None,
     *,
     head: str,
     head_layers: tuple[int, ...] | None,
     needs_maps: bool,
     same_cache_for_val: bool,
     trust: bool = False,
+    on_found: Callable[[FeatureCache, FeatureCache], None] = lambda train, val: None,
 ) -> tuple[FeatureCache, FeatureCache]:
     """The training and the validation cache: those named, or the pair there is that fits the head.
 
     Args:
         same_cache_for_val: clips for validation are named: they may be of the training cache.
         trust: do not check chunks against their marks.
+        on_found: told the pair, where none was named.
 
     Raises: UsageError where the arguments do not tell, nothing fits, or several do.
     """
@@ -117,15 +252,11 @@ def find_training_caches(
         train = FeatureCache(cache, trust=trust)
         return train, train if val_cache is None else FeatureCache(val_cache, trust=trust)
 
-    def fits(spec: CacheSpec) -> bool:
-        try:
-            wanted = resolve_layers(head, spec.layers, head_layers)
-        except UsageError:
-            return False
-        return bool(wanted) and (spec.has_maps or spec.views.frames == 1 or not needs_maps)
-
-    train_path, val_path = find_pair(dataset, root=cache_root(), fits=fits)
-    return FeatureCache(train_path, trust=trust), FeatureCache(val_cache or val_path, trust=trust)
+    needs = HeadNeeds(head=head, head_layers=head_layers, maps=needs_maps)
+    pair = find_pair(dataset, places=cache_places(), needs=needs)
+    opened = FeatureCache(pair[0].place, trust=trust), FeatureCache(val_cache or pair[1].place, trust=trust)
+    on_found(*opened)
+    return opened
 
 
 def split_clips(

@@ -29,6 +29,10 @@ class CacheError(EvlCacheError):
     """A cache cannot be opened, written, or does not hold what is asked for."""
 
 
+class NoCacheHere(CacheError):
+    """A place holds no cache."""
+
+
 class CacheDamaged(CacheError):
     """Bytes of a cache are not those its marks promise."""
 

@@ -301,6 +301,13 @@ def parse_layers(text: str) -> tuple[int, ...]:
     return tuple(sorted(out))
 
 
+def format_layers(layers: Sequence[int]) -> str:
+    """Blocks as `parse_layers` reads them: `8-12`, or `9,11,12` where some are left out."""
+    if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
+        return f"{layers[0]}-{layers[-1]}"
+    return ",".join(map(str, layers))
+
+
 def parse_views(text: str) -> tuple[int, int]:
     """(temporal, spatial) of `3x1`. Raises: UsageError for anything else."""
     temporal, cross, spatial = text.lower().partition("x")

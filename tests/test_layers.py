@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "frames reuse extract_block block_taker scoring catalog optimisation run_log run_setup",
         ),
         ("made of parts", "report batch_size trainer online_loader"),
-        ("stages", "extract train evaluate import_head info watch"),
+        ("stages", "extract train evaluate import_head info watch listing"),
         ("stage one by name", "extract_dataset"),
         ("composed stages", "demo repair estimate online predict"),
     )
@@ -73,6 +73,7 @@ OWNERS: Mapping[str, frozenset[str]] = {
     "zarr": frozenset({"store"}),
     "numcodecs": frozenset({"store"}),
     "google_crc32c": frozenset({"store"}),
+    "obstore": frozenset({"store"}),
     "click": frozenset({"evl_cache_cli"}),
 }
 PURE_LIBRARIES = {"numpy", "torch"}

@@ -2,12 +2,27 @@
 
 from evl_cache.store.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
 from evl_cache.store.buffers import BatchBuffers, TokensRead
-from evl_cache.store.directory import CacheDescription, create_cache, read_clips, read_description
-from evl_cache.store.layout import LOCKS_NAME, PROJECTIONS_NAME, array_layouts, marked_blocks
+from evl_cache.store.directory import (
+    CacheDescription,
+    create_cache,
+    read_clips,
+    read_clips_from,
+    read_description,
+    read_description_from,
+)
+from evl_cache.store.layout import (
+    LOCKS_NAME,
+    MANIFEST_NAME,
+    PROJECTIONS_NAME,
+    array_layouts,
+    mark_path,
+    marked_blocks,
+)
 from evl_cache.store.leftovers import finish_cache
 from evl_cache.store.locks import BlockLock, LockWatcher
-from evl_cache.store.manifest import write_manifest
+from evl_cache.store.manifest import manifest_at, write_manifest
 from evl_cache.store.marks import ClipRecord, Mark
+from evl_cache.store.objects import SCHEMES, Objects, is_url, open_objects, public_url
 from evl_cache.store.reader import FeatureCache
 from evl_cache.store.recomputed import projections_content, read_projections, write_projections
 from evl_cache.store.recovery import restore_description
@@ -16,7 +31,9 @@ from evl_cache.store.verify import Problem, Verification, verify_cache
 
 __all__ = [
     "LOCKS_NAME",
+    "MANIFEST_NAME",
     "PROJECTIONS_NAME",
+    "SCHEMES",
     "BatchBuffers",
     "BlockLock",
     "BlockLost",
@@ -26,6 +43,7 @@ __all__ = [
     "FeatureCache",
     "LockWatcher",
     "Mark",
+    "Objects",
     "Problem",
     "Row",
     "StoredBatch",
@@ -35,11 +53,18 @@ __all__ = [
     "clear_mark",
     "create_cache",
     "finish_cache",
+    "is_url",
     "make_row",
+    "manifest_at",
+    "mark_path",
     "marked_blocks",
+    "open_objects",
     "projections_content",
+    "public_url",
     "read_clips",
+    "read_clips_from",
     "read_description",
+    "read_description_from",
     "read_projections",
     "restore_description",
     "valid_mark",

@@ -14,11 +14,12 @@ from typing import Any
 
 from evl_cache.attention_maps import MapProjection
 from evl_cache.clips import Clip
-from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
 from evl_cache.spec import FORMAT_VERSION, CacheSpec, digest
 from evl_cache.store.layout import ATTRIBUTE, CLIPS_NAME, DONE_NAME, LOCKS_NAME, RECOVERY_NAME, array_layouts
 from evl_cache.store.locks import CACHE_LOCK, EXPIRY_S, LockWatcher
 from evl_cache.store.metadata import METADATA_NAME, group_metadata
+from evl_cache.store.objects import DirectoryObjects, Objects
 from evl_cache.store.publish import (
     AlreadyPublished,
     canonical_json,
@@ -27,6 +28,11 @@ from evl_cache.store.publish import (
     write_json_atomic,
 )
 from evl_cache.store.recomputed import projections_content, write_projections
+
+# Read whole and parsed: far more than the largest data sets need, far less than a computer's memory.
+MOST_DESCRIPTION_NBYTES = 16 << 20
+MOST_CLIPS_NBYTES = 256 << 20
+_CLIPS_AT_A_TIME = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,19 +131,24 @@ def _refuse_headless(root: Path) -> None:
 
 def read_description(root: Path) -> CacheDescription:
     """Raises: CacheError where there is none or of another format; CacheDamaged where it is not intact."""
-    path = root / METADATA_NAME
+    return read_description_from(DirectoryObjects(root))
+
+
+def read_description_from(objects: Objects) -> CacheDescription:
+    """The description of a cache wherever it lies. Raises: as `read_description`."""
+    place = f"{objects.url}/{METADATA_NAME}"
     try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise CacheError(
-            f"{root}: no cache here ({METADATA_NAME} is missing); give a directory that extract wrote"
+        content = json.loads(objects.get(METADATA_NAME, most_nbytes=MOST_DESCRIPTION_NBYTES))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise NoCacheHere(
+            f"{objects.url}: no cache here ({METADATA_NAME} is missing); give a directory that extract wrote"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CacheDamaged(f"{path}: cannot be read ({error}); repair the cache") from error
-    return parse_group(content, path)
+        raise CacheDamaged(f"{place}: cannot be read ({error}); repair the cache") from error
+    return parse_group(content, place)
 
 
-def parse_group(content: Any, path: Path) -> CacheDescription:
+def parse_group(content: Any, path: str | Path) -> CacheDescription:
     """The description in a group document. Raises: as `read_description`."""
     attributes: Any = content.get("attributes") if isinstance(content, dict) else None
     own = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
@@ -168,15 +179,33 @@ def parse_group(content: Any, path: Path) -> CacheDescription:
 
 def read_clips(root: Path, description: CacheDescription) -> tuple[Clip, ...]:
     """Clips in their order. Raises: CacheDamaged where the file is not the one that was laid down."""
-    path = root / CLIPS_NAME
+    return read_clips_from(DirectoryObjects(root), description)
+
+
+def read_clips_from(objects: Objects, description: CacheDescription) -> tuple[Clip, ...]:
+    """The clips of a cache wherever it lies. Raises: as `read_clips`."""
+    place = f"{objects.url}/{CLIPS_NAME}"
     try:
-        lines = path.read_bytes()
+        lines = objects.get(CLIPS_NAME, most_nbytes=MOST_CLIPS_NBYTES)
     except OSError as error:
-        raise CacheDamaged(f"{path}: cannot be read ({error}); repair the cache") from error
+        raise CacheDamaged(f"{place}: cannot be read ({error}); repair the cache") from error
     if hashlib.sha256(lines).hexdigest() != description.clips_sha256:
-        raise CacheDamaged(f"{path}: does not match the cache's description; repair the cache")
-    rows = json.loads(b"[" + b",".join(lines.splitlines()) + b"]")  # one call: a large list has 240,000 lines
-    return tuple(Clip.from_json(row) for row in rows)
+        raise CacheDamaged(f"{place}: does not match the cache's description; repair the cache")
+    return parse_clips(lines, place)
+
+
+def parse_clips(lines: bytes, place: str) -> tuple[Clip, ...]:
+    """Clips of the bytes of `clips.jsonl`. Raises: CacheDamaged where they are no clips."""
+    rows, out = lines.splitlines(), []
+    try:
+        for start in range(
+            0, len(rows), _CLIPS_AT_A_TIME
+        ):  # one call for many: a large list has 240,000 lines
+            part = json.loads(b"[" + b",".join(rows[start : start + _CLIPS_AT_A_TIME]) + b"]")
+            out += [Clip.from_json(row) for row in part]
+    except (ValueError, RecursionError) as error:
+        raise CacheDamaged(f"{place}: is no list of clips ({error}); repair the cache") from error
+    return tuple(out)
 
 
 def clips_lines(clips: Iterable[Clip]) -> bytes:

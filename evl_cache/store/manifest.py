@@ -1,5 +1,6 @@
 """The manifest of a complete cache: every file's size and digest. Its own digest is the cache digest."""
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ from evl_cache.store.layout import (
 )
 from evl_cache.store.marks import Mark, read_mark
 from evl_cache.store.metadata import METADATA_NAME
+from evl_cache.store.objects import DirectoryObjects, Objects, open_objects
 from evl_cache.store.publish import file_digest, write_json_atomic
 
 MANIFEST_VERSION = 1
+MOST_MANIFEST_NBYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,15 +81,35 @@ def write_manifest(root: Path, spec: CacheSpec) -> str:
 
 def read_manifest(root: Path, spec: CacheSpec) -> Manifest:
     """Raises: CacheDamaged where it is not intact, or another cache's."""
-    path = root / MANIFEST_NAME
+    return read_manifest_from(DirectoryObjects(root), spec)
+
+
+def manifest_at(place: str | Path, spec: CacheSpec) -> Manifest | None:
+    """The manifest of the cache at a path or URL; None where it has no intact one."""
+    with contextlib.suppress(FileNotFoundError, CacheDamaged):
+        return read_manifest_from(open_objects(place), spec)
+    return None
+
+
+def read_manifest_from(objects: Objects, spec: CacheSpec) -> Manifest:
+    """The manifest of a cache wherever it lies. Raises: CacheDamaged as `read_manifest`."""
+    place = f"{objects.url}/{MANIFEST_NAME}"
     try:
-        content = json.loads(path.read_bytes())
+        return parse_manifest(objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES), spec, place)
+    except OSError as error:
+        raise CacheDamaged(f"{place}: cannot be read as a manifest ({error!r}); repair the cache") from error
+
+
+def parse_manifest(written: bytes, spec: CacheSpec, place: str) -> Manifest:
+    """The manifest of a file's bytes. Raises: as `read_manifest`."""
+    try:
+        content = json.loads(written)
         unsigned = {name: value for name, value in content.items() if name != "digest"}
         if content["digest"] != digest(unsigned):
-            raise CacheDamaged(f"{path}: its digest does not match; repair the cache")
+            raise CacheDamaged(f"{place}: its digest does not match; repair the cache")
         if (content["feature_id"], content["content_id"]) != (spec.feature_id, spec.content_id):
-            raise CacheDamaged(f"{path}: is the manifest of another cache; repair the cache")
+            raise CacheDamaged(f"{place}: is the manifest of another cache; repair the cache")
         files = {name: (int(row["size"]), str(row["sha256"])) for name, row in content["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CacheDamaged(f"{path}: cannot be read as a manifest ({error!r}); repair the cache") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CacheDamaged(f"{place}: cannot be read as a manifest ({error!r}); repair the cache") from error
     return Manifest(files=files, digest=content["digest"])

@@ -45,6 +45,7 @@ class FeatureCache:
     """A cache on disk, open for reading. Files are opened by the process that reads, at the first read.
 
     Attributes:
+        place: where it lies, as it may be shown.
         spec: what it holds.
         clips: every clip of the list, failed ones included, in order.
         labels: int64 (samples,).
@@ -65,6 +66,7 @@ class FeatureCache:
         if "://" in str(path):
             raise CacheError(f"{path}: caches are read from directories; copy it to a disk first")
         self.path = Path(path)
+        self.place = str(path)
         self._trust = trust
         description = read_description(self.path)
         self.spec: CacheSpec = description.spec
