@@ -145,6 +145,8 @@ class FeatureLoader:
             # The others fill the first slots; `assemble` puts all in their places.
             rows = rows[~self._on_device.holds(rows)]
         pairs = list(enumerate(rows.tolist()))
+        away = rows if self._in_ram is None else rows[~self._in_ram.holds(rows)]
+        self.cache.prefetch(buffers, away.tolist(), self.layers)
         return [
             pool.submit(self._read, pairs[thread :: self._threads], buffers)
             for thread in range(self._threads)

@@ -53,6 +53,7 @@ def write_cache(
     layers: tuple[int, ...] = (2, 3, 4),
     maps: str = "uint8",
     failed: Collection[int] = (),
+    block_clips: int = 5,
     prefix: str = "c",
     dataset: str = "test",
     split: str = "train",
@@ -72,7 +73,7 @@ def write_cache(
         compute_dtype="float32",
         num_clips=len(clips.clips),
         content_id=clips.content_id,
-        block_clips=5,
+        block_clips=block_clips,
     )
     create_cache(path, spec, clips.clips, recipe={}, created_with={"evl-cache": "test"})
     generator = torch.Generator().manual_seed(seed)

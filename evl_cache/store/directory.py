@@ -136,14 +136,27 @@ def read_description(root: Path) -> CacheDescription:
 
 def read_description_from(objects: Objects) -> CacheDescription:
     """The description of a cache wherever it lies. Raises: as `read_description`."""
-    place = f"{objects.url}/{METADATA_NAME}"
+    return parse_description(read_group(objects), f"{objects.url}/{METADATA_NAME}")
+
+
+def read_group(objects: Objects) -> bytes:
+    """The bytes of a cache's group document. Raises: as `read_description`."""
     try:
-        content = json.loads(objects.get(METADATA_NAME, most_nbytes=MOST_DESCRIPTION_NBYTES))
+        return objects.get(METADATA_NAME, most_nbytes=MOST_DESCRIPTION_NBYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise NoCacheHere(
             f"{objects.url}: no cache here ({METADATA_NAME} is missing); give a directory that extract wrote"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        place = f"{objects.url}/{METADATA_NAME}"
+        raise CacheDamaged(f"{place}: cannot be read ({error}); repair the cache") from error
+
+
+def parse_description(written: bytes, place: str) -> CacheDescription:
+    """The description in the bytes of a group document. Raises: as `read_description`."""
+    try:
+        content = json.loads(written)
+    except (ValueError, RecursionError) as error:
         raise CacheDamaged(f"{place}: cannot be read ({error}); repair the cache") from error
     return parse_group(content, place)
 

@@ -12,9 +12,11 @@ import numpy as np
 from evl_cache.errors import CacheDamaged
 from evl_cache.spec import CacheSpec, digest
 from evl_cache.store.layout import array_layouts, mark_path
+from evl_cache.store.objects import read_limited
 from evl_cache.store.shard import ShardRecord
 
 MARK_VERSION = 1
+MOST_MARK_NBYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +112,7 @@ def read_mark(root: Path, block: int, spec: CacheSpec) -> Mark | None:
     """
     path = mark_path(root, block)
     try:
-        written = path.read_bytes()
+        written = read_limited(path, MOST_MARK_NBYTES)
         content = json.loads(written)
     except FileNotFoundError:
         return None

@@ -5,8 +5,9 @@ Names are relative to the cache (or to a place that holds several), with forward
 
 import io
 import os
+import re
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit, urlunsplit
@@ -15,7 +16,7 @@ from evl_cache.errors import CacheError, UsageError
 
 SCHEMES = ("s3", "http", "https")
 Data = bytes | bytearray | memoryview
-_PART_NBYTES = 4 << 20
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
 
 
 class Objects(Protocol):
@@ -34,9 +35,6 @@ class Objects(Protocol):
     def get_range(self, name: str, start: int, nbytes: int) -> Data:
         """Bytes start .. start+nbytes-1; fewer only where the file ends."""
 
-    def parts(self, name: str) -> Iterator[Data]:
-        """A whole file in parts, one request."""
-
     def folders(self) -> list[str]:
         """Names of the folders directly below, sorted."""
 
@@ -52,13 +50,18 @@ class WritableObjects(Objects, Protocol):
 
 
 def is_url(place: str | Path) -> bool:
-    """Whether a place is a URL and not a directory."""
-    return "://" in str(place) or str(place).startswith(tuple(f"{scheme}:/" for scheme in SCHEMES))
+    """Whether a place is a URL and not a directory. A URL that went through `Path` has lost a slash."""
+    return _URL.match(str(place)) is not None
+
+
+def as_url(place: str | Path) -> str:
+    """A URL with both its slashes."""
+    return _URL.sub(r"\1://", str(place), count=1)
 
 
 def public_url(url: str) -> str:
     """A URL as it may be printed and stored: without user name, password and query."""
-    parts = urlsplit(url)
+    parts = urlsplit(as_url(url))
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
 
@@ -67,16 +70,16 @@ def open_objects(place: str | Path) -> Objects:
     """The files of a directory or URL. Raises: UsageError for a URL that cannot be read from."""
     if not is_url(place):
         return DirectoryObjects(Path(place))
-    return _remote()(str(place))
+    return _remote()(as_url(place))
 
 
 def open_writable(url: str) -> WritableObjects:
     """The files of a bucket. Raises: UsageError for a URL that cannot be written to."""
-    if urlsplit(url).scheme != "s3":
+    if urlsplit(as_url(url)).scheme != "s3":
         raise UsageError(
             f"{public_url(url)}: cannot be written to; push to a directory or to s3://bucket/prefix"
         )
-    opened: WritableObjects = _remote()(url)
+    opened: WritableObjects = _remote()(as_url(url))
     return opened
 
 
@@ -110,12 +113,6 @@ class DirectoryObjects:
         with _opened(self.root / name) as file:
             file.seek(start)
             return file.read(nbytes)
-
-    def parts(self, name: str) -> Iterator[Data]:
-        """See `Objects`."""
-        with _opened(self.root / name) as file:
-            while part := file.read(_PART_NBYTES):
-                yield part
 
     def folders(self) -> list[str]:
         """See `Objects`."""

@@ -26,9 +26,11 @@ from evl_cache.store.buffers import (
 )
 from evl_cache.store.directory import read_clips, read_description
 from evl_cache.store.file_system import is_local
-from evl_cache.store.layout import MANIFEST_NAME, array_layouts, mark_path
+from evl_cache.store.layout import MANIFEST_NAME, array_layouts, as_range, mark_path
+from evl_cache.store.local_copy import LocalCopy
 from evl_cache.store.manifest import read_manifest
 from evl_cache.store.marks import FileRecord, Mark, read_mark
+from evl_cache.store.objects import is_url
 from evl_cache.store.read_ahead import ReadAhead
 from evl_cache.store.recomputed import ProjectionOnDevices, read_projections
 from evl_cache.store.rows import Row, StoredBatch
@@ -52,22 +54,21 @@ class FeatureCache:
         is_valid: bool (samples,): extracted, and the clip did not fail.
         sample_clips: int64 (samples,): row of `clips`.
         provenance: clips by (decoder, source (height, width)).
-        is_local: whether it lies on a local disk.
+        is_local: whether it lies on a local disk. copy: what of a remote cache is kept on one; None for others.
         damaged_marks: why a block whose mark is not intact does not exist, by block.
 
     Args:
-        path: directory that `extract` wrote.
+        path: directory that `extract` wrote, or URL of a complete cache: s3://…, http(s)://….
         trust: do not check chunks against their marks' checksums (the codecs' own checks remain).
 
     Raises: CacheError where there is no cache; CacheDamaged where its description is not intact.
     """
 
     def __init__(self, path: str | Path, *, trust: bool = False) -> None:
-        if "://" in str(path):
-            raise CacheError(f"{path}: caches are read from directories; copy it to a disk first")
-        self.path = Path(path)
-        self.place = str(path)
-        self._trust = trust
+        self.copy = LocalCopy(str(path)) if is_url(path) else None
+        self.path = Path(path) if self.copy is None else self.copy.path
+        self.place = str(path) if self.copy is None else self.copy.url
+        self._trust = trust and self.copy is None  # a copy is told from a hole by its chunks' checksums
         description = read_description(self.path)
         self.spec: CacheSpec = description.spec
         self.description = description
@@ -86,11 +87,14 @@ class FeatureCache:
         self.damaged_marks: dict[int, str] = {}
         self._layouts = array_layouts(self.spec)
         self._num_layers = len(self.spec.stored_layers)
-        self.is_local = is_local(self.path)
-        self._read_ahead = ReadAhead(always=not self.is_local)
+        self._maps_files = is_local(self.path)
+        self.is_local = self.copy is None and self._maps_files
+        self._read_ahead = ReadAhead(always=not self._maps_files)
         self._shards = ShardPool()
         self._projections: Mapping[int, ProjectionOnDevices] | None = None
         self.refresh()
+        if self.copy is not None:
+            self.copy.serve(self._files)
 
     def __len__(self) -> int:
         """Samples, failed and unfinished ones included."""
@@ -223,16 +227,27 @@ class FeatureCache:
 
         Errors as `read`; the slots then hold anything.
         """
+        self._read_positions(buffers, samples, self._positions(buffers, layers))
+
+    def prefetch(
+        self, buffers: BatchBuffers, samples: Iterable[int], layers: Sequence[int] | None = None
+    ) -> None:
+        """Begin to fetch what `read_into` will read; a cache on a disk has nothing to fetch."""
+        if self.copy is not None:
+            positions = as_range(self._positions(buffers, layers))
+            self.copy.prefetch((self._chunks(s, positions) for s in samples), buffers.stacked)
+
+    def _positions(self, buffers: BatchBuffers, layers: Sequence[int] | None) -> Sequence[int]:
         positions = self.layer_positions(layers)
-        if buffers.recipe is not None:
-            positions = [self.spec.stored_layers.index(layer) for layer in buffers.recipe.held]
-        self._read_positions(buffers, samples, positions)
+        if buffers.recipe is None:
+            return positions
+        return [self.spec.stored_layers.index(layer) for layer in buffers.recipe.held]
 
     def _read_positions(
         self, buffers: BatchBuffers, samples: Iterable[tuple[int, int]], positions: Sequence[int]
     ) -> None:
         wanted = list(samples)
-        positions = _as_range(positions)
+        positions = as_range(positions)
         for number, (slot, sample) in enumerate(wanted):
             if self._read_ahead.is_on():
                 for _, later in wanted[:_READ_AHEAD] if number == 0 else wanted[number + _READ_AHEAD :][:1]:
@@ -242,6 +257,8 @@ class FeatureCache:
 
     def _read_sample(self, buffers: BatchBuffers, slot: int, sample: int, positions: Sequence[int]) -> None:
         block, chunks = self._chunks(self._checked_sample(sample), positions)
+        if self.copy is not None:
+            self.copy.ensure(block, buffers.stacked, chunks)
         for name, stacked in buffers.stacked.items():
             outs = stacked[:, slot]  # (L,*chunk)
             self._read_chunks(name, block, chunks, outs)
@@ -313,6 +330,8 @@ class FeatureCache:
                 self._shards.forget((name, block))
                 if attempt + 1 == _NFS_RETRIES:
                     raise
+                if self.copy is not None:  # removed there to make room, or damaged on this disk
+                    self.copy.refetch(name, block, chunks)
                 time.sleep(_NFS_WAIT_S * attempt)
 
     def _open_shard(self, key: tuple[str, int]) -> ShardReader:
@@ -326,7 +345,7 @@ class FeatureCache:
             codec=layout.codec,
             checksums=record.checksums,
             trust=self._trust,
-            map_file=self.is_local,
+            map_file=self._maps_files,
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -336,14 +355,5 @@ class FeatureCache:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._shards, self._projections = ShardPool(), None
-
-
-def _as_range(positions: Sequence[int]) -> Sequence[int]:
-    """Evenly spaced ascending positions as a range, which is read faster; others as they are."""
-    if not positions:
-        return positions
-    step = positions[1] - positions[0] if len(positions) > 1 else 1
-    if step < 1:
-        return positions
-    evenly = range(positions[0], positions[-1] + 1, step)
-    return evenly if list(evenly) == list(positions) else positions
+        if self.copy is not None:
+            self.copy.serve(self._files)

@@ -10,7 +10,9 @@ import datetime
 import netrc
 import os
 import re
-from collections.abc import Callable, Iterator
+import time
+import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -25,6 +27,7 @@ from evl_cache.store.objects import SCHEMES, Data, public_url
 RETRIES = 6
 _BACKOFF_S = (0.1, 5.0)  # first, longest
 _RETRY_TIMEOUT_S = 120.0
+_AGAIN_S = (0.1, 0.4, 1.6, 6.4)  # waits before an answer that broke off is asked for again
 _READ_TIMEOUT_S = 60  # without a byte
 _PART_NBYTES = 8 << 20
 _LINK = re.compile(rb'href="([^"/?#]+)/"', re.IGNORECASE)
@@ -48,7 +51,10 @@ class RemoteObjects:
             raise UsageError(f"{public_url(url)}: give the cache's own address, without ? and #")
         self._url = public_url(url)
         self.is_s3 = parts.scheme == "s3"
-        self._store: Any = _s3_store(parts.netloc, parts.path) if self.is_s3 else _http_store(url, self._url)
+        self._headers = {} if self.is_s3 else _login_header(url)
+        self._store: Any = (
+            _s3_store(parts.netloc, parts.path) if self.is_s3 else _http_store(self._url, self._headers)
+        )
 
     @property
     def url(self) -> str:
@@ -74,23 +80,22 @@ class RemoteObjects:
             name, lambda: memoryview(obstore.get_range(self._store, name, start=start, length=nbytes))
         )
 
-    def parts(self, name: str) -> Iterator[Data]:
-        """See `Objects`."""
-        stream = self._told(
-            name, lambda: iter(obstore.get(self._store, name).stream(min_chunk_size=_PART_NBYTES))
-        )
-        while (part := self._told(name, lambda: next(stream, None))) is not None:
-            yield memoryview(part)
-
     def folders(self) -> list[str]:
         """See `Objects`. Of an HTTP server, what the links of its listing lead to."""
         if self.is_s3:
             found = self._told("", lambda: obstore.list_with_delimiter(self._store))
             return sorted(str(prefix).rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"])
-        page = self.get("", most_nbytes=_MOST_LISTING_NBYTES)
+        page = self._told("", self._listing_page)
         return sorted(
             {unquote(link.decode("ascii", "replace")) for link in _LINK.findall(page)} - {".", ".."}
         )
+
+    def _listing_page(self) -> bytes:
+        # Pages made on the fly come without a length, which obstore insists on.
+        request = urllib.request.Request(f"{self._url}/", headers=self._headers)
+        with urllib.request.urlopen(request, timeout=_READ_TIMEOUT_S) as answer:
+            page: bytes = answer.read(_MOST_LISTING_NBYTES)
+        return page
 
     def put(self, name: str, data: bytes | Path) -> None:
         """See `WritableObjects`: the server compares sha256 digests."""
@@ -102,9 +107,16 @@ class RemoteObjects:
             self._told(name, lambda: obstore.delete(self._store, name))
 
     def _told(self, name: str, action: Callable[[], _T]) -> _T:
-        """What `action` returns; its errors as ours."""
+        """What `action` returns; its errors as ours. One whose answer breaks off is done again."""
         place = f"{self._url}/{name}".rstrip("/")
         try:
+            for wait_s in _AGAIN_S:
+                try:
+                    return action()
+                except BaseError as error:  # obstore itself retries until an answer begins
+                    if "body error" not in str(error):
+                        raise
+                    time.sleep(wait_s)
             return action()
         except FileNotFoundError:
             raise FileNotFoundError(f"{place}: no such file") from None
@@ -153,13 +165,16 @@ def _retry_config() -> Any:
     }
 
 
-def _http_store(url: str, shown: str) -> HTTPStore:
-    options: Any = _client_options()
+def _http_store(url: str, headers: dict[str, str]) -> HTTPStore:
+    options: Any = _client_options(default_headers=headers) if headers else _client_options()
+    return HTTPStore(url, client_options=options, retry_config=_retry_config())
+
+
+def _login_header(url: str) -> dict[str, str]:
     login = _login(url)
-    if login is not None:
-        token = base64.b64encode(":".join(login).encode()).decode("ascii")
-        options["default_headers"] = {"authorization": f"Basic {token}"}
-    return HTTPStore(shown, client_options=options, retry_config=_retry_config())
+    if login is None:
+        return {}
+    return {"authorization": "Basic " + base64.b64encode(":".join(login).encode()).decode("ascii")}
 
 
 def _login(url: str) -> tuple[str, str] | None:

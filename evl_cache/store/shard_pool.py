@@ -21,7 +21,7 @@ class ShardPool:
     """
 
     def __init__(self, *, limit: int | None = None) -> None:
-        self.limit = _default_limit() if limit is None else limit
+        self.limit = default_limit() if limit is None else limit
         self._renew()
 
     def get(self, key: ShardKey, open_shard: Callable[[ShardKey], ShardReader]) -> ShardReader:
@@ -64,7 +64,8 @@ class ShardPool:
         self._pid = os.getpid()
 
 
-def _default_limit() -> int:
+def default_limit() -> int:
+    """Files of one kind that a process may keep open, by its limit of open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return _MOST_OPEN

@@ -1,0 +1,209 @@
+"""Real servers on loopback for the tests of remote caches: nginx, moto's S3, and one that fails on purpose."""
+
+import base64
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "test-key",
+    "AWS_SECRET_ACCESS_KEY": "test-secret-1a2b3c",
+    "AWS_REGION": "us-east-1",
+}
+USER, PASSWORD = "lab", "pa-ss-4d5e6f"
+_NGINX = """
+daemon off; pid {root}/nginx.pid; error_log {root}/error.log; worker_processes 1; {user}
+events {{ worker_connections 256; }}
+http {{
+  log_format ranges '$request_method $uri $http_range $status';
+  access_log {root}/access.log ranges;
+  client_body_temp_path {root}/t1; proxy_temp_path {root}/t2; fastcgi_temp_path {root}/t3;
+  uwsgi_temp_path {root}/t4; scgi_temp_path {root}/t5;
+  server {{ listen 127.0.0.1:{port}; root {root}/www; autoindex on; {rate} }}
+  server {{
+    listen 127.0.0.1:{tls_port} ssl; root {root}/www;
+    ssl_certificate {root}/cert.pem; ssl_certificate_key {root}/key.pem;
+    auth_basic "lab"; auth_basic_user_file {root}/users;
+  }}
+}}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nginx:
+    """nginx that serves `www`: at `url`, and with TLS and a password at `tls_url`. `certificate`: self-made."""
+
+    www: Path
+    url: str
+    tls_url: str
+    certificate: Path
+    log: Path
+
+    def requests(self) -> list[str]:
+        """Lines `GET /path bytes=a-b 206` so far."""
+        return self.log.read_text().splitlines()
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+@contextlib.contextmanager
+def nginx(root: Path, *, rate: str = "") -> Iterator[Nginx]:
+    """Start nginx; skips, saying so, where it is not installed."""
+    program = shutil.which("nginx") or shutil.which(
+        "nginx", path="/usr/sbin:/usr/local/sbin:/opt/homebrew/bin"
+    )
+    if program is None or shutil.which("openssl") is None:
+        pytest.skip("no nginx (or no openssl) here: apt-get install nginx-light")
+    port, tls_port, www = free_port(), free_port(), root / "www"
+    www.mkdir(parents=True)
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1",
+         "-addext", "basicConstraints=critical,CA:FALSE",
+         "-keyout", str(root / "key.pem"), "-out", str(root / "cert.pem")],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    hashed = subprocess.run(
+        ["openssl", "passwd", "-apr1", PASSWORD], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    (root / "users").write_text(f"{USER}:{hashed}\n")
+    user = "user root;" if os.geteuid() == 0 else ""
+    (root / "nginx.conf").write_text(
+        _NGINX.format(root=root, port=port, tls_port=tls_port, user=user, rate=rate)
+    )
+    process = subprocess.Popen(
+        [program, "-c", str(root / "nginx.conf"), "-p", str(root), "-e", str(root / "error.log")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _wait_for(port, process)
+        yield Nginx(
+            www=www,
+            url=f"http://127.0.0.1:{port}",
+            tls_url=f"https://localhost:{tls_port}",
+            certificate=root / "cert.pem",
+            log=root / "access.log",
+        )
+    finally:
+        process.terminate()
+        process.wait(timeout=20)
+
+
+@contextlib.contextmanager
+def s3_server(log: Path) -> Iterator[str]:
+    """Start moto's server with a bucket `lab`; skips, saying so, where it is not installed. Yields its URL."""
+    pytest.importorskip("moto", reason="no moto here: pip install 'evl-cache[test]'")
+    port = free_port()
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            stdout=out,
+            stderr=out,
+            env=os.environ | KEYS,
+            start_new_session=True,
+        )
+    try:
+        _wait_for(port, process)
+        url = f"http://127.0.0.1:{port}"
+        with urllib.request.urlopen(urllib.request.Request(f"{url}/lab", method="PUT")) as answer:
+            assert answer.status == 200
+        yield url
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait(timeout=20)
+
+
+def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the server ended at once"
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.05)
+    raise AssertionError("the server does not answer")
+
+
+Fault = Callable[[str, bytes], bytes | int | None]
+
+
+@dataclass
+class FaultyServer:
+    """Serves a directory over HTTP with ranges. `fault(path, body)` gives other bytes (a short body is a dropped
+    connection), or a status to answer with, or None. `served`: (path, bytes sent) of every request."""
+
+    root: Path
+    fault: Fault = lambda path, body: None
+    served: list[tuple[str, int]] = field(default_factory=list)
+    url: str = ""
+
+
+@contextlib.contextmanager
+def faulty_server(root: Path) -> Iterator[FaultyServer]:
+    """Start one; its faults may be changed while it runs."""
+    state = FaultyServer(root=root)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            path = state.root / self.path.lstrip("/")
+            if not path.is_file():
+                self.send_error(404)
+                return
+            body, status = path.read_bytes(), 200
+            size = len(body)
+            if asked := self.headers.get("Range"):
+                first, _, last = asked.removeprefix("bytes=").partition("-")
+                start, stop = int(first), min(int(last or size - 1) + 1, size)
+                body, status = body[start:stop], 206
+            answer = state.fault(self.path, body)
+            if isinstance(answer, int):
+                self.send_error(answer)
+                return
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.send_header("Last-Modified", "Mon, 02 Jan 2023 00:00:00 GMT")
+            if status == 206:
+                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
+            self.end_headers()
+            sent = body if answer is None else answer
+            with contextlib.suppress(ConnectionError):
+                self.wfile.write(sent)
+            state.served.append((self.path, len(sent)))
+            if len(sent) < len(body):
+                self.close_connection = True
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        state.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        try:
+            yield state
+        finally:
+            server.shutdown()
+            thread.join(timeout=20)
+
+
+def basic(user: str, password: str) -> str:
+    return base64.b64encode(f"{user}:{password}".encode()).decode()
