@@ -39,7 +39,7 @@ def command(
     rows = None if clips is None else select(opened.clips, existing_lines(clips), source=str(clips))
     result = evaluate(run, opened, clips=rows, batch=batch, device=default_device(device), best=best)
     if as_json:
-        print_json({"run": str(run), "cache": str(cache), **asdict(result)})
+        print_json({"run": str(run), "cache": opened.place, **asdict(result)})
     else:
         click.echo(
             f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.val_clips} clips; "

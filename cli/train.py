@@ -88,7 +88,7 @@ def _cached(
         on_found=_tell_found if processes.is_first else lambda train, val: None,
     )
     train_rows, val_rows = split_clips(*caches, **names)
-    out = _out(given, caches[0].path.name, processes)
+    out = _out(given, caches[0].name, processes)
     with progress as on_step:
         result = train(
             *caches,

@@ -5,7 +5,6 @@ B samples.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -71,8 +70,8 @@ class Source(Protocol):
         """Every clip, in order."""
 
     @property
-    def path(self) -> Path:
-        """Where it lies."""
+    def place(self) -> str:
+        """Where it lies, as it may be shown."""
 
     @property
     def fingerprint(self) -> str:

@@ -62,7 +62,7 @@ class FeatureLoader:
         self.samples = rows[cache.is_valid[rows]]
         if not len(self.samples):
             raise UsageError(
-                f"{cache.path}: none of the {len(rows)} samples asked for are extracted; run extract first"
+                f"{cache.place}: none of the {len(rows)} samples asked for are extracted; run extract first"
             )
         if batch < 1 or threads < 1:
             raise UsageError(f"batch is {batch}, threads {threads}; expected at least 1 of each")

@@ -44,17 +44,17 @@ def evaluate(
     layers = check_features(config, cache.spec, run=run)
     if len(cache.spec.classes) != config.head_config["num_classes"]:
         raise UsageError(
-            f"{run}: its head has {config.head_config['num_classes']} classes, {cache.path} has {len(cache.spec.classes)}"
+            f"{run}: its head has {config.head_config['num_classes']} classes, {cache.place} has {len(cache.spec.classes)}"
         )
     if config.features is not None and cache.spec.classes != config.classes:
         ours, theirs = next((a, b) for a, b in zip(config.classes, cache.spec.classes, strict=True) if a != b)
         raise UsageError(
-            f"{run}: its head was trained on other classes ({ours!r}) than {cache.path} has ({theirs!r})"
+            f"{run}: its head was trained on other classes ({ours!r}) than {cache.place} has ({theirs!r})"
         )
     head = load_head(run, best=best).to(device)
     if head.reads_maps and not cache.spec.has_maps:
         raise UsageError(
-            f"{cache.path} holds no attention maps, which the head of {run} reads; extract with --maps"
+            f"{cache.place} holds no attention maps, which the head of {run} reads; extract with --maps"
         )
     loader = FeatureLoader(
         cache,

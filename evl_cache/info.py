@@ -8,22 +8,25 @@ from typing import Any
 from evl_cache.store import FeatureCache
 
 
-def describe(path: Path) -> dict[str, Any]:
+def describe(path: str | Path) -> dict[str, Any]:
     """A cache's spec, size, completeness, failures by reason and versions, as plain JSON values.
 
     Raises: CacheError where there is no cache; CacheDamaged where its description is not intact.
     """
     cache = FeatureCache(path)
-    files = [file for file in path.rglob("*") if file.is_file()]
+    if cache.copy is None:
+        sizes = [file.stat().st_size for file in cache.path.rglob("*") if file.is_file()]
+    else:
+        sizes = [size for size, _ in cache.copy.manifest.files.values()]
     done = int(cache.is_valid.reshape(-1, cache.spec.views.per_clip).all(axis=1).sum())
     return {
-        "path": str(path),
+        "path": cache.place,
         "spec": cache.spec.to_json(),
         "stored_layers": list(cache.spec.stored_layers),
         "grid": list(cache.spec.tower.grid),
         "content_id": cache.spec.content_id,
-        "bytes": sum(file.stat().st_size for file in files),
-        "files": len(files),
+        "bytes": sum(sizes),
+        "files": len(sizes),
         "blocks": cache.spec.num_blocks,
         "blocks_done": cache.num_blocks_done,
         "is_complete": cache.is_complete,

@@ -55,6 +55,11 @@ class LiveClips:
         )
 
     @property
+    def place(self) -> str:
+        """The videos' root."""
+        return str(self.path)
+
+    @property
     def fingerprint(self) -> str:
         """Of no cache, but of what one would be made from."""
         return f"online-{digest([self.spec.feature_id, self.spec.content_id, list(self.spec.layers)])}"

@@ -32,7 +32,7 @@ def check_pair(train_cache: Source, val_cache: Source) -> None:
         )
     if differing:
         raise UsageError(
-            f"{train_cache.path} and {val_cache.path} do not belong together: {'; '.join(differing)}"
+            f"{train_cache.place} and {val_cache.place} do not belong together: {'; '.join(differing)}"
         )
 
 
@@ -62,7 +62,7 @@ def run_config(
     }
     caches = {
         name: {
-            "path": str(loader.cache.path),
+            "path": loader.cache.place,
             "fingerprint": loader.cache.fingerprint,
             "samples": len(loader.samples),
             "samples_sha256": digest(sorted(loader.samples.tolist())),

@@ -124,7 +124,7 @@ def score(
             total.add(clip, probabilities, views)
     if not total.clips:
         raise EvlCacheError(
-            f"{loader.cache.path}: none of the clips to score has features; see why with info"
+            f"{loader.cache.place}: none of the clips to score has features; see why with info"
         )
     rows = sorted(total.clips)
     return Scores(

@@ -65,7 +65,7 @@ def train(
     reads: dict[str, Any] = {"with_maps": with_maps, "tokens": tokens_read(options.head)}
     if with_maps and not train_cache.spec.has_maps:
         raise UsageError(
-            f"{train_cache.path} holds no attention maps, which temporal cross attention reads; "
+            f"{train_cache.place} holds no attention maps, which temporal cross attention reads; "
             "use --no-temporal-cross-attention, or extract with --maps"
         )
     samples = [

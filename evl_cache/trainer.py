@@ -117,7 +117,7 @@ class Trainer:
             if progress.step == self.total_steps:
                 break
         if not progress.batches:
-            raise EvlCacheError(f"{self.train_loader.cache.path}: none of the clips to train on can be used")
+            raise EvlCacheError(f"{self.train_loader.cache.place}: none of the clips to train on can be used")
         self._bottleneck = self.train_loader.times.bottleneck(time.monotonic() - started)
 
     def _train_step(self, batch: Batch) -> tuple[float, int]:

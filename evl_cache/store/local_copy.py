@@ -28,7 +28,7 @@ from evl_cache.store.layout import (
     mark_path,
 )
 from evl_cache.store.manifest import MOST_MANIFEST_NBYTES, Manifest, parse_manifest
-from evl_cache.store.marks import MOST_MARK_NBYTES, FileRecord
+from evl_cache.store.marks import MOST_MARK_NBYTES, ShardFiles
 from evl_cache.store.metadata import METADATA_NAME
 from evl_cache.store.objects import Objects, open_objects
 from evl_cache.store.shard_pool import default_limit
@@ -64,10 +64,10 @@ class LocalCopy:
         self._root = root or CopyRoot()
         self.path, self.manifest = self._open()
         self.requests = self.nbytes = 0
-        self._files: Mapping[int, Mapping[str, FileRecord]] = {}
+        self._files: Mapping[int, ShardFiles] = {}
         self._renew()
 
-    def serve(self, files: Mapping[int, Mapping[str, FileRecord]]) -> None:
+    def serve(self, files: Mapping[int, ShardFiles]) -> None:
         """From now on: shards by block and array, as their marks describe them."""
         self._files = files
 

@@ -69,6 +69,9 @@ class FileRecord:
         return np.frombuffer(self.chunk_checksums, dtype="<u4")
 
 
+ShardFiles = Mapping[str, FileRecord]  # by array, of one block
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mark:
     """One finished block.

@@ -5,7 +5,6 @@ B samples, T frames, P patches, N = 1+P tokens, C channels.
 
 import contextlib
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.quantize import frame_sum_
-from evl_cache.spec import CacheSpec, digest
+from evl_cache.spec import CacheSpec
+from evl_cache.store.blocks_done import BlocksDone
 from evl_cache.store.buffers import (
     CLASS_ARRAYS,
     MAP_ARRAYS,
@@ -26,10 +26,9 @@ from evl_cache.store.buffers import (
 )
 from evl_cache.store.directory import read_clips, read_description
 from evl_cache.store.file_system import is_local
-from evl_cache.store.layout import MANIFEST_NAME, array_layouts, as_range, mark_path
+from evl_cache.store.layout import MANIFEST_NAME, array_layouts, as_range
 from evl_cache.store.local_copy import LocalCopy
 from evl_cache.store.manifest import read_manifest
-from evl_cache.store.marks import FileRecord, Mark, read_mark
 from evl_cache.store.objects import is_url
 from evl_cache.store.read_ahead import ReadAhead
 from evl_cache.store.recomputed import ProjectionOnDevices, read_projections
@@ -53,9 +52,7 @@ class FeatureCache:
         labels: int64 (samples,).
         is_valid: bool (samples,): extracted, and the clip did not fail.
         sample_clips: int64 (samples,): row of `clips`.
-        provenance: clips by (decoder, source (height, width)).
         is_local: whether it lies on a local disk. copy: what of a remote cache is kept on one; None for others.
-        damaged_marks: why a block whose mark is not intact does not exist, by block.
 
     Args:
         path: directory that `extract` wrote, or URL of a complete cache: s3://…, http(s)://….
@@ -79,12 +76,8 @@ class FeatureCache:
             )
         self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
         self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
-        self.is_valid = np.zeros(self.spec.num_samples, dtype=bool)
-        self.provenance: Counter[tuple[str, tuple[int, int]]] = Counter()
-        self._files: dict[int, Mapping[str, FileRecord]] = {}
-        self._digests: dict[int, str] = {}
-        self._errors: dict[int, str] = {}
-        self.damaged_marks: dict[int, str] = {}
+        self._done = BlocksDone(self.path, self.spec)
+        self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
         self._num_layers = len(self.spec.stored_layers)
         self._maps_files = is_local(self.path)
@@ -92,13 +85,17 @@ class FeatureCache:
         self._read_ahead = ReadAhead(always=not self._maps_files)
         self._shards = ShardPool()
         self._projections: Mapping[int, ProjectionOnDevices] | None = None
-        self.refresh()
         if self.copy is not None:
-            self.copy.serve(self._files)
+            self.copy.serve(self._done.files)
 
     def __len__(self) -> int:
         """Samples, failed and unfinished ones included."""
         return self.spec.num_samples
+
+    @property
+    def name(self) -> str:
+        """The last part of its place."""
+        return self.place.rstrip("/").rpartition("/")[2]
 
     @property
     def is_complete(self) -> bool:
@@ -108,14 +105,14 @@ class FeatureCache:
     @property
     def num_blocks_done(self) -> int:
         """Blocks with a valid mark."""
-        return len(self._files)
+        return len(self._done.files)
 
     @property
     def fingerprint(self) -> str:
         """The cache digest: the manifest's once complete; before that, a digest of the marks there are."""
         if (self.path / MANIFEST_NAME).exists():
             return read_manifest(self.path, self.spec).digest
-        return digest([self._digests[block] for block in sorted(self._digests)])
+        return self._done.marks_digest
 
     @property
     def recipe(self) -> Mapping[str, Any]:
@@ -125,39 +122,30 @@ class FeatureCache:
     @property
     def failures(self) -> list[tuple[str, str]]:
         """(clip id, reason) of every failed clip of the blocks done."""
-        return [(self.clips[row].id, reason) for row, reason in sorted(self._errors.items())]
+        return [(self.clips[row].id, reason) for row, reason in sorted(self._done.errors.items())]
+
+    @property
+    def damaged_marks(self) -> Mapping[int, str]:
+        """Why a block whose mark is not intact does not exist, by block."""
+        return self._done.damaged_marks
+
+    @property
+    def provenance(self) -> Mapping[tuple[str, tuple[int, int]], int]:
+        """Clips by (decoder, source (height, width))."""
+        return self._done.provenance
 
     def refresh(self) -> None:
         """See blocks that were finished since the cache was opened."""
-        for block in range(self.spec.num_blocks):
-            if block in self._files or not mark_path(self.path, block).exists():
-                continue
-            try:
-                mark = read_mark(self.path, block, self.spec)
-            except CacheDamaged as error:
-                self.damaged_marks[block] = str(error)
-                continue
-            if mark is not None:
-                self._admit(mark)
-
-    def _admit(self, mark: Mark) -> None:
-        self.damaged_marks.pop(mark.block, None)
-        self._files[mark.block], self._digests[mark.block] = mark.files, mark.digest
-        views = self.spec.views.per_clip
-        for row, clip in zip(self.spec.clips_of_block(mark.block), mark.clips, strict=True):
-            if clip.error is not None:
-                self._errors[row] = clip.error
-                continue
-            self.is_valid[row * views : (row + 1) * views] = True
-            if clip.decoder is not None and clip.frame_size is not None:
-                self.provenance[clip.decoder, (clip.frame_size[0], clip.frame_size[1])] += 1
+        self._done.refresh()
 
     def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
         """Places of blocks in the arrays' layer axis. Raises: UsageError for one that is not stored."""
         wanted = self.spec.layers if layers is None else tuple(layers)
         missing = [layer for layer in wanted if layer not in self.spec.layers]
         if missing:
-            raise UsageError(f"{self.path}: layers {missing} are not stored; it has {list(self.spec.layers)}")
+            raise UsageError(
+                f"{self.place}: layers {missing} are not stored; it has {list(self.spec.layers)}"
+            )
         return [self.spec.stored_layers.index(layer) for layer in wanted]
 
     def read(
@@ -290,20 +278,10 @@ class FeatureCache:
     def _checked_sample(self, sample: int) -> int:
         sample = int(sample)
         if not 0 <= sample < len(self):
-            raise UsageError(f"sample {sample} of {self.path}; expected 0 to {len(self) - 1}")
-        if self.is_valid[sample]:
-            return sample
-        row = int(self.sample_clips[sample])
-        block = row // self.spec.block_clips
-        if block in self.damaged_marks:
-            raise CacheDamaged(self.damaged_marks[block])
-        if block not in self._files:
-            raise CacheError(
-                f"sample {sample} of {self.path} is not extracted yet; run the extract command again"
-            )
-        raise CacheError(
-            f"sample {sample} of {self.path}: its clip {self.clips[row].id!r} failed ({self._errors[row]}); see is_valid"
-        )
+            raise UsageError(f"sample {sample} of {self.place}; expected 0 to {len(self) - 1}")
+        if not self.is_valid[sample]:
+            raise self._done.why_not_served(sample, self.clips, self.place)
+        return sample
 
     def _chunks(self, sample: int, positions: Sequence[int]) -> tuple[int, Sequence[int]]:
         """Block of a sample, and its chunks in the block's shards."""
@@ -336,7 +314,7 @@ class FeatureCache:
 
     def _open_shard(self, key: tuple[str, int]) -> ShardReader:
         name, block = key
-        layout, record = self._layouts[name], self._files[block][name]
+        layout, record = self._layouts[name], self._done.files[block][name]
         return ShardReader(
             layout.shard(self.path, block),
             grid=(self.spec.block_samples, len(self.spec.stored_layers)),
@@ -356,4 +334,4 @@ class FeatureCache:
         self.__dict__.update(state)
         self._shards, self._projections = ShardPool(), None
         if self.copy is not None:
-            self.copy.serve(self._files)
+            self.copy.serve(self._done.files)
