@@ -109,29 +109,41 @@ def apply_operations(frames: np.ndarray, operations: Sequence[Operation]) -> np.
     return np.stack(out)
 
 
-def augmented_view(
-    frames: np.ndarray,
-    rng: np.random.Generator,
-    *,
-    size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    flip: bool = False,
-) -> torch.Tensor:
-    """One training view: one draw of operations and one box for all frames; mirrored by a coin where `flip`.
+@dataclass(frozen=True, kw_only=True)
+class ViewAugmentation:
+    """What is drawn for one training view: the same operations and one box for all its frames; mirrored or not."""
 
-    Args:
-        frames: uint8 (T, H, W, 3), RGB. mean, std: three numbers each, in units of [0, 1].
+    operations: tuple[Operation, ...]
+    box: Box
+    is_mirrored: bool
 
-    Returns: float32 (T, 3, size, size), normalised.
-    Raises: ClipError for frames without pixels.
-    """
-    if 0 in frames.shape:
-        raise ClipError(f"frames of shape {frames.shape} hold no pixels")
-    height, width = frames.shape[1:3]
-    operations = draw_operations(rng, short_side=min(height, width))
-    box, mirrored = draw_box(rng, height, width), bool(rng.random() < 0.5)
-    pixels = normalised(torch.from_numpy(apply_operations(frames, operations)), mean, std)  # (T,3,H,W)
-    cut = pixels[..., box.top : box.top + box.height, box.left : box.left + box.width]
-    resized = F.interpolate(cut, size=(size, size), mode="bilinear", align_corners=False)
-    return resized.flip(-1) if flip and mirrored else resized
+    @classmethod
+    def draw(
+        cls, rng: np.random.Generator, *, height: int, width: int, flip: bool = False
+    ) -> "ViewAugmentation":
+        """For frames of H x W pixels. Raises: ClipError for frames without pixels."""
+        if height < 1 or width < 1:
+            raise ClipError(f"frames of {height} x {width} hold no pixels")
+        return cls(
+            operations=draw_operations(rng, short_side=min(height, width)),
+            box=draw_box(rng, height, width),
+            is_mirrored=bool(rng.random() < 0.5) and flip,
+        )
+
+    def apply(
+        self, frames: np.ndarray, *, size: int, mean: Sequence[float], std: Sequence[float]
+    ) -> torch.Tensor:
+        """The view of some of its frames.
+
+        Args:
+            frames: uint8 (T, H, W, 3), RGB. mean, std: three numbers each, in units of [0, 1].
+
+        Returns: float32 (T, 3, size, size), normalised.
+        """
+        pixels = normalised(
+            torch.from_numpy(apply_operations(frames, self.operations)), mean, std
+        )  # (T,3,H,W)
+        box = self.box
+        cut = pixels[..., box.top : box.top + box.height, box.left : box.left + box.width]
+        resized = F.interpolate(cut, size=(size, size), mode="bilinear", align_corners=False)
+        return resized.flip(-1) if self.is_mirrored else resized

@@ -1,16 +1,18 @@
 """The process that decodes for `decode_pool`: one clip at a time, killed when it takes too long.
 
-It talks over a socket, a JSON object a line. It imports neither torch nor anything of the cache, so that it starts at
-once and stays small. Its lines:
+It talks over a socket, a JSON object a line. It imports neither torch (but for torchcodec) nor anything of the cache,
+so that it starts at once and stays small. Its lines:
 
     says     {"ready"}, once
-    request  {"path", "decoder", "tolerate_bad_frames"}
-    asks     {"count"}                      -> {"indices"}: which frames of a file of so many; may ask again
-    answers  {"shape", "indices", "positions", "count", "decoder", "rss_bytes"}, then the frames' bytes;
-             or {"error", "rss_bytes"}
+    request  {"path", "decoder", "tolerate_bad_frames", "device"}
+    asks     {"asks"}: which frames of a file of so many -> {"indices"} or {"error"}; may ask again
+    gives    {"indices", "count", "size", "decoder"}: a header; what was given before does not count
+             {"frames"}: so many frames, whose bytes follow; again and again
+    ends     {"rss_bytes"}, and {"error"} where it failed
 """
 
 import ctypes
+import importlib
 import json
 import os
 import resource
@@ -29,54 +31,68 @@ _MOST_ADDRESS_SPACE = 16 << 30  # a header that lies about its size must not tak
 _PR_SET_PDEATHSIG = 1
 
 
-def main(socket_fd: int, parent: int) -> None:
+def main(socket_fd: int, parent: int, decoder: str) -> None:
     """Serve requests until the socket is closed."""
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESS_SPACE, resource.getrlimit(resource.RLIMIT_AS)[1]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    video.own_stderr()
+    if decoder == "torchcodec":
+        importlib.import_module("torchcodec.decoders")  # brings torch, which must come before the others
+    else:  # a GPU's driver takes address space without end
+        limit = resource.getrlimit(resource.RLIMIT_AS)[1]
+        resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESS_SPACE, limit))
+        video.own_stderr()
     with socket.socket(fileno=socket_fd) as channel, channel.makefile("rw", encoding="utf-8") as lines:
-        _send(lines, {"ready": True})
+        connection = _Connection(channel, lines)
+        connection.say({"ready": True})
         for line in lines:
-            answer, frames = _answer(json.loads(line), lines)
-            _send(lines, {**answer, "rss_bytes": _resident_bytes()})
-            if frames is not None:
-                channel.sendall(frames.data.cast("B"))
+            connection.say({**_serve(json.loads(line), connection), "rss_bytes": _resident_bytes()})
 
 
-def _answer(request: dict[str, Any], lines: Any) -> tuple[dict[str, Any], np.ndarray | None]:
-    path = os.fsdecode(bytes.fromhex(request["path"]))
+class _Connection:
+    """The two ways of speaking over one socket: lines, and bytes."""
 
-    def choose(count: int) -> np.ndarray:
-        _send(lines, {"count": count})
-        reply = json.loads(lines.readline())
+    def __init__(self, channel: socket.socket, lines: Any) -> None:
+        self._channel, self._lines = channel, lines
+
+    def say(self, message: dict[str, Any]) -> None:
+        self._lines.write(json.dumps(message) + "\n")
+        self._lines.flush()
+
+    def ask(self, count: int) -> np.ndarray:
+        """Which frames of a file of so many. Raises: ClipError where none will do."""
+        self.say({"asks": count})
+        reply = json.loads(self._lines.readline())
         if "error" in reply:
             raise ClipError(reply["error"])
         return np.asarray(reply["indices"], dtype=np.int64)
 
-    options = video.DecodeOptions(
-        decoder=request["decoder"], tolerate_bad_frames=request["tolerate_bad_frames"]
-    )
+    def give(self, event: video.FrameEvent) -> None:
+        if isinstance(event, video.ClipHeader):
+            self.say(
+                {
+                    "indices": event.indices.tolist(),
+                    "count": event.num_frames_in_file,
+                    "size": event.frame_size,
+                    "decoder": event.decoder,
+                }
+            )
+            return
+        self.say({"frames": len(event)})
+        self._channel.sendall(np.ascontiguousarray(event).data.cast("B"))
+
+
+def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str]:
+    """Decode one clip. Returns: the error, if any."""
+    path = os.fsdecode(bytes.fromhex(request.pop("path")))
     try:
-        clip = video.decode_clip(path, choose, options=options)
+        for event in video.decode_frames(path, connection.ask, options=video.DecodeOptions(**request)):
+            connection.give(event)
     except EvlCacheError as error:
-        return {"error": str(error)}, None
+        return {"error": str(error)}
     except MemoryError:
-        return {"error": f"{path}: needs more memory than a decoder may take"}, None
-    answer = {
-        "shape": clip.frames.shape,
-        "indices": clip.indices.tolist(),
-        "positions": clip.positions.tolist(),
-        "count": clip.num_frames_in_file,
-        "decoder": clip.decoder,
-    }
-    return answer, np.ascontiguousarray(clip.frames)
-
-
-def _send(lines: Any, message: dict[str, Any]) -> None:
-    lines.write(json.dumps(message) + "\n")
-    lines.flush()
+        return {"error": f"{path}: needs more memory than a decoder may take"}
+    return {}
 
 
 def _resident_bytes() -> int:

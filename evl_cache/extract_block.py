@@ -173,7 +173,7 @@ class BlockExtractor:
             tower=self.spec.tower,
             views=self.spec.views,
             is_known=is_known,
-            decode=self._decode_pool.decode,
+            decode=self._decode_pool.frames,
         )
 
     def _run_batch(self, batch: Sequence[tuple["_ClipRows", int]]) -> None:

@@ -1,24 +1,25 @@
 """A clip's video made ready for the backbone: hashed, decoded, cropped; with a record of where it came from."""
 
+import contextlib
 import hashlib
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch  # before anything that decodes: see video
 
-from evl_cache.augmentation import augmented_view, view_generator
+from evl_cache.augmentation import ViewAugmentation, view_generator
 from evl_cache.clips import Clip
 from evl_cache.errors import ClipError
 from evl_cache.preprocess import spatial_crops
 from evl_cache.sampling import strided_test_views, strided_train_view, tsn_test_views, tsn_train_view
 from evl_cache.spec import TowerSpec, ViewSpec
 from evl_cache.store import ClipRecord
-from evl_cache.video import Choose, DecodedClip, decode_clip
+from evl_cache.video import Choose, ClipHeader, FrameEvent, decode_frames
 
-Decode = Callable[[Path, Choose], DecodedClip]
+Decode = Callable[[Path, Choose], Iterator[FrameEvent]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +43,7 @@ def prepare_clip(
     tower: TowerSpec,
     views: ViewSpec,
     is_known: Callable[[str, str], bool] = lambda clip_id, sha256: False,
-    decode: Decode = decode_clip,
+    decode: Decode = decode_frames,
 ) -> PreparedClip:
     """Hash, decode and crop one clip. This is where a clip's failure becomes data.
 
@@ -60,11 +61,8 @@ def prepare_clip(
     if is_known(clip.id, sha256):
         return PreparedClip(record=source, samples=None)
     try:
-        decoded = decode(path, lambda count: choose_frames(count, views, clip.id))
-        samples = (
-            _train_views(decoded, clip.id, tower, views)
-            if views.train_views
-            else _test_views(decoded, tower, views)
+        header, samples = _crop(
+            decode(path, lambda count: choose_frames(count, views, clip.id)), clip, tower, views
         )
     except ClipError as error:
         failed = ClipRecord(id=clip.id, error=str(error), source_bytes=size, source_sha256=sha256)
@@ -73,44 +71,90 @@ def prepare_clip(
         id=clip.id,
         source_bytes=size,
         source_sha256=sha256,
-        frame_size=(int(decoded.frames.shape[1]), int(decoded.frames.shape[2])),
-        frame_count=decoded.num_frames_in_file,
-        indices=tuple(tuple(int(i) for i in view) for view in decoded.indices),
-        decoder=decoded.decoder,
+        frame_size=header.frame_size,
+        frame_count=header.num_frames_in_file,
+        indices=tuple(tuple(int(i) for i in view) for view in header.indices),
+        decoder=header.decoder,
     )
     return PreparedClip(record=record, samples=samples)
 
 
-def _test_views(decoded: DecodedClip, tower: TowerSpec, views: ViewSpec) -> torch.Tensor:
-    crops = [
-        spatial_crops(
-            decoded.view(view),
-            size=tower.image_size,
-            mean=tower.mean,
-            std=tower.std,
-            crops=views.spatial_views,
-        )
-        for view in range(views.temporal_views)
-    ]
-    return torch.stack(crops, dim=1).flatten(0, 1)
+def _crop(
+    events: Iterator[FrameEvent], clip: Clip, tower: TowerSpec, views: ViewSpec
+) -> tuple[ClipHeader, torch.Tensor]:
+    """The samples of a clip, made frame by frame: at source resolution no more is held than comes at once."""
+    making: _TestViews | _TrainViews | None = None
+    with contextlib.closing(events):  # type: ignore[type-var]  # a generator
+        for event in events:
+            if isinstance(event, ClipHeader):
+                making = (
+                    _TrainViews(event, clip.id, tower, views)
+                    if views.train_views
+                    else _TestViews(event, tower, views)
+                )
+            else:
+                assert making is not None  # a header comes first
+                making.add(event)
+    assert making is not None  # else ClipError was raised
+    return making.header, making.samples()
 
 
-def _train_views(decoded: DecodedClip, clip_id: str, tower: TowerSpec, views: ViewSpec) -> torch.Tensor:
-    made = []
-    for view in range(views.train_views):
-        rng = view_generator(views.augment_seed, clip_id, view)
-        _train_indices(decoded.num_frames_in_file, views, rng)  # drawn before; what follows is drawn after
-        made.append(
-            augmented_view(
-                decoded.view(view),
-                rng,
-                size=tower.image_size,
-                mean=tower.mean,
-                std=tower.std,
-                flip=views.flip,
+class _TestViews:
+    """Crops of temporal views, from frames as they come."""
+
+    def __init__(self, header: ClipHeader, tower: TowerSpec, views: ViewSpec) -> None:
+        self.header, self._tower = header, tower
+        self._positions = header.positions  # (V,T)
+        size = tower.image_size
+        self._samples = torch.empty(views.spatial_views, *self._positions.shape, 3, size, size)
+        self._added = 0
+
+    def add(self, frames: np.ndarray) -> None:
+        tower = self._tower
+        crops = spatial_crops(
+            frames, size=tower.image_size, mean=tower.mean, std=tower.std, crops=len(self._samples)
+        )  # (crops,some,3,S,S)
+        for number in range(len(frames)):
+            for view, t in np.argwhere(self._positions == self._added + number).tolist():
+                self._samples[:, view, t] = crops[:, number]
+        self._added += len(frames)
+
+    def samples(self) -> torch.Tensor:
+        """(spatial x temporal views, T, 3, S, S)."""
+        return self._samples.flatten(0, 1)
+
+
+class _TrainViews:
+    """Augmented views, from frames as they come; what is random in each is drawn before."""
+
+    def __init__(self, header: ClipHeader, clip_id: str, tower: TowerSpec, views: ViewSpec) -> None:
+        self.header, self._tower = header, tower
+        self._positions = header.positions
+        self._augmentations = []
+        height, width = header.frame_size
+        for view in range(views.train_views):
+            rng = view_generator(views.augment_seed, clip_id, view)
+            _train_indices(header.num_frames_in_file, views, rng)  # drawn before; what follows is drawn after
+            self._augmentations.append(
+                ViewAugmentation.draw(rng, height=height, width=width, flip=views.flip)
             )
-        )
-    return torch.stack(made)
+        self._samples = torch.empty(*self._positions.shape, 3, tower.image_size, tower.image_size)
+        self._added = 0
+
+    def add(self, frames: np.ndarray) -> None:
+        tower = self._tower
+        for frame in frames:
+            for view, augmentation in enumerate(self._augmentations):
+                places = np.flatnonzero(self._positions[view] == self._added)
+                if len(places):
+                    self._samples[view, places] = augmentation.apply(
+                        frame[None], size=tower.image_size, mean=tower.mean, std=tower.std
+                    )
+            self._added += 1
+
+    def samples(self) -> torch.Tensor:
+        """(V, T, 3, S, S)."""
+        return self._samples
 
 
 def _train_indices(count: int, views: ViewSpec, rng: np.random.Generator) -> np.ndarray:

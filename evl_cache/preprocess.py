@@ -60,10 +60,12 @@ def spatial_crops(
 
 def normalised(frames: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """uint8 (T, H, W, 3) as float32 (T, 3, H, W): scaled to [0, 1], less the mean, by the standard deviation."""
-    pixels = frames.permute(0, 3, 1, 2).to(torch.float32) / 255.0
+    pixels = (
+        frames.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
+    )  # a copy; in place, as frames may be large
     shift = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
-    return (pixels - shift) / scale
+    return pixels.sub_(shift).div_(scale)
 
 
 def _offsets(margin: int, crops: int) -> list[int]:

@@ -6,11 +6,11 @@ import time
 
 from evl_cache import decode_worker, video
 
-_real = video.decode_clip
+_real = video.decode_frames
 _leaked = []
 
 
-def _decode_clip(path, choose, *, options=None):
+def _decode_frames(path, choose, *, options=None):
     name = os.path.basename(os.fsdecode(path))
     if "hangs" in name:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # deaf to everything but a kill
@@ -24,8 +24,8 @@ def _decode_clip(path, choose, *, options=None):
         _leaked.append(b"x" * (64 << 20))
     if name.startswith("decord ") and options.decoder != "pyav":
         os.abort()
-    return _real(path, choose, options=options)
+    yield from _real(path, choose, options=options)
 
 
-video.decode_clip = _decode_clip
+video.decode_frames = _decode_frames
 main = decode_worker.main

@@ -15,8 +15,8 @@ from evl_cache import augmentation
 from evl_cache.augmentation import (
     Box,
     Operation,
+    ViewAugmentation,
     apply_operations,
-    augmented_view,
     draw_box,
     draw_operations,
     view_generator,
@@ -44,6 +44,12 @@ from tests.store_helpers import (
 
 VIEWS = ViewSpec(frames=4, stride=2, train_views=3)
 PLAIN = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+
+
+def augmented_view(frames, rng, *, flip=False, **how):
+    """All frames of a view at once."""
+    height, width = frames.shape[1:3]
+    return ViewAugmentation.draw(rng, height=height, width=width, flip=flip).apply(frames, **how)
 
 
 def picture(height=48, width=64, seed=0):

@@ -27,8 +27,9 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         (
             "adapters",
             (
-                "video decode_worker decode_pool augmentation rendered annotations weights backbone towers store dataset heads"
-                " checkpoint official_checkpoint batches memory resident rendezvous distributed interruption"
+                "video decode_worker decode_process decode_pool augmentation rendered annotations weights backbone"
+                " towers store dataset heads checkpoint official_checkpoint batches memory resident rendezvous"
+                " distributed interruption"
             ),
         ),
         (
@@ -53,6 +54,8 @@ SAME_LAYER = {
     ("official_checkpoint", "heads"),
     ("checkpoint", "heads"),  # a checkpoint is a head's parameters
     ("decode_worker", "video"),  # a process around it
+    ("decode_process", "video"),
+    ("decode_pool", "decode_process"),
     ("decode_pool", "video"),
     ("towers", "weights"),  # a tower is built from a weights file
     ("backbone", "towers"),  # and read through its family's adapter
@@ -67,6 +70,7 @@ FREE_WITHIN = {"pure"}  # small modules of plain values: clips are digested as s
 OWNERS: Mapping[str, frozenset[str]] = {
     "decord": frozenset({"video"}),
     "timm": frozenset({"augmentation", "towers"}),
+    "torchcodec": frozenset({"video"}),
     "PIL": frozenset({"augmentation"}),
     "av": frozenset({"video", "rendered"}),
     "open_clip": frozenset({"towers"}),

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from damaged_files import BadFile, damage, independent_complaint
 from store_helpers import extract_small, make_clips, small_spec, small_tower, wait_until
 
-from evl_cache import decode_pool
+from evl_cache import decode_pool, decode_process
 from evl_cache.block_taker import MostFailures
 from evl_cache.clips import Clip, ClipList
 from evl_cache.decode_pool import DecodePool
@@ -25,7 +25,7 @@ from evl_cache.errors import ClipError, TooManyFailures, UsageError, WorkerError
 from evl_cache.info import failed_clips_by_reason, failures_by_reason
 from evl_cache.rendered import motion_frames, write_video
 from evl_cache.store import FeatureCache
-from evl_cache.video import DecodeOptions, decode_clip
+from evl_cache.video import Choose, DecodedClip, DecodeOptions, collect, decode_clip
 from evl_cache_cli.main import cli
 
 CODECS = (("libx264", "mp4"), ("libx265", "mp4"), ("libvpx-vp9", "webm"), ("libsvtav1", "mp4"), ("mpeg4", "avi"),
@@ -46,7 +46,7 @@ WANTED = np.array([[0, 9, 18, 23]])
 def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Workers that hang, crash and leak on clips whose names say so."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    monkeypatch.setattr(decode_pool, "WORKER", "faulty_worker")
+    monkeypatch.setattr(decode_process, "WORKER", "faulty_worker")
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +76,11 @@ def workers_of(pid: int) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue  # it ended meanwhile
     return found
+
+
+def decode(pool: DecodePool, path: Path, choose: Choose) -> DecodedClip:
+    """A clip from a pool, all at once."""
+    return collect(pool.frames(path, choose))
 
 
 def clip_list(paths: list[Path]) -> ClipList:
@@ -159,30 +164,30 @@ def test_a_clip_that_only_decord_cannot_bear_is_decoded_by_pyav(faulty: None, tm
     path = tmp_path / "decord breaks down.mp4"
     write_video(path, motion_frames("right", 0, num_frames=24))
     with DecodePool(1) as pool:
-        found = pool.decode(path, lambda count: WANTED)
-    assert found.decoder.startswith("PyAV")
+        found = decode(pool, path, lambda count: WANTED)
+    assert found.header.decoder.startswith("PyAV")
     assert np.array_equal(found.frames, decode_clip(path, lambda count: WANTED).frames)
     with (
         DecodePool(1, options=DecodeOptions(decoder="decord")) as pool,
         pytest.raises(ClipError, match="SIGABRT"),
     ):
-        pool.decode(path, lambda count: WANTED)
+        decode(pool, path, lambda count: WANTED)
 
 
 def test_a_worker_that_leaks_is_replaced(
     faulty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decode_pool, "_MOST_GROWTH", 32 << 20)
+    monkeypatch.setattr(decode_pool, "MOST_GROWTH_BYTES", 32 << 20)
     leaks, plain = tmp_path / "leaks.mp4", tmp_path / "plain.mp4"
     for path in (leaks, plain):
         write_video(path, motion_frames("right", 0, num_frames=24))
     with DecodePool(1) as pool:
-        pool.decode(plain, lambda count: WANTED)
+        decode(pool, plain, lambda count: WANTED)
         first = workers_of(os.getpid())
-        pool.decode(plain, lambda count: WANTED)
+        decode(pool, plain, lambda count: WANTED)
         assert workers_of(os.getpid()) == first
         assert np.array_equal(
-            pool.decode(leaks, lambda count: WANTED).frames, pool.decode(plain, lambda count: WANTED).frames
+            decode(pool, leaks, lambda count: WANTED).frames, decode(pool, plain, lambda count: WANTED).frames
         )
         assert workers_of(os.getpid()) != first and len(workers_of(os.getpid())) == 1
 
@@ -190,9 +195,9 @@ def test_a_worker_that_leaks_is_replaced(
 def test_workers_that_cannot_start_are_no_clips_fault(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(decode_pool, "WORKER", "no_such_module")
+    monkeypatch.setattr(decode_process, "WORKER", "no_such_module")
     with DecodePool(1) as pool, pytest.raises(WorkerError, match="cannot start"):
-        pool.decode(tmp_path / "x.mp4", lambda count: WANTED)
+        decode(pool, tmp_path / "x.mp4", lambda count: WANTED)
     assert "no_such_module" in capfd.readouterr().err
 
 
@@ -205,18 +210,18 @@ def test_what_the_choice_of_frames_says_fails_the_clip_and_spares_the_worker(tmp
 
     with DecodePool(1) as pool:
         with pytest.raises(ClipError, match="24 frames are too few"):
-            pool.decode(path, refuse)
-        assert pool.decode(path, lambda count: WANTED).num_frames_in_file == 24
+            decode(pool, path, refuse)
+        assert decode(pool, path, lambda count: WANTED).header.num_frames_in_file == 24
 
 
 def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
     make_clips(tmp_path / "clips", count=2)
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from evl_cache import decode_pool\n"
-        "decode_pool.WORKER = 'faulty_worker'\n"
+        "from evl_cache import decode_pool, decode_process\n"
+        "decode_process.WORKER = 'faulty_worker'\n"
         "pool = decode_pool.DecodePool(2)\n"
-        "pool.decode(sys.argv[2], lambda count: __import__('numpy').array([[0]]))\n"
+        "list(pool.frames(sys.argv[2], lambda count: __import__('numpy').array([[0]])))\n"
     )
     path = tmp_path / "hangs.mp4"
     path.write_bytes((tmp_path / "clips" / "00.mp4").read_bytes())
@@ -244,10 +249,10 @@ def test_concealed_frames_fail_a_clip_unless_they_are_tolerated(tmp_path: Path, 
         raise AssertionError("no flip was concealed")
     with DecodePool(1, options=options) as pool:
         if tolerates:
-            assert pool.decode(path, lambda count: WANTED).frames.shape == (4, 64, 64, 3)
+            assert decode(pool, path, lambda count: WANTED).frames.shape == (4, 64, 64, 3)
         else:
             with pytest.raises(ClipError, match="has damaged frames"):
-                pool.decode(path, lambda count: WANTED)
+                decode(pool, path, lambda count: WANTED)
 
 
 def test_seeking_gives_the_frames_that_decoding_everything_gives(sources: list[Path]) -> None:
@@ -257,7 +262,7 @@ def test_seeking_gives_the_frames_that_decoding_everything_gives(sources: list[P
         for seed in range(4):
             wanted = np.sort(np.random.default_rng(seed).integers(0, len(every), size=(2, 3)))
             found = decode_clip(path, lambda count, w=wanted: w, options=DecodeOptions(decoder="pyav"))
-            assert found.num_frames_in_file == len(every)
+            assert found.header.num_frames_in_file == len(every)
             for row, view in enumerate(wanted):
                 assert np.array_equal(found.view(row), np.stack([every[i] for i in view]))
 
@@ -268,9 +273,9 @@ def test_frames_of_real_clips_are_those_of_a_whole_decode(ut_interaction: Path) 
         for path in paths[::6]:
             with av.open(str(path)) as container:
                 every = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-            found = pool.decode(path, lambda count: np.arange(count)[None, :: max(1, count // 7)])
-            assert found.num_frames_in_file == len(every)
-            assert np.array_equal(found.frames, np.stack([every[i] for i in found.indices[0]]))
+            found = decode(pool, path, lambda count: np.arange(count)[None, :: max(1, count // 7)])
+            assert found.header.num_frames_in_file == len(every)
+            assert np.array_equal(found.frames, np.stack([every[i] for i in found.header.indices[0]]))
 
 
 # The account

@@ -6,10 +6,18 @@ from fractions import Fraction
 import av
 import numpy as np
 import pytest
+import torch
+from store_helpers import small_tower
 
+from evl_cache.augmentation import ViewAugmentation, view_generator
+from evl_cache.clips import Clip
 from evl_cache.errors import ClipError, UsageError
+from evl_cache.frames import choose_frames, prepare_clip
+from evl_cache.preprocess import spatial_crops
 from evl_cache.rendered import motion_frames, write_video
-from evl_cache.video import DecodeOptions, decode_clip
+from evl_cache.sampling import strided_train_view
+from evl_cache.spec import ViewSpec
+from evl_cache.video import DecodeOptions, clip, decode_clip, decode_frames
 
 CODECS = {"libx264": "mp4", "libvpx-vp9": "webm", "libx265": "mp4"}
 
@@ -44,11 +52,11 @@ def test_both_decoders_give_the_frames_of_the_file(tmp_path, codec, suffix, shap
     every = pyav_frames(path)
     for decoder in ("decord", "pyav"):
         found = decode_clip(path, some, options=DecodeOptions(decoder=decoder))
-        assert (found.num_frames_in_file, found.frames.shape) == (9, (3, *shape, 3))
+        assert (found.header.num_frames_in_file, found.frames.shape) == (9, (3, *shape, 3))
         assert np.array_equal(found.view(0), [every[0], every[4], every[8]])
         assert np.array_equal(found.view(1), [every[0], every[0], every[8]])
-        assert found.decoder.lower().startswith(decoder)
-    assert decode_clip(path, some).decoder.startswith("decord")
+        assert found.header.decoder.lower().startswith(decoder)
+    assert decode_clip(path, some).header.decoder.startswith("decord")
 
 
 def test_what_decord_cannot_open_is_decoded_by_pyav(tmp_path):
@@ -57,7 +65,7 @@ def test_what_decord_cannot_open_is_decoded_by_pyav(tmp_path):
     with pytest.raises(ClipError, match="cannot be decoded"):
         decode_clip(path, some, options=DecodeOptions(decoder="decord"))
     found = decode_clip(path, some)
-    assert found.decoder.startswith("PyAV") and found.num_frames_in_file == 9
+    assert found.header.decoder.startswith("PyAV") and found.header.num_frames_in_file == 9
     every = pyav_frames(path)
     assert np.array_equal(found.view(0), [every[0], every[4], every[8]])
 
@@ -136,3 +144,48 @@ def test_files_without_pictures_say_so(tmp_path):
         decode_clip(tmp_path / "sound.mp4", some, options=DecodeOptions(decoder="pyav"))
     with pytest.raises(UsageError, match="expected one of auto, decord, pyav"):
         decode_clip(tmp_path / "text.mp4", some, options=DecodeOptions(decoder="ffmpeg"))
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 2 * 64 * 64 * 3])
+def test_frames_come_in_pieces_and_are_the_same(tmp_path, monkeypatch, piece_bytes):
+    monkeypatch.setattr(clip, "PIECE_BYTES", piece_bytes)
+    path = tmp_path / "clip.mp4"
+    write_video(path, motion_frames("up", 1, num_frames=24))
+    every = pyav_frames(path)
+    for decoder in ("decord", "pyav"):
+        wanted = np.array([[23, 3, 4, 5, 11], [0, 23, 23, 7, 9]])
+        header, *pieces = decode_frames(
+            path, lambda count, w=wanted: w, options=DecodeOptions(decoder=decoder)
+        )
+        assert max(piece.nbytes for piece in pieces) <= max(piece_bytes, every[0].nbytes)
+        assert header.distinct.tolist() == [0, 3, 4, 5, 7, 9, 11, 23]
+        assert np.array_equal(np.concatenate(pieces), [every[i] for i in header.distinct])
+
+
+@pytest.mark.parametrize("train_views", [0, 2])
+def test_crops_made_piece_by_piece_equal_those_of_whole_views(tmp_path, motions, train_views):
+    """Two views of three crops, or augmented ones, of a frame larger than the tower's; the last frame stands often."""
+    path = tmp_path / "clip.mp4"
+    write_video(path, motion_frames("up", 1, size=96, num_frames=20)[:, :70])
+    tower = small_tower(motions).spec
+    views = (
+        ViewSpec(frames=6, stride=5, train_views=2, flip=True)
+        if train_views
+        else ViewSpec(frames=6, stride=5, temporal_views=2, spatial_views=3)
+    )
+    prepared = prepare_clip(
+        Clip(id="c", path=path.name, label=0, split="train"), tmp_path, tower=tower, views=views
+    )
+    found = decode_clip(path, lambda count: choose_frames(count, views, "c"))
+    how = {"size": tower.image_size, "mean": tower.mean, "std": tower.std}
+    if train_views:
+        whole = []
+        for view in range(2):
+            rng = view_generator(0, "c", view)
+            strided_train_view(20, frames=6, stride=5, rng=rng)
+            drawn = ViewAugmentation.draw(rng, height=70, width=96, flip=True)
+            whole.append(drawn.apply(found.view(view), **how))
+    else:
+        crops = [spatial_crops(found.view(view), **how, crops=3) for view in range(2)]
+        whole = [crops[view][crop] for crop in range(3) for view in range(2)]
+    assert torch.equal(prepared.samples, torch.stack(whole))

@@ -1,0 +1,67 @@
+"""Frames by decord. T frames asked for, H and W source pixels."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from evl_cache.errors import ClipError
+from evl_cache.video import native_messages, with_pyav
+from evl_cache.video.clip import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
+
+# What decord recovers it counts, and this share of the frames is too much.
+_NO_FAULT = 1e-9
+
+
+def decord_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
+    """As `video.decode_frames`, by decord."""
+    import av
+    import decord
+
+    try:
+        with native_messages.heard() as complaints:
+            yield from _read(path, choose, options)
+    except av.FFmpegError as error:
+        raise ClipError(f"{path}: cannot be opened ({reason_of(error)})") from error
+    except decord.DECORDLimitReachedError as error:
+        raise ClipError(f"{path}: has frames that were never coded or are lost") from error
+    except (decord.DECORDError, OSError, RuntimeError) as error:
+        raise ClipError(f"{path}: cannot be decoded ({reason_of(error)})") from error
+    if complaints and not options.tolerate_bad_frames:
+        raise ClipError(f"{path}: has damaged frames ({complaints[0]})")
+
+
+def _read(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
+    import decord
+
+    # A new, single-threaded reader a clip: a reused one leaks, and threads inside a worker fight.
+    reader = decord.VideoReader(
+        str(path),
+        ctx=decord.cpu(0),
+        num_threads=1,
+        fault_tol=-1 if options.tolerate_bad_frames else _NO_FAULT,
+    )
+    count = len(reader)
+    if not options.tolerate_bad_frames:
+        _check_count(path, count, options)
+
+    def read(numbers: np.ndarray) -> np.ndarray:
+        frames: np.ndarray = reader.get_batch(numbers).asnumpy()
+        return frames
+
+    yield from frames_in_pieces(count, choose, read, decoder=f"decord {decord.__version__}")
+
+
+def _check_count(path: str | Path, count: int, options: DecodeOptions) -> None:
+    """Where the packets number other frames than decord counts, some were never coded, as AVI files may have it.
+
+    What decord gives in their place differs from one time to the next, and it does not always say so.
+    """
+    try:
+        coded = with_pyav.count_packets(path, options)
+    except with_pyav.NoIndex as error:
+        raise ClipError(
+            f"{path}: its packets do not tell which frame is which, on which decord relies"
+        ) from error
+    if coded != count:
+        raise ClipError(f"{path}: decord counts {count} frames, {coded} are coded")

@@ -1,0 +1,236 @@
+"""Frames by PyAV, and what the packets of a file say of its frames. T frames asked for, H and W source pixels."""
+
+import warnings
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evl_cache.errors import ClipError
+from evl_cache.video.clip import Choose, ClipHeader, DecodeOptions, FrameEvent, reason_of
+
+if TYPE_CHECKING:
+    import av
+
+# Files of DivX and Xvid hold packets of some bytes that stand for no picture; other codecs' smallest do.
+_NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
+_LEAST_PICTURE = 8
+_LEAST_LOSS_S, _LEAST_LOSS = 0.3, 0.05  # seconds, and of the whole: less may be a matter of rounding
+
+
+class NoIndex(Exception):
+    """The packets of a file do not say which frame is which."""
+
+
+def pyav_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
+    """As `video.decode_frames`, by PyAV."""
+    import av
+
+    try:
+        with _complaints_heard(path, options):
+            try:
+                yield from _seek(path, choose, options)
+            except NoIndex:  # decode from the start, and count
+                yield from _decode_all(path, choose, options)
+    except (av.FFmpegError, OSError) as error:
+        raise ClipError(f"{path}: cannot be decoded ({reason_of(error)})") from error
+
+
+def count_packets(path: str | Path, options: DecodeOptions) -> int:
+    """Frames in the file, as its packets number them.
+
+    Raises: NoIndex where they do not; ClipError where packets are missing or damaged.
+    """
+    with _complaints_heard(path, options), _open(path) as (container, stream):
+        return len(_read_index(path, container, stream, options).times)
+
+
+@contextmanager
+def _complaints_heard(path: str | Path, options: DecodeOptions) -> Iterator[None]:
+    """Raises: ClipError with the first error that PyAV's libraries told of meanwhile."""
+    import av
+
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)  # a second look at a file complains of the same
+    with av.logging.Capture() as messages:
+        yield
+    complaints = [text.strip() for level, _, text in messages if level <= av.logging.ERROR]
+    if complaints and not options.tolerate_bad_frames:
+        raise ClipError(f"{path}: has damaged frames ({complaints[0][:160]})")
+
+
+@contextmanager
+def _open(path: str | Path) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
+    import av
+
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ClipError(f"{path}: cannot be decoded (it has no video stream)")
+        stream = container.streams.video[0]
+        if stream.codec_context is None:
+            raise ClipError(f"{path}: cannot be decoded (no decoder for its video stream)")
+        stream.codec_context.thread_count = 1
+        yield container, stream
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Index:
+    """Times of all frames and of the key frames, in order of time, in the stream's units."""
+
+    times: list[int]
+    keys: list[int]
+
+    def key_before(self, time: int) -> int:
+        """Where decoding must begin."""
+        return self.keys[bisect_right(self.keys, time) - 1]
+
+
+def _read_index(
+    path: str | Path,
+    container: "av.container.InputContainer",
+    stream: "av.VideoStream",
+    options: DecodeOptions,
+) -> _Index:
+    """Raises: NoIndex where packets do not number frames; ClipError where many of them are missing."""
+    times, keys, end, smallest = array("q"), array("q"), 0, 1 << 62
+    for packet in container.demux(stream):  # not kept: an hour of them would fill the memory
+        if not packet.size:
+            continue
+        if packet.pts is None:
+            raise NoIndex
+        times.append(packet.pts)
+        end, smallest = max(end, packet.pts + (packet.duration or 0)), min(smallest, packet.size)
+        if packet.is_keyframe:
+            keys.append(packet.pts)
+    if stream.codec_context.name.startswith(_NEVER_CODED) and smallest < _LEAST_PICTURE:
+        raise NoIndex
+    index = _Index(times=sorted(times), keys=sorted(keys))
+    if not keys or index.keys[0] != index.times[0] or len(set(times)) < len(times):
+        raise NoIndex
+    if not options.tolerate_bad_frames:
+        _check_length(path, container, stream, end - index.times[0])
+    return index
+
+
+def _check_length(
+    path: str | Path, container: "av.container.InputContainer", stream: "av.VideoStream", ticks: int
+) -> None:
+    """A damaged container may lose most packets without a word: hold what is there against what it says.
+
+    Raises: ClipError where much is missing.
+    """
+    assert stream.time_base is not None  # where packets have times
+    declared_s, length_s = None, float(ticks * stream.time_base)
+    if stream.duration is not None:
+        declared_s = float(stream.duration * stream.time_base)
+    elif container.duration is not None and len(container.streams) == 1:
+        declared_s = container.duration / 1e6
+    if declared_s is not None and declared_s - length_s > _LEAST_LOSS_S + _LEAST_LOSS * declared_s:
+        raise ClipError(
+            f"{path}: has lost frames (it says that it lasts {declared_s:.2f} s, {length_s:.2f} s are there)"
+        )
+
+
+def _seek(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
+    """From the key frames before the frames chosen. Raises: NoIndex where packets' times do not number the frames."""
+    with _open(path) as (container, stream):
+        index = _read_index(path, container, stream, options)
+        indices = choose(len(index.times))
+        wanted = [index.times[number] for number in np.unique(indices).tolist()]
+
+        def chosen() -> Iterator[np.ndarray]:
+            at: int | None = None  # time of the last frame decoded
+            decoding: Iterator[av.VideoFrame] = iter(())
+            for time in wanted:
+                key = index.key_before(time)
+                if at is None or key > at:
+                    container.seek(key, stream=stream, backward=True)
+                    decoding = _decode(container, stream, wanted=frozenset(wanted))
+                for frame in decoding:
+                    at = frame.pts
+                    _check_whole(path, frame, options, since=key)
+                    if at is None or at >= time:
+                        break
+                if at != time:
+                    raise NoIndex
+                yield _upright(frame)
+
+        yield from _with_header(path, chosen(), indices, len(index.times))
+
+
+def _decode(
+    container: "av.container.InputContainer", stream: "av.VideoStream", *, wanted: frozenset[int]
+) -> Iterator["av.VideoFrame"]:
+    """Frames from here on; of H.264 without those that are neither wanted nor needed for others.
+
+    Only H.264 marks pictures that no other picture may refer to (nal_ref_idc 0); with B-frames it is every second one.
+    """
+    may_skip = stream.codec_context.name == "h264"
+    for packet in container.demux(stream):
+        if may_skip:
+            is_wanted = not packet.size or packet.pts in wanted
+            stream.codec_context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+        yield from packet.decode()
+
+
+def _decode_all(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
+    """The slow twin of `_seek`: the whole file is decoded twice, to count its frames and to take some."""
+    count = 0
+    with _open(path) as (container, stream):
+        for frame in container.decode(stream):
+            _check_whole(path, frame, options)
+            count += 1
+    indices = choose(count)
+    wanted = set(np.unique(indices).tolist())
+    with _open(path) as (container, stream):
+        found = (_upright(frame) for number, frame in enumerate(container.decode(stream)) if number in wanted)
+        given = 0
+        for event in _with_header(path, found, indices, count):
+            yield event
+            given += not isinstance(event, ClipHeader)
+    if given != len(wanted):
+        raise ClipError(f"{path}: cannot be decoded (it gives other frames when it is decoded again)")
+
+
+def _with_header(
+    path: str | Path, frames: Iterable[np.ndarray], indices: np.ndarray, count: int
+) -> Iterator[FrameEvent]:
+    """Frames (H, W, 3) with what they are before them. Raises: ClipError where their size changes."""
+    import av
+
+    size: tuple[int, ...] | None = None
+    for frame in frames:
+        if size is None:
+            size = frame.shape
+            yield ClipHeader(
+                indices=indices,
+                num_frames_in_file=count,
+                frame_size=(size[0], size[1]),
+                decoder=f"PyAV {av.__version__}",
+            )
+        if frame.shape != size:
+            raise ClipError(f"{path}: cannot be decoded (frames change their size within the file)")
+        yield frame[None]
+
+
+def _check_whole(
+    path: str | Path, frame: "av.VideoFrame", options: DecodeOptions, *, since: int | None = None
+) -> None:
+    """Raises: ClipError for a frame that is made up in part. Those before a key frame where one begins may be."""
+    if options.tolerate_bad_frames or not frame.is_corrupt:
+        return
+    if since is None or frame.pts is None or frame.pts >= since:
+        raise ClipError(f"{path}: has damaged frames (one is concealed in part)")
+
+
+def _upright(frame: "av.VideoFrame") -> np.ndarray:
+    """uint8 (H, W, 3), turned as the file says it is to be shown, as decord does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # swscale's remarks on unusual colour ranges
+        picture: np.ndarray = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(picture, k=frame.rotation // 90 % 4))
