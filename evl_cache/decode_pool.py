@@ -7,6 +7,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -34,12 +35,15 @@ class DecodePool:
         self, workers: int, *, options: DecodeOptions | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> None:
         self._options, self._timeout_s = options or DecodeOptions(), timeout_s
-        self._free: queue.SimpleQueue[DecodeProcess] = queue.SimpleQueue()
+        # None: a process that is not started before it has something to do.
+        self._free: queue.SimpleQueue[DecodeProcess | None] = queue.SimpleQueue()
         self._all: set[DecodeProcess] = set()
         self._changing = threading.Lock()
+        # Linux ends a process when the thread that started it ends, so one thread that lives as long starts them all.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="decode-start")
         self._closed = False
         for _ in range(workers):
-            self._free.put(self._new_worker())
+            self._free.put(None)
 
     def frames(self, path: str | Path, choose: Choose) -> Iterator[FrameEvent]:
         """As `video.decode_frames`, in a process. The time that the caller takes does not count.
@@ -81,29 +85,36 @@ class DecodePool:
 
     @contextmanager
     def _free_worker(self) -> Iterator[DecodeProcess]:
-        worker = self._free.get()
+        worker: DecodeProcess | None = self._free.get()
         try:
+            if worker is None:
+                worker = self._start()
             yield worker
         except BaseException as error:
             if not isinstance(error, ClipError):
-                worker = self._replace(worker)
+                self._end(worker)
+                worker = None
             raise
         else:
             if worker.growth_bytes > MOST_GROWTH_BYTES:
-                worker = self._replace(worker)
+                self._end(worker)
+                worker = None
         finally:
             self._free.put(worker)
 
-    def _new_worker(self) -> DecodeProcess:
-        worker = DecodeProcess(self._options)
-        self._all.add(worker)
-        return worker
-
-    def _replace(self, worker: DecodeProcess) -> DecodeProcess:
+    def _start(self) -> DecodeProcess:
         with self._changing:
-            worker.kill()
-            self._all.discard(worker)
-            return worker if self._closed else self._new_worker()
+            if self._closed:
+                raise ClipError("decoding was stopped")
+            worker = self._starter.submit(DecodeProcess, self._options).result()
+            self._all.add(worker)
+            return worker
+
+    def _end(self, worker: DecodeProcess | None) -> None:
+        with self._changing:
+            if worker is not None:
+                worker.kill()
+                self._all.discard(worker)
 
     def close(self) -> None:
         """End the processes, also those at work."""
@@ -111,6 +122,7 @@ class DecodePool:
             self._closed = True
             while self._all:
                 self._all.pop().kill()
+        self._starter.shutdown(wait=True)
 
     def __enter__(self) -> Self:
         return self

@@ -22,6 +22,9 @@ from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 WORKER = "evl_cache.decode_worker"
 _SOCKET_BUFFER = 1 << 20
 _START_TIMEOUT_S = 120.0
+_ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+# glibc gives the pictures of each clip back to the system, which clears them anew for the next: 5 ms of a clip.
+_KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD_": str(16 << 20)}
 # sys.path is handed on: a worker must find the same packages, however this process came to them.
 _START = (
     "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); importlib.import_module(sys.argv[2])"
@@ -55,7 +58,7 @@ class DecodeProcess:
                 pass_fds=(theirs.fileno(),),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+                env=_KEEPS_MEMORY | os.environ | _ONE_THREAD,
             )
         finally:
             theirs.close()

@@ -19,7 +19,7 @@ from torch import nn
 
 from evl_cache.backbone import Backbone, Features
 from evl_cache.clips import Clip
-from evl_cache.decode_pool import DecodePool
+from evl_cache.decode_pool import DEFAULT_TIMEOUT_S, DecodePool
 from evl_cache.errors import ClipError
 from evl_cache.frames import PreparedClip, prepare_clip
 from evl_cache.reuse import ReusableRows
@@ -95,8 +95,8 @@ class BlockExtractor:
         workers: int,
         reuse: Path | None,
         on_clip: Callable[[bool], None],
-        decoding: DecodeOptions,
-        clip_timeout_s: float,
+        decoding: DecodeOptions | None = None,
+        clip_timeout_s: float = DEFAULT_TIMEOUT_S,
         on_bottleneck: Callable[[str], None] = lambda name: None,
     ) -> None:
         self.waited = StageSeconds()

@@ -105,18 +105,32 @@ class DecodeOptions:
 
 
 def frames_in_pieces(
-    count: int, choose: Choose, read: Callable[[np.ndarray], np.ndarray], *, decoder: str
+    count: int,
+    choose: Choose,
+    read: Callable[[np.ndarray], np.ndarray],
+    *,
+    frame_bytes: int | None,
+    decoder: str,
 ) -> Iterator[FrameEvent]:
-    """The frames chosen of a file with `count` of them, where `read` gives uint8 (some, H, W, 3) by frame number."""
+    """The frames chosen of a file with `count` of them.
+
+    Args:
+        read: gives uint8 (some, H, W, 3) by frame number. frame_bytes: of one, where it is known.
+    """
     indices = choose(count)
     distinct = np.unique(indices)
-    first = read(distinct[:1])  # (1,H,W,3)
-    height, width = first.shape[1:3]
-    yield ClipHeader(indices=indices, num_frames_in_file=count, frame_size=(height, width), decoder=decoder)
-    yield first
-    rows = max(1, PIECE_BYTES // max(1, first.nbytes))
-    for start in range(1, len(distinct), rows):
-        yield read(distinct[start : start + rows])
+    done = 0
+    while done < len(distinct):
+        rows = max(1, PIECE_BYTES // frame_bytes) if frame_bytes else 1
+        frames = read(distinct[done : done + rows])
+        if done == 0:
+            height, width = frames.shape[1:3]
+            frame_bytes = frames[0].nbytes
+            yield ClipHeader(
+                indices=indices, num_frames_in_file=count, frame_size=(height, width), decoder=decoder
+            )
+        yield frames
+        done += len(frames)
 
 
 def has_decord() -> bool:

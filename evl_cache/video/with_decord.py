@@ -42,26 +42,30 @@ def _read(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[
         fault_tol=-1 if options.tolerate_bad_frames else _NO_FAULT,
     )
     count = len(reader)
-    if not options.tolerate_bad_frames:
-        _check_count(path, count, options)
+    frame_bytes = None if options.tolerate_bad_frames else _check_count(path, count, options)
 
     def read(numbers: np.ndarray) -> np.ndarray:
         frames: np.ndarray = reader.get_batch(numbers).asnumpy()
         return frames
 
-    yield from frames_in_pieces(count, choose, read, decoder=f"decord {decord.__version__}")
+    yield from frames_in_pieces(
+        count, choose, read, frame_bytes=frame_bytes, decoder=f"decord {decord.__version__}"
+    )
 
 
-def _check_count(path: str | Path, count: int, options: DecodeOptions) -> None:
+def _check_count(path: str | Path, count: int, options: DecodeOptions) -> int:
     """Where the packets number other frames than decord counts, some were never coded, as AVI files may have it.
 
     What decord gives in their place differs from one time to the next, and it does not always say so.
+
+    Returns: bytes of a frame.
     """
     try:
-        coded = with_pyav.count_packets(path, options)
+        coded = with_pyav.coded_frames(path, options)
     except with_pyav.NoIndex as error:
         raise ClipError(
             f"{path}: its packets do not tell which frame is which, on which decord relies"
         ) from error
-    if coded != count:
-        raise ClipError(f"{path}: decord counts {count} frames, {coded} are coded")
+    if coded.count != count:
+        raise ClipError(f"{path}: decord counts {count} frames, {coded.count} are coded")
+    return coded.frame_bytes

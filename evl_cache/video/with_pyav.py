@@ -41,13 +41,24 @@ def pyav_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Ite
         raise ClipError(f"{path}: cannot be decoded ({reason_of(error)})") from error
 
 
-def count_packets(path: str | Path, options: DecodeOptions) -> int:
-    """Frames in the file, as its packets number them.
+@dataclass(frozen=True, kw_only=True)
+class CodedFrames:
+    """How many frames a file has, and the bytes of one in RGB."""
 
-    Raises: NoIndex where they do not; ClipError where packets are missing or damaged.
+    count: int
+    frame_bytes: int
+
+
+def coded_frames(path: str | Path, options: DecodeOptions) -> CodedFrames:
+    """What the packets of a file say of its frames.
+
+    Raises: NoIndex where they do not number them; ClipError where packets are missing or damaged.
     """
     with _complaints_heard(path, options), _open(path) as (container, stream):
-        return len(_read_index(path, container, stream, options).times)
+        count = len(_read_index(path, container, stream, options).times)
+        return CodedFrames(
+            count=count, frame_bytes=3 * stream.codec_context.width * stream.codec_context.height
+        )
 
 
 @contextmanager

@@ -27,7 +27,11 @@ def torchcodec_frames(path: str | Path, choose: Choose, options: DecodeOptions) 
             return frames
 
         yield from frames_in_pieces(
-            len(reader), choose, read, decoder=f"torchcodec {torchcodec.__version__} on {options.device}"
+            len(reader),
+            choose,
+            read,
+            frame_bytes=None,
+            decoder=f"torchcodec {torchcodec.__version__} on {options.device}",
         )
     except (RuntimeError, ValueError, IndexError, OSError) as error:
         raise ClipError(f"{path}: cannot be decoded ({reason_of(error)})") from error

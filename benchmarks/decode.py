@@ -1,0 +1,93 @@
+"""Our decode pool against what one would write at first: `python -m benchmarks.decode --json`.
+
+Clips of 300 frames, of which 8 are wanted, 16 apart. Ours: two processes, everything checked that an extraction
+checks. Against it, each in one process: decord with one thread, seeking; and PyAV decoding every frame, of which the
+wanted ones are made into arrays afterwards, as the official loader does. All three must give the same frames.
+"""
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import av
+import decord
+import numpy as np
+import torch  # noqa: F401  # before decord: their bundled libraries clash otherwise
+
+from benchmarks.long_clips import NUM_FRAMES, SIZES, render_clips
+from benchmarks.machine import interleaved_seconds, machine, medians
+from evl_cache.decode_pool import DecodePool
+from evl_cache.sampling import strided_test_views
+from evl_cache.video import collect
+
+WORKERS = 2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
+    parser.add_argument("--clips", type=int, default=6, help="distinct ones")
+    parser.add_argument("--repeats", type=int, default=4, help="how often each is decoded in a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="evl-cache-bench-") as scratch, DecodePool(WORKERS) as pool:
+        paths = render_clips(Path(scratch), count=arguments.clips)
+        for path in paths:
+            found = with_pool(pool, [path])[0]
+            assert np.array_equal(found, with_decord(path)) and np.array_equal(found, with_every_frame(path))
+        work = paths * arguments.repeats
+        seconds = medians(
+            interleaved_seconds(
+                {
+                    "pool": lambda: with_pool(pool, work),
+                    "decord": lambda: [with_decord(path) for path in work],
+                    "every_frame": lambda: [with_every_frame(path) for path in work],
+                },
+                arguments.rounds,
+            )
+        )
+    result = {
+        "vs_plain_decord": seconds["decord"] / seconds["pool"],
+        "vs_every_frame": seconds["every_frame"] / seconds["pool"],
+        "pool_clips_per_s": len(work) / seconds["pool"],
+        "decord_clips_per_s": len(work) / seconds["decord"],
+        "every_frame_clips_per_s": len(work) / seconds["every_frame"],
+        "workers": WORKERS,
+        "frames_of_a_clip": NUM_FRAMES,
+        "sizes": [f"{width}x{height}" for height, width in SIZES],
+        "clips": len(work),
+        "rounds": arguments.rounds,
+        "machine": machine(),
+    }
+    print(json.dumps(result))
+
+
+def choose(count: int) -> np.ndarray:
+    """As `extract` does by default."""
+    return strided_test_views(count, frames=8, stride=16)
+
+
+def with_pool(pool: DecodePool, paths: Sequence[Path]) -> list[np.ndarray]:
+    """As `extract` does: a thread for each process, and one that takes frames meanwhile."""
+    with ThreadPoolExecutor(WORKERS + 1) as threads:
+        return list(threads.map(lambda path: collect(pool.frames(path, choose)).view(0), paths))
+
+
+def with_decord(path: Path) -> np.ndarray:
+    reader = decord.VideoReader(str(path), num_threads=1)
+    frames: np.ndarray = reader.get_batch(choose(len(reader))[0]).asnumpy()
+    return frames
+
+
+def with_every_frame(path: Path) -> np.ndarray:
+    """As the official loader: all frames are decoded and kept, those wanted are converted."""
+    with av.open(str(path)) as container:
+        frames = list(container.decode(video=0))
+    return np.stack([frames[i].to_rgb().to_ndarray() for i in choose(len(frames))[0]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""Clips as those of Kinetics are: ten seconds of H.264 at 30 frames/s, key frames as x264 sets them, a moving picture."""
+
+from pathlib import Path
+
+import av
+import numpy as np
+
+SIZES = ((240, 320), (256, 340), (360, 640))  # H, W
+NUM_FRAMES = 300
+_SPRITE = 60  # pixels
+
+
+def render_clips(
+    folder: Path, *, count: int, num_frames: int = NUM_FRAMES, codec: str = "libx264"
+) -> list[Path]:
+    """`count` files by seed, of the sizes in turn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for seed in range(count):
+        path = folder / f"{seed:02d}.mp4"
+        _render(path, seed, *SIZES[seed % len(SIZES)], num_frames=num_frames, codec=codec)
+        paths.append(path)
+    return paths
+
+
+def _render(path: Path, seed: int, height: int, width: int, *, num_frames: int, codec: str) -> None:
+    """A camera that sways over a textured ground, and a square that crosses it; with the noise of a sensor."""
+    rng = np.random.default_rng(seed)
+    ground = _ground(rng, 2 * height, 2 * width)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.options = {"crf": "23", "preset": "medium"}
+        for t in range(num_frames):
+            top = int(height / 2 + height / 2 * np.sin(t / 70 + seed))
+            left = int(width / 2 + width / 2 * np.sin(t / 45))
+            picture = ground[top : top + height, left : left + width].copy()
+            y, x = int((height - _SPRITE) * abs(np.sin(t / 23))), 3 * t % (width - _SPRITE)
+            picture[y : y + _SPRITE, x : x + _SPRITE] = (200, 40, 40)
+            noisy = np.clip(picture.astype(np.int16) + rng.integers(-3, 4, picture.shape), 0, 255)
+            frame = av.VideoFrame.from_ndarray(noisy.astype(np.uint8), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def _ground(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    y, x = np.mgrid[0:height, 0:width].astype(np.float32)
+    waves = np.zeros((height, width, 3), np.float32)
+    for _ in range(24):
+        (fy, fx), phases, sizes = rng.normal(0, 0.08, 2), rng.uniform(0, 6.28, 3), rng.uniform(5, 30, 3)
+        waves += sizes * np.sin((fy * y + fx * x)[..., None] + phases)
+    return np.clip(waves + rng.normal(0, 6, waves.shape) + 128, 0, 255).astype(np.uint8)
