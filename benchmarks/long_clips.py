@@ -7,6 +7,13 @@ import numpy as np
 
 SIZES = ((240, 320), (256, 340), (360, 640))  # H, W
 NUM_FRAMES = 300
+OPTIONS: dict[str, dict[str, str]] = {
+    "libx264": {"crf": "23", "preset": "medium"},
+    "libx265": {"crf": "26", "preset": "ultrafast", "x265-params": "log-level=none"},
+    "libvpx-vp9": {"crf": "34", "b": "0", "cpu-used": "8", "deadline": "realtime"},
+    "libsvtav1": {"crf": "38", "preset": "12"},
+    "mpeg4": {},
+}
 _SPRITE = 60  # pixels
 
 
@@ -30,7 +37,7 @@ def _render(path: Path, seed: int, height: int, width: int, *, num_frames: int, 
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = {"crf": "23", "preset": "medium"}
+        stream.options = OPTIONS[codec]
         for t in range(num_frames):
             top = int(height / 2 + height / 2 * np.sin(t / 70 + seed))
             left = int(width / 2 + width / 2 * np.sin(t / 45))
