@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("train", "Train a head from a cache."),
     "eval": ("evaluate", "Score a run's head on a cache."),
     "predict": ("predict", "Raw videos to labels, with a run's own tower, sampling and views."),
+    "show": ("show", "A clip as the tower and a run's head see it, as a picture."),
     "ls": ("ls", "Caches there are, here and on shared disks and servers."),
     "info": ("info", "What a cache holds, how complete it is, and which clips failed."),
     "estimate": ("estimate", "What extract with the same options would cost."),

@@ -4,23 +4,21 @@ V videos, K classes.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from evl_cache.annotations.folder import is_video
-from evl_cache.backbone import Backbone
-from evl_cache.checkpoint import TOWER_NAME, RunConfig, load_head, read_run_config
+from evl_cache.checkpoint import load_head, read_run_config
 from evl_cache.clips import Clip, ClipList
 from evl_cache.distributed import Processes
-from evl_cache.errors import EvlCacheError, UsageError, WeightsError
+from evl_cache.errors import EvlCacheError, UsageError
 from evl_cache.online_loader import LiveClips, OnlineLoader
+from evl_cache.run_tower import live_spec, run_backbone
 from evl_cache.scoring import score
-from evl_cache.spec import CacheSpec, ViewSpec
-from evl_cache.towers import build_tower
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,9 +67,9 @@ def predict(
     """
     files = find_videos(videos)
     config = read_run_config(run)
-    spec = _live_spec(config, run, num_clips=len(files))
+    spec = live_spec(config, run, num_clips=len(files))
     head = load_head(run, best=best).to(device)
-    backbone = _backbone(
+    backbone = run_backbone(
         config, run, spec, model, pretrained, with_maps=head.reads_maps, device=torch.device(device)
     )
     clips = ClipList(
@@ -125,44 +123,3 @@ def _videos_below(folder: Path) -> Iterator[Path]:
     for directory, folders, names in os.walk(folder):
         folders.sort()
         yield from (path for name in sorted(names) if is_video(path := Path(directory) / name))
-
-
-def _live_spec(config: RunConfig, run: Path, *, num_clips: int) -> CacheSpec:
-    """The training features, of other clips, with the views of validation."""
-    if config.features is None:
-        raise UsageError(
-            f"{run}: its head was imported, so it has no tower and no views of its own; extract a cache and use eval"
-        )
-    spec = CacheSpec.from_json(config.features)
-    views = spec.views if config.tower is None else ViewSpec(**config.tower["views"])
-    return replace(spec, views=views, num_clips=num_clips, layers=config.layers or spec.layers, block_clips=1)
-
-
-def _backbone(
-    config: RunConfig,
-    run: Path,
-    spec: CacheSpec,
-    model: str | None,
-    pretrained: str | None,
-    *,
-    with_maps: bool,
-    device: torch.device,
-) -> Backbone:
-    names: Mapping[str, str] = config.tower or {}
-    kept = run / TOWER_NAME
-    model = model or (str(kept) if kept.exists() else names.get("model"))
-    pretrained = pretrained or names.get("pretrained")
-    if model is None or pretrained is None:
-        raise UsageError(
-            f"{run}: it does not say where its tower {spec.tower.model} is; give --model and --pretrained"
-        )
-    visual, found = build_tower(model, pretrained)
-    if found.weights_sha256 != spec.tower.weights_sha256:
-        raise WeightsError(
-            f"{model} ({pretrained}) has weights {found.weights_sha256[:12]}, the run was trained on features of "
-            f"{spec.tower.model} ({spec.tower.pretrained}) with {spec.tower.weights_sha256[:12]}; give --model and "
-            "--pretrained of that one"
-        )
-    # A CPU makes float16 slowly, and float32 is what the head takes.
-    dtype = torch.float32 if device.type == "cpu" else getattr(torch, spec.compute_dtype)
-    return Backbone(visual.to(device=device, dtype=dtype), spec.layers, with_maps=with_maps)

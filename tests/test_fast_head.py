@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.plain_head import PlainHead
 from evl_cache.errors import UsageError
 from evl_cache.heads import chunks
 from evl_cache.heads.evl import EVLHead
+from evl_cache.heads.plain import PlainHead
 from evl_cache.heads.threads import map_in_threads
 from evl_cache.quantize import (
     QuantizedMaps,

@@ -22,24 +22,24 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("errors", "errors"),
         (
             "pure",
-            "spec clips sampling preprocess attention_maps quantize epoch_order train_options progress",
+            "spec clips sampling preprocess attention_maps quantize epoch_order train_options progress displacement",
         ),
         (
             "adapters",
             (
                 "video decode_worker decode_process decode_pool augmentation rendered annotations weights backbone"
                 " towers store dataset heads checkpoint official_checkpoint batches memory resident rendezvous"
-                " distributed interruption"
+                " distributed interruption pictures"
             ),
         ),
         (
             "parts of stages",
-            "frames reuse extract_block block_taker scoring catalog optimisation run_log run_setup",
+            "frames reuse extract_block block_taker scoring catalog optimisation run_log run_setup run_tower",
         ),
         ("made of parts", "report batch_size trainer online_loader"),
         ("stages", "extract train evaluate import_head info watch listing"),
         ("stage one by name", "extract_dataset"),
-        ("composed stages", "demo repair estimate online predict"),
+        ("composed stages", "demo repair estimate online predict show"),
     )
 )
 SAME_LAYER = {
@@ -78,6 +78,7 @@ OWNERS: Mapping[str, frozenset[str]] = {
     "numcodecs": frozenset({"store"}),
     "google_crc32c": frozenset({"store"}),
     "obstore": frozenset({"store"}),
+    "matplotlib": frozenset({"pictures"}),
     "click": frozenset({"evl_cache_cli"}),
 }
 PURE_LIBRARIES = {"numpy", "torch"}

@@ -1,4 +1,4 @@
-"""The EVL head as the paper reads: the twin of `EVLHead`, for tests and benchmarks.
+"""The EVL head as the paper reads: the twin of `EVLHead`, for tests and benchmarks, and to look at its attention.
 
 Every key and every value is projected, the third norm is a tensor, and motion gathers its table.
 
@@ -6,7 +6,7 @@ B clips, T frames, P patches (grid Hp x Wp), N = 1+P, C channels, H heads, D hea
 Source: sections 3.2 and 3.3 of arXiv 2208.03550.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,8 @@ from evl_cache.heads.evl import EVLHead
 
 class PlainLayer(nn.Module):
     """One decoder layer, with the parameters of the fast one under the same names."""
+
+    offsets: Tensor
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -59,15 +61,28 @@ class PlainLayer(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """x: class query (B, C); y: tokens with position (B, T, N, C). Returns the next x, (B, C)."""
-        batch = x.shape[0]
         memory = self.norm3(y).flatten(1, 2)  # (B,T*N,C)
-        q = self.q_proj(self.norm1(x)).view(batch, self.num_heads, 1, -1)
-        k = self.k_proj(memory).view(batch, memory.shape[1], self.num_heads, -1).transpose(1, 2)
-        v = self.v_proj(memory).view(batch, memory.shape[1], self.num_heads, -1).transpose(1, 2)
+        q, k, v = self._by_head(self.q_proj, self.norm1(x)[:, None]), *self._keys_values(memory)
         attended = F.scaled_dot_product_attention(q, k, v)  # (B,H,1,D)
-        x = x + self.out_proj(attended.reshape(batch, -1))
+        x = x + self.out_proj(attended.reshape(len(x), -1))
         hidden = self.fc1(self.norm2(x))
-        return x + self.fc2(self.mlp_dropout(hidden * torch.sigmoid(1.702 * hidden)))
+        result: Tensor = x + self.fc2(self.mlp_dropout(hidden * torch.sigmoid(1.702 * hidden)))
+        return result
+
+    def attention(self, x: Tensor, y: Tensor) -> Tensor:
+        """The weights of `forward`, (B, H, T, N), that sum to one over T and N."""
+        q = self._by_head(self.q_proj, self.norm1(x)[:, None])
+        k, _ = self._keys_values(self.norm3(y).flatten(1, 2))
+        logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B,H,1,T*N)
+        return torch.softmax(logits, dim=-1).view(len(x), self.num_heads, *y.shape[1:3])
+
+    def _keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        return self._by_head(self.k_proj, memory), self._by_head(self.v_proj, memory)
+
+    def _by_head(self, projection: nn.Linear, memory: Tensor) -> Tensor:
+        """(B, K, C) -> (B, H, K, D)."""
+        projected: Tensor = projection(memory)
+        return projected.view(*memory.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
 class PlainHead(nn.Module):
@@ -75,7 +90,7 @@ class PlainHead(nn.Module):
 
     def __init__(self, head: EVLHead) -> None:
         super().__init__()
-        config = head.config
+        config: Mapping[str, Any] = head.config
         self.enabled = {
             name: getattr(head, name)
             for name in ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")
@@ -90,16 +105,33 @@ class PlainHead(nn.Module):
 
     def forward(self, tokens: Sequence[Tensor], maps: Sequence[Tensor] | None = None) -> Tensor:
         """tokens: (B, T, 1+P, C) a layer; maps: (B, 2, T-1, P, P) a layer. Returns logits (B, classes)."""
+        return self._logits(tokens, maps)
+
+    @torch.no_grad()
+    def attention(self, tokens: Sequence[Tensor], maps: Sequence[Tensor] | None = None) -> list[Tensor]:
+        """What each decoder layer's query looks at, (B, H, T, 1+P) a layer, one in sum over T and 1+P."""
+        weights: list[Tensor] = []
+        self._logits(tokens, maps, see=lambda layer, x, y: weights.append(layer.attention(x, y)))
+        return weights
+
+    def _logits(
+        self,
+        tokens: Sequence[Tensor],
+        maps: Sequence[Tensor] | None,
+        see: Callable[[PlainLayer, Tensor, Tensor], None] = lambda layer, x, y: None,
+    ) -> Tensor:
+        """`see` is shown each layer with the query and the tokens that enter it."""
+        use_maps = self.enabled["temporal_cross_attention"] and maps is not None and tokens[0].shape[1] > 1
         x = self.class_query.expand(tokens[0].shape[0], -1)  # (B,C)
         for i, layer in enumerate(self.layers):
-            use_maps = (
-                self.enabled["temporal_cross_attention"] and maps is not None and tokens[0].shape[1] > 1
-            )
+            assert isinstance(layer, PlainLayer)
             y = layer.with_position(
                 tokens[i], maps[i] if use_maps and maps is not None else None, self.enabled
             )
+            see(layer, x, y)
             x = layer(x, y)
-        return self.classifier(self.dropout(self.norm(x)))
+        logits: Tensor = self.classifier(self.dropout(self.norm(x)))
+        return logits
 
 
 def relative_offsets(grid: tuple[int, int]) -> Tensor:
