@@ -14,7 +14,7 @@ from evl_cache.dataset import FeatureLoader, samples_of_clips
 from evl_cache.displacement import displacements
 from evl_cache.errors import CacheError, ClipError, UsageError
 from evl_cache.frames import PreparedClip, prepare_clip
-from evl_cache.heads import EVLHead
+from evl_cache.heads import EVLHead, Head
 from evl_cache.heads.plain import PlainHead
 from evl_cache.pictures import ViewPicture, draw_view
 from evl_cache.run_tower import live_spec, run_backbone
@@ -35,7 +35,7 @@ class ShowRun:
 
     path: Path
     config: RunConfig
-    head: torch.nn.Module
+    head: Head
 
     @classmethod
     def read(cls, path: Path, *, best: bool = False) -> "ShowRun":
@@ -123,7 +123,7 @@ def show_page(
     layers = check_features(run.config, cache.spec, run=run.path)
     head = run.head.to(device)
     loader = FeatureLoader(
-        cache, samples_of_clips(cache, clips), layers=layers, batch=32, with_maps=cache.spec.has_maps
+        cache, samples_of_clips(cache, clips), layers=layers, batch=32, with_maps=run.head.reads_maps
     )
     scores = score(head, loader, device=torch.device(device))
     head.cpu()
@@ -232,7 +232,7 @@ def _said(run: ShowRun, features: _Features) -> str:
     )
 
 
-def _attention(head: torch.nn.Module, features: _Features) -> np.ndarray | None:
+def _attention(head: Head, features: _Features) -> np.ndarray | None:
     """(T, 1+P), mean over decoder layers and heads; None for another kind of head."""
     if not isinstance(head, EVLHead):
         return None
