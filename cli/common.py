@@ -1,9 +1,8 @@
-"""What commands share: the `--debug` switch, comma lists, progress lines, output."""
+"""What commands share: the `--debug` switch, lists in files, output."""
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -68,67 +67,6 @@ def default_device(name: str | None) -> str:
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu, or another"
         )
     return str(device)
-
-
-class ClipProgress:
-    """A progress line of clips: called with whether one failed."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar = bar
-        self._told: dict[str, Any] = {}
-
-    def __call__(self, clip_failed: bool) -> None:
-        if clip_failed:
-            self._told["failed"] = self._told.get("failed", 0) + 1
-        self._bar.set_postfix(self._told, refresh=False)
-        self._bar.update()
-
-    def note_bottleneck(self, name: str) -> None:
-        """What extraction waits for: `decoding`, `device` or `writing`."""
-        self._told["bottleneck"] = name
-
-
-@contextmanager
-def clip_progress(total: int, description: str, *, shown: bool = True) -> Iterator[ClipProgress]:
-    """A line on stderr with clips/s, time left, failures, bottleneck; quiet where stderr is no terminal."""
-    from tqdm import tqdm
-
-    with tqdm(total=total, desc=description, unit="clip", disable=None if shown else True) as bar:
-        yield ClipProgress(bar)
-
-
-@contextmanager
-def extract_progress(
-    num_clips: int, split: str, *, shown: bool = True
-) -> Iterator[tuple[ClipProgress, Callable[[str], None]]]:
-    """The progress line of a cache that is extracted, by all jobs on it together."""
-    with clip_progress(num_clips, f"extract {split}", shown=shown) as line:
-        yield line, line.note_bottleneck
-
-
-class StepProgress:
-    """A progress line of steps: called with (steps done, steps in all, loss)."""
-
-    def __init__(self, bar: Any) -> None:
-        self._bar, self._waits_for = bar, "device"
-
-    def __call__(self, done: int, total: int, loss: float) -> None:
-        self._bar.total = total
-        self._bar.set_postfix(loss=f"{loss:.3f}", bottleneck=self._waits_for, refresh=False)
-        self._bar.update(done - self._bar.n)
-
-    def note_bottleneck(self, name: str) -> None:
-        """What training waits for: `device`, `disk` or `processor`."""
-        self._waits_for = name
-
-
-@contextmanager
-def step_progress(description: str) -> Iterator[StepProgress]:
-    """A line on stderr with steps/s, time left, the loss and the bottleneck; quiet where stderr is no terminal."""
-    from tqdm import tqdm
-
-    with tqdm(desc=description, unit="step", disable=None) as bar:
-        yield StepProgress(bar)
 
 
 def print_json(content: Mapping[str, Any]) -> None:

@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 
-from .common import Command, default_device, extract_progress, print_json, step_progress
+from evl_cache.progress_lines import extract_progress, step_progress
+
+from .common import Command, default_device, print_json
 
 EXAMPLES = """
 evl-cache demo

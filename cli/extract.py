@@ -5,9 +5,10 @@ from typing import Any
 
 import click
 
+from evl_cache.progress_lines import extract_progress
 from evl_cache.spec import CODECS, MAP_STORAGE, RECIPES, SAMPLING, TOKEN_STORAGE
 
-from .common import Command, default_device, extract_progress, human_bytes, print_json
+from .common import Command, default_device, human_bytes, print_json
 
 EXAMPLES = """
 evl-cache extract --dataset k400 --layers 8-12

@@ -4,7 +4,9 @@ from pathlib import Path
 
 import click
 
-from .common import Command, clip_progress
+from evl_cache.progress_lines import clip_progress
+
+from .common import Command
 
 EXAMPLES = """
 evl-cache render motions --root data/motions

@@ -6,7 +6,9 @@ from typing import Any
 
 import click
 
-from .common import Command, clip_progress, default_device, print_json
+from evl_cache.progress_lines import clip_progress
+
+from .common import Command, default_device, print_json
 
 EXAMPLES = """
 evl-cache repair caches/mine

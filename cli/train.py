@@ -7,8 +7,9 @@ from typing import Any
 import click
 
 from evl_cache.errors import UsageError
+from evl_cache.progress_lines import step_progress
 
-from .common import default_device, existing_lines, print_json, step_progress
+from .common import default_device, existing_lines, print_json
 from .extract import make_request
 from .train_options import TrainCommand, make_train_options, refuse_online_options, train_options
 

@@ -8,6 +8,10 @@ as it is.
 class EvlCacheError(Exception):
     """Base of all errors raised on purpose by evl-cache."""
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows in the place of a traceback (IPython looks for this name): the line alone."""
+        return [f"{type(self).__name__}: {self}"]
+
 
 class UsageError(EvlCacheError, ValueError):
     """An option, argument or input file is wrong; nothing was changed."""

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             (
                 "video decode_worker decode_process decode_pool augmentation rendered annotations weights backbone"
                 " towers store dataset heads checkpoint official_checkpoint batches memory resident rendezvous"
-                " distributed interruption pictures"
+                " distributed interruption pictures progress_lines"
             ),
         ),
         (
