@@ -69,6 +69,15 @@ def default_device(name: str | None) -> str:
     return str(device)
 
 
+def show_transfer(result: Any) -> None:
+    """What push and pull did, in one line."""
+    digest = f"digest {result.cache_digest}" if result.cache_digest else "not complete"
+    click.echo(
+        f"{result.place}: {result.blocks_moved} of {result.blocks} blocks copied "
+        f"({human_bytes(result.nbytes_moved)}), {digest}"
+    )
+
+
 def print_json(content: Mapping[str, Any]) -> None:
     """One JSON object on stdout."""
     click.echo(json.dumps(content, indent=2))

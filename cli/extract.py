@@ -9,6 +9,7 @@ from evl_cache.progress_lines import extract_progress
 from evl_cache.spec import CODECS, MAP_STORAGE, RECIPES, SAMPLING, TOKEN_STORAGE
 
 from .common import Command, default_device, human_bytes, print_json
+from .mode import mode_option
 
 EXAMPLES = """
 evl-cache extract --dataset k400 --layers 8-12
@@ -177,6 +178,7 @@ def make_options(given: dict[str, Any], device: str, **more: Any) -> Any:
 
 @click.command(cls=Command, name="extract", examples=EXAMPLES)
 @dataset_options
+@mode_option
 @click.option("--explain", is_flag=True, help="Print what --dataset expects on the disk, and stop.")
 @click.option(
     "--decoder",

@@ -19,6 +19,8 @@ COMMANDS = {
     "predict": ("predict", "Raw videos to labels, with a run's own tower, sampling and views."),
     "show": ("show", "A clip as the tower and a run's head see it, as a picture."),
     "ls": ("ls", "Caches there are, here and on shared disks and servers."),
+    "push": ("push", "Copy a cache to a directory or to s3://."),
+    "pull": ("pull", "Copy a cache, or layers of it, from a directory, s3:// or http(s)://."),
     "info": ("info", "What a cache holds, how complete it is, and which clips failed."),
     "estimate": ("estimate", "What extract with the same options would cost."),
     "verify": ("verify", "Prove every byte of a cache; exit status 1 where damage is found."),

@@ -81,3 +81,20 @@ def step_progress(description: str) -> Iterator[StepProgress]:
     """A line on stderr with steps/s, time left, the loss and the bottleneck; quiet where stderr is no terminal."""
     with _line(desc=description, unit="step") as bar:
         yield StepProgress(bar)
+
+
+@contextmanager
+def block_progress(description: str) -> Iterator[Callable[[bool], None]]:
+    """A line on stderr with blocks/s and how many were copied; quiet where stderr is no terminal."""
+    from tqdm import tqdm
+
+    with tqdm(desc=description, unit="block", disable=None) as bar:
+        copied = 0
+
+        def on_block(moved: bool) -> None:
+            nonlocal copied
+            copied += moved
+            bar.set_postfix(copied=copied, refresh=False)
+            bar.update()
+
+        yield on_block

@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             "frames reuse extract_block block_taker scoring catalog optimisation run_log run_setup run_tower",
         ),
         ("made of parts", "report batch_size trainer online_loader"),
-        ("stages", "extract train evaluate import_head info watch listing"),
+        ("stages", "extract train evaluate import_head info watch listing share"),
         ("stage one by name", "extract_dataset"),
         ("composed stages", "demo repair estimate online predict show"),
     )

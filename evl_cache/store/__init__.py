@@ -23,10 +23,14 @@ from evl_cache.store.locks import BlockLock, LockWatcher
 from evl_cache.store.manifest import manifest_at, write_manifest
 from evl_cache.store.marks import ClipRecord, Mark
 from evl_cache.store.objects import SCHEMES, Objects, is_url, open_objects, public_url
+from evl_cache.store.partial import copy_part, part_spec
+from evl_cache.store.permissions import set_file_mode
 from evl_cache.store.reader import FeatureCache
 from evl_cache.store.recomputed import projections_content, read_projections, write_projections
 from evl_cache.store.recovery import restore_description
 from evl_cache.store.rows import Row, StoredBatch, make_row
+from evl_cache.store.transfer import OnBlock, TransferResult, copy_to_directory
+from evl_cache.store.upload import copy_to_bucket
 from evl_cache.store.verify import Problem, Verification, verify_cache
 
 __all__ = [
@@ -44,13 +48,18 @@ __all__ = [
     "LockWatcher",
     "Mark",
     "Objects",
+    "OnBlock",
     "Problem",
     "Row",
     "StoredBatch",
     "TokensRead",
+    "TransferResult",
     "Verification",
     "array_layouts",
     "clear_mark",
+    "copy_part",
+    "copy_to_bucket",
+    "copy_to_directory",
     "create_cache",
     "finish_cache",
     "is_url",
@@ -59,6 +68,7 @@ __all__ = [
     "mark_path",
     "marked_blocks",
     "open_objects",
+    "part_spec",
     "projections_content",
     "public_url",
     "read_clips",
@@ -67,6 +77,7 @@ __all__ = [
     "read_description_from",
     "read_projections",
     "restore_description",
+    "set_file_mode",
     "valid_mark",
     "verify_cache",
     "write_manifest",

@@ -116,10 +116,18 @@ def read_mark(root: Path, block: int, spec: CacheSpec) -> Mark | None:
     path = mark_path(root, block)
     try:
         written = read_limited(path, MOST_MARK_NBYTES)
-        content = json.loads(written)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
+    return parse_mark(written, path, block, spec)
+
+
+def parse_mark(written: bytes, path: str | Path, block: int, spec: CacheSpec) -> Mark:
+    """The mark of a file's bytes. Raises: as `read_mark`."""
+    try:
+        content = json.loads(written)
+    except (ValueError, RecursionError) as error:
         raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
     if not isinstance(content, dict) or not _digest_matches(content, written):
         raise CacheDamaged(f"{path}: the mark's own digest does not match; repair the cache")
@@ -135,7 +143,7 @@ def _digest_matches(content: Mapping[str, Any], written: bytes) -> bool:
     return digest({name: value for name, value in content.items() if name != "digest"}) == stored
 
 
-def _parse(content: Mapping[str, Any], path: Path, block: int, spec: CacheSpec) -> Mark:
+def _parse(content: Mapping[str, Any], path: str | Path, block: int, spec: CacheSpec) -> Mark:
     expected = {
         "version": MARK_VERSION,
         "feature_id": spec.feature_id,

@@ -6,6 +6,7 @@ name. Published files are never replaced, except by `publish_replacing`, so what
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.store.file_system import start_writeback
+from evl_cache.store.permissions import give_directory_mode, give_file_mode
 
 Buffer = bytes | bytearray | memoryview
 
@@ -81,6 +83,7 @@ class StagedFile:
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._descriptor = os.open(self.path, flags, FILE_MODE)
+            give_file_mode(self._descriptor)
         except OSError as error:
             raise _cannot("create", self.path, error) from error
         self._staged = True
@@ -288,7 +291,9 @@ def make_directories(path: Path) -> None:
         missing.append(missing[-1].parent)
     for directory in reversed(missing[:-1]):
         try:
-            directory.mkdir(exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir()
+                give_directory_mode(directory)
         except OSError as error:
             raise _cannot("create", directory, error) from error
         fsync_directory(directory.parent)

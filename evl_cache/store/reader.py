@@ -258,11 +258,14 @@ class FeatureCache:
         """Let go of every open file; the next read opens what it needs again."""
         self._shards.close()
 
-    def read_row(self, sample: int) -> Row:
-        """Every array's chunks of one sample, as `make_row` made them. Errors as `read`."""
-        layouts = list(self._layouts.values())
-        positions = range(len(self.spec.stored_layers))
-        buffers = BatchBuffers(layouts, num_layers=len(positions), slots=1)
+    def read_row(self, sample: int, positions: Sequence[int] | None = None) -> Row:
+        """Every array's chunks of one sample, as `make_row` made them. Errors as `read`.
+
+        Args:
+            positions: along the layer axis; all by default.
+        """
+        positions = range(len(self.spec.stored_layers)) if positions is None else positions
+        buffers = BatchBuffers(list(self._layouts.values()), num_layers=len(positions), slots=1)
         self._read_positions(buffers, [(0, sample)], positions)
         return {name: np.concatenate(arrays) for name, arrays in buffers.arrays.items()}
 

@@ -16,9 +16,11 @@ from evl_cache.errors import CacheDamaged
 from evl_cache.quantize import QuantizedTokens, dequantize_tokens
 from evl_cache.spec import CacheSpec
 from evl_cache.store.layout import PROJECTIONS_NAME
+from evl_cache.store.objects import DirectoryObjects, Objects
 from evl_cache.store.publish import stage_file
 
 _TENSORS = ("norm_weight", "norm_bias", "weight", "bias")
+_MOST_HEADER_NBYTES = 1 << 20
 _DEVICE_CLIPS = 8  # dequantised at a time: 80 MB for ViT-B/16; a CPU does best with one
 
 
@@ -81,22 +83,32 @@ def write_projections(root: Path, content: bytes) -> None:
 
 def read_projections(root: Path, spec: CacheSpec, sha256: str | None) -> dict[int, MapProjection]:
     """Projections by block. Raises: CacheDamaged where the file is not the one that was laid down."""
-    path = root / PROJECTIONS_NAME
+    return read_projections_from(DirectoryObjects(root), spec, sha256)
+
+
+def read_projections_from(objects: Objects, spec: CacheSpec, sha256: str | None) -> dict[int, MapProjection]:
+    """The projections of a cache wherever it lies. Raises: as `read_projections`."""
+    place = f"{objects.url}/{PROJECTIONS_NAME}"
     try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise CacheDamaged(f"{path}: cannot be read ({error}); repair the cache") from error
-    if hashlib.sha256(content).hexdigest() != sha256:
-        raise CacheDamaged(f"{path}: does not match the cache's description; repair the cache")
-    tensors = load(content)
-    return {
-        block: MapProjection(
-            norm_eps=float(tensors[f"{block}.norm_eps"]),
-            num_heads=spec.tower.heads,
-            **{name: tensors[f"{block}.{name}"] for name in _TENSORS},
+        content = objects.get(
+            PROJECTIONS_NAME, most_nbytes=2 * projections_nbytes(spec) + _MOST_HEADER_NBYTES
         )
-        for block in spec.layers
-    }
+    except OSError as error:
+        raise CacheDamaged(f"{place}: cannot be read ({error}); repair the cache") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise CacheDamaged(f"{place}: does not match the cache's description; repair the cache")
+    try:
+        tensors = load(content)
+        return {
+            block: MapProjection(
+                norm_eps=float(tensors[f"{block}.norm_eps"]),
+                num_heads=spec.tower.heads,
+                **{name: tensors[f"{block}.{name}"] for name in _TENSORS},
+            )
+            for block in spec.layers
+        }
+    except Exception as error:  # safetensors' own error class is not part of its public interface
+        raise CacheDamaged(f"{place}: holds no projections ({error!r}); repair the cache") from error
 
 
 def projections_nbytes(spec: CacheSpec) -> int:

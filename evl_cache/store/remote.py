@@ -99,7 +99,10 @@ class RemoteObjects:
 
     def put(self, name: str, data: bytes | Path) -> None:
         """See `WritableObjects`: the server compares sha256 digests."""
-        self._told(name, lambda: obstore.put(self._store, name, data, chunk_size=_PART_NBYTES))
+        try:
+            self._told(name, lambda: obstore.put(self._store, name, data, chunk_size=_PART_NBYTES))
+        except FileNotFoundError as error:
+            raise CacheError(f"{self._url}: no such bucket; create it, or name another one") from error
 
     def delete(self, name: str) -> None:
         """See `WritableObjects`."""
