@@ -100,3 +100,12 @@ def human_seconds(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+def tell_found(*caches: Any) -> None:
+    """Say on stderr which training and validation cache were found."""
+    for side, cache in zip(("train", "val"), caches, strict=True):
+        done = (
+            "" if cache.is_complete else f", {cache.num_blocks_done} of {cache.spec.num_blocks} blocks done"
+        )
+        click.echo(f"{side} cache: {cache.place}{done}", err=True)

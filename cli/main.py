@@ -15,6 +15,7 @@ from evl_cache.errors import EvlCacheError, UsageError, WeightsError, WeightsUna
 COMMANDS = {
     "extract": ("extract", "Run the frozen backbone once over every clip and cache its features."),
     "train": ("train", "Train a head from a cache."),
+    "sweep": ("sweep", "Train many heads in one pass over a cache: ablations."),
     "eval": ("evaluate", "Score a run's head on a cache."),
     "predict": ("predict", "Raw videos to labels, with a run's own tower, sampling and views."),
     "show": ("show", "A clip as the tower and a run's head see it, as a picture."),

@@ -9,7 +9,7 @@ import click
 from evl_cache.errors import UsageError
 from evl_cache.progress_lines import step_progress
 
-from .common import default_device, existing_lines, print_json
+from .common import default_device, existing_lines, print_json, tell_found
 from .extract import make_request
 from .train_options import TrainCommand, make_train_options, refuse_online_options, train_options
 
@@ -72,8 +72,7 @@ def _train(given: dict[str, Any], options: Any, processes: Any) -> int:
 def _cached(
     given: dict[str, Any], options: Any, names: dict[str, Any], progress: Any, processes: Any
 ) -> tuple[Path, int, Any]:
-    from evl_cache.catalog import find_training_caches, split_clips
-    from evl_cache.heads import has_module
+    from evl_cache.catalog import find_training_caches, needs_of, split_clips
     from evl_cache.train import train
 
     refuse_online_options()
@@ -81,12 +80,10 @@ def _cached(
         given["dataset"],
         given["cache"],
         given["val_cache"],
-        head=options.head,
-        head_layers=options.head_layers,
-        needs_maps=options.temporal_cross_attention and has_module(options.head, "temporal_cross_attention"),
+        needs=needs_of([options]),
         same_cache_for_val=given["val_clips"] is not None,
         trust=given["trust"],
-        on_found=_tell_found if processes.is_first else lambda train, val: None,
+        on_found=tell_found if processes.is_first else lambda train, val: None,
     )
     train_rows, val_rows = split_clips(*caches, **names)
     out = _out(given, caches[0].name, processes)
@@ -102,14 +99,6 @@ def _cached(
             **_callbacks(on_step),
         )
     return out, 0, result
-
-
-def _tell_found(*caches: Any) -> None:
-    for side, cache in zip(("train", "val"), caches, strict=True):
-        done = (
-            "" if cache.is_complete else f", {cache.num_blocks_done} of {cache.spec.num_blocks} blocks done"
-        )
-        click.echo(f"{side} cache: {cache.place}{done}", err=True)
 
 
 def _online(

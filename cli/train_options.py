@@ -14,7 +14,7 @@ ONLINE = "root split annotations list model pretrained layers frames sampling st
 _ONLINE_ONLY = {*ONLINE.split(), "compute-dtype", "allow-missing", "decode-workers"}
 _MODULES = ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")
 _SAME = (
-    "head epochs steps accumulate lr warmup_steps weight_decay grad_clip dropout label_smoothing ema seed "
+    "head epochs steps accumulate lr warmup_steps weight_decay grad_clip dropout label_smoothing ema seed order_seed "
     "save_every_steps shuffle_blocks"
 )
 
@@ -81,6 +81,7 @@ def train_options(function: Any) -> Any:
         click.option("--ema", type=float, metavar="DECAY", help="Validate and save averaged weights."),
         click.option("--precision", metavar="DTYPE", help="float32, float16, bfloat16 [GPU's default]."),
         click.option("--seed", type=int, metavar="N", help="[0]"),
+        click.option("--order-seed", type=int, metavar="N", help="Of the clips' order alone [--seed]."),
         _path("--out", "Run directory [a new one under runs/]."),
         click.option("--resume", is_flag=True, help="Go on from the last state in --out."),
         click.option("--save-every-steps", type=int, metavar="N", help="The last state [every epoch]."),

@@ -93,6 +93,10 @@ class Loader(Protocol):
         """What the samples are rows of."""
 
     @property
+    def sample_nbytes(self) -> int:
+        """Bytes of a sample as it is stored, decompressed; 0 where none is stored."""
+
+    @property
     def skipped_clips(self) -> int:
         """Clips asked for that have no features."""
 

@@ -2,16 +2,16 @@
 
 import contextlib
 import os
-import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from evl_cache.batches import Source
 from evl_cache.clips import select
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
+from evl_cache.heads import has_module, head_depth
 from evl_cache.heads import head_layers as resolve_layers
 from evl_cache.spec import CacheSpec, format_layers
 from evl_cache.store import (
@@ -23,11 +23,13 @@ from evl_cache.store import (
     read_clips_from,
     read_description_from,
 )
+from evl_cache.train_options import TrainOptions
 
 CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
 TRAIN_SPLITS = ("train",)
 VAL_SPLITS = ("val", "validation", "test")
 _DEFAULT_BLOCKS = 12  # of extract's default model
+_LAYERS_OF_ALL = 4  # to extract for a head that reads all there are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,31 +48,54 @@ class FoundCache:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadNeeds:
-    """What a head asks of a cache.
+    """What a head asks of a cache, and others that are trained from the same one.
 
     Attributes:
         head: name. head_layers: blocks it reads; the last ones by default. maps: whether it reads maps.
+        others: of a sweep.
     """
 
     head: str
     head_layers: tuple[int, ...] | None = None
     maps: bool = True
+    others: tuple["HeadNeeds", ...] = ()
+
+    @property
+    def some_maps(self) -> bool:
+        """Whether one of the heads reads maps."""
+        return self.maps or any(other.some_maps for other in self.others)
 
     def objection(self, spec: CacheSpec) -> str | None:
         """Why a cache does not fit, or None."""
         try:
-            resolve_layers(self.head, spec.layers, self.head_layers)
+            for needs in (self, *self.others):
+                resolve_layers(needs.head, spec.layers, needs.head_layers)
         except UsageError as error:
             return str(error).partition(";")[0]
-        if self.maps and not spec.has_maps and spec.views.frames > 1:
+        if self.some_maps and not spec.has_maps and spec.views.frames > 1:
             return "it holds no attention maps"
         return None
 
     def layers(self, blocks: int) -> str:
         """The blocks to extract from a tower of `blocks`, as `--layers` takes them."""
-        depth = int(re.sub(r"\D", "", self.head) or 1)
-        wanted = self.head_layers or tuple(range(max(1, blocks - depth + 1), blocks + 1))
-        return format_layers(wanted)
+        wanted: set[int] = set()
+        for needs in (self, *self.others):
+            depth = head_depth(needs.head) or _LAYERS_OF_ALL
+            wanted.update(needs.head_layers or range(max(1, blocks - depth + 1), blocks + 1))
+        return format_layers(tuple(sorted(wanted)))
+
+
+def needs_of(trainings: Sequence[TrainOptions]) -> HeadNeeds:
+    """What the heads of some trainings ask of a cache."""
+    needs = [
+        HeadNeeds(
+            head=t.head,
+            head_layers=t.head_layers,
+            maps=t.temporal_cross_attention and has_module(t.head, "temporal_cross_attention"),
+        )
+        for t in trainings
+    ]
+    return replace(needs[0], others=tuple(needs[1:]))
 
 
 def cache_places() -> tuple[str, ...]:
@@ -177,7 +202,7 @@ def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:
     if train:
         cache = train[-1]
         layers = needs.layers(cache.spec.tower.blocks)
-        maps = "uint8" if needs.maps and cache.spec.maps == "none" else cache.spec.maps
+        maps = "uint8" if needs.some_maps and cache.spec.maps == "none" else cache.spec.maps
         command = extract_command(cache, split=None, layers=layers, maps=maps)
         return f"{cache.name}: {needs.objection(cache.spec)}; run {command}"
     cache = found[0]
@@ -226,16 +251,15 @@ def find_training_caches(
     cache: Path | str | None,
     val_cache: Path | str | None,
     *,
-    head: str,
-    head_layers: tuple[int, ...] | None,
-    needs_maps: bool,
+    needs: HeadNeeds,
     same_cache_for_val: bool,
     trust: bool = False,
     on_found: Callable[[FeatureCache, FeatureCache], None] = lambda train, val: None,
 ) -> tuple[FeatureCache, FeatureCache]:
-    """The training and the validation cache: those named, or the pair there is that fits the head.
+    """The training and the validation cache: those named, or the pair there is that fits.
 
     Args:
+        needs: of the heads to train.
         same_cache_for_val: clips for validation are named: they may be of the training cache.
         trust: do not check chunks against their marks.
         on_found: told the pair, where none was named.
@@ -252,7 +276,6 @@ def find_training_caches(
         train = FeatureCache(cache, trust=trust)
         return train, train if val_cache is None else FeatureCache(val_cache, trust=trust)
 
-    needs = HeadNeeds(head=head, head_layers=head_layers, maps=needs_maps)
     pair = find_pair(dataset, places=cache_places(), needs=needs)
     opened = FeatureCache(pair[0].place, trust=trust), FeatureCache(val_cache or pair[1].place, trust=trust)
     on_found(*opened)

@@ -24,6 +24,7 @@ RESULT_NAME = "result.json"
 CONFUSION_NAME = "confusion.csv"
 TOWER_NAME = "tower.json"
 CLASSES_NAME = "classes.json"
+SCORED_NAME = "scored.csv"
 _FORMAT = 1
 
 

@@ -90,6 +90,11 @@ class FeatureLoader:
         """Batches of an epoch."""
         return len(self.order)
 
+    @property
+    def sample_nbytes(self) -> int:
+        """Bytes that are read of a sample, decompressed."""
+        return self.cache.buffers(slots=1, layers=self.layers, **self._reads).nbytes
+
     def epoch(self, number: int = 0, *, start_batch: int = 0) -> Iterator[Batch]:
         """This process's part of every batch, from a batch on (to resume in mid-epoch)."""
         parts = self.order.parts(number, start_batch=start_batch)

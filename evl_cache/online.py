@@ -16,10 +16,11 @@ from evl_cache.distributed import Processes
 from evl_cache.errors import UsageError
 from evl_cache.extract_block import Tower
 from evl_cache.extract_dataset import ExtractRequest, Plan, plan_extraction
+from evl_cache.head_reads import needs_maps
 from evl_cache.heads import head_layers
 from evl_cache.online_loader import LiveClips, OnlineLoader
 from evl_cache.progress import TrainResult
-from evl_cache.train import needs_maps, train_with_loaders
+from evl_cache.train import train_with_loaders
 from evl_cache.train_options import TrainOptions
 from evl_cache.trainer import OnBottleneck, OnStep
 
@@ -69,7 +70,7 @@ def train_online(
             workers=workers,
             processes=processes,
         )
-        for source, clips, seed in zip(sources, chosen, (options.seed, None), strict=True)
+        for source, clips, seed in zip(sources, chosen, (options.clip_order_seed, None), strict=True)
     )
     result = train_with_loaders(
         train_loader,

@@ -104,6 +104,11 @@ class OnlineLoader:
         return len(self.order)
 
     @property
+    def sample_nbytes(self) -> int:
+        """Nothing is stored."""
+        return 0
+
+    @property
     def skipped_clips(self) -> int:
         """Clips that could not be decoded, in all processes, so far."""
         return len(set().union(*self._processes.gather(set(self.failures), "at the end")))

@@ -9,6 +9,7 @@ class TrainResult:
 
     best_top1, best_epoch: of `best.safetensors`; chosen by the validation clips, so no unbiased figure of them.
     skipped_clips: asked for but without features, training and validation. batch: samples of a step.
+    parameters: of the head. ms_per_step: of a training step; in a sweep without reading and decoding, which are shared.
     """
 
     top1: float
@@ -23,6 +24,8 @@ class TrainResult:
     best_epoch: int
     batch: int
     skipped_clips: int
+    parameters: int
+    ms_per_step: float
 
 
 @dataclass(kw_only=True)

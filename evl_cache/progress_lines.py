@@ -66,9 +66,12 @@ class StepProgress:
     def __init__(self, bar: Any) -> None:
         self._bar, self._waits_for = bar, "device"
 
-    def __call__(self, done: int, total: int, loss: float) -> None:
+    def __call__(self, done: int, total: int, loss: float | None, **more: int) -> None:
         self._bar.total = total
-        self._bar.set_postfix(loss=f"{loss:.3f}", bottleneck=self._waits_for, refresh=False)
+        told: dict[str, Any] = {**more, "bottleneck": self._waits_for}
+        if loss is not None:
+            told = {"loss": f"{loss:.3f}", **told}
+        self._bar.set_postfix(told, refresh=False)
         self._bar.update(done - self._bar.n)
 
     def note_bottleneck(self, name: str) -> None:

@@ -65,6 +65,7 @@ def run_config(
             "path": loader.cache.place,
             "fingerprint": loader.cache.fingerprint,
             "samples": len(loader.samples),
+            "sample_nbytes": loader.sample_nbytes,
             "samples_sha256": digest(sorted(loader.samples.tolist())),
         }
         for name, loader in loaders.items()
@@ -105,6 +106,7 @@ def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
     mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (config, before))
     for side in (mine, theirs):
         side["training"] = {k: v for k, v in side["training"].items() if k not in OPERATIONAL}
+    theirs["training"].setdefault("order_seed", None)  # runs of before it was an option
     fields = [name for name in ("head", "head_config", "layers", "training") if mine[name] != theirs[name]]
     detail = [n for n in mine["training"] if mine["training"][n] != theirs["training"].get(n)]
     sides = [

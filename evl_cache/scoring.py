@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from evl_cache.batches import Loader
+from evl_cache.batches import Batch, Loader
 from evl_cache.errors import EvlCacheError
+from evl_cache.heads.head import Maps, Tokens
 from evl_cache.store import StoredBatch
 
 
@@ -80,22 +81,55 @@ class ViewSums:
         before, count = self.clips.get(clip, (0.0, 0))
         self.clips[clip] = (before + probabilities, count + views)
 
+    @torch.no_grad()
+    def add_batch(
+        self,
+        head: nn.Module,
+        batch: Batch,
+        features: "StoredBatch | HeadInputs",
+        loader: Loader,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        """Add what a head, whose mode is restored, says of a batch. features: the batch's, on the head's device."""
+        was_training = head.training
+        logits = head_logits(head.eval(), features, autocast_dtype)
+        head.train(was_training)
+        labels = batch.labels.to(logits.device)
+        self.loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        self.samples += len(labels)
+        probabilities = torch.softmax(logits.double(), dim=-1).cpu().numpy()
+        for clip, row in zip(loader.cache.sample_clips[batch.samples].tolist(), probabilities, strict=True):
+            self.add(clip, row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadInputs:
+    """What a head is called with: tokens of each of its layers, shallow to deep, and maps where it reads them."""
+
+    tokens: Sequence[Tokens]
+    maps: Sequence[Maps] | None
+
+
+def head_inputs(head: nn.Module, features: StoredBatch) -> HeadInputs:
+    """What a head takes of stored features that are on its device.
+
+    Codes go to the head as they are: it decodes them inside its first pass over the tokens. Maps that are not
+    stored are made first.
+    """
+    made: Any = features.with_made_maps()
+    class_tokens_only = getattr(head, "module", head).class_tokens_only
+    is_class = class_tokens_only and features.class_tokens is not None
+    return HeadInputs(tokens=made.class_tokens if is_class else made.tokens, maps=made.maps)
+
 
 def head_logits(
-    head: nn.Module, features: StoredBatch, autocast_dtype: torch.dtype | None = None
+    head: nn.Module, features: StoredBatch | HeadInputs, autocast_dtype: torch.dtype | None = None
 ) -> torch.Tensor:
-    """Logits float32 (B, K) from stored features that are on the head's device.
-
-    Codes go to the head as they are: it decodes them inside its first pass over the tokens. Maps
-    that are not stored are made first.
-    """
-    features = features.with_made_maps()
-    tokens: Sequence[Any] = features.tokens
-    if features.class_tokens is not None and getattr(head, "module", head).class_tokens_only:
-        tokens = features.class_tokens
+    """Logits float32 (B, K) from features that are on the head's device."""
+    inputs = features if isinstance(features, HeadInputs) else head_inputs(head, features)
     device_type = next(head.parameters()).device.type
     with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-        logits: torch.Tensor = head(tokens, features.maps)
+        logits: torch.Tensor = head(inputs.tokens, inputs.maps)
     return logits.float()
 
 
@@ -112,12 +146,19 @@ def score(
 
     gather: what every process found, where several share the samples.
     """
-    was_training = head.training
-    head.eval()
-    mine = _view_sums(head, loader, device=device, autocast_dtype=autocast_dtype, on_batch=on_batch)
-    head.train(was_training)
+    mine = ViewSums()
+    for batch in loader.epoch():
+        if batch.is_stand_in:
+            continue
+        mine.add_batch(head, batch, batch.features.to(device), loader, autocast_dtype)
+        on_batch(len(batch.labels))
+    return scores_of(gather(mine), loader)
+
+
+def scores_of(parts: Sequence[ViewSums], loader: Loader) -> Scores:
+    """What all processes found, added up. Raises: EvlCacheError where no clip has features."""
     total = ViewSums()
-    for part in gather(mine):
+    for part in parts:
         total.loss += part.loss
         total.samples += part.samples
         for clip, (probabilities, views) in part.clips.items():
@@ -133,27 +174,3 @@ def score(
         probabilities=np.stack([total.clips[row][0] / total.clips[row][1] for row in rows]),
         loss=total.loss / total.samples,
     )
-
-
-@torch.no_grad()
-def _view_sums(
-    head: nn.Module,
-    loader: Loader,
-    *,
-    device: torch.device,
-    autocast_dtype: torch.dtype | None,
-    on_batch: Callable[[int], None],
-) -> ViewSums:
-    found = ViewSums()
-    for batch in loader.epoch():
-        if batch.is_stand_in:
-            continue
-        logits = head_logits(head, batch.features.to(device), autocast_dtype)
-        labels = batch.labels.to(device)
-        found.loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
-        found.samples += len(labels)
-        probabilities = torch.softmax(logits.double(), dim=-1).cpu().numpy()
-        for clip, row in zip(loader.cache.sample_clips[batch.samples].tolist(), probabilities, strict=True):
-            found.add(clip, row)
-        on_batch(len(labels))
-    return found

@@ -51,6 +51,8 @@ class TrainOptions:
         save_every_steps: how often the state to resume from is written; every epoch by default.
         keep_in: `ram` or `device`: keep samples there after their first read; keep_bytes: at most so many, by
             default a share of what is available.
+        order_seed: what the order of the clips is drawn from; the seed by default. Runs with one order and several seeds
+            differ in initialisation and dropout alone, and a sweep can train them together.
         tensorboard: also write TensorBoard's event files.
         shuffle_blocks: 0 draws an epoch's order from all samples; otherwise blocks are permuted and samples shuffled
             within so many at a time. By default what the cache's disk wants; a continuation keeps it.
@@ -76,6 +78,7 @@ class TrainOptions:
     ema: float | None = None
     precision: str = "float32"
     seed: int = 0
+    order_seed: int | None = None
     device: str = "cpu"
     save_every_steps: int | None = None
     keep_in: str | None = None
@@ -120,6 +123,11 @@ class TrainOptions:
             raise UsageError(
                 f"keep_bytes is {self.keep_bytes} with keep_in {self.keep_in}; expected at least 1, and a place"
             )
+
+    @property
+    def clip_order_seed(self) -> int:
+        """What an epoch's order is drawn from."""
+        return self.seed if self.order_seed is None else self.order_seed
 
     @property
     def global_batch(self) -> int:

@@ -25,19 +25,29 @@ from evl_cache.optimisation import Optimisation, seed_step
 from evl_cache.progress import Progress, TrainResult
 from evl_cache.report import write_report
 from evl_cache.run_log import RunLog
-from evl_cache.scoring import Scores, head_logits, score
+from evl_cache.scoring import HeadInputs, Scores, head_inputs, head_logits, score
 from evl_cache.train_options import PRECISIONS, TrainOptions
 
 OnStep = Callable[[int, int, float], None]
 OnBottleneck = Callable[[str], None]
+Take = Callable[[Batch, int, int], HeadInputs]
+
+
+class Diverged(UsageError):
+    """The loss of a run is no number any more."""
 
 
 class Trainer:
-    """The training loop of one run: steps, metrics, last state.
+    """The training of one run: steps, metrics, last state.
+
+    `run` does all of it. A sweep drives several instead, batch by batch: `begin`, `step`, `end_epoch`, `finish`.
 
     Args:
         config: of the run. options: with the batch known. train_loader, val_loader: of this process's part.
         out: the run directory; the first process writes it. processes: that train together.
+        take: gives what the head reads of samples start .. stop-1 of a batch, on the device; by default they are
+            moved there.
+        stop: where signals are noted; its own by default.
     """
 
     def __init__(
@@ -49,6 +59,8 @@ class Trainer:
         *,
         out: Path,
         processes: Processes | None = None,
+        take: Take | None = None,
+        stop: StopRequests | None = None,
     ) -> None:
         self.config, self.options, self.out = config, options, out
         self.processes = processes or Processes()
@@ -61,24 +73,35 @@ class Trainer:
         self.optimisation = Optimisation(head, options, total_steps=self.total_steps)
         self.autocast_dtype = PRECISIONS[options.precision]
         self.progress = Progress()
-        self._bottleneck = "device"
-        self._stop = StopRequests()
-        self._log = RunLog(out if self.processes.is_first else None, tensorboard=options.tensorboard)
+        self.bottleneck = "device"
+        self._take = take or self._moved
+        self._stop = stop or StopRequests()
+        self.log = RunLog(out if self.processes.is_first else None, tensorboard=options.tensorboard)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step is done, and the epoch it ended."""
+        return self.progress.step >= self.total_steps and not self.progress.batches
 
     def run(self, on_step: OnStep, on_bottleneck: OnBottleneck = lambda name: None) -> TrainResult:
         """Train to the last step.
 
-        Raises: Interrupted where a signal asks to stop, after the state was kept; UsageError where the loss is no
+        Raises: Interrupted where a signal asks to stop, after the state was kept; Diverged where the loss is no
             number any more; EvlCacheError where another process is lost.
         """
-        progress, started = self.progress, time.monotonic()
+        started = time.monotonic()
         scores: Scores | None = None
-        with self._stop, self._log:
-            self._log.keep(steps=progress.step, epochs=progress.epoch)
-            while progress.step < self.total_steps or progress.batches:
+        with self._stop, self.log:
+            self.begin()
+            while not self.is_finished:
                 self._train_epoch(on_step, on_bottleneck)
-                scores = self._end_epoch()
-            return self._finish(scores or self.validate(), time.monotonic() - started)
+                scores = self.validate()
+                self.end_epoch(scores)
+            return self.finish(scores or self.validate(), time.monotonic() - started)
+
+    def begin(self) -> None:
+        """Before the first step: what a run that is continued does again is dropped from its logs."""
+        self.log.keep(steps=self.progress.step, epochs=self.progress.epoch)
 
     def validate(self) -> Scores:
         """Scores of the validation clips."""
@@ -99,30 +122,39 @@ class Trainer:
 
     def _train_epoch(self, on_step: OnStep, on_bottleneck: OnBottleneck) -> None:
         """The rest of the epoch, or of the run."""
-        self.model.train()
-        progress, options = self.progress, self.options
+        progress = self.progress
         started = before = time.monotonic()
         if progress.step == self.total_steps:
             return
         for batch in self.train_loader.epoch(progress.epoch, start_batch=progress.batches):
-            loss, stop = self._train_step(batch)
+            loss, stop = self.step(batch)
             now = time.monotonic()
             progress.epoch_seconds, before = progress.epoch_seconds + now - before, now
             on_bottleneck(self.train_loader.times.bottleneck(now - started))
             on_step(progress.step, self.total_steps, loss)
             if stop:
                 self._interrupt(stop)
-            if options.save_every_steps and progress.step % options.save_every_steps == 0:
-                self._save_state()
+            if self.saves_now:
+                self.save()
             if progress.step == self.total_steps:
                 break
         if not progress.batches:
             raise EvlCacheError(f"{self.train_loader.cache.place}: none of the clips to train on can be used")
-        self._bottleneck = self.train_loader.times.bottleneck(time.monotonic() - started)
+        self.bottleneck = self.train_loader.times.bottleneck(time.monotonic() - started)
 
-    def _train_step(self, batch: Batch) -> tuple[float, int]:
-        """One optimiser step. Returns: the mean loss, and the signal that asked a process to stop, or 0."""
+    @property
+    def saves_now(self) -> bool:
+        """Whether the state is to be kept after the step just done."""
+        every = self.options.save_every_steps
+        return bool(every) and self.progress.step % (every or 1) == 0
+
+    def step(self, batch: Batch) -> tuple[float, int]:
+        """One optimiser step. Returns: the mean loss, and the signal that asked a process to stop, or 0.
+
+        Raises: Diverged where the loss is no number any more.
+        """
         progress, when = self.progress, f"at step {self.progress.step + 1}"
+        self.model.train()
         seed_step(self.options.seed, progress.step, self.processes.rank)
         self.optimisation.begin(progress.step)
         with self.processes.watched(when):
@@ -132,13 +164,13 @@ class Trainer:
         loss, stop = self.processes.add(sums, when).tolist()
         progress.step += 1
         if not math.isfinite(loss):
-            raise UsageError(
+            raise Diverged(
                 f"loss is {loss} at step {progress.step}: training diverged; use a lower --lr or --precision float32"
             )
         progress.batches, progress.epoch_steps = batch.number + 1, progress.epoch_steps + 1
         progress.epoch_loss += loss
         progress.epoch_samples += batch.total
-        self._log.step(progress.step, {"loss": loss, "lr": self.optimisation.lr(progress.step - 1)})
+        self.log.step(progress.step, {"loss": loss, "lr": self.optimisation.lr(progress.step - 1)})
         return loss, self._stop.signal_number or (signal.SIGTERM if stop else 0)
 
     def _passes(self, batch: Batch) -> torch.Tensor:
@@ -147,11 +179,10 @@ class Trainer:
         part = -(-self.options.global_batch // (world * self.options.accumulate))
         total = torch.zeros((), device=self.device)
         for start in range(0, samples, part):
-            features = batch.features.part(start, start + part).to(self.device, non_blocking=True)
             labels = batch.labels[start : start + part].to(self.device)
             is_last = start + part >= samples
             with self._unsynchronised() if not is_last else nullcontext():
-                logits = head_logits(self.model, features, self.autocast_dtype)
+                logits = head_logits(self.model, self._take(batch, start, start + part), self.autocast_dtype)
                 loss = torch.nn.functional.cross_entropy(
                     logits, labels, reduction="sum", label_smoothing=self.options.label_smoothing
                 )
@@ -161,13 +192,16 @@ class Trainer:
             total = total + loss.detach()
         return total
 
+    def _moved(self, batch: Batch, start: int, stop: int) -> HeadInputs:
+        features = batch.features.part(start, stop).to(self.device, non_blocking=True)
+        return head_inputs(self.model, features)
+
     def _unsynchronised(self) -> Any:
         return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
 
-    def _end_epoch(self) -> Scores:
-        """Validate, log, save."""
+    def end_epoch(self, scores: Scores) -> None:
+        """Log an epoch and keep the state. scores: of the validation after it."""
         progress = self.progress
-        scores = self.validate()
         rate = progress.epoch_samples / progress.epoch_seconds if progress.epoch_seconds else 0.0
         progress.epoch += 1
         row = {
@@ -179,9 +213,9 @@ class Trainer:
             "top5": scores.top(5),
             "lr": self.optimisation.lr(progress.step - 1),
             "clips_per_s": rate,
-            "bottleneck": self._bottleneck,
+            "bottleneck": self.bottleneck,
         }
-        self._log.epoch(progress.step, row)
+        self.log.epoch(progress.step, row)
         progress.samples += progress.epoch_samples
         progress.seconds += progress.epoch_seconds
         progress.batches, progress.epoch_steps, progress.epoch_samples = 0, 0, 0
@@ -193,8 +227,7 @@ class Trainer:
             save_head(self.out, self.optimisation.result)
             if is_best:
                 save_head(self.out, self.optimisation.result, best=True)
-        self._save_state()
-        return scores
+        self.save()
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to give the same losses; what is random is drawn step by step."""
@@ -205,20 +238,22 @@ class Trainer:
         self.optimisation.load(state)
         self.progress = Progress(**state["progress"])
 
-    def _save_state(self) -> None:
+    def save(self) -> None:
+        """Write the state that the run can be continued from."""
         if self.processes.is_first:
-            self._log.flush()
+            self.log.flush()
             save_state(self.out, self.state())
 
     def _interrupt(self, signal_number: int) -> None:
-        self._save_state()
+        self.save()
         raise Interrupted(
             f"stopped after step {self.progress.step} of {self.total_steps}, which is kept; go on with "
             f"--out {self.out} --resume",
             signal_number,
         )
 
-    def _finish(self, scores: Scores, seconds: float) -> TrainResult:
+    def finish(self, scores: Scores, seconds: float) -> TrainResult:
+        """Write what the run came to. scores: of the last validation; seconds: that it took."""
         progress = self.progress
         result = TrainResult(
             top1=scores.top(1),
@@ -233,8 +268,10 @@ class Trainer:
             best_epoch=progress.best_epoch,
             batch=self.options.global_batch,
             skipped_clips=self.train_loader.skipped_clips + self.val_loader.skipped_clips,
+            parameters=sum(p.numel() for p in self.optimisation.head.parameters()),
+            ms_per_step=1e3 * progress.seconds / max(1, progress.step),
         )
         if self.processes.is_first:
-            write_report(self.out, scores, self.config.classes)
+            write_report(self.out, scores, self.config.classes, self.val_loader.cache.clips)
             write_json(self.out / RESULT_NAME, asdict(result))
         return result

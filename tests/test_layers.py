@@ -34,10 +34,13 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ),
         (
             "parts of stages",
-            "frames reuse extract_block block_taker scoring catalog optimisation run_log run_setup run_tower",
+            (
+                "frames reuse extract_block block_taker scoring catalog optimisation run_log run_setup head_reads loaders"
+                " run_tower shared_batch sweep_grid"
+            ),
         ),
-        ("made of parts", "report batch_size trainer online_loader"),
-        ("stages", "extract train evaluate import_head info watch listing share"),
+        ("made of parts", "report batch_size trainer online_loader sweep_memory sweep_pass"),
+        ("stages", "extract train evaluate import_head info watch listing share sweep"),
         ("stage one by name", "extract_dataset"),
         ("composed stages", "demo repair estimate online predict show"),
     )
@@ -60,6 +63,11 @@ SAME_LAYER = {
     ("towers", "weights"),  # a tower is built from a weights file
     ("backbone", "towers"),  # and read through its family's adapter
     ("annotations", "rendered"),  # a rendered data set is drawn where it is not there yet
+    ("shared_batch", "head_reads"),
+    ("shared_batch", "scoring"),
+    ("sweep_memory", "batch_size"),
+    ("sweep_pass", "trainer"),
+    ("loaders", "head_reads"),  # what is read is what they load
     ("extract_block", "frames"),  # a block is made of prepared clips
     ("extract_block", "reuse"),  # and of rows that an older cache has
     ("block_taker", "extract_block"),  # takes blocks, and has them extracted

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evl_cache import load_head
-from evl_cache.catalog import find_training_caches, split_clips
+from evl_cache.catalog import find_training_caches, needs_of, split_clips
 from evl_cache.checkpoint import load_state
 from evl_cache.dataset import FeatureLoader, samples_of_clips
 from evl_cache.errors import EvlCacheError, UsageError, WeightsError
@@ -203,7 +203,7 @@ def test_the_run_directory_holds_what_the_contract_says(caches, tmp_path):
     out = tmp_path / "runs" / "one"
     result, _ = run(caches, out)
     files = "config.json head.safetensors best.safetensors last.pt metrics.jsonl steps.jsonl result.json"
-    files = {*files.split(), "confusion.csv", "classes.json"}
+    files = {*files.split(), "confusion.csv", "classes.json", "scored.csv"}
     assert {path.name for path in out.iterdir()} == files
     found = json.loads((out / "result.json").read_text())
     assert found["val_clips"] == 5 and found["clips_per_s"] > 0
@@ -472,16 +472,12 @@ def test_a_damaged_run_is_refused_in_one_line(caches, tmp_path):
 # Finding caches
 
 
-def find(
-    dataset="test", cache=None, val_cache=None, *, head="decoder2", needs_maps=True, same_cache_for_val=False
-):
+def find(dataset="test", cache=None, val_cache=None, *, head="decoder2", same_cache_for_val=False):
     return find_training_caches(
         dataset,
         cache,
         val_cache,
-        head=head,
-        head_layers=None,
-        needs_maps=needs_maps,
+        needs=needs_of([replace(OPTIONS, head=head)]),
         same_cache_for_val=same_cache_for_val,
     )
 

@@ -14,7 +14,7 @@ import torch
 
 from evl_cache import load_head
 from evl_cache.batch_size import largest_on_cpu, largest_that
-from evl_cache.catalog import find_training_caches
+from evl_cache.catalog import find_training_caches, needs_of
 from evl_cache.checkpoint import load_state, read_run_config
 from evl_cache.dataset import FeatureLoader
 from evl_cache.errors import UsageError
@@ -405,9 +405,7 @@ def test_trusted_caches_are_opened_without_their_checks(caches):
             None,
             train_path,
             val_path,
-            head="decoder2",
-            head_layers=None,
-            needs_maps=True,
+            needs=needs_of([OPTIONS]),
             same_cache_for_val=False,
             trust=trust,
         )

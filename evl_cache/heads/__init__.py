@@ -13,7 +13,17 @@ from evl_cache.heads.meanpool import MeanPoolHead
 from evl_cache.heads.mlap import MLAPHead
 from evl_cache.heads.uniformerv2 import UniFormerV2Head
 
-__all__ = ["HEADS", "MODULES", "EVLHead", "Head", "build_head", "has_module", "head_class", "head_layers"]
+__all__ = [
+    "HEADS",
+    "MODULES",
+    "EVLHead",
+    "Head",
+    "build_head",
+    "has_module",
+    "head_class",
+    "head_depth",
+    "head_layers",
+]
 
 # A new head is one file and one line here: docs/heads.md. A name that ends in N takes a number, the layers it reads.
 HEADS: dict[str, type[Head]] = {
@@ -32,6 +42,12 @@ def head_class(name: str) -> type[Head]:
     return HEADS[_entry(name)[0]]
 
 
+def head_depth(name: str) -> int | None:
+    """Blocks that a head reads where nobody says; None for all there are. Raises: UsageError for an unknown head."""
+    _, number = _entry(name)
+    return number or head_class(name).default_depth
+
+
 def has_module(name: str, module: str) -> bool:
     """Whether a head has one of `MODULES`. Raises: UsageError for an unknown head."""
     return module in head_class(name).temporal_modules
@@ -43,8 +59,7 @@ def head_layers(name: str, cached: tuple[int, ...], wanted: tuple[int, ...] | No
     Raises: UsageError for an unknown head, or layers that are not cached or do not fit its depth.
     """
     _, number = _entry(name)
-    kind = head_class(name)
-    depth = number or kind.default_depth
+    kind, depth = head_class(name), head_depth(name)
     if wanted is None:
         if number is not None and number > len(cached):
             raise UsageError(

@@ -106,6 +106,15 @@ class EVLHead(Head):
         return logits
 
     @property
+    def workspace(self) -> Workspace:
+        """Where large memory comes from; heads that take turns may share one."""
+        return self._workspace
+
+    @workspace.setter
+    def workspace(self, workspace: Workspace) -> None:
+        self._workspace = workspace
+
+    @property
     def reads_maps(self) -> bool:
         """Whether it needs adjacent-frame maps as it is now."""
         return self.temporal_cross_attention and self.num_frames > 1

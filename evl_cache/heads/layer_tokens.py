@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from evl_cache.quantize import QuantizedTokens, dequantize_tokens
+from evl_cache.quantize import QuantizedMaps, QuantizedTokens
 
 NORM_EPSILON = 1e-5  # of torch's LayerNorm
 
@@ -57,7 +57,18 @@ def layer_tokens(tokens: Tensor | QuantizedTokens | LayerTokens) -> LayerTokens:
     return tokens if isinstance(tokens, LayerTokens) else LayerTokens(tokens)
 
 
+def decoded_maps(maps: Tensor | QuantizedMaps, dtype: torch.dtype) -> Tensor:
+    """Maps (B, 2, T-1, P, P), codes as values of `dtype`; bit for bit what a head that is given the codes decodes."""
+    if isinstance(maps, Tensor):
+        return maps
+    root = maps.row_max.to(torch.promote_types(dtype, torch.float32)).sqrt() / 255
+    return maps.codes.to(dtype).mul_(root[..., None].to(dtype)).square_()
+
+
 def _decoded(stored: Tensor | QuantizedTokens) -> Tensor:
+    """The same operations as `TokenBlock.load` takes, so the same bits: a head may decode its own chunks instead."""
     if isinstance(stored, Tensor):
         return stored.to(torch.promote_types(stored.dtype, torch.float32))
-    return dequantize_tokens(stored.codes, stored.affine, stored.scale)
+    scale, offset = stored.affine[:, None, None].unbind(-2)  # (B,1,1,C) each
+    values = torch.addcmul(offset, stored.codes.float(), scale)
+    return values if stored.scale is None else values.mul_(stored.scale.float()[..., None])

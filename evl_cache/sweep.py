@@ -1,0 +1,280 @@
+"""Ablations in one pass: many heads trained together from one cache, each as a training of its own would train it."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evl_cache.checkpoint import CONFIG_NAME, RESULT_NAME, write_json
+from evl_cache.dataset import samples_of_clips
+from evl_cache.distributed import Processes
+from evl_cache.errors import UsageError
+from evl_cache.head_reads import HeadReads, all_reads, head_reads
+from evl_cache.interruption import StopRequests
+from evl_cache.loaders import make_loaders, shuffle_blocks
+from evl_cache.run_setup import check_pair, run_config
+from evl_cache.spec import digest
+from evl_cache.store import FeatureCache
+from evl_cache.sweep_grid import SweepRun
+from evl_cache.sweep_memory import HeadMemory, available_room, head_memory, split_passes
+from evl_cache.sweep_pass import OnPassStep, PlannedRun, SweepPass
+from evl_cache.train_options import OPERATIONAL
+
+SWEEP_NAME = "sweep.json"
+RUNS_NAME = "runs"
+_FORMAT = 1
+# Runs that differ in these see other batches, or the same ones otherwise: they are not trained in one pass.
+_OF_A_PASS = ("epochs", "steps", "batch", "accumulate", "precision", "shuffle_blocks")
+ProgressOfPass = Callable[[str], AbstractContextManager[OnPassStep]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRow:
+    """One run of a sweep. status: `done`, `diverged` (error says how) or `waiting`; figures are of a run that is done.
+
+    ms_per_step: forward, backward and optimiser of this head alone, without reading and decoding.
+    """
+
+    name: str
+    group: str
+    status: str
+    options: Mapping[str, Any]
+    error: str | None = None
+    top1: float | None = None
+    top5: float | None = None
+    parameters: int | None = None
+    ms_per_step: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepGroup:
+    """Runs that differ in their seed alone: mean and standard deviation (of a sample; None of one run), in percent."""
+
+    group: str
+    runs: int
+    top1: float
+    deviation: float | None
+    top5: float
+    parameters: int
+    ms_per_step: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What `sweep.json` holds.
+
+    groups: the best first. passes: names of the runs that were trained together, of this call. seconds: of it.
+    sample_nbytes: bytes read of a sample, decompressed, by pass.
+    """
+
+    runs: tuple[SweepRow, ...]
+    groups: tuple[SweepGroup, ...]
+    passes: tuple[tuple[str, ...], ...]
+    sample_nbytes: tuple[int, ...]
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    """The two caches, the samples of each, and where everything goes."""
+
+    caches: tuple[FeatureCache, FeatureCache]
+    samples: tuple[Any, Any]
+    folder: Path
+
+
+def sweep(
+    train_cache: FeatureCache,
+    val_cache: FeatureCache,
+    *,
+    runs: Sequence[SweepRun],
+    out: Path,
+    train_clips: Sequence[int] | None = None,
+    val_clips: Sequence[int] | None = None,
+    resume: bool = False,
+    memory_bytes: int | None = None,
+    progress: ProgressOfPass = lambda description: nullcontext(lambda done, total, heads: None),
+) -> SweepResult:
+    """Train every run and leave a run directory for each under `out`/runs, and `out`/sweep.json.
+
+    Args:
+        runs: from `sweep_grid.expand`. train_clips, val_clips: rows of the clip lists; all by default.
+        resume: go on with a sweep of the same runs.
+        memory_bytes: heads and a batch's features may take together; more heads are trained in later passes.
+        progress: opens the progress line of a pass.
+
+    Raises: UsageError where caches, heads and options do not fit each other, or where `out` holds a sweep;
+        Interrupted where a signal asked to stop, after every state was kept.
+    """
+    started = time.monotonic()
+    check_pair(train_cache, val_cache)
+    samples = samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips)
+    data = _Data(caches=(train_cache, val_cache), samples=samples, folder=out / RUNS_NAME)
+    planned = [_planned(run, train_cache) for run in runs]
+    errors = _begin(out, runs, resume=resume)
+    waiting = [p for p in planned if p.run.name not in errors and not _is_done(data.folder / p.run.name)]
+    passes = _plan(waiting, data, memory_bytes)
+    nbytes: list[int] = []
+
+    def result() -> SweepResult:
+        rows = tuple(_row(run, data.folder / run.name, errors.get(run.name)) for run in runs)
+        return SweepResult(
+            runs=rows,
+            groups=tuple(_groups(rows)),
+            passes=tuple(tuple(p.run.name for p in part) for part in passes),
+            sample_nbytes=tuple(nbytes),
+            seconds=time.monotonic() - started,
+        )
+
+    found = _write(out, result())
+    with StopRequests() as stop:
+        for number, part in enumerate(passes, start=1):
+            together = all_reads([p.reads for p in part])
+            nbytes.append(train_cache.buffers(slots=1, **together.arguments).nbytes)
+            with progress(f"sweep pass {number}/{len(passes)}, {len(part)} heads") as on_step:
+                errors |= _train(part, together, data, stop=stop, on_step=on_step)
+            found = _write(out, result())
+    return found
+
+
+def read_sweep(out: Path) -> SweepResult:
+    """What a sweep came to, so far. Raises: UsageError where there is none."""
+    try:
+        content = json.loads((out / SWEEP_NAME).read_text(encoding="utf-8"))
+        if content.pop("format") != _FORMAT:
+            raise UsageError(f"{out / SWEEP_NAME}: of another format; this evl-cache reads format {_FORMAT}")
+        return SweepResult(
+            runs=tuple(SweepRow(**row) for row in content["runs"]),
+            groups=tuple(SweepGroup(**group) for group in content["groups"]),
+            passes=tuple(tuple(part) for part in content["passes"]),
+            sample_nbytes=tuple(content["sample_nbytes"]),
+            seconds=content["seconds"],
+        )
+    except OSError as error:
+        raise UsageError(f"{out}: no sweep there ({error.strerror}); expected what sweep wrote") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{out / SWEEP_NAME}: not a sweep's account ({error})") from error
+
+
+def _begin(out: Path, runs: Sequence[SweepRun], *, resume: bool) -> dict[str, str]:
+    """Why runs of the sweep to go on with ended early, by name. Raises: UsageError where it is another sweep."""
+    if not resume:
+        if (out / SWEEP_NAME).exists():
+            raise UsageError(f"{out} holds a sweep already; use --resume, or another --out")
+        return {}
+    before = read_sweep(out)
+    mine = {run.name: _lasting(asdict(run.options)) for run in runs}
+    theirs = {row.name: _lasting(row.options) for row in before.runs}
+    if json.loads(json.dumps(mine)) != theirs:
+        differing = sorted({name for name in mine.keys() | theirs if mine.get(name) != theirs.get(name)})
+        raise UsageError(
+            f"{out}: --resume with other runs ({', '.join(differing[:3])}, …); use the sweep's own grid, or another --out"
+        )
+    return {row.name: row.error or "" for row in before.runs if row.status == "diverged"}
+
+
+def _lasting(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if name not in OPERATIONAL}
+
+
+def _is_done(folder: Path) -> bool:
+    return (folder / RESULT_NAME).exists() and (folder / CONFIG_NAME).exists()
+
+
+def _planned(run: SweepRun, cache: FeatureCache) -> PlannedRun:
+    """Raises: UsageError for a head that cannot be: before anything is trained."""
+    reads = head_reads(run.options, cache)
+    run_config(cache, {}, run.options, reads.layers)
+    nbytes = cache.buffers(slots=1, **reads.arguments).nbytes
+    return PlannedRun(run=run, reads=reads, sample_nbytes=nbytes)
+
+
+def _plan(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) -> list[list[PlannedRun]]:
+    """Passes: runs that see the same batches, as many at once as memory holds."""
+    alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
+    for planned in runs:
+        alike.setdefault(tuple(getattr(planned.run.options, name) for name in _OF_A_PASS), []).append(planned)
+    return [part for group in alike.values() for part in _fitting(group, data, memory_bytes)]
+
+
+def _fitting(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) -> list[list[PlannedRun]]:
+    cache, rows, options = data.caches[0], data.samples[0], runs[0].run.options
+    batch = options.global_batch // options.accumulate
+    room = available_room(torch.device(options.device)) if memory_bytes is None else memory_bytes
+    known: dict[str, HeadMemory] = {}
+
+    def memory(planned: PlannedRun) -> HeadMemory:
+        options = planned.run.options
+        config = run_config(cache, {}, options, planned.reads.layers)
+        key = digest([options.head, config.layers, config.head_config, options.ema])
+        if key not in known:  # runs that differ in their learning rate are measured once
+            served = rows[cache.is_valid[rows]][:1].tolist()
+            probe = cache.read_stored(served, **planned.reads.arguments)
+            known[key] = head_memory(config.build, probe, options, batch=batch)
+        return known[key]
+
+    # Decoded to four bytes, and once more where heads normalise it; three batches as they are stored.
+    one = cache.buffers(slots=1, **all_reads([p.reads for p in runs]).arguments).nbytes
+    return split_passes(runs, memory, room=room, shared=batch * one * (2 * 4 + 3))
+
+
+def _train(
+    runs: Sequence[PlannedRun], together: HeadReads, data: _Data, *, stop: StopRequests, on_step: OnPassStep
+) -> dict[str, str]:
+    """One pass. Returns: why runs ended early, by name."""
+    options = runs[0].run.options
+    blocks = shuffle_blocks(options, data.caches[0], resumed=None)
+    runs = [_with_blocks(planned, blocks) for planned in runs]
+    loaders = make_loaders(data.caches, data.samples, together, runs[0].run.options, Processes())
+    one_pass = SweepPass(runs, together, *loaders, folder=data.folder, stop=stop)
+    one_pass.run(on_step)
+    return {member.run.name: member.error for member in one_pass.members if member.error is not None}
+
+
+def _with_blocks(planned: PlannedRun, blocks: int) -> PlannedRun:
+    options = replace(planned.run.options, shuffle_blocks=blocks)
+    return replace(planned, run=replace(planned.run, options=options))
+
+
+def _row(run: SweepRun, folder: Path, error: str | None) -> SweepRow:
+    """What a run's directory says of it."""
+    figures: dict[str, Any] = {}
+    if error is None and _is_done(folder):
+        found = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+        figures = {name: found[name] for name in ("top1", "top5", "parameters", "ms_per_step")}
+    status = "diverged" if error is not None else "done" if figures else "waiting"
+    options = asdict(run.options)
+    return SweepRow(name=run.name, group=run.group, status=status, options=options, error=error, **figures)
+
+
+def _groups(rows: Sequence[SweepRow]) -> list[SweepGroup]:
+    """Runs that are done, averaged over seeds, the best first; equals by name."""
+    by_group: dict[str, list[SweepRow]] = {}
+    for row in rows:
+        if row.status == "done":
+            by_group.setdefault(row.group, []).append(row)
+    groups = [
+        SweepGroup(
+            group=name,
+            runs=len(members),
+            top1=statistics.mean(row.top1 or 0.0 for row in members),
+            deviation=statistics.stdev(row.top1 or 0.0 for row in members) if len(members) > 1 else None,
+            top5=statistics.mean(row.top5 or 0.0 for row in members),
+            parameters=members[0].parameters or 0,
+            ms_per_step=statistics.mean(row.ms_per_step or 0.0 for row in members),
+        )
+        for name, members in by_group.items()
+    ]
+    return sorted(groups, key=lambda group: (-group.top1, group.group))
+
+
+def _write(out: Path, result: SweepResult) -> SweepResult:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / SWEEP_NAME, {"format": _FORMAT, **asdict(result)})
+    return result

@@ -1,0 +1,208 @@
+"""Several heads trained in one pass over the batches: each batch is read, moved and decoded once for all of them."""
+
+import contextlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from evl_cache.batches import Batch, Loader
+from evl_cache.checkpoint import BEST_NAME, HEAD_NAME, RESULT_NAME, STATE_NAME, load_state
+from evl_cache.head_reads import HeadReads
+from evl_cache.heads.evl import EVLHead
+from evl_cache.heads.workspace import Workspace
+from evl_cache.interruption import Interrupted, StopRequests
+from evl_cache.run_setup import prepare_run, run_config
+from evl_cache.scoring import Scores, ViewSums, scores_of
+from evl_cache.shared_batch import SharedBatch
+from evl_cache.sweep_grid import SweepRun
+from evl_cache.train_options import PRECISIONS, TrainOptions
+from evl_cache.trainer import Diverged, Trainer
+
+OnPassStep = Callable[[int, int, int], None]  # steps done, steps in all, heads that still train
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """A run, what it reads of the caches, and how many bytes of a sample that is."""
+
+    run: SweepRun
+    reads: HeadReads
+    sample_nbytes: int
+
+
+@dataclass(kw_only=True)
+class Member:
+    """One run of a pass: what it is, what it reads, where it is kept, and why it ended early, if it did."""
+
+    run: SweepRun
+    reads: HeadReads
+    out: Path
+    trainer: Trainer
+    error: str | None = None
+    scores: Scores | None = None
+
+    def has_done(self, epoch: int, batch: int) -> bool:
+        """Whether a batch of an epoch is behind it: after a kill some heads are further than others."""
+        progress = self.trainer.progress
+        is_over = progress.epoch > epoch or progress.step >= self.trainer.total_steps
+        return is_over or progress.batches > batch
+
+
+class SweepPass:
+    """The training loop of several heads. Each leaves a run directory as a training of its own would.
+
+    Args:
+        runs: with the same length, batch and precision. reads: of all together.
+        train_loader, val_loader: that read so. folder: of the run directories. stop: where signals are noted.
+    """
+
+    def __init__(
+        self,
+        runs: Sequence[PlannedRun],
+        reads: HeadReads,
+        train_loader: Loader,
+        val_loader: Loader,
+        *,
+        folder: Path,
+        stop: StopRequests,
+    ) -> None:
+        self.train_loader, self.val_loader = train_loader, val_loader
+        self._reads, self._stop = reads, stop
+        options = runs[0].run.options
+        self.device = torch.device(options.device)
+        self.autocast_dtype = PRECISIONS[options.precision]
+        self.members = [self._member(planned, folder / planned.run.name) for planned in runs]
+        self._shared: dict[int, SharedBatch] = {}
+        workspace = Workspace()  # heads take turns
+        for member in self.members:
+            head = member.trainer.optimisation.head
+            if isinstance(head, EVLHead):
+                head.workspace = workspace
+
+    def run(self, on_step: OnPassStep) -> None:
+        """Train all to the last step. A head that diverges ends alone, and `error` says why.
+
+        Raises: Interrupted where a signal asks to stop, after every state was kept.
+        """
+        started = time.monotonic()
+        with contextlib.ExitStack() as logs:
+            for member in self.members:
+                logs.enter_context(member.trainer.log)
+                member.trainer.begin()
+            while waiting := [m for m in self._training() if not m.trainer.is_finished]:
+                self._epoch(min(m.trainer.progress.epoch for m in waiting), on_step)
+            unscored = [m for m in self._training() if m.scores is None]
+            for member, scores in zip(unscored, self._validate(unscored), strict=True):
+                member.scores = scores
+            for member in self._training():
+                assert member.scores is not None
+                member.trainer.finish(member.scores, time.monotonic() - started)
+
+    def _training(self) -> list[Member]:
+        return [m for m in self.members if m.error is None]
+
+    def _epoch(self, epoch: int, on_step: OnPassStep) -> None:
+        """Train the heads that have not finished an epoch to its end, and validate them."""
+        here = [m for m in self._training() if m.trainer.progress.epoch == epoch]
+        started = time.monotonic()
+        first = min(m.trainer.progress.batches for m in here)
+        if any(m.trainer.progress.step < m.trainer.total_steps for m in here):
+            for batch in self.train_loader.epoch(epoch, start_batch=first):
+                self._decode(batch, here[0].run.options)
+                self._step(batch, epoch, here)
+                here = [m for m in here if m.error is None]
+                if not here:
+                    return
+                on_step(max(m.trainer.progress.step for m in here), here[0].trainer.total_steps, len(here))
+                self._interrupt_if_asked()
+                if all(m.trainer.progress.step >= m.trainer.total_steps for m in here):
+                    break
+        self._shared = {}
+        bottleneck = self.train_loader.times.bottleneck(time.monotonic() - started)
+        for member, scores in zip(here, self._validate(here), strict=True):
+            member.trainer.bottleneck, member.scores = bottleneck, scores
+            member.trainer.end_epoch(scores)
+
+    def _step(self, batch: Batch, epoch: int, members: Sequence[Member]) -> None:
+        for member in members:
+            if member.has_done(epoch, batch.number):
+                continue
+            started = time.monotonic()
+            try:
+                member.trainer.step(batch)
+            except Diverged as error:
+                member.error = str(error)
+                continue
+            member.trainer.progress.epoch_seconds += time.monotonic() - started
+            if member.trainer.saves_now:
+                member.trainer.save()
+
+    def _validate(self, members: Sequence[Member]) -> list[Scores]:
+        """Scores of each on the validation clips, in one pass over them."""
+        sums = [ViewSums() for _ in members]
+        for batch in self.val_loader.epoch() if members else ():
+            shared = self._share(batch, 0, len(batch.labels))
+            for member, found in zip(members, sums, strict=True):
+                head = member.trainer.optimisation.result
+                found.add_batch(
+                    head, batch, shared.inputs(member.reads), self.val_loader, self.autocast_dtype
+                )
+            self._interrupt_if_asked()
+        return [scores_of([found], self.val_loader) for found in sums]
+
+    def _decode(self, batch: Batch, options: TrainOptions) -> None:
+        """Decode a batch, in the parts that a step takes it in."""
+        part = -(-options.global_batch // options.accumulate)
+        self._shared = {}
+        for start in range(0, len(batch.labels), part):
+            self._shared[start] = self._share(batch, start, start + part)
+
+    def _share(self, batch: Batch, start: int, stop: int) -> SharedBatch:
+        features = batch.features.part(start, stop).to(self.device, non_blocking=True)
+        return SharedBatch(features, self._reads, products=self.autocast_dtype or torch.float32)
+
+    def _interrupt_if_asked(self) -> None:
+        if not self._stop.signal_number:
+            return
+        for member in self._training():
+            member.trainer.save()
+        done = max(m.trainer.progress.step for m in self.members)
+        raise Interrupted(
+            f"stopped after step {done} of a pass of {len(self.members)} heads, which is kept; go on with --resume",
+            self._stop.signal_number,
+        )
+
+    def _member(self, planned: PlannedRun, out: Path) -> Member:
+        """A trainer at the beginning, or where its run directory says that it is."""
+        run, reads = planned.run, planned.reads
+        config = run_config(
+            self.train_loader.cache,
+            {"train": self.train_loader, "val": self.val_loader},
+            run.options,
+            reads.layers,
+        )
+        caches = {
+            side: {**cache, "sample_nbytes": planned.sample_nbytes} for side, cache in config.caches.items()
+        }
+        config = replace(config, caches=caches)
+        resume = (out / STATE_NAME).exists()
+        if not resume:  # a head whose state was not kept any more begins anew
+            for name in (HEAD_NAME, BEST_NAME):
+                (out / name).unlink(missing_ok=True)
+        prepare_run(out, config, resume=resume)
+        trainer = Trainer(
+            config,
+            run.options,
+            self.train_loader,
+            self.val_loader,
+            out=out,
+            take=lambda batch, start, stop: self._shared[start].inputs(reads),
+            stop=self._stop,
+        )
+        if resume:
+            trainer.load(load_state(out))
+        (out / RESULT_NAME).unlink(missing_ok=True)
+        return Member(run=run, reads=reads, out=out, trainer=trainer)
