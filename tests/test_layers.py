@@ -84,7 +84,7 @@ OWNERS: Mapping[str, frozenset[str]] = {
     "open_clip": frozenset({"towers"}),
     "zarr": frozenset({"store"}),
     "numcodecs": frozenset({"store"}),
-    "google_crc32c": frozenset({"store"}),
+    "awscrt": frozenset({"store"}),
     "obstore": frozenset({"store"}),
     "matplotlib": frozenset({"pictures"}),
     "click": frozenset({"evl_cache_cli"}),

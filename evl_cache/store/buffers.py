@@ -3,6 +3,7 @@
 B slots, L layers.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from evl_cache.store.rows import StoredBatch, StoredMaps, StoredTokens
 
 TOKEN_ARRAYS = ("tokens", "token_affine", "token_scale")
 MAP_ARRAYS = ("maps", "map_scale")
+_HUGE_PAGE_NBYTES = 2 << 20
 CLASS_ARRAYS = ("class_tokens",)
 TokensRead = Literal["all", "class", "both"]
 
@@ -100,7 +102,11 @@ class BatchBuffers:
 def _memory(shape: tuple[int, ...], dtype: str, pin_memory: bool) -> torch.Tensor:
     if pin_memory:
         return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True)
-    return torch.from_numpy(np.empty(shape, dtype))  # numpy asks for huge pages, which are filled faster
+    # On the boundary of a huge page: numpy asks for these, and copies between even addresses are faster.
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    whole = np.empty(nbytes + _HUGE_PAGE_NBYTES, np.uint8)
+    start = -whole.ctypes.data % _HUGE_PAGE_NBYTES
+    return torch.from_numpy(whole[start : start + nbytes].view(dtype).reshape(shape))
 
 
 def stored_batch(tensors: Mapping[str, Sequence[torch.Tensor]]) -> StoredBatch:

@@ -1,24 +1,19 @@
 """What becomes of the bytes of one chunk: the inner codecs of our shards, and their checksums.
 
 Both codecs carry a checksum inside the published format, so that any Zarr v3 reader notices a flipped bit.
-CRC-32C comes from google_crc32c, which zarr itself depends on: 26 GB/s on one core, but it holds the
-interpreter lock. Two threads that copy and check chunks of 1.2 MB reached 16 GB/s so, and 24 with the same
-C function called through ctypes, which lets go of the lock. zlib's CRC-32 made 2.5 GB/s.
+CRC-32C comes from awscrt: 57 GB/s on one core with AVX-512, and long buffers let go of the interpreter lock.
+google_crc32c made 22 GB/s and keeps the lock, zlib's CRC-32 2.5 GB/s.
 zstd decodes such chunks at 1.3 to 2.3 GB/s a core, without the lock; levels 1 and 3 compress alike.
 """
 
 from __future__ import annotations
 
-import ctypes
-import importlib
 import threading
-from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from functools import lru_cache
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from awscrt.checksums import crc32c as _crc32c
 from numcodecs import zstd
 from numpy.typing import DTypeLike, NDArray
 
@@ -28,41 +23,15 @@ Array = NDArray[Any]
 Buffer = bytes | bytearray | memoryview | Array
 
 CRC_NBYTES = 4
-_WITHOUT_LOCK_NBYTES = 1 << 16  # below, a call through ctypes costs more than the lock
+# Large raw chunks start at even addresses, between which copies are up to a quarter faster.
+ALIGNMENT, _ALIGNED_NBYTES = 64, 1 << 16
 _SCRATCH = threading.local()
 _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
-def crc32c(data: Buffer) -> int:
-    """CRC-32C (Castagnoli) of a contiguous buffer, in 0 .. 2^32-1."""
-    view = byte_view(data)
-    if view.nbytes >= _WITHOUT_LOCK_NBYTES and (function := _crc32c_without_lock()) is not None:
-        return int(function(view.ctypes.data, view.nbytes))
-    # google_crc32c refuses memoryviews, but takes arrays that look at the same bytes.
-    return int(google_crc32c.value(view))
-
-
-def crc32c_at(address: int, nbytes: int) -> int:
-    """CRC-32C of the memory at an address, which the caller keeps alive: what a view costs is left out."""
-    if (function := _crc32c_without_lock()) is not None:
-        return int(function(address, nbytes))
-    return int(google_crc32c.value(np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(address))))
-
-
-@lru_cache(maxsize=1)
-def _crc32c_without_lock() -> Callable[[int, int], int] | None:
-    """The C function inside google_crc32c, called so that other Python threads run; None where it is not found."""
-    try:
-        extension = importlib.import_module("google_crc32c._crc32c")
-        function = ctypes.CDLL(str(extension.__file__)).crc32c_value
-    except (ImportError, OSError, AttributeError):
-        return None
-    function.restype, function.argtypes = ctypes.c_uint32, [ctypes.c_void_p, ctypes.c_size_t]
-    probe = np.arange(256, dtype=np.uint8)
-    if int(function(probe.ctypes.data, probe.nbytes)) != int(google_crc32c.value(probe)):
-        return None
-    result: Callable[[int, int], int] = function
-    return result
+def crc32c(data: Buffer, previous: int = 0) -> int:
+    """CRC-32C (Castagnoli) of a contiguous buffer, in 0 .. 2^32-1; or of what `previous` is of, and then it."""
+    return int(_crc32c(data, previous))
 
 
 def byte_view(data: Buffer) -> NDArray[np.uint8]:
@@ -136,6 +105,12 @@ class ChunkCodec:
         # zstd's own bound is 1/256 more than the input, plus 64 for short ones and the frame; this is wider.
         largest = np.uint64(chunk_nbytes + chunk_nbytes // 128 + 1024)
         return np.asarray((encoded_nbytes > 0) & (encoded_nbytes <= largest))
+
+    def place(self, end: int, encoded_nbytes: int) -> int:
+        """Where writers of ours put a chunk of so many stored bytes into a shard whose data end at `end`."""
+        if self.name == "raw" and encoded_nbytes >= _ALIGNED_NBYTES:
+            return end + -end % ALIGNMENT
+        return end
 
     def zarr_codecs(self, dtype: DTypeLike) -> list[dict[str, Any]]:
         """The inner codecs as Zarr v3 metadata; `dtype` decides whether an endianness has to be stated."""

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from evl_cache.errors import UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.codec import ChunkCodec
 from evl_cache.store.metadata import array_metadata, shard_path
@@ -60,6 +64,16 @@ class ArrayLayout:
     def chunk_nbytes(self) -> int:
         """Bytes of one decoded chunk."""
         return math.prod(self.chunk_shape) * {"int8": 1, "uint8": 1, "float16": 2, "float32": 4}[self.dtype]
+
+    def check_stack(self, stack: NDArray[Any], num_layers: int) -> None:
+        """Raises: UsageError unless chunks of so many layers can be read into it, (L, slots, *chunk)."""
+        found = (stack.dtype, len(stack), stack.shape[2:])
+        if found != (np.dtype(self.dtype), num_layers, self.chunk_shape) or not stack.flags.c_contiguous:
+            expected = (self.dtype, num_layers, self.chunk_shape)
+            raise UsageError(
+                f"buffer of {self.name}: dtype, layers, chunk are {found}, stored are {expected}: "
+                "use buffers of the same cache and layers, C-contiguous"
+            )
 
     def metadata(self, spec: CacheSpec) -> dict[str, Any]:
         """The array's `zarr.json`."""

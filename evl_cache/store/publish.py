@@ -19,11 +19,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from evl_cache.errors import CacheError, UsageError
+from evl_cache.store.codec import crc32c
 from evl_cache.store.file_system import start_writeback
 from evl_cache.store.permissions import give_directory_mode, give_file_mode
 
@@ -99,7 +99,7 @@ class StagedFile:
             raise UsageError(f"{self.path} is closed: write before publishing")
         view = np.frombuffer(memoryview(data).cast("B"), np.uint8)
         self._hash.update(view.data)
-        self.crc32c = int(google_crc32c.extend(self.crc32c, view))
+        self.crc32c = crc32c(view, self.crc32c)
         if self._pending is None:
             self._pending = np.empty(_HUGE_PAGE_NBYTES, np.uint8)
         while len(view) > 0:
@@ -278,7 +278,7 @@ def file_crc32c(path: Path) -> tuple[int, int]:
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(part.data):
                 size += count
-                checksum = int(google_crc32c.extend(checksum, part[:count]))
+                checksum = crc32c(part[:count], checksum)
     except OSError as error:
         raise _cannot("read", path, error) from error
     return size, checksum

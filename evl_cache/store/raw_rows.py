@@ -1,100 +1,121 @@
-"""Raw chunks of a mapped shard as rows of a table: a sample's layers are then one slice, read with little Python.
+"""Raw chunks of a mapped shard as rows of a table: a sample's layers are one slice, copied with little Python.
 
 L layers, n bytes of a chunk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from evl_cache.store.codec import CRC_NBYTES, crc32c, crc32c_at
+from evl_cache.store.codec import crc32c
+from evl_cache.store.shard_file import ShardFile
 from evl_cache.store.shard_index import MISSING
 
 # Larger chunks are copied and checked one by one, while the copy is in the processor's cache.
 _TOGETHER_NBYTES = 1 << 16
 
+Check = Callable[[int, int, int | None], None]
+
 
 class RawRows:
-    """The chunks that a shard of raw chunks has, one after another in C order as writers of ours leave them.
+    """The chunks that a shard of raw chunks has, at even distances in C order as writers of ours leave them.
 
     Args:
-        mapped: the file's bytes. chunk_nbytes: n. present: which chunks there are, in C order of the grid.
+        mapped: the file's bytes. size_now: gives the file's size.
+        start, stride: bytes to the first chunk, and from one to the next.
+        present: which chunks there are, in C order of the grid. chunk_shape, dtype: of a chunk.
         checksums: of every chunk, from the mark; None checks each against the CRC-32C in the file alone.
+        check: called with chunk, CRC-32C of what was copied, and the one in the file, where they are not what they
+            should be; raises. None: nothing is checked.
     """
 
     def __init__(
         self,
         mapped: NDArray[np.uint8],
         *,
-        chunk_nbytes: int,
-        checksums: NDArray[np.uint32] | None,
+        size_now: Callable[[], int],
+        start: int,
+        stride: int,
         present: NDArray[np.bool_],
+        chunk_shape: Sequence[int],
+        dtype: np.dtype[Any],
+        checksums: NDArray[np.uint32] | None,
+        check: Check | None,
     ) -> None:
-        self._nbytes = chunk_nbytes
-        stored = chunk_nbytes + CRC_NBYTES
-        count = int(present.sum())
-        table = mapped[: count * stored].reshape(count, stored)
-        self._rows = table[:, :chunk_nbytes]
-        self._tails = np.ndarray((count,), "<u4", buffer=table, offset=chunk_nbytes, strides=(stored,))
+        template = np.empty(chunk_shape, dtype)
+        shape, strides = (int(present.sum()), *chunk_shape), (stride, *template.strides)
+        self._rows = np.ndarray(shape, dtype, buffer=mapped, offset=start, strides=strides)
+        self._tails = np.ndarray(
+            shape[:1], "<u4", buffer=mapped, offset=start + template.nbytes, strides=(stride,)
+        )
+        self._size_now, self._size = size_now, len(mapped)
+        self._together = template.nbytes < _TOGETHER_NBYTES
         self._row_of: list[int] = np.where(present, np.cumsum(present) - 1, -1).tolist()
         self._checksums: list[int] | None = None if checksums is None else checksums.tolist()
+        self._check = check
 
     @classmethod
     def of(
         cls,
-        mapped: NDArray[np.uint8],
+        file: ShardFile,
         index: NDArray[np.uint64],
         *,
-        chunk_nbytes: int,
+        chunk_shape: Sequence[int],
+        dtype: np.dtype[Any],
         checksums: NDArray[np.uint32] | None,
+        check: Check | None,
     ) -> RawRows | None:
         """The table, or None where the chunks lie otherwise. `index`: of the shard, (chunks, 2)."""
         present = index[:, 1] != np.uint64(MISSING)
-        offsets = index[present, 0]
-        stored = np.uint64(chunk_nbytes + CRC_NBYTES)
-        if len(offsets) == 0 or not np.array_equal(
-            offsets, np.arange(len(offsets), dtype=np.uint64) * stored
-        ):
+        offsets = index[present, 0].astype(np.int64)
+        if file.mapped is None or len(offsets) == 0:
             return None
-        return cls(mapped, chunk_nbytes=chunk_nbytes, checksums=checksums, present=present)
+        distances = np.diff(offsets)
+        stride = int(distances[0]) if len(distances) else int(index[present, 1][0])
+        if stride < int(index[present, 1].max()) or np.any(distances != stride):
+            return None
+        return cls(
+            file.mapped,
+            size_now=file.size_now,
+            start=int(offsets[0]),
+            stride=stride,
+            present=present,
+            chunk_shape=chunk_shape,
+            dtype=dtype,
+            checksums=checksums,
+            check=check,
+        )
 
-    def copy(
-        self, chunks: range, out: NDArray[Any], *, trust: bool, check: Callable[[int, int, int | None], None]
-    ) -> bool:
-        """Copy chunks into `out` (L, ...), of which each layer is contiguous.
+    def copy(self, chunks: range, outs: NDArray[Any]) -> bool:
+        """Copy chunks into `outs` (L, *chunk), each contiguous, and check the copies.
 
-        Args:
-            check: called with chunk, CRC-32C of what was copied, and the one in the file; raises where it must.
-                Not called for what `trust` leaves out, nor for chunks whose three checksums agree.
-
-        Returns: whether all the chunks are there; nothing was done where not.
+        Returns: whether all the chunks are there, and the file still is; nothing was done where not.
+        Raises: what `check` raises.
         """
-        rows = self._row_of[chunks.start : chunks.stop : chunks.step]
-        first, last = rows[0], rows[-1]
-        if first < 0 or last - first != (len(rows) - 1) * chunks.step:
+        step = chunks.step
+        first, last = self._row_of[chunks.start], self._row_of[chunks[-1]]
+        if first < 0 or last - first != (len(outs) - 1) * step or self._size_now() != self._size:
             return False
-        taken = slice(first, last + 1, chunks.step)
-        target: NDArray[np.uint8] = out.reshape(len(rows), -1).view(np.uint8)  # a view, see above
-        source = self._rows[taken]
-        if trust:
-            np.copyto(target, source)
+        taken = slice(first, last + 1, step)
+        # Assigned, not np.copyto: that looks for arrays of other kinds first.
+        if self._check is None:
+            outs[...] = self._rows[taken]
             return True
-        if self._nbytes < _TOGETHER_NBYTES:
-            np.copyto(target, source)
-            found = [crc32c(row) for row in target]
+        if self._together:
+            outs[...] = self._rows[taken]
+            found = [crc32c(out) for out in outs]
         else:
-            address, stride = target.ctypes.data, target.strides[0]
             found = []
-            for layer, row in enumerate(source):
-                np.copyto(target[layer], row)
-                found.append(crc32c_at(address + layer * stride, self._nbytes))
-        stored = self._tails[taken].tolist()
-        expected = stored if self._checksums is None else [self._checksums[chunk] for chunk in chunks]
+            for out, row in zip(outs, self._rows[taken], strict=True):
+                out[...] = row
+                found.append(crc32c(out))
+        stored: list[int] = self._tails[taken].tolist()
+        expected = stored if self._checksums is None else self._checksums[chunks.start : chunks.stop : step]
         if found != stored or found != expected:
             for chunk, value, tail in zip(chunks, found, stored, strict=True):
-                check(chunk, value, tail)
+                self._check(chunk, value, tail)
         return True

@@ -4,7 +4,7 @@ import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_SAMPLES = 256  # read with read-ahead after a look at the disk; one in so many goes without, to look again
+_SAMPLES = 256  # read with read-ahead after a look at the disk; then some go without, to look again
 
 
 class ReadAhead:
@@ -26,10 +26,10 @@ class ReadAhead:
         return self._always or self._left > 0
 
     @contextmanager
-    def watching(self) -> Iterator[None]:
-        """Around the reading of one sample."""
+    def watching(self, samples: int) -> Iterator[None]:
+        """Around the reading of some samples."""
         if self._left > 0 or self._always:
-            self._left -= 1
+            self._left -= samples
             yield
             return
         before = _disk_faults()

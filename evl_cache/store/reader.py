@@ -6,6 +6,7 @@ B samples, T frames, P patches, N = 1+P tokens, C channels.
 import contextlib
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,10 @@ from evl_cache.store.read_ahead import ReadAhead
 from evl_cache.store.recomputed import ProjectionOnDevices, read_projections
 from evl_cache.store.rows import Row, StoredBatch
 from evl_cache.store.shard import ShardReader
+from evl_cache.store.shard_file import LocalFile
 from evl_cache.store.shard_pool import ShardPool
 
-_NFS_RETRIES = 3
+_NFS_RETRIES = 2
 _NFS_WAIT_S = 0.2
 _READ_AHEAD = 8  # samples: without it a cold disk waits for each page fault
 _READ_AHEAD_NBYTES = 1 << 16  # smaller chunks are not worth a system call
@@ -79,10 +81,12 @@ class FeatureCache:
         self._done = BlocksDone(self.path, self.spec)
         self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
-        self._num_layers = len(self.spec.stored_layers)
-        self._maps_files = is_local(self.path)
-        self.is_local = self.copy is None and self._maps_files
-        self._read_ahead = ReadAhead(always=not self._maps_files)
+        self._num_samples = self.spec.num_samples
+        self._num_layers, self._block_samples = len(self.spec.stored_layers), self.spec.block_samples
+        maps_files = is_local(self.path)
+        self._open_file = partial(LocalFile, map_file=maps_files)
+        self.is_local = self.copy is None and maps_files
+        self._read_ahead = ReadAhead(always=not maps_files)
         self._shards = ShardPool()
         self._projections: Mapping[int, ProjectionOnDevices] | None = None
         if self.copy is not None:
@@ -234,23 +238,39 @@ class FeatureCache:
     def _read_positions(
         self, buffers: BatchBuffers, samples: Iterable[tuple[int, int]], positions: Sequence[int]
     ) -> None:
+        self._shards.renew_after_fork()
         wanted = list(samples)
         positions = as_range(positions)
-        for number, (slot, sample) in enumerate(wanted):
+        stacks = [(name, stack, self._layouts[name].differenced) for name, stack in buffers.stacked.items()]
+        for name, stack, _ in stacks:
+            self._layouts[name].check_stack(stack, len(positions))
+        for start in range(0, len(wanted), _READ_AHEAD):
+            group = wanted[start : start + _READ_AHEAD]
             if self._read_ahead.is_on():
-                for _, later in wanted[:_READ_AHEAD] if number == 0 else wanted[number + _READ_AHEAD :][:1]:
-                    self._will_need(later, buffers.arrays, positions)
-            with self._read_ahead.watching():
-                self._read_sample(buffers, slot, sample, positions)
+                due = wanted[: 2 * _READ_AHEAD] if start == 0 else wanted[start + _READ_AHEAD :][:_READ_AHEAD]
+                for _, later in due:
+                    self._will_need(later, buffers.stacked, positions)
+            with self._read_ahead.watching(len(group)):
+                for slot, sample in group:
+                    self._read_sample(stacks, slot, sample, positions)
 
-    def _read_sample(self, buffers: BatchBuffers, slot: int, sample: int, positions: Sequence[int]) -> None:
+    def _read_sample(
+        self,
+        stacks: Iterable[tuple[str, np.ndarray[Any, Any], bool]],
+        slot: int,
+        sample: int,
+        positions: Sequence[int],
+    ) -> None:
         block, chunks = self._chunks(self._checked_sample(sample), positions)
         if self.copy is not None:
-            self.copy.ensure(block, buffers.stacked, chunks)
-        for name, stacked in buffers.stacked.items():
-            outs = stacked[:, slot]  # (L,*chunk)
-            self._read_chunks(name, block, chunks, outs)
-            if self._layouts[name].differenced:
+            self.copy.ensure(block, [name for name, _, _ in stacks], chunks)
+        for name, stack, differenced in stacks:
+            outs = stack[:, slot]  # (L,*chunk)
+            try:
+                self._shards.get((name, block), self._open_shard).read_stacked(chunks, outs)
+            except CacheDamaged:
+                self._read_again(name, block, chunks, outs)
+            if differenced:
                 for out in outs:  # in the processor's cache still
                     frame_sum_(out)
 
@@ -280,7 +300,7 @@ class FeatureCache:
 
     def _checked_sample(self, sample: int) -> int:
         sample = int(sample)
-        if not 0 <= sample < len(self):
+        if not 0 <= sample < self._num_samples:
             raise UsageError(f"sample {sample} of {self.place}; expected 0 to {len(self) - 1}")
         if not self.is_valid[sample]:
             raise self._done.why_not_served(sample, self.clips, self.place)
@@ -288,7 +308,7 @@ class FeatureCache:
 
     def _chunks(self, sample: int, positions: Sequence[int]) -> tuple[int, Sequence[int]]:
         """Block of a sample, and its chunks in the block's shards."""
-        block, row = divmod(sample, self.spec.block_samples)
+        block, row = divmod(sample, self._block_samples)
         first = row * self._num_layers
         if isinstance(positions, range):
             return block, range(first + positions.start, first + positions.stop, positions.step)
@@ -301,19 +321,19 @@ class FeatureCache:
                 with contextlib.suppress(CacheDamaged):  # the read itself looks again, and tells
                     self._shards.get((name, block), self._open_shard).will_need(chunks)
 
-    def _read_chunks(self, name: str, block: int, chunks: Sequence[int], outs: np.ndarray[Any, Any]) -> None:
+    def _read_again(self, name: str, block: int, chunks: Sequence[int], outs: np.ndarray[Any, Any]) -> None:
+        """On NFS a mark can be seen before its data: look again, from a newly opened file."""
         for attempt in range(_NFS_RETRIES):
+            if self.copy is not None:  # removed there to make room, or damaged on this disk
+                self.copy.refetch(name, block, chunks)
+            self._shards.forget((name, block))
             try:
-                self._shards.get((name, block), self._open_shard).read_chunks(chunks, outs)
+                self._shards.get((name, block), self._open_shard).read_stacked(chunks, outs)
                 return
             except CacheDamaged:
-                # On NFS a mark can be seen before its data: look again, from a newly opened file.
-                self._shards.forget((name, block))
                 if attempt + 1 == _NFS_RETRIES:
                     raise
-                if self.copy is not None:  # removed there to make room, or damaged on this disk
-                    self.copy.refetch(name, block, chunks)
-                time.sleep(_NFS_WAIT_S * attempt)
+                time.sleep(_NFS_WAIT_S)
 
     def _open_shard(self, key: tuple[str, int]) -> ShardReader:
         name, block = key
@@ -326,7 +346,7 @@ class FeatureCache:
             codec=layout.codec,
             checksums=record.checksums,
             trust=self._trust,
-            map_file=self._maps_files,
+            open_file=self._open_file,
         )
 
     def __getstate__(self) -> dict[str, Any]:

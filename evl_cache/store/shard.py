@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from evl_cache.errors import CacheDamaged, UsageError
-from evl_cache.store.codec import CRC_NBYTES, Array, ChunkCodec, byte_view, crc32c, scratch
+from evl_cache.store.codec import ALIGNMENT, CRC_NBYTES, Array, ChunkCodec, byte_view, crc32c, scratch
 from evl_cache.store.metadata import array_metadata, group_metadata, shard_path
 from evl_cache.store.publish import StagedFile
 from evl_cache.store.raw_rows import RawRows
-from evl_cache.store.shard_index import MISSING, OpenShard, read_fully, read_index
+from evl_cache.store.shard_file import LocalFile, ShardFile, check_size
+from evl_cache.store.shard_index import MISSING, OpenShard, read_index
 
 __all__ = [
     "ChunkCodec",
@@ -88,6 +89,7 @@ class ShardWriter:
             return
         if len(encoded) == 0:
             raise UsageError("encoded chunk has no bytes: pass None for a missing chunk")
+        self._staged.write(bytes(self.codec.place(self._staged.size, len(encoded)) - self._staged.size))
         self._index[len(self._checksums)] = self._staged.size, len(encoded)
         self._checksums.append(self.codec.checksum(encoded))
         self._staged.write(encoded)
@@ -122,8 +124,8 @@ class ShardReader:
     `grid` is chunks per axis of the shard, chunks are numbered in its C order and have `chunk_shape` and
     `dtype` (little endian). `checksums` (one a chunk, from the mark) are checked at every read, beside the
     checksums in the file. Errors of reading are CacheDamaged and name file and chunk; missing chunks are one.
-    `trust` leaves out the checks that cost a pass over the bytes (of a mark, and of `raw` chunks). `map_file`
-    maps the file instead of reading it: for local disks only, see `file_system`.
+    `trust` leaves out the checks that cost a pass over the bytes (of a mark, and of `raw` chunks). `open_file`
+    opens what lies at `path`: by default a file of this computer, read by calls.
     """
 
     def __init__(
@@ -136,10 +138,10 @@ class ShardReader:
         codec: ChunkCodec,
         checksums: ArrayLike | None = None,
         trust: bool = False,
-        map_file: bool = False,
+        open_file: Callable[[Path], ShardFile] = LocalFile,
     ) -> None:
         self.path = Path(path)
-        self._trust, self._map_file = trust, map_file
+        self._trust, self._open_file = trust, open_file
         self.num_chunks = math.prod(grid)
         self.chunk_shape = tuple(chunk_shape)
         self.dtype = np.dtype(dtype).newbyteorder("<")
@@ -164,21 +166,26 @@ class ShardReader:
         return out
 
     def read_chunks(self, chunks: Sequence[int], outs: Sequence[Array] | Array) -> None:
-        """Fill `outs[k]` with `chunks[k]`; neighbours in the file are read by one call, a range of chunks in one copy.
+        """Fill `outs[k]` with `chunks[k]`; neighbours in the file are read by one call.
 
         After an error the outputs hold anything.
         """
         if len(chunks) != len(outs):
             raise UsageError(f"{len(chunks)} chunks for {len(outs)} outputs: give one output for each chunk")
-        opened, rows = self._opened()
-        if rows is not None and isinstance(chunks, range) and isinstance(outs, np.ndarray) and chunks:
-            self._check_outputs(chunks, outs)
-            self._check_size(opened, chunks[0])
-            if rows.copy(chunks, outs, trust=self._trust, check=self._check):
-                return
+        opened = self._opened()[0]
         targets = [self._target(out) for out in outs]
         for start, stop in self._runs(opened.index, chunks):
             self._read_run(opened, chunks[start:stop], targets[start:stop])
+
+    def read_stacked(self, chunks: Sequence[int], outs: Array) -> None:
+        """`read_chunks` into one array (len(chunks), *chunk_shape) of the shard's dtype, each chunk contiguous.
+
+        A range of raw chunks of a mapped file is copied by one call. The caller answers for the arguments, and has
+        not forked since the last read.
+        """
+        _, rows = self._open or self._opened()
+        if rows is None or not isinstance(chunks, range) or not rows.copy(chunks, outs):
+            self.read_chunks(chunks, outs)
 
     def will_need(self, chunks: Sequence[int]) -> None:
         """Have the kernel read chunks that will be asked for soon."""
@@ -196,7 +203,7 @@ class ShardReader:
         found = self._open
         if found is not None and found[0].pid == os.getpid():
             return found
-        opened = OpenShard.open(self.path, self.num_chunks, map_file=self._map_file)
+        opened = OpenShard.open(self.path, self.num_chunks, open_file=self._open_file)
         nbytes = opened.index[:, 1]
         wrong = (nbytes != np.uint64(MISSING)) & ~self.codec.allows_size(nbytes, self.chunk_nbytes)
         if np.any(wrong):
@@ -206,20 +213,16 @@ class ShardReader:
         return found
 
     def _raw_rows(self, opened: OpenShard) -> RawRows | None:
-        if opened.mapped is None or self.codec.name != "raw":
+        if self.codec.name != "raw":
             return None
         return RawRows.of(
-            opened.mapped, opened.index, chunk_nbytes=self.chunk_nbytes, checksums=self.checksums
+            opened.file,
+            opened.index,
+            chunk_shape=self.chunk_shape,
+            dtype=self.dtype,
+            checksums=self.checksums,
+            check=None if self._trust else self._check,
         )
-
-    def _check_outputs(self, chunks: range, outs: Array) -> None:
-        if not 0 <= chunks[0] <= chunks[-1] < self.num_chunks:
-            raise UsageError(f"chunks {chunks} asked for, {self.path} has 0 to {self.num_chunks - 1}")
-        if outs.shape[1:] != self.chunk_shape or outs.dtype != self.dtype or not outs[0].flags.c_contiguous:
-            raise UsageError(
-                f"outputs are {outs.dtype} {outs.shape}, a chunk is {self.dtype} {self.chunk_shape}: "
-                "make them equal, each contiguous"
-            )
 
     def _target(self, out: Array) -> NDArray[np.uint8]:
         if out.shape != self.chunk_shape or out.dtype != self.dtype or not out.flags.writeable:
@@ -232,6 +235,7 @@ class ShardReader:
     def _runs(self, index: NDArray[np.uint64], chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
         """Ranges start, stop of `chunks` that lie one after another in the file."""
         start, due, run_nbytes = 0, MISSING, 0
+        gap = ALIGNMENT if self.codec.name == "raw" else 1
         for k, chunk in enumerate(chunks):
             if not 0 <= chunk < self.num_chunks:
                 raise UsageError(f"chunk {chunk} asked for, {self.path} has 0 to {self.num_chunks - 1}")
@@ -239,7 +243,7 @@ class ShardReader:
             if offset == MISSING:
                 raise self._damaged(chunk, "is missing")
             full = k - start == _MAX_RUN_CHUNKS or run_nbytes + nbytes > _MAX_RUN_NBYTES
-            if k > start and (offset != due or full):
+            if k > start and (not due <= offset < due + gap or full):
                 yield start, k
                 start, run_nbytes = k, 0
             due = offset + nbytes
@@ -248,37 +252,40 @@ class ShardReader:
             yield start, len(chunks)
 
     def _read_run(self, opened: OpenShard, chunks: Sequence[int], targets: list[NDArray[np.uint8]]) -> None:
-        if opened.mapped is not None:
+        if opened.file.mapped is not None:
             self._copy_run(opened, chunks, targets)
             return
         sizes = [int(opened.index[chunk, 1]) for chunk in chunks]
-        if self.codec.name == "raw":  # straight into the outputs; only the checksums go elsewhere
-            tails = list(np.empty((len(chunks), CRC_NBYTES), np.uint8))
+        if self.codec.name == "raw":  # straight into the outputs; what lies between goes elsewhere
+            starts = opened.index[list(chunks), 0].astype(np.int64)
+            between = np.diff(starts, append=starts[-1] + sizes[-1]) - self.chunk_nbytes
+            tails = [np.empty(nbytes, np.uint8) for nbytes in between.tolist()]
             buffers = [part for pair in zip(targets, tails, strict=True) for part in pair]
         else:
             buffers = np.split(scratch(sum(sizes)), np.cumsum(sizes)[:-1])
         try:
-            read_fully(opened.descriptor, buffers, int(opened.index[chunks[0], 0]))
+            opened.file.read(buffers, int(opened.index[chunks[0], 0]))
         except CacheDamaged as error:
             raise self._damaged(chunks[0], f"{error}") from error
         for k, (chunk, target) in enumerate(zip(chunks, targets, strict=True)):
             if self.codec.name == "raw":
-                self._check_raw(chunk, target, tails[k])
+                self._check_raw(chunk, target, tails[k][:CRC_NBYTES])
             else:
                 self._decode(chunk, buffers[k], target)
 
     def _check_size(self, opened: OpenShard, chunk: int) -> None:
         try:
-            opened.check_size()
+            check_size(opened.file)
         except CacheDamaged as error:
             raise self._damaged(chunk, f"{error}") from error
 
     def _copy_run(self, opened: OpenShard, chunks: Sequence[int], targets: list[NDArray[np.uint8]]) -> None:
-        assert opened.mapped is not None
+        mapped = opened.file.mapped
+        assert mapped is not None
         self._check_size(opened, chunks[0])
         for chunk, target in zip(chunks, targets, strict=True):
             offset, nbytes = opened.index[chunk].tolist()
-            stored = opened.mapped[offset : offset + nbytes]
+            stored = mapped[offset : offset + nbytes]
             if self.codec.name == "raw":
                 np.copyto(target, stored[:-CRC_NBYTES])
                 self._check_raw(chunk, target, stored[-CRC_NBYTES:])

@@ -24,13 +24,16 @@ class ShardPool:
         self.limit = default_limit() if limit is None else limit
         self._renew()
 
+    def renew_after_fork(self) -> None:
+        """Drop the parent's readers in a child. Before the first `get` of every piece of work."""
+        if self._pid != os.getpid():
+            self._renew()
+
     def get(self, key: ShardKey, open_shard: Callable[[ShardKey], ShardReader]) -> ShardReader:
         """The shard's reader, from the pool or from `open_shard`.
 
         It stays usable when it leaves the pool: its file closes after its last read.
         """
-        if self._pid != os.getpid():
-            self._renew()
         # While there is room for more, order does not matter, and a look needs no lock.
         reader = self._readers.get(key)
         if reader is not None and len(self._readers) < self.limit:
@@ -47,11 +50,13 @@ class ShardPool:
 
     def forget(self, key: ShardKey) -> None:
         """Open the shard's file anew at the next read."""
+        self.renew_after_fork()
         with self._lock:
             self._readers.pop(key, None)
 
     def close(self) -> None:
         """Let go of every file; each closes after its last read."""
+        self.renew_after_fork()
         with self._lock:
             for reader in self._readers.values():
                 reader.close()

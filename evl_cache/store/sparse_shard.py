@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store.codec import CRC_NBYTES, ChunkCodec, byte_view, crc32c
@@ -39,7 +40,7 @@ class SparseShard:
     def __init__(self, path: Path, record: FileRecord, codec: ChunkCodec) -> None:
         self.path, self._codec = path, codec
         self.nbytes = np.frombuffer(record.chunk_nbytes, "<u4").astype(np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(self.nbytes)])
+        self.starts = _starts(self.nbytes.tolist(), codec)
         self._checksums = record.checksums
         self._flags = int(self.starts[-1])
         if self._flags + 16 * len(self.nbytes) + CRC_NBYTES != record.size:
@@ -127,3 +128,13 @@ class SparseShard:
         index[there, 0], index[there, 1] = self.starts[:-1][there], self.nbytes[there]
         written = index.tobytes()
         return written + crc32c(written).to_bytes(CRC_NBYTES, "little")
+
+
+def _starts(chunk_nbytes: Sequence[int], codec: ChunkCodec) -> NDArray[np.int64]:
+    """Where writers of ours put chunks, and where the last one ends."""
+    starts, end = [], 0
+    for nbytes in chunk_nbytes:
+        start = codec.place(end, nbytes)
+        starts.append(start)
+        end = start + nbytes
+    return np.array([*starts, end], dtype=np.int64)
