@@ -11,6 +11,7 @@ import threading
 import tracemalloc
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.store.codec import ChunkCodec, crc32c
+from evl_cache.store.marks import FileRecord
 from evl_cache.store.publish import canonical_json, make_directories, stage_file, write_json_atomic
 from evl_cache.store.shard import (
     ShardReader,
@@ -33,6 +35,8 @@ from evl_cache.store.shard import (
     read_index,
     shard_path,
 )
+from evl_cache.store.shard_file import LocalFile
+from evl_cache.store.sparse_shard import SparseShard
 
 Array = NDArray[Any]
 DTYPES = ("int8", "uint8", "float16", "float32")
@@ -350,6 +354,51 @@ def test_neighbours_are_read_by_one_call(
     shard.read_chunks([3, 4, 8], outs)
     assert calls == 3
     np.testing.assert_array_equal(outs, values[[3, 4, 8]])
+
+
+@pytest.mark.parametrize("map_file", [False, True], ids=["read by calls", "mapped"])
+def test_large_raw_chunks_lie_at_even_addresses_and_read_back(
+    tmp_path: Path, map_file: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, codec = (1, 66_001), ChunkCodec("raw")
+    values = np.random.default_rng(0).integers(-128, 128, (BLOCK * LAYERS, *shape)).astype(np.int8)
+    missing = {3, 4, 5}  # a sample that failed
+    record = write_shard(
+        tmp_path / "shard", [None if k in missing else value for k, value in enumerate(values)], codec
+    )
+    index = read_index(tmp_path / "shard", BLOCK * LAYERS)
+    there = [k for k in range(BLOCK * LAYERS) if k not in missing]
+    assert not np.any(index[there, 0] % 64)
+    # A copy that arrives in pieces puts them at the same places.
+    copy = SparseShard(tmp_path / "copy", FileRecord.of(record), codec)
+    assert copy.starts[:-1][there].tolist() == index[there, 0].tolist()
+
+    shard = ShardReader(
+        tmp_path / "shard",
+        grid=(BLOCK, LAYERS),
+        chunk_shape=shape,
+        dtype="int8",
+        codec=codec,
+        checksums=record.chunk_checksums,
+        open_file=partial(LocalFile, map_file=map_file),
+    )
+    calls: list[int] = []
+    preadv = os.preadv
+    shard.present  # noqa: B018 - opened now
+    monkeypatch.setattr(os, "preadv", lambda *a: calls.append(1) or preadv(*a))
+    for chunks in (range(6, 9), range(0, 3, 2), range(9, 10)):
+        outs = np.zeros((len(chunks), 2, *shape), np.int8)[:, 1]
+        shard.read_stacked(chunks, outs)
+        np.testing.assert_array_equal(outs, values[list(chunks)])
+    assert len(calls) == (0 if map_file else 4)  # neighbours by one call, whatever lies between them
+    with pytest.raises(CacheDamaged, match="chunk 3 of 12 is missing"):
+        shard.read_stacked(range(3, 6), np.empty((3, *shape), np.int8))
+    flip(tmp_path / "shard", int(index[7, 0]) + 70)
+    with pytest.raises(CacheDamaged, match="chunk 7 of 12 does not match its inner CRC-32C"):
+        shard.read_stacked(range(6, 9), np.empty((3, *shape), np.int8))
+    os.truncate(tmp_path / "shard", record.size - 5000)
+    with pytest.raises(CacheDamaged, match="changed its size|is cut off" if map_file else "chunk"):
+        shard.read_stacked(range(6, 9), np.empty((3, *shape), np.int8))
 
 
 @pytest.mark.parametrize("codec_name", CODECS)
