@@ -79,7 +79,7 @@ def _resident_bytes(pid: int) -> int:
 
 
 def make_list(folder: Path, count: int) -> ClipList:
-    """`count` names for few files: each codec at each size, and one of seven cut off."""
+    """`count` names for few files: each codec at each size, and a fourth cut off."""
     files = []
     for number, codec in enumerate(CODECS):
         files += render_clips(folder / codec, count=3, num_frames=90, codec=codec)

@@ -1,5 +1,6 @@
 """Clips as those of Kinetics are: ten seconds of H.264 at 30 frames/s, key frames as x264 sets them, a moving picture."""
 
+import os
 from pathlib import Path
 
 import av
@@ -21,6 +22,7 @@ def render_clips(
     folder: Path, *, count: int, num_frames: int = NUM_FRAMES, codec: str = "libx264"
 ) -> list[Path]:
     """`count` files by seed, of the sizes in turn."""
+    os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder tells errors only
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for seed in range(count):

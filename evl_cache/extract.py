@@ -126,7 +126,7 @@ def extract(
         root: what relative clip paths are relative to.
         recipe: stored for `repair`.
         on_clip: called with whether it failed, after each clip, also for those found done.
-        on_bottleneck: called with what the run waits for most: `decoding`, `device` or `writing`.
+        on_bottleneck: called with what the run waits for most: `decoding`, `transfer`, `device` or `writing`.
         rendezvous: of the processes of one run, which then try no block twice; None for one that goes by the locks.
 
     Raises: UsageError where another cache is there; CacheError where the disk refuses; TooManyFailures.

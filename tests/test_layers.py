@@ -35,8 +35,8 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         (
             "parts of stages",
             (
-                "frames reuse extract_block block_taker scoring catalog optimisation run_log run_setup head_reads loaders"
-                " run_tower shared_batch sweep_grid"
+                "frames reuse clips_ahead device_pipeline extract_block block_taker scoring catalog optimisation run_log"
+                " run_setup head_reads loaders run_tower shared_batch sweep_grid"
             ),
         ),
         ("made of parts", "report batch_size trainer online_loader sweep_memory sweep_pass"),
@@ -68,6 +68,11 @@ SAME_LAYER = {
     ("sweep_memory", "batch_size"),
     ("sweep_pass", "trainer"),
     ("loaders", "head_reads"),  # what is read is what they load
+    ("clips_ahead", "frames"),
+    ("device_pipeline", "frames"),
+    ("extract_block", "clips_ahead"),
+    ("extract_block", "device_pipeline"),
+    ("block_taker", "device_pipeline"),
     ("extract_block", "frames"),  # a block is made of prepared clips
     ("extract_block", "reuse"),  # and of rows that an older cache has
     ("block_taker", "extract_block"),  # takes blocks, and has them extracted
