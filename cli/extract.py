@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from evl_cache.progress_lines import extract_progress
-from evl_cache.spec import CODECS, MAP_STORAGE, RECIPES, SAMPLING, TOKEN_STORAGE
+from evl_cache.spec import CODECS, MAP_STORAGE, RECIPES, SAMPLING, SOFTWARE_PIXELS, TOKEN_STORAGE
 
 from .common import Command, default_device, human_bytes, print_json
 from .mode import mode_option
@@ -165,6 +165,7 @@ def make_request(given: dict[str, Any]) -> Any:
         views=views,
         train_split_views=train_split_views,
         allow_missing_percent=given["allow_missing"],
+        pixels=given.get("pixels", SOFTWARE_PIXELS),
     )
 
 
@@ -182,10 +183,10 @@ def make_options(given: dict[str, Any], device: str, **more: Any) -> Any:
 @click.option("--explain", is_flag=True, help="Print what --dataset expects on the disk, and stop.")
 @click.option(
     "--decoder",
-    type=click.Choice(["auto", "decord", "pyav"]),
+    type=click.Choice(["auto", "decord", "pyav", "torchcodec"]),
     default="auto",
     show_default=True,
-    help="auto: PyAV where decord fails.",
+    help="auto: PyAV where decord fails; torchcodec: on the GPU.",
 )
 @click.option("--tolerate-bad-frames", is_flag=True, help="Keep clips with damaged frames.")
 @click.option("--clip-timeout", type=float, metavar="SECONDS", help="For decoding a clip [120].")
@@ -223,12 +224,15 @@ def command(
         return 0
     place = Place.of_environment()
     rendezvous = Rendezvous.of_environment(place, on_lost=_say_lost)
+    device = default_device(local_device(default_device(given["device"])))
+    decoding = DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames, device=device)
+    given["pixels"] = decoding.pixels
     options = make_options(
         given,
-        default_device(local_device(default_device(given["device"]))),
+        device,
         retry_failed=retry_failed,
         reuse=reuse,
-        decoding=DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames),
+        decoding=decoding,
         most_failures=None if max_failures is None else MostFailures.parse(max_failures),
         clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
     )

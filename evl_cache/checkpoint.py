@@ -189,6 +189,7 @@ def provenance_differences(trained: CacheSpec, other: CacheSpec) -> list[str]:
         "std": (trained.tower.std, other.tower.std),
         "QuickGELU": (trained.tower.quick_gelu, other.tower.quick_gelu),
         "preprocessing": (trained.preprocessing, other.preprocessing),
+        "pixels": (trained.pixels, other.pixels),
     }
     return [f"{name} {ours}, not {theirs}" for name, (ours, theirs) in pairs.items() if ours != theirs]
 

@@ -21,7 +21,7 @@ from evl_cache.decode_pool import DEFAULT_TIMEOUT_S
 from evl_cache.errors import UsageError
 from evl_cache.extract_block import BlockExtractor, Tower, package_versions
 from evl_cache.rendezvous import Rendezvous
-from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec, digest
+from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, TowerSpec, ViewSpec, digest
 from evl_cache.store import FeatureCache, create_cache, finish_cache
 from evl_cache.store.size import check_free_space
 from evl_cache.video import DecodeOptions
@@ -88,6 +88,7 @@ def make_spec(
     maps: str = "uint8",
     codec: str = "default",
     compute_dtype: str = "float32",
+    pixels: str = SOFTWARE_PIXELS,
 ) -> CacheSpec:
     """The spec of a cache of these clips. Raises: UsageError where options contradict the tower."""
     return CacheSpec(
@@ -104,6 +105,7 @@ def make_spec(
         num_clips=len(clips.clips),
         content_id=clips.content_id,
         block_clips=max(1, SHARD_SAMPLES // views.per_clip),
+        pixels=pixels,
     )
 
 
@@ -204,6 +206,11 @@ def extract_blocks(
         on_clip(failed)
         taker.look_around_at_times()  # so that a progress line is that of all jobs
 
+    if options.decoding.pixels != spec.pixels:
+        raise UsageError(
+            f"{cache} holds features of {spec.pixels} pixels, --decoder {options.decoding.decoder} on "
+            f"{options.decoding.device} gives {options.decoding.pixels}; use the same decoder, or another cache"
+        )
     extractor = BlockExtractor(
         clips,
         root=root,

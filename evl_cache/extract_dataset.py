@@ -17,7 +17,7 @@ from evl_cache.errors import UsageError
 from evl_cache.extract import ExtractOptions, ExtractResult, OnBottleneck, OnClip, extract, make_spec
 from evl_cache.extract_block import Tower
 from evl_cache.rendezvous import Rendezvous
-from evl_cache.spec import CacheSpec, ViewSpec, default_pretrained
+from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, ViewSpec, default_pretrained
 from evl_cache.towers import build_tower
 
 DATA_ROOT_VARIABLE = "EVL_DATA_ROOT"
@@ -37,6 +37,7 @@ class ExtractRequest:
         train_split_views: views of the train split, where they are others.
         cache: the directory to write; named after its content under the cache root by default.
         limit: only the first clips of the list. allow_missing_percent: of files that are not there.
+        pixels: of the decoder that will be used; see `DecodeOptions`.
     """
 
     dataset: str
@@ -56,6 +57,7 @@ class ExtractRequest:
     cache: Path | None = None
     limit: int | None = None
     allow_missing_percent: float = 0.0
+    pixels: str = SOFTWARE_PIXELS
 
     @property
     def weights(self) -> str:
@@ -115,6 +117,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Pat
             tokens=request.tokens,
             maps=request.maps,
             codec=request.codec,
+            pixels=request.pixels,
             compute_dtype=request.compute_dtype
             or ("float32" if torch.device(device).type == "cpu" else "float16"),
         )

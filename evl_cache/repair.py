@@ -96,6 +96,9 @@ def repair(
         then = _environment_then(cache, spec, broken)
         root = root if isinstance(root, Path) else root(description)
         options = replace(options, batch=int(then.get("batch", options.batch)), retry_failed=False)
+        if spec.pixels != options.decoding.pixels:  # only torchcodec has its own
+            decoding = replace(options.decoding, decoder="torchcodec", device=options.device)
+            options = replace(options, decoding=decoding)
         differs = _redo(cache, broken, then, tower=tower, root=root, options=options, on_clip=on_clip)
     is_complete = FeatureCache(cache).is_complete
     return RepairResult(

@@ -30,6 +30,7 @@ TINY_TOWER, TINY_PRETRAINED = (
     "rendered-v1",
 )  # the tower that comes with the package, and its weights
 TIMM_PREFIX, TIMM_DEFAULT = "timm/", "default"  # models by timm's names, and the first weights of each
+SOFTWARE_PIXELS = "software"
 PREPROCESSING = "short-side-bilinear-v1"  # preprocess.spatial_crops; a change of its pixels is a new name
 
 
@@ -148,6 +149,7 @@ class CacheSpec:
         content_id: digest of the clip list (ids and labels, in order).
         block_clips: clips of one block (one shard of every array).
         codec: profile of the lossless codecs; never changes a value.
+        pixels: what decoded: "software" (decord and PyAV, which agree), or another whose pixels differ.
         extra: fields of a newer minor version, kept as they were read.
     """
 
@@ -165,6 +167,7 @@ class CacheSpec:
     block_clips: int
     codec: str = "default"
     preprocessing: str = PREPROCESSING
+    pixels: str = SOFTWARE_PIXELS
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -230,6 +233,8 @@ class CacheSpec:
             "maps": self.maps,
             "compute_dtype": self.compute_dtype,
         }
+        if self.pixels != SOFTWARE_PIXELS:  # other caches keep their identity
+            content["pixels"] = self.pixels
         return digest(content)
 
     @property
@@ -261,6 +266,8 @@ class CacheSpec:
         """Plain JSON values; the inverse of `from_json`."""
         content = asdict(self) | {"views": self.views.to_json(), "tower": self.tower.to_json()}
         extra = content.pop("extra")
+        if self.pixels == SOFTWARE_PIXELS:
+            del content["pixels"]
         return {**extra, **json.loads(json.dumps(content)), "feature_id": self.feature_id}
 
     @classmethod

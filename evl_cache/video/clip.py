@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evl_cache.errors import UsageError
+from evl_cache.spec import SOFTWARE_PIXELS
 
 DECODERS = ("auto", "decord", "pyav", "torchcodec")
 # Frames are handed on a few at a time, so that a large picture is not held as often as it is asked for.
@@ -100,8 +101,8 @@ class DecodeOptions:
 
     @property
     def pixels(self) -> str:
-        """What the frames' values depend on: decord and PyAV agree, torchcodec differs, also from device to device."""
-        return f"torchcodec-{self.device.split(':')[0]}" if self.decoder == "torchcodec" else "software"
+        """`CacheSpec.pixels`: decord and PyAV agree; torchcodec differs, also from device to device."""
+        return f"torchcodec-{self.device.split(':')[0]}" if self.decoder == "torchcodec" else SOFTWARE_PIXELS
 
 
 def frames_in_pieces(
