@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pretraining.pictures import LONGEST_CAPTION, VOCABULARY
 
@@ -30,6 +31,7 @@ PRESENCE_HEADS = {
     "colour x cell": 72,
 }
 GROUND_HEADS = {"ground colour": 6, "ground pattern": 5}
+PATCH_HEADS = {"shape": 8, "colour": 8, "texture": 4, "size": 3}  # of the thing that lies over a patch
 
 
 def build_image_tower() -> nn.Module:
@@ -89,12 +91,22 @@ class Pretraining(nn.Module):
         )
         for name, labels in PRESENCE_HEADS.items():  # one thing at first: as likely as not is far too often
             nn.init.constant_(self.heads[name].bias, -math.log(labels))
+        self.patch_heads = nn.ModuleDict(
+            {name: nn.Linear(width, labels) for name, labels in PATCH_HEADS.items()}
+        )
 
-    def embed_images(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """float (B, 3, side, side), normalised -> unit embeddings (B, E) and pooled features (B, C)."""
+    def encode(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """float (B, 3, side, side), normalised -> class token (B, C) and patch tokens (B, P, C) after the last norm."""
         visual: Any = self.visual
-        pooled, _ = visual._pool(visual.transformer(visual._embeds(pixels)))
-        return F.normalize((pooled @ visual.proj).float(), dim=-1), pooled.float()
+        # 37 tokens are too few for the blocked kernel to pay: the plain products take a tenth off a step.
+        with sdpa_kernel(SDPBackend.MATH):
+            pooled, patches = visual._pool(visual.transformer(visual._embeds(pixels)))
+        return pooled, patches
+
+    def embed(self, pooled: torch.Tensor) -> torch.Tensor:
+        """Class tokens (B, C) -> unit embeddings (B, E)."""
+        visual: Any = self.visual
+        return F.normalize((pooled @ visual.proj).float(), dim=-1)
 
     def embed_texts(self, captions: torch.Tensor) -> torch.Tensor:
         """int64 (M, W) -> unit embeddings (M, E)."""

@@ -228,6 +228,19 @@ def is_true(captions: list[Caption], pictures: Pictures) -> Flags:
     return out
 
 
+def things_on_patches(pictures: Pictures, *, grid: int) -> Integers:
+    """Which thing lies over each patch, (B, grid * grid): the nearest that reaches into it, or `ANY`."""
+    low = np.arange(grid) / grid
+    centres = pictures.places[..., None]  # (B,O,2,1)
+    beyond = centres - np.clip(centres, low, low + 1.0 / grid)  # of the patch's near edge, (B,O,2,grid)
+    distance = np.hypot(beyond[:, :, 0, None, :], beyond[:, :, 1, :, None])  # (B,O,row,column)
+    radius = np.array(list(SIZES.values()))[pictures.things[..., SIZE]]
+    distance -= 0.8 * radius[..., None, None]
+    distance[pictures.things[..., SHAPE] == ANY] = np.inf
+    nearest = np.where(distance.min(axis=1) < 0.0, distance.argmin(axis=1), ANY)
+    return nearest.reshape(len(nearest), -1)
+
+
 def _fits(wanted: Integers, things: Integers) -> Flags:
     """(M, A) against (B, O, A): which thing is as a caption says, (M, B, O)."""
     wanted = wanted[:, None, None]

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
-from pretraining.model import GROUND_HEADS, PRESENCE_HEADS, Pretraining, contrastive_loss
+from pretraining.model import GROUND_HEADS, PATCH_HEADS, PRESENCE_HEADS, Pretraining, contrastive_loss
 from pretraining.pictures import (
     ANY,
     COLOUR,
@@ -34,9 +33,11 @@ from pretraining.pictures import (
     caption_for,
     draw_pictures,
     is_true,
+    things_on_patches,
     tokenise,
 )
 from pretraining.pixels import normalise
+from pretraining.weights import save_weights, untrained
 from pretraining.zero_shot import zero_shot_accuracy
 
 CAPTIONS_PER_PICTURE = 2
@@ -52,6 +53,7 @@ class Options:
     warmup_steps: int = 300
     weight_decay: float = 0.02
     head_weight: float = 0.2
+    patch_weight: float = 0.5
     level_starts: tuple[float, ...] = (0.0, 0.08, 0.14, 0.24)
     side: int = 96
     seed: int = 0
@@ -93,10 +95,12 @@ def presence(pictures: Pictures) -> dict[str, torch.Tensor]:
 
 
 def losses(model: Pretraining, pictures: Pictures, captions: list[Caption]) -> dict[str, torch.Tensor]:
-    """The contrastive loss, and that of the attribute heads."""
+    """The contrastive loss, and those of the attribute heads on the class token and on the patches."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        images, pooled = model.embed_images(normalise(pictures.pixels))
+        pooled, patches = model.encode(normalise(pictures.pixels))
+        images = model.embed(pooled)
         texts = model.embed_texts(torch.from_numpy(tokenise(captions)))
+    pooled, patches = pooled.float(), patches.float()
     own = torch.arange(len(captions)) // CAPTIONS_PER_PICTURE
     logits = model.log_scale.clamp(max=math.log(100.0)).exp() * texts @ images.T
     contrastive = contrastive_loss(logits, own, torch.from_numpy(is_true(captions, pictures)))
@@ -108,7 +112,24 @@ def losses(model: Pretraining, pictures: Pictures, captions: list[Caption]) -> d
         attributes = attributes + F.cross_entropy(
             model.heads[name](pooled), torch.from_numpy(pictures.grounds[:, which])
         )
-    return {"contrastive": contrastive, "attributes": attributes}
+    return {
+        "contrastive": contrastive,
+        "attributes": attributes,
+        "patches": _patch_loss(model, patches, pictures),
+    }
+
+
+def _patch_loss(model: Pretraining, patches: torch.Tensor, pictures: Pictures) -> torch.Tensor:
+    """Cross entropy of what lies over each patch, over patches that something lies over."""
+    which = things_on_patches(pictures, grid=math.isqrt(patches.shape[1]))
+    picture, patch = np.nonzero(which != ANY)
+    values = torch.from_numpy(pictures.things[picture, which[picture, patch]])  # (N, A)
+    tokens = patches[torch.from_numpy(picture), torch.from_numpy(patch)]
+    columns = {"shape": SHAPE, "colour": COLOUR, "texture": TEXTURE, "size": SIZE}
+    loss = torch.zeros(())
+    for name in PATCH_HEADS:
+        loss = loss + F.cross_entropy(model.patch_heads[name](tokens), values[:, columns[name]])
+    return loss
 
 
 def optimiser_of(model: Pretraining, options: Options) -> torch.optim.AdamW:
@@ -131,8 +152,7 @@ def learning_rate(options: Options, step: int) -> float:
 def train(options: Options, out: Path, *, every: int, held_out: int) -> Iterator[dict[str, Any]]:
     """Train to the end, or on from the last checkpoint; yields what is logged every so many steps."""
     out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(options.seed)
-    model = Pretraining()
+    model = untrained(options.seed)
     optimiser = optimiser_of(model, options)
     last, first_step = out / "last.pt", 0
     if last.exists():
@@ -155,7 +175,11 @@ def train(options: Options, out: Path, *, every: int, held_out: int) -> Iterator
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(options, step)
         parts = losses(model, *batch_of(options, step))
-        loss = parts["contrastive"] + options.head_weight * parts["attributes"]
+        loss = (
+            parts["contrastive"]
+            + options.head_weight * parts["attributes"]
+            + options.patch_weight * parts["patches"]
+        )
         optimiser.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -172,10 +196,7 @@ def train(options: Options, out: Path, *, every: int, held_out: int) -> Iterator
         yield {"step": done, **line, "zero_shot": scores, "pictures_per_s": rate}
         _save(last, model, optimiser, options, done)
         sums, clock = {}, time.monotonic()
-    visual = {
-        f"visual.{name}": value.half().contiguous() for name, value in model.visual.state_dict().items()
-    }
-    save_file(visual, out / "evl-tiny.safetensors")
+    save_weights(model, out / "evl-tiny.safetensors", options=options)
 
 
 def _save(
@@ -200,7 +221,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     for name in ("steps", "batch", "seed", "warmup_steps"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=getattr(defaults, name))
-    for name in ("lr", "head_weight"):
+    for name in ("lr", "head_weight", "patch_weight"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(defaults, name))
     parser.add_argument("--every", type=int, default=250, help="steps between two checkpoints")
     parser.add_argument("--held-out", type=int, default=512, help="pictures the accuracy is measured on")
