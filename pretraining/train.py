@@ -193,8 +193,8 @@ def train(options: Options, out: Path, *, every: int, held_out: int) -> Iterator
         line = {name: round(total / steps, 4) for name, total in sums.items()}
         scores = zero_shot_accuracy(model, pictures=held_out, side=options.side, seed=options.seed)
         rate = round(steps * options.batch / (time.monotonic() - clock), 1)
-        yield {"step": done, **line, "zero_shot": scores, "pictures_per_s": rate}
         _save(last, model, optimiser, options, done)
+        yield {"step": done, **line, "zero_shot": scores, "pictures_per_s": rate}
         sums, clock = {}, time.monotonic()
     save_weights(model, out / "evl-tiny.safetensors", options=options)
 

@@ -1,5 +1,6 @@
 """The weights of a tower: a file, a tag that is downloaded, or those that come with this package."""
 
+import hashlib
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ def find_weights(model: str, pretrained: str, config: dict[str, Any]) -> tuple[T
                 f"--pretrained {pretrained!r} is neither a file nor a tag of {TINY_TOWER}; expected "
                 f"{TINY_PRETRAINED}, a file, or none"
             )
-        return read_tower_weights(bundled(f"{TINY_TOWER}.safetensors")), {}
+        return read_tower_weights(_intact(bundled(f"{TINY_TOWER}.safetensors"), config["weights_sha256"])), {}
     tag = get_pretrained_cfg(model, pretrained)
     if not tag:
         tags = list_pretrained_tags_by_model(model)
@@ -52,6 +53,15 @@ def find_weights(model: str, pretrained: str, config: dict[str, Any]) -> tuple[T
     return read_tower_weights(_download(model, pretrained, tag)), {
         name: tuple(tag[name]) for name in ("mean", "std") if tag.get(name) is not None
     }
+
+
+def _intact(path: Path, sha256: str) -> Path:
+    found = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "none"
+    if found != sha256:
+        raise WeightsError(
+            f"{path}: its sha256 is {found[:16]}, expected {sha256[:16]}; install evl-cache again, or give --pretrained FILE"
+        )
+    return path
 
 
 def _check_activation(model: str, pretrained: str, *, needed: bool | None, has: bool) -> None:
