@@ -108,7 +108,7 @@ def _online(
 
     if given["dataset"] is None or given["cache"] is not None or given["val_cache"] is not None:
         raise UsageError("--online reads videos: give --dataset and --root, as for extract, and no cache")
-    # The recipe is training's; augmented views are a cache's.
+    # The recipe is training's.
     storage = {"tokens": "fp16", "maps": "fp16", "codec": "default", "cache": None, "recipe": None}
     request = make_request({**given, **storage})
     out = _out(given, f"{given['dataset']}-online", processes)

@@ -10,7 +10,7 @@ from evl_cache.errors import UsageError
 from .common import Command
 from .extract import dataset_options
 
-ONLINE = "root split annotations list model pretrained layers frames sampling stride views limit"
+ONLINE = "root split annotations list model pretrained layers frames sampling stride views train-views augment-seed flip limit"
 _ONLINE_ONLY = {*ONLINE.split(), "compute-dtype", "allow-missing", "decode-workers"}
 _MODULES = ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")
 _SAME = (

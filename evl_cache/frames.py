@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +44,7 @@ def prepare_clip(
     views: ViewSpec,
     is_known: Callable[[str, str], bool] = lambda clip_id, sha256: False,
     decode: Decode = decode_frames,
+    train_view: int | None = None,
 ) -> PreparedClip:
     """Hash, decode and crop one clip. This is where a clip's failure becomes data.
 
@@ -51,7 +52,9 @@ def prepare_clip(
         root: what relative paths are relative to.
         is_known: whether features of a clip (id, sha256 of its file) are at hand: then it is not decoded.
         decode: gives the frames chosen of a file; `decode_pool` does it in another process.
+        train_view: only this one of the augmented training views.
     """
+    drawn = range(views.train_views) if train_view is None else (train_view,)
     path = root / clip.path
     try:
         size, sha256 = _hash_source(path)
@@ -62,7 +65,7 @@ def prepare_clip(
         return PreparedClip(record=source, samples=None)
     try:
         header, samples = _crop(
-            decode(path, lambda count: choose_frames(count, views, clip.id)), clip, tower, views
+            decode(path, lambda count: choose_frames(count, views, clip.id, drawn)), clip, tower, views, drawn
         )
     except ClipError as error:
         failed = ClipRecord(id=clip.id, error=str(error), source_bytes=size, source_sha256=sha256)
@@ -80,7 +83,7 @@ def prepare_clip(
 
 
 def _crop(
-    events: Iterator[FrameEvent], clip: Clip, tower: TowerSpec, views: ViewSpec
+    events: Iterator[FrameEvent], clip: Clip, tower: TowerSpec, views: ViewSpec, drawn: Sequence[int]
 ) -> tuple[ClipHeader, torch.Tensor]:
     """The samples of a clip, made frame by frame: at source resolution no more is held than comes at once."""
     making: _TestViews | _TrainViews | None = None
@@ -88,7 +91,7 @@ def _crop(
         for event in events:
             if isinstance(event, ClipHeader):
                 making = (
-                    _TrainViews(event, clip.id, tower, views)
+                    _TrainViews(event, clip.id, tower, views, drawn)
                     if views.train_views
                     else _TestViews(event, tower, views)
                 )
@@ -127,12 +130,14 @@ class _TestViews:
 class _TrainViews:
     """Augmented views, from frames as they come; what is random in each is drawn before."""
 
-    def __init__(self, header: ClipHeader, clip_id: str, tower: TowerSpec, views: ViewSpec) -> None:
+    def __init__(
+        self, header: ClipHeader, clip_id: str, tower: TowerSpec, views: ViewSpec, drawn: Sequence[int]
+    ) -> None:
         self.header, self._tower = header, tower
         self._positions = header.positions
         self._augmentations = []
         height, width = header.frame_size
-        for view in range(views.train_views):
+        for view in drawn:
             rng = view_generator(views.augment_seed, clip_id, view)
             _train_indices(header.num_frames_in_file, views, rng)  # drawn before; what follows is drawn after
             self._augmentations.append(
@@ -153,7 +158,7 @@ class _TrainViews:
             self._added += 1
 
     def samples(self) -> torch.Tensor:
-        """(V, T, 3, S, S)."""
+        """(views drawn, T, 3, S, S)."""
         return self._samples
 
 
@@ -164,13 +169,13 @@ def _train_indices(count: int, views: ViewSpec, rng: np.random.Generator) -> np.
     return strided_train_view(count, frames=views.frames, stride=views.stride, rng=rng)
 
 
-def choose_frames(num_frames_in_file: int, views: ViewSpec, clip_id: str) -> np.ndarray:
-    """Frame indices of every temporal view, int64 (views, T): drawn for training views, else by the test sampling."""
+def choose_frames(num_frames_in_file: int, views: ViewSpec, clip_id: str, drawn: Sequence[int]) -> np.ndarray:
+    """Frame indices of every temporal view, int64 (views, T): those drawn of training views, else by the test sampling."""
     if views.train_views:
         return np.stack(
             [
                 _train_indices(num_frames_in_file, views, view_generator(views.augment_seed, clip_id, view))
-                for view in range(views.train_views)
+                for view in drawn
             ]
         )
     if views.sampling == "tsn":

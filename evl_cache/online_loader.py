@@ -93,7 +93,12 @@ class OnlineLoader:
         self.times = LoaderTimes()
         self.failures: dict[int, str] = {}
         self.order = EpochOrder(
-            samples=samples, batch=batch, seed=shuffle_seed, rank=processes.rank, world=processes.world
+            samples=samples,
+            batch=batch,
+            seed=shuffle_seed,
+            views=1 if shuffle_seed is None else max(1, source.spec.views.train_views),
+            rank=processes.rank,
+            world=processes.world,
         )
         self._backbone, self._device = backbone, device
         self._forward = 8 if device.type == "cpu" else 32  # samples of a pass of the backbone
@@ -122,8 +127,13 @@ class OnlineLoader:
         try:
             while True:
                 while len(ahead) <= _BATCHES_AHEAD and (part := next(parts, None)) is not None:
-                    clips = dict.fromkeys(self.cache.sample_clips[part.rows].tolist())
-                    ahead.append((part, {row: pool.submit(self._prepare, row) for row in clips}))
+                    # Augmented, an epoch has one view of a clip: the others are not made.
+                    views = dict(
+                        zip(self.cache.sample_clips[part.rows].tolist(), self._views(part.rows), strict=True)
+                    )
+                    ahead.append(
+                        (part, {row: pool.submit(self._prepare, row, view) for row, view in views.items()})
+                    )
                 if not ahead:
                     return
                 batch = self._batch(*ahead.popleft())
@@ -132,10 +142,17 @@ class OnlineLoader:
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
 
-    def _prepare(self, row: int) -> PreparedClip:
+    def _views(self, samples: np.ndarray) -> list[int | None]:
+        """The augmented view that each sample is; None where views are not augmented."""
+        views = self.cache.spec.views
+        return [sample % views.per_clip if views.train_views else None for sample in samples.tolist()]
+
+    def _prepare(self, row: int, train_view: int | None) -> PreparedClip:
         started = time.thread_time()
         spec = self.cache.spec
-        prepared = prepare_clip(self.cache.clips[row], self.cache.path, tower=spec.tower, views=spec.views)
+        prepared = prepare_clip(
+            self.cache.clips[row], self.cache.path, tower=spec.tower, views=spec.views, train_view=train_view
+        )
         self.times.cpu += time.thread_time() - started
         return prepared
 
@@ -166,7 +183,8 @@ class OnlineLoader:
         """A sample's frames, (T, 3, S, S)."""
         samples = prepared[int(self.cache.sample_clips[row])].samples
         assert samples is not None
-        return samples[row % self.cache.spec.views.per_clip]
+        views = self.cache.spec.views
+        return samples[0 if views.train_views else row % views.per_clip]
 
     def _no_frames(self) -> torch.Tensor:
         size = self.cache.spec.tower.image_size

@@ -90,6 +90,46 @@ def online(folder, views, out, **more):
     return result, losses
 
 
+def test_augmented_online_equals_a_cache_of_as_many_views(videos, tmp_path, monkeypatch):
+    for number, clip in enumerate(sorted(videos.glob("0*.mp4"))):
+        folder = tmp_path / "clips" / ("val" if number % 4 == 0 else "train") / f"class{number % 2}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, folder)
+    views = VIEWS["centre"]
+    asked = replace(
+        request(videos, views),
+        dataset="folder",
+        list_path=None,
+        root=tmp_path / "clips",
+        train_split_views=replace(views, train_views=2, augment_seed=3),
+    )
+    monkeypatch.setenv("EVL_CACHE_ROOT", str(tmp_path / "caches"))
+    done = extract_dataset(
+        replace(asked, layers=(2, 3)),
+        options=ExtractOptions(batch=4, decode_workers=1),
+        progress=silent,
+        on_plan=lambda *_: None,
+    )
+    caches = {plan.split: FeatureCache(plan.cache) for plan, _ in done}
+    losses = {"cached": [], "live": []}
+    cached = train(
+        caches["train"],
+        caches["val"],
+        options=OPTIONS,
+        out=tmp_path / "cached",
+        on_step=lambda done, total, loss: losses["cached"].append(loss),
+    )
+    live = train_online(
+        asked,
+        options=OPTIONS,
+        out=tmp_path / "live",
+        on_step=lambda done, total, loss: losses["live"].append(loss),
+    )
+    assert len(losses["live"]) == 3 * 2  # six clips in batches of three: one view of each in an epoch
+    np.testing.assert_allclose(losses["live"], losses["cached"], atol=2e-3)
+    assert live.top1 == cached.top1
+
+
 @pytest.mark.parametrize("views", VIEWS.values(), ids=VIEWS)
 def test_training_online_equals_training_from_a_cache(videos, tmp_path, views):
     cache = extracted(videos, views, tmp_path / "cache")

@@ -64,10 +64,11 @@ def test_the_wheel_of_the_sdist_works_where_no_checkout_is(installed, tmp_path):
 import evl_cache, evl_cache.towers, json, pathlib
 print(json.dumps([evl_cache.__file__, evl_cache.__version__]))
 print(evl_cache.towers.build_tower(str(pathlib.Path(evl_cache.__file__).parent / "data/demo-tower.json"), "none")[1].width)
+print(evl_cache.towers.build_tower("evl-tiny", "rendered-v1")[1].pretrained)
 """
     lines = run(installed / "python", "-c", code, **elsewhere(tmp_path)).stdout.splitlines()
     assert str(installed.parent) in lines[0] and evl_cache.__version__ in lines[0]
-    assert int(lines[1]) > 0
+    assert int(lines[1]) > 0 and lines[2] == "rendered-v1"
     for command in ([installed / "evl-cache"], [installed / "python", "-m", "evl_cache_cli"]):
         assert "extract" in run(*command, "--help", **elsewhere(tmp_path)).stdout
         assert (
