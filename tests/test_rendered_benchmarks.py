@@ -21,8 +21,10 @@ from evl_cache.rendered.benchmarks import (
 )
 from evl_cache.rendered.drawing import SHAPES
 from evl_cache.rendered.films import PALETTES
+from evl_cache.sampling import strided_test_views
 from evl_cache_cli.main import main
 
+ROOT = Path(__file__).resolve().parent.parent
 SMALL = RenderOptions(clips_per_class={"train": 2, "val": 1}, side=32, num_frames=6)
 
 
@@ -97,6 +99,25 @@ def test_harder_motions_travel_less_before_a_camera_that_pans_more(
         panned[difficulty] = np.mean([np.hypot(*np.subtract(film.pans[-1], film.pans[0])) for film in films])
     assert travelled["easy"] > travelled["normal"] > travelled["hard"] > 0.2
     assert 0 == panned["easy"] < panned["normal"] < panned["hard"]
+
+
+@pytest.mark.parametrize("difficulty", DIFFICULTIES)
+def test_the_displacement_between_sampled_frames_is_as_documented(difficulty: str) -> None:
+    frames = strided_test_views(16, frames=8, stride=2, views=1)[0]
+    steps = []
+    for index in range(100):
+        film = motions.motion_film(
+            "moving_right",
+            np.random.default_rng(index),
+            split="val",
+            difficulty=motions.DIFFICULTIES[difficulty],
+            num_frames=16,
+        )
+        steps += list(np.diff([96 * film.things[frame][-1].x for frame in frames]))
+    low, high = (96 * 14 / 15 / 7 * travel for travel in motions.DIFFICULTIES[difficulty].travel)
+    assert low <= min(steps) < low + 0.1 * (high - low) and high - 0.1 * (high - low) < max(steps) <= high
+    page = (ROOT / "docs" / "rendered-benchmarks.md").read_text(encoding="utf-8")
+    assert f"{low:.1f}-{high:.1f} pixels" in page and f"{low / 16:.2f}-{high / 16:.2f}" in page
 
 
 def test_a_stopped_rendering_goes_on_and_other_options_are_refused(tmp_path: Path) -> None:

@@ -101,9 +101,15 @@ _RENDERED = """\
   videos       train/<class>/<index>.mp4 and val/<class>/<index>.mp4; where they are not there yet they are drawn
                by seed, {clips} (evl-cache render {name} draws others: harder, easier, more)
   annotations  none
-  labels       names of the classes in alphabetical order, numbered from 0
+  labels       names of the {classes} in alphabetical order, numbered from 0
   splits       train and val, of other colours and grounds; --split names one
-  views        8 frames, every second one"""
+  views        8 frames, every second one
+  more         docs/rendered-benchmarks.md"""
+
+_RENDERED_CLASSES = {
+    "scenes": "12 pairs of shapes (chance 8.3 %; order says nothing)",
+    "motions": "14 motions (chance 7.1 %; without order at most 50 %)",
+}
 
 _KINETICS = """\
 Kinetics-{n} under --root (default $EVL_DATA_ROOT/k{n}):
@@ -189,7 +195,9 @@ _READERS = (
     *(
         DatasetReader(
             name=name,
-            description=_RENDERED.format(name=name, clips="100 and 30 clips of a class"),
+            description=_RENDERED.format(
+                name=name, clips="100 and 30 clips of a class", classes=_RENDERED_CLASSES[name]
+            ),
             views=RENDERED_VIEWS,
             read=_without_list(
                 name,
