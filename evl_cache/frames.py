@@ -169,15 +169,17 @@ def _train_indices(count: int, views: ViewSpec, rng: np.random.Generator) -> np.
     return strided_train_view(count, frames=views.frames, stride=views.stride, rng=rng)
 
 
-def choose_frames(num_frames_in_file: int, views: ViewSpec, clip_id: str, drawn: Sequence[int]) -> np.ndarray:
-    """Frame indices of every temporal view, int64 (views, T): those drawn of training views, else by the test sampling."""
+def choose_frames(
+    num_frames_in_file: int, views: ViewSpec, clip_id: str, drawn: Sequence[int] | None = None
+) -> np.ndarray:
+    """Frame indices of every temporal view, int64 (views, T): drawn for training views, else by the test sampling.
+
+    drawn: only these of the training views.
+    """
     if views.train_views:
-        return np.stack(
-            [
-                _train_indices(num_frames_in_file, views, view_generator(views.augment_seed, clip_id, view))
-                for view in drawn
-            ]
-        )
+        wanted = range(views.train_views) if drawn is None else drawn
+        generators = (view_generator(views.augment_seed, clip_id, view) for view in wanted)
+        return np.stack([_train_indices(num_frames_in_file, views, rng) for rng in generators])
     if views.sampling == "tsn":
         return tsn_test_views(num_frames_in_file, frames=views.frames, views=views.temporal_views)
     assert views.stride is not None
