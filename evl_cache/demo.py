@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.resources import files
 from pathlib import Path
 
 import torch
@@ -24,13 +25,8 @@ class DemoOptions:
 
     Attributes:
         clips_per_class: rendered clips by split, for each of eight motions.
-        model, pretrained, layers: the tower, and the blocks whose tokens are kept.
         epochs, batch, lr, warmup_steps, head: of both trainings.
     """
-
-    model: str = "evl-tiny"
-    pretrained: str | None = None
-    layers: tuple[int, ...] = (6, 7, 8)
 
     clips_per_class: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_CLIPS_PER_CLASS))
     epochs: int = 15
@@ -111,15 +107,16 @@ def _one_thread() -> Iterator[None]:
 
 
 def _extract(directory: Path, options: DemoOptions, progress: Progress) -> dict[str, FeatureCache]:
+    tower = Path(str(files("evl_cache") / "data" / "demo-tower.json"))
     caches = {}
     for split in ("train", "val"):
         request = ExtractRequest(
             dataset="folder",
             root=directory / "clips",
             split=split,
-            model=options.model,
-            pretrained=options.pretrained,
-            layers=options.layers,
+            model=str(tower),
+            pretrained="none",
+            layers=(2, 3, 4),
             views=ViewSpec(frames=8, stride=1),
             cache=directory / "caches" / split,
         )
