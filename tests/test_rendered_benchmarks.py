@@ -22,7 +22,7 @@ from evl_cache.rendered.benchmarks import (
 from evl_cache.rendered.drawing import SHAPES
 from evl_cache.rendered.films import PALETTES
 from evl_cache.sampling import strided_test_views
-from evl_cache_cli.main import main
+from evl_cache_cli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = RenderOptions(clips_per_class={"train": 2, "val": 1}, side=32, num_frames=6)
@@ -156,7 +156,7 @@ def test_extract_draws_what_is_not_there_and_reads_it_as_any_data_set(
     monkeypatch.setattr("evl_cache.annotations.rendered_clips.begun_options", lambda root: SMALL)
 
     def run(*arguments: str) -> str:
-        result = CliRunner().invoke(main, arguments)
+        result = CliRunner().invoke(cli, arguments)
         assert result.exit_code == 0, result.output
         return result.stdout
 
