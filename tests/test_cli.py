@@ -90,7 +90,7 @@ def test_what_a_data_set_needs_on_the_disk_is_told_and_documented(run):
     page = (ROOT / "docs" / "datasets.md").read_text()
     for name, reader in DATASETS.items():
         assert run("extract", "--dataset", name, "--explain") == (0, reader.description + "\n", "")
-        assert f"## {name}\n\n```\n{reader.description}\n```\n" in page
+        assert f"## {name}\n\n```text\n{reader.description}\n```\n" in page
     assert "unknown data set 'x'" in error_of(run("extract", "--dataset", "x", "--explain"), 2)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from evl_cache_cli.main import main
 from tests.doc_blocks import RUN, Block, blocks, commands, objections
-from tests.example_data import ROOT, make_data, settle
+from tests.example_data import DEMO_TOWER, ROOT, make_data, settle
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What makes the published commands short on small clips: a page never says it.
@@ -53,7 +53,9 @@ def run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
         elif words[0] == "evl-cache":
             assert run_ours(words[1:], monkeypatch) == 0, line
         else:
-            done = subprocess.run(["bash", "-ec", line], capture_output=True, text=True, timeout=60, check=False)
+            done = subprocess.run(
+                ["bash", "-ec", line], capture_output=True, text=True, timeout=60, check=False
+            )
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
 
 
@@ -61,6 +63,11 @@ def run_ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
     if any(word in ("8-12", "9-12") for word in words):  # a tower with so many blocks
         os.environ[f"EVL_CACHE_{words[0].upper()}_MODEL"] = "deep-tower.json"
+    if "--online" in words:
+        os.environ |= {"EVL_CACHE_TRAIN_MODEL": str(DEMO_TOWER), "EVL_CACHE_TRAIN_PRETRAINED": "none"}
+    if words[0] == "train" and "--recipe" in words:  # whose length is in steps
+        del os.environ["EVL_CACHE_TRAIN_EPOCHS"]
+        os.environ["EVL_CACHE_TRAIN_STEPS"] = "4"
     try:
         main(words)
     except SystemExit as stop:
@@ -81,7 +88,9 @@ def test_blocks_are_run_or_say_why_not(page):
     assert objections(page, ROOT) == []
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(map(is_run, blocks(p)))], ids=lambda page: page.stem)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(map(is_run, blocks(p)))], ids=lambda page: page.stem
+)
 def test_a_page_read_from_top_to_bottom_works(page, sandbox, monkeypatch):
     names: dict[str, object] = {"__name__": page.stem}
     for block in filter(is_run, blocks(page)):
@@ -148,3 +157,15 @@ def test_lines_are_joined_and_comments_left_out():
         ["evl-cache", "extract", "--root", "a b", "--layers", "1-2"],
         ["export", "A=1"],
     ]
+
+
+def test_every_message_of_the_troubleshooting_page_is_one_of_ours():
+    import re
+
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
+    code = "".join(
+        p.read_text(encoding="utf-8") for top in ("evl_cache", "cli") for p in (ROOT / top).rglob("*.py")
+    )
+    assert len(messages) > 15
+    assert [message for message in messages if message not in code] == []
