@@ -119,7 +119,8 @@ def make_views(given: dict[str, Any]) -> tuple[Any, Any]:
     from dataclasses import replace
 
     from evl_cache.extract_dataset import dataset_reader
-    from evl_cache.spec import RECIPES, ViewSpec, parse_views
+    from evl_cache.notation import parse_views
+    from evl_cache.spec import RECIPES, ViewSpec
 
     recipe = given.get("recipe")
     plain: dict[str, Any] = {"frames": 8, "sampling": "strided", "stride": 16, "views": "1x1"}
@@ -155,7 +156,7 @@ def make_views(given: dict[str, Any]) -> tuple[Any, Any]:
 def make_request(given: dict[str, Any]) -> Any:
     """The ExtractRequest of the options above."""
     from evl_cache.extract_dataset import ExtractRequest
-    from evl_cache.spec import parse_layers
+    from evl_cache.notation import parse_layers
 
     views, train_split_views = make_views(given)
     same = "dataset root split annotations list_path model pretrained tokens maps codec compute_dtype cache limit"

@@ -27,7 +27,7 @@ def command(
 ) -> int:
     """Turn a checkpoint of the official EVL code into a run with the official model's logits."""
     from evl_cache.import_head import import_head
-    from evl_cache.spec import parse_layers
+    from evl_cache.notation import parse_layers
 
     head = import_head(
         checkpoint,

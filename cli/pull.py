@@ -32,8 +32,8 @@ def command(
     """
     from dataclasses import asdict
 
+    from evl_cache.notation import parse_layers
     from evl_cache.share import pull
-    from evl_cache.spec import parse_layers
 
     with block_progress("pull") as on_block:
         result = pull(

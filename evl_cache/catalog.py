@@ -13,7 +13,8 @@ from evl_cache.clips import select
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
 from evl_cache.heads import has_module, head_depth
 from evl_cache.heads import head_layers as resolve_layers
-from evl_cache.spec import CacheSpec, format_layers
+from evl_cache.notation import format_layers
+from evl_cache.spec import CacheSpec
 from evl_cache.store import (
     SCHEMES,
     FeatureCache,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from evl_cache.catalog import FoundCache, find_caches
-from evl_cache.spec import format_layers
+from evl_cache.notation import format_layers
 from evl_cache.store import (
     MANIFEST_NAME,
     array_layouts,

@@ -22,7 +22,7 @@ from typing import Any
 
 from evl_cache.errors import UsageError
 from evl_cache.heads import MODULES, has_module
-from evl_cache.spec import parse_layers
+from evl_cache.notation import parse_layers
 from evl_cache.train_options import DEFAULT_EPOCHS, OPERATIONAL, TrainOptions
 
 _SHORT = {name.removeprefix("temporal_").replace("_", "-"): name for name in MODULES}

@@ -80,3 +80,24 @@ def store_server(motions: Path) -> "Iterator[store_helpers.Server]":
     server = Server(motions)
     yield server
     server.close()
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data under the names that the examples of help, README and docs use."""
+    from example_data import make_data
+
+    folder = tmp_path_factory.mktemp("data")
+    make_data(folder)
+    return folder
+
+
+@pytest.fixture
+def work(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory where the data lie under their names, and the tower needs no download."""
+    from example_data import settle
+
+    for name in os.listdir(data):
+        (tmp_path / name).symlink_to(data / name)
+    settle(monkeypatch, tmp_path)
+    return tmp_path

@@ -16,26 +16,9 @@ from click.testing import CliRunner
 
 from evl_cache.annotations.registry import DATASETS
 from evl_cache_cli.main import COMMANDS, cli, main
-from tests.example_data import DEMO_TOWER, OFFICIAL, ROOT, make_data, settle
+from tests.example_data import DEMO_TOWER, OFFICIAL, ROOT
 
 SUBPROCESS = {"capture_output": True, "text": True, "timeout": 60, "check": False}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """Data under the names that the examples use."""
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder)
-    return folder
-
-
-@pytest.fixture
-def work(data, tmp_path, monkeypatch) -> Path:
-    """An empty working directory where the data lie under their names, and the tower needs no download."""
-    for name in os.listdir(data):
-        (tmp_path / name).symlink_to(data / name)
-    settle(monkeypatch, tmp_path)
-    return tmp_path
 
 
 @pytest.fixture

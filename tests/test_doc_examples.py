@@ -11,7 +11,7 @@ import torch
 
 from evl_cache_cli.main import main
 from tests.doc_blocks import RUN, Block, blocks, commands, objections
-from tests.example_data import DEMO_TOWER, ROOT, make_data, settle
+from tests.example_data import DEMO_TOWER, ROOT
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What makes the published commands short on small clips: a page never says it.
@@ -23,23 +23,12 @@ SMALL = {
 }
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("docs")
-    make_data(folder)
-    return folder
-
-
 @pytest.fixture
-def sandbox(data, tmp_path, monkeypatch) -> Path:
-    """An empty working directory with the data under the names that the pages use."""
-    for name in os.listdir(data):
-        (tmp_path / name).symlink_to(data / name)
-    settle(monkeypatch, tmp_path)
+def sandbox(work, monkeypatch) -> Path:
     for name, value in SMALL.items():
         monkeypatch.setenv(name, value)
     torch.set_num_threads(1)
-    return tmp_path
+    return work
 
 
 def run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from feature_caches import TOWER, write_cache
 
 from evl_cache.catalog import HeadNeeds, cache_root, find_caches, find_pair, split_places
 from evl_cache.errors import UsageError
-from evl_cache.spec import format_layers, parse_layers
+from evl_cache.notation import format_layers, parse_layers
 from evl_cache_cli.main import cli
 
 

@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("errors", "errors"),
         (
             "pure",
-            "spec clips sampling preprocess attention_maps quantize epoch_order train_options progress displacement",
+            "spec clips sampling preprocess attention_maps quantize epoch_order train_options progress displacement notation",
         ),
         (
             "adapters",

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 import pytest
 
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec, parse_layers, parse_views
+from evl_cache.notation import parse_layers, parse_views
+from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
 
 TOWER = TowerSpec(
     model="ViT-B-16",
