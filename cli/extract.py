@@ -49,7 +49,7 @@ def dataset_options(function: Any) -> Any:
             help="open_clip name, timm/NAME, evl-tiny, JSON file.",
         ),
         click.option("--pretrained", help="Tag, file, or none (seeded random) [openai; evl-tiny's own]."),
-        click.option("--layers", metavar="8-12", help="Blocks counted from 1, also 9,11,12 [the last 4]."),
+        click.option("--layers", metavar="8-12", help="Counted from 1, also 9,11,12 [the last 4]."),
         click.option(
             "--recipe",
             type=click.Choice(list(RECIPES)),
@@ -181,7 +181,7 @@ def make_options(given: dict[str, Any], device: str, **more: Any) -> Any:
 @click.command(cls=Command, name="extract", examples=EXAMPLES)
 @dataset_options
 @mode_option
-@click.option("--explain", is_flag=True, help="Print what --dataset expects on the disk, and stop.")
+@click.option("--explain", is_flag=True, help="Only print what --dataset expects.")
 @click.option(
     "--decoder",
     type=click.Choice(["auto", "decord", "pyav", "torchcodec"]),
