@@ -15,7 +15,7 @@ from .common import Command, default_device, existing_lines, print_json, tell_fo
 EXAMPLES = """
 evl-cache sweep --dataset k400 --head decoder1,decoder4,linear --seed 0,1,2 --epochs 10
 evl-cache sweep --cache caches/mine --val-clips fold1.txt --temporal all,none --lr 1e-3,3e-4 --out runs/a
-evl-cache sweep grid.toml --dataset folder --out runs/ablation --resume
+evl-cache sweep grid.toml --dataset folder --out runs/ablation
 """
 # Options with several values, and what a value is.
 _AXES = {

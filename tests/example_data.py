@@ -40,7 +40,9 @@ def make_data(folder: Path) -> None:
         render(folder / "videos" / f"clip {i}.mp4", MOTION_CLASSES[i % 5], i)
         lines.append(f"clip {i}.mp4 {MOTION_CLASSES[i % 5]}")
     (folder / "clips.txt").write_text("\n".join(lines) + "\n")
-    (folder / "held-out.txt").write_text("clip 3.mp4\nclip 6.mp4\nclip 7.mp4\n")
+    for name in ("held-out.txt", "fold1.txt"):
+        (folder / name).write_text("clip 3.mp4\nclip 6.mp4\nclip 7.mp4\n")
+    (folder / "grid.toml").write_text('epochs = 2\n\n[[grid]]\nhead = ["decoder1", "linear"]\n')
     kinetics = folder / "sets" / "k400"
     (kinetics / "annotations").mkdir(parents=True)
     for split, count in (("train", 3), ("val", 2)):
