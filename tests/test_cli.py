@@ -413,7 +413,9 @@ def test_every_example_runs(work, run, monkeypatch):
     order = ["extract", *(name for name in COMMANDS if name not in ("extract", "demo"))]
     for name in order:
         for line in examples(name):
-            if any(word.startswith(ELSEWHERE) for word in line):  # tests/test_sharing.py has servers of its own
+            if any(
+                word.startswith(ELSEWHERE) for word in line
+            ):  # tests/test_sharing.py has servers of its own
                 continue
             with monkeypatch.context() as local:
                 if "8-12" in line:
