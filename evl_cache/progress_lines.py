@@ -40,7 +40,7 @@ class ClipProgress:
         self._bar.update()
 
     def note_bottleneck(self, name: str) -> None:
-        """What extraction waits for: `decoding`, `device` or `writing`."""
+        """What extraction waits for: `decoding`, `transfer`, `device` or `writing`."""
         self._told["bottleneck"] = name
 
 

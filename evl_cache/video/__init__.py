@@ -1,8 +1,8 @@
 """Frames out of video files. The only package that knows decord and torchcodec, and PyAV as a decoder.
 
 decord first: it is fast and exact on healthy files. PyAV for what decord cannot open, such as AV1, and as a second
-opinion where decord complains of a file. A process that uses torch must import it before this decodes: their bundled
-libraries clash otherwise.
+opinion where decord complains of a file or, as of HEVC, may overlook damage. A process
+that uses torch must import it before this decodes: their bundled libraries clash otherwise.
 T frames asked for, H and W source pixels.
 """
 

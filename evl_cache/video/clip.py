@@ -75,7 +75,7 @@ class DecodeOptions:
 
     Attributes:
         decoder: `decord`, `pyav`, `torchcodec`, or `auto`: decord, and PyAV where decord is not installed, cannot read
-            the file, or complains of it.
+            the file, complains of it, or is known to overlook damage (HEVC).
         tolerate_bad_frames: take what a decoder puts in the place of damaged frames, instead of failing the clip.
         device: on which torchcodec decodes; the others use the processor.
 

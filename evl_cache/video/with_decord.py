@@ -11,6 +11,8 @@ from evl_cache.video.clip import Choose, DecodeOptions, FrameEvent, frames_in_pi
 
 # What decord recovers it counts, and this share of the frames is too much.
 _NO_FAULT = 1e-9
+# Codecs of which decord's FFmpeg (4.1) takes some damaged files for whole without a word, where PyAV's complains.
+_OVERLOOKS_DAMAGE = ("hevc",)
 
 
 def decord_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
@@ -66,6 +68,8 @@ def _check_count(path: str | Path, count: int, options: DecodeOptions) -> int:
         raise ClipError(
             f"{path}: its packets do not tell which frame is which, on which decord relies"
         ) from error
+    if options.decoder == "auto" and coded.codec in _OVERLOOKS_DAMAGE:
+        raise ClipError(f"{path}: decord may overlook damage of {coded.codec}")
     if coded.count != count:
         raise ClipError(f"{path}: decord counts {count} frames, {coded.count} are coded")
     return coded.frame_bytes

@@ -43,10 +43,11 @@ def pyav_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Ite
 
 @dataclass(frozen=True, kw_only=True)
 class CodedFrames:
-    """How many frames a file has, and the bytes of one in RGB."""
+    """How many frames a file has, the bytes of one in RGB, and FFmpeg's name of their codec."""
 
     count: int
     frame_bytes: int
+    codec: str
 
 
 def coded_frames(path: str | Path, options: DecodeOptions) -> CodedFrames:
@@ -56,8 +57,9 @@ def coded_frames(path: str | Path, options: DecodeOptions) -> CodedFrames:
     """
     with _complaints_heard(path, options), _open(path) as (container, stream):
         count = len(_read_index(path, container, stream, options).times)
+        coded = stream.codec_context
         return CodedFrames(
-            count=count, frame_bytes=3 * stream.codec_context.width * stream.codec_context.height
+            count=count, frame_bytes=3 * coded.width * coded.height, codec=coded.codec.canonical_name
         )
 
 
