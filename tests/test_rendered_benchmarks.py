@@ -168,8 +168,8 @@ def test_extract_draws_what_is_not_there_and_reads_it_as_any_data_set(
     out = str(tmp_path / "run")
     run("train", "--dataset", name, "--head", "decoder2", "--epochs", "1", "--device", "cpu", "--out", out)
     video = tmp_path / "data" / name / "val" / BENCHMARKS[name].classes[0] / "0000.mp4"
-    (row,) = json.loads(run("predict", str(video), "--run", out, "--json"))
-    assert row["predictions"][0]["class"] in BENCHMARKS[name].classes
+    (found,) = json.loads(run("predict", str(video), "--run", out, "--json"))["videos"]
+    assert found["labels"][0]["label"] in BENCHMARKS[name].classes
 
 
 def test_impossible_renderings_are_usage_errors(tmp_path: Path) -> None:
