@@ -17,6 +17,7 @@ COMMANDS = {
     "train": ("train", "Train a head from a cache."),
     "sweep": ("sweep", "Train many heads in one pass over a cache: ablations."),
     "eval": ("evaluate", "Score a run's head on a cache."),
+    "report": ("report", "One page of runs and sweeps: curves, ablation, confusion, wrongest clips."),
     "predict": ("predict", "Raw videos to labels, with a run's own tower, sampling and views."),
     "show": ("show", "A clip as the tower and a run's head see it, as a picture."),
     "ls": ("ls", "Caches there are, here and on shared disks and servers."),

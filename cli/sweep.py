@@ -160,10 +160,12 @@ def _sweep(given: dict[str, Any], runs: Any) -> int:
         memory_bytes=None if given["memory"] is None else int(given["memory"] * 1e9),
         progress=_progress,
     )
+    page = _report(out, result)
     if given["as_json"]:
         print_json({"sweep": str(out), **asdict(result)})
     else:
         _show(out, result)
+        click.echo(page)
     return 3 if any(row.status == "diverged" for row in result.runs) else 0
 
 
@@ -175,6 +177,20 @@ def _progress(description: str) -> Iterator[Any]:
             line(done, total, None, heads=heads)
 
         yield on_step
+
+
+def _report(out: Path, result: Any) -> str:
+    """Write the report where matplotlib is there and a run is done. Returns: a line that says where, or how."""
+    from importlib.util import find_spec
+
+    from evl_cache.report_data import gather
+    from evl_cache.report_page import write_report_page
+
+    if not result.groups:
+        return "no run is done: no report"
+    if find_spec("matplotlib") is None:
+        return f"for a page with plots: pip install 'evl-cache[report]', then evl-cache report {out}"
+    return f"{write_report_page(gather([out]), out / 'report').page}: open it in a browser"
 
 
 def _show(out: Path, result: Any) -> None:

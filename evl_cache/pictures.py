@@ -1,6 +1,6 @@
 """A view of a clip as a picture: its frames, where patches go, and what the decoder looks at.
 
-The only module that knows matplotlib. T frames, P patches (grid Hp x Wp, row by row), S pixels.
+T frames, P patches (grid Hp x Wp, row by row), S pixels.
 Colours are those of Okabe and Ito and the map `cividis`, which the colour-blind tell apart.
 """
 

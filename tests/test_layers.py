@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ),
         ("made of parts", "report batch_size trainer online_loader sweep_memory sweep_pass"),
         ("stages", "extract train evaluate import_head info watch listing share sweep"),
+        ("reading of stages", "report_data report_plots report_page"),
         ("stage one by name", "extract_dataset"),
         ("composed stages", "demo repair estimate online predict show"),
     )
@@ -67,6 +68,9 @@ SAME_LAYER = {
     ("shared_batch", "scoring"),
     ("sweep_memory", "batch_size"),
     ("sweep_pass", "trainer"),
+    ("report_plots", "report_data"),
+    ("report_page", "report_data"),
+    ("report_page", "report_plots"),
     ("loaders", "head_reads"),  # what is read is what they load
     ("clips_ahead", "frames"),
     ("device_pipeline", "frames"),
@@ -91,7 +95,7 @@ OWNERS: Mapping[str, frozenset[str]] = {
     "numcodecs": frozenset({"store"}),
     "awscrt": frozenset({"store"}),
     "obstore": frozenset({"store"}),
-    "matplotlib": frozenset({"pictures"}),
+    "matplotlib": frozenset({"pictures", "report_plots"}),
     "click": frozenset({"evl_cache_cli"}),
 }
 PURE_LIBRARIES = {"numpy", "torch"}

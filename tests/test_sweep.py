@@ -467,6 +467,7 @@ def test_the_command_trains_every_combination_and_prints_the_table(caches, tmp_p
     assert [float(row[row.index("±") - 1]) for row in rows] == sorted(
         (float(row[row.index("±") - 1]) for row in rows), reverse=True
     )
+    assert (tmp_path / "sweep" / "report" / "report.html").exists()
     again = call(*given, *axes, "--out", tmp_path / "sweep", "--resume", "--json")
     found = json.loads(again.stdout)
     assert [row["status"] for row in found["runs"]] == ["done"] * 6 and found["passes"] == []

@@ -1,0 +1,157 @@
+"""Every head on the same caches, several seeds, by sweeps: `python -m benchmarks.heads --pair motions T V --json`.
+
+Accuracy (mean and deviation over seeds, percent), parameters, time of a training step without reading and decoding,
+and memory of a step at the batch: parameters, gradients and moments, and what a step takes beside them. With
+`--folds`, one cache whose groups of clips go to folds: heads are trained on all but one, and the accuracy of a seed is
+that over all folds' clips. The last line is one JSON object.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.machine import machine
+from evl_cache import FeatureCache
+from evl_cache.errors import UsageError
+from evl_cache.head_reads import head_reads
+from evl_cache.run_setup import run_config
+from evl_cache.sweep import sweep
+from evl_cache.sweep_grid import SweepRun, expand
+from evl_cache.sweep_memory import head_memory
+
+# UT-Interaction's names are <index>_<sequence>_<label>.avi.
+SEQUENCE = r"(?:^|/)\d+_(\d+)_\d+\.avi$"
+# Pooling heads without attention want a higher rate; one for each kind, not chosen by results here.
+GRIDS: Sequence[Mapping[str, Any]] = (
+    {"head": "decoder4", "temporal": ["all", "none"], "lr": 1e-3},
+    {"head": ["attentive", "mlap", "uniformerv2", "ladder"], "lr": 1e-3},
+    {"head": ["linear", "meanpool"], "lr": 1e-2},
+)
+
+
+def folds(cache: FeatureCache, *, count: int, group: str) -> list[list[int]]:
+    """Rows of the clips of each fold: groups go to the folds in turn."""
+    rows: list[list[int]] = [[] for _ in range(count)]
+    numbers: dict[str, int] = {}
+    for row, clip in enumerate(cache.clips):
+        found = re.search(group, clip.path)
+        if found is None:
+            raise UsageError(f"{clip.path}: has no group by {group!r}; give another --group")
+        rows[numbers.setdefault(found[1], len(numbers)) % count].append(row)
+    return rows
+
+
+def trained(
+    caches: tuple[FeatureCache, FeatureCache],
+    runs: Sequence[SweepRun],
+    *,
+    held_out: Sequence[int] | None = None,
+) -> dict[str, dict[str, float]]:
+    """Figures of every run, by name, from one sweep. held_out: clips to score on; the others are trained on."""
+    rest = None
+    if held_out is not None:
+        rest = sorted(set(range(len(caches[0].clips))) - set(held_out))
+    with tempfile.TemporaryDirectory(prefix="evl-cache-bench-") as scratch:
+        result = sweep(*caches, runs=runs, out=Path(scratch) / "sweep", train_clips=rest, val_clips=held_out)
+    failed = [row.name for row in result.runs if row.status != "done"]
+    assert not failed, failed
+    return {
+        row.name: {
+            "top1": row.top1 or 0.0,
+            "ms_per_step": row.ms_per_step or 0.0,
+            "parameters": row.parameters or 0,
+        }
+        for row in result.runs
+    }
+
+
+def over_folds(
+    cache: FeatureCache, runs: Sequence[SweepRun], parts: Sequence[Sequence[int]]
+) -> dict[str, dict[str, float]]:
+    """Figures of every run: top-1 over the clips of all folds, each scored by a head trained without its fold."""
+    clips = sum(map(len, parts))
+    total: dict[str, dict[str, float]] = {}
+    for part in parts:
+        for name, figures in trained((cache, cache), runs, held_out=part).items():
+            row = total.setdefault(name, {**figures, "top1": 0.0})
+            row["top1"] += figures["top1"] * len(part) / clips
+    return total
+
+
+def table(
+    cache: FeatureCache, runs: Sequence[SweepRun], found: Mapping[str, Mapping[str, float]]
+) -> dict[str, Any]:
+    """Mean and deviation over seeds of every head, with its memory."""
+    rows: dict[str, Any] = {}
+    for group in dict.fromkeys(run.group for run in runs):
+        members = [run for run in runs if run.group == group]
+        top1 = [found[run.name]["top1"] for run in members]
+        reads, options = head_reads(members[0].options, cache), members[0].options
+        config = run_config(cache, {}, options, reads.layers)
+        probe = cache.read_stored([int(cache.is_valid.argmax())], **reads.arguments)
+        memory = head_memory(config.build, probe, options, batch=options.global_batch)
+        rows[group] = {
+            "top1": statistics.mean(top1),
+            "deviation": statistics.stdev(top1) if len(top1) > 1 else 0.0,
+            "scores": top1,
+            "parameters": found[members[0].name]["parameters"],
+            "ms_per_step": statistics.mean(found[run.name]["ms_per_step"] for run in members),
+            "state_mb": memory.state / 1e6,
+            "step_mb": memory.step / 1e6,
+            "read_kb_per_sample": cache.buffers(slots=1, **reads.arguments).nbytes / 1e3,
+        }
+    return rows
+
+
+def show(name: str, rows: Mapping[str, Any]) -> None:
+    """As a table for docs/results.md."""
+    print(
+        f"\n{name}\n\n| head | top-1 | parameters | ms a step | MB always | MB in a step | kB read a sample |"
+    )
+    print("|---|---|---|---|---|---|---|")
+    for group, row in sorted(rows.items(), key=lambda item: -item[1]["top1"]):
+        print(
+            f"| {group} | {row['top1']:.1f} ± {row['deviation']:.1f} | {row['parameters'] / 1e6:.2f} M | "
+            f"{row['ms_per_step']:.0f} | {row['state_mb']:.1f} | {row['step_mb']:.0f} | {row['read_kb_per_sample']:.1f} |",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
+    parser.add_argument("--pair", nargs=3, action="append", default=[], metavar=("NAME", "TRAIN", "VAL"))
+    parser.add_argument("--folds", nargs=2, action="append", default=[], metavar=("NAME", "CACHE"))
+    parser.add_argument(
+        "--group", default=SEQUENCE, help="regular expression: its first group names a clip's group"
+    )
+    parser.add_argument("--fold-count", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--only", nargs="*", help="groups, such as linear [all]")
+    arguments = parser.parse_args()
+    common = {"epochs": arguments.epochs, "batch": arguments.batch, "warmup_steps": 10, "keep_in": "ram"}
+    runs = expand([{**grid, "seed": list(range(arguments.seeds))} for grid in GRIDS], common)
+    runs = [run for run in runs if not arguments.only or run.group.split(" lr=")[0] in arguments.only]
+    tables: dict[str, Any] = {}
+    for name, train, val in arguments.pair:
+        caches = FeatureCache(train), FeatureCache(val)
+        tables[name] = table(caches[0], runs, trained(caches, runs))
+        show(name, tables[name])
+    for name, path in arguments.folds:
+        cache = FeatureCache(path)
+        parts = folds(cache, count=arguments.fold_count, group=arguments.group)
+        tables[name] = table(cache, runs, over_folds(cache, runs, parts))
+        show(name, tables[name])
+    setting = {key: value for key, value in vars(arguments).items() if key not in ("json", "pair", "folds")}
+    print(json.dumps({"heads": tables, "setting": setting, "machine": machine()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""What run directories say, gathered for a report: curves, results, confusion, clips."""
+
+import csv
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evl_cache.checkpoint import (
+    CONFUSION_NAME,
+    METRICS_NAME,
+    RESULT_NAME,
+    SCORED_NAME,
+    RunConfig,
+    read_run_config,
+)
+from evl_cache.errors import UsageError
+from evl_cache.spec import digest
+from evl_cache.sweep import RUNS_NAME, SWEEP_NAME, read_sweep
+from evl_cache.train_options import OPERATIONAL
+
+_OF_A_SEED = OPERATIONAL | {"seed", "order_seed"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoredClip:
+    """A validation clip: what it is, what the head said, and the probability of both."""
+
+    clip: str
+    label: str
+    said: str
+    p_label: float
+    p_said: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunAccount:
+    """One finished run.
+
+    Attributes:
+        name, group: of the run, and of runs that differ in their seed alone.
+        epochs: lines of `metrics.jsonl`. result: as `result.json`.
+        confusion: clips by (class, class said), int64 (K, K). scored: every validation clip.
+    """
+
+    path: Path
+    name: str
+    group: str
+    config: RunConfig
+    epochs: tuple[Mapping[str, Any], ...]
+    result: Mapping[str, Any]
+    confusion: np.ndarray
+    scored: tuple[ScoredClip, ...]
+
+    @property
+    def label(self) -> str:
+        """For people: the group of a sweep and the seed, or the run's name."""
+        is_named = self.group != _group_key(self.config)
+        return f"{self.group}, seed {self.config.training.get('seed')}" if is_named else self.name
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Of all its training steps; None where the run does not say."""
+        ms = self.result.get("ms_per_step")
+        return None if ms is None else ms * self.result["steps"] / 1e3
+
+    @property
+    def top1(self) -> float:
+        """In percent, after the last epoch."""
+        return float(self.result["top1"])
+
+    @property
+    def bytes_read(self) -> int | None:
+        """Of the caches, decompressed, by all epochs of training and validation; None where the run does not say."""
+        sides = [self.config.caches.get(side, {}) for side in ("train", "val")]
+        if any("sample_nbytes" not in side for side in sides):
+            return None
+        return sum(int(side["sample_nbytes"] * side["samples"] * self.result["epochs"]) for side in sides)
+
+    def wrongest(self, count: int) -> list[ScoredClip]:
+        """Clips that were mistaken, the surest first."""
+        wrong = [clip for clip in self.scored if clip.label != clip.said]
+        return sorted(wrong, key=lambda clip: (-clip.p_said, clip.clip))[:count]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Runs that differ in their seed alone."""
+
+    name: str
+    runs: tuple[RunAccount, ...]
+
+    @property
+    def top1(self) -> float:
+        """Mean, in percent."""
+        return statistics.mean(run.top1 for run in self.runs)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation of a sample; None of one run."""
+        return statistics.stdev(run.top1 for run in self.runs) if len(self.runs) > 1 else None
+
+    def curve(self, name: str) -> np.ndarray:
+        """A figure of every epoch and run, float64 (runs, epochs), as far as all runs have it."""
+        length = min(len(run.epochs) for run in self.runs)
+        return np.asarray([[float(row[name]) for row in run.epochs[:length]] for run in self.runs])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportData:
+    """Everything a report shows. groups: the best first. unfinished: (name, why) of runs of a sweep without a result."""
+
+    title: str
+    groups: tuple[Group, ...]
+    unfinished: tuple[tuple[str, str], ...]
+
+    @property
+    def runs(self) -> list[RunAccount]:
+        """All of them, the best group first."""
+        return [run for group in self.groups for run in group.runs]
+
+    @property
+    def best(self) -> RunAccount:
+        """The run with the highest top-1 of the best group."""
+        return max(self.groups[0].runs, key=lambda run: run.top1)
+
+
+def gather(paths: Sequence[Path]) -> ReportData:
+    """Runs, and the runs of sweeps. Raises: UsageError for what is neither, or where no run is finished."""
+    runs: list[RunAccount] = []
+    unfinished: list[tuple[str, str]] = []
+    for path in paths:
+        if not (path / SWEEP_NAME).exists():
+            runs.append(read_account(path))
+            continue
+        for row in read_sweep(path).runs:
+            if row.status == "done":
+                runs.append(read_account(path / RUNS_NAME / row.name, name=row.name, group=row.group))
+            else:
+                unfinished.append((row.name, row.error or row.status))
+    if not runs:
+        raise UsageError(f"{', '.join(map(str, paths))}: no run is finished; nothing to report")
+    groups = _grouped(runs)
+    title = ", ".join(path.resolve().name for path in paths)
+    return ReportData(title=title, groups=tuple(groups), unfinished=tuple(unfinished))
+
+
+def read_account(path: Path, *, name: str | None = None, group: str | None = None) -> RunAccount:
+    """One run. name, group: as a sweep calls them. Raises: UsageError where there is none, or it is not finished."""
+    config = read_run_config(path)
+    try:
+        result = json.loads((path / RESULT_NAME).read_text(encoding="utf-8"))
+        epochs = [json.loads(line) for line in (path / METRICS_NAME).read_text(encoding="utf-8").splitlines()]
+        with (path / CONFUSION_NAME).open(encoding="utf-8", newline="") as file:
+            confusion = np.asarray([row[1:] for row in list(csv.reader(file))[1:]], dtype=np.int64)
+        scored = _read_scored(path / SCORED_NAME)
+    except OSError as error:
+        raise UsageError(
+            f"{path}: {error.filename} cannot be read ({error.strerror}); train it to its end first"
+        ) from error
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{path}: not what train writes ({error}); train it again") from error
+    if not epochs:
+        raise UsageError(f"{path}: no epoch in {METRICS_NAME}; train it to its end first")
+    return RunAccount(
+        path=path,
+        name=name or path.resolve().name,
+        group=group or _group_key(config),
+        config=config,
+        epochs=tuple(epochs),
+        result=result,
+        confusion=confusion,
+        scored=scored,
+    )
+
+
+def _read_scored(path: Path) -> tuple[ScoredClip, ...]:
+    if not path.exists():  # runs of before it was written
+        return ()
+    with path.open(encoding="utf-8", newline="") as file:
+        return tuple(
+            ScoredClip(
+                clip=row["clip"],
+                label=row["class"],
+                said=row["said"],
+                p_label=float(row["p_class"]),
+                p_said=float(row["p_said"]),
+            )
+            for row in csv.DictReader(file)
+        )
+
+
+def _group_key(config: RunConfig) -> str:
+    training = {name: value for name, value in config.training.items() if name not in _OF_A_SEED}
+    return digest([config.head, dict(config.head_config), config.layers, training, config.classes])
+
+
+def _grouped(runs: Sequence[RunAccount]) -> list[Group]:
+    """The best first. Groups of runs that no sweep named are called after their first run."""
+    members: dict[str, list[RunAccount]] = {}
+    for run in runs:
+        members.setdefault(run.group, []).append(run)
+    groups = []
+    for key, found in members.items():
+        is_named = key != _group_key(found[0].config)
+        groups.append(Group(name=key if is_named else found[0].name, runs=tuple(found)))
+    return sorted(groups, key=lambda group: (-group.top1, group.name))

@@ -1,0 +1,162 @@
+"""The plots of a report, drawn by matplotlib: narrow panels that a phone shows whole and a desktop side by side.
+
+E epochs, K classes.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from evl_cache.errors import UsageError
+from evl_cache.report_data import Group, ReportData
+
+# Okabe and Ito's palette, told apart by all kinds of colour vision; black comes first, yellow is too pale for a line.
+COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # and by shape, where colours are not seen at all
+PANEL_INCHES = 4.4
+CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "top1": "top-1, %"}
+_NUMBERED_CLASSES = 15  # numbers in the matrix up to here
+_NAMED_CLASSES = 40  # names beside it up to here
+_STYLE = {
+    "font.size": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "svg.hashsalt": "evl-cache",
+    "svg.fonttype": "path",  # the same letters on every machine
+    "figure.constrained_layout.use": True,
+}
+
+Figure = Any
+
+
+def draw_plots(data: ReportData) -> dict[str, Figure]:
+    """Every plot by the name of its file. Raises: UsageError where matplotlib is not installed."""
+    matplotlib = _matplotlib()
+    with matplotlib.rc_context(_STYLE):
+        plots = {f"curve-{name}": _curves(data.groups, name, text) for name, text in CURVES.items()}
+        if len(data.groups) > 1:
+            plots["ablation"] = _bars(data.groups)
+        run = data.best
+        plots["confusion"] = _confusion(run.confusion, run.config.classes)
+    return plots
+
+
+def as_bytes(figure: Figure, kind: str) -> bytes:
+    """A figure as `svg` or `png`."""
+    file = io.BytesIO()
+    with _matplotlib().rc_context(_STYLE):
+        metadata: Mapping[str, Any] = {"Date": None} if kind == "svg" else {}
+        figure.savefig(file, format=kind, dpi=200, metadata=metadata)
+    return file.getvalue()
+
+
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UsageError(
+            f"report draws with matplotlib, which is not installed ({error}); pip install 'evl-cache[report]'"
+        ) from error
+    return matplotlib
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    from matplotlib.figure import Figure as NewFigure  # not pyplot: no windows, no state
+
+    figure = NewFigure(figsize=(width, height))
+    return figure, figure.subplots()
+
+
+def _curves(groups: Sequence[Group], name: str, label: str) -> Figure:
+    """A line a group: the mean over seeds, and a band from the smallest to the largest."""
+    coloured, others = groups[: len(COLOURS)], groups[len(COLOURS) :]
+    legend_lines = len(coloured) + bool(others)
+    figure, axes = _figure(PANEL_INCHES, 3.0 + 0.21 * legend_lines)
+    for group in others:
+        axes.plot(*_line(group, name), color="#BBBBBB", linewidth=0.8, zorder=1)
+    for place, group in enumerate(coloured):
+        epochs, mean = _line(group, name)
+        every = max(1, len(epochs) // 8)
+        axes.plot(
+            epochs, mean, color=COLOURS[place], marker=MARKERS[place], markevery=every, markersize=5,
+            linewidth=1.6, label=group.name, zorder=3,
+        )  # fmt: skip
+        if len(group.runs) > 1:
+            found = group.curve(name)
+            axes.fill_between(
+                epochs, found.min(0), found.max(0), color=COLOURS[place], alpha=0.12, linewidth=0
+            )
+    if others:
+        axes.plot([], [], color="#BBBBBB", label=f"{len(others)} others")
+    axes.set_xlabel("epoch")
+    axes.set_title(label, fontsize=11, loc="left")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    if name == "top1":
+        axes.set_ylim(0, 100)
+    figure.legend(loc="outside lower left", fontsize=9.5, frameon=False, ncols=1)
+    return figure
+
+
+def _line(group: Group, name: str) -> tuple[np.ndarray, np.ndarray]:
+    found = group.curve(name)  # (runs,E)
+    return np.arange(1, found.shape[1] + 1), found.mean(0)
+
+
+def _bars(groups: Sequence[Group]) -> Figure:
+    """Top-1 of every group with its deviation, the best on top."""
+    figure, axes = _figure(PANEL_INCHES, 0.9 + 0.42 * len(groups))
+    places = np.arange(len(groups))[::-1]
+    spread = [group.deviation or 0.0 for group in groups]
+    axes.barh(places, [group.top1 for group in groups], height=0.34, color="#0072B2", zorder=2, align="edge")
+    axes.errorbar(
+        [group.top1 for group in groups],
+        places + 0.17,
+        xerr=spread,
+        fmt="none",
+        ecolor="black",
+        capsize=3,
+        zorder=3,
+    )
+    for place, group in zip(places, groups, strict=True):
+        value = f"{group.top1:.1f}" + ("" if group.deviation is None else f" ± {group.deviation:.1f}")
+        axes.text(0, place - 0.03, f" {group.name}: {value}", va="top", ha="left", fontsize=8.5)
+    axes.set_yticks([])
+    axes.set_xlim(0, 100)
+    axes.set_ylim(-0.55, len(groups) - 0.4)
+    axes.set_xlabel("top-1, %")
+    axes.grid(axis="y", visible=False)
+    return figure
+
+
+def _confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
+    """Share of a class's clips by what was said, rows true; matrix: int64 (K, K)."""
+    K = len(matrix)
+    side = (
+        PANEL_INCHES
+        if K <= _NUMBERED_CLASSES
+        else PANEL_INCHES + 0.08 * (min(K, _NAMED_CLASSES) - _NUMBERED_CLASSES)
+    )
+    figure, axes = _figure(side, side)
+    shares = 100 * matrix / np.maximum(1, matrix.sum(1, keepdims=True))
+    axes.imshow(shares, cmap="cividis", vmin=0, vmax=100)
+    axes.grid(visible=False)
+    if K <= _NAMED_CLASSES:
+        size = 9 if K <= _NUMBERED_CLASSES else 7
+        names = [name if len(name) <= 20 else f"{name[:19]}…" for name in classes]
+        axes.set_xticks(range(K), names, rotation=90, fontsize=size)
+        axes.set_yticks(range(K), names, fontsize=size)
+    if K <= _NUMBERED_CLASSES:
+        for row in range(K):
+            for column in range(K):
+                if matrix[row, column]:
+                    colour = "black" if shares[row, column] > 55 else "white"
+                    axes.text(
+                        column, row, matrix[row, column], ha="center", va="center", color=colour, fontsize=8
+                    )
+    axes.set_xlabel("said")
+    axes.set_ylabel("class")
+    return figure
