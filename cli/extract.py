@@ -211,7 +211,6 @@ def command(
     """Run the frozen backbone once over every clip and cache its features.
 
     Run the same command again after a kill, or beside another job: it goes on, and shares the work.
-    Several machines: docs/cluster.md.
     """
     from evl_cache.block_taker import MostFailures
     from evl_cache.decode_pool import DEFAULT_TIMEOUT_S
