@@ -136,13 +136,13 @@ def test_every_head_trains_evaluates_and_loads(caches, tmp_path, name):
 @pytest.mark.parametrize("how", [{}, {"keep_in": "ram"}, {"batch": "auto"}])
 def test_a_linear_head_reads_class_tokens_and_nothing_else(caches, tmp_path, monkeypatch, how):
     read = []
-    real = FeatureCache._read_chunks
+    real = FeatureCache._read_sample
 
-    def counted(self, name, block, chunks, outs):
-        read.append((name, len(chunks)))
-        real(self, name, block, chunks, outs)
+    def counted(self, stacks, slot, sample, positions):
+        read.extend((name, len(stack)) for name, stack, _ in stacks)
+        real(self, stacks, slot, sample, positions)
 
-    monkeypatch.setattr(FeatureCache, "_read_chunks", counted)
+    monkeypatch.setattr(FeatureCache, "_read_sample", counted)
     train(*caches, options=replace(OPTIONS, **how), out=tmp_path / "run")
     evaluate(tmp_path / "run", caches[1])
     assert {name for name, _ in read} == {"class_tokens"}

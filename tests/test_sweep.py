@@ -111,12 +111,12 @@ class Counters:
 
     def __init__(self, monkeypatch):
         self.read = self.decoded = 0
-        read, load, load_maps = FeatureCache._read_chunks, TokenBlock.load, MapBlock.load
+        read, load, load_maps = FeatureCache._read_sample, TokenBlock.load, MapBlock.load
         whole, maps = decoding._decoded, decoding.decoded_maps
 
-        def read_chunks(cache, name, block, chunks, outs):
-            self.read += outs.nbytes
-            read(cache, name, block, chunks, outs)
+        def read_sample(cache, stacks, slot, sample, positions):
+            self.read += sum(stack[:, slot].nbytes for _, stack, _ in stacks)
+            read(cache, stacks, slot, sample, positions)
 
         def load_chunk(block, chunk, out):
             self.decoded += out.numel() * (block.affine is not None)
@@ -134,7 +134,7 @@ class Counters:
             self.decoded += 0 if isinstance(stored, torch.Tensor) else stored.codes.numel()
             return maps(stored, dtype)
 
-        monkeypatch.setattr(FeatureCache, "_read_chunks", read_chunks)
+        monkeypatch.setattr(FeatureCache, "_read_sample", read_sample)
         monkeypatch.setattr(TokenBlock, "load", load_chunk)
         monkeypatch.setattr(MapBlock, "load", load_rows)
         monkeypatch.setattr(decoding, "_decoded", decoded)
