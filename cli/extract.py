@@ -46,7 +46,7 @@ def dataset_options(function: Any) -> Any:
             "--model",
             default="ViT-B-16-quickgelu",
             show_default=True,
-            help="open_clip name, timm/NAME, evl-tiny, JSON file.",
+            help="open_clip or timm/NAME, evl-tiny, JSON.",
         ),
         click.option("--pretrained", help="Tag, file, or none (seeded random) [openai; evl-tiny's own]."),
         click.option("--layers", metavar="8-12", help="Counted from 1, also 9,11,12 [the last 4]."),
@@ -194,7 +194,7 @@ def make_options(given: dict[str, Any], device: str, **more: Any) -> Any:
 @click.option("--max-failures", metavar="N%", help="Stop when more clips fail: 20, 5% [never].")
 @click.option("--retry-failed", is_flag=True, help="Redo the blocks of failed clips.")
 @click.option(
-    "--reuse", type=click.Path(path_type=Path), help="Copy rows of equal features and files from this cache."
+    "--reuse", type=click.Path(path_type=Path), help="Copy rows of equal features and files."
 )
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
