@@ -193,9 +193,7 @@ def make_options(given: dict[str, Any], device: str, **more: Any) -> Any:
 @click.option("--clip-timeout", type=float, metavar="SECONDS", help="For decoding a clip [120].")
 @click.option("--max-failures", metavar="N%", help="Stop when more clips fail: 20, 5% [never].")
 @click.option("--retry-failed", is_flag=True, help="Redo the blocks of failed clips.")
-@click.option(
-    "--reuse", type=click.Path(path_type=Path), help="Copy rows of equal features and files."
-)
+@click.option("--reuse", type=click.Path(path_type=Path), help="Copy rows of equal features and files.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
     explain: bool,

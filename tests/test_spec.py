@@ -62,6 +62,7 @@ VIEW_CHANGES = {
     "flip": ViewSpec(train_views=1, flip=True),
 }
 SPEC_CHANGES = {
+    "pixels": "torchcodec",
     "dataset": "folder",
     "split": "val",
     "classes": ("a", "c"),
