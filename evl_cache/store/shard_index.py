@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store.codec import CRC_NBYTES, crc32c
+from evl_cache.store.file_system import open_descriptor
 
 MISSING = 2**64 - 1
 _ENTRY_NBYTES = 16
@@ -73,7 +74,7 @@ class OpenShard:
     def open(cls, path: Path, num_chunks: int, *, map_file: bool = False) -> OpenShard:
         """Open and read the index. Raises CacheDamaged (gone, not intact), CacheError (no access)."""
         try:
-            opened = cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            opened = cls(open_descriptor(path))
             opened.index = read_index(opened.descriptor, num_chunks)
             if map_file:
                 opened._map()
