@@ -26,6 +26,10 @@ MANIFEST_VERSION = 1
 MOST_MANIFEST_NBYTES = 64 << 20
 
 
+class BlockNotDone(CacheError):
+    """The cache has no manifest yet: a block is missing."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Files by path relative to the cache, (size in bytes, sha256); digest of the whole."""
@@ -66,13 +70,13 @@ def manifest_document(root: Path, spec: CacheSpec, marks: Mapping[int, Mark]) ->
 def write_manifest(root: Path, spec: CacheSpec) -> str:
     """Write the manifest of a complete cache. Returns the cache digest.
 
-    Raises: CacheError where a block is not done; CacheDamaged where a mark is not intact.
+    Raises: BlockNotDone; CacheDamaged where a mark is not intact.
     """
     marks = {}
     for block in range(spec.num_blocks):
         mark = read_mark(root, block, spec)
         if mark is None:
-            raise CacheError(f"{root}: block {block} is not done; run the extract command again")
+            raise BlockNotDone(f"{root}: block {block} is not done; run the extract command again")
         marks[block] = mark
     document = manifest_document(root, spec, marks)
     write_json_atomic(root / MANIFEST_NAME, document, replace=True)
