@@ -1,13 +1,14 @@
 """What killed jobs leave behind: staged files and locks; and the end of a job, which removes them."""
 
 import os
+from functools import partial
 from pathlib import Path
 
 from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.file_system import file_identity
 from evl_cache.store.layout import DONE_NAME, LOCKS_NAME, MANIFEST_NAME, array_layouts
-from evl_cache.store.locks import CACHE_LOCK, EXPIRY_S, LockWatcher
+from evl_cache.store.locks import CACHE_LOCK, EXPIRY_S, BlockLock, LockWatcher
 from evl_cache.store.manifest import read_manifest, write_manifest
 from evl_cache.store.publish import is_staging_name
 from evl_cache.store.runtime import REAL, Runtime
@@ -48,7 +49,7 @@ def finish_cache(
                 if watcher.sweep(own=lock, clean=clean):
                     for directory in (root, root / DONE_NAME, *(root / layout.name for layout in layouts)):
                         remove_leftovers(directory)
-                cache_digest = write_manifest(root, spec)
+                cache_digest = write_manifest(root, spec, before_writing=partial(_check, lock))
             except CacheError as error:
                 # Another job took this over meanwhile, or believes so, and what is staged here for a leftover.
                 if not attempts_left or (
@@ -56,8 +57,14 @@ def finish_cache(
                 ):
                     raise
                 continue
-            if lock.is_held():  # else paused for long, and the manifest may be older than a mark
+            if lock.is_held():
                 return cache_digest
+            before = file_identity(manifest)  # written after a long pause: it may be older than a mark
     raise CacheError(
         f"{root}: other jobs took the manifest's lock over {_ATTEMPTS} times; run the same command again"
     )
+
+
+def _check(lock: BlockLock) -> None:
+    if not lock.is_held():
+        raise CacheError(f"{lock.path} was taken over by another job; run the same command again")

@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,10 @@ def manifest_document(root: Path, spec: CacheSpec, marks: Mapping[int, Mark]) ->
     return {**content, "digest": digest(content)}
 
 
-def write_manifest(root: Path, spec: CacheSpec) -> str:
+def write_manifest(root: Path, spec: CacheSpec, *, before_writing: Callable[[], None] = lambda: None) -> str:
     """Write the manifest of a complete cache. Returns the cache digest.
+
+    before_writing: called when all marks are read; what it raises ends it.
 
     Raises: BlockNotDone; CacheDamaged where a mark is not intact.
     """
@@ -79,6 +81,7 @@ def write_manifest(root: Path, spec: CacheSpec) -> str:
             raise BlockNotDone(f"{root}: block {block} is not done; run the extract command again")
         marks[block] = mark
     document = manifest_document(root, spec, marks)
+    before_writing()
     write_json_atomic(root / MANIFEST_NAME, document, replace=True)
     return str(document["digest"])
 
