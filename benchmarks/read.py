@@ -1,16 +1,17 @@
 """Random samples out of a warm cache, against other stores of the same bytes: `python -m benchmarks.read --json`.
 
-ViT-B/16, 8 frames, five layers, int8 tokens and uint8 maps of generated features. Every side brings the codes and
-scales of the same random samples into memory, in the same number of threads: ours into reused buffers, the others
-as they give them (a new array a sample). `memmap` is a persistent `np.memmap` over the plain bytes, each sample
-copied out of it; `memmap_reused` copies into reused arrays, the ceiling. Of the others, those that check integrity
-are named in `checked_peers`.
+ViT-B/16, 8 frames, five layers, int8 tokens and uint8 maps of generated features. Every side brings all codes and
+scales of the same random samples into memory, one sample after another, in the same number of threads: ours into
+reused buffers, the others as they give them (new arrays). `memmap` is a persistent `np.memmap` over the plain
+bytes, each sample copied out of it; `memmap_reused` copies into reused arrays. Of the others, those that notice
+a flipped bit are named in `checked_peers`. A ratio is the median over rounds of two times of one round.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from benchmarks.machine import interleaved_seconds, machine, medians
+from benchmarks.read_peers import CHECKED, Arrays, Peer, memmap, peers
 from benchmarks.stored_features import LAYERS, generated_rows, write_rows
+from evl_cache.quantize import frame_difference
 from evl_cache.store import FeatureCache, Row
 
 ARRAYS = ("tokens", "token_affine", "token_scale", "maps", "map_scale")
-# What notices a flipped bit: zstd frames and chunks with checksums do, plain containers do not.
-CHECKED_PEERS = ("zarr_python", "tensorstore", "h5py")
+_MORE_ROUNDS = 5  # of the sides that take no time, among themselves
 
-Read = Callable[[int, Sequence[int]], None]  # slot range's thread number, samples
+Read = Callable[[int, Sequence[int]], None]  # number of the thread, samples
 
 
 def main() -> None:
@@ -37,6 +39,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     rows = generated_rows(8)
+    data = {name: np.stack([rows[i % 8][name] for i in range(arguments.samples)]) for name in ARRAYS}
     order = np.random.default_rng(0).integers(0, arguments.samples, arguments.reads).tolist()
     parts = [order[thread :: arguments.threads] for thread in range(arguments.threads)]
     with (
@@ -44,22 +47,44 @@ def main() -> None:
         ThreadPoolExecutor(arguments.threads) as pool,
     ):
         root = Path(scratch)
-        sides = {**ours(root, rows, arguments.samples), **peers(root, rows, arguments.samples)}
+        sides = {**plain(root, data), **ours(root, rows, arguments.samples)}
+        others = {name: whole_samples(peer, data) for name, peer in peers(root, data).items()}
 
-        def timed(read: Read) -> Callable[[], None]:
-            return lambda: list(pool.map(read, range(arguments.threads), parts)) and None
+        def seconds(names: Mapping[str, Read], rounds: int) -> dict[str, list[float]]:
+            def timed(read: Read) -> Callable[[], None]:
+                return lambda: list(pool.map(read, range(arguments.threads), parts)) and None
 
-        seconds = medians(
-            interleaved_seconds({n: timed(read) for n, read in sides.items()}, arguments.rounds)
-        )
-    result: dict[str, Any] = {
-        f"{name}.vs_memmap": seconds["memmap"] / s for name, s in seconds.items() if name != "memmap"
+            return interleaved_seconds({name: timed(read) for name, read in names.items()}, rounds)
+
+        # Apart, so that sides that are compared run close to each other in time.
+        fast = {name: read for name, read in sides.items() if not name.startswith("default")}
+        close = seconds(fast, _MORE_ROUNDS * arguments.rounds)
+        all_sides = seconds({**sides, **others}, arguments.rounds)
+    settings = {name: getattr(arguments, name) for name in ("samples", "reads", "threads", "rounds")}
+    print(json.dumps({**summary(close, all_sides, arguments.reads), **settings, "machine": machine()}))
+
+
+def summary(
+    close: Mapping[str, list[float]], all_sides: Mapping[str, list[float]], reads: int
+) -> dict[str, Any]:
+    """Ratios of seconds, by round: of `close` where a side is there, of `all_sides` otherwise."""
+
+    def ratio(base: str, name: str) -> float:
+        source = close if base in close and name in close else all_sides
+        return statistics.median(b / s for b, s in zip(source[base], source[name], strict=True))
+
+    best = min(CHECKED, key=lambda name: statistics.median(all_sides[name]))
+    return {
+        **{f"{name}.vs_memmap": ratio("memmap", name) for name in all_sides if name != "memmap"},
+        "default_2_of_5_layers.cost": ratio("default_2_layers", "default"),
+        "raw_2_of_5_layers.cost": ratio("raw_2_layers", "raw"),
+        "raw.vs_best_checked_peer": ratio(best, "raw"),
+        "default.vs_zarr_python": ratio("zarr_python", "default"),
+        "default.vs_tensorstore": ratio("tensorstore", "default"),
+        "best_checked_peer": best,
+        "checked_peers": CHECKED,
+        "clips_per_s": {name: reads / s for name, s in medians({**all_sides, **close}).items()},
     }
-    result["default_2_of_5_layers.cost"] = seconds["default_2_layers"] / seconds["default"]
-    result["raw_2_of_5_layers.cost"] = seconds["raw_2_layers"] / seconds["raw"]
-    result["clips_per_s"] = {name: arguments.reads / s for name, s in seconds.items()}
-    result |= {"checked_peers": CHECKED_PEERS, "threads": arguments.threads, "rounds": arguments.rounds}
-    print(json.dumps({**result, "machine": machine()}))
 
 
 def ours(root: Path, rows: list[Row], samples: int) -> dict[str, Read]:
@@ -85,130 +110,33 @@ def _ours(cache: FeatureCache, layers: tuple[int, ...]) -> Read:
     return read
 
 
-def peers(root: Path, rows: list[Row], samples: int) -> dict[str, Read]:
-    """The ceiling and the other stores, each holding the same arrays."""
-    data = {name: np.stack([rows[i % len(rows)][name] for i in range(samples)]) for name in ARRAYS}
-    outs = [{name: np.empty(data[name].shape[1:], data[name].dtype) for name in ARRAYS} for _ in range(8)]
+def plain(root: Path, data: Arrays) -> dict[str, Read]:
+    """`np.memmap` of the same bytes, into new arrays and into reused ones."""
+    maps = memmap(root, data)
+    outs = [{name: np.empty(array.shape[1:], array.dtype) for name, array in data.items()} for _ in range(8)]
 
-    def reader(fetch: Callable[[str, int], Any]) -> Read:
-        def read(thread: int, wanted: Sequence[int]) -> None:
-            for sample in wanted:
-                for name in ARRAYS:
-                    fetch(name, sample)
-
-        return read
-
-    maps = _memmap(root, data)
-
-    def memmap_reused(thread: int, wanted: Sequence[int]) -> None:
+    def reused(thread: int, wanted: Sequence[int]) -> None:
         for sample in wanted:
-            for name in ARRAYS:
-                np.copyto(outs[thread][name], maps[name][sample])
+            for name, array in maps.items():
+                np.copyto(outs[thread][name], array[sample])
 
-    makers = (_zarr_python, _tensorstore, _h5py, _lmdb, _safetensors, _tar)
-    sides = {maker.__name__.removeprefix("_"): reader(maker(root, data)) for maker in makers}
-    return {
-        "memmap": reader(lambda name, sample: maps[name][sample].copy()),
-        "memmap_reused": memmap_reused,
-        **sides,
-    }
+    new = whole_samples(lambda sample: {name: array[sample].copy() for name, array in maps.items()}, data)
+    return {"memmap": new, "memmap_reused": reused}
 
 
-def _memmap(root: Path, data: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    maps = {}
-    for name, array in data.items():
-        array.tofile(root / f"{name}.bin")
-        maps[name] = np.memmap(root / f"{name}.bin", dtype=array.dtype, mode="r", shape=array.shape)
-    return maps
+def whole_samples(peer: Peer, data: Arrays) -> Read:
+    """Reads of a peer, which is looked at first: does it give what was stored?"""
+    for name, array in peer(1).items():
+        # Foreign readers of the default profile get the differences between frames, and need not sum them here.
+        differenced = array.dtype.itemsize == 1
+        stored = [data[name][1], *([frame_difference(data[name][1])] if differenced else [])]
+        assert any(np.array_equal(array, values) for values in stored), name
 
+    def read(thread: int, wanted: Sequence[int]) -> None:
+        for sample in wanted:
+            peer(sample)
 
-def _zarr_python(root: Path, data: dict[str, np.ndarray]) -> Callable[[str, int], Any]:
-    import zarr
-
-    arrays = {name: zarr.open_array(root / "default" / name, mode="r") for name in data}
-    return lambda name, sample: arrays[name][sample]
-
-
-def _tensorstore(root: Path, data: dict[str, np.ndarray]) -> Callable[[str, int], Any]:
-    import tensorstore
-
-    arrays = {}
-    for name in data:
-        path = str(root / "default" / name)
-        arrays[name] = tensorstore.open(
-            {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
-        ).result()
-    return lambda name, sample: arrays[name][sample].read().result()
-
-
-def _h5py(root: Path, data: dict[str, np.ndarray]) -> Callable[[str, int], Any]:
-    import h5py
-
-    with h5py.File(root / "peer.h5", "w") as file:
-        for name, array in data.items():
-            file.create_dataset(name, data=array, chunks=(1, 1, *array.shape[2:]), fletcher32=True)
-    opened = h5py.File(root / "peer.h5", "r")
-    return lambda name, sample: opened[name][sample]
-
-
-def _lmdb(root: Path, data: dict[str, np.ndarray]) -> Callable[[str, int], Any]:
-    import lmdb
-
-    size = 2 * sum(array.nbytes for array in data.values())
-    environment = lmdb.open(str(root / "peer.lmdb"), map_size=size, readahead=False)
-    with environment.begin(write=True) as transaction:
-        for name, array in data.items():
-            for sample in range(len(array)):
-                transaction.put(f"{name}/{sample}".encode(), array[sample].tobytes())
-
-    def fetch(name: str, sample: int) -> Any:
-        with environment.begin(buffers=True) as transaction:
-            stored = transaction.get(f"{name}/{sample}".encode())
-            return np.frombuffer(stored, data[name].dtype).reshape(data[name].shape[1:]).copy()
-
-    return fetch
-
-
-def _safetensors(root: Path, data: dict[str, np.ndarray]) -> Callable[[str, int], Any]:
-    from safetensors import safe_open
-    from safetensors.numpy import save_file
-
-    (root / "clips").mkdir()
-    for sample in range(len(data["tokens"])):
-        save_file(
-            {name: array[sample] for name, array in data.items()}, root / "clips" / f"{sample}.safetensors"
-        )
-
-    def fetch(name: str, sample: int) -> Any:
-        with safe_open(root / "clips" / f"{sample}.safetensors", framework="np") as file:
-            return file.get_tensor(name)
-
-    return fetch
-
-
-def _tar(root: Path, data: dict[str, np.ndarray]) -> Callable[[str, int], Any]:
-    """Webdataset's files: tar archives of one .npy a clip and array, here with an index for random access."""
-    import io
-    import tarfile
-
-    with tarfile.open(root / "peer.tar", "w") as archive:
-        for name, array in data.items():
-            for sample in range(len(array)):
-                content = io.BytesIO()
-                np.save(content, array[sample])
-                member = tarfile.TarInfo(f"{sample}.{name}.npy")
-                member.size = content.getbuffer().nbytes
-                archive.addfile(member, io.BytesIO(content.getvalue()))
-    with tarfile.open(root / "peer.tar") as archive:
-        places = {member.name: (member.offset_data, member.size) for member in archive}
-
-    def fetch(name: str, sample: int) -> Any:
-        offset, size = places[f"{sample}.{name}.npy"]
-        with (root / "peer.tar").open("rb") as file:
-            file.seek(offset)
-            return np.load(io.BytesIO(file.read(size)))
-
-    return fetch
+    return read
 
 
 if __name__ == "__main__":

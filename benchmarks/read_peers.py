@@ -1,0 +1,136 @@
+"""What a user would otherwise keep features in, for `benchmarks.read`: each holds the same arrays.
+
+A peer is a function of a sample that gives all arrays of it by name, new ones.
+"""
+
+import io
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Arrays = Mapping[str, np.ndarray[Any, Any]]
+Peer = Callable[[int], Arrays]
+
+# What notices a flipped bit: zstd frames and chunks with checksums do, plain containers do not.
+CHECKED = ("zarr_python", "zarr_python_raw", "tensorstore", "tensorstore_raw", "h5py")
+
+
+def peers(root: Path, data: Arrays) -> dict[str, Peer]:
+    """All of them, written below `root`, where caches of the profiles `default` and `raw` lie."""
+    return {
+        "zarr_python": _zarr_python(root / "default", data),
+        "zarr_python_raw": _zarr_python(root / "raw", data),
+        "tensorstore": _tensorstore(root / "default", data),
+        "tensorstore_raw": _tensorstore(root / "raw", data),
+        "h5py": _h5py(root, data),
+        "lmdb": _lmdb(root, data),
+        "safetensors": _safetensors(root, data),
+        "webdataset": _webdataset(root, data),
+    }
+
+
+def memmap(root: Path, data: Arrays) -> dict[str, np.ndarray[Any, Any]]:
+    """The plain bytes of each array in a file, mapped."""
+    maps = {}
+    for name, array in data.items():
+        array.tofile(root / f"{name}.bin")
+        maps[name] = np.memmap(root / f"{name}.bin", dtype=array.dtype, mode="r", shape=array.shape)
+    return maps
+
+
+def _zarr_python(cache: Path, data: Arrays) -> Peer:
+    import zarr
+
+    arrays: dict[str, Any] = {name: zarr.open_array(cache / name, mode="r") for name in data}
+    return lambda sample: {name: array[sample] for name, array in arrays.items()}
+
+
+def _tensorstore(cache: Path, data: Arrays) -> Peer:
+    import tensorstore
+
+    arrays = {}
+    for name in data:
+        kvstore = {"driver": "file", "path": str(cache / name)}
+        arrays[name] = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
+
+    def fetch(sample: int) -> Arrays:
+        reads = {name: array[sample].read() for name, array in arrays.items()}  # all at once
+        return {name: read.result() for name, read in reads.items()}
+
+    return fetch
+
+
+def _h5py(root: Path, data: Arrays) -> Peer:
+    import h5py
+
+    with h5py.File(root / "peer.h5", "w") as file:
+        for name, array in data.items():
+            file.create_dataset(name, data=array, chunks=(1, 1, *array.shape[2:]), fletcher32=True)
+    opened = h5py.File(root / "peer.h5", "r")
+    return lambda sample: {name: opened[name][sample] for name in data}
+
+
+def _lmdb(root: Path, data: Arrays) -> Peer:
+    import lmdb
+
+    size = 2 * sum(array.nbytes for array in data.values())
+    environment = lmdb.open(str(root / "peer.lmdb"), map_size=size, readahead=False)
+    with environment.begin(write=True) as transaction:
+        for name, array in data.items():
+            for sample in range(len(array)):
+                transaction.put(f"{name}/{sample}".encode(), array[sample].tobytes())
+
+    def fetch(sample: int) -> Arrays:
+        with environment.begin(buffers=True) as transaction:
+            return {
+                name: np.frombuffer(transaction.get(f"{name}/{sample}".encode()), array.dtype)
+                .reshape(array.shape[1:])
+                .copy()
+                for name, array in data.items()
+            }
+
+    return fetch
+
+
+def _safetensors(root: Path, data: Arrays) -> Peer:
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    (root / "clips").mkdir()
+    for sample in range(len(data["tokens"])):
+        one = {name: array[sample] for name, array in data.items()}
+        save_file(one, root / "clips" / f"{sample}.safetensors")
+
+    def fetch(sample: int) -> Arrays:
+        with safe_open(root / "clips" / f"{sample}.safetensors", framework="np") as file:
+            return {name: file.get_tensor(name) for name in data}
+
+    return fetch
+
+
+def _webdataset(root: Path, data: Arrays) -> Peer:
+    """Its archives and its decoder; it reads in sequence only, so that the index for random access is ours."""
+    import webdataset
+    from webdataset.autodecode import npy_loads
+
+    path = root / "peer.tar"
+    with webdataset.TarWriter(str(path)) as writer:
+        for sample in range(len(data["tokens"])):
+            one = {f"{name}.npy": array[sample] for name, array in data.items()}
+            writer.write({"__key__": f"{sample:06d}", **one})
+    with tarfile.open(path) as archive:
+        places = {member.name: (member.offset_data, member.size) for member in archive}
+
+    def fetch(sample: int) -> Arrays:
+        out = {}
+        with io.FileIO(path) as file:
+            for name in data:
+                offset, size = places[f"{sample:06d}.{name}.npy"]
+                file.seek(offset)
+                out[name] = npy_loads(file.read(size))
+        return out
+
+    return fetch
