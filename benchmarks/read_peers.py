@@ -11,21 +11,31 @@ from typing import Any
 
 import numpy as np
 
+from evl_cache.quantize import frame_difference
+
 Arrays = Mapping[str, np.ndarray[Any, Any]]
 Peer = Callable[[int], Arrays]
 
-# What notices a flipped bit: zstd frames and chunks with checksums do, plain containers do not.
-CHECKED = ("zarr_python", "zarr_python_raw", "tensorstore", "tensorstore_raw", "h5py")
+# What notices a flipped bit (zstd frames and chunks with checksums do, plain containers do not), by profile: peers
+# of `default` hold the same codes at the same level of zstd, those of `raw` the plain bytes.
+CHECKED = {
+    "default": ("zarr_python", "tensorstore", "h5py_zstd"),
+    "raw": ("zarr_python_raw", "tensorstore_raw", "h5py"),
+}
 
 
-def peers(root: Path, data: Arrays) -> dict[str, Peer]:
-    """All of them, written below `root`, where caches of the profiles `default` and `raw` lie."""
+def peers(root: Path, data: Arrays, *, threads: int) -> dict[str, Peer]:
+    """All of them, written below `root`, where caches of the profiles `default` and `raw` lie.
+
+    threads: of the reader; a peer that has threads of its own gets as many.
+    """
     return {
         "zarr_python": _zarr_python(root / "default", data),
         "zarr_python_raw": _zarr_python(root / "raw", data),
-        "tensorstore": _tensorstore(root / "default", data),
-        "tensorstore_raw": _tensorstore(root / "raw", data),
-        "h5py": _h5py(root, data),
+        "tensorstore": _tensorstore(root / "default", data, threads),
+        "tensorstore_raw": _tensorstore(root / "raw", data, threads),
+        "h5py": _h5py(root / "peer.h5", data),
+        "h5py_zstd": _h5py_zstd(root, data),
         "lmdb": _lmdb(root, data),
         "safetensors": _safetensors(root, data),
         "webdataset": _webdataset(root, data),
@@ -48,13 +58,16 @@ def _zarr_python(cache: Path, data: Arrays) -> Peer:
     return lambda sample: {name: array[sample] for name, array in arrays.items()}
 
 
-def _tensorstore(cache: Path, data: Arrays) -> Peer:
+def _tensorstore(cache: Path, data: Arrays, threads: int) -> Peer:
     import tensorstore
 
+    limit = {"limit": threads}
+    context = {"data_copy_concurrency": limit, "file_io_concurrency": limit}
     arrays = {}
     for name in data:
         kvstore = {"driver": "file", "path": str(cache / name)}
-        arrays[name] = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}).result()
+        spec = {"driver": "zarr3", "kvstore": kvstore, "context": context}
+        arrays[name] = tensorstore.open(spec).result()
 
     def fetch(sample: int) -> Arrays:
         reads = {name: array[sample].read() for name, array in arrays.items()}  # all at once
@@ -63,14 +76,25 @@ def _tensorstore(cache: Path, data: Arrays) -> Peer:
     return fetch
 
 
-def _h5py(root: Path, data: Arrays) -> Peer:
+def _h5py(path: Path, data: Arrays, **compression: Any) -> Peer:
     import h5py
 
-    with h5py.File(root / "peer.h5", "w") as file:
+    with h5py.File(path, "w") as file:
         for name, array in data.items():
-            file.create_dataset(name, data=array, chunks=(1, 1, *array.shape[2:]), fletcher32=True)
-    opened = h5py.File(root / "peer.h5", "r")
+            chunks = (1, 1, *array.shape[2:])
+            file.create_dataset(name, data=array, chunks=chunks, fletcher32=True, **compression)
+    opened = h5py.File(path, "r")
     return lambda sample: {name: opened[name][sample] for name in data}
+
+
+def _h5py_zstd(root: Path, data: Arrays) -> Peer:
+    """The codes of the profile `default`, as differences between frames, and its level of zstd."""
+    import hdf5plugin
+
+    codes = {
+        name: frame_difference(array) if array.dtype == np.int8 else array for name, array in data.items()
+    }
+    return _h5py(root / "peer-zstd.h5", codes, compression=hdf5plugin.Zstd(clevel=1))
 
 
 def _lmdb(root: Path, data: Arrays) -> Peer:
