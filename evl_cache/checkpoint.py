@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from evl_cache.errors import UsageError, WeightsError
 from evl_cache.heads import Head, build_head
+from evl_cache.safe_files import check_archive, check_head_config, read_json_object, safetensors_shapes
 from evl_cache.spec import CacheSpec
 
 CONFIG_NAME = "config.json"
@@ -53,8 +54,15 @@ class RunConfig:
 
     def build(self) -> Head:
         """A head of this configuration, with new weights."""
-        config = {**self.head_config, "grid": tuple(self.head_config["grid"])}
-        return build_head(self.head, **config)
+        try:
+            config = {**self.head_config, "grid": tuple(self.head_config["grid"])}
+            return build_head(self.head, **config)
+        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"{CONFIG_NAME}: no head {str(self.head)[:40]!r} can be built of it ({error!r})"
+            ) from error
 
 
 def write_run_config(run: Path, config: RunConfig) -> None:
@@ -66,17 +74,18 @@ def write_run_config(run: Path, config: RunConfig) -> None:
 def read_run_config(run: Path) -> RunConfig:
     """Raises: UsageError where there is no run."""
     try:
-        content = json.loads((run / CONFIG_NAME).read_text(encoding="utf-8"))
+        content = read_json_object(run / CONFIG_NAME)
         if content.pop("format", None) != _FORMAT:
             raise UsageError(f"{run / CONFIG_NAME}: of another format; this evl-cache reads format {_FORMAT}")
         layers = content.pop("layers")
         classes = tuple(content.pop("classes"))
+        check_head_config(content["head_config"])
         return RunConfig(layers=None if layers is None else tuple(layers), classes=classes, **content)
     except OSError as error:
         raise UsageError(
             f"{run}: no run there ({error.strerror}); expected a directory that train or import-head wrote"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{run / CONFIG_NAME}: not a run's configuration ({error})") from error
 
 
@@ -87,32 +96,35 @@ def load_head(run: str | Path, *, best: bool = False) -> Head:
     """
     run = Path(run)
     path = run / (BEST_NAME if best else HEAD_NAME)
-    head = read_run_config(run).build()
-    try:
-        weights = load_file(path)
-    except OSError as error:
-        raise WeightsError(f"{path}: cannot be read ({error}); is the run finished?") from error
-    except Exception as error:  # safetensors' own error class is not part of its public interface
-        if type(error).__module__.startswith(("safetensors", "builtins")):
-            raise WeightsError(f"{path}: not a valid safetensors file ({error})") from error
-        raise
-    load_weights(head, weights, source=path)
+    config, shapes = read_run_config(run), safetensors_shapes(path)
+    with torch.device(
+        "meta"
+    ):  # of no memory: the file is as large as its tensors, the configuration may say anything
+        own = {name: tuple(value.shape) for name, value in config.build().state_dict().items()}
+    _check_shapes(own, shapes, source=path)
+    head = config.build()
+    head.load_state_dict(load_file(path))
     return head.eval()
 
 
 def load_weights(head: Head, weights: Mapping[str, torch.Tensor], *, source: Path) -> None:
     """Raises: WeightsError where names or shapes are not the head's."""
-    own = head.state_dict()
-    wrong = [
-        n
-        for n in own.keys() | weights.keys()
-        if n not in own or n not in weights or own[n].shape != weights[n].shape
-    ]
+    _check_shapes(
+        {name: tuple(value.shape) for name, value in head.state_dict().items()},
+        {name: tuple(value.shape) for name, value in weights.items()},
+        source=source,
+    )
+    head.load_state_dict(weights)
+
+
+def _check_shapes(
+    own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, source: Path
+) -> None:
+    wrong = [name for name in own.keys() | found.keys() if own.get(name) != found.get(name)]
     if wrong:
         raise WeightsError(
             f"{source}: does not belong to this head ({sorted(wrong)[:3]} missing, extra or misshapen)"
         )
-    head.load_state_dict(weights)
 
 
 def save_head(run: Path, head: Head, *, best: bool = False) -> None:
@@ -134,6 +146,7 @@ def save_state(run: Path, state: Mapping[str, Any]) -> None:
 def load_state(run: Path) -> dict[str, Any]:
     """Raises: UsageError where there is none or it is not intact."""
     try:
+        check_archive(run / STATE_NAME)
         state: dict[str, Any] = torch.load(run / STATE_NAME, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UsageError(

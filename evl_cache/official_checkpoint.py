@@ -10,6 +10,7 @@ import torch
 
 from evl_cache.errors import UsageError, WeightsError
 from evl_cache.heads.evl import EVLHead
+from evl_cache.safe_files import check_archive, check_tensors
 
 # official name within a decoder layer -> ours
 _LAYER_NAMES = {
@@ -60,6 +61,7 @@ def _official_state(path: Path) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise WeightsError(f"{path}: no such file; expected a checkpoint of the official EVL code")
     try:
+        check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch and pickle raise for a damaged file is open-ended
         reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
@@ -70,7 +72,12 @@ def _official_state(path: Path) -> dict[str, torch.Tensor]:
     state = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(state, Mapping):
         raise WeightsError(f"{path}: holds a {type(state).__name__}; expected a state dict of an EVL model")
-    return {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    tensors = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, torch.Tensor)}
+    try:
+        check_tensors(tensors)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}; expected a checkpoint of the official EVL code") from error
+    return tensors
 
 
 def _renamed(state: Mapping[str, torch.Tensor], path: str | Path) -> dict[str, torch.Tensor]:

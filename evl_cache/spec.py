@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from evl_cache.errors import CacheError, UsageError
+from evl_cache.spec_limits import check_spec
 
 FORMAT_VERSION = 1
 TOKEN_STORAGE = ("int8", "fp16")
@@ -25,10 +26,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "ssv2-16": {"frames": 16, "sampling": "tsn", "views": "1x3"},
     "ssv2-32": {"frames": 32, "sampling": "tsn", "views": "1x3"},
 }
-TINY_TOWER, TINY_PRETRAINED = (
-    "evl-tiny",
-    "rendered-v1",
-)  # the tower that comes with the package, and its weights
+TINY_TOWER, TINY_PRETRAINED = "evl-tiny", "rendered-v1"  # what comes with the package
 TIMM_PREFIX, TIMM_DEFAULT = "timm/", "default"  # models by timm's names, and the first weights of each
 SOFTWARE_PIXELS = "software"
 PREPROCESSING = "short-side-bilinear-v1"  # preprocess.spatial_crops; a change of its pixels is a new name
@@ -272,7 +270,8 @@ class CacheSpec:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "CacheSpec":
-        """Raises: CacheError where fields are missing or of a wrong type."""
+        """Raises: CacheError where fields are missing, of a wrong type or beyond `spec_limits`."""
+        check_spec(content)
         try:
             known = {f.name for f in fields(cls)} - {"extra"}
             given = {k: v for k, v in content.items() if k in known}
@@ -280,7 +279,7 @@ class CacheSpec:
             given["views"] = ViewSpec(**content["views"])
             extra = {k: v for k, v in content.items() if k not in known and k != "feature_id"}
             spec = cls(**_tuples(given), extra=extra)
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise CacheError(
                 f"the cache's description is incomplete ({error}); is this an evl-cache store?"
             ) from error

@@ -22,13 +22,13 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("errors", "errors"),
         (
             "pure",
-            "spec clips sampling preprocess attention_maps quantize epoch_order train_options progress displacement notation",
+            "spec spec_limits clips sampling preprocess attention_maps quantize epoch_order train_options progress displacement notation",
         ),
         (
             "adapters",
             (
                 "video decode_worker decode_process decode_pool augmentation rendered annotations weights backbone"
-                " towers store dataset heads checkpoint official_checkpoint batches memory resident rendezvous"
+                " towers store dataset heads checkpoint official_checkpoint safe_files batches memory resident rendezvous"
                 " distributed interruption pictures progress_lines"
             ),
         ),
@@ -56,6 +56,8 @@ SAME_LAYER = {
     ("distributed", "rendezvous"),  # which process this is
     ("trainer", "report"),  # the last thing a run does
     ("official_checkpoint", "heads"),
+    ("checkpoint", "safe_files"),  # what is loaded is looked at first
+    ("official_checkpoint", "safe_files"),
     ("checkpoint", "heads"),  # a checkpoint is a head's parameters
     ("decode_worker", "video"),  # a process around it
     ("decode_process", "video"),

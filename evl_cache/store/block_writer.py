@@ -17,6 +17,7 @@ from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.quantize import frame_difference
 from evl_cache.spec import CacheSpec
 from evl_cache.store.codec import scratch
+from evl_cache.store.file_system import check_no_links
 from evl_cache.store.layout import MANIFEST_NAME, ArrayLayout, array_layouts, mark_path
 from evl_cache.store.leftovers import remove_leftovers
 from evl_cache.store.locks import BlockLock
@@ -107,6 +108,7 @@ class BlockWriter:
 
     def _open(self, name: str, layout: ArrayLayout) -> None:
         directory = layout.shard(self.root, self.block).parent
+        check_no_links(self.root, directory)
         make_directories(directory)
         remove_leftovers(directory)
         self._staged[name] = stage_file(directory)
@@ -204,11 +206,13 @@ def clear_mark(
     """
     # The manifest names the mark, and the mark the files: each is gone for good before what it names.
     for path in (root / MANIFEST_NAME, mark_path(root, block)):
+        check_no_links(root, path.parent)
         if path.exists():
             path.unlink(missing_ok=True)
             fsync_directory(path.parent)
     for name, layout in array_layouts(spec).items():
         path = layout.shard(root, block)
+        check_no_links(root, path.parent)
         if not path.exists():
             continue
         if unless is None or file_digest(path) != (unless[name].size, unless[name].sha256):

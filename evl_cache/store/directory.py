@@ -16,6 +16,7 @@ from evl_cache.attention_maps import MapProjection
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
 from evl_cache.spec import FORMAT_VERSION, CacheSpec, digest
+from evl_cache.store.file_system import check_no_links
 from evl_cache.store.layout import ATTRIBUTE, CLIPS_NAME, DONE_NAME, LOCKS_NAME, RECOVERY_NAME, array_layouts
 from evl_cache.store.locks import CACHE_LOCK, EXPIRY_S, LockWatcher
 from evl_cache.store.metadata import METADATA_NAME, group_metadata
@@ -70,6 +71,8 @@ def create_cache(
 
     Raises: UsageError naming the fields where another cache is there; CacheError where the disk refuses.
     """
+    for name in (DONE_NAME, LOCKS_NAME, METADATA_NAME, *array_layouts(spec)):
+        check_no_links(root, root / name)
     if not (root / METADATA_NAME).exists():
         # One job at a time: two with different specs would mix their files.
         with LockWatcher(root / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK):

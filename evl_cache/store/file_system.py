@@ -1,9 +1,14 @@
 """The kernel's side of a file: what kind of disk it is on (only on a local one may files be mapped), and writing back."""
 
 import ctypes
+import io
+import os
+import stat
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+
+from evl_cache.errors import CacheError
 
 # Kinds whose pages the kernel itself reads. A mapped file of any other (NFS, Lustre, FUSE, SMB, 9p, …) that is
 # changed or lost elsewhere kills the process that touches it.
@@ -58,3 +63,53 @@ def file_identity(path: Path) -> tuple[int, int] | None:
     except OSError:
         return None
     return found.st_ino, found.st_mtime_ns
+
+
+def open_regular(path: Path) -> io.FileIO:
+    """A regular file, opened to read. Raises: as `open_descriptor`."""
+    return io.FileIO(open_descriptor(path))
+
+
+def open_descriptor(path: Path) -> int:
+    """Open a regular file to read; never what a link leads to, a pipe or a device.
+
+    Raises: OSError as opening does; CacheError where it is something else.
+    """
+    # Not blocking: a pipe would wait for a writer for ever.
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if path.is_symlink():
+            raise link_error(path) from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CacheError(f"{path}: is no regular file; a cache holds plain files only")
+    return descriptor
+
+
+def read_limited(path: Path, most_nbytes: int) -> bytes:
+    """A regular file's bytes. Raises: as `open_descriptor`; CacheError where it is larger."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > most_nbytes else file.read(most_nbytes + 1)
+    if size > most_nbytes or len(content) > most_nbytes:
+        raise CacheError(
+            f"{path}: has {size} bytes, expected at most {most_nbytes}; it is no file of a cache"
+        )
+    return content
+
+
+def check_no_links(root: Path, path: Path) -> None:
+    """Whether a path below a cache stays in it. Raises: CacheError where a part of it, below `root`, is a link."""
+    while path != root:
+        if path.is_symlink():
+            raise link_error(path)
+        path = path.parent
+
+
+def link_error(path: Path) -> CacheError:
+    """Of a link where a cache has a file or directory."""
+    return CacheError(
+        f"{path}: is a link; a cache holds plain files and directories only: copy what it leads to"
+    )

@@ -9,13 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from evl_cache.errors import CacheDamaged
+from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec, digest
-from evl_cache.store.layout import array_layouts, mark_path
-from evl_cache.store.objects import read_limited
+from evl_cache.store.file_system import check_no_links, read_limited
+from evl_cache.store.layout import ArrayLayout, array_layouts, mark_path
 from evl_cache.store.shard import ShardRecord
 
 MARK_VERSION = 1
+_LARGE_NBYTES, _MOST_EXPANSION = 16 << 20, 1000
+_MOST_BATCH = 1 << 16
 MOST_MARK_NBYTES = 64 << 20
 
 
@@ -115,10 +117,11 @@ def read_mark(root: Path, block: int, spec: CacheSpec) -> Mark | None:
     """
     path = mark_path(root, block)
     try:
+        check_no_links(root, path.parent)
         written = read_limited(path, MOST_MARK_NBYTES)
     except FileNotFoundError:
         return None
-    except OSError as error:
+    except (OSError, CacheError) as error:
         raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
     return parse_mark(written, path, block, spec)
 
@@ -158,18 +161,19 @@ def _parse(content: Mapping[str, Any], path: str | Path, block: int, spec: Cache
                 "the mark is of another block or cache; repair the cache"
             )
     try:
-        chunks = spec.block_samples * len(spec.stored_layers)
-        files = {name: _parse_file(content["files"][name], chunks) for name in array_layouts(spec)}
-        clips = tuple(ClipRecord(**row) for row in content["clips"])
-    except (KeyError, TypeError, ValueError) as error:
+        layouts = array_layouts(spec)
+        files = {name: _parse_file(content["files"][name], layout, spec) for name, layout in layouts.items()}
+        clips = tuple(_parse_clip(row) for row in content["clips"])
+        environment = content["environment"]
+        if not isinstance(environment, dict) or not _is_batch(environment.get("batch", 1)):
+            raise ValueError("its environment is none")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CacheDamaged(f"{path}: incomplete ({error!r}); repair the cache") from error
     if len(clips) != len(spec.clips_of_block(block)):
         raise CacheDamaged(
             f"{path}: names {len(clips)} clips, the block has {len(spec.clips_of_block(block))}; repair"
         )
-    return Mark(
-        block=block, files=files, clips=clips, environment=content["environment"], digest=content["digest"]
-    )
+    return Mark(block=block, files=files, clips=clips, environment=environment, digest=content["digest"])
 
 
 def _file_document(record: FileRecord) -> dict[str, Any]:
@@ -182,16 +186,51 @@ def _file_document(record: FileRecord) -> dict[str, Any]:
     }
 
 
-def _parse_file(content: Mapping[str, Any], num_chunks: int) -> FileRecord:
-    def unpacked(text: str) -> bytes:
-        values = bytes.fromhex(text)
-        if len(values) != 4 * num_chunks:
-            raise ValueError(f"{len(values) // 4} chunks, expected {num_chunks}")
-        return values
+def _parse_file(content: Mapping[str, Any], layout: ArrayLayout, spec: CacheSpec) -> FileRecord:
+    num_chunks = spec.block_samples * len(spec.stored_layers)
 
-    return FileRecord(
+    def unpacked(text: str) -> bytes:
+        if len(text) != 8 * num_chunks:
+            raise ValueError(f"{len(text) // 8} chunks, expected {num_chunks}")
+        return bytes.fromhex(text)
+
+    record = FileRecord(
         size=int(content["size"]),
         sha256=str(content["sha256"]),
         chunk_nbytes=unpacked(content["chunk_nbytes"]),
         chunk_checksums=unpacked(content["chunk_checksums"]),
     )
+    nbytes = np.frombuffer(record.chunk_nbytes, "<u4").astype(np.uint64)
+    if not np.all((nbytes == 0) | layout.codec.allows_size(nbytes, layout.chunk_nbytes)):
+        raise ValueError(
+            f"chunks of {layout.name} have sizes that none of {layout.chunk_nbytes} bytes can have"
+        )
+    if int(nbytes.sum()) > record.size:
+        raise ValueError(f"chunks of {layout.name} are larger than their file")
+    _check_explosion(layout, int((nbytes > 0).sum()), record.size)
+    return record
+
+
+def _check_explosion(layout: ArrayLayout, num_chunks: int, file_nbytes: int) -> None:
+    """Large chunks of next to no bytes: no feature of a video compresses so, and memory is made for them."""
+    decoded = num_chunks * layout.chunk_nbytes
+    if layout.chunk_nbytes > _LARGE_NBYTES and decoded > _MOST_EXPANSION * file_nbytes:
+        raise ValueError(f"{file_nbytes} bytes of {layout.name} would become {decoded}")
+
+
+def _parse_clip(row: Mapping[str, Any]) -> ClipRecord:
+    record = ClipRecord(**row)
+    texts = (record.error, record.source_sha256, record.decoder)
+    numbers = (record.source_bytes, record.frame_count, *(record.frame_size or ()))
+    if (
+        not isinstance(row["id"], str)
+        or not all(text is None or isinstance(text, str) for text in texts)
+        or not all(number is None or isinstance(number, int) for number in numbers)
+        or (record.frame_size is not None and len(record.frame_size) != 2)
+    ):
+        raise TypeError(f"of clip {str(record.id)[:40]!r}: fields of other types")
+    return record
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, int) and 1 <= value <= _MOST_BATCH

@@ -3,16 +3,15 @@
 Names are relative to the cache (or to a place that holds several), with forward slashes.
 """
 
-import io
 import os
 import re
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit, urlunsplit
 
-from evl_cache.errors import CacheError, UsageError
+from evl_cache.errors import UsageError
+from evl_cache.store.file_system import check_no_links, open_regular, read_limited
 
 SCHEMES = ("s3", "http", "https")
 Data = bytes | bytearray | memoryview
@@ -106,48 +105,21 @@ class DirectoryObjects:
 
     def get(self, name: str, *, most_nbytes: int) -> bytes:
         """See `Objects`."""
-        return read_limited(self.root / name, most_nbytes)
+        return read_limited(self._inside(name), most_nbytes)
 
     def get_range(self, name: str, start: int, nbytes: int) -> Data:
         """See `Objects`."""
-        with _opened(self.root / name) as file:
+        with open_regular(self._inside(name)) as file:
             file.seek(start)
             return file.read(nbytes)
+
+    def _inside(self, name: str) -> Path:
+        path = self.root / name
+        check_no_links(self.root, path.parent)
+        return path
 
     def folders(self) -> list[str]:
         """See `Objects`."""
         if not self.root.is_dir():
             return []
         return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
-
-
-def read_limited(path: Path, most_nbytes: int) -> bytes:
-    """A regular file's bytes; never those of a link, a pipe or a device.
-
-    Raises: OSError as opening does; CacheError where it is no regular file, or larger.
-    """
-    with _opened(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        content = b"" if size > most_nbytes else file.read(most_nbytes + 1)
-    if size > most_nbytes or len(content) > most_nbytes:
-        raise CacheError(
-            f"{path}: has {size} bytes, expected at most {most_nbytes}; it is no file of a cache"
-        )
-    return content
-
-
-def _opened(path: Path) -> io.FileIO:
-    # Not blocking: a pipe would wait for a writer for ever.
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        if path.is_symlink():
-            raise CacheError(
-                f"{path}: is a link; a cache holds plain files only: copy what it leads to"
-            ) from error
-        raise
-    file = io.FileIO(descriptor)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
-        raise CacheError(f"{path}: is no regular file; a cache holds plain files only")
-    return file

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.store.codec import crc32c
-from evl_cache.store.file_system import start_writeback
+from evl_cache.store.file_system import open_regular, start_writeback
 from evl_cache.store.permissions import give_directory_mode, give_file_mode
 
 Buffer = bytes | bytearray | memoryview
@@ -260,7 +260,7 @@ def write_json_atomic(path: Path, obj: object, *, replace: bool) -> bool:
 def file_digest(path: Path) -> tuple[int, str]:
     """Size in bytes and sha256 (hexadecimal) of a file. Raises CacheError where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return file.tell(), digest
     except OSError as error:
@@ -275,7 +275,7 @@ def file_crc32c(path: Path) -> tuple[int, int]:
     size = checksum = 0
     part = np.empty(_PART_NBYTES, np.uint8)
     try:
-        with path.open("rb", buffering=0) as file:
+        with open_regular(path) as file:
             while count := file.readinto(part.data):
                 size += count
                 checksum = crc32c(part[:count], checksum)

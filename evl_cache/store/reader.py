@@ -26,7 +26,7 @@ from evl_cache.store.buffers import (
     TokensRead,
 )
 from evl_cache.store.directory import read_clips, read_description
-from evl_cache.store.file_system import is_local
+from evl_cache.store.file_system import check_no_links, is_local
 from evl_cache.store.layout import MANIFEST_NAME, array_layouts, as_range
 from evl_cache.store.local_copy import LocalCopy
 from evl_cache.store.manifest import read_manifest
@@ -338,6 +338,7 @@ class FeatureCache:
     def _open_shard(self, key: tuple[str, int]) -> ShardReader:
         name, block = key
         layout, record = self._layouts[name], self._done.files[block][name]
+        check_no_links(self.path, layout.shard(self.path, block).parent)
         return ShardReader(
             layout.shard(self.path, block),
             grid=(self.spec.block_samples, len(self.spec.stored_layers)),

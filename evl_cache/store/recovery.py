@@ -4,6 +4,7 @@ Where both copies are intact but differ (a file of another cache was put there),
 decide which of them is this cache's.
 """
 
+import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import digest
 from evl_cache.store.directory import (
+    MOST_CLIPS_NBYTES,
     CacheDescription,
     clips_lines,
     parse_group,
@@ -21,10 +23,12 @@ from evl_cache.store.directory import (
     read_description,
     recovery_document,
 )
+from evl_cache.store.file_system import check_no_links
 from evl_cache.store.layout import CLIPS_NAME, MANIFEST_NAME, RECOVERY_NAME, array_layouts
 from evl_cache.store.manifest import read_manifest
 from evl_cache.store.marks import read_mark
 from evl_cache.store.metadata import METADATA_NAME
+from evl_cache.store.objects import DirectoryObjects
 from evl_cache.store.publish import canonical_json, make_directories, stage_file
 
 
@@ -52,7 +56,8 @@ def restore_description(root: Path) -> list[str]:
     rewritten = []
     for name, content in wanted.items():
         path = root / name
-        if not path.is_file() or path.read_bytes() != content:
+        check_no_links(root, path.parent)
+        if _content(root, name) != content:
             make_directories(path.parent)
             with stage_file(path.parent) as staged:
                 staged.write(content)
@@ -84,13 +89,15 @@ def has_intact_recovery(root: Path) -> bool:
 def _first_copy(root: Path) -> _Copy:
     description = read_description(root)
     clips = read_clips(root, description)
-    return _Copy(group=json.loads((root / METADATA_NAME).read_bytes()), description=description, clips=clips)
+    return _Copy(
+        group=json.loads(_content(root, METADATA_NAME) or b"{}"), description=description, clips=clips
+    )
 
 
 def _second_copy(root: Path) -> _Copy:
     path = root / RECOVERY_NAME
     try:
-        written = path.read_bytes()
+        written = DirectoryObjects(root).get(RECOVERY_NAME, most_nbytes=MOST_CLIPS_NBYTES)
         content = json.loads(written)
         group, rows = content["group"], content["clips"]
         if content["digest"] != digest({"group": group, "clips": rows}):
@@ -98,12 +105,19 @@ def _second_copy(root: Path) -> _Copy:
         if canonical_json(content) != written:
             raise CacheDamaged(f"{path}: is not written as evl-cache writes it; repair the cache")
         clips = tuple(Clip.from_json(row) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CacheDamaged(f"{path}: cannot be read ({error!r}); repair the cache") from error
     description = parse_group(group, path)
     if hashlib.sha256(clips_lines(clips)).hexdigest() != description.clips_sha256:
         raise CacheDamaged(f"{path}: its clips are not those of its description; repair the cache")
     return _Copy(group=group, description=description, clips=clips)
+
+
+def _content(root: Path, name: str) -> bytes | None:
+    """A file's bytes; None where there is none, or something else."""
+    with contextlib.suppress(OSError, CacheError):
+        return DirectoryObjects(root).get(name, most_nbytes=MOST_CLIPS_NBYTES)
+    return None
 
 
 def _best_copy(root: Path) -> _Copy:
@@ -148,6 +162,5 @@ def _support(root: Path, copy: _Copy) -> tuple[int, int, int]:
     except CacheDamaged:
         pass
     for name, layout in array_layouts(spec).items():
-        path = root / name / METADATA_NAME
-        arrays += path.is_file() and path.read_bytes() == canonical_json(layout.metadata(spec))
+        arrays += _content(root, f"{name}/{METADATA_NAME}") == canonical_json(layout.metadata(spec))
     return marks, listed, arrays

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evl_cache.errors import CacheDamaged
+from evl_cache.store.file_system import open_descriptor
 
 Bytes = NDArray[np.uint8]
 
@@ -38,13 +39,13 @@ class LocalFile:
     Args:
         path: of the file. map_file: map it; for local disks only, see `file_system`.
 
-    Raises: OSError where it cannot be opened.
+    Raises: OSError where it cannot be opened; CacheError where it is a link, a pipe or a device.
     """
 
     def __init__(self, path: Path, *, map_file: bool = False) -> None:
         self._pages: mmap.mmap | None = None
         self.mapped: Bytes | None = None
-        self._descriptor: int | None = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor: int | None = open_descriptor(path)
         if map_file and self.size_now() > 0:
             self._map(self._descriptor)
 

@@ -22,6 +22,7 @@ from evl_cache.store.directory import (
     read_description,
     read_description_from,
 )
+from evl_cache.store.file_system import check_no_links
 from evl_cache.store.layout import (
     LOCKS_NAME,
     MANIFEST_NAME,
@@ -210,6 +211,7 @@ def _copy_block(source: SourceCache, target: Path, block: int) -> int | None:
 def _copy_shard(objects: Objects, layout: ArrayLayout, record: FileRecord, target: Path, block: int) -> int:
     """Returns: bytes copied; 0 where the file is there already, which `clear_mark` has compared."""
     path = layout.shard(target, block)
+    check_no_links(target, path.parent)
     if path.exists():
         return 0
     make_directories(path.parent)

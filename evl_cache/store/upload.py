@@ -2,12 +2,12 @@
 
 import contextlib
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
-from evl_cache.store.directory import read_description_from
+from evl_cache.store.directory import MOST_CLIPS_NBYTES, read_description_from
+from evl_cache.store.file_system import check_no_links
 from evl_cache.store.layout import MANIFEST_NAME, array_layouts, mark_path
 from evl_cache.store.manifest import MOST_MANIFEST_NBYTES, description_files
 from evl_cache.store.marks import MOST_MARK_NBYTES, FileRecord
@@ -35,14 +35,14 @@ def copy_to_bucket(
     source, target = open_source(path), open_writable(url)
     _check_target(source, target)
     if source.manifest is not None:
-        manifest = (path / MANIFEST_NAME).read_bytes()
+        manifest = source.objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES)
         if _get(target, MANIFEST_NAME, MOST_MANIFEST_NBYTES) == manifest:
             for _ in source.blocks:
                 on_block(False)
             return _result(source, target, moved=[])
     target.delete(MANIFEST_NAME)
     for name in description_files(source.spec):
-        target.put(name, (path / name).read_bytes())
+        target.put(name, source.objects.get(name, most_nbytes=MOST_CLIPS_NBYTES))
 
     def send(block: int) -> int | None:
         moved = _send_block(source, path, target, block)
@@ -52,7 +52,7 @@ def copy_to_bucket(
     with ThreadPoolExecutor(threads) as pool, cancelled_on_error(pool):
         moved = [nbytes for nbytes in pool.map(send, source.blocks) if nbytes is not None]
     if source.manifest is not None:
-        if (path / MANIFEST_NAME).read_bytes() != manifest:
+        if source.objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES) != manifest:
             raise CacheError(f"{path}: changed while it was sent; run the same command again")
         target.put(MANIFEST_NAME, manifest)
     return _result(source, target, moved=moved)
@@ -89,16 +89,16 @@ def _send_block(source: SourceCache, path: Path, target: WritableObjects, block:
     if there is not None:
         target.delete(name)
     for array, layout in array_layouts(source.spec).items():
-        _send_shard(layout.shard(path, block), layout.shard(Path(), block), mark.files, array, target)
+        _send_shard(path, layout.shard(Path(), block), mark.files[array], target)
     target.put(name, written)
     return sum(record.size for record in mark.files.values())
 
 
-def _send_shard(
-    file: Path, name: Path, records: Mapping[str, FileRecord], array: str, target: WritableObjects
-) -> None:
+def _send_shard(path: Path, name: Path, record: FileRecord, target: WritableObjects) -> None:
+    file = path / name
+    check_no_links(path, file)
     before = os.stat(file) if file.is_file() else None
-    if before is None or file_digest(file) != (records[array].size, records[array].sha256):
+    if before is None or file_digest(file) != (record.size, record.sha256):
         raise CacheDamaged(
             f"{file}: its bytes are not those its mark promises; repair the cache, then push again"
         )

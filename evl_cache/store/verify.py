@@ -1,6 +1,7 @@
 """Proof of every byte: agreement of files, marks and manifest. Not authenticity: whoever can write the cache
 can make a consistent other one; compare the cache digest with one you trust."""
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,11 +11,13 @@ from typing import Any
 
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.directory import CacheDescription, read_clips, read_description
+from evl_cache.store.directory import MOST_DESCRIPTION_NBYTES, CacheDescription, read_clips, read_description
+from evl_cache.store.file_system import check_no_links, read_limited
 from evl_cache.store.layout import DONE_NAME, MANIFEST_NAME, array_layouts, mark_path
-from evl_cache.store.manifest import Manifest, manifest_document, read_manifest
+from evl_cache.store.manifest import MOST_MANIFEST_NBYTES, Manifest, manifest_document, read_manifest
 from evl_cache.store.marks import Mark, read_mark
 from evl_cache.store.metadata import METADATA_NAME
+from evl_cache.store.objects import DirectoryObjects
 from evl_cache.store.publish import canonical_json, file_digest, is_staging_name
 from evl_cache.store.recomputed import read_projections
 from evl_cache.store.recovery import check_recovery, has_intact_recovery
@@ -103,12 +106,12 @@ def _check_description(root: Path, description: CacheDescription) -> list[Proble
     recovery = check_recovery(root, description)
     if recovery is not None:
         reasons.append(recovery)
-    written = (root / METADATA_NAME).read_bytes()
+    written = read_limited(root / METADATA_NAME, MOST_DESCRIPTION_NBYTES)
     if written != canonical_json(json.loads(written)):
         reasons.append(f"{root / METADATA_NAME}: is not written as evl-cache writes it; repair the cache")
     for name, layout in array_layouts(description.spec).items():
         path = root / name / METADATA_NAME
-        if not path.is_file() or path.read_bytes() != canonical_json(layout.metadata(description.spec)):
+        if _content(root, path) != canonical_json(layout.metadata(description.spec)):
             reasons.append(
                 f"{path}: is not the metadata that the cache's description asks for; repair the cache"
             )
@@ -123,12 +126,13 @@ def _check_block(root: Path, spec: CacheSpec, block: int) -> tuple[Mark | None, 
     if mark is None:
         return None, []
     reasons = []
-    written = mark_path(root, block).read_bytes()
+    written = _content(root, mark_path(root, block)) or b"{}"
     if written != canonical_json(json.loads(written)):  # a changed space or escape keeps the digest
         reasons.append(f"{mark_path(root, block)}: is not written as evl-cache writes it; repair the cache")
     for name, layout in array_layouts(spec).items():
         path, record = layout.shard(root, block), mark.files[name]
         try:
+            check_no_links(root, path)
             if file_digest(path) != (record.size, record.sha256):
                 reasons.append(f"{path}: its bytes are not those its mark promises; repair the cache")
             else:
@@ -165,7 +169,7 @@ def _check_manifest(
     if not intact:
         return manifest.digest, []
     document = manifest_document(root, spec, marks)
-    if canonical_json(document) == path.read_bytes():
+    if canonical_json(document) == _content(root, path):
         return manifest.digest, []
     return None, _disagreements(root, spec, manifest, document)
 
@@ -187,6 +191,13 @@ def _disagreements(
         return problems
     reason = f"{root / MANIFEST_NAME}: does not agree with the files; repair the cache"
     return [Problem(block=None, reason=reason)]
+
+
+def _content(root: Path, path: Path) -> bytes | None:
+    """A file's bytes; None where there is none, or something else."""
+    with contextlib.suppress(OSError, CacheError):
+        return DirectoryObjects(root).get(path.relative_to(root).as_posix(), most_nbytes=MOST_MANIFEST_NBYTES)
+    return None
 
 
 def _strays(root: Path, spec: CacheSpec) -> list[str]:
