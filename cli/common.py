@@ -9,6 +9,16 @@ from typing import Any
 import click
 
 
+def printable(text: str) -> str:
+    """One line that a terminal only shows: names in caches and errors may hold anything."""
+    return shown(" ".join(text.split()))
+
+
+def shown(line: str) -> str:
+    """A line without what a terminal would act on."""
+    return "".join(c if c.isprintable() else "?" for c in line)
+
+
 class Command(click.Command):
     """A command with `--debug`, and with its examples below the options."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from .common import Command, human_bytes, human_seconds, print_json
+from .common import Command, human_bytes, human_seconds, print_json, shown
 
 EXAMPLES = """
 evl-cache info caches/mine
@@ -47,7 +47,7 @@ def command(cache: Path, failures: bool, as_csv: bool, watched: bool, every: flo
         print_json(found)
         return 0
     for line in _lines(found):
-        click.echo(line)
+        click.echo(shown(line))
     return 0
 
 

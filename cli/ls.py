@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from .common import Command, human_bytes, print_json
+from .common import Command, human_bytes, print_json, printable
 
 EXAMPLES = """
 evl-cache ls
@@ -45,11 +45,11 @@ def command(places: tuple[str, ...], as_json: bool) -> int:
             listed += list(list_caches([place]))
         except CacheError as error:
             failed = True
-            click.echo(f"error: {' '.join(str(error).split())}", err=True)
+            click.echo(f"error: {printable(str(error))}", err=True)
     if as_json:
         print_json({"caches": [cache.to_json() for cache in listed]})
     elif listed:
-        for line in _table([_row(cache) for cache in listed]):
+        for line in _table([tuple(map(printable, _row(cache))) for cache in listed]):
             click.echo(line)
     else:
         click.echo("no caches; run evl-cache extract, or set EVL_CACHE_ROOT", err=True)

@@ -11,6 +11,8 @@ import click
 from evl_cache import __version__
 from evl_cache.errors import EvlCacheError, UsageError, WeightsError, WeightsUnavailable
 
+from .common import printable
+
 # name -> (module, one line of help); the module's `command` is loaded only when it is called
 COMMANDS = {
     "extract": ("extract", "Run the frozen backbone once over every clip and cache its features."),
@@ -97,6 +99,9 @@ def main(args: list[str] | None = None) -> None:
         _show_if_debugging()
         wrong_use = isinstance(error, UsageError | WeightsError) and not isinstance(error, WeightsUnavailable)
         _fail(str(error), 2 if wrong_use else 1)
+    except MemoryError:
+        _show_if_debugging()
+        _fail("not enough memory; use a smaller --batch, or fewer layers or processes", 1)
     except OSError as error:
         _show_if_debugging()
         _fail(
@@ -112,7 +117,7 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 
 
 def _fail(message: str, status: int) -> None:
-    click.echo(f"error: {' '.join(message.split())}", err=True)
+    click.echo(f"error: {printable(message)}", err=True)
     sys.exit(status)
 
 

@@ -36,9 +36,12 @@ class Clip:
     def from_json(cls, row: Mapping[str, Any]) -> "Clip":
         """Raises: CacheError for a row of another form."""
         try:
-            return cls(
+            clip = cls(
                 id=str(row["id"]), path=str(row["path"]), label=int(row["label"]), split=str(row["split"])
             )
+            if not 0 <= clip.label < MAX_CLASSES:
+                raise ValueError(f"label {clip.label}")
+            return clip
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(
                 f"clips.jsonl: not a clip ({error!r}); expected id, path, label, split"

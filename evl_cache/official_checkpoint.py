@@ -10,7 +10,7 @@ import torch
 
 from evl_cache.errors import UsageError, WeightsError
 from evl_cache.heads.evl import EVLHead
-from evl_cache.safe_files import check_archive, check_tensors
+from evl_cache.safe_files import check_archive, check_head_config, check_tensors
 
 # official name within a decoder layer -> ours
 _LAYER_NAMES = {
@@ -48,6 +48,7 @@ def load_official_checkpoint(
     state = _official_state(Path(path))
     tensors = _renamed(state, path)
     sizes = _sizes(tensors, path, num_frames=num_frames, grid=grid)
+    _check_sizes(sizes, num_heads, tensors, path)
     head = EVLHead(**sizes, num_heads=num_heads, dropout=dropout)
     missing, unexpected = head.load_state_dict(tensors, strict=False)
     if missing or unexpected:
@@ -147,6 +148,23 @@ def _sizes(
         "temporal_pos_embed": pos is not None,
         "temporal_cross_attention": table is not None,
     }
+
+
+def _check_sizes(
+    sizes: Mapping[str, Any], num_heads: int | None, tensors: Mapping[str, torch.Tensor], path: str | Path
+) -> None:
+    """Whether the file's tensors are a head of these sizes: a few of them, which were looked at, may say anything."""
+    try:
+        check_head_config(sizes)
+    except ValueError as error:
+        raise WeightsError(f"{path}: {error}; expected a checkpoint of the official EVL code") from error
+    with torch.device("meta"):
+        own = EVLHead(**sizes, num_heads=num_heads).state_dict()
+    for name in own.keys() & tensors.keys():
+        if own[name].shape != tensors[name].shape:
+            raise WeightsError(
+                f"{path}: {name} is {tuple(tensors[name].shape)}, its other weights ask for {tuple(own[name].shape)}"
+            )
 
 
 def _square_grid(rows: int, path: str | Path) -> tuple[int, int]:

@@ -76,6 +76,10 @@ class FeatureCache:
             raise CacheDamaged(
                 f"{path}: {len(self.clips)} clips listed, {self.spec.num_clips} described; repair the cache"
             )
+        if any(clip.label >= len(self.spec.classes) for clip in self.clips):
+            raise CacheDamaged(
+                f"{path}: labels beyond its {len(self.spec.classes)} classes; repair the cache"
+            )
         self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
         self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
         self._done = BlocksDone(self.path, self.spec)
