@@ -51,7 +51,7 @@ def command(places: tuple[str, ...], as_json: bool) -> int:
     elif listed:
         for line in _table([tuple(map(printable, _row(cache))) for cache in listed]):
             click.echo(line)
-    else:
+    elif not failed:
         click.echo("no caches; run evl-cache extract, or set EVL_CACHE_ROOT", err=True)
     return 1 if failed else 0
 

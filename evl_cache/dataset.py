@@ -38,7 +38,8 @@ class FeatureLoader:
         threads: that read. pin_memory: page-locked buffers, for a GPU.
         resident: keeps samples, of the same layers and maps, after they were first read.
 
-    Raises: UsageError where no sample is left.
+    Raises: UsageError where no sample is left; CacheDamaged where a mark of their blocks is not intact or another than
+        the manifest names: a run that leaves samples out, or takes others, would not be the one asked for.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class FeatureLoader:
         resident: ResidentSamples | None = None,
     ) -> None:
         rows = np.asarray(samples, dtype=np.int64)
+        cache.check_marks(rows)
         self.samples = rows[cache.is_valid[rows]]
         if not len(self.samples):
             raise UsageError(

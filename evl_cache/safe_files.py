@@ -4,7 +4,6 @@
 claims to hold.
 """
 
-import json
 import os
 import zipfile
 from collections.abc import Mapping
@@ -15,12 +14,14 @@ import torch
 from safetensors import safe_open
 
 from evl_cache.errors import WeightsError
+from evl_cache.strict_json import parse_json
 
 MOST_JSON_NBYTES = 16 << 20
 _MOST_EXPANSION = 4  # of a zip archive: torch.save does not compress
 # Arguments of heads, by the last part of their names; anything larger is no head.
 _MOST = {"num_frames": 4096, "num_classes": 10**6, "num_layers": 1024, "num_heads": 65536}
 _MOST_WIDTH = 1 << 20
+_SIZES = ("num_layers", "width", "num_frames", "num_classes")  # that every head has, with its grid
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
@@ -30,10 +31,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
         raise ValueError("not a regular file")
     if path.stat().st_size > MOST_JSON_NBYTES:
         raise ValueError(f"has {path.stat().st_size} bytes, expected at most {MOST_JSON_NBYTES}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
+    content = parse_json(path.read_bytes())
     if not isinstance(content, dict):
         raise ValueError(f"holds a {type(content).__name__}, expected an object")
     return content
@@ -41,6 +39,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 def check_head_config(config: Mapping[str, Any]) -> None:
     """Sizes of a head before it is built. Raises: ValueError naming the one that is none."""
+    for name in _SIZES:
+        if not isinstance(config[name], int) or config[name] < 1:
+            raise ValueError(f"{name} is {str(config[name])[:40]!r}, expected a number from 1 on")
+    grid = config["grid"]
+    if not isinstance(grid, list | tuple) or len(grid) != 2 or not all(isinstance(n, int) for n in grid):
+        raise ValueError(f"grid is {str(grid)[:40]!r}, expected rows and columns of patches")
     for name, value in config.items():
         values = value if isinstance(value, list | tuple) else [value]
         for number in values:

@@ -22,7 +22,10 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ("errors", "errors"),
         (
             "pure",
-            "spec spec_limits clips sampling preprocess attention_maps quantize epoch_order train_options progress displacement notation",
+            (
+                "spec spec_limits strict_json clips sampling preprocess attention_maps quantize epoch_order train_options"
+                " progress displacement notation"
+            ),
         ),
         (
             "adapters",

@@ -79,8 +79,13 @@ def head_layers(name: str, cached: tuple[int, ...], wanted: tuple[int, ...] | No
 
 
 def build_head(name: str, **config: Any) -> Head:
-    """A new head. Arguments as its class takes them; `num_layers` need not be given where the name has a number."""
+    """A new head. Arguments as its class takes them; `num_layers` need not be given where the name has a number.
+
+    Raises: UsageError for an unknown head, or one whose number is not its layers'.
+    """
     _, number = _entry(name)
+    if number is not None and config.get("num_layers", number) != number:
+        raise UsageError(f"{name} reads {number} layers, not {config['num_layers']}")
     return head_class(name)(**({} if number is None else {"num_layers": number}) | config)
 
 

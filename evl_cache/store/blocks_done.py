@@ -1,7 +1,7 @@
 """What the marks of a cache say of its blocks: which are done, what lies in them, which clips failed and why."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +9,8 @@ import numpy as np
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec, digest
-from evl_cache.store.layout import marked_blocks
+from evl_cache.store.layout import MANIFEST_NAME, mark_path, marked_blocks
+from evl_cache.store.manifest import read_manifest
 from evl_cache.store.marks import Mark, ShardFiles, read_mark
 
 
@@ -21,6 +22,7 @@ class BlocksDone:
         is_valid: bool (samples,): extracted, and the clip did not fail.
         errors: why a clip failed, by its row.
         damaged_marks: why a block whose mark is not intact does not exist, by block.
+        file_sha256s: of the marks' files, by block.
         provenance: clips by (decoder, source (height, width)).
     """
 
@@ -31,6 +33,7 @@ class BlocksDone:
         self.errors: dict[int, str] = {}
         self.damaged_marks: dict[int, str] = {}
         self.provenance: Counter[tuple[str, tuple[int, int]]] = Counter()
+        self.file_sha256s: dict[int, str] = {}
         self._digests: dict[int, str] = {}
         self.refresh()
 
@@ -52,6 +55,25 @@ class BlocksDone:
             if mark is not None:
                 self._admit(mark)
 
+    def check(self, blocks: Iterable[int]) -> None:
+        """Whether the marks of blocks, where they have one, are intact, and those that the manifest names.
+
+        Raises: CacheDamaged.
+        """
+        blocks = set(blocks)
+        for block in sorted(blocks & self.damaged_marks.keys()):
+            raise CacheDamaged(self.damaged_marks[block])
+        if not (self._root / MANIFEST_NAME).exists():
+            return
+        named = read_manifest(self._root, self._spec).files
+        for block in sorted(blocks & self.file_sha256s.keys()):
+            name = mark_path(Path(), block).as_posix()
+            if named.get(name, (0, ""))[1] != self.file_sha256s[block]:
+                raise CacheDamaged(
+                    f"{self._root / name}: is not the mark that {MANIFEST_NAME} names; if the cache was changed just now "
+                    "run the same command again, else repair the cache"
+                )
+
     def why_not_served(self, sample: int, clips: Sequence[Clip], place: str) -> CacheError:
         """The error of asking for a sample that is not valid."""
         row = sample // self._spec.views.per_clip
@@ -69,6 +91,7 @@ class BlocksDone:
     def _admit(self, mark: Mark) -> None:
         self.damaged_marks.pop(mark.block, None)
         self.files[mark.block], self._digests[mark.block] = mark.files, mark.digest
+        self.file_sha256s[mark.block] = mark.file_sha256
         views = self._spec.views.per_clip
         for row, clip in zip(self._spec.clips_of_block(mark.block), mark.clips, strict=True):
             if clip.error is not None:

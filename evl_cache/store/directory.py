@@ -6,7 +6,6 @@
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from evl_cache.store.publish import (
     write_json_atomic,
 )
 from evl_cache.store.recomputed import projections_content, write_projections
+from evl_cache.strict_json import parse_json
 
 # Read whole and parsed: far more than the largest data sets need, far less than a computer's memory.
 MOST_DESCRIPTION_NBYTES = 16 << 20
@@ -158,8 +158,8 @@ def read_group(objects: Objects) -> bytes:
 def parse_description(written: bytes, place: str) -> CacheDescription:
     """The description in the bytes of a group document. Raises: as `read_description`."""
     try:
-        content = json.loads(written)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(written)
+    except ValueError as error:
         raise CacheDamaged(f"{place}: cannot be read ({error}); repair the cache") from error
     return parse_group(content, place)
 
@@ -172,15 +172,20 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
         raise CacheError(
             f"{path}: a Zarr group without the attribute {ATTRIBUTE!r}; expected a cache that extract wrote"
         )
-    if own.get("format_version") != FORMAT_VERSION and isinstance(own.get("format_version"), int):
+    version = own.get("format_version")
+    if version != FORMAT_VERSION and isinstance(version, int):
         raise CacheError(
-            f"{path}: cache format {own['format_version']}; this evl-cache reads format {FORMAT_VERSION}: "
+            f"{path}: cache format {version}; this evl-cache reads format {FORMAT_VERSION}: "
             "install the version that wrote it, or extract again"
         )
     unsigned = {name: value for name, value in own.items() if name != "digest"}
     same = canonical_json(group_metadata(attributes)) == canonical_json(content)
     if own.get("digest") != digest(unsigned) or not same:
         raise CacheDamaged(f"{path}: the description's digest does not match; repair the cache")
+    if type(version) is not int:
+        raise CacheDamaged(
+            f"{path}: its format version is {str(version)[:20]!r}, expected a number; repair the cache"
+        )
     try:
         return CacheDescription(
             spec=CacheSpec.from_json(own["spec"]),
@@ -217,9 +222,9 @@ def parse_clips(lines: bytes, place: str) -> tuple[Clip, ...]:
         for start in range(
             0, len(rows), _CLIPS_AT_A_TIME
         ):  # one call for many: a large list has 240,000 lines
-            part = json.loads(b"[" + b",".join(rows[start : start + _CLIPS_AT_A_TIME]) + b"]")
+            part = parse_json(b"[" + b",".join(rows[start : start + _CLIPS_AT_A_TIME]) + b"]")
             out += [Clip.from_json(row) for row in part]
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CacheDamaged(f"{place}: is no list of clips ({error}); repair the cache") from error
     return tuple(out)
 

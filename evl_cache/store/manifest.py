@@ -1,7 +1,6 @@
 """The manifest of a complete cache: every file's size and digest. Its own digest is the cache digest."""
 
 import contextlib
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from evl_cache.store.marks import Mark, read_mark
 from evl_cache.store.metadata import METADATA_NAME
 from evl_cache.store.objects import DirectoryObjects, Objects, open_objects
 from evl_cache.store.publish import file_digest, write_json_atomic
+from evl_cache.strict_json import parse_json
 
 MANIFEST_VERSION = 1
 MOST_MANIFEST_NBYTES = 64 << 20
@@ -103,13 +103,13 @@ def read_manifest_from(objects: Objects, spec: CacheSpec) -> Manifest:
 def parse_manifest(written: bytes, spec: CacheSpec, place: str) -> Manifest:
     """The manifest of a file's bytes. Raises: as `read_manifest`."""
     try:
-        content = json.loads(written)
+        content = parse_json(written)
         unsigned = {name: value for name, value in content.items() if name != "digest"}
         if content["digest"] != digest(unsigned):
             raise CacheDamaged(f"{place}: its digest does not match; repair the cache")
         if (content["feature_id"], content["content_id"]) != (spec.feature_id, spec.content_id):
             raise CacheDamaged(f"{place}: is the manifest of another cache; repair the cache")
         files = {name: (int(row["size"]), str(row["sha256"])) for name, row in content["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheDamaged(f"{place}: cannot be read as a manifest ({error!r}); repair the cache") from error
     return Manifest(files=files, digest=content["digest"])

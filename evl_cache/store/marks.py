@@ -14,6 +14,7 @@ from evl_cache.spec import CacheSpec, digest
 from evl_cache.store.file_system import check_no_links, read_limited
 from evl_cache.store.layout import ArrayLayout, array_layouts, mark_path
 from evl_cache.store.shard import ShardRecord
+from evl_cache.strict_json import parse_json
 
 MARK_VERSION = 1
 _LARGE_NBYTES, _MOST_EXPANSION = 16 << 20, 1000
@@ -83,7 +84,7 @@ class Mark:
         files: array name -> record of its shard.
         clips: a record for each clip of the block, in order.
         environment: batch, device, dtype, threads and versions: bytes are identical where these are equal.
-        digest: of the mark itself.
+        digest: of the mark itself. file_sha256: of the file that it was read from, which the manifest names.
     """
 
     block: int
@@ -91,6 +92,7 @@ class Mark:
     clips: tuple[ClipRecord, ...]
     environment: Mapping[str, Any]
     digest: str = ""
+    file_sha256: str = ""
 
 
 def mark_document(mark: Mark, spec: CacheSpec) -> dict[str, Any]:
@@ -129,12 +131,12 @@ def read_mark(root: Path, block: int, spec: CacheSpec) -> Mark | None:
 def parse_mark(written: bytes, path: str | Path, block: int, spec: CacheSpec) -> Mark:
     """The mark of a file's bytes. Raises: as `read_mark`."""
     try:
-        content = json.loads(written)
-    except (ValueError, RecursionError) as error:
+        content = parse_json(written)
+    except ValueError as error:
         raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
     if not isinstance(content, dict) or not _digest_matches(content, written):
         raise CacheDamaged(f"{path}: the mark's own digest does not match; repair the cache")
-    return _parse(content, path, block, spec)
+    return _parse(content, path, block, spec, hashlib.sha256(written).hexdigest())
 
 
 def _digest_matches(content: Mapping[str, Any], written: bytes) -> bool:
@@ -146,7 +148,9 @@ def _digest_matches(content: Mapping[str, Any], written: bytes) -> bool:
     return digest({name: value for name, value in content.items() if name != "digest"}) == stored
 
 
-def _parse(content: Mapping[str, Any], path: str | Path, block: int, spec: CacheSpec) -> Mark:
+def _parse(
+    content: Mapping[str, Any], path: str | Path, block: int, spec: CacheSpec, file_sha256: str
+) -> Mark:
     expected = {
         "version": MARK_VERSION,
         "feature_id": spec.feature_id,
@@ -173,7 +177,14 @@ def _parse(content: Mapping[str, Any], path: str | Path, block: int, spec: Cache
         raise CacheDamaged(
             f"{path}: names {len(clips)} clips, the block has {len(spec.clips_of_block(block))}; repair"
         )
-    return Mark(block=block, files=files, clips=clips, environment=environment, digest=content["digest"])
+    return Mark(
+        block=block,
+        files=files,
+        clips=clips,
+        environment=environment,
+        digest=content["digest"],
+        file_sha256=file_sha256,
+    )
 
 
 def _file_document(record: FileRecord) -> dict[str, Any]:

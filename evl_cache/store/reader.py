@@ -146,6 +146,10 @@ class FeatureCache:
         """See blocks that were finished since the cache was opened."""
         self._done.refresh()
 
+    def check_marks(self, samples: np.ndarray[Any, Any]) -> None:
+        """Whether the blocks of samples are whole or not there, as the manifest has them. Raises: CacheDamaged."""
+        self._done.check(np.unique(samples // self._block_samples).tolist())
+
     def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
         """Places of blocks in the arrays' layer axis. Raises: UsageError for one that is not stored."""
         wanted = self.spec.layers if layers is None else tuple(layers)

@@ -6,7 +6,6 @@ decide which of them is this cache's.
 
 import contextlib
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from evl_cache.store.marks import read_mark
 from evl_cache.store.metadata import METADATA_NAME
 from evl_cache.store.objects import DirectoryObjects
 from evl_cache.store.publish import canonical_json, make_directories, stage_file
+from evl_cache.strict_json import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def _first_copy(root: Path) -> _Copy:
     description = read_description(root)
     clips = read_clips(root, description)
     return _Copy(
-        group=json.loads(_content(root, METADATA_NAME) or b"{}"), description=description, clips=clips
+        group=parse_json(_content(root, METADATA_NAME) or b"{}"), description=description, clips=clips
     )
 
 
@@ -98,14 +98,14 @@ def _second_copy(root: Path) -> _Copy:
     path = root / RECOVERY_NAME
     try:
         written = DirectoryObjects(root).get(RECOVERY_NAME, most_nbytes=MOST_CLIPS_NBYTES)
-        content = json.loads(written)
+        content = parse_json(written)
         group, rows = content["group"], content["clips"]
         if content["digest"] != digest({"group": group, "clips": rows}):
             raise CacheDamaged(f"{path}: its digest does not match; repair the cache")
         if canonical_json(content) != written:
             raise CacheDamaged(f"{path}: is not written as evl-cache writes it; repair the cache")
         clips = tuple(Clip.from_json(row) for row in rows)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheDamaged(f"{path}: cannot be read ({error!r}); repair the cache") from error
     description = parse_group(group, path)
     if hashlib.sha256(clips_lines(clips)).hexdigest() != description.clips_sha256:

@@ -2,7 +2,6 @@
 can make a consistent other one; compare the cache digest with one you trust."""
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from evl_cache.store.publish import canonical_json, file_digest, is_staging_name
 from evl_cache.store.recomputed import read_projections
 from evl_cache.store.recovery import check_recovery, has_intact_recovery
 from evl_cache.store.shard_index import read_index
+from evl_cache.strict_json import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ def _check_description(root: Path, description: CacheDescription) -> list[Proble
     if recovery is not None:
         reasons.append(recovery)
     written = read_limited(root / METADATA_NAME, MOST_DESCRIPTION_NBYTES)
-    if written != canonical_json(json.loads(written)):
+    if written != canonical_json(parse_json(written)):
         reasons.append(f"{root / METADATA_NAME}: is not written as evl-cache writes it; repair the cache")
     for name, layout in array_layouts(description.spec).items():
         path = root / name / METADATA_NAME
@@ -127,7 +127,7 @@ def _check_block(root: Path, spec: CacheSpec, block: int) -> tuple[Mark | None, 
         return None, []
     reasons = []
     written = _content(root, mark_path(root, block)) or b"{}"
-    if written != canonical_json(json.loads(written)):  # a changed space or escape keeps the digest
+    if written != canonical_json(parse_json(written)):  # a changed space or escape keeps the digest
         reasons.append(f"{mark_path(root, block)}: is not written as evl-cache writes it; repair the cache")
     for name, layout in array_layouts(spec).items():
         path, record = layout.shard(root, block), mark.files[name]
