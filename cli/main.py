@@ -26,6 +26,7 @@ COMMANDS = {
     "push": ("push", "Copy a cache to a directory or to s3://."),
     "pull": ("pull", "Copy a cache, or layers of it, from a directory, s3:// or http(s)://."),
     "info": ("info", "What a cache holds, how complete it is, and which clips failed."),
+    "card": ("card", "Write a cache's README.md as data hubs expect it."),
     "estimate": ("estimate", "What extract with the same options would cost."),
     "verify": ("verify", "Prove every byte of a cache; exit status 1 where damage is found."),
     "repair": ("repair", "Redo only what verify finds damaged."),

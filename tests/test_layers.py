@@ -43,7 +43,7 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
             ),
         ),
         ("made of parts", "report batch_size trainer online_loader sweep_memory sweep_pass"),
-        ("stages", "extract train evaluate import_head info watch listing share sweep"),
+        ("stages", "extract train evaluate import_head info watch listing share card sweep"),
         ("reading of stages", "report_data report_plots report_page"),
         ("stage one by name", "extract_dataset"),
         ("composed stages", "demo repair estimate online predict show"),

@@ -2,6 +2,7 @@
 
 from evl_cache.store.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
 from evl_cache.store.buffers import BatchBuffers, TokensRead
+from evl_cache.store.card_file import CARD_NAME, write_card
 from evl_cache.store.directory import (
     CacheDescription,
     create_cache,
@@ -20,7 +21,7 @@ from evl_cache.store.layout import (
 )
 from evl_cache.store.leftovers import finish_cache
 from evl_cache.store.locks import BlockLock, LockWatcher
-from evl_cache.store.manifest import manifest_at, write_manifest
+from evl_cache.store.manifest import Manifest, manifest_at, write_manifest
 from evl_cache.store.marks import ClipRecord, Mark
 from evl_cache.store.objects import SCHEMES, Objects, is_url, open_objects, public_url
 from evl_cache.store.partial import copy_part, part_spec
@@ -34,6 +35,7 @@ from evl_cache.store.upload import copy_to_bucket
 from evl_cache.store.verify import Problem, Verification, verify_cache
 
 __all__ = [
+    "CARD_NAME",
     "LOCKS_NAME",
     "MANIFEST_NAME",
     "PROJECTIONS_NAME",
@@ -46,6 +48,7 @@ __all__ = [
     "ClipRecord",
     "FeatureCache",
     "LockWatcher",
+    "Manifest",
     "Mark",
     "Objects",
     "OnBlock",
@@ -80,6 +83,7 @@ __all__ = [
     "set_file_mode",
     "valid_mark",
     "verify_cache",
+    "write_card",
     "write_manifest",
     "write_projections",
 ]

@@ -15,6 +15,7 @@ from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.block_writer import clear_mark
+from evl_cache.store.card_file import read_card, write_card
 from evl_cache.store.directory import (
     CacheDescription,
     create_cache,
@@ -151,6 +152,8 @@ def copy_to_directory(
 
     with ThreadPoolExecutor(threads) as pool, cancelled_on_error(pool):
         moved = [nbytes for nbytes in pool.map(copy, source.blocks) if nbytes is not None]
+    if (card := read_card(source.objects)) is not None and card != read_card(DirectoryObjects(target)):
+        write_card(target, card)
     return TransferResult(
         place=str(target),
         blocks=len(source.blocks),

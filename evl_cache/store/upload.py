@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
+from evl_cache.store.card_file import CARD_NAME, read_card
 from evl_cache.store.directory import MOST_CLIPS_NBYTES, read_description_from
 from evl_cache.store.file_system import check_no_links
 from evl_cache.store.layout import MANIFEST_NAME, array_layouts, mark_path
@@ -34,6 +35,8 @@ def copy_to_bucket(
     """
     source, target = open_source(path), open_writable(url)
     _check_target(source, target)
+    if (card := read_card(source.objects)) is not None and card != read_card(target):
+        target.put(CARD_NAME, card)
     if source.manifest is not None:
         manifest = source.objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES)
         if _get(target, MANIFEST_NAME, MOST_MANIFEST_NBYTES) == manifest:
