@@ -3,8 +3,8 @@
 ViT-B/16, 8 frames, layers 8-12; generated features, and UT-Interaction's with random weights where it is at
 hand. Bytes are those of zstd (level 1 as in the default profile) and without a codec. Errors are against float32:
 the worst channel's relative L2 for tokens, total relative L2 for maps, and for both what a decoder4's logits do,
-as a share of their deviation between clips. Decoding is one thread from compressed bytes to float32. Accuracy
-takes minutes: `--accuracy-ut CACHE --val-clips FILE`, `--accuracy-demo DIRECTORY` (of `evl-cache demo --out`).
+as a share of their deviation between clips. Decoding is one thread from compressed bytes to float32. What heads
+trained on each reach is `benchmarks.rate_accuracy`.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,6 @@ from torch import Tensor
 
 from benchmarks.machine import machine
 from benchmarks.outlier_features import worst_channel_error
-from benchmarks.rate_accuracy import rendered_motions
-from benchmarks.rate_accuracy import ut_interaction as ut_accuracy
 from benchmarks.storage_variants import (
     Coded,
     affine_tokens,
@@ -62,9 +59,6 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
     parser.add_argument("--table", action="store_true", help="also a markdown table")
     parser.add_argument("--clips", type=int, default=4, help="of either kind")
-    parser.add_argument("--accuracy-ut", type=Path, metavar="CACHE")
-    parser.add_argument("--val-clips", type=Path, metavar="FILE", help="with --accuracy-ut")
-    parser.add_argument("--accuracy-demo", type=Path, metavar="DIRECTORY")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {}
@@ -73,10 +67,6 @@ def main() -> None:
         result[features.name] = study(features)
         if arguments.table:
             print(f"\n{features.name}\n\n{table(result[features.name])}\n")
-    if arguments.accuracy_ut is not None:
-        result["accuracy_ut_interaction"] = ut_accuracy(arguments.accuracy_ut, arguments.val_clips)
-    if arguments.accuracy_demo is not None:
-        result["accuracy_demo"] = rendered_motions(arguments.accuracy_demo)
     print(json.dumps({**result, "machine": machine()}))
 
 

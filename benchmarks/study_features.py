@@ -5,8 +5,8 @@ tokens of layer 7, from which the maps of layer 8 are made.
 """
 
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from evl_cache.attention_maps import MapProjection, maps_from_tokens
 from evl_cache.backbone import Backbone, map_projections
 from evl_cache.clips import Clip
 from evl_cache.frames import prepare_clip
-from evl_cache.spec import ViewSpec
+from evl_cache.spec import ViewSpec, default_pretrained
 from evl_cache.towers import build_tower
 
 MODEL = "ViT-B-16-quickgelu"
@@ -29,9 +29,13 @@ FLATTEST, SHARPEST = 0.05, 10.0  # deviation of a head's logits: as wide as `out
 
 @dataclass(frozen=True, kw_only=True)
 class StudyFeatures:
-    """Of S clips: `tokens` S of {layer: (T, N, C)} of layers 7-12, `maps` S of {layer: (2, T-1, P, P)} of 8-12."""
+    """Of S clips: `tokens` S of {layer: (T, N, C)} of layers 7-12, `maps` S of {layer: (2, T-1, P, P)} of 8-12.
+
+    names: of the clips' files, where there are files.
+    """
 
     name: str
+    names: list[str] = field(default_factory=list)
     tokens: list[dict[int, Tensor]]
     maps: list[dict[int, Tensor]]
     projections: Mapping[int, MapProjection]
@@ -68,25 +72,37 @@ def _projection(below: Tensor, *, seed: int) -> MapProjection:
     )
 
 
-def ut_interaction(clips: int) -> StudyFeatures | None:
-    """Clips spread over UT-Interaction through ViT-B/16 with random weights; None where they are not at hand."""
+def ut_interaction(
+    clips: int,
+    *,
+    model: str = MODEL,
+    layers: Sequence[int] = LAYERS,
+    views: ViewSpec = ViewSpec(),  # noqa: B008 - frozen
+) -> StudyFeatures | None:
+    """Clips spread over UT-Interaction through a tower; None where they are not at hand.
+
+    model: ViT-B/16 with random weights, or `evl-tiny` with its own.
+    """
     default = Path(__file__).resolve().parents[2] / "shared" / "data" / "ut_interaction"
     root = Path(os.environ.get(VARIABLE) or default)
     if not root.is_dir():
         return None
-    visual, tower = build_tower(MODEL, "none")
-    backbone = Backbone(visual, ALL_LAYERS)
-    tokens, maps = [], []
+    visual, tower = build_tower(model, "none" if model == MODEL else default_pretrained(model))
+    backbone = Backbone(visual, (layers[0] - 1, *layers))
+    tokens, maps, names = [], [], []
     videos = sorted(root.rglob("*.avi"))
     for video in videos[:: max(1, len(videos) // clips)][:clips]:
         clip = Clip(id=video.name, path=str(video), label=0, split="all")
-        prepared = prepare_clip(clip, root, tower=tower, views=ViewSpec())
+        prepared = prepare_clip(clip, root, tower=tower, views=views)
         assert prepared.samples is not None, prepared.record.error
         features = backbone(prepared.samples)
         tokens.append({layer: value[0] for layer, value in features.tokens.items()})
-        maps.append({layer: features.maps[layer][0] for layer in LAYERS})
-    projections = map_projections(visual, LAYERS, compute_dtype=torch.float32)
-    return StudyFeatures(name="ut_interaction", tokens=tokens, maps=maps, projections=projections)
+        maps.append({layer: features.maps[layer][0] for layer in layers})
+        names.append(video.name)
+    projections = map_projections(visual, tuple(layers), compute_dtype=torch.float32)
+    return StudyFeatures(
+        name="ut_interaction", names=names, tokens=tokens, maps=maps, projections=projections
+    )
 
 
 def queries_and_keys(below: Tensor, projection: MapProjection) -> tuple[Tensor, Tensor]:
