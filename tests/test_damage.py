@@ -29,8 +29,8 @@ from evl_cache.store import (
     CacheDescription,
     FeatureCache,
     clear_mark,
-    reader,
     restore_description,
+    sample_reader,
     verify_cache,
     write_manifest,
 )
@@ -54,7 +54,7 @@ class Caches:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_NFS_WAIT_S", 0.0)
+    monkeypatch.setattr(sample_reader, "_NFS_WAIT_S", 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,8 @@ from evl_cache.evaluate import evaluate
 from evl_cache.heads import HEADS, EVLHead, build_head, head_class, head_layers
 from evl_cache.heads.layer_tokens import LayerTokens
 from evl_cache.quantize import quantize_tokens
-from evl_cache.store import FeatureCache, StoredBatch
+from evl_cache.store import StoredBatch
+from evl_cache.store.sample_reader import SampleReader
 from evl_cache.train import TrainOptions, train
 from tests.feature_caches import write_cache
 from tests.plain_heads import TWINS
@@ -136,13 +137,13 @@ def test_every_head_trains_evaluates_and_loads(caches, tmp_path, name):
 @pytest.mark.parametrize("how", [{}, {"keep_in": "ram"}, {"batch": "auto"}])
 def test_a_linear_head_reads_class_tokens_and_nothing_else(caches, tmp_path, monkeypatch, how):
     read = []
-    real = FeatureCache._read_sample
+    real = SampleReader.read_sample
 
     def counted(self, stacks, slot, sample, positions):
         read.extend((name, len(stack)) for name, stack, _ in stacks)
         real(self, stacks, slot, sample, positions)
 
-    monkeypatch.setattr(FeatureCache, "_read_sample", counted)
+    monkeypatch.setattr(SampleReader, "read_sample", counted)
     train(*caches, options=replace(OPTIONS, **how), out=tmp_path / "run")
     evaluate(tmp_path / "run", caches[1])
     assert {name for name, _ in read} == {"class_tokens"}

@@ -15,7 +15,7 @@ import torch
 from feature_caches import TOWER, write_cache
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
-from evl_cache.store import FeatureCache, reader
+from evl_cache.store import FeatureCache, sample_reader
 from evl_cache.store.layout import mark_path
 
 LARGE = replace(
@@ -31,7 +31,7 @@ def codec(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(autouse=True)
 def _no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_NFS_WAIT_S", 0.0)
+    monkeypatch.setattr(sample_reader, "_NFS_WAIT_S", 0.0)
 
 
 def write(path: Path, codec: str, *, seed: int = 0, large: bool = False) -> FeatureCache:
@@ -66,7 +66,7 @@ def test_raw_and_compressed_mapped_and_read_by_calls_give_the_same(
     tmp_path: Path, large: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caches = [write(tmp_path / codec, codec, large=large) for codec in ("default", "raw")]
-    monkeypatch.setattr(reader, "is_local", lambda path: False)
+    monkeypatch.setattr(sample_reader, "is_local", lambda path: False)
     caches += [FeatureCache(cache.path) for cache in caches]
     caches += [FeatureCache(cache.path, trust=True) for cache in caches[:2]]
     assert [cache.is_local for cache in caches[:4]] == [True, True, False, False]
@@ -105,7 +105,7 @@ def test_a_file_that_changes_under_an_open_reader(
     two_large_caches: dict[str, list[Path]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(reader, "is_local", lambda path: is_mapped)
+    monkeypatch.setattr(sample_reader, "is_local", lambda path: is_mapped)
     for name, written in zip(("cache", "other"), two_large_caches[codec], strict=True):
         shutil.copytree(written, tmp_path / name)
     expected = values(FeatureCache(tmp_path / "cache"), 0)

@@ -68,7 +68,7 @@ def open_files(path: Path) -> int:
 
 def limited(path: Path, limit: int) -> FeatureCache:
     opened = FeatureCache(path)
-    opened._shards = ShardPool(limit=limit)
+    opened._samples._shards = ShardPool(limit=limit)
     return opened
 
 

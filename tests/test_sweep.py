@@ -19,7 +19,7 @@ from evl_cache.heads.layer_tokens import LayerTokens, decoded_maps
 from evl_cache.heads.motion import MapBlock
 from evl_cache.interruption import Interrupted
 from evl_cache.quantize import quantize_maps, quantize_tokens
-from evl_cache.store import FeatureCache
+from evl_cache.store.sample_reader import SampleReader
 from evl_cache.sweep import read_sweep, sweep
 from evl_cache.sweep_grid import expand, read_grid
 from evl_cache.sweep_memory import HeadMemory, split_passes
@@ -111,7 +111,7 @@ class Counters:
 
     def __init__(self, monkeypatch):
         self.read = self.decoded = 0
-        read, load, load_maps = FeatureCache._read_sample, TokenBlock.load, MapBlock.load
+        read, load, load_maps = SampleReader.read_sample, TokenBlock.load, MapBlock.load
         whole, maps = decoding._decoded, decoding.decoded_maps
 
         def read_sample(cache, stacks, slot, sample, positions):
@@ -134,7 +134,7 @@ class Counters:
             self.decoded += 0 if isinstance(stored, torch.Tensor) else stored.codes.numel()
             return maps(stored, dtype)
 
-        monkeypatch.setattr(FeatureCache, "_read_sample", read_sample)
+        monkeypatch.setattr(SampleReader, "read_sample", read_sample)
         monkeypatch.setattr(TokenBlock, "load", load_chunk)
         monkeypatch.setattr(MapBlock, "load", load_rows)
         monkeypatch.setattr(decoding, "_decoded", decoded)

@@ -3,10 +3,7 @@
 B samples, T frames, P patches, N = 1+P tokens, C channels.
 """
 
-import contextlib
-import time
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,6 @@ import numpy as np
 import torch
 
 from evl_cache.errors import CacheDamaged, UsageError
-from evl_cache.quantize import frame_sum_
 from evl_cache.spec import CacheSpec
 from evl_cache.store.blocks_done import BlocksDone
 from evl_cache.store.buffers import (
@@ -26,22 +22,13 @@ from evl_cache.store.buffers import (
     TokensRead,
 )
 from evl_cache.store.directory import read_clips, read_description
-from evl_cache.store.file_system import check_no_links, is_local
 from evl_cache.store.layout import MANIFEST_NAME, array_layouts, as_range
 from evl_cache.store.local_copy import LocalCopy
 from evl_cache.store.manifest import read_manifest
 from evl_cache.store.objects import is_url
-from evl_cache.store.read_ahead import ReadAhead
 from evl_cache.store.recomputed import ProjectionOnDevices, read_projections
 from evl_cache.store.rows import Row, StoredBatch
-from evl_cache.store.shard import ShardReader
-from evl_cache.store.shard_file import LocalFile
-from evl_cache.store.shard_pool import ShardPool
-
-_NFS_RETRIES = 2
-_NFS_WAIT_S = 0.2
-_READ_AHEAD = 8  # samples: without it a cold disk waits for each page fault
-_READ_AHEAD_NBYTES = 1 << 16  # smaller chunks are not worth a system call
+from evl_cache.store.sample_reader import SampleReader
 
 
 class FeatureCache:
@@ -67,7 +54,6 @@ class FeatureCache:
         self.copy = LocalCopy(str(path)) if is_url(path) else None
         self.path = Path(path) if self.copy is None else self.copy.path
         self.place = str(path) if self.copy is None else self.copy.url
-        self._trust = trust and self.copy is None  # a copy is told from a hole by its chunks' checksums
         description = read_description(self.path)
         self.spec: CacheSpec = description.spec
         self.description = description
@@ -86,12 +72,16 @@ class FeatureCache:
         self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
         self._num_samples = self.spec.num_samples
-        self._num_layers, self._block_samples = len(self.spec.stored_layers), self.spec.block_samples
-        maps_files = is_local(self.path)
-        self._open_file = partial(LocalFile, map_file=maps_files)
-        self.is_local = self.copy is None and maps_files
-        self._read_ahead = ReadAhead(always=not maps_files)
-        self._shards = ShardPool()
+        # A copy is told from a hole by its chunks' checksums: those are always checked.
+        self._samples = SampleReader(
+            self.path,
+            self.spec,
+            layouts=self._layouts,
+            files=self._done.files,
+            copy=self.copy,
+            trust=trust and self.copy is None,
+        )
+        self.is_local = self.copy is None and self._samples.maps_files
         self._projections: Mapping[int, ProjectionOnDevices] | None = None
         if self.copy is not None:
             self.copy.serve(self._done.files)
@@ -148,7 +138,7 @@ class FeatureCache:
 
     def check_marks(self, samples: np.ndarray[Any, Any]) -> None:
         """Whether the blocks of samples are whole or not there, as the manifest has them. Raises: CacheDamaged."""
-        self._done.check(np.unique(samples // self._block_samples).tolist())
+        self._done.check(np.unique(samples // self.spec.block_samples).tolist())
 
     def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
         """Places of blocks in the arrays' layer axis. Raises: UsageError for one that is not stored."""
@@ -235,7 +225,7 @@ class FeatureCache:
         """Begin to fetch what `read_into` will read; a cache on a disk has nothing to fetch."""
         if self.copy is not None:
             positions = as_range(self._positions(buffers, layers))
-            self.copy.prefetch((self._chunks(s, positions) for s in samples), buffers.stacked)
+            self.copy.prefetch((self._samples.chunks(s, positions) for s in samples), buffers.stacked)
 
     def _positions(self, buffers: BatchBuffers, layers: Sequence[int] | None) -> Sequence[int]:
         positions = self.layer_positions(layers)
@@ -246,45 +236,15 @@ class FeatureCache:
     def _read_positions(
         self, buffers: BatchBuffers, samples: Iterable[tuple[int, int]], positions: Sequence[int]
     ) -> None:
-        self._shards.renew_after_fork()
-        wanted = list(samples)
         positions = as_range(positions)
         stacks = [(name, stack, self._layouts[name].differenced) for name, stack in buffers.stacked.items()]
         for name, stack, _ in stacks:
             self._layouts[name].check_stack(stack, len(positions))
-        for start in range(0, len(wanted), _READ_AHEAD):
-            group = wanted[start : start + _READ_AHEAD]
-            if self._read_ahead.is_on():
-                due = wanted[: 2 * _READ_AHEAD] if start == 0 else wanted[start + _READ_AHEAD :][:_READ_AHEAD]
-                for _, later in due:
-                    self._will_need(later, buffers.stacked, positions)
-            with self._read_ahead.watching(len(group)):
-                for slot, sample in group:
-                    self._read_sample(stacks, slot, sample, positions)
-
-    def _read_sample(
-        self,
-        stacks: Iterable[tuple[str, np.ndarray[Any, Any], bool]],
-        slot: int,
-        sample: int,
-        positions: Sequence[int],
-    ) -> None:
-        block, chunks = self._chunks(self._checked_sample(sample), positions)
-        if self.copy is not None:
-            self.copy.ensure(block, [name for name, _, _ in stacks], chunks)
-        for name, stack, differenced in stacks:
-            outs = stack[:, slot]  # (L,*chunk)
-            try:
-                self._shards.get((name, block), self._open_shard).read_stacked(chunks, outs)
-            except CacheDamaged:
-                self._read_again(name, block, chunks, outs)
-            if differenced:
-                for out in outs:  # in the processor's cache still
-                    frame_sum_(out)
+        self._samples.read(stacks, [(slot, self._checked_sample(s)) for slot, s in samples], positions)
 
     def close(self) -> None:
         """Let go of every open file; the next read opens what it needs again."""
-        self._shards.close()
+        self._samples.close()
 
     def read_row(self, sample: int, positions: Sequence[int] | None = None) -> Row:
         """Every array's chunks of one sample, as `make_row` made them. Errors as `read`.
@@ -314,56 +274,10 @@ class FeatureCache:
             raise self._done.why_not_served(sample, self.clips, self.place)
         return sample
 
-    def _chunks(self, sample: int, positions: Sequence[int]) -> tuple[int, Sequence[int]]:
-        """Block of a sample, and its chunks in the block's shards."""
-        block, row = divmod(sample, self._block_samples)
-        first = row * self._num_layers
-        if isinstance(positions, range):
-            return block, range(first + positions.start, first + positions.stop, positions.step)
-        return block, [first + position for position in positions]
-
-    def _will_need(self, sample: int, names: Iterable[str], positions: Sequence[int]) -> None:
-        block, chunks = self._chunks(self._checked_sample(sample), positions)
-        for name in names:
-            if self._layouts[name].chunk_nbytes >= _READ_AHEAD_NBYTES:
-                with contextlib.suppress(CacheDamaged):  # the read itself looks again, and tells
-                    self._shards.get((name, block), self._open_shard).will_need(chunks)
-
-    def _read_again(self, name: str, block: int, chunks: Sequence[int], outs: np.ndarray[Any, Any]) -> None:
-        """On NFS a mark can be seen before its data: look again, from a newly opened file."""
-        for attempt in range(_NFS_RETRIES):
-            if self.copy is not None:  # removed there to make room, or damaged on this disk
-                self.copy.refetch(name, block, chunks)
-            self._shards.forget((name, block))
-            try:
-                self._shards.get((name, block), self._open_shard).read_stacked(chunks, outs)
-                return
-            except CacheDamaged:
-                if attempt + 1 == _NFS_RETRIES:
-                    raise
-                time.sleep(_NFS_WAIT_S)
-
-    def _open_shard(self, key: tuple[str, int]) -> ShardReader:
-        name, block = key
-        layout, record = self._layouts[name], self._done.files[block][name]
-        check_no_links(self.path, layout.shard(self.path, block).parent)
-        return ShardReader(
-            layout.shard(self.path, block),
-            grid=(self.spec.block_samples, len(self.spec.stored_layers)),
-            chunk_shape=layout.chunk_shape,
-            dtype=layout.dtype,
-            codec=layout.codec,
-            checksums=record.checksums,
-            trust=self._trust,
-            open_file=self._open_file,
-        )
-
     def __getstate__(self) -> dict[str, Any]:
-        here_only = ("_shards", "_projections")  # files open in this process, tensors on its devices
-        return {name: value for name, value in self.__dict__.items() if name not in here_only}
+        return self.__dict__ | {"_projections": None}  # tensors on this process's devices
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._shards, self._projections = ShardPool(), None
         if self.copy is not None:
             self.copy.serve(self._done.files)
