@@ -4,7 +4,7 @@ UT-Interaction through evl-tiny, 8 frames at stride 8, blocks 5-8 (and tokens of
 computed once in float32. Every storage is applied to these, and decoder4 is trained on what a reader would get: five
 folds of sequences, each scored by a head trained on the other four; a seed's figures are those over all folds' clips.
 Seeds, order and settings are the same for every storage. "point" is left out, whose clips are narrower than the rest.
-`--demo DIRECTORY` does the same from the caches that `evl-cache demo --out DIRECTORY` left, with decoder2.
+`--demo DIRECTORY --epochs 15` does the same from the caches that `evl-cache demo --out DIRECTORY` left, with decoder2.
 
 S clips, L layers, T frames, N tokens, P patches, C channels.
 """
@@ -187,7 +187,7 @@ def main() -> None:
         "--demo", type=Path, metavar="DIRECTORY", help="of `evl-cache demo --out` [UT-Interaction]"
     )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=8)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {}
@@ -197,7 +197,7 @@ def main() -> None:
         source: tuple[Exact, list[Fold]] | None = rendered_motions(arguments.demo)
     else:
         layers, source = LAYERS, interactions()
-        training = Training(head="decoder4", epochs=arguments.epochs, batch=8, lr=5e-4, warmup_steps=20)
+        training = Training(head="decoder4", epochs=arguments.epochs, batch=8, lr=1e-3, warmup_steps=20)
     if source is not None:  # else the clips are not at hand
         result = compare(*source, layers=layers, training=training, seeds=arguments.seeds)
         if arguments.table:
