@@ -1,8 +1,10 @@
 """What caching changes: cached augmented views against --online: `python -m benchmarks.augmented_views --root R --json`.
 
-The root holds train/<class>/<video> and val/<class>/<video>. For each number of cached views, and live (--online: a
-newly drawn view of each clip in every epoch), the same head is trained for as many steps; "centre" is one centre view
-without augmentation. The last line is one JSON object: accuracies by seed, seconds and bytes.
+A root holds train/<class>/<video> and val/<class>/<video>; several roots are folds, and a seed's accuracy is that over
+the validation clips of all. For each number of cached views, and live (--online: a newly drawn view of each clip in
+every epoch), the same head is trained for as many steps; "centre" is one centre view without augmentation. A cache of
+as many views as there are epochs serves the very views that --online draws. What is finished is kept under --out.
+The last line is one JSON object: accuracies by seed, seconds and bytes.
 """
 
 import argparse
@@ -21,20 +23,21 @@ from benchmarks.machine import machine
 from evl_cache import FeatureCache
 from evl_cache.extract import ExtractOptions
 from evl_cache.extract_dataset import ExtractRequest, extract_dataset
+from evl_cache.notation import parse_layers
 from evl_cache.online import train_online
-from evl_cache.spec import ViewSpec, parse_layers
+from evl_cache.spec import ViewSpec
 from evl_cache.train import train
 from evl_cache.train_options import TrainOptions
 
 Quiet = nullcontext((lambda failed: None, lambda name: None))
 
 
-def request_of(arguments: argparse.Namespace, views: int) -> ExtractRequest:
+def request_of(arguments: argparse.Namespace, root: Path, views: int) -> ExtractRequest:
     """Of a number of augmented training views; 0: the centre view."""
     one = ViewSpec(frames=arguments.frames, stride=arguments.stride)
     return ExtractRequest(
         dataset="folder",
-        root=arguments.root,
+        root=root,
         model=arguments.model,
         pretrained=arguments.pretrained,
         layers=parse_layers(arguments.layers),
@@ -43,50 +46,75 @@ def request_of(arguments: argparse.Namespace, views: int) -> ExtractRequest:
     )
 
 
-def extract_views(arguments: argparse.Namespace, views: int) -> tuple[dict[str, FeatureCache], float, int]:
-    """Caches by split, seconds and bytes of the training one."""
-    request, caches, started = request_of(arguments, views), {}, time.perf_counter()
+def extracted(
+    arguments: argparse.Namespace, root: Path, views: int
+) -> tuple[FeatureCache, FeatureCache, float]:
+    """Train and validation caches, and seconds that the first took."""
+    request, folder = request_of(arguments, root, views), arguments.out / root.name
+    caches, note = {}, folder / f"train-{views}-views.json"
     for split in ("train", "val"):
-        folder = arguments.out / ("val" if split == "val" else f"train-{views}-views")
-        wanted = replace(request, split=split, cache=folder)
+        path = folder / ("val" if split == "val" else f"train-{views}-views")
+        wanted, started = replace(request, split=split, cache=path), time.perf_counter()
         if split == "val":
             wanted = replace(wanted, train_split_views=None)
         for _ in extract_dataset(
             wanted, options=ExtractOptions(), progress=lambda spec: Quiet, on_plan=lambda *_: None
         ):
-            caches[split] = FeatureCache(folder)
-        if split == "train":
-            seconds = time.perf_counter() - started
-    nbytes = sum(p.stat().st_size for p in caches["train"].path.rglob("*") if p.is_file())
-    return caches, seconds, nbytes
+            caches[split] = FeatureCache(path)
+        if split == "train" and not note.exists():
+            note.write_text(json.dumps(time.perf_counter() - started), encoding="utf-8")
+    return caches["train"], caches["val"], json.loads(note.read_text(encoding="utf-8"))
+
+
+def trained(arguments: argparse.Namespace, root: Path, views: int | None, seed: int) -> dict[str, float]:
+    """Clips that are right and clips, loss and seconds of one run; views None: live."""
+    options = options_of(arguments, seed)
+    out = arguments.out / root.name / "runs" / f"{'online' if views is None else views}-{seed}"
+    if not (out / "result.json").exists():
+        if views is None:
+            train_online(
+                request_of(arguments, root, arguments.epochs),
+                options=options,
+                out=out,
+                workers=1,
+                resume=out.exists(),
+            )
+        else:
+            train_cache, val_cache, _ = extracted(arguments, root, views)
+            options = replace(options, keep_in="ram")
+            train(train_cache, val_cache, options=options, out=out, resume=out.exists())
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
+    last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    clips = result["val_clips"]
+    return {
+        "right": result["top1"] / 100 * clips,
+        "clips": clips,
+        "loss": last["val_loss"] * clips,
+        "seconds": result["seconds"],
+    }
 
 
 def measure(arguments: argparse.Namespace, views: int | None) -> dict[str, Any]:
-    """Mean, deviation, seconds and bytes; views None: live."""
-    seconds, nbytes, caches = 0.0, 0, {}
-    if views is not None:
-        caches, seconds, nbytes = extract_views(arguments, views)
-    scores, losses, trained = [], [], 0.0
-    for seed in range(arguments.seeds if views is not None else arguments.online_seeds):
-        options = options_of(arguments, seed)
-        out = arguments.out / "runs" / f"{'online' if views is None else views}-{seed}"
-        if not (out / "result.json").exists():
-            if views is None:
-                train_online(request_of(arguments, options.epochs or 1), options=options, out=out, workers=1)
-            else:
-                train(caches["train"], caches["val"], options=replace(options, keep_in="ram"), out=out)
-        result = json.loads((out / "result.json").read_text(encoding="utf-8"))
-        last = json.loads((out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
-        scores.append(result["top1"])
-        losses.append(last["val_loss"])
-        trained += result["seconds"]
+    """Mean, deviation, seconds and bytes over all roots; views None: live."""
+    seconds, nbytes = 0.0, 0
+    for root in arguments.root if views is not None else ():
+        cache, _, took = extracted(arguments, root, views or 0)
+        seconds += took
+        nbytes += sum(p.stat().st_size for p in cache.path.rglob("*") if p.is_file())
+    seeds = range(arguments.seeds if views is not None else arguments.online_seeds)
+    runs = [[trained(arguments, root, views, seed) for root in arguments.root] for seed in seeds]
+    clips = sum(run["clips"] for run in runs[0])
+    scores = [100 * sum(run["right"] for run in of_seed) / clips for of_seed in runs]
+    losses = [sum(run["loss"] for run in of_seed) / clips for of_seed in runs]
+    trained_s = [sum(run["seconds"] for run in of_seed) for of_seed in runs]
     return {
         "top1": round(statistics.mean(scores), 1),
         "deviation": round(statistics.stdev(scores), 1) if len(scores) > 1 else None,
         "scores": [round(score, 1) for score in scores],
         "val_loss": round(statistics.mean(losses), 3),
+        "val_clips": clips,
         "extract_seconds": round(seconds, 1),
-        "train_seconds": round(trained / len(scores), 1),
+        "train_seconds": round(statistics.mean(trained_s), 1),
         "train_bytes": nbytes,
     }
 
@@ -99,7 +127,7 @@ def options_of(arguments: argparse.Namespace, seed: int) -> TrainOptions:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
-    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--root", type=Path, nargs="+", required=True)
     parser.add_argument(
         "--out", type=Path, required=True, help="folder of caches and runs; finished ones are kept"
     )
@@ -108,7 +136,9 @@ def main() -> None:
     parser.add_argument("--layers", default="5-8")
     parser.add_argument("--frames", type=int, default=8)
     parser.add_argument("--stride", type=int, default=2)
-    parser.add_argument("--views", type=int, nargs="*", default=[0, 1, 2, 4, 8], help="0: the centre view")
+    parser.add_argument(
+        "--views", type=int, nargs="*", default=[0, 1, 2, 4, 8, 16], help="0: the centre view"
+    )
     parser.add_argument("--head", default="decoder4")
     parser.add_argument("--epochs", type=int, default=16)
     parser.add_argument("--batch", type=int, default=16)

@@ -3,29 +3,26 @@
 Accuracy (mean and deviation over seeds, percent), parameters, time of a training step without reading and decoding,
 and memory of a step at the batch: parameters, gradients and moments, and what a step takes beside them. With
 `--folds`, one cache whose groups of clips go to folds: heads are trained on all but one, and the accuracy of a seed is
-that over all folds' clips. The last line is one JSON object.
+that over all folds' clips. Heads of one kind share a sweep; finished ones are kept under --out: a stopped study goes
+on. The last line is one JSON object.
 """
 
 import argparse
 import json
-import re
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
+from benchmarks.paper_tables import SEQUENCE, Part, folds
 from evl_cache import FeatureCache
-from evl_cache.errors import UsageError
 from evl_cache.head_reads import head_reads
 from evl_cache.run_setup import run_config
-from evl_cache.sweep import sweep
+from evl_cache.sweep import SWEEP_NAME, sweep
 from evl_cache.sweep_grid import SweepRun, expand
 from evl_cache.sweep_memory import head_memory
 
-# UT-Interaction's names are <index>_<sequence>_<label>.avi.
-SEQUENCE = r"(?:^|/)\d+_(\d+)_\d+\.avi$"
 # Pooling heads without attention want a higher rate; one for each kind, not chosen by results here.
 GRIDS: Sequence[Mapping[str, Any]] = (
     {"head": "decoder4", "temporal": ["all", "none"], "lr": 1e-3},
@@ -34,52 +31,42 @@ GRIDS: Sequence[Mapping[str, Any]] = (
 )
 
 
-def folds(cache: FeatureCache, *, count: int, group: str) -> list[list[int]]:
-    """Rows of the clips of each fold: groups go to the folds in turn."""
-    rows: list[list[int]] = [[] for _ in range(count)]
-    numbers: dict[str, int] = {}
-    for row, clip in enumerate(cache.clips):
-        found = re.search(group, clip.path)
-        if found is None:
-            raise UsageError(f"{clip.path}: has no group by {group!r}; give another --group")
-        rows[numbers.setdefault(found[1], len(numbers)) % count].append(row)
-    return rows
-
-
 def trained(
-    caches: tuple[FeatureCache, FeatureCache],
-    runs: Sequence[SweepRun],
-    *,
-    held_out: Sequence[int] | None = None,
+    caches: tuple[FeatureCache, FeatureCache], runs: Sequence[SweepRun], part: Part, out: Path
 ) -> dict[str, dict[str, float]]:
-    """Figures of every run, by name, from one sweep. held_out: clips to score on; the others are trained on."""
-    rest = None
-    if held_out is not None:
-        rest = sorted(set(range(len(caches[0].clips))) - set(held_out))
-    with tempfile.TemporaryDirectory(prefix="evl-cache-bench-") as scratch:
-        result = sweep(*caches, runs=runs, out=Path(scratch) / "sweep", train_clips=rest, val_clips=held_out)
-    failed = [row.name for row in result.runs if row.status != "done"]
-    assert not failed, failed
-    return {
-        row.name: {
-            "top1": row.top1 or 0.0,
-            "ms_per_step": row.ms_per_step or 0.0,
-            "parameters": row.parameters or 0,
-        }
-        for row in result.runs
-    }
+    """Figures of every run, by name, from a sweep for each kind of head. part: the clips to train and to score on."""
+    figures = {}
+    for head in dict.fromkeys(run.options.head for run in runs):
+        together = [run for run in runs if run.options.head == head]
+        result = sweep(
+            *caches,
+            runs=together,
+            out=out / head,
+            train_clips=part.train,
+            val_clips=part.val,
+            resume=(out / head / SWEEP_NAME).exists(),
+        )
+        failed = [row.name for row in result.runs if row.status != "done"]
+        assert not failed, failed
+        for row in result.runs:
+            figures[row.name] = {
+                "top1": row.top1 or 0.0,
+                "ms_per_step": row.ms_per_step or 0.0,
+                "parameters": row.parameters or 0,
+            }
+    return figures
 
 
 def over_folds(
-    cache: FeatureCache, runs: Sequence[SweepRun], parts: Sequence[Sequence[int]]
+    cache: FeatureCache, runs: Sequence[SweepRun], parts: Sequence[Part], out: Path
 ) -> dict[str, dict[str, float]]:
     """Figures of every run: top-1 over the clips of all folds, each scored by a head trained without its fold."""
-    clips = sum(map(len, parts))
+    clips = sum(len(part.val or ()) for part in parts)
     total: dict[str, dict[str, float]] = {}
-    for part in parts:
-        for name, figures in trained((cache, cache), runs, held_out=part).items():
+    for number, part in enumerate(parts):
+        for name, figures in trained((cache, cache), runs, part, out / f"fold-{number}").items():
             row = total.setdefault(name, {**figures, "top1": 0.0})
-            row["top1"] += figures["top1"] * len(part) / clips
+            row["top1"] += figures["top1"] * len(part.val or ()) / clips
     return total
 
 
@@ -131,26 +118,33 @@ def main() -> None:
         "--group", default=SEQUENCE, help="regular expression: its first group names a clip's group"
     )
     parser.add_argument("--fold-count", type=int, default=5)
+    parser.add_argument("--leave-out", type=int, nargs="*", default=[], metavar="LABEL", help="of --folds")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the sweeps")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--only", nargs="*", help="groups, such as linear [all]")
+    parser.add_argument("--only", nargs="*", help="heads, such as linear [all]")
     arguments = parser.parse_args()
     common = {"epochs": arguments.epochs, "batch": arguments.batch, "warmup_steps": 10, "keep_in": "ram"}
     runs = expand([{**grid, "seed": list(range(arguments.seeds))} for grid in GRIDS], common)
-    runs = [run for run in runs if not arguments.only or run.group.split(" lr=")[0] in arguments.only]
+    runs = [run for run in runs if not arguments.only or run.options.head in arguments.only]
     tables: dict[str, Any] = {}
     for name, train, val in arguments.pair:
         caches = FeatureCache(train), FeatureCache(val)
-        tables[name] = table(caches[0], runs, trained(caches, runs))
+        tables[name] = table(caches[0], runs, trained(caches, runs, Part(), arguments.out / name))
         show(name, tables[name])
     for name, path in arguments.folds:
         cache = FeatureCache(path)
-        parts = folds(cache, count=arguments.fold_count, group=arguments.group)
-        tables[name] = table(cache, runs, over_folds(cache, runs, parts))
+        parts = folds(
+            cache,
+            count=arguments.fold_count,
+            group=arguments.group,
+            leave_out=tuple(arguments.leave_out),
+        )
+        tables[name] = table(cache, runs, over_folds(cache, runs, parts, arguments.out / name))
         show(name, tables[name])
     setting = {key: value for key, value in vars(arguments).items() if key not in ("json", "pair", "folds")}
-    print(json.dumps({"heads": tables, "setting": setting, "machine": machine()}))
+    print(json.dumps({"heads": tables, "setting": setting, "machine": machine()}, default=str))
 
 
 if __name__ == "__main__":
