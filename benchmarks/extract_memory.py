@@ -1,8 +1,8 @@
-"""Whether a long extraction keeps its memory: `python -m benchmarks.extract_memory --json`.
+"""Whether a long extraction, and a long video, keeps its memory: `python -m benchmarks.extract_memory --json`.
 
 2,000 clips (a few dozen files of several codecs and sizes under many names, some damaged) through a small tower. The
 resident memory of the process and of those that decode is looked at the whole time; the peak of all of it is held
-against the peak of the first 200 clips.
+against the peak of the first 200 clips. Then an hour of 4K in a process that decodes, against five seconds of it.
 """
 
 import argparse
@@ -13,13 +13,16 @@ import threading
 import time
 from pathlib import Path
 
-from benchmarks.long_clips import render_clips
+from benchmarks.long_clips import render_clips, render_enlarged, repeat_clip
 from benchmarks.machine import machine
 from evl_cache.clips import Clip, ClipList
+from evl_cache.decode_pool import DecodePool
 from evl_cache.extract import ExtractOptions, extract, make_spec
 from evl_cache.extract_block import Tower
+from evl_cache.sampling import strided_test_views
 from evl_cache.spec import ViewSpec
 from evl_cache.towers import build_tower
+from evl_cache.video import collect
 
 CODECS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1", "mpeg4")
 _TOWER = {
@@ -62,13 +65,17 @@ class MemoryOfAll:
 
 def resident_bytes_of_all() -> int:
     """Of this process and its children."""
-    pids = [os.getpid()]
+    return sum(map(_resident_bytes, [os.getpid(), *_children()]))
+
+
+def _children() -> list[int]:
+    pids: list[int] = []
     for task in Path("/proc/self/task").iterdir():
         try:
             pids += map(int, (task / "children").read_text().split())
         except FileNotFoundError:
             continue  # the thread ended meanwhile
-    return sum(map(_resident_bytes, pids))
+    return pids
 
 
 def _resident_bytes(pid: int) -> int:
@@ -130,6 +137,33 @@ def measure(folder: Path, *, clips: int, first: int) -> dict[str, object]:
     }
 
 
+def measure_hour_of_4k(folder: Path) -> dict[str, float]:
+    """Peak memory of a process that decodes 8 frames of an hour of 4K, over that of one with five seconds of it."""
+    short, hour = folder / "short.mp4", folder / "hour.mp4"
+    render_enlarged(short, factor=8, num_frames=150)
+    repeat_clip(short, hour, 3600 * 30 // 150)
+    peaks = [peak_of_decoding(path) for path in (short, hour)]
+    return {
+        "hour_of_4k_vs_five_seconds": peaks[1] / peaks[0],
+        "five_seconds_of_4k_mb": peaks[0] / 1e6,
+        "hour_of_4k_mb": peaks[1] / 1e6,
+        "hour_of_4k_file_mb": hour.stat().st_size / 1e6,
+    }
+
+
+def peak_of_decoding(path: Path) -> int:
+    """Peak resident bytes of a new process after the 8 frames of one clip were taken from it."""
+    before = set(_children())
+    with DecodePool(1) as pool:
+        frames = collect(
+            pool.frames(path, lambda count: strided_test_views(count, frames=8, stride=16))
+        ).frames
+        assert len(frames) == 8
+        (worker,) = set(_children()) - before
+        status = Path(f"/proc/{worker}/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
@@ -138,6 +172,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="evl-cache-bench-") as scratch:
         found = measure(Path(scratch), clips=arguments.clips, first=arguments.first)
+        found |= measure_hour_of_4k(Path(scratch))
     print(json.dumps({**found, "machine": machine()}))
 
 

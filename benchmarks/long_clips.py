@@ -1,4 +1,4 @@
-"""Clips as those of Kinetics are: ten seconds of H.264 at 30 frames/s, key frames as x264 sets them, a moving picture."""
+"""Clips as those of Kinetics are: ten seconds of H.264 at 30 frames/s, key frames as x264 sets them. And long ones."""
 
 import os
 from pathlib import Path
@@ -18,6 +18,24 @@ OPTIONS: dict[str, dict[str, str]] = {
 _SPRITE = 60  # pixels
 
 
+def repeat_clip(source: Path, target: Path, times: int) -> None:
+    """The packets of `source` again and again, with later times: a video as long as wanted, coded once."""
+    with av.open(str(source)) as read, av.open(str(target), "w") as written:
+        stream = read.streams.video[0]
+        packets = [packet for packet in read.demux(stream) if packet.dts is not None]
+        length = stream.duration
+        assert length is not None
+        data = [(bytes(packet), packet.pts, packet.dts, packet.is_keyframe) for packet in packets]
+        copy = written.add_stream_from_template(stream)
+        copy.time_base = stream.time_base
+        for number in range(times):
+            for content, pts, dts, is_key in data:
+                packet = av.Packet(content)
+                packet.stream, packet.time_base, packet.is_keyframe = copy, stream.time_base, is_key
+                packet.pts, packet.dts = pts + number * length, dts + number * length
+                written.mux(packet)
+
+
 def render_clips(
     folder: Path, *, count: int, num_frames: int = NUM_FRAMES, codec: str = "libx264"
 ) -> list[Path]:
@@ -30,6 +48,19 @@ def render_clips(
         _render(path, seed, *SIZES[seed % len(SIZES)], num_frames=num_frames, codec=codec)
         paths.append(path)
     return paths
+
+
+def render_enlarged(path: Path, *, factor: int, num_frames: int) -> None:
+    """A clip of 480 x 270 times `factor` (8: 4K) of a moving picture with large pixels."""
+    ground = _ground(np.random.default_rng(0), 270 + num_frames, 480 + num_frames)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width, stream.pix_fmt = 270 * factor, 480 * factor, "yuv420p"
+        stream.options = {"crf": "30", "preset": "ultrafast"}
+        for t in range(num_frames):
+            picture = ground[t : t + 270, t : t + 480].repeat(factor, 0).repeat(factor, 1)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
 
 
 def _render(path: Path, seed: int, height: int, width: int, *, num_frames: int, codec: str) -> None:

@@ -1,4 +1,6 @@
-"""One process that decodes, and the socket it is spoken to by. What is said is in `decode_worker`.
+"""One process that decodes, the socket it is spoken to by, and the file in memory by which frames come.
+
+What is said is in `decode_worker`.
 
 T frames asked for, H and W source pixels.
 """
@@ -9,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +23,6 @@ from evl_cache.errors import ClipError, WorkerError
 from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 
 WORKER = "evl_cache.decode_worker"
-_SOCKET_BUFFER = 1 << 20
 _START_TIMEOUT_S = 120.0
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # glibc gives the pictures of each clip back to the system, which clears them anew for the next: 5 ms of a clip.
@@ -29,7 +31,7 @@ _KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD
 _START = (
     "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); importlib.import_module(sys.argv[2])"
 )
-_START += ".main(int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])"
+_START += ".main(*map(int, sys.argv[3:6]), sys.argv[6])"
 
 
 class WorkerLost(Exception):
@@ -49,13 +51,12 @@ class DecodeProcess:
     def __init__(self, options: DecodeOptions) -> None:
         self._options = options
         self._channel, theirs = socket.socketpair()
-        for end in (self._channel, theirs):
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SOCKET_BUFFER)
+        self._frames_fd = _file_in_memory()
         command = [sys.executable, "-c", _START, json.dumps(sys.path), WORKER]
         try:
             self._process = subprocess.Popen(
-                [*command, str(theirs.fileno()), str(os.getpid()), options.decoder],
-                pass_fds=(theirs.fileno(),),
+                [*command, str(theirs.fileno()), str(self._frames_fd), str(os.getpid()), options.decoder],
+                pass_fds=(theirs.fileno(), self._frames_fd),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 env=_KEEPS_MEMORY | os.environ | _ONE_THREAD,
@@ -95,7 +96,7 @@ class DecodeProcess:
                 event = _header(said)
                 size = event.frame_size
             else:
-                event = self._receive_frames((said["frames"], *size, 3), deadline, timeout_s)
+                event = self._take_frames((said["frames"], *size, 3))
             given = time.monotonic()
             yield event
             deadline += time.monotonic() - given
@@ -109,6 +110,9 @@ class DecodeProcess:
         self._process.kill()
         self._process.wait()
         self._channel.close()
+        if self._frames_fd >= 0:
+            os.close(self._frames_fd)
+            self._frames_fd = -1
 
     def _wait_until_ready(self) -> None:
         if self._is_ready:
@@ -136,14 +140,17 @@ class DecodeProcess:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def _receive_frames(self, shape: tuple[int, ...], deadline: float, timeout_s: float) -> np.ndarray:
+    def _take_frames(self, shape: tuple[int, ...]) -> np.ndarray:
+        """A copy of what lies in the file, in which the process may write again then."""
         frames = np.empty(shape, np.uint8)
         view = frames.data.cast("B")
-        got = min(len(self._unread), len(view))
-        view[:got] = self._unread[:got]
-        self._unread = self._unread[got:]
+        got = 0
         while got < len(view):
-            got += self._receive_into(view[got:], deadline, timeout_s)
+            count = os.preadv(self._frames_fd, [view[got:]], got)
+            if not count:
+                raise WorkerLost("the decoder's process gave fewer frames than it said")
+            got += count
+        self._send({"taken": True})
         return frames
 
     def _receive_into(self, buffer: memoryview, deadline: float, timeout_s: float) -> int:
@@ -169,6 +176,15 @@ class DecodeProcess:
             return "the decoder's process stopped answering"
         name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
         return f"the decoder crashed ({name})"
+
+
+def _file_in_memory() -> int:
+    """A descriptor of a file without a name: a socket would cost two copies more, and a switch of processes every 200 KB."""
+    if sys.platform == "linux":
+        return os.memfd_create("evl-cache-frames")
+    descriptor, name = tempfile.mkstemp(prefix="evl-cache-frames-")
+    os.unlink(name)
+    return descriptor
 
 
 def _choice(choose: Choose, count: int) -> dict[str, Any]:

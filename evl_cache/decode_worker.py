@@ -1,13 +1,13 @@
 """The process that decodes for `decode_pool`: one clip at a time, killed when it takes too long.
 
-It talks over a socket, a JSON object a line. It imports neither torch (but for torchcodec) nor anything of the cache,
-so that it starts at once and stays small. Its lines:
+It talks over a socket, a JSON object a line, and gives frames in a file that both processes have open. It imports neither
+torch (but for torchcodec) nor anything of the cache, so that it starts at once and stays small. Its lines:
 
     says     {"ready"}, once
     request  {"path", "decoder", "tolerate_bad_frames", "device"}
     asks     {"asks"}: which frames of a file of so many -> {"indices"} or {"error"}; may ask again
     gives    {"indices", "count", "size", "decoder"}: a header; what was given before does not count
-             {"frames"}: so many frames, whose bytes follow; again and again
+             {"frames"}: so many lie in the file -> {"taken"}, and only then are the next written; again and again
     ends     {"rss_bytes"}, and {"error"} where it failed
 """
 
@@ -31,7 +31,7 @@ _MOST_ADDRESS_SPACE = 16 << 30  # a header that lies about its size must not tak
 _PR_SET_PDEATHSIG = 1
 
 
-def main(socket_fd: int, parent: int, decoder: str) -> None:
+def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
     """Serve requests until the socket is closed."""
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
@@ -43,17 +43,20 @@ def main(socket_fd: int, parent: int, decoder: str) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESS_SPACE, limit))
         video.own_stderr()
     with socket.socket(fileno=socket_fd) as channel, channel.makefile("rw", encoding="utf-8") as lines:
-        connection = _Connection(channel, lines)
+        connection = _Connection(lines, frames_fd)
         connection.say({"ready": True})
         for line in lines:
-            connection.say({**_serve(json.loads(line), connection), "rss_bytes": _resident_bytes()})
+            ended = _serve(json.loads(line), connection)
+            connection.wait_until_taken()
+            connection.say({**ended, "rss_bytes": _resident_bytes()})
 
 
 class _Connection:
-    """The two ways of speaking over one socket: lines, and bytes."""
+    """The two ways of speaking: lines, and frames in a file."""
 
-    def __init__(self, channel: socket.socket, lines: Any) -> None:
-        self._channel, self._lines = channel, lines
+    def __init__(self, lines: Any, frames_fd: int) -> None:
+        self._lines, self._frames_fd = lines, frames_fd
+        self._is_given = False  # frames that were not yet taken
 
     def say(self, message: dict[str, Any]) -> None:
         self._lines.write(json.dumps(message) + "\n")
@@ -61,6 +64,7 @@ class _Connection:
 
     def ask(self, count: int) -> np.ndarray:
         """Which frames of a file of so many. Raises: ClipError where none will do."""
+        self.wait_until_taken()
         self.say({"asks": count})
         reply = json.loads(self._lines.readline())
         if "error" in reply:
@@ -68,6 +72,7 @@ class _Connection:
         return np.asarray(reply["indices"], dtype=np.int64)
 
     def give(self, event: video.FrameEvent) -> None:
+        self.wait_until_taken()
         if isinstance(event, video.ClipHeader):
             self.say(
                 {
@@ -78,8 +83,18 @@ class _Connection:
                 }
             )
             return
+        view = np.ascontiguousarray(event).data.cast("B")
+        written = 0
+        while written < len(view):
+            written += os.pwrite(self._frames_fd, view[written:], written)
         self.say({"frames": len(event)})
-        self._channel.sendall(np.ascontiguousarray(event).data.cast("B"))
+        self._is_given = True
+
+    def wait_until_taken(self) -> None:
+        """The other side copies while this one decodes on."""
+        if self._is_given:
+            self._is_given = False
+            self._lines.readline()
 
 
 def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str]:

@@ -17,6 +17,8 @@ from click.testing import CliRunner
 from damaged_files import BadFile, damage, independent_complaint
 from store_helpers import extract_small, make_clips, small_spec, small_tower, wait_until
 
+from benchmarks.extract_memory import peak_of_decoding
+from benchmarks.long_clips import render_enlarged, repeat_clip
 from evl_cache import decode_pool, decode_process
 from evl_cache.block_taker import MostFailures
 from evl_cache.clips import Clip, ClipList
@@ -25,7 +27,7 @@ from evl_cache.errors import ClipError, TooManyFailures, UsageError, WorkerError
 from evl_cache.info import failed_clips_by_reason, failures_by_reason
 from evl_cache.rendered import motion_frames, write_video
 from evl_cache.store import FeatureCache
-from evl_cache.video import Choose, DecodedClip, DecodeOptions, collect, decode_clip
+from evl_cache.video import Choose, DecodedClip, DecodeOptions, collect, decode_clip, with_decord
 from evl_cache_cli.main import cli
 
 CODECS = (("libx264", "mp4"), ("libx265", "mp4"), ("libvpx-vp9", "webm"), ("libsvtav1", "mp4"), ("mpeg4", "avi"),
@@ -199,6 +201,25 @@ def test_workers_that_cannot_start_are_no_clips_fault(
     with DecodePool(1) as pool, pytest.raises(WorkerError, match="cannot start"):
         decode(pool, tmp_path / "x.mp4", lambda count: WANTED)
     assert "no_such_module" in capfd.readouterr().err
+
+
+def test_a_long_video_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
+    short, long = tmp_path / "short.mp4", tmp_path / "long.mp4"
+    render_enlarged(short, factor=3, num_frames=130)
+    repeat_clip(short, long, 20)
+    peaks = [peak_of_decoding(path) for path in (short, long)]
+    assert peaks[1] < 1.1 * peaks[0]
+
+
+def test_a_large_file_is_not_given_to_decord_which_would_keep_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_clips(tmp_path, 1)
+    path = tmp_path / "00.mp4"
+    monkeypatch.setattr(with_decord, "MOST_FILE_BYTES", path.stat().st_size)
+    assert decode_clip(path, lambda _: WANTED % 8).header.decoder.startswith("decord")
+    monkeypatch.setattr(with_decord, "MOST_FILE_BYTES", path.stat().st_size - 1)
+    assert decode_clip(path, lambda _: WANTED % 8).header.decoder.startswith("PyAV")
 
 
 def test_what_the_choice_of_frames_says_fails_the_clip_and_spares_the_worker(tmp_path: Path) -> None:

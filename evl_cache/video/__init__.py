@@ -1,8 +1,8 @@
 """Frames out of video files. The only package that knows decord and torchcodec, and PyAV as a decoder.
 
-decord first: it is fast and exact on healthy files. PyAV for what decord cannot open, such as AV1, and as a second
-opinion where decord complains of a file or, as of HEVC, may overlook damage. A process
-that uses torch must import it before this decodes: their bundled libraries clash otherwise.
+decord first: it is fast and exact on healthy files. PyAV for what decord cannot open, such as AV1, for large files, and as
+a second opinion where decord complains of a file or, as of HEVC, may overlook damage. A process that uses torch must
+import it before this decodes: their bundled libraries clash otherwise.
 T frames asked for, H and W source pixels.
 """
 
@@ -84,4 +84,4 @@ def collect(events: Iterable[FrameEvent]) -> DecodedClip:
         else:
             frames.append(event)
     assert header is not None  # else ClipError was raised
-    return DecodedClip(header=header, frames=np.concatenate(frames))
+    return DecodedClip(header=header, frames=frames[0] if len(frames) == 1 else np.concatenate(frames))

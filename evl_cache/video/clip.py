@@ -64,8 +64,11 @@ class DecodedClip:
     frames: np.ndarray
 
     def view(self, number: int) -> np.ndarray:
-        """Frames of one temporal view, uint8 (T, H, W, 3)."""
-        frames: np.ndarray = self.frames[self.header.positions[number]]
+        """Frames of one temporal view, uint8 (T, H, W, 3): not a copy where the view is all frames, in their order."""
+        positions = self.header.positions[number]
+        if np.array_equal(positions, np.arange(len(self.frames))):
+            return self.frames
+        frames: np.ndarray = self.frames[positions]
         return frames
 
 
@@ -75,7 +78,7 @@ class DecodeOptions:
 
     Attributes:
         decoder: `decord`, `pyav`, `torchcodec`, or `auto`: decord, and PyAV where decord is not installed, cannot read
-            the file, complains of it, or is known to overlook damage (HEVC).
+            the file, complains of it, is known to overlook damage (HEVC), or would keep it in memory (above 256 MB).
         tolerate_bad_frames: take what a decoder puts in the place of damaged frames, instead of failing the clip.
         device: on which torchcodec decodes; the others use the processor.
 

@@ -13,6 +13,8 @@ from evl_cache.video.clip import Choose, DecodeOptions, FrameEvent, frames_in_pi
 _NO_FAULT = 1e-9
 # Codecs of which decord's FFmpeg (4.1) takes some damaged files for whole without a word, where PyAV's complains.
 _OVERLOOKS_DAMAGE = ("hevc",)
+# While it decodes up to the first frame wanted, decord reads on, and keeps what it reads: the rest of the file.
+MOST_FILE_BYTES = 256 << 20
 
 
 def decord_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
@@ -21,6 +23,8 @@ def decord_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> I
     import decord
 
     try:
+        if options.decoder == "auto" and Path(path).stat().st_size > MOST_FILE_BYTES:
+            raise ClipError(f"{path}: is large, and decord would keep it in memory")
         with native_messages.heard() as complaints:
             yield from _read(path, choose, options)
     except av.FFmpegError as error:
