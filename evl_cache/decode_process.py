@@ -180,7 +180,7 @@ class DecodeProcess:
 
 def _file_in_memory() -> int:
     """A descriptor of a file without a name: a socket would cost two copies more, and a switch of processes every 200 KB."""
-    if sys.platform == "linux":
+    if hasattr(os, "memfd_create"):
         return os.memfd_create("evl-cache-frames")
     descriptor, name = tempfile.mkstemp(prefix="evl-cache-frames-")
     os.unlink(name)
