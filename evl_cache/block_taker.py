@@ -170,6 +170,10 @@ class BlockTaker:
                 extracted.writer.close()
             lock.release()
             raise
+        if self._found_done(block):  # meanwhile, by a job that had been taken for dead
+            extracted.writer.close()
+            lock.release()
+            return
         self._redo.pop(block, None)
         # In the background: the next block's forward pass overlaps this one's fsync.
         self._committing = self._committer.submit(_commit, extracted, lock)

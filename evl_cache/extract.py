@@ -6,6 +6,7 @@ takes a block writes the same bytes: batches are a fixed function of the block.
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from evl_cache.errors import UsageError
 from evl_cache.extract_block import BlockExtractor, Tower, package_versions
 from evl_cache.rendezvous import Rendezvous
 from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, TowerSpec, ViewSpec, digest
-from evl_cache.store import FeatureCache, create_cache, finish_cache
+from evl_cache.store import BlockNotDone, FeatureCache, create_cache, finish_cache
 from evl_cache.store.size import check_free_space
 from evl_cache.video import DecodeOptions
 
@@ -145,26 +146,30 @@ def extract(
         projections=tower_projections(tower, spec),
         lock_expiry_s=options.lock_expiry_s,
     )
-    done_here = extract_blocks(
-        clips.clips,
-        range(spec.num_blocks),
-        redo=blocks_with_failures(cache, spec) if options.retry_failed else (),
-        root=root,
-        cache=cache,
-        spec=spec,
-        tower=tower,
-        options=options,
-        on_clip=on_clip,
-        on_bottleneck=on_bottleneck,
-        rendezvous=rendezvous,
-    )
-    finished = FeatureCache(cache)
+    redo, done_here, cache_digest = blocks_with_failures(cache, spec) if options.retry_failed else (), 0, ""
+    while not cache_digest:
+        done_here += extract_blocks(
+            clips.clips,
+            range(spec.num_blocks),
+            redo=redo,
+            root=root,
+            cache=cache,
+            spec=spec,
+            tower=tower,
+            options=options,
+            on_clip=on_clip,
+            on_bottleneck=on_bottleneck,
+            rendezvous=rendezvous,
+        )
+        redo = ()
+        with suppress(BlockNotDone):  # a writer that had been paused took a block back meanwhile: once more
+            cache_digest = finish_cache(cache, spec, lock_expiry_s=options.lock_expiry_s)
     return ExtractResult(
         clips=spec.num_clips,
         clips_done_here=done_here,
-        failures=tuple(finished.failures),
+        failures=tuple(FeatureCache(cache).failures),
         seconds=time.monotonic() - started,
-        cache_digest=finish_cache(cache, spec, lock_expiry_s=options.lock_expiry_s),
+        cache_digest=cache_digest,
     )
 
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from evl_cache.errors import CacheError, UsageError
@@ -219,7 +220,7 @@ class CacheSpec:
         below = {layer - 1 for layer in self.layers} if self.recomputes_maps else set()
         return tuple(sorted(below.union(self.layers)))
 
-    @property
+    @cached_property
     def feature_id(self) -> str:
         """Digest of all that changes a clip's features; layers stand beside it."""
         tower = {k: v for k, v in self.tower.to_json().items() if k not in ("model", "pretrained")}

@@ -21,7 +21,7 @@ from evl_cache.store.layout import (
 )
 from evl_cache.store.leftovers import finish_cache
 from evl_cache.store.locks import BlockLock, LockWatcher
-from evl_cache.store.manifest import Manifest, manifest_at, write_manifest
+from evl_cache.store.manifest import BlockNotDone, Manifest, manifest_at, write_manifest
 from evl_cache.store.marks import ClipRecord, Mark
 from evl_cache.store.objects import SCHEMES, Objects, is_url, open_objects, public_url
 from evl_cache.store.partial import copy_part, part_spec
@@ -43,6 +43,7 @@ __all__ = [
     "BatchBuffers",
     "BlockLock",
     "BlockLost",
+    "BlockNotDone",
     "BlockWriter",
     "CacheDescription",
     "ClipRecord",

@@ -6,8 +6,8 @@ second look at what lies there; then the mark; and a third look where the lock w
 
 import contextlib
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.quantize import frame_difference
 from evl_cache.spec import CacheSpec
 from evl_cache.store.codec import scratch
-from evl_cache.store.file_system import check_no_links
+from evl_cache.store.file_system import check_no_links, file_identity
 from evl_cache.store.layout import MANIFEST_NAME, ArrayLayout, array_layouts, mark_path
 from evl_cache.store.leftovers import remove_leftovers
 from evl_cache.store.locks import BlockLock
@@ -33,6 +33,7 @@ from evl_cache.store.publish import (
     write_json_atomic,
 )
 from evl_cache.store.rows import Row
+from evl_cache.store.runtime import REAL, Runtime
 from evl_cache.store.shard import ShardWriter
 
 ROWS_IN_FLIGHT = 8  # rows being compressed or waiting for the disk: what bounds the memory of a block
@@ -47,18 +48,26 @@ class BlockWriter:
 
     Args:
         root: the cache. spec: its spec. block: number. lock: held by this process for the block.
-        encoders: threads that compress; shared by blocks.
+        encoders: threads that compress; shared by blocks. runtime: gives the thread that appends.
     """
 
     def __init__(
-        self, root: Path, spec: CacheSpec, block: int, *, lock: BlockLock, encoders: ThreadPoolExecutor
+        self,
+        root: Path,
+        spec: CacheSpec,
+        block: int,
+        *,
+        lock: BlockLock,
+        encoders: Executor,
+        runtime: Runtime = REAL,
     ) -> None:
         self.root, self.spec, self.block = root, spec, block
         self._lock, self._encoders = lock, encoders
         self._layouts = array_layouts(spec)
         self._staged: dict[str, StagedFile] = {}
         self._writers: dict[str, ShardWriter] = {}
-        self._appender = ThreadPoolExecutor(1, thread_name_prefix="append")
+        self._mark_before = file_identity(mark_path(root, block))
+        self._appender = runtime.executor("append")
         self._slots = threading.BoundedSemaphore(ROWS_IN_FLIGHT)
         self._failure: BaseException | None = None
         try:
@@ -95,9 +104,13 @@ class BlockWriter:
         try:
             return self._publish_block(mark)
         except CacheError as error:
-            # What fails after a takeover fails because of it: a file that the other job removed, say.
-            if self._lock.is_held():
+            # What fails after a takeover fails because of it; and a job that wakes believing in its lock removes what
+            # the one that has the lock now has staged, as a leftover.
+            is_held = self._lock.is_held()
+            if is_held and not isinstance(error.__cause__, FileNotFoundError):
                 raise
+            if not is_held:
+                self._withdraw_if_broken()
             raise self._lost() from error
 
     def close(self) -> None:
@@ -110,7 +123,8 @@ class BlockWriter:
         directory = layout.shard(self.root, self.block).parent
         check_no_links(self.root, directory)
         make_directories(directory)
-        remove_leftovers(directory)
+        if self._lock.is_held():
+            remove_leftovers(directory)
         self._staged[name] = stage_file(directory)
         grid = (self.spec.block_samples, len(self.spec.stored_layers))
         self._writers[name] = ShardWriter(self._staged[name], grid=grid, codec=layout.codec)
@@ -130,19 +144,21 @@ class BlockWriter:
             raise self._failure
 
     def _publish_block(self, mark: Mark) -> Mark:
+        if self._is_done_meanwhile():
+            raise self._lost()
         # --retry-failed and repair redo a marked block: it does not exist while its files change.
-        clear_mark(self.root, self.spec, self.block, unless=mark.files)
+        clear_mark(self.root, self.spec, self.block, unless=mark.files, before_each=self._check_lock)
         for name, layout in self._layouts.items():
             # A taken name: left by a job that died before its mark, or by one that took the block over.
             with contextlib.suppress(AlreadyPublished):
                 self._staged[name].publish(layout.shard(self.root, self.block))
         if not self._written_lies_there():
             raise self._lost()
+        self._check_lock()
         found = self._publish_mark(mark)
         # Whoever took the block over before this look may have changed its files after the look above; whoever
         # takes it over from now on finds the mark.
         if not self._lock.is_held() and not self._lies_there(found.files):
-            self._withdraw(found)
             raise self._lost()
         return found
 
@@ -162,10 +178,21 @@ class BlockWriter:
             raise self._lost()
         return written
 
-    def _withdraw(self, mark: Mark) -> None:
+    def _is_done_meanwhile(self) -> bool:
+        """By the job that had the block before: it was paused, woke, and had little left to do."""
+        if file_identity(mark_path(self.root, self.block)) in (None, self._mark_before):
+            return False
         found = valid_mark(self.root, self.spec, self.block)
-        if found is not None and found.digest == mark.digest:
-            mark_path(self.root, self.block).unlink(missing_ok=True)
+        return found is not None and self._lies_there(found.files)
+
+    def _withdraw_if_broken(self) -> None:
+        """After changes without the lock: a mark whose files are not those it names goes, and this job redoes the block.
+
+        It may be another job's, which believes the block done.
+        """
+        found = valid_mark(self.root, self.spec, self.block)
+        if found is not None and not self._lies_there(found.files):
+            _unlink_mark(self.root, self.block)
 
     def _written_lies_there(self) -> bool:
         """Whether the names lead to what was written: by CRC, since no one means harm here (docs/architecture.md)."""
@@ -198,25 +225,37 @@ class BlockWriter:
 
 
 def clear_mark(
-    root: Path, spec: CacheSpec, block: int, *, unless: Mapping[str, FileRecord] | None = None
+    root: Path,
+    spec: CacheSpec,
+    block: int,
+    *,
+    unless: Mapping[str, FileRecord] | None = None,
+    before_each: Callable[[], None] = lambda: None,
 ) -> None:
     """Make a block not exist: its mark goes first, then its files. Nothing is done where files are `unless`.
 
     A file whose bytes are those about to be published stays, so that open readers see no change.
+    before_each: called before each change; what it raises ends it.
     """
-    # The manifest names the mark, and the mark the files: each is gone for good before what it names.
-    for path in (root / MANIFEST_NAME, mark_path(root, block)):
-        check_no_links(root, path.parent)
-        if path.exists():
-            path.unlink(missing_ok=True)
-            fsync_directory(path.parent)
+    _unlink_mark(root, block, before_each=before_each)
     for name, layout in array_layouts(spec).items():
         path = layout.shard(root, block)
         check_no_links(root, path.parent)
         if not path.exists():
             continue
         if unless is None or file_digest(path) != (unless[name].size, unless[name].sha256):
+            before_each()
             path.unlink(missing_ok=True)
+
+
+def _unlink_mark(root: Path, block: int, *, before_each: Callable[[], None] = lambda: None) -> None:
+    # The manifest names the mark, and the mark the files: each is gone for good before what it names.
+    for path in (root / MANIFEST_NAME, mark_path(root, block)):
+        check_no_links(root, path.parent)
+        if path.exists():
+            before_each()
+            path.unlink(missing_ok=True)
+            fsync_directory(path.parent)
 
 
 def valid_mark(root: Path, spec: CacheSpec, block: int) -> Mark | None:

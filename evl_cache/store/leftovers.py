@@ -1,23 +1,28 @@
 """What killed jobs leave behind: staged files and locks; and the end of a job, which removes them."""
 
 import os
+from functools import partial
 from pathlib import Path
 
+from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.file_system import file_identity
 from evl_cache.store.layout import DONE_NAME, LOCKS_NAME, MANIFEST_NAME, array_layouts
-from evl_cache.store.locks import CACHE_LOCK, EXPIRY_S, LockWatcher
+from evl_cache.store.locks import CACHE_LOCK, EXPIRY_S, BlockLock, LockWatcher
 from evl_cache.store.manifest import read_manifest, write_manifest
 from evl_cache.store.publish import is_staging_name
 from evl_cache.store.runtime import REAL, Runtime
+
+_ATTEMPTS = 5  # at the manifest, by a job that is paused again and again
 
 
 def remove_leftovers(directory: Path) -> None:
     """Remove staged files: the caller knows that no live writer is in this directory."""
     if directory.is_dir():
-        for entry in os.scandir(directory):
-            if is_staging_name(entry.name):
-                Path(entry.path).unlink(missing_ok=True)
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if is_staging_name(entry.name):
+                    Path(entry.path).unlink(missing_ok=True)
 
 
 def finish_cache(
@@ -26,7 +31,7 @@ def finish_cache(
     """Remove what killed jobs left, unless another job is at work; write the manifest of a complete cache.
 
     Returns: the cache digest.
-    Raises: CacheError where a block is not done or the disk refuses; CacheDamaged where a mark is not intact.
+    Raises: BlockNotDone; CacheError where the disk refuses; CacheDamaged where a mark is not intact.
     """
     layouts = array_layouts(spec).values()
 
@@ -37,13 +42,30 @@ def finish_cache(
     watcher = LockWatcher(root / LOCKS_NAME, expiry_s=lock_expiry_s, runtime=runtime)
     manifest = root / MANIFEST_NAME
     before = file_identity(manifest)
-    while True:
+    for attempts_left in reversed(range(_ATTEMPTS)):
         with watcher.wait_for(CACHE_LOCK) as lock:
             if file_identity(manifest) not in (None, before):  # one of many jobs does this for all
                 return read_manifest(root, spec).digest
-            if watcher.sweep(own=lock, clean=clean):
-                for directory in (root, root / DONE_NAME, *(root / layout.name for layout in layouts)):
-                    remove_leftovers(directory)
-            cache_digest = write_manifest(root, spec)
-            if lock.is_held():  # else paused for long, and the manifest may be older than a mark
+            try:
+                if watcher.sweep(own=lock, clean=clean):
+                    for directory in (root, root / DONE_NAME, *(root / layout.name for layout in layouts)):
+                        remove_leftovers(directory)
+                cache_digest = write_manifest(root, spec, before_writing=partial(_check, lock))
+            except CacheError as error:
+                # Another job took this over meanwhile, or believes so, and what is staged here for a leftover.
+                if not attempts_left or (
+                    lock.is_held() and not isinstance(error.__cause__, FileNotFoundError)
+                ):
+                    raise
+                continue
+            if lock.is_held():
                 return cache_digest
+            before = file_identity(manifest)  # written after a long pause: it may be older than a mark
+    raise CacheError(
+        f"{root}: other jobs took the manifest's lock over {_ATTEMPTS} times; run the same command again"
+    )
+
+
+def _check(lock: BlockLock) -> None:
+    if not lock.is_held():
+        raise CacheError(f"{lock.path} was taken over by another job; run the same command again")

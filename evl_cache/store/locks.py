@@ -26,7 +26,7 @@ EXPIRY_S = 60.0
 CACHE_LOCK = "cache"  # who holds it may write what belongs to no block
 _BEATS_PER_EXPIRY = 8
 _LEAST_LOOKS = 4  # at a lock that stands still, before it is taken over
-_POLL_S = 0.1
+_LEAST_POLL_S, _LONGEST_POLL_S = 0.1, 1.0
 _COUNTER_DIGITS = 20
 _SUFFIX = ".lock"
 
@@ -122,8 +122,12 @@ class LockWatcher:
 
     def wait_for(self, name: str) -> BlockLock:
         """The lock of something other than a block, once no other job holds it. Errors as `take`."""
+        wait_s, longest_s = _LEAST_POLL_S, min(_LONGEST_POLL_S, self.expiry_s / _BEATS_PER_EXPIRY)
         while (lock := self._take(self.directory / f"{name}{_SUFFIX}")) is None:
-            self._runtime.sleep(_POLL_S)
+            self._runtime.sleep(wait_s)
+            wait_s = max(
+                _LEAST_POLL_S, min(1.5 * wait_s, longest_s)
+            )  # many jobs end at once: no siege of the disk
         return lock
 
     def sweep(self, *, own: BlockLock, clean: Callable[[int], None]) -> bool:

@@ -1,7 +1,7 @@
 """The manifest of a complete cache: every file's size and digest. Its own digest is the cache digest."""
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from evl_cache.strict_json import parse_json
 
 MANIFEST_VERSION = 1
 MOST_MANIFEST_NBYTES = 64 << 20
+
+
+class BlockNotDone(CacheError):
+    """The cache has no manifest yet: a block is missing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,18 +67,21 @@ def manifest_document(root: Path, spec: CacheSpec, marks: Mapping[int, Mark]) ->
     return {**content, "digest": digest(content)}
 
 
-def write_manifest(root: Path, spec: CacheSpec) -> str:
+def write_manifest(root: Path, spec: CacheSpec, *, before_writing: Callable[[], None] = lambda: None) -> str:
     """Write the manifest of a complete cache. Returns the cache digest.
 
-    Raises: CacheError where a block is not done; CacheDamaged where a mark is not intact.
+    before_writing: called when all marks are read; what it raises ends it.
+
+    Raises: BlockNotDone; CacheDamaged where a mark is not intact.
     """
     marks = {}
     for block in range(spec.num_blocks):
         mark = read_mark(root, block, spec)
         if mark is None:
-            raise CacheError(f"{root}: block {block} is not done; run the extract command again")
+            raise BlockNotDone(f"{root}: block {block} is not done; run the extract command again")
         marks[block] = mark
     document = manifest_document(root, spec, marks)
+    before_writing()
     write_json_atomic(root / MANIFEST_NAME, document, replace=True)
     return str(document["digest"])
 
