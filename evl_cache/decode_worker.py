@@ -36,6 +36,8 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
     _die_with(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    largest = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))  # frames lie in memory, and are bounded
     if decoder == "torchcodec":
         importlib.import_module("torchcodec.decoders")  # brings torch, which must come before the others
     else:  # a GPU's driver takes address space without end

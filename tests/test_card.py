@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import yaml
 from click.testing import CliRunner
-from feature_caches import TOWER, write_cache
 
 from evl_cache.card import cache_card, make_card
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.share import pull, push
 from evl_cache.store import FeatureCache, verify_cache
 from evl_cache_cli.main import cli
+from tests.feature_caches import TOWER, write_cache
 
 
 @pytest.fixture(scope="module")

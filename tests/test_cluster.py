@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from store_helpers import Server, differences, extract_small, load_clips, tree, wait_until
 
 from evl_cache.errors import UsageError
 from evl_cache.rendezvous import Place, Rendezvous
 from evl_cache.store import verify_cache
 from evl_cache.watch import watch
 from evl_cache_cli.main import cli
+from tests.extraction_server import Server
+from tests.store_helpers import differences, extract_small, load_clips, tree, wait_until
 
 SPEC = {"block_clips": 1}  # 8 blocks
 

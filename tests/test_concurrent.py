@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from growing_cache import Readers, write_expected
-from store_helpers import Server, differences, make_clips, tree, wait_until
 
 from evl_cache.store import FeatureCache, verify_cache
+from tests.extraction_server import Server
+from tests.growing_cache import Readers, write_expected
+from tests.store_helpers import differences, make_clips, tree, wait_until
 
 CLIPS, EXTRACTORS, READERS = 16, 4, 8
 CLIP_S, KILL_EVERY_S, EXPIRY_S = 0.4, 0.8, 0.6

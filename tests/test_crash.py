@@ -15,8 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_helpers import (
-    Server,
+
+from evl_cache.store import array_layouts, verify_cache
+from evl_cache.store.layout import mark_path
+from evl_cache.store.publish import is_staging_name
+from tests.extraction_server import Server
+from tests.store_helpers import (
     differences,
     extract_small,
     is_stopped,
@@ -27,10 +31,6 @@ from store_helpers import (
     wait_until,
     watched_changes,
 )
-
-from evl_cache.store import array_layouts, verify_cache
-from evl_cache.store.layout import mark_path
-from evl_cache.store.publish import is_staging_name
 
 KILLED_AT_A_CHANGE, KILLED_AT_A_MOMENT = 24, 12
 
@@ -261,7 +261,7 @@ def test_order_of_the_system_calls_of_a_commit(beside_its_clips: Path, tmp_path:
         pytest.skip("strace is not installed; the test above watches Python's calls")
     (tmp_path / "trace").mkdir()
     code = (
-        "import sys; from pathlib import Path; from store_helpers import *; folder = Path(sys.argv[1]);"
+        "import sys; from pathlib import Path; from tests.store_helpers import *; folder = Path(sys.argv[1]);"
         "extract_small(load_clips(folder), Path(sys.argv[2]))"
     )
     traced = "trace=fsync,fdatasync,link,linkat,rename,write,writev,pwrite64"
@@ -278,10 +278,9 @@ def test_order_of_the_system_calls_of_a_commit(beside_its_clips: Path, tmp_path:
         "-o",
         str(tmp_path / "trace" / "t"),
     ]
-    path = f"{Path(__file__).parent}{os.pathsep}{Path(__file__).parent.parent}"
     done = subprocess.run(
         [*command, sys.executable, "-c", code, str(tmp_path / "clips"), str(beside_its_clips)],
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
         capture_output=True,
         text=True,
         check=False,

@@ -10,16 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from store_helpers import (
-    differences,
-    extract_small,
-    load_clips,
-    make_clips,
-    one_thread,
-    small_spec,
-    small_tower,
-    tree,
-)
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract import ExtractOptions
@@ -33,6 +23,16 @@ from evl_cache.store import (
     sample_reader,
     verify_cache,
     write_manifest,
+)
+from tests.store_helpers import (
+    differences,
+    extract_small,
+    load_clips,
+    make_clips,
+    one_thread,
+    small_spec,
+    small_tower,
+    tree,
 )
 
 DAMAGES = 340

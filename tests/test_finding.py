@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from feature_caches import TOWER, write_cache
 
 from evl_cache.catalog import HeadNeeds, cache_root, find_caches, find_pair, split_places
 from evl_cache.errors import UsageError
 from evl_cache.notation import format_layers, parse_layers
 from evl_cache_cli.main import cli
+from tests.feature_caches import TOWER, write_cache
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ import pytest
 import torch
 import zarr
 from numpy.typing import NDArray
-from store_helpers import BROKEN, extract_small, load_clips, small_spec, small_tower
 
 from evl_cache.spec import CODECS
 from evl_cache.store import FeatureCache, array_layouts, clear_mark
+from tests.store_helpers import BROKEN, extract_small, load_clips, small_spec, small_tower
 
 tensorstore = pytest.importorskip("tensorstore")
 

@@ -19,7 +19,7 @@ from evl_cache.quantize import quantize_tokens
 from evl_cache.store import StoredBatch
 from evl_cache.store.sample_reader import SampleReader
 from evl_cache.train import TrainOptions, train
-from tests.feature_caches import write_cache
+from tests.feature_caches import write_pair
 from tests.plain_heads import TWINS
 
 DOC = Path(__file__).resolve().parent.parent / "docs" / "heads.md"
@@ -29,19 +29,12 @@ SIZES = {"width": 16, "num_frames": 3, "grid": (2, 3), "num_classes": 4, "num_he
 # Frames, grid: also one frame, and one patch.
 SHAPES = [(3, (2, 3)), (1, (2, 2)), (2, (1, 1))]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("caches")
-    return (
-        write_cache(folder / "train"),
-        write_cache(folder / "val", labels=(0, 1, 2, 2, 1), prefix="v", split="val", seed=1),
-    )
+    return write_pair(tmp_path_factory.mktemp("caches"))
 
 
 def new_head(name, *, frames=3, grid=(2, 3), dtype=torch.float64, **changes):

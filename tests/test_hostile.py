@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from feature_caches import write_cache
-from hostile import CACHES, CHECKPOINTS, RUNS, STATES, Forge, RunForge
 
 from evl_cache.errors import EvlCacheError
 from evl_cache.share import pull
@@ -19,6 +17,8 @@ from evl_cache.spec import digest
 from evl_cache.store import FeatureCache
 from evl_cache.store.publish import canonical_json
 from evl_cache_cli.main import main
+from tests.feature_caches import write_cache
+from tests.hostile import CACHES, CHECKPOINTS, RUNS, STATES, Forge, RunForge
 
 MEMORY_NBYTES = 1 << 30
 TRAIN = "--head decoder3 --steps 1 --batch 13 --device cpu".split()

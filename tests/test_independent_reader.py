@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from store_helpers import extract_small, load_clips, small_spec, small_tower
 
 from evl_cache.spec import CODECS
 from evl_cache.store import FeatureCache, clear_mark
+from tests.store_helpers import extract_small, load_clips, small_spec, small_tower
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "cache-format.md"
 MAX_LINES = 40

@@ -104,6 +104,7 @@ OWNERS: Mapping[str, frozenset[str]] = {
     "click": frozenset({"evl_cache_cli"}),
 }
 PURE_LIBRARIES = {"numpy", "torch"}
+MOST_LINES = 350  # of a file; most have fewer than 250
 
 
 def imports_of(source: str, module: str, *, is_package: bool = False) -> set[str]:
@@ -238,6 +239,14 @@ def test_a_forbidden_import_is_found(module: str, source: str, reason: str) -> N
 )
 def test_an_allowed_import_is_not_reported(module: str, source: str) -> None:
     assert violations({module: imports_of(source, module, is_package=module == "evl_cache")}) == []
+
+
+def test_no_file_is_longer_than_one_noun_needs() -> None:
+    files = [path for folder in ("evl_cache", "cli") for path in sorted((ROOT / folder).rglob("*.py"))]
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert len(lengths) > 100
+    too_long = [f"{path.relative_to(ROOT)}: {n} lines" for path, n in lengths.items() if n > MOST_LINES]
+    assert too_long == []
 
 
 def _run(code: str) -> list[str]:

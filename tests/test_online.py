@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from click.testing import CliRunner
 
 from evl_cache.checkpoint import read_run_config
@@ -28,10 +27,7 @@ VIEWS = {
     "several": ViewSpec(frames=3, sampling="tsn", stride=None, temporal_views=2, spatial_views=3),
 }
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

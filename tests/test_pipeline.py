@@ -9,7 +9,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from store_helpers import extract_small, make_clips, small_spec, small_tower
 
 from evl_cache import decode_pool
 from evl_cache.backbone import Backbone
@@ -21,6 +20,7 @@ from evl_cache.frames import PreparedClip, prepare_clip
 from evl_cache.spec import ViewSpec
 from evl_cache.store import ClipRecord, FeatureCache
 from evl_cache.video import ClipHeader, DecodeOptions
+from tests.store_helpers import extract_small, make_clips, small_spec, small_tower
 
 
 class Prepared:

@@ -33,10 +33,7 @@ NUM_CLASSES = 6  # of the six clips
 OPTIONS = TrainOptions(head="decoder2", epochs=2, batch=4, lr=2e-3)
 OFFICIAL = ROOT / "tests" / "fixtures" / "evl_reference" / "official_layout_checkpoint.pth"
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def extracted(folder, cache, **changes):

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_caches import TOWER, write_cache
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.store import FeatureCache, sample_reader
 from evl_cache.store.layout import mark_path
+from tests.feature_caches import TOWER, write_cache
 
 LARGE = replace(
     TOWER, image_size=64, width=512, heads=8

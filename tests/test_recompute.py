@@ -12,7 +12,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from store_helpers import extract_small, load_clips, small_spec, small_tower, tree
 
 from evl_cache.attention_maps import adjacent_frame_maps, maps_from_tokens
 from evl_cache.backbone import Backbone, map_projections
@@ -26,6 +25,7 @@ from evl_cache.spec import CacheSpec
 from evl_cache.store import PROJECTIONS_NAME, FeatureCache, verify_cache
 from evl_cache.store.size import num_files, sample_nbytes
 from evl_cache_cli.main import cli
+from tests.store_helpers import extract_small, load_clips, small_spec, small_tower, tree
 
 
 @pytest.fixture(scope="module")

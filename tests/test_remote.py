@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_caches import write_cache
-from servers import PASSWORD, USER, FaultyServer, Nginx, faulty_server, nginx
+
+from tests.feature_caches import write_cache
+from tests.servers import PASSWORD, USER, FaultyServer, Nginx, faulty_server, nginx
 
 pytest.importorskip("obstore", reason="no obstore here: pip install 'evl-cache[remote]'")
 

@@ -22,14 +22,11 @@ from evl_cache.sweep_grid import expand
 from evl_cache.train import TrainOptions, train
 from evl_cache_cli.main import cli
 from tests.browser import Browser, find_chromium
-from tests.feature_caches import write_cache
+from tests.feature_caches import write_cache, write_pair
 
 HOSTILE = 'clips/<img src="http://example.com/x.png"> & a name that is rather long for a phone, '
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +34,7 @@ def swept(tmp_path_factory):
     """A sweep of four groups, one of them diverged, on clips with a hostile name."""
     folder = tmp_path_factory.mktemp("report")
     torch.set_num_threads(1)
-    caches = (
-        write_cache(folder / "train"),
-        write_cache(folder / "val", labels=(0, 1, 2, 2, 1), prefix=HOSTILE, split="val", seed=1),
-    )
+    caches = write_pair(folder, val_prefix=HOSTILE)
     grids = [{"head": ["decoder1", "linear", "meanpool"], "seed": [0, 1]}, {"head": "linear", "lr": 1e30}]
     runs = expand(grids, {"epochs": 2, "batch": 8, "lr": 3e-3})
     sweep(*caches, runs=runs, out=folder / "sweep")

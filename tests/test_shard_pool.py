@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from store_helpers import extract_small, load_clips, small_spec, small_tower
 
 from evl_cache.store import FeatureCache
 from evl_cache.store.shard_pool import ShardPool
+from tests.store_helpers import extract_small, load_clips, small_spec, small_tower
 
 FORKING = """
 import os, sys, threading, time

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from feature_caches import write_cache
-from forked_commands import Commands, Ended
-from servers import KEYS, PASSWORD, USER, Nginx, nginx, s3_server
-from store_helpers import (
+
+from tests.feature_caches import write_cache
+from tests.forked_commands import Commands, Ended
+from tests.servers import KEYS, PASSWORD, USER, Nginx, nginx, s3_server
+from tests.store_helpers import (
     BROKEN,
     differences,
     extract_small,

@@ -24,7 +24,7 @@ from evl_cache.sweep_grid import expand, read_grid
 from evl_cache.sweep_memory import HeadMemory, split_passes
 from evl_cache.train import TrainOptions, train
 from evl_cache_cli.main import cli
-from tests.feature_caches import write_cache
+from tests.feature_caches import write_pair
 
 COMMON = {"epochs": 2, "batch": 4, "lr": 3e-3}
 SIXTEEN = [
@@ -33,21 +33,12 @@ SIXTEEN = [
     {"head": ["linear", "meanpool", "attentive", "mlap", "uniformerv2", "ladder"]},
 ]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("caches")
-    return (
-        write_cache(folder / "train", layers=(1, 2, 3, 4)),
-        write_cache(
-            folder / "val", layers=(1, 2, 3, 4), labels=(0, 1, 2, 2, 1), prefix="v", split="val", seed=1
-        ),
-    )
+    return write_pair(tmp_path_factory.mktemp("caches"), layers=(1, 2, 3, 4))
 
 
 def lines(path):

@@ -17,23 +17,16 @@ from evl_cache.evaluate import evaluate
 from evl_cache.scoring import score
 from evl_cache.spec import ViewSpec
 from evl_cache.train import TrainOptions, train
-from tests.feature_caches import TOWER, VIEWS, write_cache
+from tests.feature_caches import TOWER, VIEWS, write_cache, write_pair
 
 OPTIONS = TrainOptions(head="decoder2", epochs=3, batch=4, lr=3e-3, seed=5)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)  # on tensors this small a second thread only waits; conftest restores the number
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("caches")
-    return (
-        write_cache(folder / "train"),
-        write_cache(folder / "val", labels=(0, 1, 2, 2, 1), prefix="v", split="val", seed=1),
-    )
+    return write_pair(tmp_path_factory.mktemp("caches"))
 
 
 @pytest.fixture(scope="module")

@@ -27,23 +27,16 @@ from evl_cache.scoring import Scores
 from evl_cache.store import FeatureCache
 from evl_cache.train import TrainOptions, train
 from evl_cache.train_options import options_of
-from tests.feature_caches import write_cache
+from tests.feature_caches import write_cache, write_pair
 
 OPTIONS = TrainOptions(head="decoder2", epochs=3, batch=4, lr=3e-3, seed=5)
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("caches")
-    return (
-        write_cache(folder / "train"),
-        write_cache(folder / "val", labels=(0, 1, 2, 2, 1), prefix="v", split="val", seed=1),
-    )
+    return write_pair(tmp_path_factory.mktemp("caches"))
 
 
 def run(caches, out, *, options=OPTIONS, on_step=None, **more):

@@ -10,19 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from store_helpers import (
-    BROKEN,
-    Server,
-    differences,
-    extract_small,
-    is_stopped,
-    load_clips,
-    make_clips,
-    small_spec,
-    small_tower,
-    tree,
-    wait_until,
-)
 
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.spec import digest
@@ -36,6 +23,19 @@ from evl_cache.store import (
     verify_cache,
 )
 from evl_cache.store.publish import canonical_json
+from tests.extraction_server import Server
+from tests.store_helpers import (
+    BROKEN,
+    differences,
+    extract_small,
+    is_stopped,
+    load_clips,
+    make_clips,
+    small_spec,
+    small_tower,
+    tree,
+    wait_until,
+)
 
 EXPIRY_S = 0.6
 

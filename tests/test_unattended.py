@@ -14,8 +14,6 @@ import av
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from damaged_files import BadFile, damage, independent_complaint
-from store_helpers import extract_small, make_clips, small_spec, small_tower, wait_until
 
 from benchmarks.extract_memory import peak_of_decoding
 from benchmarks.long_clips import render_enlarged, repeat_clip
@@ -29,6 +27,8 @@ from evl_cache.rendered import motion_frames, write_video
 from evl_cache.store import FeatureCache
 from evl_cache.video import Choose, DecodedClip, DecodeOptions, collect, decode_clip, with_decord
 from evl_cache_cli.main import cli
+from tests.damaged_files import BadFile, damage, independent_complaint
+from tests.store_helpers import extract_small, make_clips, small_spec, small_tower, wait_until
 
 CODECS = (("libx264", "mp4"), ("libx265", "mp4"), ("libvpx-vp9", "webm"), ("libsvtav1", "mp4"), ("mpeg4", "avi"),
           ("libx264", "mkv"))  # fmt: skip

@@ -8,7 +8,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from store_helpers import small_tower
 
 from evl_cache.augmentation import ViewAugmentation, view_generator
 from evl_cache.clips import Clip
@@ -19,6 +18,7 @@ from evl_cache.rendered import motion_frames, write_video
 from evl_cache.sampling import strided_train_view
 from evl_cache.spec import ViewSpec
 from evl_cache.video import DecodeOptions, clip, decode_clip, decode_frames
+from tests.store_helpers import small_tower
 
 CODECS = {"libx264": "mp4", "libvpx-vp9": "webm", "libx265": "mp4"}
 
