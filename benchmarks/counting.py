@@ -57,5 +57,5 @@ def counted() -> Iterator[Work]:
             (layer_tokens, "_decoded", decoded),
         ):
             patches.enter_context(mock.patch.object(target, name, counting))
-        patches.enter_context(mock.patch("evl_cache.shared_batch.decoded_maps", decoded_maps))
+        patches.enter_context(mock.patch("evl_cache.sweep.shared_batch.decoded_maps", decoded_maps))
         yield work

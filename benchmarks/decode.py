@@ -21,7 +21,7 @@ import torch  # noqa: F401  # before decord: their bundled libraries clash other
 
 from benchmarks.long_clips import NUM_FRAMES, SIZES, render_clips
 from benchmarks.machine import interleaved_seconds, machine, medians
-from evl_cache.decode_pool import DecodePool
+from evl_cache.decoding.pool import DecodePool
 from evl_cache.sampling import strided_test_views
 from evl_cache.video import collect
 

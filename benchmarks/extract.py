@@ -18,8 +18,8 @@ from benchmarks.machine import interleaved_seconds, machine, medians
 from benchmarks.stored_features import LAYERS, clip_list
 from evl_cache.clips import Clip
 from evl_cache.extract import make_spec
-from evl_cache.extract_block import BlockExtractor, Tower
-from evl_cache.frames import PreparedClip
+from evl_cache.extraction.block import BlockExtractor, Tower
+from evl_cache.extraction.frames import PreparedClip
 from evl_cache.spec import ViewSpec
 from evl_cache.store import LOCKS_NAME, ClipRecord, LockWatcher, create_cache
 from evl_cache.towers import build_tower

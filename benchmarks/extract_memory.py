@@ -16,9 +16,9 @@ from pathlib import Path
 from benchmarks.long_clips import render_clips, render_enlarged, repeat_clip
 from benchmarks.machine import machine
 from evl_cache.clips import Clip, ClipList
-from evl_cache.decode_pool import DecodePool
+from evl_cache.decoding.pool import DecodePool
 from evl_cache.extract import ExtractOptions, extract, make_spec
-from evl_cache.extract_block import Tower
+from evl_cache.extraction.block import Tower
 from evl_cache.sampling import strided_test_views
 from evl_cache.spec import ViewSpec
 from evl_cache.towers import build_tower

@@ -20,8 +20,8 @@ from evl_cache import FeatureCache
 from evl_cache.head_reads import head_reads
 from evl_cache.run_setup import run_config
 from evl_cache.sweep import SWEEP_NAME, sweep
-from evl_cache.sweep_grid import SweepRun, expand
-from evl_cache.sweep_memory import head_memory
+from evl_cache.sweep.grid import SweepRun, expand
+from evl_cache.sweep.memory import head_memory
 
 # Pooling heads without attention want a higher rate; one for each kind, not chosen by results here.
 GRIDS: Sequence[Mapping[str, Any]] = (

@@ -15,7 +15,7 @@ import torch
 from benchmarks.outlier_features import measure, worst_channel_error
 from evl_cache.backbone import Backbone
 from evl_cache.clips import Clip
-from evl_cache.frames import prepare_clip
+from evl_cache.extraction.frames import prepare_clip
 from evl_cache.quantize import dequantize_maps, dequantize_tokens, quantize_maps, quantize_tokens
 from evl_cache.spec import ViewSpec
 from evl_cache.towers import build_tower

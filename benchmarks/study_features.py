@@ -17,7 +17,7 @@ from benchmarks.stored_features import LAYERS, VIT_B_16
 from evl_cache.attention_maps import MapProjection, maps_from_tokens
 from evl_cache.backbone import Backbone, map_projections
 from evl_cache.clips import Clip
-from evl_cache.frames import prepare_clip
+from evl_cache.extraction.frames import prepare_clip
 from evl_cache.spec import ViewSpec, default_pretrained
 from evl_cache.towers import build_tower
 

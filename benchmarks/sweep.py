@@ -28,8 +28,8 @@ from evl_cache.extract_dataset import ExtractRequest, extract_dataset
 from evl_cache.rendered.benchmarks import RenderOptions, render
 from evl_cache.spec import ViewSpec
 from evl_cache.sweep import RUNS_NAME, sweep
-from evl_cache.sweep_grid import SweepRun, expand
-from evl_cache.sweep_pass import OnPassStep, SweepPass
+from evl_cache.sweep.grid import SweepRun, expand
+from evl_cache.sweep.shared_pass import OnPassStep, SweepPass
 from evl_cache.train import train
 
 SIXTEEN = (

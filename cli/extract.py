@@ -210,10 +210,10 @@ def command(
 
     Run the same command again after a kill, or beside another job: it goes on, and shares the work.
     """
-    from evl_cache.block_taker import MostFailures
-    from evl_cache.decode_pool import DEFAULT_TIMEOUT_S
+    from evl_cache.decoding.pool import DEFAULT_TIMEOUT_S
     from evl_cache.distributed import local_device
     from evl_cache.extract_dataset import dataset_reader, extract_dataset
+    from evl_cache.extraction.block_taker import MostFailures
     from evl_cache.rendezvous import Place, Rendezvous
     from evl_cache.video import DecodeOptions
 

@@ -23,8 +23,8 @@ def command(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> int:
     report.html needs nothing beside it and fetches nothing; each plot lies beside it as a PNG. RUN is a directory that
     train or sweep wrote. Needs matplotlib: pip install 'evl-cache[report]'.
     """
-    from evl_cache.report_data import gather
-    from evl_cache.report_page import write_report_page
+    from evl_cache.report.data import gather
+    from evl_cache.report.page import write_report_page
 
     report = write_report_page(gather(runs), out or runs[0] / "report")
     if as_json:

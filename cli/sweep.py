@@ -83,7 +83,7 @@ def command(grid: Path | None, **given: Any) -> int:
     file (docs/sweeps.md) with more than the options can say. Leaves a run directory for each, and sweep.json.
     """
     from evl_cache.interruption import Interrupted
-    from evl_cache.sweep_grid import expand, read_grid
+    from evl_cache.sweep.grid import expand, read_grid
 
     device = default_device(given["device"])
     axes = _given_axes(given)
@@ -183,8 +183,8 @@ def _report(out: Path, result: Any) -> str:
     """Write the report where matplotlib is there and a run is done. Returns: a line that says where, or how."""
     from importlib.util import find_spec
 
-    from evl_cache.report_data import gather
-    from evl_cache.report_page import write_report_page
+    from evl_cache.report.data import gather
+    from evl_cache.report.page import write_report_page
 
     if not result.groups:
         return "no run is done: no report"

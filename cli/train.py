@@ -56,7 +56,7 @@ def _train(given: dict[str, Any], options: Any, processes: Any) -> int:
 
         print_json({"run": str(out), **asdict(result)})
         return status
-    from evl_cache.report import worst_classes
+    from evl_cache.run_tables import worst_classes
 
     click.echo(
         f"{out}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.val_clips} clips; "

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evl_cache.extract import ExtractOptions, extract
-from evl_cache.extract_block import Tower
 from evl_cache.extract_dataset import ExtractRequest, Plan, plan_extraction
+from evl_cache.extraction.block import Tower
 from evl_cache.store.recomputed import projections_nbytes
 from evl_cache.store.size import num_files, sample_nbytes
 

@@ -15,12 +15,12 @@ import torch
 
 from evl_cache.attention_maps import MapProjection
 from evl_cache.backbone import check_layers, map_projections
-from evl_cache.block_taker import BlockTaker, MostFailures, blocks_with_failures
-from evl_cache.block_taker import OnClip as OnClip
 from evl_cache.clips import Clip, ClipList
-from evl_cache.decode_pool import DEFAULT_TIMEOUT_S
+from evl_cache.decoding.pool import DEFAULT_TIMEOUT_S
 from evl_cache.errors import UsageError
-from evl_cache.extract_block import BlockExtractor, Tower, package_versions
+from evl_cache.extraction.block import BlockExtractor, Tower, package_versions
+from evl_cache.extraction.block_taker import BlockTaker, MostFailures, blocks_with_failures
+from evl_cache.extraction.block_taker import OnClip as OnClip
 from evl_cache.rendezvous import Rendezvous
 from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, TowerSpec, ViewSpec, digest
 from evl_cache.store import BlockNotDone, FeatureCache, create_cache, finish_cache

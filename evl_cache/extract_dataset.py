@@ -15,7 +15,7 @@ from evl_cache.catalog import TRAIN_SPLITS, cache_root
 from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract import ExtractOptions, ExtractResult, OnBottleneck, OnClip, extract, make_spec
-from evl_cache.extract_block import Tower
+from evl_cache.extraction.block import Tower
 from evl_cache.rendezvous import Rendezvous
 from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, ViewSpec, default_pretrained
 from evl_cache.towers import build_tower

@@ -14,8 +14,8 @@ from evl_cache.backbone import Backbone
 from evl_cache.catalog import TRAIN_SPLITS, VAL_SPLITS, split_clips
 from evl_cache.distributed import Processes
 from evl_cache.errors import UsageError
-from evl_cache.extract_block import Tower
 from evl_cache.extract_dataset import ExtractRequest, Plan, plan_extraction
+from evl_cache.extraction.block import Tower
 from evl_cache.head_reads import needs_maps
 from evl_cache.heads import head_layers
 from evl_cache.online_loader import LiveClips, OnlineLoader

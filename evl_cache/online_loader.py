@@ -19,7 +19,7 @@ from evl_cache.batches import Batch, LoaderTimes
 from evl_cache.clips import Clip, ClipList
 from evl_cache.distributed import Processes
 from evl_cache.epoch_order import BatchPart, EpochOrder
-from evl_cache.frames import PreparedClip, prepare_clip
+from evl_cache.extraction.frames import PreparedClip, prepare_clip
 from evl_cache.spec import CacheSpec, digest
 from evl_cache.store import StoredBatch
 from evl_cache.store.rows import StoredMaps, StoredTokens

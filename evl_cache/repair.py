@@ -13,7 +13,7 @@ import torch
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract import ExtractOptions, OnClip, extract_blocks, tower_projections
-from evl_cache.extract_block import Tower, run_environment
+from evl_cache.extraction.block import Tower, run_environment
 from evl_cache.spec import CacheSpec, flatten
 from evl_cache.store import (
     PROJECTIONS_NAME,

@@ -13,7 +13,7 @@ from evl_cache.clips import Clip, select
 from evl_cache.dataset import FeatureLoader, samples_of_clips
 from evl_cache.displacement import displacements
 from evl_cache.errors import CacheError, ClipError, UsageError
-from evl_cache.frames import PreparedClip, prepare_clip
+from evl_cache.extraction.frames import PreparedClip, prepare_clip
 from evl_cache.heads import EVLHead, Head
 from evl_cache.heads.plain import PlainHead
 from evl_cache.pictures import ViewPicture, draw_view

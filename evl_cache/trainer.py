@@ -23,8 +23,8 @@ from evl_cache.heads import Head
 from evl_cache.interruption import Interrupted, StopRequests
 from evl_cache.optimisation import Optimisation, seed_step
 from evl_cache.progress import Progress, TrainResult
-from evl_cache.report import write_report
 from evl_cache.run_log import RunLog
+from evl_cache.run_tables import write_report
 from evl_cache.scoring import HeadInputs, Scores, head_inputs, head_logits, score
 from evl_cache.train_options import PRECISIONS, TrainOptions
 

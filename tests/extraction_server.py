@@ -16,7 +16,7 @@ import torch
 
 from evl_cache.clips import ClipList
 from evl_cache.errors import EvlCacheError
-from evl_cache.extract_block import Tower
+from evl_cache.extraction.block import Tower
 from evl_cache.rendezvous import Place, Rendezvous
 from evl_cache.store import block_writer
 from tests.fork_server import ForkServer, serve

@@ -4,7 +4,8 @@ import os
 import signal
 import time
 
-from evl_cache import decode_worker, video
+from evl_cache import video
+from evl_cache.decoding import worker as decode_worker
 
 _real = video.decode_frames
 _leaked = []

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from simulated_world import EXPIRY_S, Failed, Inline, Plan, Process, SimulatedRuntime, World, patched
 
-from evl_cache.block_taker import BlockTaker
 from evl_cache.clips import Clip
 from evl_cache.errors import EvlCacheError
-from evl_cache.extract_block import ExtractedBlock, StageSeconds
+from evl_cache.extraction.block import ExtractedBlock, StageSeconds
+from evl_cache.extraction.block_taker import BlockTaker
 from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import (
     BlockLock,

@@ -14,7 +14,7 @@ import torch
 
 from evl_cache.clips import Clip, ClipList
 from evl_cache.extract import ExtractOptions, ExtractResult, extract, make_spec
-from evl_cache.extract_block import Tower
+from evl_cache.extraction.block import Tower
 from evl_cache.rendered import MOTION_CLASSES, motion_frames, write_video
 from evl_cache.rendezvous import Rendezvous
 from evl_cache.spec import CacheSpec, ViewSpec

@@ -26,7 +26,7 @@ from evl_cache.dataset import FeatureLoader
 from evl_cache.epoch_order import EpochOrder
 from evl_cache.errors import ClipError, UsageError
 from evl_cache.extract import ExtractOptions, extract
-from evl_cache.frames import choose_frames, prepare_clip
+from evl_cache.extraction.frames import choose_frames, prepare_clip
 from evl_cache.sampling import strided_train_view, tsn_train_view
 from evl_cache.spec import RECIPES, CacheSpec, ViewSpec
 from evl_cache.store import FeatureCache

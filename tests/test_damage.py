@@ -13,7 +13,7 @@ import torch
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract import ExtractOptions
-from evl_cache.extract_block import Tower
+from evl_cache.extraction.block import Tower
 from evl_cache.repair import RepairResult, repair
 from evl_cache.store import (
     CacheDescription,

@@ -5,6 +5,7 @@ The layers are those of docs/architecture.md. A new module is entered here, in i
 
 import ast
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -30,21 +31,18 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         (
             "adapters",
             (
-                "video decode_worker decode_process decode_pool augmentation rendered annotations weights backbone"
+                "video decoding augmentation rendered annotations weights backbone"
                 " towers store dataset heads checkpoint official_checkpoint safe_files batches memory resident rendezvous"
                 " distributed interruption pictures progress_lines"
             ),
         ),
         (
             "parts of stages",
-            (
-                "frames reuse clips_ahead device_pipeline extract_block block_taker scoring catalog optimisation run_log"
-                " run_setup head_reads loaders run_tower shared_batch sweep_grid"
-            ),
+            ("extraction scoring catalog optimisation run_log run_setup head_reads loaders run_tower"),
         ),
-        ("made of parts", "report batch_size trainer online_loader sweep_memory sweep_pass"),
+        ("made of parts", "run_tables batch_size trainer online_loader"),
         ("stages", "extract train evaluate import_head info watch listing share card sweep"),
-        ("reading of stages", "report_data report_plots report_page"),
+        ("reading of stages", "report"),
         ("stage one by name", "extract_dataset"),
         ("composed stages", "demo repair estimate online predict show"),
     )
@@ -57,34 +55,16 @@ SAME_LAYER = {
     ("resident", "store"),
     ("resident", "memory"),
     ("distributed", "rendezvous"),  # which process this is
-    ("trainer", "report"),  # the last thing a run does
+    ("trainer", "run_tables"),  # the last thing a run does
     ("official_checkpoint", "heads"),
     ("checkpoint", "safe_files"),  # what is loaded is looked at first
     ("official_checkpoint", "safe_files"),
     ("checkpoint", "heads"),  # a checkpoint is a head's parameters
-    ("decode_worker", "video"),  # a process around it
-    ("decode_process", "video"),
-    ("decode_pool", "decode_process"),
-    ("decode_pool", "video"),
+    ("decoding", "video"),  # processes around it
     ("towers", "weights"),  # a tower is built from a weights file
     ("backbone", "towers"),  # and read through its family's adapter
     ("annotations", "rendered"),  # a rendered data set is drawn where it is not there yet
-    ("shared_batch", "head_reads"),
-    ("shared_batch", "scoring"),
-    ("sweep_memory", "batch_size"),
-    ("sweep_pass", "trainer"),
-    ("report_plots", "report_data"),
-    ("report_page", "report_data"),
-    ("report_page", "report_plots"),
     ("loaders", "head_reads"),  # what is read is what they load
-    ("clips_ahead", "frames"),
-    ("device_pipeline", "frames"),
-    ("extract_block", "clips_ahead"),
-    ("extract_block", "device_pipeline"),
-    ("block_taker", "device_pipeline"),
-    ("extract_block", "frames"),  # a block is made of prepared clips
-    ("extract_block", "reuse"),  # and of rows that an older cache has
-    ("block_taker", "extract_block"),  # takes blocks, and has them extracted
 }
 FREE_WITHIN = {"pure"}  # small modules of plain values: clips are digested as spec does it
 
@@ -100,7 +80,7 @@ OWNERS: Mapping[str, frozenset[str]] = {
     "numcodecs": frozenset({"store"}),
     "awscrt": frozenset({"store"}),
     "obstore": frozenset({"store"}),
-    "matplotlib": frozenset({"pictures", "report_plots"}),
+    "matplotlib": frozenset({"pictures", "report"}),
     "click": frozenset({"evl_cache_cli"}),
 }
 PURE_LIBRARIES = {"numpy", "torch"}
@@ -207,7 +187,11 @@ def test_imports_point_down_only() -> None:
         ("evl_cache.store.shard", "from ..extract import extract", "stages are above adapters"),
         ("evl_cache.heads.evl", "import evl_cache.store", "adapters do not import each other"),
         ("evl_cache.train", "from evl_cache.extract import extract", "stages do not import each other"),
-        ("evl_cache.frames", "from evl_cache.extract import extract", "stages are above parts of stages"),
+        (
+            "evl_cache.extraction.frames",
+            "from evl_cache.extract import extract",
+            "stages are above parts of stages",
+        ),
         ("evl_cache.train", "from evl_cache.demo import run", "composed stages are above stages"),
         ("evl_cache.train", "from evl_cache import EVLHead", "from the module that defines them"),
         ("evl_cache.train", "from evl_cache_cli.main import main", "above the package"),
@@ -231,7 +215,10 @@ def test_a_forbidden_import_is_found(module: str, source: str, reason: str) -> N
         ("evl_cache.dataset", "from evl_cache.store import FeatureCache"),
         ("evl_cache.store.shard", "from .codec import ChunkCodec\nimport numcodecs"),
         ("evl_cache.video", "import torch, decord, av"),
-        ("evl_cache.extract", "from evl_cache import __version__\nfrom .frames import prepare_clip"),
+        (
+            "evl_cache.extract",
+            "from evl_cache import __version__\nfrom .extraction.frames import prepare_clip",
+        ),
         ("evl_cache.demo", "from evl_cache.train import train\nfrom evl_cache.extract import extract"),
         ("evl_cache_cli.main", "import click\nfrom evl_cache.train import train"),
         ("evl_cache", "from evl_cache.backbone import Backbone"),
@@ -284,6 +271,13 @@ heavy = ("torch", "open_clip", "decord", "zarr", "av")
 print("loaded", *(name for name in heavy if name in sys.modules), file=sys.stderr)
 """
     assert _run(code) == ["loaded"]
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = page.split("```text")[1].split("```")[0]
+    named = set(re.findall(r"[a-z_]+", table))
+    assert sorted(set().union(*(modules for _, modules in LAYERS)) - named) == []
 
 
 def test_every_package_folder_is_installed_and_none_is_called_cli() -> None:

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from evl_cache import decode_pool
 from evl_cache.backbone import Backbone
 from evl_cache.clips import Clip
-from evl_cache.clips_ahead import MOST_WAITING_BYTES, ClipsAhead
-from evl_cache.decode_pool import DecodePool
-from evl_cache.device_pipeline import ClipRows, DevicePipeline, StageSeconds
-from evl_cache.frames import PreparedClip, prepare_clip
+from evl_cache.decoding import pool as decode_pool
+from evl_cache.decoding.pool import DecodePool
+from evl_cache.extraction.clips_ahead import MOST_WAITING_BYTES, ClipsAhead
+from evl_cache.extraction.device_pipeline import ClipRows, DevicePipeline, StageSeconds
+from evl_cache.extraction.frames import PreparedClip, prepare_clip
 from evl_cache.spec import ViewSpec
 from evl_cache.store import ClipRecord, FeatureCache
 from evl_cache.video import ClipHeader, DecodeOptions

@@ -14,11 +14,11 @@ from click.testing import CliRunner
 from PIL import Image
 
 from evl_cache.errors import UsageError
-from evl_cache.report_data import gather
-from evl_cache.report_page import write_report_page
-from evl_cache.report_plots import COLOURS
+from evl_cache.report.data import gather
+from evl_cache.report.page import write_report_page
+from evl_cache.report.plots import COLOURS
 from evl_cache.sweep import sweep
-from evl_cache.sweep_grid import expand
+from evl_cache.sweep.grid import expand
 from evl_cache.train import TrainOptions, train
 from evl_cache_cli.main import cli
 from tests.browser import Browser, find_chromium

@@ -11,7 +11,7 @@ from evl_cache import show
 from evl_cache.checkpoint import load_head
 from evl_cache.displacement import displacements
 from evl_cache.errors import UsageError
-from evl_cache.frames import prepare_clip
+from evl_cache.extraction.frames import prepare_clip
 from evl_cache.heads import EVLHead
 from evl_cache.heads.plain import PlainHead
 from evl_cache.pictures import draw_view

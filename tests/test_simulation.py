@@ -16,7 +16,7 @@ import pytest
 import simulation
 from simulation import first_failure, simulate
 
-from evl_cache.block_taker import BlockTaker
+from evl_cache.extraction.block_taker import BlockTaker
 from evl_cache.store import block_writer, locks, publish
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,8 +20,8 @@ from evl_cache.heads.motion import MapBlock
 from evl_cache.interruption import Interrupted
 from evl_cache.quantize import quantize_maps, quantize_tokens
 from evl_cache.sweep import read_sweep, sweep
-from evl_cache.sweep_grid import expand, read_grid
-from evl_cache.sweep_memory import HeadMemory, split_passes
+from evl_cache.sweep.grid import expand, read_grid
+from evl_cache.sweep.memory import HeadMemory, split_passes
 from evl_cache.train import TrainOptions, train
 from evl_cache_cli.main import cli
 from tests.feature_caches import write_pair
@@ -107,7 +107,7 @@ def test_sixteen_heads_read_and_decode_what_one_does(caches, tmp_path, monkeypat
     runs = expand(grids, {**COMMON, "epochs": 1})
     assert len(runs) == 16
     alone, together = tmp_path / "alone", tmp_path / "sweep"
-    monkeypatch.setattr("evl_cache.sweep.head_memory", lambda *a, **k: HeadMemory(state=0, step=0))
+    monkeypatch.setattr("evl_cache.sweep.stage.head_memory", lambda *a, **k: HeadMemory(state=0, step=0))
     with counted() as one:
         train(*caches, options=runs[0].options, out=alone)
     with counted() as shared:
@@ -222,7 +222,7 @@ def test_heads_that_were_kept_at_different_steps_meet_again(caches, tmp_path, mo
 
 
 def test_a_signal_keeps_every_state(caches, tmp_path, monkeypatch):
-    import evl_cache.sweep as module
+    import evl_cache.sweep.stage as module
 
     stops = []
 

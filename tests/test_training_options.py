@@ -22,7 +22,7 @@ from evl_cache.evaluate import evaluate
 from evl_cache.heads import build_head
 from evl_cache.interruption import Interrupted
 from evl_cache.optimisation import Optimisation, parameter_groups
-from evl_cache.report import worst_classes
+from evl_cache.run_tables import worst_classes
 from evl_cache.scoring import Scores
 from evl_cache.store import FeatureCache
 from evl_cache.train import TrainOptions, train

@@ -17,11 +17,12 @@ from click.testing import CliRunner
 
 from benchmarks.extract_memory import peak_of_decoding
 from benchmarks.long_clips import render_enlarged, repeat_clip
-from evl_cache import decode_pool, decode_process
-from evl_cache.block_taker import MostFailures
 from evl_cache.clips import Clip, ClipList
-from evl_cache.decode_pool import DecodePool
+from evl_cache.decoding import pool as decode_pool
+from evl_cache.decoding import process as decode_process
+from evl_cache.decoding.pool import DecodePool
 from evl_cache.errors import ClipError, TooManyFailures, UsageError, WorkerError
+from evl_cache.extraction.block_taker import MostFailures
 from evl_cache.info import failed_clips_by_reason, failures_by_reason
 from evl_cache.rendered import motion_frames, write_video
 from evl_cache.store import FeatureCache
@@ -239,7 +240,7 @@ def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
     make_clips(tmp_path / "clips", count=2)
     code = (
         "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "from evl_cache import decode_pool, decode_process\n"
+        "from evl_cache.decoding import pool as decode_pool, process as decode_process\n"
         "decode_process.WORKER = 'faulty_worker'\n"
         "pool = decode_pool.DecodePool(2)\n"
         "list(pool.frames(sys.argv[2], lambda count: __import__('numpy').array([[0]])))\n"

@@ -12,7 +12,7 @@ import torch
 from evl_cache.augmentation import ViewAugmentation, view_generator
 from evl_cache.clips import Clip
 from evl_cache.errors import ClipError, UsageError
-from evl_cache.frames import choose_frames, prepare_clip
+from evl_cache.extraction.frames import choose_frames, prepare_clip
 from evl_cache.preprocess import spatial_crops
 from evl_cache.rendered import motion_frames, write_video
 from evl_cache.sampling import strided_train_view

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from evl_cache.decode_process import DecodeProcess, WorkerLost
+from evl_cache.decoding.process import DecodeProcess, WorkerLost
 from evl_cache.errors import ClipError
 from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 

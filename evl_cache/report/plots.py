@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from evl_cache.errors import UsageError
-from evl_cache.report_data import Group, ReportData
+from evl_cache.report.data import Group, ReportData
 
 # Okabe and Ito's palette, told apart by all kinds of colour vision; black comes first, yellow is too pale for a line.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")

@@ -1,4 +1,4 @@
-"""The process that decodes for `decode_pool`: one clip at a time, killed when it takes too long.
+"""The process that decodes for `decoding.pool`: one clip at a time, killed when it takes too long.
 
 It talks over a socket, a JSON object a line, and gives frames in a file that both processes have open. It imports neither
 torch (but for torchcodec) nor anything of the cache, so that it starts at once and stays small. Its lines:

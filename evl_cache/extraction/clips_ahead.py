@@ -4,7 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from evl_cache.frames import PreparedClip
+from evl_cache.extraction.frames import PreparedClip
 
 MOST_WAITING_BYTES = 512 << 20  # of prepared clips, beyond those in the hands of a thread
 

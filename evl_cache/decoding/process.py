@@ -1,6 +1,6 @@
 """One process that decodes, the socket it is spoken to by, and the file in memory by which frames come.
 
-What is said is in `decode_worker`.
+What is said is in `decoding.worker`.
 
 T frames asked for, H and W source pixels.
 """
@@ -22,7 +22,7 @@ import numpy as np
 from evl_cache.errors import ClipError, WorkerError
 from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 
-WORKER = "evl_cache.decode_worker"
+WORKER = "evl_cache.decoding.worker"
 _START_TIMEOUT_S = 120.0
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # glibc gives the pictures of each clip back to the system, which clears them anew for the next: 5 ms of a clip.

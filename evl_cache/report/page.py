@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from evl_cache.report_data import Group, ReportData, RunAccount
-from evl_cache.report_plots import CURVES, as_bytes, draw_plots
+from evl_cache.report.data import Group, ReportData, RunAccount
+from evl_cache.report.plots import CURVES, as_bytes, draw_plots
 
 PAGE_NAME = "report.html"
 WRONGEST = 12

@@ -14,7 +14,7 @@ import torch
 
 from evl_cache.backbone import Backbone, Features
 from evl_cache.errors import ClipError
-from evl_cache.frames import PreparedClip
+from evl_cache.extraction.frames import PreparedClip
 from evl_cache.spec import CacheSpec
 from evl_cache.store import Row, make_row
 

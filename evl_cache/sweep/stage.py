@@ -21,9 +21,9 @@ from evl_cache.loaders import make_loaders, shuffle_blocks
 from evl_cache.run_setup import check_pair, run_config
 from evl_cache.spec import digest
 from evl_cache.store import FeatureCache
-from evl_cache.sweep_grid import SweepRun
-from evl_cache.sweep_memory import HeadMemory, available_room, head_memory, split_passes
-from evl_cache.sweep_pass import OnPassStep, PlannedRun, SweepPass
+from evl_cache.sweep.grid import SweepRun
+from evl_cache.sweep.memory import HeadMemory, available_room, head_memory, split_passes
+from evl_cache.sweep.shared_pass import OnPassStep, PlannedRun, SweepPass
 from evl_cache.train_options import OPERATIONAL
 
 SWEEP_NAME = "sweep.json"
@@ -104,7 +104,7 @@ def sweep(
     """Train every run and leave a run directory for each under `out`/runs, and `out`/sweep.json.
 
     Args:
-        runs: from `sweep_grid.expand`. train_clips, val_clips: rows of the clip lists; all by default.
+        runs: from `sweep.grid.expand`. train_clips, val_clips: rows of the clip lists; all by default.
         resume: go on with a sweep of the same runs.
         memory_bytes: heads and a batch's features may take together; more heads are trained in later passes.
         progress: opens the progress line of a pass.

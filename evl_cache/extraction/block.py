@@ -17,11 +17,11 @@ from torch import nn
 
 from evl_cache.backbone import Backbone
 from evl_cache.clips import Clip
-from evl_cache.clips_ahead import ClipsAhead
-from evl_cache.decode_pool import DEFAULT_TIMEOUT_S, DecodePool
-from evl_cache.device_pipeline import ClipRows, DevicePipeline, StageSeconds
-from evl_cache.frames import PreparedClip, prepare_clip
-from evl_cache.reuse import ReusableRows
+from evl_cache.decoding.pool import DEFAULT_TIMEOUT_S, DecodePool
+from evl_cache.extraction.clips_ahead import ClipsAhead
+from evl_cache.extraction.device_pipeline import ClipRows, DevicePipeline, StageSeconds
+from evl_cache.extraction.frames import PreparedClip, prepare_clip
+from evl_cache.extraction.reuse import ReusableRows
 from evl_cache.spec import CacheSpec, TowerSpec
 from evl_cache.store import BlockLock, BlockWriter, ClipRecord, marked_blocks
 from evl_cache.video import DecodeOptions
@@ -56,7 +56,7 @@ class BlockExtractor:
         batch: samples of one forward pass; the last of a block is padded to it.
         workers: processes that decode, and as many threads that crop and that compress.
         reuse: a cache whose rows of equal features and sources are copied.
-        decoding, clip_timeout_s: see `decode_pool`.
+        decoding, clip_timeout_s: see `decoding.pool`.
         on_bottleneck: called with the stage that takes most (see `StageSeconds`) after each clip.
         on_clip: called with whether it failed, after each clip.
     """

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from evl_cache.device_pipeline import StageSeconds
 from evl_cache.errors import TooManyFailures, UsageError
-from evl_cache.extract_block import ExtractedBlock
+from evl_cache.extraction.block import ExtractedBlock
+from evl_cache.extraction.device_pipeline import StageSeconds
 from evl_cache.spec import CacheSpec
 from evl_cache.store import LOCKS_NAME, BlockLock, BlockLost, LockWatcher, marked_blocks, valid_mark
 from evl_cache.store.file_system import file_identity

@@ -51,7 +51,7 @@ def prepare_clip(
     Args:
         root: what relative paths are relative to.
         is_known: whether features of a clip (id, sha256 of its file) are at hand: then it is not decoded.
-        decode: gives the frames chosen of a file; `decode_pool` does it in another process.
+        decode: gives the frames chosen of a file; `decoding.pool` does it in another process.
         train_view: only this one of the augmented training views.
     """
     drawn = range(views.train_views) if train_view is None else (train_view,)

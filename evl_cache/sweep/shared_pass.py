@@ -16,8 +16,8 @@ from evl_cache.heads.workspace import Workspace
 from evl_cache.interruption import Interrupted, StopRequests
 from evl_cache.run_setup import prepare_run, run_config
 from evl_cache.scoring import Scores, ViewSums, scores_of
-from evl_cache.shared_batch import SharedBatch
-from evl_cache.sweep_grid import SweepRun
+from evl_cache.sweep.grid import SweepRun
+from evl_cache.sweep.shared_batch import SharedBatch
 from evl_cache.train_options import PRECISIONS, TrainOptions
 from evl_cache.trainer import Diverged, Trainer
 

@@ -1,0 +1,1 @@
+"""A page on finished runs and sweeps: `data` gathers, `plots` draws, `page` writes."""
