@@ -13,27 +13,38 @@ from evl_cache.errors import EvlCacheError, UsageError, WeightsError, WeightsUna
 
 from .common import printable
 
-# name -> (module, one line of help); the module's `command` is loaded only when it is called
-COMMANDS = {
-    "extract": ("extract", "Run the frozen backbone once over every clip and cache its features."),
-    "train": ("train", "Train a head from a cache."),
-    "sweep": ("sweep", "Train many heads in one pass over a cache: ablations."),
-    "eval": ("evaluate", "Score a run's head on a cache."),
-    "report": ("report", "One page of runs and sweeps: curves, ablation, confusion, wrongest clips."),
-    "predict": ("predict", "Raw videos to labels, with a run's own tower, sampling and views."),
-    "show": ("show", "A clip as the tower and a run's head see it, as a picture."),
-    "ls": ("ls", "Caches there are, here and on shared disks and servers."),
-    "push": ("push", "Copy a cache to a directory or to s3://."),
-    "pull": ("pull", "Copy a cache, or layers of it, from a directory, s3:// or http(s)://."),
-    "info": ("info", "What a cache holds, how complete it is, and which clips failed."),
-    "card": ("card", "Write a cache's README.md as data hubs expect it."),
-    "estimate": ("estimate", "What extract with the same options would cost."),
-    "verify": ("verify", "Prove every byte of a cache; exit status 1 where damage is found."),
-    "repair": ("repair", "Redo only what verify finds damaged."),
-    "render": ("render", "Draw a benchmark's clips: H.264 files by seed, in class folders."),
-    "import-head": ("import_head", "Turn a checkpoint of the official EVL code into a run."),
-    "demo": ("demo", "Render clips, extract, train with and without temporal modules; needs no download."),
+# section -> name -> (module, one line of help); the module's `command` is loaded only when it is called
+SECTIONS = {
+    "Extract, once": {
+        "extract": ("extract", "Run the frozen backbone once over every clip."),
+        "estimate": ("estimate", "What extract with the same options would cost."),
+    },
+    "Train, again and again": {
+        "train": ("train", "Train a head from a cache."),
+        "sweep": ("sweep", "Train many heads in one pass over a cache: ablations."),
+        "eval": ("evaluate", "Score a run's head on a cache."),
+        "import-head": ("import_head", "Turn a checkpoint of the official EVL code into a run."),
+    },
+    "Look": {
+        "predict": ("predict", "Raw videos to labels, with a run's own tower and views."),
+        "show": ("show", "A clip as the tower and a run's head see it, as a picture."),
+        "report": ("report", "One page of runs and sweeps: curves, ablation, mistakes."),
+    },
+    "Keep and share caches": {
+        "info": ("info", "What a cache holds, how complete it is, what failed."),
+        "ls": ("ls", "Caches there are, here and on shared disks and servers."),
+        "verify": ("verify", "Prove every byte; exit status 1 where damage is found."),
+        "repair": ("repair", "Redo only what verify finds damaged."),
+        "push": ("push", "Copy a cache to a directory or to s3://."),
+        "pull": ("pull", "Copy a cache, or layers of it, from anywhere."),
+        "card": ("card", "Write a cache's README.md as data hubs expect it."),
+    },
+    "Try it": {
+        "demo": ("demo", "The whole method on rendered clips; needs no download."),
+        "render": ("render", "Draw a benchmark's clips: H.264 files by seed."),
+    },
 }
+COMMANDS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
 
 
 class LazyGroup(click.Group):
@@ -52,9 +63,11 @@ class LazyGroup(click.Group):
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The table of commands, without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+        """The tables of commands, without importing them."""
+        width = max(map(len, COMMANDS))
+        for title, section in SECTIONS.items():
+            with formatter.section(title):
+                formatter.write_dl([(name.ljust(width), text) for name, (_, text) in section.items()])
 
 
 @click.group(

@@ -103,10 +103,10 @@ def draw_view(picture: ViewPicture, path: Path) -> None:
 def _notes(picture: ViewPicture) -> list[str]:
     out = list(picture.notes)
     if picture.motion is not None:
-        out.insert(
-            0,
-            f"Arrows: where a patch is in the next frame, by adjacent-frame attention; the longest is "
-            f"{_longest(picture.motion):.2g} patches, the shortest {100 * _SMALLEST:.0f} % are left out.",
+        longest = _longest(picture.motion)
+        out.append(
+            f"Arrows: where a patch is in the next frame, by adjacent-frame attention; the longest means {longest:.2g} "
+            f"patches, those below {100 * _SMALLEST:.0f} % of it are left out."
         )
     if picture.attention is not None:
         out.append(

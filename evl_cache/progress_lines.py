@@ -47,7 +47,7 @@ class ClipProgress:
 @contextmanager
 def clip_progress(total: int, description: str, *, shown: bool = True) -> Iterator[ClipProgress]:
     """A line on stderr with clips/s, time left, failures, bottleneck; quiet where stderr is no terminal."""
-    with _line(total=total, desc=description, unit="clip", shown=shown) as bar:
+    with _line(total=total, desc=description, unit=" clip", shown=shown) as bar:
         yield ClipProgress(bar)
 
 
@@ -82,7 +82,7 @@ class StepProgress:
 @contextmanager
 def step_progress(description: str) -> Iterator[StepProgress]:
     """A line on stderr with steps/s, time left, the loss and the bottleneck; quiet where stderr is no terminal."""
-    with _line(desc=description, unit="step") as bar:
+    with _line(desc=description, unit=" step") as bar:
         yield StepProgress(bar)
 
 
@@ -91,7 +91,7 @@ def block_progress(description: str) -> Iterator[Callable[[bool], None]]:
     """A line on stderr with blocks/s and how many were copied; quiet where stderr is no terminal."""
     from tqdm import tqdm
 
-    with tqdm(desc=description, unit="block", disable=None) as bar:
+    with tqdm(desc=description, unit=" block", disable=None) as bar:
         copied = 0
 
         def on_block(moved: bool) -> None:

@@ -16,6 +16,7 @@ from evl_cache.errors import CacheError, ClipError, UsageError
 from evl_cache.extraction.frames import PreparedClip, prepare_clip
 from evl_cache.heads import EVLHead, Head
 from evl_cache.heads.plain import PlainHead
+from evl_cache.notation import format_layers
 from evl_cache.pictures import ViewPicture, draw_view
 from evl_cache.run_tower import live_spec, run_backbone
 from evl_cache.scoring import Scores, score
@@ -173,7 +174,8 @@ def _picture(
     run: ShowRun | None,
     layer: int | None,
 ) -> ViewPicture:
-    spec, notes = features.spec, []
+    spec = features.spec
+    notes = [_made_by(spec, features.layers, run)]
     frames = None
     if prepared.samples is None:
         notes.append(f"No frames: {prepared.record.error}.")
@@ -195,6 +197,13 @@ def _picture(
         attention=attention,
         notes=notes,
     )
+
+
+def _made_by(spec: CacheSpec, layers: Sequence[int], run: ShowRun | None) -> str:
+    """Which tower, blocks and head the picture is of."""
+    weights = "random weights" if spec.tower.pretrained == "none" else spec.tower.pretrained
+    head = "" if run is None else f", head {run.config.head} of {run.path.name}"
+    return f"Tower {spec.tower.model} ({weights}), layers {format_layers(layers)}{head}."
 
 
 def _as_pixels(sample: torch.Tensor, spec: CacheSpec) -> np.ndarray:
@@ -267,7 +276,8 @@ def _page(
         ),
         f"<h1>Clips of {html.escape(run.name)}</h1>",
         (
-            f"<p>{len(scores.labels)} clips of <code>{html.escape(cache.path.name)}</code>, top-1 {scores.top(1):.1f} %. "
+            f"<p>{len(scores.labels)} clips of <code>{html.escape(cache.path.name)}</code>, "
+            f"tower {html.escape(cache.spec.tower.model)}, top-1 {scores.top(1):.1f} %. "
             "Scores are means over a clip's views; the pictures show its first view.</p>"
         ),
     ]

@@ -123,6 +123,7 @@ def test_frames_names_motion_and_attention_are_those_of_the_view(work, drawn, tm
     )
     assert picture.attention.sum() == pytest.approx(1, abs=1e-5)
     label = cache.spec.classes[cache.clips[3].label]
+    assert picture.notes[0].endswith("layers 2-3, head decoder2 of run.")
     assert picture.subtitle.startswith(f"label: {label}") and re.search(r"said: .* \d+ %, ", picture.subtitle)
 
 
@@ -132,6 +133,7 @@ def test_one_layer_gives_its_own_arrows(work, drawn, tmp_path):
     expected = displacements(cache.read([0], layers=(3,))[1][0][0], cache.spec.tower.grid)
     np.testing.assert_allclose(drawn[0].motion, expected.numpy(), atol=1e-6)
     assert drawn[0].attention is None
+    assert drawn[0].notes == [f"Tower {cache.spec.tower.model} (random weights), layers 2-3."]
     with pytest.raises(UsageError, match=r"--layer 9; expected one of \[2, 3\]"):
         show.show_cached(cache, "00.mp4", tmp_path / "x.png", run=None, layer=9)
 
@@ -155,7 +157,7 @@ def test_without_its_video_a_clip_is_drawn_and_says_so(work, drawn, tmp_path):
     finally:
         (work / "videos" / "away.mp4").rename(work / "videos" / "04.mp4")
     assert drawn[0].frames is None and drawn[0].motion is not None
-    assert "No frames: " in drawn[0].notes[0] and drawn[0].frame_names == ["t = 0", "t = 1", "t = 2"]
+    assert "No frames: " in drawn[0].notes[1] and drawn[0].frame_names == ["t = 0", "t = 1", "t = 2"]
 
 
 def test_a_picture_is_written_for_many_frames_for_one_and_for_none(work, drawn, tmp_path):
