@@ -131,10 +131,11 @@ class _Counter:
             signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         if is_it and not self._after:
             signal.pthread_kill(threading.get_ident(), signal.SIGKILL)
-        result = call()
-        if is_it:
-            signal.pthread_kill(threading.get_ident(), signal.SIGKILL)
-        return result
+        try:
+            return call()
+        finally:  # also where the call fails: a file that is not there is looked for as well
+            if is_it:
+                signal.pthread_kill(threading.get_ident(), signal.SIGKILL)
 
 
 class _Passes:

@@ -402,4 +402,4 @@ def test_trusted_caches_are_opened_without_their_checks(caches):
             same_cache_for_val=False,
             trust=trust,
         )
-        assert [cache._trust for cache in opened] == [trust, trust]
+        assert [cache._samples._trust for cache in opened] == [trust, trust]
