@@ -80,6 +80,10 @@ class LocalCopy:
         for future in [self._fetching(piece) for piece in missing]:
             future.result()
 
+    def is_here(self, block: int, names: Iterable[str], chunks: Sequence[int]) -> bool:
+        """Whether nothing of these would have to be fetched."""
+        return all(self._missing(name, block, chunks) is None for name in names)
+
     def prefetch(self, wanted: Iterable[tuple[int, Sequence[int]]], names: Iterable[str]) -> None:
         """Begin to fetch chunks of samples, (block, chunks) each, in each of the arrays."""
         names = list(names)
@@ -99,7 +103,10 @@ class LocalCopy:
         self._renew()
 
     def _missing(self, name: str, block: int, chunks: Sequence[int]) -> Piece | None:
-        shard = self._shard(name, block)
+        shard = self._shards.get((name, block))
+        # A file that was removed is whole for those who have it open; reading tells where it is another.
+        if shard is None or not shard.knows(chunks):
+            shard = self._shard(name, block)
         if shard.has(chunks):
             shard.touch()
             return None

@@ -105,6 +105,8 @@ class SampleReader:
 
     def _will_need(self, sample: int, stacks: Iterable[Stack], positions: Sequence[int]) -> None:
         block, chunks = self.chunks(sample, positions)
+        if self._copy is not None and not self._copy.is_here(block, [name for name, _, _ in stacks], chunks):
+            return  # to read holes would fill memory with small pages, which the data then have to go into
         for name, _, _ in stacks:
             if self._layouts[name].chunk_nbytes >= _READ_AHEAD_NBYTES:
                 with contextlib.suppress(CacheDamaged):  # the read itself looks again, and tells

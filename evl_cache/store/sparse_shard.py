@@ -8,10 +8,12 @@ reader of ours takes for a chunk: chunks of such files are always checked agains
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import secrets
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,9 @@ from evl_cache.store.shard_index import MISSING
 
 _HERE = b"\1"
 _REMEDY = "free space, name another disk with EVL_CACHE_COPY_ROOT, or a smaller EVL_CACHE_COPY_GB"
+# Files are written by huge pages, and so mapped by them: raw reads are then as fast as those of a cache's own files.
+_PAGE_NBYTES = 2 << 20
+_LEAST_BY_PAGES = 2 * _PAGE_NBYTES  # of smaller pieces, whole pages would take much more room than data
 _TOUCH_S = 10.0  # how exactly it is known when a file was last used
 
 
@@ -45,7 +50,9 @@ class SparseShard:
         self._flags = int(self.starts[-1])
         if self._flags + 16 * len(self.nbytes) + CRC_NBYTES != record.size:
             raise CacheDamaged(f"{path}: its mark says {record.size} bytes, which its chunks do not make up")
+        self._known = bytearray(len(self.nbytes))  # chunks that were here already: no call to see it again
         self._descriptor = self._open()
+        self._writing = threading.Lock()
         self._touched = time.monotonic()
 
     def close(self) -> None:
@@ -63,11 +70,19 @@ class SparseShard:
 
     def has(self, chunks: Sequence[int]) -> bool:
         """Whether chunks (ascending) are here."""
-        first = chunks[0]
-        flags = os.pread(self._descriptor, chunks[-1] + 1 - first, self._flags + first)
-        if len(flags) == len(chunks):
-            return b"\0" not in flags
-        return all(flags[chunk - first] for chunk in chunks)
+        first, stop = chunks[0], chunks[-1] + 1
+        if self.knows(chunks):
+            return True
+        flags = os.pread(self._descriptor, stop - first, self._flags + first)
+        self._known[first : first + len(flags)] = flags
+        return self.knows(chunks)
+
+    def knows(self, chunks: Sequence[int]) -> bool:
+        """Whether chunks (ascending) were seen to be here, in this file: it may have been removed since."""
+        first, stop = chunks[0], chunks[-1] + 1
+        if stop - first == len(chunks):
+            return b"\0" not in self._known[first:stop]
+        return all(self._known[chunk] for chunk in chunks)
 
     def touch(self) -> None:
         """The file is in use: others are removed before it."""
@@ -91,13 +106,41 @@ class SparseShard:
     def write(self, first: int, stop: int, data: Data) -> None:
         """Put chunks first .. stop-1 in their place. Raises: CacheError where the disk refuses."""
         try:
-            view, offset = memoryview(data), int(self.starts[first])
-            while len(view):
-                count = os.pwrite(self._descriptor, view, offset)
-                view, offset = view[count:], offset + count
+            view, start = memoryview(data), int(self.starts[first])
+            if len(view) < _LEAST_BY_PAGES:
+                self._put(view, start)
+            else:
+                self._put_by_pages(view, start)
             os.pwrite(self._descriptor, _HERE * (stop - first), self._flags + first)
         except OSError as error:
             raise CacheError(f"cannot write {self.path}: {error.strerror}; {_REMEDY}") from error
+
+    def _put(self, view: memoryview | bytearray, offset: int) -> None:
+        while len(view):
+            count = os.pwrite(self._descriptor, view, offset)
+            view, offset = view[count:], offset + count
+
+    def _put_by_pages(self, view: memoryview, start: int) -> None:
+        """Pages that the data fill in part are written whole where nothing is yet: what is missing comes later."""
+        stop = start + len(view)
+        with self._alone():
+            for page in range(start // _PAGE_NBYTES * _PAGE_NBYTES, stop, _PAGE_NBYTES):
+                first, last = max(page, start), min(page + _PAGE_NBYTES, stop)
+                end = min(page + _PAGE_NBYTES, self._flags)
+                part: memoryview | bytearray = view[first - start : last - start]
+                if (first, last) != (page, end) and os.lseek(self._descriptor, page, os.SEEK_DATA) >= end:
+                    part, first = bytearray(first - page) + part + bytes(end - last), page
+                self._put(part, first)
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other thread, and no process that opened the file for itself, writes pages."""
+        with self._writing:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+            try:
+                yield
+            finally:
+                fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def drop_damaged(self, chunks: Sequence[int]) -> None:
         """Say of chunks that are not as their marks want them that they are not here."""
@@ -105,6 +148,7 @@ class SparseShard:
             stored = os.pread(self._descriptor, int(self.nbytes[chunk]), int(self.starts[chunk]))
             if self.first_wrong(chunk, chunk + 1, stored) is not None:
                 os.pwrite(self._descriptor, b"\0", self._flags + chunk)
+                self._known[chunk] = 0
 
     def _open(self) -> int:
         while True:
@@ -115,8 +159,9 @@ class SparseShard:
             temporary = self.path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(8)}")
             try:
                 with temporary.open("xb") as file:
-                    file.seek(self._flags)
-                    file.write(bytes(len(self.nbytes)) + self._index())
+                    tail = self._flags % _PAGE_NBYTES if self._flags >= _LEAST_BY_PAGES else 0
+                    file.seek(self._flags - tail)
+                    file.write(bytes(tail + len(self.nbytes)) + self._index())
                 temporary.rename(self.path)
             except OSError as error:
                 temporary.unlink(missing_ok=True)

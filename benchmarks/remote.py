@@ -1,0 +1,121 @@
+"""Epochs of a cache in an S3 bucket against the same on the disk: `python -m benchmarks.remote --json`.
+
+moto's S3 server on loopback; a loader in the order of a training from far away (16 blocks at a time), and a consumer
+that does nothing. ViT-B/16's sizes, five layers with maps, of both profiles. The first epoch opens the cache and fetches
+every sample through the read-through copy; it is as fast as that server is. Later epochs read the copy. Both sides lie on
+one disk and are in the page cache. A ratio is the median over rounds of the seconds of the local side over those of
+the other; `requests_a_sample` counts the ranged requests of a first epoch in the server's own log.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.machine import interleaved_seconds, machine
+from benchmarks.stored_features import LAYERS, generated_rows, write_rows
+from evl_cache.dataset import FeatureLoader
+from evl_cache.loaders import BLOCKS_AT_A_TIME
+from evl_cache.share import push
+from evl_cache.store import FeatureCache
+from tests.servers import KEYS, s3_server
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--first-rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--directory", type=Path, help="on the disk to measure [a temporary one]")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="evl-cache-bench-", dir=arguments.directory) as scratch:
+        root = Path(scratch)
+        rows = generated_rows(8)
+        with s3_server(root / "log") as address, environment(AWS_ENDPOINT_URL=address, **KEYS):
+            result: dict[str, Any] = {}
+            for codec, prefix in (("default", ""), ("raw", "raw_")):
+                write_rows(root / codec, rows, samples=arguments.samples, codec=codec)
+                push(root / codec, f"s3://lab/{codec}")
+                found = measure(root / codec, f"s3://lab/{codec}", root, arguments)
+                result |= {prefix + name: value for name, value in found.items()}
+    settings = {name: getattr(arguments, name) for name in ("samples", "batch", "rounds", "first_rounds")}
+    print(json.dumps({**result, **settings, "machine": machine()}))
+
+
+def measure(path: Path, url: str, root: Path, arguments: argparse.Namespace) -> dict[str, float]:
+    """Ratios and rates of one cache."""
+    copies = iter(range(1_000_000))
+    remote: list[FeatureCache] = []
+
+    def first_remote() -> None:
+        with environment(EVL_CACHE_COPY_ROOT=str(root / f"copy-{path.name}-{next(copies)}")):
+            remote[:] = [FeatureCache(url)]
+        run_epoch(make_loader(remote[0], arguments.batch))
+
+    def first_local() -> None:
+        run_epoch(make_loader(FeatureCache(path), arguments.batch))
+
+    asked = ranged_requests(root / "log")
+    first = interleaved_seconds({"local": first_local, "remote": first_remote}, arguments.first_rounds)
+    asked = ranged_requests(root / "log") - asked
+    sides = {
+        "local": make_loader(FeatureCache(path), arguments.batch),
+        "remote": make_loader(remote[0], arguments.batch),
+    }
+    later = interleaved_seconds(
+        {name: lambda loader=loader: run_epoch(loader) for name, loader in sides.items()}, arguments.rounds
+    )
+    return {
+        "first_epoch_vs_local": ratio(first),
+        "later_epochs_vs_local": ratio(later),
+        "requests_a_sample": asked / (arguments.first_rounds + 1) / arguments.samples,
+        "first_clips_per_s": arguments.samples / statistics.median(first["remote"]),
+        "first_mb_per_s": remote[0].copy.nbytes / statistics.median(first["remote"]) / 1e6,  # type: ignore[union-attr]
+        "later_clips_per_s": arguments.samples / statistics.median(later["remote"]),
+        "local_clips_per_s": arguments.samples / statistics.median(later["local"]),
+    }
+
+
+def ratio(seconds: dict[str, list[float]]) -> float:
+    return statistics.median(a / b for a, b in zip(seconds["local"], seconds["remote"], strict=True))
+
+
+def make_loader(cache: FeatureCache, batch: int) -> FeatureLoader:
+    order = np.arange(len(cache))
+    return FeatureLoader(
+        cache, order, layers=LAYERS, batch=batch, shuffle_seed=0, shuffle_blocks=BLOCKS_AT_A_TIME
+    )
+
+
+def run_epoch(loader: FeatureLoader) -> None:
+    for _ in loader.epoch():
+        pass
+
+
+def ranged_requests(log: Path) -> int:
+    """Answers with a part of an object."""
+    return sum('"GET ' in line and '" 206 ' in line for line in log.read_text(errors="replace").splitlines())
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+if __name__ == "__main__":
+    main()
