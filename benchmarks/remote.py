@@ -2,7 +2,8 @@
 
 moto's S3 server on loopback; a loader in the order of a training from far away (16 blocks at a time), and a consumer
 that does nothing. ViT-B/16's sizes, five layers with maps, of both profiles. The first epoch opens the cache and fetches
-every sample through the read-through copy; it is as fast as that server is. Later epochs read the copy. Both sides lie on
+every sample through the read-through copy; it is as fast as that server is, which reads a whole object for every range
+(blocks are of 32 clips, so that these are not too large). Later epochs read the copy. Both sides lie on
 one disk and are in the page cache. A ratio is the median over rounds of the seconds of the local side over those of
 the other; `requests_a_sample` counts the ranged requests of a first epoch in the server's own log.
 """
@@ -33,7 +34,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--first-rounds", type=int, default=2)
+    parser.add_argument("--block-clips", type=int, default=32)
+    parser.add_argument("--first-rounds", type=int, default=3)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--directory", type=Path, help="on the disk to measure [a temporary one]")
     arguments = parser.parse_args()
@@ -43,11 +45,20 @@ def main() -> None:
         with s3_server(root / "log") as address, environment(AWS_ENDPOINT_URL=address, **KEYS):
             result: dict[str, Any] = {}
             for codec, prefix in (("default", ""), ("raw", "raw_")):
-                write_rows(root / codec, rows, samples=arguments.samples, codec=codec)
+                write_rows(
+                    root / codec,
+                    rows,
+                    samples=arguments.samples,
+                    codec=codec,
+                    block_clips=arguments.block_clips,
+                )
                 push(root / codec, f"s3://lab/{codec}")
                 found = measure(root / codec, f"s3://lab/{codec}", root, arguments)
                 result |= {prefix + name: value for name, value in found.items()}
-    settings = {name: getattr(arguments, name) for name in ("samples", "batch", "rounds", "first_rounds")}
+    settings = {
+        name: getattr(arguments, name)
+        for name in ("samples", "batch", "block_clips", "rounds", "first_rounds")
+    }
     print(json.dumps({**result, **settings, "machine": machine()}))
 
 

@@ -32,7 +32,7 @@ from evl_cache.store.marks import MOST_MARK_NBYTES, ShardFiles
 from evl_cache.store.metadata import METADATA_NAME
 from evl_cache.store.objects import Objects, open_objects
 from evl_cache.store.shard_pool import default_limit
-from evl_cache.store.sparse_shard import SparseShard
+from evl_cache.store.sparse_shard import TOUCH_S, SparseShard
 
 THREADS = 8  # that fetch; a request waits most of its time
 ATTEMPTS = 4  # at a piece that arrives damaged
@@ -76,24 +76,33 @@ class LocalCopy:
 
         Raises: CacheError where the server fails; CacheDamaged where what comes is not what was written.
         """
+        names = tuple(names)
+        if self._is_whole(block, names):
+            return
         missing = [piece for name in names if (piece := self._missing(name, block, chunks)) is not None]
         for future in [self._fetching(piece) for piece in missing]:
             future.result()
+        if not missing:
+            self._note_whole(block, names)
 
     def is_here(self, block: int, names: Iterable[str], chunks: Sequence[int]) -> bool:
         """Whether nothing of these would have to be fetched."""
-        return all(self._missing(name, block, chunks) is None for name in names)
+        names = tuple(names)
+        return self._is_whole(block, names) or all(self._missing(n, block, chunks) is None for n in names)
 
     def prefetch(self, wanted: Iterable[tuple[int, Sequence[int]]], names: Iterable[str]) -> None:
         """Begin to fetch chunks of samples, (block, chunks) each, in each of the arrays."""
-        names = list(names)
+        names = tuple(names)
         for block, chunks in wanted:
+            if self._is_whole(block, names):
+                continue
             for name in names:
                 if (piece := self._missing(name, block, chunks)) is not None:
                     self._fetching(piece)
 
     def refetch(self, name: str, block: int, chunks: Sequence[int]) -> None:
         """Chunks that could not be read are looked at, and fetched again where they are damaged here."""
+        self._whole.clear()
         self._shard(name, block).drop_damaged(chunks)
         self.ensure(block, [name], chunks)
 
@@ -101,6 +110,15 @@ class LocalCopy:
         """Stop fetching, let go of files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._renew()
+
+    def _is_whole(self, block: int, names: tuple[str, ...]) -> bool:
+        """Whether all of these was seen to be here a moment ago: a later epoch then looks at nothing else."""
+        return time.monotonic() < self._whole.get((block, names), 0.0)
+
+    def _note_whole(self, block: int, names: tuple[str, ...]) -> None:
+        shards = [self._shards.get((name, block)) for name in names]
+        if all(shard is not None and shard.knows(range(len(shard.nbytes))) for shard in shards):
+            self._whole[block, names] = time.monotonic() + TOUCH_S
 
     def _missing(self, name: str, block: int, chunks: Sequence[int]) -> Piece | None:
         shard = self._shards.get((name, block))
@@ -189,6 +207,9 @@ class LocalCopy:
         self._in_flight: dict[Piece, Future[None]] = {}
         self._shards: OrderedDict[tuple[str, int], SparseShard] = OrderedDict()
         self._most_open = default_limit()
+        self._whole: dict[
+            tuple[int, tuple[str, ...]], float
+        ] = {}  # until when it need not be looked at again
 
     # What describes the cache
 

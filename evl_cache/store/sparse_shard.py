@@ -30,7 +30,7 @@ _REMEDY = "free space, name another disk with EVL_CACHE_COPY_ROOT, or a smaller 
 # Files are written by huge pages, and so mapped by them: raw reads are then as fast as those of a cache's own files.
 _PAGE_NBYTES = 2 << 20
 _LEAST_BY_PAGES = 2 * _PAGE_NBYTES  # of smaller pieces, whole pages would take much more room than data
-_TOUCH_S = 10.0  # how exactly it is known when a file was last used
+TOUCH_S = 10.0  # how exactly it is known when a file was last used
 
 
 class SparseShard:
@@ -86,7 +86,7 @@ class SparseShard:
 
     def touch(self) -> None:
         """The file is in use: others are removed before it."""
-        if time.monotonic() - self._touched > _TOUCH_S:
+        if time.monotonic() - self._touched > TOUCH_S:
             self._touched = time.monotonic()
             with contextlib.suppress(OSError):
                 os.utime(self._descriptor)
@@ -145,7 +145,8 @@ class SparseShard:
     def drop_damaged(self, chunks: Sequence[int]) -> None:
         """Say of chunks that are not as their marks want them that they are not here."""
         for chunk in chunks:
-            stored = os.pread(self._descriptor, int(self.nbytes[chunk]), int(self.starts[chunk]))
+            start, stop = int(self.starts[chunk]), int(self.starts[chunk + 1])
+            stored = os.pread(self._descriptor, stop - start, start)
             if self.first_wrong(chunk, chunk + 1, stored) is not None:
                 os.pwrite(self._descriptor, b"\0", self._flags + chunk)
                 self._known[chunk] = 0
