@@ -1,27 +1,31 @@
 """Every head on the same caches, several seeds, by sweeps: `python -m benchmarks.heads --pair motions T V --json`.
 
 Accuracy (mean and deviation over seeds, percent), parameters, time of a training step without reading and decoding,
-and memory of a step at the batch: parameters, gradients and moments, and what a step takes beside them. With
-`--folds`, one cache whose groups of clips go to folds: heads are trained on all but one, and the accuracy of a seed is
-that over all folds' clips. Heads of one kind share a sweep; finished ones are kept under --out: a stopped study goes
-on. The last line is one JSON object.
+and memory at the batch: of parameters, gradients and moments by their number, and what a first step takes in all,
+measured in a process of its own. With `--folds`, one cache whose groups of clips go to folds: heads are trained on
+all but one, and the accuracy of a seed is that over all folds' clips. Heads of one kind share a sweep; finished ones
+are kept under --out: a stopped study goes on. The last line is one JSON object.
 """
 
 import argparse
 import json
 import statistics
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine
 from benchmarks.paper_tables import SEQUENCE, Part, folds
 from evl_cache import FeatureCache
+from evl_cache.batch_size import training_step
 from evl_cache.head_reads import head_reads
+from evl_cache.memory import peak_bytes, reset_peak
 from evl_cache.run_setup import run_config
 from evl_cache.sweep import SWEEP_NAME, sweep
 from evl_cache.sweep.grid import SweepRun, expand
-from evl_cache.sweep.memory import head_memory
+from evl_cache.train_options import TrainOptions
 
 # Pooling heads without attention want a higher rate; one for each kind, not chosen by results here.
 GRIDS: Sequence[Mapping[str, Any]] = (
@@ -70,6 +74,21 @@ def over_folds(
     return total
 
 
+def step_nbytes(path: Path, options: TrainOptions) -> int | None:
+    """How much the peak grows in a head's first step; None where the system does not tell. In a fresh process:
+    an old one has freed memory at hand."""
+    cache = FeatureCache(path)
+    reads = head_reads(options, cache)
+    probe = cache.read_stored([int(cache.is_valid.argmax())], **reads.arguments)
+    config = run_config(cache, {}, options, reads.layers)
+    training_step(config.build(), probe, options, batch=1)  # libraries loaded
+    if not reset_peak():
+        return None
+    before = peak_bytes()
+    training_step(config.build(), probe, options, batch=options.global_batch)
+    return peak_bytes() - before
+
+
 def table(
     cache: FeatureCache, runs: Sequence[SweepRun], found: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Any]:
@@ -79,17 +98,18 @@ def table(
         members = [run for run in runs if run.group == group]
         top1 = [found[run.name]["top1"] for run in members]
         reads, options = head_reads(members[0].options, cache), members[0].options
-        config = run_config(cache, {}, options, reads.layers)
-        probe = cache.read_stored([int(cache.is_valid.argmax())], **reads.arguments)
-        memory = head_memory(config.build, probe, options, batch=options.global_batch)
+        # Spawned: a process that has threads must not be forked.
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
+            nbytes = fresh.submit(step_nbytes, cache.path, options).result()
+        parameters = found[members[0].name]["parameters"]
         rows[group] = {
             "top1": statistics.mean(top1),
             "deviation": statistics.stdev(top1) if len(top1) > 1 else 0.0,
             "scores": top1,
-            "parameters": found[members[0].name]["parameters"],
+            "parameters": parameters,
             "ms_per_step": statistics.mean(found[run.name]["ms_per_step"] for run in members),
-            "state_mb": memory.state / 1e6,
-            "step_mb": memory.step / 1e6,
+            "state_mb": 4 * 4 * parameters / 1e6,
+            "step_mb": None if nbytes is None else nbytes / 1e6,
             "read_kb_per_sample": cache.buffers(slots=1, **reads.arguments).nbytes / 1e3,
         }
     return rows
@@ -104,7 +124,7 @@ def show(name: str, rows: Mapping[str, Any]) -> None:
     for group, row in sorted(rows.items(), key=lambda item: -item[1]["top1"]):
         print(
             f"| {group} | {row['top1']:.1f} ± {row['deviation']:.1f} | {row['parameters'] / 1e6:.2f} M | "
-            f"{row['ms_per_step']:.0f} | {row['state_mb']:.1f} | {row['step_mb']:.0f} | {row['read_kb_per_sample']:.1f} |",
+            f"{row['ms_per_step']:.0f} | {row['state_mb']:.1f} | {row['step_mb'] or 0:.0f} | {row['read_kb_per_sample']:.1f} |",
             flush=True,
         )
 
