@@ -13,9 +13,11 @@ from evl_cache.progress_lines import extract_progress, step_progress
 
 from .common import Command, default_device, print_json
 
+TOWERS = ("untrained", "evl-tiny")  # evl_cache.demo.TOWERS, which imports torch
 EXAMPLES = """
 evl-cache demo
 evl-cache demo --out demo --json
+evl-cache demo --tower evl-tiny
 """
 
 
@@ -23,21 +25,28 @@ evl-cache demo --out demo --json
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Keep clips, caches and runs here [a temporary folder]."
 )
+@click.option(
+    "--tower",
+    type=click.Choice(TOWERS),
+    default="untrained",
+    show_default=True,
+    help="Frozen: random weights made for motion, or the small pretrained one.",
+)
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
-def command(out: Path | None, device: str | None, as_json: bool) -> int:
+def command(out: Path | None, tower: str, device: str | None, as_json: bool) -> int:
     """Render clips, extract, train with and without temporal modules; needs no download.
 
     Eight classes that differ only in how things move: four motions and the same four played backwards.
     """
-    from evl_cache.demo import DemoOptions, run_demo
+    from evl_cache.demo import demo_options, run_demo
 
     directory = out or Path(tempfile.mkdtemp(prefix="evl-cache-demo-"))
     try:
         with step_progress("train") as on_step:
             result = run_demo(
                 directory,
-                options=DemoOptions(device=default_device(device)),
+                options=demo_options(tower, device=default_device(device)),
                 progress=_progress,
                 on_step=on_step,
                 on_stage=lambda name: click.echo(f"{name} …", err=True),

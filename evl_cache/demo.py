@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,13 +22,17 @@ SEED = 0
 
 @dataclass(frozen=True, kw_only=True)
 class DemoOptions:
-    """Sizes of the demo. The defaults take at most three minutes on two cores.
+    """Sizes of the demo. Those of `demo_options` take at most three minutes on two cores.
 
     Attributes:
+        model, pretrained, layers: the tower, and the blocks whose tokens are kept.
         clips_per_class: rendered clips by split, for each of eight motions.
         epochs, batch, lr, warmup_steps, head: of both trainings.
     """
 
+    model: str = str(files("evl_cache") / "data" / "demo-tower.json")
+    pretrained: str | None = "none"
+    layers: tuple[int, ...] = (2, 3, 4)
     clips_per_class: Mapping[str, int] = field(default_factory=lambda: dict(DEFAULT_CLIPS_PER_CLASS))
     epochs: int = 15
     batch: int = 32
@@ -35,6 +40,22 @@ class DemoOptions:
     warmup_steps: int = 75
     head: str = "decoder3"
     device: str = "cpu"
+
+
+# A step of evl-tiny's features costs more than one of the untrained tower's, which has fewer patches and channels.
+_EVL_TINY: Mapping[str, Any] = {
+    "model": "evl-tiny",
+    "pretrained": None,
+    "layers": (6, 7, 8),
+    "epochs": 6,
+    "warmup_steps": 60,
+}
+TOWERS: Mapping[str, Mapping[str, Any]] = {"untrained": {}, "evl-tiny": _EVL_TINY}
+
+
+def demo_options(tower: str, *, device: str) -> DemoOptions:
+    """The demo with one of `TOWERS`."""
+    return DemoOptions(device=device, **TOWERS[tower])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,16 +128,15 @@ def _one_thread() -> Iterator[None]:
 
 
 def _extract(directory: Path, options: DemoOptions, progress: Progress) -> dict[str, FeatureCache]:
-    tower = Path(str(files("evl_cache") / "data" / "demo-tower.json"))
     caches = {}
     for split in ("train", "val"):
         request = ExtractRequest(
             dataset="folder",
             root=directory / "clips",
             split=split,
-            model=str(tower),
-            pretrained="none",
-            layers=(2, 3, 4),
+            model=options.model,
+            pretrained=options.pretrained,
+            layers=options.layers,
             views=ViewSpec(frames=8, stride=1),
             cache=directory / "caches" / split,
         )

@@ -2,12 +2,15 @@
 
 import json
 from collections import Counter
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
 
+from evl_cache import FeatureCache, demo
 from evl_cache.errors import UsageError
 from evl_cache.rendered import motions, scenes
 from evl_cache.rendered.benchmarks import (
@@ -22,6 +25,7 @@ from evl_cache.rendered.benchmarks import (
 from evl_cache.rendered.drawing import SHAPES
 from evl_cache.rendered.films import PALETTES
 from evl_cache.sampling import strided_test_views
+from evl_cache_cli.demo import TOWERS
 from evl_cache_cli.main import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -183,3 +187,22 @@ def test_impossible_renderings_are_usage_errors(tmp_path: Path) -> None:
         render("dances", tmp_path, options=SMALL)
     with pytest.raises(UsageError, match="'jumping' of motions"):
         clip_frames("motions", "jumping", 0, split="train", options=SMALL)
+
+
+@pytest.mark.parametrize("tower", demo.TOWERS)
+def test_the_demo_trains_with_and_without_modules_on_either_tower(tower: str, tmp_path: Path) -> None:
+    options = replace(
+        demo.demo_options(tower, device="cpu"), clips_per_class={"train": 1, "val": 1}, epochs=1, batch=8
+    )
+    quiet = nullcontext((lambda failed: None, lambda name: None))
+    result = demo.run_demo(tmp_path, options=options, progress=lambda spec: quiet)
+    assert result.classes == 8 and result.with_modules.val_clips == result.without_modules.val_clips == 8
+    assert result.with_modules.parameters > result.without_modules.parameters
+    spec = FeatureCache(tmp_path / "caches" / "train").spec
+    assert (spec.tower.pretrained, spec.layers) == (
+        ("rendered-v1", (6, 7, 8)) if tower == "evl-tiny" else ("none", (2, 3, 4))
+    )
+
+
+def test_the_demo_offers_the_towers_that_there_are() -> None:
+    assert tuple(demo.TOWERS) == TOWERS
