@@ -42,13 +42,13 @@ class DemoOptions:
     device: str = "cpu"
 
 
-# A step of evl-tiny's features costs more than one of the untrained tower's, which has fewer patches and channels.
+# Blocks 3 to 5 tell motion better than 6 to 8 (88.8 % against 83.8 % after six epochs), and cost less to extract. A
+# step costs more than on the untrained tower's features, which have fewer patches and channels.
 _EVL_TINY: Mapping[str, Any] = {
     "model": "evl-tiny",
     "pretrained": None,
-    "layers": (6, 7, 8),
-    "epochs": 6,
-    "warmup_steps": 60,
+    "layers": (3, 4, 5),
+    "epochs": 10,
 }
 TOWERS: Mapping[str, Mapping[str, Any]] = {"untrained": {}, "evl-tiny": _EVL_TINY}
 

@@ -199,7 +199,7 @@ def test_the_demo_trains_with_and_without_modules_on_evl_tiny_too(tmp_path: Path
     assert result.classes == 8 and result.with_modules.val_clips == result.without_modules.val_clips == 8
     assert result.with_modules.parameters > result.without_modules.parameters
     spec = FeatureCache(tmp_path / "caches" / "train").spec
-    assert (spec.tower.pretrained, spec.layers) == ("rendered-v1", (6, 7, 8))
+    assert (spec.tower.pretrained, spec.layers) == ("rendered-v1", (3, 4, 5))
 
 
 def test_the_demo_offers_the_towers_that_there_are() -> None:
