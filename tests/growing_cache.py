@@ -82,6 +82,8 @@ class _Reader:
 
     def look(self) -> None:
         """Read some of what is there; raises where anything is not as expected."""
+        if not (self._path / "zarr.json").exists():
+            return
         opens_anew, by_loader = self._seed % 3 == 1, self._seed % 3 == 2
         if self._cache is None or opens_anew:
             if self._cache is not None:
