@@ -301,11 +301,13 @@ def _status(place: Any, failed: int) -> int:
 
 
 def _say_plan(tower: Any, plan: Any) -> None:
+    from evl_cache.notation import format_layers
+
     t = tower.spec
     click.echo(
         f"{t.model} ({t.pretrained}), {t.image_size} pixels, patch {t.patch_size}, "
         f"{'QuickGELU' if t.quick_gelu else 'GELU'}, mean {_numbers(t.mean)}, std {_numbers(t.std)}; "
-        f"layers {list(plan.spec.layers)}, {plan.spec.views.frames} frames -> {plan.cache}",
+        f"layers {format_layers(plan.spec.layers)}, {plan.spec.views.frames} frames -> {plan.cache}",
         err=True,
     )
 

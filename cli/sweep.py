@@ -205,4 +205,6 @@ def _show(out: Path, result: Any) -> None:
     for row in result.runs:
         if row.status == "diverged":
             click.echo(f"{row.name}: {row.error}", err=True)
-    click.echo(f"{out}: {len(result.passes)} passes, {result.seconds:.1f} s")
+    click.echo(
+        f"{out}: {len(result.passes)} pass{'es' if len(result.passes) != 1 else ''}, {result.seconds:.1f} s"
+    )

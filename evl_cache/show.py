@@ -202,7 +202,7 @@ def _picture(
 def _made_by(spec: CacheSpec, layers: Sequence[int], run: ShowRun | None) -> str:
     """Which tower, blocks and head the picture is of."""
     weights = "random weights" if spec.tower.pretrained == "none" else spec.tower.pretrained
-    head = "" if run is None else f", head {run.config.head} of {run.path.name}"
+    head = "" if run is None else f", head {run.config.head} of run {run.path.name}"
     return f"Tower {spec.tower.model} ({weights}), layers {format_layers(layers)}{head}."
 
 

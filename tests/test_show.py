@@ -123,7 +123,7 @@ def test_frames_names_motion_and_attention_are_those_of_the_view(work, drawn, tm
     )
     assert picture.attention.sum() == pytest.approx(1, abs=1e-5)
     label = cache.spec.classes[cache.clips[3].label]
-    assert picture.notes[0].endswith("layers 2-3, head decoder2 of run.")
+    assert picture.notes[0].endswith("layers 2-3, head decoder2 of run run.")
     assert picture.subtitle.startswith(f"label: {label}") and re.search(r"said: .* \d+ %, ", picture.subtitle)
 
 
