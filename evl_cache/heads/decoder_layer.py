@@ -24,8 +24,8 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
-class DecoderLayer(nn.Module):
-    """`y = tokens + conv + pos + motion; x = x + attn(LN1 x, LN3 y, LN3 y); x = x + mlp(LN2 x)`.
+class LayerParameters(nn.Module):
+    """What a decoder layer learns, as it is initialised; the names are those of a run's `head.safetensors`.
 
     Args:
         config: the `config` of an `EVLHead`, which checks it.
@@ -62,6 +62,10 @@ class DecoderLayer(nn.Module):
         for linear in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
             nn.init.normal_(linear.bias, std=1e-6)
+
+
+class DecoderLayer(LayerParameters):
+    """`y = tokens + conv + pos + motion; x = x + attn(LN1 x, LN3 y, LN3 y); x = x + mlp(LN2 x)`."""
 
     def forward(
         self,

@@ -13,34 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from evl_cache.heads.decoder_layer import LayerParameters
 from evl_cache.heads.evl import EVLHead
 
 
-class PlainLayer(nn.Module):
-    """One decoder layer, with the parameters of the fast one under the same names."""
+class PlainLayer(LayerParameters):
+    """One decoder layer, with the parameters of the fast one."""
 
     offsets: Tensor
 
     def __init__(self, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        width, qkv_width = config["width"], config["qkv_width"]
-        self.num_heads = config["num_heads"]
-        self.norm1, self.norm2, self.norm3 = (nn.LayerNorm(width) for _ in range(3))
-        self.q_proj = nn.Linear(width, qkv_width)
-        self.k_proj = nn.Linear(width, qkv_width)
-        self.v_proj = nn.Linear(width, qkv_width)
-        self.out_proj = nn.Linear(qkv_width, width)
-        self.fc1 = nn.Linear(width, config["mlp_width"])
-        self.fc2 = nn.Linear(config["mlp_width"], width)
-        self.mlp_dropout = nn.Dropout(config["dropout"])
-        if config["temporal_conv"]:
-            self.conv = nn.Conv1d(width, width, kernel_size=3, padding=1, groups=width)
-        if config["temporal_pos_embed"]:
-            self.pos_embed = nn.Parameter(torch.zeros(config["num_frames"], width))
+        super().__init__(config)
         if config["temporal_cross_attention"]:
-            rows = (2 * config["grid"][0] - 1) * (2 * config["grid"][1] - 1)
-            self.motion_prev = nn.Parameter(torch.zeros(rows, width))
-            self.motion_next = nn.Parameter(torch.zeros(rows, width))
             self.register_buffer("offsets", relative_offsets(config["grid"]), persistent=False)
 
     def with_position(self, tokens: Tensor, maps: Tensor | None, enabled: Mapping[str, bool]) -> Tensor:
