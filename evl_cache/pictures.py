@@ -221,10 +221,12 @@ def _draw_shares(axis: "Axes", picture: ViewPicture, t: int) -> None:
 def _colour_bar(figure: "Figure", row: Sequence["Axes"], picture: ViewPicture) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
+    from matplotlib.ticker import MaxNLocator
 
     box = row[-1].get_position()
     width = figure.get_size_inches()[0]
     place = figure.add_axes((box.x1 + 0.1 / width, box.y0, 0.1 / width, box.height))
-    bar = figure.colorbar(ScalarMappable(Normalize(0, _heat(picture)[1]), cmap="cividis"), cax=place)
+    scale = ScalarMappable(Normalize(0, _heat(picture)[1]), cmap="cividis")
+    bar = figure.colorbar(scale, cax=place, ticks=MaxNLocator(nbins=6, integer=True))
     bar.ax.tick_params(labelsize=7)
     bar.ax.yaxis.set_major_formatter("{x:.0f}×")
