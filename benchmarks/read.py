@@ -75,9 +75,10 @@ def summary(
         source = close if base in close and name in close else all_sides
         return statistics.median(b / s for b, s in zip(source[base], source[name], strict=True))
 
+    checked = {profile: [name for name in names if name in all_sides] for profile, names in CHECKED.items()}
     best = {
         profile: min(names, key=lambda name: statistics.median(all_sides[name]))
-        for profile, names in CHECKED.items()
+        for profile, names in checked.items()
     }
     return {
         **{f"{name}.vs_memmap": ratio("memmap", name) for name in all_sides if name != "memmap"},
@@ -85,13 +86,14 @@ def summary(
         "raw_2_of_5_layers.cost": ratio("raw_2_layers", "raw"),
         **{
             f"{profile}.vs_{name}": ratio(name, profile)
-            for profile, names in CHECKED.items()
+            for profile, names in checked.items()
             for name in names
         },
         **{f"{profile}.vs_best_checked_peer": ratio(name, profile) for profile, name in best.items()},
-        "default.vs_h5py": ratio("h5py", "default"),  # not like with like: its bytes are not compressed
+        # Not like with like, its bytes are not compressed:
+        **({"default.vs_h5py": ratio("h5py", "default")} if "h5py" in all_sides else {}),
         "best_checked_peer": best,
-        "checked_peers": CHECKED,
+        "checked_peers": checked,
         "clips_per_s": {name: reads / s for name, s in medians({**all_sides, **close}).items()},
     }
 

@@ -4,6 +4,7 @@ A peer is a function of a sample that gives all arrays of it by name, new ones.
 """
 
 import io
+import sys
 import tarfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -25,21 +26,28 @@ CHECKED = {
 
 
 def peers(root: Path, data: Arrays, *, threads: int) -> dict[str, Peer]:
-    """All of them, written below `root`, where caches of the profiles `default` and `raw` lie.
+    """Those that are installed, written below `root`, where caches of the profiles `default` and `raw` lie.
 
     threads: of the reader; a peer that has threads of its own gets as many.
     """
-    return {
-        "zarr_python": _zarr_python(root / "default", data),
-        "zarr_python_raw": _zarr_python(root / "raw", data),
-        "tensorstore": _tensorstore(root / "default", data, threads),
-        "tensorstore_raw": _tensorstore(root / "raw", data, threads),
-        "h5py": _h5py(root / "peer.h5", data),
-        "h5py_zstd": _h5py_zstd(root, data),
-        "lmdb": _lmdb(root, data),
-        "safetensors": _safetensors(root, data),
-        "webdataset": _webdataset(root, data),
+    every: dict[str, Callable[[], Peer]] = {
+        "zarr_python": lambda: _zarr_python(root / "default", data),
+        "zarr_python_raw": lambda: _zarr_python(root / "raw", data),
+        "tensorstore": lambda: _tensorstore(root / "default", data, threads),
+        "tensorstore_raw": lambda: _tensorstore(root / "raw", data, threads),
+        "h5py": lambda: _h5py(root / "peer.h5", data),
+        "h5py_zstd": lambda: _h5py_zstd(root, data),
+        "lmdb": lambda: _lmdb(root, data),
+        "safetensors": lambda: _safetensors(root, data),
+        "webdataset": lambda: _webdataset(root, data),
     }
+    found = {}
+    for name, peer in every.items():
+        try:
+            found[name] = peer()
+        except ModuleNotFoundError as error:
+            print(f"{name} is left out: {error}; pip install 'evl-cache[bench]'", file=sys.stderr)
+    return found
 
 
 def memmap(root: Path, data: Arrays) -> dict[str, np.ndarray[Any, Any]]:
