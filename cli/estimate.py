@@ -11,22 +11,41 @@ from .extract import dataset_options, make_options, make_request
 EXAMPLES = """
 evl-cache estimate --dataset folder --root clips --layers 8-12
 evl-cache estimate --dataset folder --root clips --measure --json
+evl-cache estimate --dataset k400 --layers 9-12 --cluster 64 --assume device_tflops=150
 """
 
 
 @click.command(cls=Command, name="estimate", examples=EXAMPLES)
 @dataset_options
 @click.option("--measure", is_flag=True, help="Also run a few clips, for time and real bytes.")
+@click.option("--cluster", type=click.IntRange(1), metavar="N", help="Also on paper: N devices.")
+@click.option(
+    "--assume",
+    "assumed",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Of these: device_tflops, decode_ms, … (docs/scale.md).",
+)
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
-def command(measure: bool, as_json: bool, **given: Any) -> int:
+def command(measure: bool, cluster: int | None, assumed: tuple[str, ...], as_json: bool, **given: Any) -> int:
     """What extract with the same options would cost: clips, bytes, files; nothing is kept."""
+    from evl_cache.cluster_costs import Assumptions
+    from evl_cache.errors import UsageError
     from evl_cache.estimate import estimate
 
+    if assumed and cluster is None:
+        raise UsageError("--assume is of --cluster N; give both")
+    assumptions = Assumptions.parse(assumed)
     found = estimate(
-        make_request(given), options=make_options(given, default_device(given["device"])), measure=measure
+        make_request(given),
+        options=make_options(given, default_device(given["device"])),
+        measure=measure,
+        cluster=cluster,
+        assumed=assumptions,
     )
     if as_json:
-        print_json({"caches": [asdict(row) for row in found]})
+        report: dict[str, Any] = {"caches": [asdict(row) for row in found]}
+        print_json(report if cluster is None else report | {"assumed": asdict(assumptions)})
         return 0
     for row in found:
         click.echo(
@@ -37,4 +56,21 @@ def command(measure: bool, as_json: bool, **given: Any) -> int:
             click.echo(
                 f"  measured on a few clips: {human_bytes(row.measured_bytes)}, {row.measured_seconds / 3600:.2f} h"
             )
+        if row.cluster is not None:
+            _say_cluster(row.cluster)
+    if cluster is not None:
+        named = ", ".join(f"{name}={value:g}" for name, value in asdict(assumptions).items())
+        click.echo(f"assumed, not measured: {named}")
     return 0
+
+
+def _say_cluster(costs: Any) -> None:
+    stages = ", ".join(f"{name} {hours:.2f} h" for name, hours in costs.hours.items())
+    click.echo(
+        f"  {costs.devices} devices, on paper: {costs.device_hours:.1f} device-hours, {costs.core_hours:.1f} core-hours; "
+        f"{costs.total_hours:.2f} h, limited by {costs.limited_by} ({stages})"
+    )
+    click.echo(
+        f"  rates then: disk {costs.disk_gb_s:.2f} GB/s, a node's network {costs.network_gbit_s:.2f} Gbit/s; "
+        f"reading all of it once: {costs.epoch_hours:.2f} h of that disk"
+    )

@@ -208,7 +208,8 @@ def command(
 ) -> int:
     """Run the frozen backbone once over every clip and cache its features.
 
-    Run the same command again after a kill, or beside another job: it goes on, and shares the work.
+    Run the same command again after a kill, or beside another job, on any machine: it goes on, and shares the work
+    (docs/cluster.md).
     """
     from evl_cache.decoding.pool import DEFAULT_TIMEOUT_S
     from evl_cache.distributed import local_device

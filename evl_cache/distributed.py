@@ -1,5 +1,6 @@
 """Several processes that train one head, as `torchrun` starts them: what they tell each other, and losing one."""
 
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -130,6 +131,9 @@ def processes_of_environment(
     yield processes
     # Together, so that none finds another gone; not after an error: taking leave of a lost one may wait for ever.
     processes.add(torch.zeros(1), "at the end")
+    # A head that DistributedDataParallel wrapped is in a cycle, and holds the group: its threads would outlive the
+    # interpreter, and one that then lets go of a tensor aborts the process.
+    gc.collect()
     dist.destroy_process_group()
 
 

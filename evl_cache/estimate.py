@@ -1,9 +1,10 @@
-"""What a cache would cost: bytes, files, and, measured on a few clips, time."""
+"""What a cache would cost: bytes, files, measured on a few clips time, and on paper what a cluster takes."""
 
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from evl_cache.cluster_costs import Assumptions, ClusterCosts, cluster_costs
 from evl_cache.extract import ExtractOptions, extract
 from evl_cache.extract_dataset import ExtractRequest, Plan, plan_extraction
 from evl_cache.extraction.block import Tower
@@ -15,7 +16,10 @@ MEASURED_CLIPS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of one cache. `measured_bytes` and `measured_seconds` are scaled from a few clips; None unless asked for."""
+    """Of one cache. `measured_bytes` and `measured_seconds` are scaled from a few clips; None unless asked for.
+
+    `cluster`: on paper, of several devices; None unless asked for.
+    """
 
     split: str
     cache: str
@@ -26,15 +30,31 @@ class Estimate:
     expected_bytes: int
     measured_bytes: int | None
     measured_seconds: float | None
+    cluster: ClusterCosts | None = None
 
 
-def estimate(request: ExtractRequest, *, options: ExtractOptions, measure: bool) -> list[Estimate]:
+def estimate(
+    request: ExtractRequest,
+    *,
+    options: ExtractOptions,
+    measure: bool,
+    cluster: int | None = None,
+    assumed: Assumptions | None = None,
+) -> list[Estimate]:
     """Costs of every cache that `extract` with the same request would make; nothing of it is kept.
 
-    Raises: as `plan_extraction`; CacheError where the few clips measured all failed.
+    cluster: also for so many devices, on paper. assumed: of them.
+
+    Raises: as `plan_extraction`; CacheError where the few clips measured all failed; UsageError.
     """
     tower, root, plans = plan_extraction(request, device=options.device)
-    return [_estimate(tower, root, plan, options, measure) for plan in plans]
+    found = [_estimate(tower, root, plan, options, measure) for plan in plans]
+    if cluster is None:
+        return found
+    return [
+        replace(row, cluster=cluster_costs(plan.spec, cluster, assumed or Assumptions()))
+        for row, plan in zip(found, plans, strict=True)
+    ]
 
 
 def _estimate(tower: Tower, root: Path, plan: Plan, options: ExtractOptions, measure: bool) -> Estimate:

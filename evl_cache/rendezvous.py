@@ -77,6 +77,7 @@ class Rendezvous:
     Args:
         connect: opens the store; called in a thread. place: of this process.
         on_lost: called once with the reason, where the store will not answer any more.
+        patience_s: how long the first to ask waits for an answer.
     """
 
     def __init__(
@@ -97,7 +98,11 @@ class Rendezvous:
 
     @classmethod
     def of_environment(
-        cls, place: Place, *, on_lost: Callable[[str], None] = lambda reason: None
+        cls,
+        place: Place,
+        *,
+        on_lost: Callable[[str], None] = lambda reason: None,
+        patience_s: float = PATIENCE_S,
     ) -> "Rendezvous | None":
         """The store that MASTER_ADDR and MASTER_PORT name; None where there is none, or this process is alone."""
         address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
@@ -118,7 +123,7 @@ class Rendezvous:
             )
             return store
 
-        return cls(connect, place=place, on_lost=on_lost)
+        return cls(connect, place=place, on_lost=on_lost, patience_s=patience_s)
 
     def next(self, name: str) -> int | None:
         """The next number of a series; None where the store does not answer (now)."""

@@ -17,7 +17,7 @@ import torch
 from evl_cache.clips import ClipList
 from evl_cache.errors import EvlCacheError
 from evl_cache.extraction.block import Tower
-from evl_cache.rendezvous import Place, Rendezvous
+from evl_cache.rendezvous import PATIENCE_S, Place, Rendezvous
 from evl_cache.store import block_writer
 from tests.fork_server import ForkServer, serve
 from tests.store_helpers import extract_small, load_clips, small_spec, small_tower, watched_changes
@@ -68,7 +68,7 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     file_limit: bytes of the largest file. polite: SIGTERM raises SystemExit. clip_s: pause after each clip.
     stop_before_link: SIGSTOP before the link whose target's name contains this, once.
     stop_before_clearing: SIGSTOP in the first commit, between the look at the lock and the first change.
-    environment: as torchrun would set it.
+    environment: as torchrun would set it. patience_s: with its rendezvous store.
     """
     os.environ.update(job.get("environment", {}))
     if job.get("stop_before_clearing"):
@@ -89,7 +89,9 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
                 spec=small_spec(clips, tower, **job.get("spec", {})),
                 folder=Path(job.get("folder", clips.source)),
                 on_clip=lambda failed: time.sleep(job.get("clip_s", 0)),
-                rendezvous=Rendezvous.of_environment(Place.of_environment(), on_lost=lost.append),
+                rendezvous=Rendezvous.of_environment(
+                    Place.of_environment(), on_lost=lost.append, patience_s=job.get("patience_s", PATIENCE_S)
+                ),
                 **{k: Path(v) if k == "reuse" else v for k, v in job.get("options", {}).items()},
             )
         report = {"digest": result.cache_digest, "here": result.clips_done_here, "failures": result.failures}

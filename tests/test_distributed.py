@@ -1,7 +1,8 @@
-"""Two processes train as one does: the same steps, one run directory, a clear end when one is lost."""
+"""Two or four processes train as one does: the same steps, one run directory, a clear end when one is lost."""
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -138,36 +139,52 @@ def check_same_gradients(a, b):
 
 @pytest.fixture(scope="module")
 def runs(caches, tmp_path_factory):
-    """One process; two; two into a directory that holds a run; two of which one dies, and one that goes on."""
+    """One process; two and four; two into a directory that holds a run; two and four of which one dies; going on."""
     folder = tmp_path_factory.mktemp("runs")
     result, losses = single(caches, folder / "one")
-    saving = {"options": {**OPTIONS, "save_every_steps": 1}, "out": str(folder / "lost")}
+
+    def saving(name, **more):
+        return {"options": {**OPTIONS, "save_every_steps": 1}, "out": str(folder / name), **more}
+
     jobs = [
         {"options": OPTIONS, "out": str(folder / "two")},
         {"options": OPTIONS, "out": str(folder / "one")},
-        {**saving, "dies": [6, 1]},
+        saving("lost", dies=[6, 1]),
     ]
     codes, reports = start(2, caches, jobs, folder / "reports")
-    _, ((resumed,),) = start(1, caches, [{**saving, "resume": True}], folder / "more")
+    shutil.copytree(folder / "lost", folder / "lost-two")
+    jobs = [
+        {"options": OPTIONS, "out": str(folder / "four")},
+        saving("lost-two", resume=True),
+        saving("lost-four", dies=[6, 3]),
+    ]
+    codes_of_four, reports_of_four = start(4, caches, jobs, folder / "reports-of-four")
+    jobs = [saving("lost", resume=True), saving("lost-four", resume=True)]
+    _, ((two_to_one,), (four_to_one,)) = start(1, caches, jobs, folder / "more")
     return {
         "folder": folder,
         "one": {"losses": losses, "top1": result.top1, "val_clips": result.val_clips},
         "codes": codes,
+        "codes_of_four": codes_of_four,
         **dict(zip(("two", "refused", "lost"), reports, strict=True)),
-        "resumed": resumed,
+        **dict(zip(("four", "two to four", "lost of four"), reports_of_four, strict=True)),
+        "two to one": [two_to_one],
+        "four to one": [four_to_one],
     }
 
 
-def test_two_processes_take_the_steps_of_one(runs):
-    for report in runs["two"]:
+@pytest.mark.parametrize("processes", ["two", "four"])
+def test_several_processes_take_the_steps_of_one(runs, processes):
+    assert len(runs[processes]) == {"two": 2, "four": 4}[processes]
+    for report in runs[processes]:
         assert report["losses"] == pytest.approx(runs["one"]["losses"], abs=2e-5)
         assert (report["top1"], report["val_clips"]) == (runs["one"]["top1"], 3)
-    one, two = runs["folder"] / "one", runs["folder"] / "two"
-    check_same_weights(one, two)
-    check_same_gradients(one, two)
-    steps = [row["loss"] for row in lines(two / "steps.jsonl")]
-    assert steps == runs["two"][0]["losses"] and len(steps) == 12
-    for mine, theirs in zip(lines(one / "metrics.jsonl"), lines(two / "metrics.jsonl"), strict=True):
+    one, several = runs["folder"] / "one", runs["folder"] / processes
+    check_same_weights(one, several)
+    check_same_gradients(one, several)
+    steps = [row["loss"] for row in lines(several / "steps.jsonl")]
+    assert steps == runs[processes][0]["losses"] and len(steps) == 12
+    for mine, theirs in zip(lines(one / "metrics.jsonl"), lines(several / "metrics.jsonl"), strict=True):
         assert theirs["val_loss"] == pytest.approx(mine["val_loss"], abs=2e-5)
         assert theirs["train_loss"] == pytest.approx(mine["train_loss"], abs=2e-5)
 
@@ -180,16 +197,21 @@ def test_an_error_of_the_first_process_ends_all_and_is_told_once(runs):
 
 def test_a_lost_process_ends_the_run_in_one_line(runs):
     assert runs["codes"] == [1, 9]
-    message = runs["lost"][0]["error"]
-    assert message.startswith("EvlCacheError: process 0 of 2 lost another one at step 7")
-    assert "--resume" in message and "\n" not in message
+    assert runs["codes_of_four"] == [1, 1, 1, 9]
+    for job, count in (("lost", 2), ("lost of four", 4)):
+        message = runs[job][0]["error"]
+        assert message.startswith(f"EvlCacheError: process 0 of {count} lost another one at step 7")
+        assert "--resume" in message and "\n" not in message
 
 
-def test_what_two_began_one_ends_with_the_same_losses(runs):
-    found = runs["resumed"]["losses"]
-    assert len(found) == 6  # the first process kept its sixth step
-    assert found == pytest.approx(runs["one"]["losses"][-6:], abs=2e-5)
-    check_same_weights(runs["folder"] / "one", runs["folder"] / "lost")
+@pytest.mark.parametrize(
+    ("job", "out"), [("two to one", "lost"), ("two to four", "lost-two"), ("four to one", "lost-four")]
+)
+def test_another_number_of_processes_goes_on_after_a_kill_with_the_same_losses(runs, job, out):
+    for report in runs[job]:
+        assert len(report["losses"]) == 6  # the first process kept its sixth step
+        assert report["losses"] == pytest.approx(runs["one"]["losses"][-6:], abs=2e-5)
+    check_same_weights(runs["folder"] / "one", runs["folder"] / out)
 
 
 @pytest.mark.slow

@@ -38,7 +38,9 @@ LAYERS: tuple[tuple[str, frozenset[str]], ...] = tuple(
         ),
         (
             "parts of stages",
-            ("extraction scoring catalog optimisation run_log run_setup head_reads loaders run_tower"),
+            (
+                "extraction scoring catalog optimisation run_log run_setup head_reads loaders run_tower cluster_costs"
+            ),
         ),
         ("made of parts", "run_tables batch_size trainer online_loader"),
         ("stages", "extract train evaluate import_head info watch listing share card sweep"),
