@@ -131,8 +131,8 @@ def processes_of_environment(
     yield processes
     # Together, so that none finds another gone; not after an error: taking leave of a lost one may wait for ever.
     processes.add(torch.zeros(1), "at the end")
-    # A head that DistributedDataParallel wrapped is in a cycle, and holds the group: its threads would outlive the
-    # interpreter, and one that then lets go of a tensor aborts the process.
+    # A head that DistributedDataParallel wrapped may be in a cycle, and holds the group, whose threads then end after the
+    # interpreter. A process that was aborted at its very end, once and under load, may have been such a one.
     gc.collect()
     dist.destroy_process_group()
 
