@@ -43,6 +43,7 @@ test: lint
 
 # Every module that needs no argument of its own; the last line of each is one JSON object of ratios.
 bench: setup
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off -q -c .venv/constraints.txt -e '.[bench]'
 	@set -e; for f in $$(grep -l '__name__ == "__main__"' benchmarks/*.py | xargs grep -L 'required=True'); do \
 		name=$$(basename $$f .py); echo "== $$name"; $(BIN)/python -m benchmarks.$$name --json; \
 	done
