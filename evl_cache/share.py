@@ -22,12 +22,28 @@ DEFAULT_THREADS = 4
 
 
 def push(
-    cache: Path, target: str, *, threads: int = DEFAULT_THREADS, on_block: OnBlock = lambda moved: None
+    cache: Path,
+    target: str,
+    *,
+    layers: Sequence[int] | None = None,
+    codec: str | None = None,
+    threads: int = DEFAULT_THREADS,
+    on_block: OnBlock = lambda moved: None,
 ) -> TransferResult:
-    """Copy a cache to a directory or bucket. A target that ends with a slash is what the cache is put into.
+    """Copy a cache, or a part of it, to a directory, or whole to a bucket.
 
-    Raises: UsageError, CacheError, CacheDamaged as `store.transfer.copy_to_directory`.
+    Args:
+        target: one that ends with a slash is what the cache is put into.
+        layers, codec: what a part is; a copy where neither is given.
+
+    Raises: UsageError, CacheError, CacheDamaged as `store.transfer.copy_to_directory`; UsageError for a part to a bucket.
     """
+    if layers is not None or codec is not None:
+        if is_url(target):
+            raise UsageError(
+                f"{public_url(target)}: a part is made in a directory; pull it from {cache} into one, then push that"
+            )
+        return pull(str(cache), target, layers=layers, codec=codec, threads=threads, on_block=on_block)
     if target.endswith("/"):
         target += cache.resolve().name
     if is_url(target):

@@ -250,6 +250,10 @@ def test_a_part_or_another_codec_is_what_extraction_would_have_written(motions: 
         assert result.blocks_moved == 3
         again = pull(str(tmp_path / "whole"), str(tmp_path / name), layers=layers, codec=codec)
         assert again.blocks_moved == 0
+    assert push(tmp_path / "whole", str(tmp_path / "pushed"), layers=(2, 3)).blocks_moved == 3
+    assert differences(files_of(tmp_path / "pushed"), files_of(tmp_path / "part")) == []
+    with pytest.raises(UsageError, match="a part is made in a directory"):
+        push(tmp_path / "whole", "s3://lab/part", layers=(2, 3))
     with pytest.raises(UsageError, match=r"\[9\] are not stored"):
         pull(str(tmp_path / "whole"), str(tmp_path / "x"), layers=(2, 9))
 
