@@ -73,9 +73,10 @@ def _check_lists(parts: Mapping[str, Any]) -> None:
     classes = parts.get("classes", [])
     if not isinstance(classes, list) or len(classes) > _MOST_CLASSES or not all(map(_is_text, classes)):
         raise _wrong("classes", classes, "a list of names")
-    layers, blocks = parts.get("layers", [1]), parts.get("tower.blocks", 1)
+    layers = parts.get("layers", [1])
     if not isinstance(layers, list) or not layers or not all(map(_is_int, layers)):
         raise _wrong("layers", layers, "a list of blocks")
+    blocks = parts.get("tower.blocks", layers[-1])
     if layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] > blocks:
         raise _wrong("layers", layers, f"different blocks of 1 to {blocks}, ascending")
     for name in ("tower.mean", "tower.std"):
