@@ -79,7 +79,9 @@ def test_its_commands_are_ones_there_are(cache: Path) -> None:
     for words in ours:
         command = cli.get_command(None, words[0])  # type: ignore[arg-type]
         assert command is not None
-        command.make_context(words[0], words[1:], parent=cli.make_context("evl-cache", [], resilient_parsing=True))
+        command.make_context(
+            words[0], words[1:], parent=cli.make_context("evl-cache", [], resilient_parsing=True)
+        )
 
 
 def test_names_that_hold_anything_neither_break_the_card_nor_reach_the_terminal(tmp_path: Path) -> None:
