@@ -212,14 +212,17 @@ def test_a_long_video_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> N
     assert peaks[1] < 1.1 * peaks[0]
 
 
-def test_a_large_file_is_not_given_to_decord_which_would_keep_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("limit", ["MOST_FILE_BYTES", "MOST_DECODED_BYTES"])
+def test_a_large_video_is_not_given_to_decord_which_would_keep_it(
+    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_clips(tmp_path, 1)
     path = tmp_path / "00.mp4"
-    monkeypatch.setattr(with_decord, "MOST_FILE_BYTES", path.stat().st_size)
+    frames = decode_clip(path, lambda count: np.arange(count)[None]).frames  # all of them
+    size = path.stat().st_size if limit == "MOST_FILE_BYTES" else frames.nbytes
+    monkeypatch.setattr(with_decord, limit, size)
     assert decode_clip(path, lambda _: WANTED % 8).header.decoder.startswith("decord")
-    monkeypatch.setattr(with_decord, "MOST_FILE_BYTES", path.stat().st_size - 1)
+    monkeypatch.setattr(with_decord, limit, size - 1)
     assert decode_clip(path, lambda _: WANTED % 8).header.decoder.startswith("PyAV")
 
 

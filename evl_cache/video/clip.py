@@ -78,7 +78,7 @@ class DecodeOptions:
 
     Attributes:
         decoder: `decord`, `pyav`, `torchcodec`, or `auto`: decord, and PyAV where decord is not installed, cannot read
-            the file, complains of it, is known to overlook damage (HEVC), or would keep it in memory (above 256 MB).
+            the file, complains of it, is known to overlook damage (HEVC), or would keep it in memory (large videos).
         tolerate_bad_frames: take what a decoder puts in the place of damaged frames, instead of failing the clip.
         device: on which torchcodec decodes; the others use the processor.
 

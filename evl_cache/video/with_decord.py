@@ -15,6 +15,8 @@ _NO_FAULT = 1e-9
 _OVERLOOKS_DAMAGE = ("hevc",)
 # While it decodes up to the first frame wanted, decord reads on, and keeps what it reads: the rest of the file.
 MOST_FILE_BYTES = 256 << 20
+# And where whoever takes its frames is slow, it decodes on: up to all frames that are left.
+MOST_DECODED_BYTES = 1 << 30
 
 
 def decord_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
@@ -74,6 +76,8 @@ def _check_count(path: str | Path, count: int, options: DecodeOptions) -> int:
         ) from error
     if options.decoder == "auto" and coded.codec in _OVERLOOKS_DAMAGE:
         raise ClipError(f"{path}: decord may overlook damage of {coded.codec}")
+    if options.decoder == "auto" and count * coded.frame_bytes > MOST_DECODED_BYTES:
+        raise ClipError(f"{path}: is large, and decord would keep it in memory")
     if coded.count != count:
         raise ClipError(f"{path}: decord counts {count} frames, {coded.count} are coded")
     return coded.frame_bytes
