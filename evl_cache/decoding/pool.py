@@ -18,7 +18,7 @@ from evl_cache.errors import ClipError
 from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 
 DEFAULT_TIMEOUT_S = 120.0
-MOST_GROWTH_BYTES = 256 << 20  # that a process may grow before another takes its place
+MOST_GROWTH_BYTES = 64 << 20  # that a process may grow before another takes its place
 HELD_BYTES = 64 << 20  # of a clip that are taken from a process before someone has use for them
 
 

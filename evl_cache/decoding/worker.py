@@ -29,6 +29,7 @@ from evl_cache.errors import ClipError, EvlCacheError
 
 _MOST_ADDRESS_SPACE = 16 << 30  # a header that lies about its size must not take the machine's memory
 _PR_SET_PDEATHSIG = 1
+_GROWTH_TO_TRIM = 32 << 20  # bytes after which free memory between what is used goes back to the system
 
 
 def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
@@ -47,9 +48,13 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
     with socket.socket(fileno=socket_fd) as channel, channel.makefile("rw", encoding="utf-8") as lines:
         connection = _Connection(lines, frames_fd)
         connection.say({"ready": True})
+        after_first = 0
         for line in lines:
             ended = _serve(json.loads(line), connection)
             connection.wait_until_taken()
+            after_first = after_first or _resident_bytes()
+            if _resident_bytes() > after_first + _GROWTH_TO_TRIM:
+                _trim()
             connection.say({**ended, "rss_bytes": _resident_bytes()})
 
 
@@ -110,6 +115,12 @@ def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str]:
     except MemoryError:
         return {"error": f"{path}: needs more memory than a decoder may take"}
     return {}
+
+
+def _trim() -> None:
+    """Clips of many sizes and codecs leave gaps, which glibc keeps."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 def _resident_bytes() -> int:
