@@ -79,8 +79,13 @@ def default_device(name: str | None) -> str:
     return str(device)
 
 
-def show_transfer(result: Any) -> None:
-    """What push and pull did, in one line."""
+def show_transfer(result: Any, as_json: bool) -> None:
+    """What push and pull did, in one line or as JSON."""
+    if as_json:
+        from dataclasses import asdict
+
+        print_json(asdict(result))
+        return
     digest = f"digest {result.cache_digest}" if result.cache_digest else "not complete"
     click.echo(
         f"{result.place}: {result.blocks_moved} of {result.blocks} blocks copied "

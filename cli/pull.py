@@ -5,7 +5,7 @@ import click
 from evl_cache.progress_lines import block_progress
 from evl_cache.spec import CODECS
 
-from .common import Command, print_json, show_transfer
+from .common import Command, show_transfer
 from .mode import mode_option
 
 EXAMPLES = """
@@ -30,8 +30,6 @@ def command(
     TARGET is the new cache's directory; with / at its end, what it is put into [$EVL_CACHE_ROOT].
     Killed, run it again: it goes on.
     """
-    from dataclasses import asdict
-
     from evl_cache.notation import parse_layers
     from evl_cache.share import pull
 
@@ -44,8 +42,5 @@ def command(
             threads=threads,
             on_block=on_block,
         )
-    if as_json:
-        print_json(asdict(result))
-    else:
-        show_transfer(result)
+    show_transfer(result, as_json)
     return 0

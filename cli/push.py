@@ -7,7 +7,7 @@ import click
 from evl_cache.progress_lines import block_progress
 from evl_cache.spec import CODECS
 
-from .common import Command, print_json, show_transfer
+from .common import Command, show_transfer
 from .mode import mode_option
 
 EXAMPLES = """
@@ -31,8 +31,6 @@ def command(
 
     A TARGET that ends with / is what the cache is put into. Killed, run it again: it goes on.
     """
-    from dataclasses import asdict
-
     from evl_cache.notation import parse_layers
     from evl_cache.share import push
 
@@ -45,8 +43,5 @@ def command(
             threads=threads,
             on_block=on_block,
         )
-    if as_json:
-        print_json(asdict(result))
-    else:
-        show_transfer(result)
+    show_transfer(result, as_json)
     return 0

@@ -54,8 +54,8 @@ class Assumptions:
         for text in texts:
             name, _, value = text.partition("=")
             try:
-                given[{name: name for name in names}[name.strip()]] = float(value)
-            except (KeyError, ValueError):
+                given[names[names.index(name.strip())]] = float(value)
+            except ValueError:
                 raise UsageError(
                     f"--assume {text!r}; expected NAME=NUMBER, NAME one of {', '.join(names)}"
                 ) from None

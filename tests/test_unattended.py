@@ -223,7 +223,8 @@ def test_a_large_video_is_not_given_to_decord_which_would_keep_it(
     monkeypatch.setattr(with_decord, limit, size)
     assert decode_clip(path, lambda _: WANTED % 8).header.decoder.startswith("decord")
     monkeypatch.setattr(with_decord, limit, size - 1)
-    assert decode_clip(path, lambda _: WANTED % 8).header.decoder.startswith("PyAV")
+    for options in (DecodeOptions(), DecodeOptions(tolerate_bad_frames=True)):
+        assert decode_clip(path, lambda _: WANTED % 8, options=options).header.decoder.startswith("PyAV")
 
 
 def test_what_the_choice_of_frames_says_fails_the_clip_and_spares_the_worker(tmp_path: Path) -> None:

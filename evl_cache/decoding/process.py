@@ -65,7 +65,6 @@ class DecodeProcess:
             theirs.close()
         self._is_ready = False
         self._unread = b""
-        self._first_rss: int | None = None
         self.growth_bytes = 0
 
     def frames(
@@ -87,7 +86,7 @@ class DecodeProcess:
             }
         )
         size = (0, 0)
-        while "rss_bytes" not in (said := self._receive(deadline, timeout_s)):
+        while "growth_bytes" not in (said := self._receive(deadline, timeout_s)):
             if "asks" in said:
                 self._send(_choice(choose, int(said["asks"])))
                 continue
@@ -100,8 +99,7 @@ class DecodeProcess:
             given = time.monotonic()
             yield event
             deadline += time.monotonic() - given
-        self._first_rss = self._first_rss or said["rss_bytes"]
-        self.growth_bytes = said["rss_bytes"] - self._first_rss
+        self.growth_bytes = said["growth_bytes"]
         if "error" in said:
             raise ClipError(said["error"])
 

@@ -8,7 +8,7 @@ torch (but for torchcodec) nor anything of the cache, so that it starts at once 
     asks     {"asks"}: which frames of a file of so many -> {"indices"} or {"error"}; may ask again
     gives    {"indices", "count", "size", "decoder"}: a header; what was given before does not count
              {"frames"}: so many lie in the file -> {"taken"}, and only then are the next written; again and again
-    ends     {"rss_bytes"}, and {"error"} where it failed
+    ends     {"growth_bytes"} of resident memory since the first clip, and {"error"} where it failed
 """
 
 import ctypes
@@ -48,14 +48,16 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
     with socket.socket(fileno=socket_fd) as channel, channel.makefile("rw", encoding="utf-8") as lines:
         connection = _Connection(lines, frames_fd)
         connection.say({"ready": True})
-        after_first = 0
+        after_first: int | None = None
         for line in lines:
             ended = _serve(json.loads(line), connection)
             connection.wait_until_taken()
-            after_first = after_first or _resident_bytes()
-            if _resident_bytes() > after_first + _GROWTH_TO_TRIM:
+            resident = _resident_bytes()
+            after_first = after_first or resident
+            if resident > after_first + _GROWTH_TO_TRIM:
                 _trim()
-            connection.say({**ended, "rss_bytes": _resident_bytes()})
+                resident = _resident_bytes()
+            connection.say({**ended, "growth_bytes": resident - after_first})
 
 
 class _Connection:

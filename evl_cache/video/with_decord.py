@@ -50,7 +50,7 @@ def _read(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[
         fault_tol=-1 if options.tolerate_bad_frames else _NO_FAULT,
     )
     count = len(reader)
-    frame_bytes = None if options.tolerate_bad_frames else _check_count(path, count, options)
+    frame_bytes = _check(path, count, options)
 
     def read(numbers: np.ndarray) -> np.ndarray:
         frames: np.ndarray = reader.get_batch(numbers).asnumpy()
@@ -61,23 +61,30 @@ def _read(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[
     )
 
 
-def _check_count(path: str | Path, count: int, options: DecodeOptions) -> int:
-    """Where the packets number other frames than decord counts, some were never coded, as AVI files may have it.
+def _check(path: str | Path, count: int, options: DecodeOptions) -> int | None:
+    """Whether decord is the one to decode a file, by what its packets say.
 
-    What decord gives in their place differs from one time to the next, and it does not always say so.
+    Where they number other frames than decord counts, some were never coded, as AVI files may have it. What decord gives
+    in their place differs from one time to the next, and it does not always say so.
 
-    Returns: bytes of a frame.
+    Returns: bytes of a frame; None where bad frames are tolerated and the packets do not tell.
     """
     try:
         coded = with_pyav.coded_frames(path, options)
-    except with_pyav.NoIndex as error:
+    except (with_pyav.NoIndex, ClipError) as error:
+        if options.tolerate_bad_frames:
+            return None
+        if isinstance(error, ClipError):
+            raise
         raise ClipError(
             f"{path}: its packets do not tell which frame is which, on which decord relies"
         ) from error
-    if options.decoder == "auto" and coded.codec in _OVERLOOKS_DAMAGE:
-        raise ClipError(f"{path}: decord may overlook damage of {coded.codec}")
     if options.decoder == "auto" and count * coded.frame_bytes > MOST_DECODED_BYTES:
         raise ClipError(f"{path}: is large, and decord would keep it in memory")
+    if options.tolerate_bad_frames:
+        return coded.frame_bytes
+    if options.decoder == "auto" and coded.codec in _OVERLOOKS_DAMAGE:
+        raise ClipError(f"{path}: decord may overlook damage of {coded.codec}")
     if coded.count != count:
         raise ClipError(f"{path}: decord counts {count} frames, {coded.count} are coded")
     return coded.frame_bytes
