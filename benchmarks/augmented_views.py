@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import machine
+from benchmarks.support.machine import machine
 from evl_cache import FeatureCache
-from evl_cache.extract import ExtractOptions
-from evl_cache.extract_dataset import ExtractRequest, extract_dataset
+from evl_cache.extract.request import ExtractRequest, extract_dataset
+from evl_cache.extract.stage import ExtractOptions
+from evl_cache.live.train import train_online
 from evl_cache.notation import parse_layers
-from evl_cache.online import train_online
 from evl_cache.spec import ViewSpec
-from evl_cache.train import train
-from evl_cache.train_options import TrainOptions
+from evl_cache.train.options import TrainOptions
+from evl_cache.train.stage import train
 
 Quiet = nullcontext((lambda failed: None, lambda name: None))
 

@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
+from benchmarks.support.machine import machine
 from evl_cache.rendered import MOTION_CLASSES, motion_frames, write_video
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -20,10 +20,10 @@ import numpy as np
 import torch  # noqa: F401  # before decord: their bundled libraries clash otherwise
 
 from benchmarks.long_clips import NUM_FRAMES, SIZES, render_clips
-from benchmarks.machine import interleaved_seconds, machine, medians
-from evl_cache.decoding.pool import DecodePool
+from benchmarks.support.machine import interleaved_seconds, machine, medians
 from evl_cache.sampling import strided_test_views
 from evl_cache.video import collect
+from evl_cache.video.pool import DecodePool
 
 WORKERS = 2
 

@@ -14,15 +14,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import interleaved_seconds, machine, medians
-from benchmarks.stored_features import LAYERS, clip_list
+from benchmarks.support.machine import interleaved_seconds, machine, medians
+from benchmarks.support.stored_features import LAYERS, clip_list
 from evl_cache.clips import Clip
-from evl_cache.extract import make_spec
-from evl_cache.extraction.block import BlockExtractor, Tower
-from evl_cache.extraction.frames import PreparedClip
+from evl_cache.extract.block import BlockExtractor
+from evl_cache.extract.prepare import PreparedClip
+from evl_cache.extract.stage import make_spec
 from evl_cache.spec import ViewSpec
 from evl_cache.store import LOCKS_NAME, ClipRecord, LockWatcher, create_cache
 from evl_cache.towers import build_tower
+from evl_cache.towers.tower import Tower
 
 
 class FromMemory(BlockExtractor):

@@ -14,15 +14,15 @@ import time
 from pathlib import Path
 
 from benchmarks.long_clips import render_clips, render_enlarged, repeat_clip
-from benchmarks.machine import machine
+from benchmarks.support.machine import machine
 from evl_cache.clips import Clip, ClipList
-from evl_cache.decoding.pool import DecodePool
-from evl_cache.extract import ExtractOptions, extract, make_spec
-from evl_cache.extraction.block import Tower
+from evl_cache.extract.stage import ExtractOptions, extract, make_spec
 from evl_cache.sampling import strided_test_views
 from evl_cache.spec import ViewSpec
 from evl_cache.towers import build_tower
+from evl_cache.towers.tower import Tower
 from evl_cache.video import collect
+from evl_cache.video.pool import DecodePool
 
 CODECS = ("libx264", "libx265", "libvpx-vp9", "libsvtav1", "mpeg4")
 _TOWER = {

@@ -16,16 +16,16 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import machine
 from benchmarks.paper_tables import SEQUENCE, Part, folds
+from benchmarks.support.machine import machine
 from evl_cache import FeatureCache
-from evl_cache.batch_size import training_step
-from evl_cache.head_reads import head_reads
-from evl_cache.memory import peak_bytes, reset_peak
-from evl_cache.run_setup import run_config
+from evl_cache.processes.memory import peak_bytes, reset_peak
 from evl_cache.sweep import SWEEP_NAME, sweep
 from evl_cache.sweep.grid import SweepRun, expand
-from evl_cache.train_options import TrainOptions
+from evl_cache.train.batch_size import training_step
+from evl_cache.train.head_reads import head_reads
+from evl_cache.train.options import TrainOptions
+from evl_cache.train.setup import run_config
 
 # Pooling heads without attention want a higher rate; one for each kind, not chosen by results here.
 GRIDS: Sequence[Mapping[str, Any]] = (

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.machine import interleaved_seconds, machine, medians
-from benchmarks.stored_features import LAYERS, generated_rows, stored_nbytes, write_rows
-from evl_cache.dataset import FeatureLoader
+from benchmarks.support.machine import interleaved_seconds, machine, medians
+from benchmarks.support.stored_features import LAYERS, generated_rows, stored_nbytes, write_rows
+from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.store import FeatureCache
 
 ARRAYS = ("tokens", "token_affine", "token_scale", "maps", "map_scale")

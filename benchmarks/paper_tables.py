@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import machine
+from benchmarks.support.machine import machine
 from evl_cache import FeatureCache
 from evl_cache.errors import UsageError
 from evl_cache.heads import MODULES
-from evl_cache.train import train
-from evl_cache.train_options import TrainOptions
+from evl_cache.train.options import TrainOptions
+from evl_cache.train.stage import train
 
 NONE = dict.fromkeys(MODULES, False)
 # Layers counted from the last cached one, which is 0: the deeper ones of four in (3, 2, 1, 0) come last.

@@ -15,15 +15,15 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.machine import machine
-from evl_cache.extract import ExtractOptions
-from evl_cache.extract_dataset import ExtractRequest, extract_dataset
-from evl_cache.predict import predict
+from benchmarks.support.machine import machine
+from evl_cache.extract.request import ExtractRequest, extract_dataset
+from evl_cache.extract.stage import ExtractOptions
+from evl_cache.live.predict import predict
 from evl_cache.rendered import write_video
 from evl_cache.spec import ViewSpec
 from evl_cache.store import FeatureCache
-from evl_cache.train import train
-from evl_cache.train_options import TrainOptions
+from evl_cache.train.options import TrainOptions
+from evl_cache.train.stage import train
 
 
 def main() -> None:

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from benchmarks.outlier_features import measure, worst_channel_error
-from evl_cache.backbone import Backbone
 from evl_cache.clips import Clip
-from evl_cache.extraction.frames import prepare_clip
+from evl_cache.extract.prepare import prepare_clip
 from evl_cache.quantize import dequantize_maps, dequantize_tokens, quantize_maps, quantize_tokens
 from evl_cache.spec import ViewSpec
 from evl_cache.towers import build_tower
+from evl_cache.towers.backbone import Backbone
 
 LAYERS = (8, 9, 10, 11, 12)
 VARIABLE = "EVL_UT_INTERACTION"

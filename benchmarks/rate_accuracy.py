@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.head_training import Clips, Fold, Training, train
-from benchmarks.machine import machine
-from benchmarks.storage_variants import Coded, affine_tokens, compress, fp16, grouped_int4, sqrt_maps
-from benchmarks.study_features import ut_interaction
+from benchmarks.support.head_training import Clips, Fold, Training, train
+from benchmarks.support.machine import machine
+from benchmarks.support.storage_variants import Coded, affine_tokens, compress, fp16, grouped_int4, sqrt_maps
+from benchmarks.support.study_features import ut_interaction
 from evl_cache.attention_maps import MapProjection, maps_from_tokens
-from evl_cache.backbone import map_projections
 from evl_cache.spec import ViewSpec
 from evl_cache.store import FeatureCache
 from evl_cache.towers import build_tower
+from evl_cache.towers.backbone import map_projections
 
 Encode = Callable[[Tensor], Coded]
 

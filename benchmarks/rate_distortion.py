@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.machine import machine
 from benchmarks.outlier_features import worst_channel_error
-from benchmarks.storage_variants import (
+from benchmarks.support.machine import machine
+from benchmarks.support.storage_variants import (
     Coded,
     affine_tokens,
     compress,
@@ -29,8 +29,8 @@ from benchmarks.storage_variants import (
     grouped_int4,
     sqrt_maps,
 )
-from benchmarks.stored_features import LAYERS
-from benchmarks.study_features import StudyFeatures, generated, ut_interaction
+from benchmarks.support.stored_features import LAYERS
+from benchmarks.support.study_features import StudyFeatures, generated, ut_interaction
 from evl_cache.attention_maps import maps_from_tokens
 from evl_cache.heads import EVLHead, build_head
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import interleaved_seconds, machine, medians
-from benchmarks.read_peers import CHECKED, Arrays, Peer, memmap, peers
-from benchmarks.stored_features import LAYERS, generated_rows, write_rows
+from benchmarks.support.machine import interleaved_seconds, machine, medians
+from benchmarks.support.read_peers import CHECKED, Arrays, Peer, memmap, peers
+from benchmarks.support.stored_features import LAYERS, generated_rows, write_rows
 from evl_cache.quantize import frame_difference
 from evl_cache.store import FeatureCache, Row
 

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import interleaved_seconds, machine
-from benchmarks.stored_features import LAYERS, generated_rows, write_rows
-from evl_cache.dataset import FeatureLoader
-from evl_cache.loaders import BLOCKS_AT_A_TIME
-from evl_cache.share import push
+from benchmarks.support.machine import interleaved_seconds, machine
+from benchmarks.support.stored_features import LAYERS, generated_rows, write_rows
+from evl_cache.batches.feature_loader import FeatureLoader
+from evl_cache.caches.share import push
 from evl_cache.store import FeatureCache
-from tests.servers import KEYS, s3_server
+from evl_cache.train.loaders import BLOCKS_AT_A_TIME
+from tests.support.servers import KEYS, s3_server
 
 
 def main() -> None:

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import machine
 from benchmarks.outlier_features import softmax_maps
-from benchmarks.stored_features import LAYERS, cache_spec, clip_list
-from benchmarks.study_features import StudyFeatures, generated, queries_and_keys, ut_interaction
+from benchmarks.support.machine import machine
+from benchmarks.support.stored_features import LAYERS, cache_spec, clip_list
+from benchmarks.support.study_features import StudyFeatures, generated, queries_and_keys, ut_interaction
 from evl_cache.spec import CacheSpec
 from evl_cache.store import (
     LOCKS_NAME,

@@ -20,17 +20,17 @@ from unittest import mock
 
 import torch
 
-from benchmarks.counting import Work, counted
-from benchmarks.machine import machine
+from benchmarks.support.counting import Work, counted
+from benchmarks.support.machine import machine
 from evl_cache import FeatureCache
-from evl_cache.extract import ExtractOptions
-from evl_cache.extract_dataset import ExtractRequest, extract_dataset
+from evl_cache.extract.request import ExtractRequest, extract_dataset
+from evl_cache.extract.stage import ExtractOptions
 from evl_cache.rendered.benchmarks import RenderOptions, render
 from evl_cache.spec import ViewSpec
 from evl_cache.sweep import RUNS_NAME, sweep
 from evl_cache.sweep.grid import SweepRun, expand
 from evl_cache.sweep.shared_pass import OnPassStep, SweepPass
-from evl_cache.train import train
+from evl_cache.train.stage import train
 
 SIXTEEN = (
     {"head": ["decoder4", "decoder2", "decoder1"], "temporal": ["all", "none", "conv"]},

@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.machine import interleaved_seconds, machine, medians, peak_memory_bytes
-from evl_cache.heads.evl import EVLHead
-from evl_cache.heads.plain import PlainHead
+from benchmarks.support.machine import interleaved_seconds, machine, medians, peak_memory_bytes
+from evl_cache.heads.decoder.evl import EVLHead
+from evl_cache.heads.decoder.plain import PlainHead
 from evl_cache.quantize import QuantizedMaps, QuantizedTokens
 
 FRAMES, GRID, WIDTH, HEADS, CLASSES = 8, (14, 14), 768, 12, 400

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 import zarr
 
-from benchmarks.machine import machine, medians
-from benchmarks.stored_features import as_bytes, cache_spec, clip_list, generated_rows, write_rows
+from benchmarks.support.machine import machine, medians
+from benchmarks.support.stored_features import as_bytes, cache_spec, clip_list, generated_rows, write_rows
+from evl_cache.canonical_json import canonical_json
 from evl_cache.quantize import frame_difference
 from evl_cache.store import Row, array_layouts
-from evl_cache.store.publish import canonical_json
 
 
 def ours(root: Path, samples: int) -> float:

@@ -27,7 +27,7 @@ def command(cache: str, license_name: str, address: str | None, replace_card: bo
 
     What it holds, how it was made, size and digests, licence, how to use it, citation. push and pull take it along.
     """
-    from evl_cache.card import cache_card, make_card
+    from evl_cache.caches.card import cache_card, make_card
     from evl_cache.store import FeatureCache
 
     if printed:

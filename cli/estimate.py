@@ -29,9 +29,9 @@ evl-cache estimate --dataset k400 --layers 9-12 --cluster 64 --assume device_tfl
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(measure: bool, cluster: int | None, assumed: tuple[str, ...], as_json: bool, **given: Any) -> int:
     """What extract with the same options would cost: clips, bytes, files; nothing is kept."""
-    from evl_cache.cluster_costs import Assumptions
     from evl_cache.errors import UsageError
-    from evl_cache.estimate import estimate
+    from evl_cache.extract.cluster_costs import Assumptions
+    from evl_cache.extract.estimate import estimate
 
     if assumed and cluster is None:
         raise UsageError("--assume is of --cluster N; give both")

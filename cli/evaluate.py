@@ -32,7 +32,7 @@ def command(
 ) -> int:
     """Score a run's head on a cache: softmax averaged over a clip's views, top-1 and top-5."""
     from evl_cache.clips import select
-    from evl_cache.evaluate import evaluate
+    from evl_cache.runs.evaluate import evaluate
     from evl_cache.store import FeatureCache
 
     opened = FeatureCache(cache)

@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
+from evl_cache.extract_options import VIEW_RECIPES
 from evl_cache.progress_lines import extract_progress
-from evl_cache.spec import CODECS, MAP_STORAGE, RECIPES, SAMPLING, SOFTWARE_PIXELS, TOKEN_STORAGE
+from evl_cache.spec import CODECS, MAP_STORAGE, SAMPLING, SOFTWARE_PIXELS, TOKEN_STORAGE
 
 from .common import Command, default_device, human_bytes, print_json
 from .mode import mode_option
@@ -52,7 +53,7 @@ def dataset_options(function: Any) -> Any:
         click.option("--layers", metavar="8-12", help="Counted from 1, also 9,11,12 [the last 4]."),
         click.option(
             "--recipe",
-            type=click.Choice(list(RECIPES)),
+            type=click.Choice(list(VIEW_RECIPES)),
             metavar="NAME",
             help="Published views: k400-8, -16, -32, ssv2-8, …",
         ),
@@ -118,13 +119,14 @@ def make_views(given: dict[str, Any]) -> tuple[Any, Any]:
     """Views of validation, and those of the train split where they are others (None: the same)."""
     from dataclasses import replace
 
-    from evl_cache.extract_dataset import dataset_reader
+    from evl_cache.extract.request import dataset_reader
+    from evl_cache.extract_options import VIEW_RECIPES
     from evl_cache.notation import parse_views
-    from evl_cache.spec import RECIPES, ViewSpec
+    from evl_cache.spec import ViewSpec
 
     recipe = given.get("recipe")
     plain: dict[str, Any] = {"frames": 8, "sampling": "strided", "stride": 16, "views": "1x1"}
-    published = dict(RECIPES[recipe]) if recipe else plain | dict(dataset_reader(given["dataset"]).views)
+    published = dict(VIEW_RECIPES[recipe]) if recipe else plain | dict(dataset_reader(given["dataset"]).views)
     chosen: dict[str, Any] = {
         name: published[name] if given[name] is None else given[name]
         for name in ("frames", "sampling", "views")
@@ -155,7 +157,7 @@ def make_views(given: dict[str, Any]) -> tuple[Any, Any]:
 
 def make_request(given: dict[str, Any]) -> Any:
     """The ExtractRequest of the options above."""
-    from evl_cache.extract_dataset import ExtractRequest
+    from evl_cache.extract.request import ExtractRequest
     from evl_cache.notation import parse_layers
 
     views, train_split_views = make_views(given)
@@ -172,7 +174,7 @@ def make_request(given: dict[str, Any]) -> Any:
 
 def make_options(given: dict[str, Any], device: str, **more: Any) -> Any:
     """The ExtractOptions of the options above."""
-    from evl_cache.extract import ExtractOptions
+    from evl_cache.extract.stage import ExtractOptions
 
     batch = given["batch"] or (8 if device == "cpu" else 32)
     return ExtractOptions(device=device, batch=batch, decode_workers=given["decode_workers"], **more)
@@ -211,17 +213,18 @@ def command(
     Run the same command again after a kill, or beside another job, on any machine: it goes on, and shares the work
     (docs/cluster.md).
     """
-    from evl_cache.decoding.pool import DEFAULT_TIMEOUT_S
-    from evl_cache.distributed import local_device
-    from evl_cache.extract_dataset import dataset_reader, extract_dataset
-    from evl_cache.extraction.block_taker import MostFailures
-    from evl_cache.rendezvous import Place, Rendezvous
+    from evl_cache.extract.failure_limit import FailureLimit
+    from evl_cache.extract.request import dataset_reader, extract_dataset
+    from evl_cache.processes.group import local_device
+    from evl_cache.processes.place import ProcessPlace
+    from evl_cache.processes.rendezvous import Rendezvous
     from evl_cache.video import DecodeOptions
+    from evl_cache.video.pool import DEFAULT_TIMEOUT_S
 
     if explain:
         click.echo(dataset_reader(given["dataset"]).description)
         return 0
-    place = Place.of_environment()
+    place = ProcessPlace.of_environment()
     rendezvous = Rendezvous.of_environment(place, on_lost=_say_lost)
     device = default_device(local_device(default_device(given["device"])))
     decoding = DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames, device=device)
@@ -232,7 +235,7 @@ def command(
         retry_failed=retry_failed,
         reuse=reuse,
         decoding=decoding,
-        most_failures=None if max_failures is None else MostFailures.parse(max_failures),
+        most_failures=None if max_failures is None else FailureLimit.parse(max_failures),
         clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
     )
     reports: list[dict[str, Any]] = []

@@ -26,8 +26,8 @@ def command(
     checkpoint: Path, out: Path, num_heads: int | None, head_layers: str | None, classes: Path | None
 ) -> int:
     """Turn a checkpoint of the official EVL code into a run with the official model's logits."""
-    from evl_cache.import_head import import_head
     from evl_cache.notation import parse_layers
+    from evl_cache.runs.import_head import import_head
 
     head = import_head(
         checkpoint,

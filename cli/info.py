@@ -30,8 +30,8 @@ evl-cache info caches/mine --watch
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON; with --watch a line a look.")
 def command(cache: Path, failures: bool, as_csv: bool, watched: bool, every: float, as_json: bool) -> int:
     """What a cache holds, how complete it is, and which clips failed."""
+    from evl_cache.caches.info import describe, failed_clips_by_reason
     from evl_cache.errors import UsageError
-    from evl_cache.info import describe, failed_clips_by_reason
     from evl_cache.store import FeatureCache
 
     if as_json and (failures or as_csv):
@@ -52,7 +52,7 @@ def command(cache: Path, failures: bool, as_csv: bool, watched: bool, every: flo
 
 
 def _watch(cache: Path, every_s: float, *, as_json: bool) -> None:
-    from evl_cache.watch import watch
+    from evl_cache.caches.watch import watch
 
     for look in watch(cache, every_s=every_s):
         if as_json:

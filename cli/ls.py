@@ -35,9 +35,9 @@ def command(places: tuple[str, ...], as_json: bool) -> int:
     A place is a directory or a URL that holds caches, or is one. EVL_CACHE_ROOT names several as PATH does:
     /data/caches:/shared/caches:s3://lab/caches.
     """
-    from evl_cache.catalog import cache_places
+    from evl_cache.caches.listing import list_caches
+    from evl_cache.caches.places import cache_places
     from evl_cache.errors import CacheError
-    from evl_cache.listing import list_caches
 
     listed, failed = [], False
     for place in places or cache_places():

@@ -36,7 +36,7 @@ def command(
 
     Tower, sampling and views are the run's own. Exit status 3: some videos could not be read.
     """
-    from evl_cache.predict import predict
+    from evl_cache.live.predict import predict
 
     found = predict(
         run,

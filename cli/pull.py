@@ -30,8 +30,8 @@ def command(
     TARGET is the new cache's directory; with / at its end, what it is put into [$EVL_CACHE_ROOT].
     Killed, run it again: it goes on.
     """
+    from evl_cache.caches.share import pull
     from evl_cache.notation import parse_layers
-    from evl_cache.share import pull
 
     with block_progress("pull") as on_block:
         result = pull(

@@ -31,8 +31,8 @@ def command(
 
     A TARGET that ends with / is what the cache is put into. Killed, run it again: it goes on.
     """
+    from evl_cache.caches.share import push
     from evl_cache.notation import parse_layers
-    from evl_cache.share import push
 
     with block_progress("push") as on_block:
         result = push(

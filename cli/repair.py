@@ -36,8 +36,8 @@ def command(
     as_json: bool,
 ) -> int:
     """Verify a cache and redo only what is damaged; on the same machine the bytes become what they were."""
-    from evl_cache.extract import ExtractOptions
-    from evl_cache.repair import repair, tower_loader, videos_root
+    from evl_cache.extract.repair import repair, tower_loader, videos_root
+    from evl_cache.extract.stage import ExtractOptions
 
     options = ExtractOptions(device=default_device(device), decode_workers=decode_workers)
     with clip_progress(0, "repair") as on_clip:

@@ -59,7 +59,8 @@ def command(
     CLIP is a clip of a cache (--cache), or a video (with --run). With --page: a page of clips.
     """
     from evl_cache.errors import UsageError
-    from evl_cache.show import ShowRun, cache_of_run, show_cached, show_page, show_video
+    from evl_cache.show.page import cache_of_run, show_page
+    from evl_cache.show.view import ShowRun, show_cached, show_video
     from evl_cache.store import FeatureCache
 
     if (clip is None) == (page is None):

@@ -82,7 +82,7 @@ def command(grid: Path | None, **given: Any) -> int:
     Each batch is read, moved and decoded once for all heads; each head ends as its own `train` would. GRID is a TOML
     file (docs/sweeps.md) with more than the options can say. Leaves a run directory for each, and sweep.json.
     """
-    from evl_cache.interruption import Interrupted
+    from evl_cache.processes.stop_requests import Interrupted
     from evl_cache.sweep.grid import expand, read_grid
 
     device = default_device(given["device"])
@@ -131,8 +131,11 @@ def _common(given: dict[str, Any], device: str) -> dict[str, Any]:
 def _sweep(given: dict[str, Any], runs: Any) -> int:
     from dataclasses import asdict
 
-    from evl_cache.catalog import find_training_caches, needs_of, next_run_directory, split_clips
+    from evl_cache.batches.folds import split_clips
+    from evl_cache.caches.pairing import find_training_caches
+    from evl_cache.runs.directory import next_run_directory
     from evl_cache.sweep import sweep
+    from evl_cache.train.needs import needs_of
 
     names: dict[str, Any] = {
         side: None if given[option] is None else existing_lines(given[option])

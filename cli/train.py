@@ -27,8 +27,8 @@ def command(**given: Any) -> int:
 
     torchrun --nproc-per-node N -m evl_cache_cli train … uses N devices.
     """
-    from evl_cache.distributed import ToldElsewhere, local_device, processes_of_environment
-    from evl_cache.interruption import Interrupted
+    from evl_cache.processes.group import ToldElsewhere, local_device, processes_of_environment
+    from evl_cache.processes.stop_requests import Interrupted
 
     device = default_device(local_device(default_device(given["device"])))
     try:
@@ -56,7 +56,7 @@ def _train(given: dict[str, Any], options: Any, processes: Any) -> int:
 
         print_json({"run": str(out), **asdict(result)})
         return status
-    from evl_cache.run_tables import worst_classes
+    from evl_cache.runs.tables import worst_classes
 
     click.echo(
         f"{out}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.val_clips} clips; "
@@ -72,8 +72,10 @@ def _train(given: dict[str, Any], options: Any, processes: Any) -> int:
 def _cached(
     given: dict[str, Any], options: Any, names: dict[str, Any], progress: Any, processes: Any
 ) -> tuple[Path, int, Any]:
-    from evl_cache.catalog import find_training_caches, needs_of, split_clips
-    from evl_cache.train import train
+    from evl_cache.batches.folds import split_clips
+    from evl_cache.caches.pairing import find_training_caches
+    from evl_cache.train.needs import needs_of
+    from evl_cache.train.stage import train
 
     refuse_online_options()
     caches = find_training_caches(
@@ -104,7 +106,7 @@ def _cached(
 def _online(
     given: dict[str, Any], options: Any, names: dict[str, Any], progress: Any, processes: Any
 ) -> tuple[Path, int, Any]:
-    from evl_cache.online import train_online
+    from evl_cache.live.train import train_online
 
     if given["dataset"] is None or given["cache"] is not None or given["val_cache"] is not None:
         raise UsageError("--online reads videos: give --dataset and --root, as for extract, and no cache")
@@ -132,7 +134,7 @@ def _online(
 
 def _out(given: dict[str, Any], name: str, processes: Any) -> Path:
     """The run directory; the first process chooses a new one for all."""
-    from evl_cache.catalog import next_run_directory
+    from evl_cache.runs.directory import next_run_directory
 
     out: Path = given["out"] or processes.on_first(
         lambda: next_run_directory(name, given["head"]), "while choosing the run directory"

@@ -110,7 +110,7 @@ def train_options(function: Any) -> Any:
 def make_train_options(given: dict[str, Any], device: str) -> Any:
     """The TrainOptions of the command line."""
     from evl_cache.notation import parse_layers
-    from evl_cache.train_options import options_of
+    from evl_cache.train.options import options_of
 
     places = {place: given[name] for place, name in (("ram", "cache_in_ram"), ("device", "cache_on_device"))}
     chosen = [place for place, amount in places.items() if amount is not None]

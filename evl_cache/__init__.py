@@ -5,23 +5,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evl_cache.attention_maps import adjacent_frame_maps
-    from evl_cache.backbone import Backbone, Features
-    from evl_cache.checkpoint import load_head
-    from evl_cache.heads.evl import EVLHead
-    from evl_cache.official_checkpoint import load_official_checkpoint
+    from evl_cache.heads import EVLHead
+    from evl_cache.runs import load_head, load_official_checkpoint
     from evl_cache.store import FeatureCache
+    from evl_cache.towers import Backbone, Features
 
 __version__ = "0.1.0"
 
 # Loaded on first use, so that the command line answers at once and stage two never meets stage one's libraries.
 _HOMES = {
-    "Backbone": "evl_cache.backbone",
-    "EVLHead": "evl_cache.heads.evl",
+    "Backbone": "evl_cache.towers",
+    "EVLHead": "evl_cache.heads",
     "FeatureCache": "evl_cache.store",
-    "Features": "evl_cache.backbone",
+    "Features": "evl_cache.towers",
     "adjacent_frame_maps": "evl_cache.attention_maps",
-    "load_head": "evl_cache.checkpoint",
-    "load_official_checkpoint": "evl_cache.official_checkpoint",
+    "load_head": "evl_cache.runs",
+    "load_official_checkpoint": "evl_cache.runs",
 }
 
 __all__ = [

@@ -4,9 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from evl_cache.canonical_json import digest
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.spec import digest
 
+TRAIN_SPLITS = ("train",)
+VAL_SPLITS = ("val", "validation", "test")
 MAX_CLASSES = 100_000  # a larger number in a list is a frame count or an id, not a class
 
 

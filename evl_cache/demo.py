@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 
-from evl_cache.extract import ExtractOptions
-from evl_cache.extract_dataset import ExtractRequest, Progress, extract_dataset
+from evl_cache.extract import ExtractOptions, ExtractRequest, Progress, extract_dataset
 from evl_cache.rendered import DEFAULT_CLIPS_PER_CLASS, render_motions
 from evl_cache.spec import ViewSpec
 from evl_cache.store import FeatureCache

@@ -3,32 +3,21 @@
 T frames, P patches (grid Hp x Wp), N = 1+P tokens, C channels.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from evl_cache.canonical_json import digest, flatten
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.spec_limits import check_spec
+from evl_cache.untrusted.spec_limits import check_spec
 
 FORMAT_VERSION = 1
 TOKEN_STORAGE = ("int8", "fp16")
 MAP_STORAGE = ("uint8", "fp16", "recompute", "none")
 CODECS = ("default", "raw", "archive")
 SAMPLING = ("strided", "tsn")
-# Views of the published test recipes (section 4 of arXiv 2208.03550 and its supplement), by data set and frames.
-RECIPES: Mapping[str, Mapping[str, Any]] = {
-    "k400-8": {"frames": 8, "sampling": "strided", "stride": 16, "views": "3x1"},
-    "k400-16": {"frames": 16, "sampling": "strided", "stride": 16, "views": "1x3"},
-    "k400-32": {"frames": 32, "sampling": "strided", "stride": 8, "views": "1x3"},
-    "ssv2-8": {"frames": 8, "sampling": "tsn", "views": "3x1"},
-    "ssv2-16": {"frames": 16, "sampling": "tsn", "views": "1x3"},
-    "ssv2-32": {"frames": 32, "sampling": "tsn", "views": "1x3"},
-}
-TINY_TOWER, TINY_PRETRAINED = "evl-tiny", "rendered-v1"  # what comes with the package
-TIMM_PREFIX, TIMM_DEFAULT = "timm/", "default"  # models by timm's names, and the first weights of each
 SOFTWARE_PIXELS = "software"
 PREPROCESSING = "short-side-bilinear-v1"  # preprocess.spatial_crops; a change of its pixels is a new name
 
@@ -292,23 +281,6 @@ class CacheSpec:
         return spec
 
 
-def digest(content: Any) -> str:
-    """sha256 of the canonical JSON of plain values."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as `a.b` names."""
-    out: dict[str, Any] = {}
-    for name, value in content.items():
-        if isinstance(value, Mapping):
-            out.update(flatten(value, f"{prefix}{name}."))
-        else:
-            out[prefix + name] = value
-    return out
-
-
 def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
         k: tuple(v) if isinstance(v, Sequence) and not isinstance(v, str) else v for k, v in content.items()
@@ -318,10 +290,3 @@ def _tuples(content: Mapping[str, Any]) -> dict[str, Any]:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 48 else text[:45] + "…"
-
-
-def default_pretrained(model: str) -> str:
-    """The weights of a model for which none are named."""
-    if model.startswith(TIMM_PREFIX):
-        return TIMM_DEFAULT
-    return TINY_PRETRAINED if model == TINY_TOWER else "openai"

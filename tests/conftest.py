@@ -14,7 +14,7 @@ import pytest
 import torch
 
 if TYPE_CHECKING:
-    from tests.extraction_server import Server
+    from tests.support.extraction_server import Server
 
 ROOT = Path(__file__).resolve().parent.parent
 # Sums depend on the number of threads: one number everywhere.
@@ -71,7 +71,7 @@ def ut_interaction() -> Path:
 @pytest.fixture(scope="session")
 def motions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of eight small rendered clips, one of them broken, and the configuration of a small tower."""
-    from tests.store_helpers import make_clips
+    from tests.support.store_helpers import make_clips
 
     folder = tmp_path_factory.mktemp("motions")
     make_clips(folder)
@@ -81,7 +81,7 @@ def motions(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def store_server(motions: Path) -> "Iterator[Server]":
     """Extracts `motions` in child processes that may be killed."""
-    from tests.extraction_server import Server
+    from tests.support.extraction_server import Server
 
     server = Server(motions)
     yield server
@@ -91,7 +91,7 @@ def store_server(motions: Path) -> "Iterator[Server]":
 @pytest.fixture(scope="session")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data under the names that the examples of help, README and docs use."""
-    from tests.example_data import make_data
+    from tests.support.example_data import make_data
 
     folder = tmp_path_factory.mktemp("data")
     make_data(folder)
@@ -101,7 +101,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def work(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working directory where the data lie under their names, and the tower needs no download."""
-    from tests.example_data import settle
+    from tests.support.example_data import settle
 
     for name in os.listdir(data):
         (tmp_path / name).symlink_to(data / name)

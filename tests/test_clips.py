@@ -2,9 +2,9 @@
 
 import pytest
 
-from evl_cache.annotations.folder import read_folder
-from evl_cache.annotations.list_file import read_list_file
 from evl_cache.clips import MAX_CLASSES, Clip, ClipList, number_labels, parse_list, select
+from evl_cache.datasets.folder import read_folder
+from evl_cache.datasets.list_file import read_list_file
 from evl_cache.errors import CacheError, UsageError
 
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from evl_cache.errors import ClipError, UsageError
+from evl_cache.extract_options import VIEW_RECIPES
 from evl_cache.sampling import strided_test_views, strided_train_view, tsn_test_views, tsn_train_view
-from evl_cache.spec import RECIPES
 
 LENGTHS = [*range(1, 60), *range(60, 400, 17), 399, 400]
 SHAPES = [(1, 1), (1, 16), (2, 3), (4, 7), (8, 1), (8, 4), (8, 16), (16, 16), (32, 8), (3, 150)]  # (T, s)
@@ -37,9 +37,9 @@ def test_strided_test_views_equal_the_written_rule(views):
             assert found.tolist() == slow_strided_views(n, frames, stride, views), (n, frames, stride)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", VIEW_RECIPES)
 def test_every_recipe_at_every_length_to_400(name):
-    recipe = RECIPES[name]
+    recipe = VIEW_RECIPES[name]
     frames, views, stride = recipe["frames"], int(recipe["views"].split("x")[0]), recipe.get("stride")
     for n in range(1, 401):
         if stride is None:
@@ -136,9 +136,9 @@ def test_an_empty_file_is_a_failed_clip_and_a_count_of_zero_is_a_mistake():
         tsn_train_view(9, frames=0, rng=rng)
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", VIEW_RECIPES)
 def test_training_frames_of_every_recipe_at_every_length_to_400(name):
-    recipe = RECIPES[name]
+    recipe = VIEW_RECIPES[name]
     frames, stride = recipe["frames"], recipe.get("stride")
     for n in range(1, 401):
         for seed in range(2):

@@ -1,6 +1,6 @@
 """The tables of docs/scale.md: `python -m tools.scale_tables --write`.
 
-Arithmetic of `evl_cache.cluster_costs` for published data sets and towers; nothing is measured.
+Arithmetic of `evl_cache.extract.cluster_costs` for published data sets and towers; nothing is measured.
 """
 
 import sys
@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from evl_cache.cluster_costs import Assumptions, cluster_costs, forward_tflop
+from evl_cache.extract.cluster_costs import Assumptions, cluster_costs, forward_tflop
 from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
-from evl_cache.store.size import sample_nbytes
+from evl_cache.store.format.size import sample_nbytes
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "scale.md"
 BEGIN, END = "<!-- tables: python -m tools.scale_tables --write -->", "<!-- end of tables -->"

@@ -5,9 +5,12 @@ from typing import Any
 
 from evl_cache.errors import UsageError
 from evl_cache.heads.attentive import AttentiveHead
-from evl_cache.heads.evl import EVLHead
-from evl_cache.heads.head import MODULES, Head
+from evl_cache.heads.decoder.evl import EVLHead
+from evl_cache.heads.decoder.plain import PlainHead
+from evl_cache.heads.decoder.workspace import Workspace
+from evl_cache.heads.head import MODULES, Head, Maps, Tokens
 from evl_cache.heads.ladder import LadderHead
+from evl_cache.heads.layer_tokens import LayerTokens, decoded_maps
 from evl_cache.heads.linear import LinearHead
 from evl_cache.heads.meanpool import MeanPoolHead
 from evl_cache.heads.mlap import MLAPHead
@@ -18,7 +21,13 @@ __all__ = [
     "MODULES",
     "EVLHead",
     "Head",
+    "LayerTokens",
+    "Maps",
+    "PlainHead",
+    "Tokens",
+    "Workspace",
     "build_head",
+    "decoded_maps",
     "has_module",
     "head_class",
     "head_depth",

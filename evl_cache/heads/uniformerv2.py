@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evl_cache.heads.blocks import MLP, QueryAttention, zero
-from evl_cache.heads.decoder_layer import QuickGELU
+from evl_cache.heads.decoder.decoder_layer import QuickGELU
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
 

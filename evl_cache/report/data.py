@@ -10,18 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from evl_cache.checkpoint import (
-    CONFUSION_NAME,
-    METRICS_NAME,
-    RESULT_NAME,
-    SCORED_NAME,
-    RunConfig,
-    read_run_config,
-)
+from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
-from evl_cache.spec import digest
+from evl_cache.runs import CONFUSION_NAME, METRICS_NAME, RESULT_NAME, SCORED_NAME, RunConfig, read_run_config
 from evl_cache.sweep import RUNS_NAME, SWEEP_NAME, read_sweep
-from evl_cache.train_options import OPERATIONAL
+from evl_cache.train import OPERATIONAL
 
 _OF_A_SEED = OPERATIONAL | {"seed", "order_seed"}
 

@@ -8,20 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.directory import MOST_DESCRIPTION_NBYTES, CacheDescription, read_clips, read_description
-from evl_cache.store.file_system import check_no_links, read_limited
-from evl_cache.store.layout import DONE_NAME, MANIFEST_NAME, array_layouts, mark_path
-from evl_cache.store.manifest import MOST_MANIFEST_NBYTES, Manifest, manifest_document, read_manifest
-from evl_cache.store.marks import Mark, read_mark
-from evl_cache.store.metadata import METADATA_NAME
-from evl_cache.store.objects import DirectoryObjects
-from evl_cache.store.publish import canonical_json, file_digest, is_staging_name
-from evl_cache.store.recomputed import read_projections
-from evl_cache.store.recovery import check_recovery, has_intact_recovery
-from evl_cache.store.shard_index import read_index
-from evl_cache.strict_json import parse_json
+from evl_cache.store.disk.checksum import file_digest
+from evl_cache.store.disk.file_system import check_no_links, read_limited
+from evl_cache.store.disk.publish import is_staging_name
+from evl_cache.store.format.description import (
+    MOST_DESCRIPTION_NBYTES,
+    CacheDescription,
+    read_clips,
+    read_description,
+)
+from evl_cache.store.format.layout import DONE_NAME, MANIFEST_NAME, array_layouts, mark_path
+from evl_cache.store.format.manifest import MOST_MANIFEST_NBYTES, Manifest, manifest_document, read_manifest
+from evl_cache.store.format.marks import Mark, read_mark
+from evl_cache.store.format.recomputed import read_projections
+from evl_cache.store.format.recovery import check_recovery, has_intact_recovery
+from evl_cache.store.objects.objects import DirectoryObjects
+from evl_cache.store.shards.metadata import METADATA_NAME
+from evl_cache.store.shards.shard_index import read_index
+from evl_cache.untrusted.json_text import parse_json
 
 
 @dataclass(frozen=True, kw_only=True)

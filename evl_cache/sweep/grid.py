@@ -23,7 +23,7 @@ from typing import Any
 from evl_cache.errors import UsageError
 from evl_cache.heads import MODULES, has_module
 from evl_cache.notation import parse_layers
-from evl_cache.train_options import DEFAULT_EPOCHS, OPERATIONAL, TrainOptions
+from evl_cache.train import DEFAULT_EPOCHS, OPERATIONAL, TrainOptions
 
 _SHORT = {name.removeprefix("temporal_").replace("_", "-"): name for name in MODULES}
 # Values of `temporal`: modules that are on.

@@ -6,11 +6,10 @@ from typing import TypeVar
 
 import torch
 
-from evl_cache.batch_size import training_step
 from evl_cache.heads import Head
-from evl_cache.memory import available_bytes, peak_bytes, reset_peak
+from evl_cache.processes import available_bytes, peak_bytes, reset_peak
 from evl_cache.store import StoredBatch
-from evl_cache.train_options import TrainOptions
+from evl_cache.train import TrainOptions, training_step
 
 MEMORY_SHARE = 0.7  # of what is available: others want memory too
 _SAMPLES = (1, 3)

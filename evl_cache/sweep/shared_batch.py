@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
-from evl_cache.head_reads import HeadReads
-from evl_cache.heads.layer_tokens import LayerTokens, decoded_maps
-from evl_cache.scoring import HeadInputs
+from evl_cache.heads import LayerTokens, decoded_maps
+from evl_cache.runs import HeadInputs
 from evl_cache.store import StoredBatch
+from evl_cache.train import HeadReads
 
 
 class SharedBatch:

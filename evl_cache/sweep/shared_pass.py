@@ -9,17 +9,21 @@ from pathlib import Path
 import torch
 
 from evl_cache.batches import Batch, Loader
-from evl_cache.checkpoint import BEST_NAME, HEAD_NAME, RESULT_NAME, STATE_NAME, load_state
-from evl_cache.head_reads import HeadReads
-from evl_cache.heads.evl import EVLHead
-from evl_cache.heads.workspace import Workspace
-from evl_cache.interruption import Interrupted, StopRequests
-from evl_cache.run_setup import prepare_run, run_config
-from evl_cache.scoring import Scores, ViewSums, scores_of
+from evl_cache.heads import EVLHead, Workspace
+from evl_cache.processes import Interrupted, StopRequests
+from evl_cache.runs import (
+    BEST_NAME,
+    HEAD_NAME,
+    RESULT_NAME,
+    STATE_NAME,
+    Scores,
+    ViewSums,
+    load_state,
+    scores_of,
+)
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.shared_batch import SharedBatch
-from evl_cache.train_options import PRECISIONS, TrainOptions
-from evl_cache.trainer import Diverged, Trainer
+from evl_cache.train import PRECISIONS, Diverged, HeadReads, Trainer, TrainOptions, prepare_run, run_config
 
 OnPassStep = Callable[[int, int, int], None]  # steps done, steps in all, heads that still train
 

@@ -11,20 +11,25 @@ from typing import Any
 
 import torch
 
-from evl_cache.checkpoint import CONFIG_NAME, RESULT_NAME, write_json
-from evl_cache.dataset import samples_of_clips
-from evl_cache.distributed import Processes
+from evl_cache.batches import samples_of_clips
+from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
-from evl_cache.head_reads import HeadReads, all_reads, head_reads
-from evl_cache.interruption import StopRequests
-from evl_cache.loaders import make_loaders, shuffle_blocks
-from evl_cache.run_setup import check_pair, run_config
-from evl_cache.spec import digest
+from evl_cache.processes import Processes, StopRequests
+from evl_cache.runs import CONFIG_NAME, RESULT_NAME, write_json
 from evl_cache.store import FeatureCache
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.memory import HeadMemory, available_room, head_memory, split_passes
 from evl_cache.sweep.shared_pass import OnPassStep, PlannedRun, SweepPass
-from evl_cache.train_options import OPERATIONAL
+from evl_cache.train import (
+    OPERATIONAL,
+    HeadReads,
+    all_reads,
+    check_pair,
+    head_reads,
+    make_loaders,
+    run_config,
+    shuffle_blocks,
+)
 
 SWEEP_NAME = "sweep.json"
 RUNS_NAME = "runs"

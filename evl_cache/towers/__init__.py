@@ -1,6 +1,20 @@
 """Image towers: built by name, and read through one adapter a family."""
 
-from evl_cache.towers.adapter import TowerAdapter, adapter_of
+from evl_cache.towers.adapter import TowerAdapter
+from evl_cache.towers.backbone import Backbone, Features, check_layers, map_projections
 from evl_cache.towers.build import build_tower
+from evl_cache.towers.families import adapter_of
+from evl_cache.towers.names import default_pretrained
+from evl_cache.towers.tower import Tower
 
-__all__ = ["TowerAdapter", "adapter_of", "build_tower"]
+__all__ = [
+    "Backbone",
+    "Features",
+    "Tower",
+    "TowerAdapter",
+    "adapter_of",
+    "build_tower",
+    "check_layers",
+    "default_pretrained",
+    "map_projections",
+]

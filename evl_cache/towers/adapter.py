@@ -7,10 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
-from torch import nn
 
 from evl_cache.attention_maps import MapProjection
-from evl_cache.errors import UsageError
 
 # Called as each block attends: block number, queries and keys of its patches, (S, P, H, D) each.
 KeepQueriesKeys = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -53,23 +51,3 @@ class TowerAdapter(Protocol):
         Raises: UsageError where a norm and a matrix are not all that makes them.
         """
         ...
-
-
-def adapter_of(visual: nn.Module) -> TowerAdapter:
-    """The adapter of a tower.
-
-    Raises: UsageError for one whose blocks have no tokens, queries and keys that EVL can read.
-    """
-    from evl_cache.towers.open_clip_vit import OpenClipVit
-    from evl_cache.towers.timm_vit import TimmVit, timm_trunk
-
-    if hasattr(getattr(visual, "transformer", None), "resblocks") and hasattr(visual, "_embeds"):
-        return OpenClipVit(visual)
-    trunk = timm_trunk(visual)
-    if trunk is None:
-        raise UsageError(
-            f"the image tower is a {type(visual).__name__}; expected an open_clip VisionTransformer (ViT-…) or a "
-            "VisionTransformer or Eva of timm (SigLIP, EVA-02, PE-Core, DINO): other towers have no blocks of tokens "
-            "that EVL can read"
-        )
-    return TimmVit(trunk)

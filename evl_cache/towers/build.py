@@ -9,11 +9,12 @@ import torch
 from torch import nn
 
 from evl_cache.errors import UsageError
-from evl_cache.spec import TIMM_PREFIX, TINY_TOWER, TowerSpec
-from evl_cache.towers.adapter import adapter_of
+from evl_cache.spec import TowerSpec
+from evl_cache.towers.families import adapter_of
+from evl_cache.towers.names import TIMM_PREFIX, TINY_TOWER
 from evl_cache.towers.pretrained import bundled, find_weights, load_weights
 from evl_cache.towers.timm_names import build_timm
-from evl_cache.weights import tensors_sha256
+from evl_cache.towers.weights import tensors_sha256
 
 _RANDOM_SEED = 0
 

@@ -13,8 +13,8 @@ from urllib.request import getproxies
 from torch import nn
 
 from evl_cache.errors import WeightsError, WeightsUnavailable
-from evl_cache.spec import TINY_PRETRAINED, TINY_TOWER
-from evl_cache.weights import TowerWeights, read_tower_weights
+from evl_cache.towers.names import TINY_PRETRAINED, TINY_TOWER
+from evl_cache.towers.weights import TowerWeights, read_tower_weights
 
 
 def bundled(name: str) -> Path:

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from evl_cache.errors import UsageError, WeightsError
-from evl_cache.spec import TIMM_DEFAULT, TIMM_PREFIX
-from evl_cache.towers.adapter import adapter_of
+from evl_cache.towers.families import adapter_of
+from evl_cache.towers.names import TIMM_DEFAULT, TIMM_PREFIX
 from evl_cache.towers.pretrained import load_weights, offline_where_unreachable, unavailable
-from evl_cache.weights import TowerWeights, read_tower_weights
+from evl_cache.towers.weights import TowerWeights, read_tower_weights
 
 
 def build_timm(model: str, pretrained: str, *, seed: int) -> tuple[nn.Module, dict[str, Any], str]:

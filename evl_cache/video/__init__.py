@@ -12,14 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from evl_cache.errors import ClipError
-from evl_cache.video.clip import (
-    Choose,
-    ClipHeader,
-    DecodedClip,
-    DecodeOptions,
-    FrameEvent,
-    has_decord,
-)
+from evl_cache.video.frames import Choose, ClipHeader, DecodedClip, DecodeOptions, FrameEvent, has_decord
 from evl_cache.video.native_messages import own_stderr
 from evl_cache.video.with_decord import decord_frames
 from evl_cache.video.with_pyav import pyav_frames

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from evl_cache.video.clip import has_decord
+from evl_cache.video.frames import has_decord
 
 _AV_LOG_PRINT_LEVEL = 2
 _MOST_BYTES = 1 << 16

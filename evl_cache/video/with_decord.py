@@ -7,7 +7,7 @@ import numpy as np
 
 from evl_cache.errors import ClipError
 from evl_cache.video import native_messages, with_pyav
-from evl_cache.video.clip import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
+from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
 
 # What decord recovers it counts, and this share of the frames is too much.
 _NO_FAULT = 1e-9

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evl_cache.errors import ClipError
-from evl_cache.video.clip import Choose, ClipHeader, DecodeOptions, FrameEvent, reason_of
+from evl_cache.video.frames import Choose, ClipHeader, DecodeOptions, FrameEvent, reason_of
 
 if TYPE_CHECKING:
     import av

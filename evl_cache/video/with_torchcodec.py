@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from evl_cache.errors import ClipError
-from evl_cache.video.clip import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
+from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
 
 
 def torchcodec_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:

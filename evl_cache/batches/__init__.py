@@ -1,0 +1,22 @@
+"""Batches of samples for stage two: their order in an epoch, and how they are read from a cache."""
+
+from evl_cache.batches.batch import Batch, LoaderTimes
+from evl_cache.batches.epoch_order import BatchPart, EpochOrder
+from evl_cache.batches.feature_loader import FeatureLoader, samples_of_clips
+from evl_cache.batches.folds import split_clips
+from evl_cache.batches.resident import ResidentSamples, default_budget
+from evl_cache.batches.source import Loader, Source
+
+__all__ = [
+    "Batch",
+    "BatchPart",
+    "EpochOrder",
+    "FeatureLoader",
+    "Loader",
+    "LoaderTimes",
+    "ResidentSamples",
+    "Source",
+    "default_budget",
+    "samples_of_clips",
+    "split_clips",
+]

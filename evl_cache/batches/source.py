@@ -1,0 +1,67 @@
+"""What stage two trains on: a source of samples, and the loader that gives them in batches."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from evl_cache.batches.batch import Batch, LoaderTimes
+from evl_cache.clips import Clip
+from evl_cache.spec import CacheSpec
+
+
+class Source(Protocol):
+    """What samples are of: a cache, or videos that stand in for one. Attributes as `FeatureCache`."""
+
+    @property
+    def spec(self) -> CacheSpec:
+        """What the features are."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int64 (samples,)."""
+
+    @property
+    def sample_clips(self) -> np.ndarray:
+        """int64 (samples,): row of `clips`."""
+
+    @property
+    def clips(self) -> Sequence[Clip]:
+        """Every clip, in order."""
+
+    @property
+    def place(self) -> str:
+        """Where it lies, as it may be shown."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the features."""
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """Where the tower came from (`model`, `pretrained`), as far as it is known."""
+
+
+class Loader(Protocol):
+    """Batches of some samples of a source, in an order drawn anew for each epoch. See `FeatureLoader`."""
+
+    samples: np.ndarray
+    times: LoaderTimes
+
+    @property
+    def cache(self) -> Source:
+        """What the samples are rows of."""
+
+    @property
+    def sample_nbytes(self) -> int:
+        """Bytes of a sample as it is stored, decompressed; 0 where none is stored."""
+
+    @property
+    def skipped_clips(self) -> int:
+        """Clips asked for that have no features."""
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+
+    def epoch(self, number: int = 0, *, start_batch: int = 0) -> Iterator[Batch]:
+        """Every sample once, from a batch on."""

@@ -1,0 +1,1 @@
+"""Caches as a lab sees them: found by what they hold, listed, watched, shared, described."""

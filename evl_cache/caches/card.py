@@ -1,0 +1,216 @@
+"""The card of a cache: its README.md as data hubs expect it, YAML front matter and all. Nothing in it is guessed."""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evl_cache import __version__
+from evl_cache.caches.extract_command import extract_command
+from evl_cache.caches.places import FoundCache
+from evl_cache.errors import CacheError, UsageError
+from evl_cache.notation import format_layers
+from evl_cache.spec import CacheSpec
+from evl_cache.store import CARD_NAME, FeatureCache, Manifest, is_url, manifest_at, write_card
+
+UNKNOWN_LICENSE = "unknown"  # as data hubs call it
+# What data hubs part data sets into, by samples.
+_SIZES = (
+    (10**3, "n<1K"),
+    (10**4, "1K<n<10K"),
+    (10**5, "10K<n<100K"),
+    (10**6, "100K<n<1M"),
+    (10**7, "1M<n<10M"),
+)
+# BibTeX: key, title, authors, year, where.
+_EVL = "lin2022frozen|Frozen CLIP Models are Efficient Video Learners|Lin, Ziyi and others|2022|ECCV"
+_DATASETS = {
+    "k400": "kay2017kinetics|The Kinetics Human Action Video Dataset|Kay, Will and others|2017|arXiv:1705.06950",
+    "ssv2": "goyal2017something|The Something Something Video Database|Goyal, Raghav and others|2017|ICCV",
+    "ucf101": "soomro2012ucf101|UCF101: A Dataset of 101 Human Actions|Soomro, Khurram and others|2012|arXiv:1212.0402",
+    "hmdb51": "kuehne2011hmdb|HMDB: A Large Video Database for Human Motion Recognition|Kuehne, H. and others|2011|ICCV",
+}
+
+
+def cache_card(
+    cache: FeatureCache, *, license_name: str = UNKNOWN_LICENSE, address: str | None = None
+) -> str:
+    """The text of a complete cache's card.
+
+    Args:
+        license_name: as data hubs name it, such as `cc-by-4.0`. address: URL where others will find the cache.
+
+    Raises: CacheError where it is not complete; UsageError for a licence that is no name.
+    """
+    if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", license_name):
+        raise UsageError(
+            f"--license {license_name!r}; expected an identifier in small letters, such as cc-by-4.0 or other"
+        )
+    manifest = manifest_at(cache.path, cache.spec)
+    if manifest is None:
+        raise CacheError(
+            f"{cache.place}: has no intact manifest, and a card has its digest; run extract again, or repair it"
+        )
+    parts = [
+        _front_matter(cache.spec, license_name),
+        _introduction(cache.spec),
+        _table("What is in it", _contents(cache)),
+        _how_made(cache),
+        _table("Size and digests", _sizes(cache.spec, manifest)),
+        _PROOF,
+        _how_to_use(cache, address),
+        _licence(cache.spec, license_name),
+        _citation(cache.spec),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def make_card(path: str | Path, *, license_name: str, address: str | None, replace_card: bool) -> Path:
+    """Write the card of a cache into its directory. Returns: the file.
+
+    Raises: as `cache_card`; UsageError for a URL, or where another README.md is there and is not to be replaced.
+    """
+    if is_url(path):
+        raise UsageError(
+            "a cache behind a URL cannot be written to; use --print, or write the card before push"
+        )
+    cache = FeatureCache(path)
+    text = cache_card(cache, license_name=license_name, address=address)
+    file = cache.path / CARD_NAME
+    if file.exists() and not replace_card and file.read_text(encoding="utf-8", errors="replace") != text:
+        raise UsageError(f"{file} is there and says something else; use --replace, or --print")
+    write_card(cache.path, text.encode())
+    return file
+
+
+def _front_matter(spec: CacheSpec, license_name: str) -> str:
+    size = next((name for most, name in _SIZES if spec.num_clips < most), "n>10M")
+    fields: Mapping[str, Any] = {
+        "pretty_name": _plain(_title(spec), quote=False),
+        "license": license_name,
+        "task_categories": ["video-classification"],
+        "size_categories": [size],
+        "tags": ["evl-cache", "features", "video", "zarr", _plain(spec.dataset, quote=False)],
+        "viewer": False,
+    }
+    # Values as JSON, which YAML reads as it is: names may hold anything.
+    return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---"])
+
+
+def _title(spec: CacheSpec) -> str:
+    layers = format_layers(spec.layers)
+    return f"{spec.dataset} {spec.split}, {spec.tower.model}, layers {layers}, {spec.views.frames} frames"
+
+
+def _introduction(spec: CacheSpec) -> str:
+    maps = " and adjacent-frame attention maps" if spec.has_maps else ""
+    return (
+        f"# {_plain(_title(spec))}\n\n"
+        f"Unpooled tokens{maps} of a frozen image tower, for training video classifiers (EVL, arXiv 2208.03550) without "
+        "videos and without the tower: made and read by evl-cache, a Zarr v3 group for every other reader. There is no "
+        "video in it."
+    )
+
+
+def _contents(cache: FeatureCache) -> dict[str, object]:
+    spec, views, failed = cache.spec, cache.spec.views, len(cache.failures)
+    kind = (
+        f"{views.train_views} augmented"
+        if views.train_views
+        else f"{views.temporal_views}x{views.spatial_views}"
+    )
+    sampling = views.sampling if views.stride is None else f"{views.sampling}, stride {views.stride}"
+    return {
+        "data set": f"{spec.dataset}, {spec.split}",
+        "clips": f"{spec.num_clips} of {len(spec.classes)} classes"
+        + (f"; {failed} failed and have no features" if failed else ""),
+        "views of a clip": f"{kind} of {views.frames} frames ({sampling})",
+        "tower": f"{spec.tower.model} ({spec.tower.pretrained}), {spec.tower.image_size} pixels, width {spec.tower.width}",
+        "weights, sha256": spec.tower.weights_sha256,
+        "layers": f"{format_layers(spec.layers)} of {spec.tower.blocks}",
+        "stored as": f"tokens {spec.tokens}, maps {spec.maps}, codec {spec.codec}",
+    }
+
+
+def _how_made(cache: FeatureCache) -> str:
+    spec, decoders = cache.spec, sorted({decoder for decoder, _ in cache.provenance})
+    # Not where the videos lay: that is nobody's business, and of no use to anyone.
+    recipe = {name: value for name, value in cache.recipe.items() if name != "root"}
+    command = extract_command(
+        FoundCache(place=cache.place, spec=spec, recipe=recipe),
+        split=spec.split,
+        layers=format_layers(spec.layers),
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in cache.description.created_with.items())
+    return (
+        f"## How it was made\n\n```bash\n{_plain(command, quote=False)}\n```\n\n"
+        f"Computed in {spec.compute_dtype}, preprocessing {_plain(spec.preprocessing)}; decoded by "
+        f"{_plain(', '.join(decoders) or 'an unknown decoder')}. Versions: {_plain(versions)}."
+    )
+
+
+def _sizes(spec: CacheSpec, manifest: Manifest) -> dict[str, object]:
+    nbytes = sum(size for size, _ in manifest.files.values())
+    return {
+        "size": f"{nbytes:,} bytes in {len(manifest.files)} files",
+        "cache digest": manifest.digest,
+        "feature_id": spec.feature_id,
+        "content_id": spec.content_id,
+    }
+
+
+_PROOF = "`evl-cache verify .` proves every byte against the cache digest: compare it with the one above."
+
+
+def _how_to_use(cache: FeatureCache, address: str | None) -> str:
+    name = _plain(cache.spec.name, quote=False)
+    place = shlex.quote(_plain(address, quote=False)) if address else name
+    fetch = f"evl-cache pull {place}\n" if address else ""
+    opened = json.dumps(_plain(address or name, quote=False))
+    layers = tuple(cache.spec.layers[-4:])
+    side = "--val-cache" if cache.spec.split in ("val", "test") else "--cache"
+    other = "--cache TRAIN_CACHE" if side == "--val-cache" else "--val-cache VAL_CACHE"
+    return (
+        f"## How to use it\n\n```bash\npip install evl-cache\n{fetch}"
+        f"evl-cache train {side} {place} {other} --head decoder{len(layers)}\n```\n\n"
+        f"```python\nfrom evl_cache import FeatureCache\n\ncache = FeatureCache({opened})\n"
+        f"tokens, maps = cache.read([0, 1], layers={layers})  # float32, a tensor a layer\nlabels = cache.labels\n```"
+    )
+
+
+def _licence(spec: CacheSpec, license_name: str) -> str:
+    said = "not stated" if license_name == UNKNOWN_LICENSE else f"`{license_name}`"
+    return (
+        f"## Licence\n\n{said[0].upper()}{said[1:]}. The features are made from the videos of {_plain(spec.dataset)} and "
+        f"the weights {_plain(spec.tower.pretrained)} of {_plain(spec.tower.model)}: whatever those ask for holds too."
+    )
+
+
+def _citation(spec: CacheSpec) -> str:
+    works = [_EVL] + ([_DATASETS[spec.dataset]] if spec.dataset in _DATASETS else [])
+    entries = [
+        f"@misc{{{key},\n  title = {{{title}}},\n  author = {{{author}}},\n  year = {{{year}}},\n"
+        f"  howpublished = {{{where}}},\n}}"
+        for key, title, author, year, where in (work.split("|") for work in works)
+    ]
+    return (
+        "## Citation\n\n```bibtex\n"
+        + "\n\n".join(entries)
+        + f"\n```\n\nWritten by `evl-cache card` {__version__}."
+    )
+
+
+def _table(title: str, rows: Mapping[str, object]) -> str:
+    return "\n".join(
+        [f"## {title}\n\n| | |\n|---|---|", *(f"| {n} | {_plain(str(v))} |" for n, v in rows.items())]
+    )
+
+
+def _plain(text: str, *, quote: bool = True) -> str:
+    """Text of a cache, which may hold anything, on one line; `quote`: without meaning in Markdown or HTML."""
+    line = "".join(c for c in " ".join(text.split()) if c.isprintable())
+    if not quote:
+        return line.replace("```", "")
+    return re.sub(r"([|<>`*\[\]\\])", r"\\\1", line)

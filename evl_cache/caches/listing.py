@@ -1,0 +1,120 @@
+"""What caches there are at the places one looks in: the account that `ls` gives."""
+
+import contextlib
+import os
+import pwd
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from evl_cache.caches.places import FoundCache, find_caches
+from evl_cache.notation import format_layers
+from evl_cache.store import (
+    MANIFEST_NAME,
+    array_layouts,
+    is_url,
+    manifest_at,
+    mark_path,
+    public_url,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedCache:
+    """One line of the list.
+
+    Attributes:
+        place: path, or URL without credentials.
+        dataset, split, model: names. layers, frames, views: as options take them.
+        nbytes: of the data files, as far as they are there. blocks_done, blocks: finished, and in all.
+        owner: user whose files they are; None where that cannot be told (URLs). modified: of its newest mark or
+            manifest, ISO 8601 in UTC; None likewise. cache_digest: of a complete one.
+    """
+
+    place: str
+    dataset: str
+    split: str
+    model: str
+    layers: str
+    frames: int
+    views: str
+    clips: int
+    nbytes: int
+    blocks_done: int
+    blocks: int
+    owner: str | None
+    modified: str | None
+    cache_digest: str | None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every block is done and the manifest is written."""
+        return self.cache_digest is not None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "is_complete": self.is_complete}
+
+
+def list_caches(places: Sequence[str]) -> Iterator[ListedCache]:
+    """Caches at the places, in their order. Raises: CacheError where a URL cannot be read."""
+    for place in places:
+        for found in find_caches(place):
+            yield _listed(found)
+
+
+def _listed(found: FoundCache) -> ListedCache:
+    spec, views = found.spec, found.spec.views
+    manifest = manifest_at(found.place, spec)
+    if is_url(found.place):
+        nbytes = sum(size for size, _ in manifest.files.values()) if manifest else 0
+        done, owner, modified = (spec.num_blocks if manifest else 0), None, None
+    else:
+        root = Path(found.place)
+        marked = [block for block in range(spec.num_blocks) if mark_path(root, block).is_file()]
+        layouts = array_layouts(spec).values()
+        nbytes = sum(_size(layout.shard(root, block)) for layout in layouts for block in marked)
+        done = len(marked)
+        owner, modified = _owner_and_time([root / MANIFEST_NAME, root / "done", root / "zarr.json"])
+    crops = (
+        f"{views.train_views} augmented"
+        if views.train_views
+        else f"{views.temporal_views}x{views.spatial_views}"
+    )
+    return ListedCache(
+        place=public_url(found.place) if is_url(found.place) else found.place,
+        dataset=spec.dataset,
+        split=spec.split,
+        model=spec.tower.model,
+        layers=format_layers(spec.layers),
+        frames=views.frames,
+        views=crops,
+        clips=spec.num_clips,
+        nbytes=nbytes,
+        blocks_done=done,
+        blocks=spec.num_blocks,
+        owner=owner,
+        modified=modified,
+        cache_digest=None if manifest is None else manifest.digest,
+    )
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def _owner_and_time(paths: Sequence[Path]) -> tuple[str | None, str | None]:
+    """Of the first of the files that is there."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            found = os.stat(path)
+            when = datetime.fromtimestamp(found.st_mtime, tz=UTC).isoformat(timespec="seconds")
+            try:
+                return pwd.getpwuid(found.st_uid).pw_name, when
+            except KeyError:  # of another machine
+                return str(found.st_uid), when
+    return None, None

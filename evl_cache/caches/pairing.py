@@ -1,0 +1,132 @@
+"""Finding caches by what they hold, where a command does not name one."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from evl_cache.caches.extract_command import extract_command
+from evl_cache.caches.places import CACHE_ROOT_VARIABLE, FoundCache, cache_places, find_caches
+from evl_cache.clips import TRAIN_SPLITS, VAL_SPLITS
+from evl_cache.errors import UsageError
+from evl_cache.notation import format_layers
+from evl_cache.spec import CacheSpec
+from evl_cache.store import (
+    FeatureCache,
+    is_url,
+    open_objects,
+    public_url,
+    read_clips_from,
+    read_description_from,
+)
+from evl_cache.train import HeadNeeds
+
+_DEFAULT_BLOCKS = 12  # of extract's default model
+
+
+def find_pair(
+    dataset: str | None, *, places: Sequence[str | Path], needs: HeadNeeds
+) -> tuple[FoundCache, FoundCache]:
+    """The one training cache (of a data set, where named) that fits, and its validation cache.
+
+    Raises: UsageError where none fits, saying what is missing and how to make it, or several do (they are listed).
+    """
+    found = [c for place in places for c in find_caches(place) if dataset in (None, c.spec.dataset)]
+    wanted = "caches" if dataset is None else f"caches of {dataset}"
+    under = ", ".join(public_url(str(p)) if is_url(p) else str(p) for p in places)
+    if not found:
+        layers = f" --layers {needs.layers(_DEFAULT_BLOCKS)}"
+        raise UsageError(
+            f"no {wanted} under {under}; run evl-cache extract --dataset {dataset or 'NAME'}{layers}, "
+            f"or set {CACHE_ROOT_VARIABLE}"
+        )
+    pairs = [
+        (t, v)
+        for t in found
+        if t.spec.split in TRAIN_SPLITS and needs.objection(t.spec) is None
+        for v in found
+        if v.spec.split in VAL_SPLITS and _belong_together(t.spec, v.spec)
+    ]
+    if len(pairs) > 1:  # folds of one data set: what one trains on, another validates on
+        pairs = [(t, v) for t, v in pairs if _clip_ids(t).isdisjoint(_clip_ids(v))]
+    if len(pairs) == 1:
+        return pairs[0]
+    listed = "; ".join(
+        f"{c.name} ({c.spec.dataset} {c.spec.split}, {c.spec.tower.model}, layers {list(c.spec.layers)})"
+        for c in found
+    )
+    if not pairs:
+        raise UsageError(
+            f"no pair of train and validation {wanted} under {under} fits the head; there are: {listed}; "
+            f"{_missing(found, needs)}"
+        )
+    raise UsageError(f"several {wanted} under {under} fit; name one with --cache and --val-cache: {listed}")
+
+
+def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:
+    """Of the caches that come nearest: what they lack, and the command that makes it."""
+    train = [c for c in found if c.spec.split in TRAIN_SPLITS]
+    fitting = [c for c in train if needs.objection(c.spec) is None]
+    if fitting:
+        cache = fitting[0]
+        command = extract_command(cache, split="val", layers=format_layers(cache.spec.layers))
+        return f"{cache.name} fits, but its validation cache is missing; run {command}"
+    if train:
+        cache = train[-1]
+        layers = needs.layers(cache.spec.tower.blocks)
+        maps = "uint8" if needs.some_maps and cache.spec.maps == "none" else cache.spec.maps
+        command = extract_command(cache, split=None, layers=layers, maps=maps)
+        return f"{cache.name}: {needs.objection(cache.spec)}; run {command}"
+    cache = found[0]
+    command = extract_command(cache, split="train", layers=format_layers(cache.spec.layers))
+    return f"the training cache is missing; run {command}"
+
+
+def _clip_ids(found: FoundCache) -> frozenset[str]:
+    objects = open_objects(found.place)
+    return frozenset(clip.id for clip in read_clips_from(objects, read_description_from(objects)))
+
+
+def _belong_together(train: CacheSpec, val: CacheSpec) -> bool:
+    return (
+        train.dataset == val.dataset
+        and train.tower.weights_sha256 == val.tower.weights_sha256
+        and train.layers == val.layers
+        and (train.views.frames, train.views.sampling, train.views.stride)
+        == (val.views.frames, val.views.sampling, val.views.stride)
+        and (train.tokens, train.maps, train.classes) == (val.tokens, val.maps, val.classes)
+    )
+
+
+def find_training_caches(
+    dataset: str | None,
+    cache: Path | str | None,
+    val_cache: Path | str | None,
+    *,
+    needs: HeadNeeds,
+    same_cache_for_val: bool,
+    trust: bool = False,
+    on_found: Callable[[FeatureCache, FeatureCache], None] = lambda train, val: None,
+) -> tuple[FeatureCache, FeatureCache]:
+    """The training and the validation cache: those named, or the pair there is that fits.
+
+    Args:
+        needs: of the heads to train.
+        same_cache_for_val: clips for validation are named: they may be of the training cache.
+        trust: do not check chunks against their marks.
+        on_found: told the pair, where none was named.
+
+    Raises: UsageError where the arguments do not tell, nothing fits, or several do.
+    """
+    if dataset is not None and cache is not None:
+        raise UsageError("--dataset (caches are found) and --cache; expected one of them at most")
+    if cache is not None:
+        if val_cache is None and not same_cache_for_val:
+            raise UsageError(
+                f"--cache {cache} without --val-cache; give one, or --val-clips of the same cache"
+            )
+        train = FeatureCache(cache, trust=trust)
+        return train, train if val_cache is None else FeatureCache(val_cache, trust=trust)
+
+    pair = find_pair(dataset, places=cache_places(), needs=needs)
+    opened = FeatureCache(pair[0].place, trust=trust), FeatureCache(val_cache or pair[1].place, trust=trust)
+    on_found(*opened)
+    return opened

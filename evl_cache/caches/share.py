@@ -1,0 +1,95 @@
+"""Caches carried from place to place: what `push` and `pull` do."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from evl_cache.caches.places import cache_root
+from evl_cache.errors import UsageError
+from evl_cache.store import (
+    OnBlock,
+    TransferResult,
+    copy_part,
+    copy_to_bucket,
+    copy_to_directory,
+    is_url,
+    open_objects,
+    part_spec,
+    public_url,
+    read_description_from,
+)
+
+DEFAULT_THREADS = 4
+
+
+def push(
+    cache: Path,
+    target: str,
+    *,
+    layers: Sequence[int] | None = None,
+    codec: str | None = None,
+    threads: int = DEFAULT_THREADS,
+    on_block: OnBlock = lambda moved: None,
+) -> TransferResult:
+    """Copy a cache, or a part of it, to a directory, or whole to a bucket.
+
+    Args:
+        target: one that ends with a slash is what the cache is put into.
+        layers, codec: what a part is; a copy where neither is given.
+
+    Raises: UsageError, CacheError, CacheDamaged as `store.transfer.copy_to_directory`; UsageError for a part to a bucket.
+    """
+    if layers is not None or codec is not None:
+        if is_url(target):
+            raise UsageError(
+                f"{public_url(target)}: a part is made in a directory; pull it from {cache} into one, then push that"
+            )
+        return pull(str(cache), target, layers=layers, codec=codec, threads=threads, on_block=on_block)
+    if target.endswith("/"):
+        target += cache.resolve().name
+    if is_url(target):
+        return copy_to_bucket(cache, target, threads=threads, on_block=on_block)
+    _check_apart(str(cache), Path(target))
+    return copy_to_directory(cache, Path(target), threads=threads, on_block=on_block)
+
+
+def pull(
+    source: str,
+    target: str | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    codec: str | None = None,
+    threads: int = DEFAULT_THREADS,
+    on_block: OnBlock = lambda moved: None,
+) -> TransferResult:
+    """Copy a cache, or a part of it, to a directory.
+
+    Args:
+        target: the new cache's directory, or with a slash at its end what it is put into; the first directory of
+            `$EVL_CACHE_ROOT` by default.
+        layers, codec: what a part is; a copy where neither is given.
+
+    Raises: as `push`.
+    """
+    if target is None or target.endswith("/"):
+        into = cache_root() if target is None else Path(target)
+        place = into / _name(source, layers, codec)
+    else:
+        place = Path(target)
+    _check_apart(source, place)
+    if layers is None and codec is None:
+        return copy_to_directory(source, place, threads=threads, on_block=on_block)
+    return copy_part(source, place, layers=layers, codec=codec, threads=threads, on_block=on_block)
+
+
+def _name(source: str, layers: Sequence[int] | None, codec: str | None) -> str:
+    if layers is not None:
+        spec = read_description_from(open_objects(source)).spec
+        return part_spec(spec, layers=layers, codec=codec).name
+    return public_url(source).rpartition("/")[2] if is_url(source) else Path(source).resolve().name
+
+
+def _check_apart(source: str, target: Path) -> None:
+    if is_url(target):
+        raise UsageError(f"{public_url(str(target))}: pull writes to a directory; push copies to s3://")
+    if not is_url(source) and Path(source).resolve() == target.resolve():
+        raise UsageError(f"{source}: from and to are the same directory; name another one")

@@ -1,0 +1,44 @@
+"""JSON that is the same for equal content, and digests of it."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from evl_cache.errors import UsageError
+
+
+def canonical_json(content: object) -> bytes:
+    """UTF-8 JSON that is the same for equal content: sorted keys, no spaces, one newline at the end.
+
+    Raises: UsageError for text that is not valid UTF-8.
+    """
+    return _canonical(content, allow_nan=False) + b"\n"
+
+
+def digest(content: object) -> str:
+    """Return the sha256 (hexadecimal) of canonical JSON without its newline; NaN has one too, so that it can be compared.
+
+    Raises: UsageError for text that is not valid UTF-8.
+    """
+    return hashlib.sha256(_canonical(content, allow_nan=True)).hexdigest()
+
+
+def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested mappings as one, under names such as `a.b`."""
+    out: dict[str, Any] = {}
+    for name, value in content.items():
+        if isinstance(value, Mapping):
+            out.update(flatten(value, f"{prefix}{name}."))
+        else:
+            out[prefix + name] = value
+    return out
+
+
+def _canonical(content: object, *, allow_nan: bool) -> bytes:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=allow_nan)
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        found = text[max(0, error.start - 40) : error.end]
+        raise UsageError(f"text ending in {found!r} is not valid UTF-8: rename the file it names") from error

@@ -1,0 +1,246 @@
+"""Kinetics-400, 600 and 700: CSV files of `label,youtube_id,time_start,time_end,split`, ten-second clips."""
+
+import csv
+import io
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from evl_cache.clips import Clip, ClipList
+from evl_cache.datasets.places import (
+    SPLIT_NAMES,
+    VideoTree,
+    annotation_folders,
+    find_annotation,
+    find_annotation_if_any,
+    join,
+    normal_split,
+    require_root,
+)
+from evl_cache.datasets.text_file import read_text
+from evl_cache.errors import UsageError
+
+_COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
+_EXPECTED = f"a CSV file whose first line is {','.join(_COLUMNS)} (is_cc may follow)"
+_YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]+")
+_SPLIT_FOLDERS = {
+    "train": ("train", "training", "videos_train", "train_256"),
+    "val": ("val", "validate", "validation", "valid", "videos_val", "val_256"),
+    "test": ("test", "videos_test", "test_256"),
+}
+_FILE_SPLITS = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    line: int
+    label: str
+    clip_id: str
+    split: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Table:
+    """Rows of one annotation file."""
+
+    path: Path
+    rows: tuple[_Row, ...]
+
+    def of(self, split: str) -> tuple[_Row, ...]:
+        return tuple(row for row in self.rows if row.split == split)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(row.split for row in self.rows))
+
+
+def read_kinetics(
+    root: Path, *, release: int, annotations: Path | None, split: str | None
+) -> dict[str, ClipList]:
+    """Clip lists by split: train and val where none is named, or what a given annotation file holds of them.
+
+    Classes are the names in the train annotation in alphabetical order, numbered from 0, for every split.
+    Where no train annotation can be found, the names in the split's own file are numbered (the published val
+    files hold every class).
+
+    Args:
+        root: where the videos lie: `<split>/<file>`, `<split>/<class>/<file>`, or either without `<split>`.
+        release: 400, 600 or 700.
+        annotations: a CSV file, or a folder of them; None looks in `annotations` under the root,
+            in `kinetics400` (600, 700), and in the root.
+        split: train, val (validate, validation) or test.
+
+    Raises: UsageError for missing or malformed annotation files, with the line.
+    """
+    require_root(root, dataset=f"Kinetics-{release}")
+    wanted = (normal_split(split),) if split is not None else ("train", "val")
+    if annotations is not None and annotations.is_file():
+        given = _read_table(annotations)
+        held = [name for name in wanted if given.of(name)] or wanted
+        tables = {name: _checked(given, name) for name in held}
+        folders = [annotations.parent]
+    else:
+        folders = annotation_folders(root, annotations, _usual_folders(release))
+        tables = {name: _checked(_read_table(_find(folders, release, name)), name) for name in wanted}
+    train = _train_table(tables, folders, release)
+    tree = VideoTree(root, suffix=".mp4")
+    return {name: _clip_list(tree, table, train or table, name) for name, table in tables.items()}
+
+
+def _usual_folders(release: int) -> list[str]:
+    return ["annotations", f"kinetics{release}", f"kinetics_{release}", f"kinetics{release}_2020"]
+
+
+def _find(folders: Sequence[Path], release: int, split: str) -> Path:
+    return find_annotation(folders, _file_names(release, split), what=_what(release, split))
+
+
+def _train_table(tables: Mapping[str, _Table], folders: Sequence[Path], release: int) -> _Table | None:
+    """The table that numbers the classes: among those read, or beside them on the disk."""
+    for table in tables.values():
+        if table.of("train"):
+            return table
+    path = find_annotation_if_any(folders, _file_names(release, "train"), what=_what(release, "train"))
+    return None if path is None else _checked(_read_table(path), "train")
+
+
+def _what(release: int, split: str) -> str:
+    return f"{split} annotation of Kinetics-{release}"
+
+
+def _checked(table: _Table, split: str) -> _Table:
+    if not table.of(split):
+        held = " and ".join(table.splits)
+        raise UsageError(
+            f"{table.path}, line {table.rows[0].line}: no row of split {split}, only {held}; "
+            f"expected rows of {split}: name another file with --annotations, or another --split"
+        )
+    return table
+
+
+def _file_names(release: int, split: str) -> list[str]:
+    prefixes = ("", f"kinetics{release}_", f"kinetics_{release}_", f"kinetics-{release}_", f"k{release}_")
+    later = (f"kinetics{release}_2020_", "kinetics_")
+    return [f"{prefix}{name}.csv" for prefix in (*prefixes, *later) for name in _FILE_SPLITS[split]]
+
+
+def _read_table(path: Path) -> _Table:
+    text = read_text(path, expected=_EXPECTED)
+    records = _records(text, path)
+    line, header = next(records, (1, []))
+    names = [name.strip().lower() for name in header]
+    absent = [name for name in _COLUMNS if name not in names]
+    if absent:
+        raise UsageError(
+            f"{path}, line {line}: header {','.join(header)[:80]!r} lacks {', '.join(absent)}; "
+            f"expected {_EXPECTED}"
+        )
+    at = tuple(names.index(name) for name in _COLUMNS)
+    rows = tuple(_row(fields, at, width=len(names), path=path, line=line) for line, fields in records)
+    if not rows:
+        raise UsageError(f"{path}, line {line}: only a header; expected a line for each clip below it")
+    return _Table(path=path, rows=rows)
+
+
+def _records(text: str, path: Path) -> Iterator[tuple[int, list[str]]]:
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            fields = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise UsageError(f"{path}, line {line}: not CSV ({error}); expected {_EXPECTED}") from error
+        if any(field.strip() for field in fields):
+            yield line, fields
+
+
+def _row(fields: list[str], at: tuple[int, ...], *, width: int, path: Path, line: int) -> _Row:
+    where = f"{path}, line {line}"
+    if len(fields) != width:
+        raise UsageError(
+            f"{where}: {len(fields)} fields; expected {width}, as in the header (quote a name with a comma)"
+        )
+    label, youtube_id, start, end, split = (fields[i].strip() for i in at)
+    if not label:
+        raise UsageError(
+            f"{where}: no label; expected a class name (annotations without labels cannot be used)"
+        )
+    if _YOUTUBE_ID.fullmatch(youtube_id) is None:
+        raise UsageError(f"{where}: youtube_id {youtube_id!r:.60}; expected letters, digits, - and _")
+    if split.lower() not in SPLIT_NAMES:
+        raise UsageError(f"{where}: split {split!r:.60}; expected train, val, validate or test")
+    times = _seconds(start, "time_start", where), _seconds(end, "time_end", where)
+    if times[1] <= times[0]:
+        raise UsageError(
+            f"{where}: time_end {times[1]} is not after time_start {times[0]}; expected a later second"
+        )
+    clip_id = f"{youtube_id}_{times[0]:06d}_{times[1]:06d}"
+    return _Row(line=line, label=label, clip_id=clip_id, split=SPLIT_NAMES[split.lower()])
+
+
+def _seconds(text: str, name: str, where: str) -> int:
+    if not (text.isascii() and text.isdecimal() and len(text) <= 6):
+        raise UsageError(f"{where}: {name} {text!r:.60}; expected a whole number of seconds, 0 to 999999")
+    return int(text)
+
+
+def _clip_list(tree: VideoTree, table: _Table, numbering: _Table, split: str) -> ClipList:
+    rows = table.of(split)
+    classes = tuple(sorted({row.label for row in numbering.of("train") or rows}))
+    numbers = {name: number for number, name in enumerate(classes)}
+    for row in rows:
+        if row.label not in numbers:
+            raise UsageError(
+                f"{table.path}, line {row.line}: label {row.label!r:.100} is in no train row of {numbering.path}; "
+                "expected classes of the train annotation, which numbers them"
+            )
+    found = _found(tree, {row.clip_id for row in rows}, split)
+    clips = tuple(
+        Clip(
+            id=row.clip_id,
+            path=found.get(row.clip_id) or _expected_path(tree, row, split),
+            label=numbers[row.label],
+            split=split,
+            line=row.line,
+        )
+        for row in rows
+    )
+    return ClipList(clips=clips, classes=classes, source=str(table.path))
+
+
+def _found(tree: VideoTree, wanted: set[str], split: str) -> dict[str, str]:
+    """Paths by clip id. Later places are looked into only while a clip is missing in the earlier ones."""
+    found: dict[str, str] = {}
+    for folder in _places(tree, split):
+        videos = tree.videos(folder)
+        new = [name for name in videos if name in wanted and name not in found]
+        found |= {name: join(folder, videos[name]) for name in new}
+        if len(found) == len(wanted):
+            break
+    return found
+
+
+def _places(tree: VideoTree, split: str) -> Iterator[str]:
+    own = _own_folders(tree, split)
+    yield from own
+    for folder in own:
+        yield from (join(folder, name) for name in tree.folders(folder))
+    yield ""
+    taken = {name for names in _SPLIT_FOLDERS.values() for name in names}
+    yield from (name for name in tree.folders("") if name not in taken)
+
+
+def _own_folders(tree: VideoTree, split: str) -> list[str]:
+    present = set(tree.folders(""))
+    return [name for name in _SPLIT_FOLDERS[split] if name in present]
+
+
+def _expected_path(tree: VideoTree, row: _Row, split: str) -> str:
+    """Where a missing clip would lie, after the layout of its neighbours."""
+    own = (_own_folders(tree, split) or [split])[0]
+    by_class = tree.folders(own)
+    folders = [name for name in (row.label, row.label.replace(" ", "_")) if name in by_class]
+    return join(own, (folders or [row.label])[0] if by_class else "", f"{row.clip_id}.mp4")

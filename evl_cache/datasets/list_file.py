@@ -1,0 +1,48 @@
+"""A list file: one `path label` a line."""
+
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+
+from evl_cache.clips import Clip, ClipList, ListLine, number_labels, parse_list
+from evl_cache.datasets.folder import VIDEO_SUFFIXES
+from evl_cache.errors import UsageError
+
+
+def read_list_file(path: Path, *, split: str) -> ClipList:
+    """Clips of a list file. Paths stay as written: `extract --root` says what they are relative to.
+
+    mmaction2's lists of videos have this form. Its lists of frame folders (`folder total_frames label`) do
+    not name videos, and are refused.
+
+    Raises: UsageError where the file cannot be read, a line has no label, or the lines name frame folders.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path}: cannot be read as a list of clips ({error}); expected UTF-8 lines 'path label'"
+        ) from error
+    rows = parse_list(text, source=str(path))
+    _refuse_frame_folders(rows, source=str(path))
+    labels, classes = number_labels([r.label for r in rows], source=str(path), lines=[r.line for r in rows])
+    clips = tuple(
+        Clip(id=row.path, path=row.path, label=label, split=split, line=row.line)
+        for row, label in zip(rows, labels, strict=True)
+    )
+    return ClipList(clips=clips, classes=classes, source=str(path))
+
+
+def _refuse_frame_folders(rows: Sequence[ListLine], *, source: str) -> None:
+    """One line of this form could be a video's odd name; all lines of a list cannot."""
+    if rows and all(_counts_frames(row.path) for row in rows):
+        row = rows[0]
+        raise UsageError(
+            f"{source}, line {row.line}: '{row.path} {row.label}' looks like a folder of frames, their number "
+            "and a label (mmaction2 rawframes); expected 'path label' with the path of a video: "
+            "list the videos instead"
+        )
+
+
+def _counts_frames(path: str) -> bool:
+    parts = path.rsplit(None, 1)
+    return len(parts) == 2 and parts[1].isdecimal() and PurePath(path).suffix.lower() not in VIDEO_SUFFIXES

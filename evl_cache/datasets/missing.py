@@ -1,0 +1,61 @@
+"""Clips whose files are not there, counted before hours of work start.
+
+A missing clip keeps its row: it becomes a failed clip, named in the marks with its reason and never served.
+So the order of samples, the content id and the blocks do not depend on what one machine happened to download,
+and a clip found later fills its own row.
+"""
+
+import math
+import os
+from pathlib import Path
+
+from evl_cache.clips import Clip, ClipList
+from evl_cache.datasets.places import is_file, list_directory
+from evl_cache.errors import UsageError
+
+_SHOWN = 3
+
+
+def missing_clips(clips: ClipList, root: Path) -> list[Clip]:
+    """Clips without a file, in list order.
+
+    One listing a folder: fast on network disks, where one question a file is slow.
+
+    Raises: UsageError where a folder cannot be listed.
+    """
+    files: dict[str, set[str]] = {}
+    missing = []
+    for clip in clips.clips:
+        folder, name = os.path.split(os.path.join(root, clip.path))
+        if folder not in files:
+            files[folder] = {entry.name for entry in list_directory(Path(folder)) if is_file(entry)}
+        if name not in files[folder]:
+            missing.append(clip)
+    return missing
+
+
+def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> ClipList:
+    """The list unchanged, if no more than `allow_percent` of its clips (0 to 100) are missing.
+
+    Raises: UsageError otherwise, naming count, percentage, the first files with their lines, and the remedy.
+    """
+    if not 0 <= allow_percent <= 100:
+        raise UsageError(f"--allow-missing {allow_percent}; expected a percentage from 0 to 100")
+    missing = missing_clips(clips, root)
+    percent = 100 * len(missing) / len(clips.clips)
+    if percent <= allow_percent:
+        return clips
+    shown = ", ".join(_named(clip) for clip in missing[:_SHOWN])
+    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    if len(missing) == len(clips.clips):
+        remedy = "give the folder that holds the videos as --root (--explain says what is expected in it)"
+    else:
+        remedy = f"fetch them, or go on without them by --allow-missing {math.ceil(percent * 100) / 100:g}"
+    raise UsageError(
+        f"{clips.source}: {len(missing)} of {len(clips.clips)} clips ({percent:.3g} %) are missing "
+        f"under {root}: {shown}{more}; expected at most {allow_percent:g} %; {remedy}"
+    )
+
+
+def _named(clip: Clip) -> str:
+    return clip.path if clip.line is None else f"{clip.path} (line {clip.line})"

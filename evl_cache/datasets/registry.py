@@ -1,0 +1,215 @@
+"""The data sets known by name, and how each is read."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from evl_cache.clips import ClipList
+from evl_cache.datasets.folder import read_folder
+from evl_cache.datasets.hmdb51 import read_hmdb51
+from evl_cache.datasets.kinetics import read_kinetics
+from evl_cache.datasets.list_file import read_list_file
+from evl_cache.datasets.places import normal_split
+from evl_cache.datasets.rendered_clips import RENDERED_VIEWS, read_rendered
+from evl_cache.datasets.something import read_something
+from evl_cache.datasets.ucf101 import read_ucf101
+from evl_cache.errors import UsageError
+from evl_cache.rendered import BENCHMARKS
+
+
+class ReadFunction(Protocol):
+    """Clip lists by split, from a root and what the user says about its annotations."""
+
+    def __call__(
+        self, root: Path, *, annotations: Path | None, split: str | None, list_path: Path | None
+    ) -> dict[str, ClipList]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetReader:
+    """One data set.
+
+    Attributes:
+        name: as `--dataset` takes it.
+        description: what is expected on the disk, as `--explain` prints it; several lines.
+        splits: what is read where no split is named.
+        views: frames, sampling, stride or views that suit its clips, where they are not the usual ones.
+        read: `read(root, annotations=None, split=None, list_path=None)` gives `{"train": …, "val": …}`, or
+            the one split named. Paths of clips are relative to the root (of a list: as written). Files that
+            are missing keep their clip; `missing.check_missing` counts them. Raises UsageError.
+    """
+
+    name: str
+    description: str
+    splits: tuple[str, ...] = ("train", "val")
+    views: Mapping[str, Any] = field(default_factory=dict)
+    read: ReadFunction
+
+
+def _without_list(
+    name: str, reader: Callable[[Path, Path | None, str | None], dict[str, ClipList]]
+) -> ReadFunction:
+    """A reader to which a list file means a mistake."""
+
+    def read(
+        root: Path, *, annotations: Path | None, split: str | None, list_path: Path | None
+    ) -> dict[str, ClipList]:
+        if list_path is not None:
+            raise UsageError(
+                f"--list {list_path} with --dataset {name}; expected --dataset list with it, or no --list"
+            )
+        return reader(root, annotations, split)
+
+    return read
+
+
+def _read_folder(root: Path, annotations: Path | None, split: str | None) -> dict[str, ClipList]:
+    if annotations is not None:
+        raise UsageError(
+            f"--annotations {annotations} with --dataset folder; the folders are the labels: leave it out"
+        )
+    lists = read_folder(root)
+    if split is None:  # a test folder stands in for val only where there is no val
+        return {name: clips for name, clips in lists.items() if name != "test" or "val" not in lists}
+    wanted = normal_split(split)
+    if set(lists) == {"all"}:  # an undivided folder is the split that the user says it is
+        clips = tuple(replace(clip, split=wanted) for clip in lists["all"].clips)
+        return {wanted: replace(lists["all"], clips=clips)}
+    if wanted not in lists:
+        raise UsageError(
+            f"{root}: no folder of split {wanted}, only {', '.join(lists)}; expected one of these as --split"
+        )
+    return {wanted: lists[wanted]}
+
+
+def _read_list(
+    root: Path, *, annotations: Path | None, split: str | None, list_path: Path | None
+) -> dict[str, ClipList]:
+    del root  # paths stay as written
+    if list_path is None or annotations is not None:
+        got = "no --list" if list_path is None else f"--annotations {annotations}"
+        raise UsageError(
+            f"--dataset list with {got}; expected --list FILE (lines 'path label') and no --annotations"
+        )
+    name = "all" if split is None else normal_split(split)
+    return {name: read_list_file(list_path, split=name)}
+
+
+_RENDERED = """\
+{name}, rendered H.264 clips under --root (default $EVL_DATA_ROOT/{name}):
+  videos       train/<class>/<index>.mp4 and val/<class>/<index>.mp4; where they are not there yet they are drawn
+               by seed, {clips} (evl-cache render {name} draws others: harder, easier, more)
+  annotations  none
+  labels       names of the {classes} in alphabetical order, numbered from 0
+  splits       train and val, of other colours and grounds; --split names one
+  views        8 frames, every second one
+  more         docs/rendered-benchmarks.md"""
+
+_RENDERED_CLASSES = {
+    "scenes": "12 pairs of shapes (chance 8.3 %; order says nothing)",
+    "motions": "14 motions (chance 7.1 %; without order at most 50 %)",
+}
+
+_KINETICS = """\
+Kinetics-{n} under --root (default $EVL_DATA_ROOT/k{n}):
+  videos       <youtube id>_<start, 6 digits>_<end, 6 digits>.mp4 (or another video ending)
+               in train/ and val/ (also validate/, validation/), flat or by class:
+               train/<file>, train/<class name>/<file>; or without train/ and val/
+               class folders may have spaces or underscores
+  annotations  train.csv and val.csv (also validate.csv, kinetics{n}_train.csv, kinetics{n}_val.csv, ...)
+               in annotations/, kinetics{n}/ or the root, or where --annotations says (a folder or one file);
+               columns label,youtube_id,time_start,time_end,split; is_cc may follow
+  labels       class names of the train annotation in alphabetical order, numbered from 0, for all splits
+  splits       train and val; --split names one (test needs a test.csv with labels)"""
+
+_SSV2 = """\
+Something-Something v2 under --root (default $EVL_DATA_ROOT/ssv2):
+  videos       <id>.webm (or another video ending) in 20bn-something-something-v2/, videos/ or the root
+  annotations  something-something-v2-labels.json, -train.json, -validation.json
+               (also labels.json, train.json, validation.json)
+               in annotations/, labels/ or the root, or in the folder --annotations names
+  labels       numbers of the labels file; templates are looked up there without their brackets
+  splits       train and val; --split names one (the test file has no labels)"""
+
+_UCF101 = """\
+UCF101 under --root (default $EVL_DATA_ROOT/ucf101):
+  videos       <class>/<file>.avi (or another video ending) in UCF-101/, UCF101/, videos/ or the root
+  annotations  classInd.txt, trainlist01.txt to trainlist03.txt, testlist01.txt to testlist03.txt
+               in annotations/, ucfTrainTestlist/ or the root, or in the folder --annotations names
+  labels       numbers of classInd.txt less one
+  splits       train and val (the test list) of fold 1; --split 2 means both of fold 2, --split train2 one"""
+
+_HMDB51 = """\
+HMDB51 under --root (default $EVL_DATA_ROOT/hmdb51):
+  videos       <class>/<file>.avi (or another video ending) in hmdb51_org/, hmdb51/, videos/ or the root
+  annotations  <class>_test_split1.txt to <class>_test_split3.txt, lines '<file>.avi code'
+               (1 train, 2 test, 0 neither) in annotations/, testTrainMulti_7030_splits/, test_train_splits/,
+               splits/ or the root, or in the folder --annotations names
+  labels       classes in alphabetical order, numbered from 0
+  splits       train and val (code 2) of fold 1; --split 2 means both of fold 2, --split train2 one"""
+
+_FOLDER = """\
+A folder of classes, --root (default $EVL_DATA_ROOT/folder):
+  videos       train/<class>/<video> and val/<class>/<video>; or <class>/<video>, one split called all
+  annotations  none
+  labels       names of the class folders in alphabetical order, numbered from 0
+  splits       train and val as there are (test where there is no val); --split names one"""
+
+_LIST = """\
+A list of videos, --list FILE, with --root for what its paths are relative to:
+  list         lines 'path label'; paths may hold spaces; mmaction2's lists of videos have the same form
+               (its lists of frame folders, 'folder total_frames label', are not read)
+  labels       numbers as they stand, or names, then numbered in alphabetical order
+  splits       the one --split names; all where it names none"""
+
+_READERS = (
+    *(
+        DatasetReader(
+            name=f"k{n}",
+            description=_KINETICS.format(n=n),
+            read=_without_list(
+                f"k{n}",
+                lambda root, annotations, split, n=n: read_kinetics(  # type: ignore[misc]
+                    root, release=n, annotations=annotations, split=split
+                ),
+            ),
+        )
+        for n in (400, 600, 700)
+    ),
+    DatasetReader(
+        name="ssv2",
+        description=_SSV2,
+        read=_without_list("ssv2", lambda r, a, s: read_something(r, annotations=a, split=s)),
+    ),
+    DatasetReader(
+        name="ucf101",
+        description=_UCF101,
+        read=_without_list("ucf101", lambda r, a, s: read_ucf101(r, annotations=a, split=s)),
+    ),
+    DatasetReader(
+        name="hmdb51",
+        description=_HMDB51,
+        read=_without_list("hmdb51", lambda r, a, s: read_hmdb51(r, annotations=a, split=s)),
+    ),
+    *(
+        DatasetReader(
+            name=name,
+            description=_RENDERED.format(
+                name=name, clips="100 and 30 clips of a class", classes=_RENDERED_CLASSES[name]
+            ),
+            views=RENDERED_VIEWS,
+            read=_without_list(
+                name,
+                lambda root, annotations, split, name=name: read_rendered(  # type: ignore[misc]
+                    name, root, annotations=annotations, split=split
+                ),
+            ),
+        )
+        for name in BENCHMARKS
+    ),
+    DatasetReader(name="folder", description=_FOLDER, read=_without_list("folder", _read_folder)),
+    DatasetReader(name="list", description=_LIST, splits=("all",), read=_read_list),
+)
+
+DATASETS: Mapping[str, DatasetReader] = {reader.name: reader for reader in _READERS}

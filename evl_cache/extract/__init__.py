@@ -1,0 +1,19 @@
+"""Stage one: the frozen tower runs once per clip, and its features are written to a cache."""
+
+from evl_cache.extract.prepare import PreparedClip, prepare_clip
+from evl_cache.extract.request import ExtractRequest, Plan, Progress, extract_dataset, plan_extraction
+from evl_cache.extract.stage import ExtractOptions, ExtractResult, extract, make_spec
+
+__all__ = [
+    "ExtractOptions",
+    "ExtractRequest",
+    "ExtractResult",
+    "Plan",
+    "PreparedClip",
+    "Progress",
+    "extract",
+    "extract_dataset",
+    "make_spec",
+    "plan_extraction",
+    "prepare_clip",
+]

@@ -1,0 +1,160 @@
+"""One block of stage one: decode, forward pass, quantise, hand to the writer.
+
+B samples, T frames, S the tower's image size, L layers.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from evl_cache.clips import Clip
+from evl_cache.extract.clips_ahead import ClipsAhead
+from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
+from evl_cache.extract.environment import run_environment
+from evl_cache.extract.prepare import PreparedClip, prepare_clip
+from evl_cache.extract.reuse import ReusableRows
+from evl_cache.extract.stage_seconds import StageSeconds
+from evl_cache.spec import CacheSpec
+from evl_cache.store import BlockLock, BlockWriter, ClipRecord, marked_blocks
+from evl_cache.towers import Backbone, Tower
+from evl_cache.video import DecodeOptions
+from evl_cache.video.pool import DEFAULT_TIMEOUT_S, DecodePool
+
+_LEAST_WAITING = 4  # clips that may wait for the device; more where a batch holds more
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractedBlock:
+    """A block whose rows are all with its writer, ready to commit."""
+
+    writer: BlockWriter
+    records: tuple[ClipRecord, ...]
+    environment: dict[str, Any]
+
+
+class BlockExtractor:
+    """Extracts blocks one at a time. A context manager: leaving it stops the threads and processes.
+
+    Args:
+        clips: the whole list. root: what relative paths are relative to. cache, spec: where to, and what.
+        tower: moved to `device` and the spec's compute dtype.
+        batch: samples of one forward pass; the last of a block is padded to it.
+        workers: processes that decode, and as many threads that crop and that compress.
+        reuse: a cache whose rows of equal features and sources are copied.
+        decoding, clip_timeout_s: see `decoding.pool`.
+        on_bottleneck: called with the stage that takes most (see `StageSeconds`) after each clip.
+        on_clip: called with whether it failed, after each clip.
+    """
+
+    def __init__(
+        self,
+        clips: Sequence[Clip],
+        *,
+        root: Path,
+        cache: Path,
+        spec: CacheSpec,
+        tower: Tower,
+        device: str,
+        batch: int,
+        workers: int,
+        reuse: Path | None,
+        on_clip: Callable[[bool], None],
+        decoding: DecodeOptions | None = None,
+        clip_timeout_s: float = DEFAULT_TIMEOUT_S,
+        on_bottleneck: Callable[[str], None] = lambda name: None,
+    ) -> None:
+        self.waited = StageSeconds()
+        self._my_locks: deque[Path] = deque(maxlen=2)  # of this block, and of the one being committed
+        self._on_bottleneck = on_bottleneck
+        self.clips, self.root, self.cache, self.spec, self.on_clip = clips, root, cache, spec, on_clip
+        on = torch.device(device)
+        visual = tower.visual.to(device=on, dtype=getattr(torch, spec.compute_dtype))
+        backbone = Backbone(visual, spec.stored_layers, with_maps=spec.stores_maps)
+        self._pipeline = DevicePipeline(backbone, spec, device=on, batch=batch, waited=self.waited)
+        self._reusable = None if reuse is None else ReusableRows(reuse, spec)
+        self._decode_pool = DecodePool(workers, options=decoding, timeout_s=clip_timeout_s)
+        # A thread for each process, and one that crops meanwhile.
+        self._ahead = ClipsAhead(
+            lambda row: self._prepare(self.clips[row]),
+            threads=workers + 1,
+            waiting=max(_LEAST_WAITING, batch // spec.views.per_clip),
+            clip_bytes=_clip_bytes(spec),
+        )
+        self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+        self._environment = run_environment(batch=batch, device=on, compute_dtype=spec.compute_dtype)
+
+    def extract(self, block: int, lock: BlockLock) -> ExtractedBlock:
+        """Every row of a block handed to a new writer, which the caller commits and closes.
+
+        Raises: CacheError where the disk refuses.
+        """
+        self._my_locks.append(lock.path)
+        writer = BlockWriter(self.cache, self.spec, block, lock=lock, encoders=self._encoders)
+        try:
+            clips = self._pipeline.run(self._clips_of(block))
+            records = tuple(self._finish(clip, writer) for clip in clips)
+        except BaseException:
+            writer.close()
+            raise
+        return ExtractedBlock(writer=writer, records=records, environment=self._environment)
+
+    def _clips_of(self, block: int) -> Iterator[ClipRows]:
+        rows = self.spec.clips_of_block(block)
+        for prepared in self._ahead.of(rows, likely_next=lambda: self._likely_next(block)):
+            yield ClipRows(prepared, self.spec.views.per_clip)
+
+    def _likely_next(self, block: int) -> Sequence[int]:
+        """Clips of the block that comes after; none where other jobs may take it."""
+        locks = set(self._my_locks[-1].parent.glob(f"*{self._my_locks[-1].suffix}"))
+        if {path for path in locks if path.stem.isdecimal()} - set(self._my_locks):
+            return ()
+        done = marked_blocks(self.cache)
+        following = (other for other in range(block + 1, self.spec.num_blocks) if other not in done)
+        found = next(following, None)
+        return () if found is None else self.spec.clips_of_block(found)
+
+    def _prepare(self, clip: Clip) -> PreparedClip:
+        is_known = (lambda clip_id, sha256: False) if self._reusable is None else self._reusable.has
+        return prepare_clip(
+            clip,
+            self.root,
+            tower=self.spec.tower,
+            views=self.spec.views,
+            is_known=is_known,
+            decode=self._decode_pool.frames,
+        )
+
+    def _finish(self, clip: ClipRows, writer: BlockWriter) -> ClipRecord:
+        record, rows = clip.record, clip.rows
+        if record.error is None and not rows:
+            assert self._reusable is not None and record.source_sha256 is not None
+            record, rows = self._reusable.fetch(record)
+        with self.waited.of("writing"):
+            for sample in range(self.spec.views.per_clip):
+                writer.append(None if record.error is not None else rows[sample])
+        self._on_bottleneck(self.waited.bottleneck)
+        self.on_clip(record.error is not None)
+        return record
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ahead.close(wait=False)
+        self._decode_pool.close()  # threads that wait for a worker hear that it is gone
+        self._pipeline.close()
+        self._ahead.close(wait=True)
+        self._encoders.shutdown(wait=True, cancel_futures=True)
+
+
+def _clip_bytes(spec: CacheSpec) -> int:
+    """Of a prepared clip: float32 samples."""
+    return 4 * 3 * spec.tower.image_size**2 * spec.views.frames * spec.views.per_clip

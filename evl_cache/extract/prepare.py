@@ -1,0 +1,199 @@
+"""A clip's video made ready for the backbone: hashed, decoded, cropped; with a record of where it came from."""
+
+import contextlib
+import hashlib
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch  # before anything that decodes: see video
+
+from evl_cache.clips import Clip
+from evl_cache.errors import ClipError
+from evl_cache.extract.augmentation import ViewAugmentation, view_generator
+from evl_cache.preprocess import spatial_crops
+from evl_cache.sampling import strided_test_views, strided_train_view, tsn_test_views, tsn_train_view
+from evl_cache.spec import TowerSpec, ViewSpec
+from evl_cache.store import ClipRecord
+from evl_cache.video import Choose, ClipHeader, FrameEvent, decode_frames
+
+Decode = Callable[[Path, Choose], Iterator[FrameEvent]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreparedClip:
+    """One clip before the forward pass.
+
+    Attributes:
+        record: where it came from, or why it failed.
+        samples: float32 (samples of the clip, T, 3, S, S), spatial views first, temporal within, or training views
+            by number; None where it failed or need not be decoded.
+    """
+
+    record: ClipRecord
+    samples: torch.Tensor | None
+
+
+def prepare_clip(
+    clip: Clip,
+    root: Path,
+    *,
+    tower: TowerSpec,
+    views: ViewSpec,
+    is_known: Callable[[str, str], bool] = lambda clip_id, sha256: False,
+    decode: Decode = decode_frames,
+    train_view: int | None = None,
+) -> PreparedClip:
+    """Hash, decode and crop one clip. This is where a clip's failure becomes data.
+
+    Args:
+        root: what relative paths are relative to.
+        is_known: whether features of a clip (id, sha256 of its file) are at hand: then it is not decoded.
+        decode: gives the frames chosen of a file; `decoding.pool` does it in another process.
+        train_view: only this one of the augmented training views.
+    """
+    drawn = range(views.train_views) if train_view is None else (train_view,)
+    path = root / clip.path
+    try:
+        size, sha256 = _hash_source(path)
+    except ClipError as error:
+        return PreparedClip(record=ClipRecord(id=clip.id, error=str(error)), samples=None)
+    source = ClipRecord(id=clip.id, source_bytes=size, source_sha256=sha256)
+    if is_known(clip.id, sha256):
+        return PreparedClip(record=source, samples=None)
+    try:
+        header, samples = _crop(
+            decode(path, lambda count: choose_frames(count, views, clip.id, drawn)), clip, tower, views, drawn
+        )
+    except ClipError as error:
+        failed = ClipRecord(id=clip.id, error=str(error), source_bytes=size, source_sha256=sha256)
+        return PreparedClip(record=failed, samples=None)
+    record = ClipRecord(
+        id=clip.id,
+        source_bytes=size,
+        source_sha256=sha256,
+        frame_size=header.frame_size,
+        frame_count=header.num_frames_in_file,
+        indices=tuple(tuple(int(i) for i in view) for view in header.indices),
+        decoder=header.decoder,
+    )
+    return PreparedClip(record=record, samples=samples)
+
+
+def _crop(
+    events: Iterator[FrameEvent], clip: Clip, tower: TowerSpec, views: ViewSpec, drawn: Sequence[int]
+) -> tuple[ClipHeader, torch.Tensor]:
+    """The samples of a clip, made frame by frame: at source resolution no more is held than comes at once."""
+    making: _TestViews | _TrainViews | None = None
+    with contextlib.closing(events):  # type: ignore[type-var]  # a generator
+        for event in events:
+            if isinstance(event, ClipHeader):
+                making = (
+                    _TrainViews(event, clip.id, tower, views, drawn)
+                    if views.train_views
+                    else _TestViews(event, tower, views)
+                )
+            else:
+                assert making is not None  # a header comes first
+                making.add(event)
+    assert making is not None  # else ClipError was raised
+    return making.header, making.samples()
+
+
+class _TestViews:
+    """Crops of temporal views, from frames as they come."""
+
+    def __init__(self, header: ClipHeader, tower: TowerSpec, views: ViewSpec) -> None:
+        self.header, self._tower = header, tower
+        self._positions = header.positions  # (V,T)
+        size = tower.image_size
+        self._samples = torch.empty(views.spatial_views, *self._positions.shape, 3, size, size)
+        self._added = 0
+
+    def add(self, frames: np.ndarray) -> None:
+        tower = self._tower
+        crops = spatial_crops(
+            frames, size=tower.image_size, mean=tower.mean, std=tower.std, crops=len(self._samples)
+        )  # (crops,some,3,S,S)
+        for number in range(len(frames)):
+            for view, t in np.argwhere(self._positions == self._added + number).tolist():
+                self._samples[:, view, t] = crops[:, number]
+        self._added += len(frames)
+
+    def samples(self) -> torch.Tensor:
+        """(spatial x temporal views, T, 3, S, S)."""
+        return self._samples.flatten(0, 1)
+
+
+class _TrainViews:
+    """Augmented views, from frames as they come; what is random in each is drawn before."""
+
+    def __init__(
+        self, header: ClipHeader, clip_id: str, tower: TowerSpec, views: ViewSpec, drawn: Sequence[int]
+    ) -> None:
+        self.header, self._tower = header, tower
+        self._positions = header.positions
+        self._augmentations = []
+        height, width = header.frame_size
+        for view in drawn:
+            rng = view_generator(views.augment_seed, clip_id, view)
+            _train_indices(header.num_frames_in_file, views, rng)  # drawn before; what follows is drawn after
+            self._augmentations.append(
+                ViewAugmentation.draw(rng, height=height, width=width, flip=views.flip)
+            )
+        self._samples = torch.empty(*self._positions.shape, 3, tower.image_size, tower.image_size)
+        self._added = 0
+
+    def add(self, frames: np.ndarray) -> None:
+        tower = self._tower
+        for frame in frames:
+            for view, augmentation in enumerate(self._augmentations):
+                places = np.flatnonzero(self._positions[view] == self._added)
+                if len(places):
+                    self._samples[view, places] = augmentation.apply(
+                        frame[None], size=tower.image_size, mean=tower.mean, std=tower.std
+                    )
+            self._added += 1
+
+    def samples(self) -> torch.Tensor:
+        """(views drawn, T, 3, S, S)."""
+        return self._samples
+
+
+def _train_indices(count: int, views: ViewSpec, rng: np.random.Generator) -> np.ndarray:
+    if views.sampling == "tsn":
+        return tsn_train_view(count, frames=views.frames, rng=rng)
+    assert views.stride is not None
+    return strided_train_view(count, frames=views.frames, stride=views.stride, rng=rng)
+
+
+def choose_frames(
+    num_frames_in_file: int, views: ViewSpec, clip_id: str, drawn: Sequence[int] | None = None
+) -> np.ndarray:
+    """Frame indices of every temporal view, int64 (views, T): drawn for training views, else by the test sampling.
+
+    drawn: only these of the training views.
+    """
+    if views.train_views:
+        wanted = range(views.train_views) if drawn is None else drawn
+        generators = (view_generator(views.augment_seed, clip_id, view) for view in wanted)
+        return np.stack([_train_indices(num_frames_in_file, views, rng) for rng in generators])
+    if views.sampling == "tsn":
+        return tsn_test_views(num_frames_in_file, frames=views.frames, views=views.temporal_views)
+    assert views.stride is not None
+    return strided_test_views(
+        num_frames_in_file, frames=views.frames, stride=views.stride, views=views.temporal_views
+    )
+
+
+def _hash_source(path: Path) -> tuple[int, str]:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise ClipError(f"{path}: is not a regular file")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return file.tell(), digest
+    except OSError as error:
+        raise ClipError(f"{path}: cannot be opened ({error.strerror})") from error

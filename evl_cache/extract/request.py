@@ -1,0 +1,181 @@
+"""A data set by name, extracted into one cache a split: what `evl-cache extract` does."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evl_cache.caches.places import cache_root
+from evl_cache.clips import TRAIN_SPLITS, ClipList
+from evl_cache.datasets import DATASETS, DatasetReader, check_missing
+from evl_cache.errors import UsageError
+from evl_cache.extract.stage import ExtractOptions, ExtractResult, OnBottleneck, OnClip, extract, make_spec
+from evl_cache.processes import Rendezvous
+from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, ViewSpec
+from evl_cache.towers import Tower, build_tower, default_pretrained
+
+DATA_ROOT_VARIABLE = "EVL_DATA_ROOT"
+DEFAULT_LAYERS = 4
+
+Progress = Callable[[CacheSpec], AbstractContextManager[tuple[OnClip, OnBottleneck]]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractRequest:
+    """What a user asks of `extract`; None is "the default that works".
+
+    Attributes:
+        dataset: name; root, annotations, list_path: where it lies. split: both train and val by default.
+        model, pretrained: the tower. layers: blocks; the last four by default.
+        views, tokens, maps, codec, compute_dtype: what is stored; see `spec`.
+        train_split_views: views of the train split, where they are others.
+        cache: the directory to write; named after its content under the cache root by default.
+        limit: only the first clips of the list. allow_missing_percent: of files that are not there.
+        pixels: of the decoder that will be used; see `DecodeOptions`.
+    """
+
+    dataset: str
+    root: Path | None = None
+    split: str | None = None
+    annotations: Path | None = None
+    list_path: Path | None = None
+    model: str = "ViT-B-16-quickgelu"
+    pretrained: str | None = None
+    layers: tuple[int, ...] | None = None
+    views: ViewSpec = field(default_factory=ViewSpec)
+    train_split_views: ViewSpec | None = None
+    tokens: str = "int8"
+    maps: str = "uint8"
+    codec: str = "default"
+    compute_dtype: str | None = None
+    cache: Path | None = None
+    limit: int | None = None
+    allow_missing_percent: float = 0.0
+    pixels: str = SOFTWARE_PIXELS
+
+    @property
+    def weights(self) -> str:
+        """`pretrained`, or the model's own."""
+        return self.pretrained or default_pretrained(self.model)
+
+    def recipe(self, root: Path) -> dict[str, Any]:
+        """What `repair` and `predict` need beside the spec; files by their whole path."""
+        names = {"model": self.model, "pretrained": self.weights}
+        paths = {name: str(Path(value).resolve()) for name, value in names.items() if Path(value).is_file()}
+        return {"root": str(root.resolve()), **names, **paths}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """One cache to make."""
+
+    split: str
+    clips: ClipList
+    spec: CacheSpec
+    cache: Path
+
+
+def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Path, list[Plan]]:
+    """The tower, the videos' root and the caches of a request; nothing is written.
+
+    Raises: UsageError, WeightsError for anything in the request that cannot be.
+    """
+    reader = dataset_reader(request.dataset)
+    root = dataset_root(request)
+    lists = reader.read(
+        root, annotations=request.annotations, split=request.split, list_path=request.list_path
+    )
+    if request.cache is not None and len(lists) > 1:
+        raise UsageError(
+            f"--cache {request.cache} for {len(lists)} splits ({', '.join(lists)}); name one with --split"
+        )
+    augmented = request.train_split_views is not None and request.train_split_views.train_views > 0
+    if augmented and not any(split in TRAIN_SPLITS for split in lists):
+        raise UsageError(
+            f"augmented training views, but no train split in {', '.join(lists)}; name it with --split train"
+        )
+    visual, tower = build_tower(request.model, request.weights)
+    layers = request.layers or tuple(range(max(1, tower.blocks - DEFAULT_LAYERS + 1), tower.blocks + 1))
+    plans = []
+    for split, clips in lists.items():
+        if request.limit is not None:
+            clips = replace(clips, clips=clips.clips[: request.limit])
+        check_missing(clips, root, allow_percent=request.allow_missing_percent)
+        spec = make_spec(
+            clips,
+            dataset=request.dataset,
+            split=split,
+            tower=tower,
+            layers=layers,
+            views=(request.train_split_views or request.views) if split in TRAIN_SPLITS else request.views,
+            tokens=request.tokens,
+            maps=request.maps,
+            codec=request.codec,
+            pixels=request.pixels,
+            compute_dtype=request.compute_dtype
+            or ("float32" if torch.device(device).type == "cpu" else "float16"),
+        )
+        plans.append(
+            Plan(split=split, clips=clips, spec=spec, cache=request.cache or cache_root() / spec.name)
+        )
+    return Tower(visual=visual, spec=tower), root, plans
+
+
+def dataset_reader(name: str) -> DatasetReader:
+    """Of a data set by name. Raises: UsageError for an unknown one."""
+    if name not in DATASETS:
+        raise UsageError(f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+def extract_dataset(
+    request: ExtractRequest,
+    *,
+    options: ExtractOptions,
+    progress: Progress,
+    on_plan: Callable[[Tower, Plan], None],
+    rendezvous: Rendezvous | None = None,
+) -> Iterator[tuple[Plan, ExtractResult]]:
+    """Extract every split of a request, one after another.
+
+    Args:
+        progress: opens the progress line of a cache, to be told of clips and of the bottleneck.
+        on_plan: called before each cache is begun.
+        rendezvous: of the processes of one run.
+    """
+    tower, root, plans = plan_extraction(request, device=options.device)
+    recipe = request.recipe(root)
+    for plan in plans:
+        on_plan(tower, plan)
+        with progress(plan.spec) as (on_clip, on_bottleneck):
+            result = extract(
+                plan.clips,
+                root=root,
+                cache=plan.cache,
+                spec=plan.spec,
+                tower=tower,
+                options=options,
+                recipe=recipe,
+                on_clip=on_clip,
+                on_bottleneck=on_bottleneck,
+                rendezvous=rendezvous,
+            )
+        yield plan, result
+
+
+def dataset_root(request: ExtractRequest) -> Path:
+    """Where the videos lie: `--root`, the list's own folder, or `$EVL_DATA_ROOT/<dataset>`."""
+    if request.root is not None:
+        return request.root
+    if request.list_path is not None:
+        return request.list_path.parent
+    base = os.environ.get(DATA_ROOT_VARIABLE)
+    if not base:
+        raise UsageError(
+            f"where is {request.dataset}? give --root, or set {DATA_ROOT_VARIABLE} to the folder above it"
+        )
+    return Path(base) / request.dataset

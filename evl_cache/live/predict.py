@@ -1,0 +1,125 @@
+"""Raw videos to labels: the run's own backbone, sampling and views, and its head.
+
+V videos, K classes.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evl_cache.clips import Clip, ClipList
+from evl_cache.datasets import is_video
+from evl_cache.errors import EvlCacheError, UsageError
+from evl_cache.live.clips import LiveClips
+from evl_cache.live.loader import OnlineLoader
+from evl_cache.live.run_tower import live_spec, run_backbone
+from evl_cache.processes import Processes
+from evl_cache.runs import load_head, read_run_config, score
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What a head says of videos.
+
+    Attributes:
+        classes: names by label.
+        videos: that were scored. probabilities: float64 (V, K), softmax averaged over views.
+        failures: (video, reason) of those that were not.
+    """
+
+    classes: tuple[str, ...]
+    videos: tuple[Path, ...]
+    probabilities: np.ndarray
+    failures: tuple[tuple[Path, str], ...]
+
+    def top(self, k: int) -> list[list[tuple[str, float]]]:
+        """The k most probable (class, probability) of each video; ties go to the lower class number."""
+        order = np.argsort(-self.probabilities, axis=1, kind="stable")[:, : min(k, len(self.classes))]
+        return [
+            [(self.classes[label], float(row[label])) for label in labels]
+            for labels, row in zip(order.tolist(), self.probabilities, strict=True)
+        ]
+
+
+def predict(
+    run: Path,
+    videos: Sequence[Path],
+    *,
+    model: str | None = None,
+    pretrained: str | None = None,
+    device: str = "cpu",
+    batch: int = 8,
+    workers: int = 2,
+    best: bool = False,
+) -> Predictions:
+    """Label videos with a run's head, with the views that the run was validated with.
+
+    Args:
+        run: directory that `train` wrote. videos: files and folders, which are searched.
+        model, pretrained: where the run's tower is now; it must be the same one. As the run names it by default.
+        batch: samples of a pass. workers: threads that decode. best: the head of the best epoch.
+
+    Raises: UsageError where there is no such run or no video, WeightsError where the tower is another one.
+    """
+    files = find_videos(videos)
+    config = read_run_config(run)
+    spec = live_spec(config, run, num_clips=len(files))
+    head = load_head(run, best=best).to(device)
+    backbone = run_backbone(
+        config, run, spec, model, pretrained, with_maps=head.reads_maps, device=torch.device(device)
+    )
+    clips = ClipList(
+        clips=tuple(Clip(id=str(file), path=str(file), label=0, split="predict") for file in files),
+        classes=spec.classes,
+        source="predict",
+    )
+    source = LiveClips.of(clips, Path(), spec)
+    loader = OnlineLoader(
+        source,
+        np.arange(spec.num_samples, dtype=np.int64),
+        backbone=backbone,
+        device=torch.device(device),
+        batch=batch,
+        shuffle_seed=None,
+        workers=workers,
+        processes=Processes(),
+    )
+    try:
+        scores = score(head, loader, device=torch.device(device))
+        scored, probabilities = scores.clips.tolist(), scores.probabilities
+    except EvlCacheError:
+        if len(loader.failures) < len(files):
+            raise
+        scored, probabilities = [], np.empty((0, len(spec.classes)))
+    return Predictions(
+        classes=config.classes,
+        videos=tuple(files[row] for row in scored),
+        probabilities=probabilities,
+        failures=tuple((files[row], reason) for row, reason in sorted(loader.failures.items())),
+    )
+
+
+def find_videos(given: Sequence[Path]) -> list[Path]:
+    """Files as they are given, and the videos in folders and below, by name; each once.
+
+    Raises: UsageError for what is not there, and for a folder that holds no video.
+    """
+    found: dict[Path, None] = {}
+    for path in given:
+        if not path.exists():
+            raise UsageError(f"{path}: no such file or folder")
+        inside = list(_videos_below(path)) if path.is_dir() else [path]
+        if not inside:
+            raise UsageError(f"{path}: no video in it; expected files such as .mp4, .webm or .avi")
+        found |= dict.fromkeys(inside)
+    return list(found)
+
+
+def _videos_below(folder: Path) -> Iterator[Path]:
+    for directory, folders, names in os.walk(folder):
+        folders.sort()
+        yield from (path for name in sorted(names) if is_video(path := Path(directory) / name))

@@ -1,0 +1,111 @@
+"""The processes of one run that reach each other: which one this is, and who tries which block next.
+
+The rendezvous store is torch's TCPStore at MASTER_ADDR:MASTER_PORT: that of torchrun's agent, or else of the first
+process. It saves work and guards nothing: whoever cannot reach it goes by the locks on the disk.
+"""
+
+import os
+import queue
+import threading
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Protocol
+
+from evl_cache.processes.place import ProcessPlace
+
+CONNECT_TIMEOUT_S = 300.0
+PATIENCE_S = 5.0
+
+
+class NumberStore(Protocol):
+    """What is used of a rendezvous store."""
+
+    def add(self, key: str, amount: int, /) -> int:
+        """The number under `key`, `amount` larger than before. Raises: RuntimeError where it cannot be reached."""
+        ...
+
+
+class Rendezvous:
+    """Numbers 0, 1, 2, … of which every process that reaches the store gets others.
+
+    Whoever waits for an answer that does not come is let go, and has the answer when the network is back.
+
+    Args:
+        connect: opens the store; called in a thread. place: of this process.
+        on_lost: called once with the reason, where the store will not answer any more.
+        patience_s: how long the first to ask waits for an answer.
+    """
+
+    def __init__(
+        self,
+        connect: Callable[[], NumberStore],
+        *,
+        place: ProcessPlace,
+        on_lost: Callable[[str], None] = lambda reason: None,
+        patience_s: float = PATIENCE_S,
+    ) -> None:
+        self._connect, self._place, self._on_lost, self._patience_s = connect, place, on_lost, patience_s
+        self._asked: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[str, int | str]] = queue.SimpleQueue()
+        self._awaited: str | None = None
+        self._is_lost = False
+        # No pool: an interpreter that ends would wait for a call that the network has swallowed.
+        threading.Thread(target=self._serve, name="rendezvous", daemon=True).start()
+
+    @classmethod
+    def of_environment(
+        cls,
+        place: ProcessPlace,
+        *,
+        on_lost: Callable[[str], None] = lambda reason: None,
+        patience_s: float = PATIENCE_S,
+    ) -> "Rendezvous | None":
+        """The store that MASTER_ADDR and MASTER_PORT name; None where there is none, or this process is alone."""
+        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+        if place.world == 1 or not address or not port.isdecimal():
+            return None
+        hosts = place.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
+
+        def connect() -> NumberStore:
+            from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+            store: NumberStore = TCPStore(
+                address,
+                int(port),
+                is_master=hosts,
+                timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
+            return store
+
+        return cls(connect, place=place, on_lost=on_lost, patience_s=patience_s)
+
+    def next(self, name: str) -> int | None:
+        """The next number of a series; None where the store does not answer (now)."""
+        if self._is_lost:
+            return None
+        is_new = self._awaited is None
+        if self._awaited is None:
+            self._awaited = name
+            self._asked.put(f"evl-cache/{name}/{self._place.restarts}")
+        try:
+            asked, answer = self._answers.get(block=is_new, timeout=self._patience_s if is_new else None)
+        except queue.Empty:
+            return None
+        self._awaited = None
+        if isinstance(answer, str):
+            self._is_lost = True
+            self._on_lost(answer)
+            return None
+        return answer if asked == f"evl-cache/{name}/{self._place.restarts}" else None
+
+    def _serve(self) -> None:
+        try:
+            store = self._connect()
+            while True:
+                key = self._asked.get()
+                self._answers.put((key, store.add(key, 1) - 1))
+        except (RuntimeError, OSError) as error:  # torch's DistError is a RuntimeError
+            lines = str(error).splitlines()
+            self._answers.put(("", lines[0][:200] if lines else type(error).__name__))

@@ -1,0 +1,61 @@
+"""Run directories of trained heads: written, read, scored; imported from the official code."""
+
+from evl_cache.runs.directory import (
+    BEST_NAME,
+    CONFIG_NAME,
+    CONFUSION_NAME,
+    HEAD_NAME,
+    METRICS_NAME,
+    RESULT_NAME,
+    SCORED_NAME,
+    STATE_NAME,
+    STEPS_NAME,
+    TOWER_NAME,
+    RunConfig,
+    load_state,
+    read_run_config,
+    save_state,
+    write_json,
+    write_run_config,
+)
+from evl_cache.runs.evaluate import EvalResult
+from evl_cache.runs.fit import check_features, provenance_differences
+from evl_cache.runs.head_files import load_head, save_head
+from evl_cache.runs.log import RunLog
+from evl_cache.runs.official_checkpoint import load_official_checkpoint
+from evl_cache.runs.scoring import HeadInputs, Scores, ViewSums, head_inputs, head_logits, score, scores_of
+from evl_cache.runs.tables import write_report
+
+__all__ = [
+    "BEST_NAME",
+    "CONFIG_NAME",
+    "CONFUSION_NAME",
+    "HEAD_NAME",
+    "METRICS_NAME",
+    "RESULT_NAME",
+    "SCORED_NAME",
+    "STATE_NAME",
+    "STEPS_NAME",
+    "TOWER_NAME",
+    "EvalResult",
+    "HeadInputs",
+    "RunConfig",
+    "RunLog",
+    "Scores",
+    "ViewSums",
+    "check_features",
+    "head_inputs",
+    "head_logits",
+    "load_head",
+    "load_official_checkpoint",
+    "load_state",
+    "provenance_differences",
+    "read_run_config",
+    "save_head",
+    "save_state",
+    "score",
+    "scores_of",
+    "write_json",
+    "write_report",
+    "write_run_config",
+]

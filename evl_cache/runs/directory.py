@@ -1,0 +1,133 @@
+"""Run directories: what a trained head is, and its weights. safetensors and JSON: data, never code."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from evl_cache.errors import UsageError
+from evl_cache.heads import Head, build_head
+from evl_cache.untrusted.head_files import (
+    check_archive,
+    check_head_config,
+    read_json_object,
+)
+
+CONFIG_NAME = "config.json"
+HEAD_NAME = "head.safetensors"
+BEST_NAME = "best.safetensors"
+STATE_NAME = "last.pt"
+METRICS_NAME = "metrics.jsonl"
+STEPS_NAME = "steps.jsonl"
+RESULT_NAME = "result.json"
+CONFUSION_NAME = "confusion.csv"
+TOWER_NAME = "tower.json"
+CLASSES_NAME = "classes.json"
+SCORED_NAME = "scored.csv"
+_FORMAT = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What a run is, as `config.json` holds it.
+
+    Attributes:
+        head: name, such as `decoder4`. head_config: arguments of the head's constructor.
+        layers: blocks it reads; None for the last ones of whatever cache it is given (imported heads).
+        classes: names by label.
+        features: the training cache's spec as JSON; None for imported heads.
+        training: options of the run.
+        caches: `train` and `val`: path and fingerprint.
+        tower: `model` and `pretrained` as extract was given them, and the `views` of validation; None where unknown.
+    """
+
+    head: str
+    head_config: Mapping[str, Any]
+    layers: tuple[int, ...] | None
+    classes: tuple[str, ...]
+    features: Mapping[str, Any] | None
+    training: Mapping[str, Any]
+    caches: Mapping[str, Any]
+    tower: Mapping[str, Any] | None = None
+
+    def build(self) -> Head:
+        """A head of this configuration, with new weights."""
+        try:
+            config = {**self.head_config, "grid": tuple(self.head_config["grid"])}
+            return build_head(self.head, **config)
+        except (KeyError, TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+            if isinstance(error, UsageError):
+                raise
+            raise UsageError(
+                f"{CONFIG_NAME}: no head {str(self.head)[:40]!r} can be built of it ({error!r})"
+            ) from error
+
+
+def write_run_config(run: Path, config: RunConfig) -> None:
+    """Create the run directory and its `config.json`."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / CONFIG_NAME, {"format": _FORMAT, **asdict(config)})
+
+
+def read_run_config(run: Path) -> RunConfig:
+    """Raises: UsageError where there is no run."""
+    try:
+        content = read_json_object(run / CONFIG_NAME)
+        if content.pop("format", None) != _FORMAT:
+            raise UsageError(f"{run / CONFIG_NAME}: of another format; this evl-cache reads format {_FORMAT}")
+        layers = content.pop("layers")
+        classes = tuple(content.pop("classes"))
+        check_head_config(content["head_config"])
+        return RunConfig(layers=None if layers is None else tuple(layers), classes=classes, **content)
+    except OSError as error:
+        raise UsageError(
+            f"{run}: no run there ({error.strerror}); expected a directory that train or import-head wrote"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{run / CONFIG_NAME}: not a run's configuration ({error})") from error
+
+
+def save_state(run: Path, state: Mapping[str, Any]) -> None:
+    """Write the resumable state: tensors and plain values only, whole or not at all."""
+    temporary = run / f".{STATE_NAME}.tmp"
+    torch.save(dict(state), temporary)
+    _publish(temporary, run / STATE_NAME)
+
+
+def load_state(run: Path) -> dict[str, Any]:
+    """Raises: UsageError where there is none or it is not intact."""
+    try:
+        check_archive(run / STATE_NAME)
+        state: dict[str, Any] = torch.load(run / STATE_NAME, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UsageError(
+            f"{run}: nothing to resume ({STATE_NAME} is missing); train without --resume"
+        ) from error
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise UsageError(f"{run / STATE_NAME}: cannot be read ({error}); train without --resume") from error
+    return state
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Indented JSON for people, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    _publish(temporary, path)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    with temporary.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, final)
+
+
+def next_run_directory(cache_name: str, head: str) -> Path:
+    """A run directory that does not exist yet: `runs/<cache>-<head>-<number>`."""
+    number = 1
+    while (path := Path("runs") / f"{cache_name}-{head}-{number}").exists():
+        number += 1
+    return path

@@ -1,0 +1,78 @@
+"""Stage two's other half: a trained or imported head scored on a cache."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from evl_cache.batches import FeatureLoader, samples_of_clips
+from evl_cache.errors import UsageError
+from evl_cache.runs.directory import read_run_config
+from evl_cache.runs.fit import check_features
+from evl_cache.runs.head_files import load_head
+from evl_cache.runs.scoring import score
+from evl_cache.store import FeatureCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalResult:
+    """top1 and top5 in percent of `val_clips`, views averaged; loss of single views; samples per second."""
+
+    top1: float
+    top5: float
+    loss: float
+    val_clips: int
+    clips_per_s: float
+    cache_fingerprint: str
+
+
+def evaluate(
+    run: Path,
+    cache: FeatureCache,
+    *,
+    clips: Sequence[int] | None = None,
+    batch: int = 64,
+    device: str = "cpu",
+    best: bool = False,
+    on_batch: Callable[[int], None] = lambda samples: None,
+) -> EvalResult:
+    """Score a run's head on a cache: the last one, or that of the best epoch.
+
+    Raises: UsageError naming both sides where the cache's features or classes are not the head's.
+    """
+    config = read_run_config(run)
+    layers = check_features(config, cache.spec, run=run)
+    if len(cache.spec.classes) != config.head_config["num_classes"]:
+        raise UsageError(
+            f"{run}: its head has {config.head_config['num_classes']} classes, {cache.place} has {len(cache.spec.classes)}"
+        )
+    if config.features is not None and cache.spec.classes != config.classes:
+        ours, theirs = next((a, b) for a, b in zip(config.classes, cache.spec.classes, strict=True) if a != b)
+        raise UsageError(
+            f"{run}: its head was trained on other classes ({ours!r}) than {cache.place} has ({theirs!r})"
+        )
+    head = load_head(run, best=best).to(device)
+    if head.reads_maps and not cache.spec.has_maps:
+        raise UsageError(
+            f"{cache.place} holds no attention maps, which the head of {run} reads; extract with --maps"
+        )
+    loader = FeatureLoader(
+        cache,
+        samples_of_clips(cache, clips),
+        layers=layers,
+        batch=batch,
+        with_maps=head.reads_maps,
+        tokens="class" if head.class_tokens_only else "all",
+    )
+    started = time.monotonic()
+    scores = score(head, loader, device=torch.device(device), on_batch=on_batch)
+    return EvalResult(
+        top1=scores.top(1),
+        top5=scores.top(5),
+        loss=scores.loss,
+        val_clips=len(scores.clips),
+        clips_per_s=len(loader.samples) / (time.monotonic() - started),
+        cache_fingerprint=cache.fingerprint,
+    )

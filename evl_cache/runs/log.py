@@ -1,0 +1,82 @@
+"""What a run writes while it trains: a JSON line a step, one an epoch, and TensorBoard's files where wanted."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from evl_cache.errors import UsageError
+from evl_cache.runs.directory import METRICS_NAME, STEPS_NAME
+
+TENSORBOARD_NAME = "tensorboard"
+
+
+class RunLog:
+    """The lines of a run directory; nothing is written where there is none (a process that is not the first).
+
+    A context manager. Use `keep` first.
+
+    Raises: UsageError for TensorBoard where it is not installed.
+    """
+
+    def __init__(self, out: Path | None, *, tensorboard: bool = False) -> None:
+        self._out = out
+        self._writer_class = _summary_writer() if tensorboard and out is not None else None
+        self._writer: Any = None
+        self._steps: TextIO | None = None
+
+    def keep(self, *, steps: int, epochs: int) -> None:
+        """Drop lines of steps and epochs after these: what a run that is continued does again."""
+        if self._out is None:
+            return
+        for name, count in ((STEPS_NAME, steps), (METRICS_NAME, epochs)):
+            path = self._out / name
+            lines = path.read_text(encoding="utf-8").splitlines()[:count] if path.exists() else []
+            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        self._steps = (self._out / STEPS_NAME).open("a", encoding="utf-8")
+        if self._writer_class is not None:
+            self._writer = self._writer_class(str(self._out / TENSORBOARD_NAME), purge_step=steps + 1)
+
+    def step(self, number: int, values: Mapping[str, float]) -> None:
+        """A line of `steps.jsonl`; on the disk at the next `flush`."""
+        if self._steps is not None:
+            self._steps.write(json.dumps({"step": number, **values}) + "\n")
+        self._write_scalars("train", number, values)
+
+    def epoch(self, step: int, values: Mapping[str, Any]) -> None:
+        """A line of `metrics.jsonl`."""
+        if self._out is not None:
+            with (self._out / METRICS_NAME).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(values) + "\n")
+        self._write_scalars("epoch", step, values)
+
+    def flush(self) -> None:
+        """Have every line so far on the disk: before a state that counts on them."""
+        if self._steps is not None:
+            self._steps.flush()
+
+    def _write_scalars(self, group: str, step: int, values: Mapping[str, Any]) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                if isinstance(value, float):
+                    self._writer.add_scalar(f"{group}/{name}", value, step)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._steps is not None:
+            self._steps.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def _summary_writer() -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UsageError(
+            f"--tensorboard: TensorBoard is not installed ({error}); pip install 'evl-cache[tensorboard]', "
+            "or read metrics.jsonl and steps.jsonl"
+        ) from error
+    return SummaryWriter

@@ -1,0 +1,176 @@
+"""Scores of a head on a cache: softmax averaged over a clip's views.
+
+B samples, K classes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from evl_cache.batches import Batch, Loader
+from evl_cache.errors import EvlCacheError
+from evl_cache.heads import Maps, Tokens
+from evl_cache.store import StoredBatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassScore:
+    """One class: its clips, the percent of them found, and the class most often said instead (None if none)."""
+
+    name: str
+    clips: int
+    top1: float
+    mistaken_for: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """What a head says of clips.
+
+    Attributes:
+        clips: int64 (clips,), rows of the cache's clip list.
+        labels: int64 (clips,).
+        probabilities: float64 (clips, K), mean over views.
+        loss: mean cross-entropy of single views.
+    """
+
+    clips: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
+    loss: float
+
+    def top(self, k: int) -> float:
+        """Percent of clips whose label is among the k most probable; ties count for the lower class number."""
+        k = min(k, self.probabilities.shape[1])
+        ranked = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
+        return float(100.0 * np.mean(np.any(ranked == self.labels[:, None], axis=1)))
+
+    def confusion(self) -> np.ndarray:
+        """Clips by (label, class said), int64 (K, K)."""
+        K = self.probabilities.shape[1]
+        said = self.probabilities.argmax(axis=1)  # the first of equals, as `top`
+        return np.bincount(self.labels * K + said, minlength=K * K).reshape(K, K)
+
+    def by_class(self, names: Sequence[str]) -> list[ClassScore]:
+        """Classes that have clips, in their order."""
+        rows = []
+        for label, row in enumerate(self.confusion()):
+            clips, wrong = int(row.sum()), row.copy()
+            wrong[label] = 0
+            if clips:
+                other = names[int(wrong.argmax())] if wrong.any() else None
+                top1 = 100.0 * float(row[label]) / clips
+                rows.append(ClassScore(name=names[label], clips=clips, top1=top1, mistaken_for=other))
+        return rows
+
+
+@dataclass(kw_only=True)
+class ViewSums:
+    """Scores of one process, to be added up: clip row -> (sum of probabilities (K,), views)."""
+
+    clips: dict[int, tuple[np.ndarray, int]] = field(default_factory=dict)
+    loss: float = 0.0
+    samples: int = 0
+
+    def add(self, clip: int, probabilities: np.ndarray, views: int = 1) -> None:
+        """Add views of a clip."""
+        before, count = self.clips.get(clip, (0.0, 0))
+        self.clips[clip] = (before + probabilities, count + views)
+
+    @torch.no_grad()
+    def add_batch(
+        self,
+        head: nn.Module,
+        batch: Batch,
+        features: "StoredBatch | HeadInputs",
+        loader: Loader,
+        autocast_dtype: torch.dtype | None,
+    ) -> None:
+        """Add what a head, whose mode is restored, says of a batch. features: the batch's, on the head's device."""
+        was_training = head.training
+        logits = head_logits(head.eval(), features, autocast_dtype)
+        head.train(was_training)
+        labels = batch.labels.to(logits.device)
+        self.loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        self.samples += len(labels)
+        probabilities = torch.softmax(logits.double(), dim=-1).cpu().numpy()
+        for clip, row in zip(loader.cache.sample_clips[batch.samples].tolist(), probabilities, strict=True):
+            self.add(clip, row)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadInputs:
+    """What a head is called with: tokens of each of its layers, shallow to deep, and maps where it reads them."""
+
+    tokens: Sequence[Tokens]
+    maps: Sequence[Maps] | None
+
+
+def head_inputs(head: nn.Module, features: StoredBatch) -> HeadInputs:
+    """What a head takes of stored features that are on its device.
+
+    Codes go to the head as they are: it decodes them inside its first pass over the tokens. Maps that are not
+    stored are made first.
+    """
+    made: Any = features.with_made_maps()
+    class_tokens_only = getattr(head, "module", head).class_tokens_only
+    is_class = class_tokens_only and features.class_tokens is not None
+    return HeadInputs(tokens=made.class_tokens if is_class else made.tokens, maps=made.maps)
+
+
+def head_logits(
+    head: nn.Module, features: StoredBatch | HeadInputs, autocast_dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """Logits float32 (B, K) from features that are on the head's device."""
+    inputs = features if isinstance(features, HeadInputs) else head_inputs(head, features)
+    device_type = next(head.parameters()).device.type
+    with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
+        logits: torch.Tensor = head(inputs.tokens, inputs.maps)
+    return logits.float()
+
+
+def score(
+    head: nn.Module,
+    loader: Loader,
+    *,
+    device: torch.device,
+    autocast_dtype: torch.dtype | None = None,
+    on_batch: Callable[[int], None] = lambda samples: None,
+    gather: Callable[[ViewSums], list[ViewSums]] = lambda sums: [sums],
+) -> Scores:
+    """Run a head over the loader's samples. The head's mode is restored.
+
+    gather: what every process found, where several share the samples.
+    """
+    mine = ViewSums()
+    for batch in loader.epoch():
+        if batch.is_stand_in:
+            continue
+        mine.add_batch(head, batch, batch.features.to(device), loader, autocast_dtype)
+        on_batch(len(batch.labels))
+    return scores_of(gather(mine), loader)
+
+
+def scores_of(parts: Sequence[ViewSums], loader: Loader) -> Scores:
+    """What all processes found, added up. Raises: EvlCacheError where no clip has features."""
+    total = ViewSums()
+    for part in parts:
+        total.loss += part.loss
+        total.samples += part.samples
+        for clip, (probabilities, views) in part.clips.items():
+            total.add(clip, probabilities, views)
+    if not total.clips:
+        raise EvlCacheError(
+            f"{loader.cache.place}: none of the clips to score has features; see why with info"
+        )
+    rows = sorted(total.clips)
+    return Scores(
+        clips=np.asarray(rows, dtype=np.int64),
+        labels=np.asarray([loader.cache.clips[row].label for row in rows], dtype=np.int64),
+        probabilities=np.stack([total.clips[row][0] / total.clips[row][1] for row in rows]),
+        loss=total.loss / total.samples,
+    )

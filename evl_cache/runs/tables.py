@@ -1,0 +1,39 @@
+"""What a finished run says class by class: a confusion matrix and a table."""
+
+import csv
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from evl_cache.clips import Clip
+from evl_cache.runs.directory import CLASSES_NAME, CONFUSION_NAME, SCORED_NAME, write_json
+from evl_cache.runs.scoring import ClassScore, Scores
+
+
+def write_report(run: Path, scores: Scores, classes: Sequence[str], clips: Sequence[Clip]) -> None:
+    """Write `confusion.csv`, `classes.json` and `scored.csv`.
+
+    The confusion matrix has a row for each true class and a column for each class said, in clips. `scored.csv` has
+    a row for each clip: what it is, what the head said, and the probability of both. clips: all of the cache.
+    """
+    with (run / CONFUSION_NAME).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", *classes])
+        for name, row in zip(classes, scores.confusion().tolist(), strict=True):
+            writer.writerow([name, *row])
+    write_json(run / CLASSES_NAME, {"classes": [asdict(row) for row in scores.by_class(classes)]})
+    with (run / SCORED_NAME).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["clip", "class", "said", "p_class", "p_said"])
+        said = scores.probabilities.argmax(axis=1)
+        for row, label, other, p in zip(scores.clips, scores.labels, said, scores.probabilities, strict=True):
+            names = clips[row].id, classes[label], classes[other]
+            writer.writerow([*names, f"{p[label]:.6f}", f"{p[other]:.6f}"])
+
+
+def worst_classes(run: Path, count: int = 5) -> list[ClassScore]:
+    """The classes of a finished run of which the fewest clips are found, worst first; equals by clips, then name."""
+    rows = json.loads((run / CLASSES_NAME).read_text(encoding="utf-8"))["classes"]
+    scores = [ClassScore(**row) for row in rows]
+    return sorted(scores, key=lambda row: (row.top1, -row.clips, row.name))[:count]

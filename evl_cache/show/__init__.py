@@ -1,0 +1,1 @@
+"""Pictures of what a tower and a head see of a clip."""

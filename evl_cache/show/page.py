@@ -1,0 +1,117 @@
+"""What a tower and a head see of a clip, as pictures: one clip, or a page of a run's wrongest and surest clips."""
+
+import html
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evl_cache.batches import FeatureLoader, samples_of_clips
+from evl_cache.errors import CacheError
+from evl_cache.runs import Scores, check_features, score
+from evl_cache.show.view import ShowRun, show_cached
+from evl_cache.store import FeatureCache
+
+PAGE_NAME = "index.html"
+
+
+def show_page(
+    run: ShowRun,
+    cache: FeatureCache,
+    folder: Path,
+    *,
+    each: int = 6,
+    clips: Sequence[int] | None = None,
+    device: str = "cpu",
+    on_picture: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """A page of the clips that the run gets most wrong, and of those it is surest and right about.
+
+    Args:
+        each: clips of either kind. clips: rows of the cache; all by default.
+
+    Returns: the page. Raises: as `evaluate` and `show_cached` do.
+    """
+    layers = check_features(run.config, cache.spec, run=run.path)
+    head = run.head.to(device)
+    loader = FeatureLoader(
+        cache, samples_of_clips(cache, clips), layers=layers, batch=32, with_maps=run.head.reads_maps
+    )
+    scores = score(head, loader, device=torch.device(device))
+    head.cpu()
+    wrong, right = wrongest_and_surest(scores, each)
+    folder.mkdir(parents=True, exist_ok=True)
+    sections: list[tuple[str, list[tuple[str, str, str]]]] = []
+    for name, places in (("wrongest", wrong), ("surest", right)):
+        rows = []
+        for number, place in enumerate(places, 1):
+            picture = folder / f"{name}-{number:02d}.png"
+            clip = cache.clips[int(scores.clips[place])]
+            show_cached(cache, clip.id, picture, run=run)
+            rows.append((picture.name, clip.id, _verdict(scores, place, cache.spec.classes)))
+            on_picture(len(sections) * each + number, len(wrong) + len(right))
+        sections.append((name, rows))
+    page = folder / PAGE_NAME
+    page.write_text(_page(run.path, cache, scores, sections), encoding="utf-8")
+    return page
+
+
+def wrongest_and_surest(scores: Scores, each: int) -> tuple[list[int], list[int]]:
+    """Places in `scores`: mistakes, least probable label first; right ones, most probable first; equals in order."""
+    of_label = scores.probabilities[np.arange(len(scores.labels)), scores.labels]
+    is_right = scores.probabilities.argmax(axis=1) == scores.labels
+    order = np.argsort(of_label, kind="stable")
+    wrong = [int(i) for i in order if not is_right[i]][:each]
+    order = np.argsort(-of_label, kind="stable")
+    return wrong, [int(i) for i in order if is_right[i]][:each]
+
+
+def _verdict(scores: Scores, place: int, classes: Sequence[str]) -> str:
+    row, label = scores.probabilities[place], int(scores.labels[place])
+    said = int(row.argmax())
+    if said == label:
+        return f"{classes[label]}, found with {100 * row[label]:.1f} %"
+    return f"{classes[label]} ({100 * row[label]:.1f} %), taken for {classes[said]} ({100 * row[said]:.1f} %)"
+
+
+def _page(
+    run: Path,
+    cache: FeatureCache,
+    scores: Scores,
+    sections: Sequence[tuple[str, Sequence[tuple[str, str, str]]]],
+) -> str:
+    heading = {
+        "wrongest": "Mistakes, the least probable label first",
+        "surest": "Found, the surest first",
+    }
+    out = [
+        "<!doctype html><html lang=en><meta charset=utf-8>",
+        f"<title>{html.escape(str(run))}</title>",
+        (
+            "<style>body{font:16px/1.4 system-ui,sans-serif;margin:2rem auto;max-width:1500px;color:#222}"
+            "img{max-width:100%;border:1px solid #ccc}h3{margin:1.6rem 0 .3rem}code{background:#eee}</style>"
+        ),
+        f"<h1>Clips of {html.escape(run.name)}</h1>",
+        (
+            f"<p>{len(scores.labels)} clips of <code>{html.escape(cache.path.name)}</code>, "
+            f"tower {html.escape(cache.spec.tower.model)}, top-1 {scores.top(1):.1f} %. "
+            "Scores are means over a clip's views; the pictures show its first view.</p>"
+        ),
+    ]
+    for name, rows in sections:
+        out.append(f"<h2>{heading[name]}</h2>")
+        if not rows:
+            out.append("<p>None.</p>")
+        for picture, clip, verdict in rows:
+            out.append(f"<h3>{html.escape(clip)}</h3><p>{html.escape(verdict)}</p>")
+            out.append(f'<img src="{html.escape(picture)}" alt="{html.escape(f"{clip}: {verdict}")}">')
+    return "\n".join(out) + "\n"
+
+
+def cache_of_run(run: ShowRun) -> Path:
+    """The validation cache that the run names. Raises: CacheError where it is not there."""
+    path = Path(str(run.config.caches.get("val", {}).get("path", "")))
+    if not (path / "zarr.json").is_file():
+        raise CacheError(f"{run.path}: its validation cache {path} is not there; give --cache")
+    return path

@@ -1,0 +1,192 @@
+"""One clip as a tower and a head see it, drawn as a picture."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from evl_cache.clips import Clip, select
+from evl_cache.errors import ClipError, UsageError
+from evl_cache.extract import PreparedClip, prepare_clip
+from evl_cache.heads import EVLHead, Head, PlainHead
+from evl_cache.live.run_tower import live_spec, run_backbone
+from evl_cache.notation import format_layers
+from evl_cache.runs import RunConfig, check_features, load_head, read_run_config
+from evl_cache.show.displacement import displacements
+from evl_cache.show.picture import ViewPicture, draw_view
+from evl_cache.spec import CacheSpec
+from evl_cache.store import FeatureCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowRun:
+    """A run whose head is looked at.
+
+    Attributes:
+        path: of the run. config: as it keeps it. head: in eval mode, on the CPU.
+    """
+
+    path: Path
+    config: RunConfig
+    head: Head
+
+    @classmethod
+    def read(cls, path: Path, *, best: bool = False) -> "ShowRun":
+        """Raises: UsageError where there is no run; WeightsError where its head cannot be read."""
+        return cls(path=path, config=read_run_config(path), head=load_head(path, best=best))
+
+
+def show_cached(
+    cache: FeatureCache, name: str, out: Path, *, run: ShowRun | None, view: int = 0, layer: int | None = None
+) -> None:
+    """Draw one view of a clip from its cached features; its frames, where the video is still there.
+
+    Args:
+        name: id or path of the clip. view: sample of the clip. layer: whose maps give the arrows; the mean of all.
+
+    Raises: UsageError for a clip or view that is not there; CacheError for one without features.
+    """
+    (row,) = select(cache.clips, [name], source=str(cache.path))
+    views = cache.spec.views.per_clip
+    if not 0 <= view < views:
+        raise UsageError(f"--view {view}: a clip of {cache.path} has {views}; expected 0 to {views - 1}")
+    layers = cache.spec.layers if run is None else check_features(run.config, cache.spec, run=run.path)
+    stored = cache.read_stored([row * views + view], layers, with_maps=cache.spec.has_maps)
+    tokens, maps = stored.with_made_maps().dequantized()
+    prepared = prepare_clip(
+        cache.clips[row],
+        Path(str(cache.recipe.get("root") or ".")),
+        tower=cache.spec.tower,
+        views=cache.spec.views,
+    )
+    features = _Features(spec=cache.spec, layers=tuple(layers), tokens=tokens, maps=maps)
+    label = cache.spec.classes[cache.clips[row].label]
+    draw_view(_picture(cache.clips[row].id, label, features, prepared, view, run, layer), out)
+
+
+def show_video(
+    video: Path,
+    out: Path,
+    *,
+    run: ShowRun,
+    view: int = 0,
+    layer: int | None = None,
+    device: str = "cpu",
+    model: str | None = None,
+    pretrained: str | None = None,
+) -> None:
+    """Draw one view of a video that no cache holds, with the run's own tower. Arguments as `show_cached`.
+
+    Raises: ClipError where it cannot be decoded; as `run_backbone` does.
+    """
+    spec = live_spec(run.config, run.path, num_clips=1)
+    if not 0 <= view < spec.views.per_clip:
+        raise UsageError(f"--view {view}: the run has {spec.views.per_clip} views of a clip")
+    clip = Clip(id=str(video), path=str(video), label=0, split="show")
+    prepared = prepare_clip(clip, Path(), tower=spec.tower, views=spec.views)
+    if prepared.samples is None:
+        raise ClipError(f"{video}: {prepared.record.error}")
+    backbone = run_backbone(
+        run.config, run.path, spec, model, pretrained, with_maps=True, device=torch.device(device)
+    )
+    found = backbone(prepared.samples[view : view + 1].to(device))
+    tokens = [found.tokens[layer].float().cpu() for layer in spec.layers]
+    maps = [found.maps[layer].float().cpu() for layer in spec.layers] if found.maps else None
+    features = _Features(spec=spec, layers=spec.layers, tokens=tokens, maps=maps)
+    draw_view(_picture(video.name, None, features, prepared, view, run, layer), out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Features:
+    """Of one sample: float32 (1, T, 1+P, C) and (1, 2, T-1, P, P) a layer."""
+
+    spec: CacheSpec
+    layers: tuple[int, ...]
+    tokens: list[torch.Tensor]
+    maps: list[torch.Tensor] | None
+
+
+def _picture(
+    title: str,
+    label: str | None,
+    features: _Features,
+    prepared: PreparedClip,
+    view: int,
+    run: ShowRun | None,
+    layer: int | None,
+) -> ViewPicture:
+    spec = features.spec
+    notes = [_made_by(spec, features.layers, run)]
+    frames = None
+    if prepared.samples is None:
+        notes.append(f"No frames: {prepared.record.error}.")
+    else:
+        frames = _as_pixels(prepared.samples[view], spec)
+    said, attention = ([] if label is None else [f"label: {label}"]), None
+    if run is not None:
+        said.append(_said(run, features))
+        attention = _attention(run.head, features)
+        if attention is None:
+            notes.append(f"No attention: a head {run.config.head} has no decoder over space and time.")
+    return ViewPicture(
+        title=title,
+        subtitle="   ".join(said),
+        frames=frames,
+        frame_names=_frame_names(prepared, view, spec),
+        grid=spec.tower.grid,
+        motion=_motion(features, layer),
+        attention=attention,
+        notes=notes,
+    )
+
+
+def _made_by(spec: CacheSpec, layers: Sequence[int], run: ShowRun | None) -> str:
+    """Which tower, blocks and head the picture is of."""
+    weights = "random weights" if spec.tower.pretrained == "none" else spec.tower.pretrained
+    head = "" if run is None else f", head {run.config.head} of run {run.path.name}"
+    return f"Tower {spec.tower.model} ({weights}), layers {format_layers(layers)}{head}."
+
+
+def _as_pixels(sample: torch.Tensor, spec: CacheSpec) -> np.ndarray:
+    """Normalised (T, 3, S, S) back to uint8 (T, S, S, 3)."""
+    std, mean = (torch.tensor(values).view(3, 1, 1) for values in (spec.tower.std, spec.tower.mean))
+    pixels = ((sample * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return pixels.permute(0, 2, 3, 1).numpy()
+
+
+def _frame_names(prepared: PreparedClip, view: int, spec: CacheSpec) -> list[str]:
+    indices = prepared.record.indices
+    if not indices:
+        return [f"t = {t}" for t in range(spec.views.frames)]
+    temporal = view if spec.views.train_views else view // spec.views.spatial_views
+    return [f"frame {index}" for index in indices[temporal]]
+
+
+def _motion(features: _Features, layer: int | None) -> np.ndarray | None:
+    if features.maps is None:
+        return None
+    if layer is not None and layer not in features.layers:
+        raise UsageError(f"--layer {layer}; expected one of {list(features.layers)}")
+    chosen = features.maps if layer is None else [features.maps[features.layers.index(layer)]]
+    found = torch.stack([displacements(maps[0], features.spec.tower.grid) for maps in chosen])
+    return found.mean(dim=0).numpy()
+
+
+@torch.no_grad()
+def _said(run: ShowRun, features: _Features) -> str:
+    """The head's two most probable classes for this view."""
+    probabilities = torch.softmax(run.head(features.tokens, features.maps)[0].double(), dim=-1)
+    best = torch.argsort(probabilities, descending=True, stable=True)[:2].tolist()
+    return "said: " + ", ".join(
+        f"{run.config.classes[i]} {100 * float(probabilities[i]):.0f} %" for i in best
+    )
+
+
+def _attention(head: Head, features: _Features) -> np.ndarray | None:
+    """(T, 1+P), mean over decoder layers and heads; None for another kind of head."""
+    if not isinstance(head, EVLHead):
+        return None
+    weights = PlainHead(head).attention(features.tokens, features.maps)
+    return torch.stack([layer[0].mean(dim=0) for layer in weights]).mean(dim=0).numpy()

@@ -1,0 +1,1 @@
+"""Caches copied block by block, whole or in part."""

@@ -1,0 +1,45 @@
+"""Digests and checksums, of bytes and of whole files."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from awscrt.checksums import crc32c as _crc32c
+
+from evl_cache.store.disk.file_system import disk_error, open_regular
+
+Buffer = bytes | bytearray | memoryview | np.ndarray[Any, Any]
+_PART_NBYTES = 1 << 20  # read and checked while it is in the processor's cache
+
+
+def file_digest(path: Path) -> tuple[int, str]:
+    """Size in bytes and sha256 (hexadecimal) of a file. Raises CacheError where it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            return file.tell(), digest
+    except OSError as error:
+        raise disk_error("read", path, error) from error
+
+
+def file_crc32c(path: Path) -> tuple[int, int]:
+    """Size in bytes and CRC-32C of a file: ten times as fast as `file_digest`, against accidents only.
+
+    Raises CacheError where it cannot be read.
+    """
+    size = checksum = 0
+    part = np.empty(_PART_NBYTES, np.uint8)
+    try:
+        with open_regular(path) as file:
+            while count := file.readinto(part.data):
+                size += count
+                checksum = crc32c(part[:count], checksum)
+    except OSError as error:
+        raise disk_error("read", path, error) from error
+    return size, checksum
+
+
+def crc32c(data: Buffer, previous: int = 0) -> int:
+    """CRC-32C (Castagnoli) of a contiguous buffer, in 0 .. 2^32-1; or of what `previous` is of, and then it."""
+    return int(_crc32c(data, previous))

@@ -1,0 +1,278 @@
+"""Block locks between jobs on one disk, without trusting any two clocks.
+
+A lock is a small file, created by linking, whose holder writes a counter into it from time to time. Whoever
+finds it watches the counter with its own clock only: a counter that stands still for `expiry_s` has lost its
+holder. On the same machine a dead holder is seen at once. Locks save work, they do not guard data: two
+writers that both believe they hold a block still end in one valid block, because files are published whole,
+checked before they are marked, and checked again where a lock was lost meanwhile (`block_writer`).
+"""
+
+import contextlib
+import json
+import os
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from evl_cache.errors import CacheError
+from evl_cache.store.disk.publish import make_directories
+from evl_cache.store.disk.runtime import REAL, Runtime
+
+BEAT_S = 5.0
+EXPIRY_S = 60.0
+CACHE_LOCK = "cache"  # who holds it may write what belongs to no block
+_BEATS_PER_EXPIRY = 8
+_LEAST_LOOKS = 4  # at a lock that stands still, before it is taken over
+_LEAST_POLL_S, _LONGEST_POLL_S = 0.1, 1.0
+_COUNTER_DIGITS = 20
+_SUFFIX = ".lock"
+
+
+@dataclass(frozen=True)
+class _Holder:
+    host: str  # for people; `machine` and the process's start tell whether it lives
+    machine: str
+    pid: int
+    start: str
+    token: str  # two locks of one process differ: an old observation must not count against a new lock
+
+
+@dataclass(frozen=True)
+class _Sighting:
+    content: bytes
+    looked_s: float  # by this process's clock
+    still_s: float  # how long the counter has been seen to stand still
+
+
+class BlockLock:
+    """A lock this process holds. Release it, or leave the `with` block."""
+
+    def __init__(self, path: Path, descriptor: int, *, beat_s: float, runtime: Runtime = REAL) -> None:
+        self.path = path
+        self._descriptor = descriptor
+        self._counter = 0
+        self._is_released = False
+        self._stop_beats = runtime.repeat(self._beat, every_s=beat_s, name=f"lock {path.stem}")
+
+    def is_held(self) -> bool:
+        """Whether the name still leads to this process's file: a paused holder may have lost it."""
+        try:
+            found, own = os.stat(self.path), os.fstat(self._descriptor)
+        except OSError:
+            return False
+        return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+
+    def release(self) -> None:
+        """Give the block back. Safe to call twice."""
+        if self._is_released:
+            return
+        self._is_released = True
+        self._stop_beats()
+        if self.is_held():
+            self.path.unlink(missing_ok=True)
+        os.close(self._descriptor)
+
+    def _beat(self) -> None:
+        self._counter += 1
+        with contextlib.suppress(OSError):  # at worst the lock is taken over, which `is_held` tells
+            # In place, through the open file: after a takeover this writes to a file without a name.
+            os.pwrite(self._descriptor, f"{self._counter:0{_COUNTER_DIGITS}d}".encode(), 0)
+            os.fsync(self._descriptor)  # NFS keeps writes to itself for longer than a lock lives
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.release()
+
+
+class LockWatcher:
+    """Takes block locks, and remembers for how long those of others have stood still.
+
+    Args:
+        directory: where lock files lie; created.
+        expiry_s: a holder whose counter stands still for so long (by this process's clock) has lost its lock.
+        beat_s: how often this process's locks count up; often enough for jobs of equal `expiry_s` by default.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        expiry_s: float = EXPIRY_S,
+        beat_s: float | None = None,
+        runtime: Runtime = REAL,
+    ) -> None:
+        self._runtime = runtime
+        self.directory = directory
+        self.expiry_s = expiry_s
+        self.beat_s = min(BEAT_S, expiry_s / _BEATS_PER_EXPIRY) if beat_s is None else beat_s
+        self._seen: dict[str, _Sighting] = {}
+        make_directories(directory)
+
+    def take(self, block: int) -> BlockLock | None:
+        """The block's lock, or None where another job that may live holds it.
+
+        Raises: CacheError where the disk refuses.
+        """
+        return self._take(self.directory / f"{block:06d}{_SUFFIX}")
+
+    def wait_for(self, name: str) -> BlockLock:
+        """The lock of something other than a block, once no other job holds it. Errors as `take`."""
+        wait_s, longest_s = _LEAST_POLL_S, min(_LONGEST_POLL_S, self.expiry_s / _BEATS_PER_EXPIRY)
+        while (lock := self._take(self.directory / f"{name}{_SUFFIX}")) is None:
+            self._runtime.sleep(wait_s)
+            wait_s = max(
+                _LEAST_POLL_S, min(1.5 * wait_s, longest_s)
+            )  # many jobs end at once: no siege of the disk
+        return lock
+
+    def sweep(self, *, own: BlockLock, clean: Callable[[int], None]) -> bool:
+        """Remove what dead holders left here. Returns whether no other job may be at work.
+
+        Args:
+            own: the lock under which this is done; it stays.
+            clean: called with each block whose holder died, while the block is locked.
+        """
+        is_idle = True
+        for entry in sorted(self.directory.iterdir()):
+            if not entry.name.endswith(_SUFFIX):
+                entry.unlink(missing_ok=True)  # of a taker that died; a living one tries again
+            elif entry != own.path:
+                lock = self._take(entry)
+                is_idle = is_idle and lock is not None
+                if lock is not None:
+                    with lock:
+                        if entry.stem.isdecimal():
+                            clean(int(entry.stem))
+        return is_idle
+
+    def _take(self, path: Path) -> BlockLock | None:
+        content = _read(path)
+        if content is not None:  # looked at before creating: most locks that are there are held
+            if not self._is_abandoned(path, content):
+                return None
+            self._remove_abandoned(path)
+        return self._create(path)
+
+    def _create(self, path: Path) -> BlockLock | None:
+        temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        pid = os.getpid()
+        holder = _Holder(
+            host=socket.gethostname(),
+            machine=machine_id(),
+            pid=pid,
+            start=process_start(pid),
+            token=secrets.token_hex(8),
+        )
+        try:
+            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            raise CacheError(
+                f"cannot create {temporary}: {error.strerror}; check the disk and its permissions"
+            ) from error
+        try:
+            content = b"0" * _COUNTER_DIGITS + json.dumps(asdict(holder)).encode()
+            os.write(descriptor, content)
+            if not _take_name(temporary, path):
+                os.close(descriptor)
+                return None
+        except OSError as error:
+            os.close(descriptor)
+            raise CacheError(
+                f"cannot lock {path}: {error.strerror}; check the disk and its permissions"
+            ) from error
+        finally:
+            temporary.unlink(missing_ok=True)
+        return BlockLock(path, descriptor, beat_s=self.beat_s, runtime=self._runtime)
+
+    def _is_abandoned(self, path: Path, content: bytes) -> bool:
+        now, before = self._runtime.now_s(), self._seen.get(path.name)
+        still_s = 0.0
+        if before is not None and before.content == content:
+            # One long gap counts little: this process may have been paused together with the holder.
+            still_s = before.still_s + min(now - before.looked_s, self.expiry_s / _LEAST_LOOKS)
+        self._seen[path.name] = _Sighting(content, now, still_s)
+        return still_s >= self.expiry_s or _holder_is_dead(content)
+
+    def _remove_abandoned(self, path: Path) -> None:
+        """Remove exactly the file that was watched: a new holder's may have come in its place."""
+        observed = self._seen.pop(path.name).content
+        aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        try:
+            os.rename(path, aside)
+        except FileNotFoundError:
+            return
+        if _read(aside) != observed:
+            # It lives: put it back, unless a third job took the name: the displaced one notices by is_held.
+            with contextlib.suppress(OSError):
+                os.link(aside, path)
+        aside.unlink(missing_ok=True)
+
+
+def _take_name(temporary: Path, path: Path) -> bool:
+    """Whether `path` is now a name of the file `temporary`."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        # NFS repeats a request whose answer was lost, and the repeat finds our own link there.
+        with contextlib.suppress(OSError):
+            return os.path.samefile(temporary, path)
+        return False
+    except FileNotFoundError:
+        return False  # swept: the caller tries again
+    return True
+
+
+def machine_id() -> str:
+    """This machine since its last start, and the process name space: where a pid means something."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()}:{secrets.token_hex(4)}"  # never taken for the same machine
+
+
+def process_start(pid: int) -> str:
+    """Start of a process in clock ticks, so that a reused pid is not taken for the old one; '' if none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]
+
+
+def lock_holders(directory: Path) -> dict[int, str]:
+    """The host that has each block's lock, alive or not; `?` for a lock that cannot be read."""
+    found = {}
+    for path in directory.glob(f"[0-9]*{_SUFFIX}"):
+        content = _read(path)
+        if path.stem.isdecimal() and content is not None:
+            holder = _parse(content)
+            found[int(path.stem)] = "?" if holder is None else holder.host
+    return found
+
+
+def _parse(content: bytes) -> _Holder | None:
+    """Who holds a lock; None where it is unreadable."""
+    try:
+        return _Holder(**json.loads(content[_COUNTER_DIGITS:]))
+    except (ValueError, TypeError):
+        return None
+
+
+def _holder_is_dead(content: bytes) -> bool:
+    holder = _parse(content)
+    if holder is None:
+        return False  # only time tells
+    return holder.machine == machine_id() and process_start(holder.pid) != holder.start
+
+
+def _read(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return None

@@ -1,0 +1,273 @@
+"""Atomic publication of files on a POSIX file system: whole and durable under its name, or not there at all.
+
+A file is written under a staging name in the directory where it will live, synced, and only then given its
+name. Published files are never replaced, except by `publish_replacing`, so what a reader has seen stays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import re
+import secrets
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evl_cache.canonical_json import canonical_json
+from evl_cache.errors import CacheError, UsageError
+from evl_cache.store.disk.checksum import crc32c, file_digest
+from evl_cache.store.disk.file_system import disk_error, start_writeback
+from evl_cache.store.disk.permissions import give_directory_mode, give_file_mode
+
+FILE_MODE = 0o644  # less the umask, which the kernel applies
+_STAGING_NAME = re.compile(r"\.tmp-[A-Za-z0-9_-]{1,40}-[0-9]+-[0-9a-f]{16}")
+_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+_PLACEHOLDER_WAIT_S = 2.0
+# Written at a time, at multiples of it: the page cache then holds the file in pages of this size, which are copied
+# a tenth faster than small ones and mapped by one entry each.
+_HUGE_PAGE_NBYTES = 2 << 20
+_WRITEBACK_NBYTES = 8 << 20  # handed to the disk at a time, so that the sync at the end has little left
+
+
+class AlreadyPublished(CacheError):
+    """The name is taken. Nothing was changed; the caller may compare what lies there with what it has."""
+
+
+def is_staging_name(name: str) -> bool:
+    """Whether `name` (no directory) is that of a staged file: a leftover, once its writer is dead."""
+    return _STAGING_NAME.fullmatch(name) is not None
+
+
+def stage_file(directory: Path) -> StagedFile:
+    """Open a new staged file in `directory`. A context manager: what is not published is removed.
+
+    Raises CacheError where the directory cannot be written.
+    """
+    return StagedFile(directory)
+
+
+class StagedFile:
+    """A file being written under a staging name; `size` and `sha256` are of the bytes written so far."""
+
+    def __init__(self, directory: Path) -> None:
+        host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
+        self.path = Path(directory) / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
+        self.size = 0
+        self._pending: NDArray[np.uint8] | None = None  # the last huge page, not written yet
+        self._written = 0  # bytes that the kernel has
+        self._handed_on = 0  # and of these, those on their way to the disk
+        self._hash = hashlib.sha256()
+        self.crc32c = 0
+        self._descriptor: int | None = None
+        self._staged = False
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._descriptor = os.open(self.path, flags, FILE_MODE)
+            give_file_mode(self._descriptor)
+        except OSError as error:
+            raise disk_error("create", self.path, error) from error
+        self._staged = True
+
+    @property
+    def sha256(self) -> str:
+        """Hexadecimal digest of the bytes written so far."""
+        return self._hash.hexdigest()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        """Append all of `data`, by huge pages. Raises CacheError (disk full, ...), which names the remedy."""
+        if self._descriptor is None:
+            raise UsageError(f"{self.path} is closed: write before publishing")
+        view = np.frombuffer(memoryview(data).cast("B"), np.uint8)
+        self._hash.update(view.data)
+        self.crc32c = crc32c(view, self.crc32c)
+        if self._pending is None:
+            self._pending = np.empty(_HUGE_PAGE_NBYTES, np.uint8)
+        while len(view) > 0:
+            filled = self.size - self._written
+            part = view[: _HUGE_PAGE_NBYTES - filled]
+            self._pending[filled : filled + len(part)] = part
+            self.size += len(part)
+            view = view[len(part) :]
+            if self.size - self._written == _HUGE_PAGE_NBYTES:
+                self._flush(self._descriptor)
+
+    def _flush(self, descriptor: int) -> None:
+        """Give the kernel what is pending."""
+        if self._pending is None:
+            return
+        pending = self._pending[: self.size - self._written].data
+        try:
+            while len(pending) > 0:
+                pending = pending[os.write(descriptor, pending) :]
+        except OSError as error:
+            self.discard()
+            raise disk_error("write", self.path, error) from error
+        self._written = self.size
+        if self._written - self._handed_on >= _WRITEBACK_NBYTES:
+            start_writeback(descriptor, self._handed_on, self._written)
+            self._handed_on = self._written
+
+    def publish(self, final: Path) -> None:
+        """Give the file the name `final` (same directory), durably, never replacing what exists.
+
+        Raises AlreadyPublished where the name is taken, CacheError where the file system refuses.
+        """
+        self._seal(final)
+        try:
+            self._take_name(final)
+            self._remove()
+            fsync_directory(final.parent)
+        except OSError as error:
+            self.discard()
+            raise disk_error("publish", final, error) from error
+
+    def publish_replacing(self, final: Path) -> None:
+        """Give the file the name `final` (same directory), durably, in place of what may exist there."""
+        self._seal(final)
+        try:
+            os.replace(self.path, final)
+            self._staged = False
+            fsync_directory(final.parent)
+        except OSError as error:
+            self.discard()
+            raise disk_error("publish", final, error) from error
+
+    def discard(self) -> None:
+        """Close and remove the staged file; no effect once published."""
+        try:
+            self._close()
+            self._remove()
+        except OSError:
+            pass  # a leftover is harmless and recognisable; the first error is the one to show
+
+    def _seal(self, final: Path) -> None:
+        if final.parent != self.path.parent:
+            raise UsageError(f"cannot publish {self.path} as {final}: stage in the same directory")
+        if self._descriptor is None:
+            raise UsageError(f"{self.path} is closed: stage a new file for {final}")
+        self._flush(self._descriptor)
+        try:
+            os.fsync(self._descriptor)
+            self._close()
+        except OSError as error:
+            self.discard()
+            raise disk_error("sync", self.path, error) from error
+
+    def _take_name(self, final: Path) -> None:
+        try:
+            os.link(self.path, final)
+        except FileExistsError:
+            # NFS repeats a request whose answer was lost, and the repeat finds our own link there.
+            if not os.path.samefile(self.path, final):
+                self._refuse(final)
+        except OSError as error:
+            if error.errno not in _NO_HARD_LINKS:
+                raise
+            self._rename_without_links(final)
+
+    def _rename_without_links(self, final: Path) -> None:
+        """Publish where there are no hard links (FAT, some FUSE and SMB mounts).
+
+        A rename alone would replace what exists. O_EXCL on an empty placeholder under the final name decides
+        who may rename. A writer that died between the two steps leaves the placeholder; no file of ours is
+        empty, so one that stays empty for a while, by this machine's own clock, is taken over. Only a writer
+        stalled that long exactly there could replace a file, and blocks are checked before they are marked.
+        """
+        try:
+            os.close(os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+        except FileExistsError:
+            if not _stays_empty(final):
+                self._refuse(final)
+        os.rename(self.path, final)
+        self._staged = False
+
+    def _refuse(self, final: Path) -> None:
+        self.discard()
+        # Its writer may have died before this: whoever accepts the file as it is needs it durable too.
+        fsync_directory(final.parent)
+        raise AlreadyPublished(f"{final} exists already and is not replaced; verify or repair the cache")
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, None
+        self._pending = None
+        if descriptor is not None:
+            os.close(descriptor)
+
+    def _remove(self) -> None:
+        if self._staged:
+            self._staged = False
+            self.path.unlink(missing_ok=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+
+def write_json_atomic(path: Path, obj: object, *, replace: bool) -> bool:
+    """Publish `obj` as canonical JSON; True where it was written, False where the same bytes were there.
+
+    Raises AlreadyPublished where other bytes are there and `replace` is false; CacheError as `StagedFile`.
+    """
+    data = canonical_json(obj)
+    with stage_file(path.parent) as staged:
+        staged.write(data)
+        if replace:
+            staged.publish_replacing(path)
+            return True
+        try:
+            staged.publish(path)
+        except AlreadyPublished:
+            if file_digest(path) != (len(data), hashlib.sha256(data).hexdigest()):
+                raise
+            return False
+    return True
+
+
+def make_directories(path: Path) -> None:
+    """Create `path` and its missing parents, each made durable. Several writers may do so at once."""
+    missing = [path]
+    while not missing[-1].is_dir() and missing[-1] != missing[-1].parent:
+        missing.append(missing[-1].parent)
+    for directory in reversed(missing[:-1]):
+        try:
+            with contextlib.suppress(FileExistsError):
+                directory.mkdir()
+                give_directory_mode(directory)
+        except OSError as error:
+            raise disk_error("create", directory, error) from error
+        fsync_directory(directory.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable, where the file system can. Raises CacheError where it fails."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise disk_error("sync", path, error) from error
+
+
+def _stays_empty(path: Path) -> bool:
+    deadline = time.monotonic() + _PLACEHOLDER_WAIT_S
+    while time.monotonic() < deadline:
+        if path.stat().st_size > 0:
+            return False
+        time.sleep(0.01)
+    return path.stat().st_size == 0

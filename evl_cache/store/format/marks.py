@@ -1,0 +1,248 @@
+"""The done mark of a block binds position, bytes and sources. Without a valid one a block does not exist."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evl_cache.canonical_json import digest
+from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.spec import CacheSpec
+from evl_cache.store.disk.file_system import check_no_links, read_limited
+from evl_cache.store.format.layout import ArrayLayout, array_layouts, mark_path
+from evl_cache.store.shards.shard import ShardRecord
+from evl_cache.untrusted.json_text import parse_json
+
+MARK_VERSION = 1
+_LARGE_NBYTES, _MOST_EXPANSION = 16 << 20, 1000
+_MOST_BATCH = 1 << 16
+MOST_MARK_NBYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipRecord:
+    """What became of one clip.
+
+    Attributes:
+        id: as in the clip list.
+        error: why it has no features; None where it has.
+        source_bytes, source_sha256: of the video file; None where it could not be read.
+        frame_size: (height, width) in pixels; frame_count: as decoded; indices: (views, T) frame numbers.
+        decoder: library and version that served.
+    """
+
+    id: str
+    error: str | None = None
+    source_bytes: int | None = None
+    source_sha256: str | None = None
+    frame_size: tuple[int, int] | None = None
+    frame_count: int | None = None
+    indices: tuple[tuple[int, ...], ...] | None = None
+    decoder: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """One shard file: size in bytes, sha256, and of each chunk the stored size and checksum.
+
+    The chunks' numbers stay packed, little-endian uint32: a large cache has millions of them.
+    """
+
+    size: int
+    sha256: str
+    chunk_nbytes: bytes
+    chunk_checksums: bytes
+
+    @classmethod
+    def of(cls, record: ShardRecord) -> "FileRecord":
+        """The record that a mark keeps of a written shard."""
+        return cls(
+            size=record.size,
+            sha256=record.sha256,
+            chunk_nbytes=np.asarray(record.chunk_nbytes, dtype="<u4").tobytes(),
+            chunk_checksums=np.asarray(record.chunk_checksums, dtype="<u4").tobytes(),
+        )
+
+    @property
+    def checksums(self) -> np.ndarray[Any, Any]:
+        """uint32 (chunks,)."""
+        return np.frombuffer(self.chunk_checksums, dtype="<u4")
+
+
+ShardFiles = Mapping[str, FileRecord]  # by array, of one block
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """One finished block.
+
+    Attributes:
+        block: its number.
+        files: array name -> record of its shard.
+        clips: a record for each clip of the block, in order.
+        environment: batch, device, dtype, threads and versions: bytes are identical where these are equal.
+        digest: of the mark itself. file_sha256: of the file that it was read from, which the manifest names.
+    """
+
+    block: int
+    files: Mapping[str, FileRecord]
+    clips: tuple[ClipRecord, ...]
+    environment: Mapping[str, Any]
+    digest: str = ""
+    file_sha256: str = ""
+
+
+def mark_document(mark: Mark, spec: CacheSpec) -> dict[str, Any]:
+    """The JSON of a mark, its own digest included."""
+    layouts = array_layouts(spec)
+    content = {
+        "version": MARK_VERSION,
+        "feature_id": spec.feature_id,
+        "content_id": spec.content_id,
+        "layers": list(spec.layers),
+        "block": mark.block,
+        "files": {name: _file_document(mark.files[name]) for name in layouts},
+        "clips": [asdict(clip) for clip in mark.clips],
+        "environment": dict(mark.environment),
+    }
+    content = json.loads(json.dumps(content))
+    return {**content, "digest": digest(content)}
+
+
+def read_mark(root: Path, block: int, spec: CacheSpec) -> Mark | None:
+    """The mark of a block; None where there is none.
+
+    Raises: CacheDamaged for a mark that is not intact, or belongs to another block or cache.
+    """
+    path = mark_path(root, block)
+    try:
+        check_no_links(root, path.parent)
+        written = read_limited(path, MOST_MARK_NBYTES)
+    except FileNotFoundError:
+        return None
+    except (OSError, CacheError) as error:
+        raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
+    return parse_mark(written, path, block, spec)
+
+
+def parse_mark(written: bytes, path: str | Path, block: int, spec: CacheSpec) -> Mark:
+    """The mark of a file's bytes. Raises: as `read_mark`."""
+    try:
+        content = parse_json(written)
+    except ValueError as error:
+        raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
+    if not isinstance(content, dict) or not _digest_matches(content, written):
+        raise CacheDamaged(f"{path}: the mark's own digest does not match; repair the cache")
+    return _parse(content, path, block, spec, hashlib.sha256(written).hexdigest())
+
+
+def _digest_matches(content: Mapping[str, Any], written: bytes) -> bool:
+    stored = content.get("digest")
+    # As written, the digest is that of the bytes without it: half the time of encoding the content again.
+    without = written.removesuffix(b"\n").replace(f'"digest":"{stored}",'.encode(), b"", 1)
+    if hashlib.sha256(without).hexdigest() == stored:
+        return True
+    return digest({name: value for name, value in content.items() if name != "digest"}) == stored
+
+
+def _parse(
+    content: Mapping[str, Any], path: str | Path, block: int, spec: CacheSpec, file_sha256: str
+) -> Mark:
+    expected = {
+        "version": MARK_VERSION,
+        "feature_id": spec.feature_id,
+        "content_id": spec.content_id,
+        "layers": list(spec.layers),
+        "block": block,
+    }
+    for name, value in expected.items():
+        if content.get(name) != value:
+            raise CacheDamaged(
+                f"{path}: {name} is {content.get(name)!r}, expected {value!r}: "
+                "the mark is of another block or cache; repair the cache"
+            )
+    try:
+        layouts = array_layouts(spec)
+        files = {name: _parse_file(content["files"][name], layout, spec) for name, layout in layouts.items()}
+        clips = tuple(_parse_clip(row) for row in content["clips"])
+        environment = content["environment"]
+        if not isinstance(environment, dict) or not _is_batch(environment.get("batch", 1)):
+            raise ValueError("its environment is none")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CacheDamaged(f"{path}: incomplete ({error!r}); repair the cache") from error
+    if len(clips) != len(spec.clips_of_block(block)):
+        raise CacheDamaged(
+            f"{path}: names {len(clips)} clips, the block has {len(spec.clips_of_block(block))}; repair"
+        )
+    return Mark(
+        block=block,
+        files=files,
+        clips=clips,
+        environment=environment,
+        digest=content["digest"],
+        file_sha256=file_sha256,
+    )
+
+
+def _file_document(record: FileRecord) -> dict[str, Any]:
+    # Hexadecimal: a third of the size of JSON numbers, and fast to parse.
+    return {
+        "size": record.size,
+        "sha256": record.sha256,
+        "chunk_nbytes": record.chunk_nbytes.hex(),
+        "chunk_checksums": record.chunk_checksums.hex(),
+    }
+
+
+def _parse_file(content: Mapping[str, Any], layout: ArrayLayout, spec: CacheSpec) -> FileRecord:
+    num_chunks = spec.block_samples * len(spec.stored_layers)
+
+    def unpacked(text: str) -> bytes:
+        if len(text) != 8 * num_chunks:
+            raise ValueError(f"{len(text) // 8} chunks, expected {num_chunks}")
+        return bytes.fromhex(text)
+
+    record = FileRecord(
+        size=int(content["size"]),
+        sha256=str(content["sha256"]),
+        chunk_nbytes=unpacked(content["chunk_nbytes"]),
+        chunk_checksums=unpacked(content["chunk_checksums"]),
+    )
+    nbytes = np.frombuffer(record.chunk_nbytes, "<u4").astype(np.uint64)
+    if not np.all((nbytes == 0) | layout.codec.allows_size(nbytes, layout.chunk_nbytes)):
+        raise ValueError(
+            f"chunks of {layout.name} have sizes that none of {layout.chunk_nbytes} bytes can have"
+        )
+    if int(nbytes.sum()) > record.size:
+        raise ValueError(f"chunks of {layout.name} are larger than their file")
+    _check_explosion(layout, int((nbytes > 0).sum()), record.size)
+    return record
+
+
+def _check_explosion(layout: ArrayLayout, num_chunks: int, file_nbytes: int) -> None:
+    """Large chunks of next to no bytes: no feature of a video compresses so, and memory is made for them."""
+    decoded = num_chunks * layout.chunk_nbytes
+    if layout.chunk_nbytes > _LARGE_NBYTES and decoded > _MOST_EXPANSION * file_nbytes:
+        raise ValueError(f"{file_nbytes} bytes of {layout.name} would become {decoded}")
+
+
+def _parse_clip(row: Mapping[str, Any]) -> ClipRecord:
+    record = ClipRecord(**row)
+    texts = (record.error, record.source_sha256, record.decoder)
+    numbers = (record.source_bytes, record.frame_count, *(record.frame_size or ()))
+    if (
+        not isinstance(row["id"], str)
+        or not all(text is None or isinstance(text, str) for text in texts)
+        or not all(number is None or isinstance(number, int) for number in numbers)
+        or (record.frame_size is not None and len(record.frame_size) != 2)
+    ):
+        raise TypeError(f"of clip {str(record.id)[:40]!r}: fields of other types")
+    return record
+
+
+def _is_batch(value: Any) -> bool:
+    return isinstance(value, int) and 1 <= value <= _MOST_BATCH

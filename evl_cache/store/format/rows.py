@@ -1,0 +1,146 @@
+"""Features of a sample as the rows of the store's arrays, and back.
+
+T frames, P patches, N = 1+P tokens, C channels, L layers. A row is `{array name: (L, *chunk)}` in numpy.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from evl_cache.quantize import (
+    QuantizedMaps,
+    QuantizedTokens,
+    dequantize_maps,
+    dequantize_tokens,
+    quantize_maps,
+    quantize_tokens,
+    to_float16,
+)
+from evl_cache.spec import CacheSpec
+from evl_cache.store.format.recomputed import RecomputedMaps
+
+Row = Mapping[str, np.ndarray[Any, Any]]
+StoredTokens = QuantizedTokens | torch.Tensor
+StoredMaps = QuantizedMaps | torch.Tensor | RecomputedMaps
+
+
+def make_row(tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None, spec: CacheSpec) -> Row:
+    """Quantise one sample on the device where its features are.
+
+    Args:
+        tokens: (T, N, C) of each stored layer. maps: L of (2, T-1, P, P), or None where the spec stores none.
+
+    Raises: ClipError where a feature is not finite or cannot be represented.
+    """
+    row: dict[str, torch.Tensor] = {}
+    stacked = torch.stack(list(tokens))  # (L,T,N,C)
+    row["class_tokens"] = to_float16(stacked[:, :, 0], what="class tokens")
+    if spec.tokens == "int8":
+        quantized = quantize_tokens(stacked)
+        assert quantized.scale is not None
+        row |= {"tokens": quantized.codes, "token_affine": quantized.affine, "token_scale": quantized.scale}
+    else:
+        row["tokens"] = to_float16(stacked, what="tokens")
+    if spec.stores_maps:
+        assert maps is not None
+        stacked = torch.stack(list(maps))  # (L,2,T-1,P,P)
+        if spec.maps == "uint8":
+            coded = quantize_maps(stacked)
+            row |= {"maps": coded.codes, "map_scale": coded.row_max}
+        else:
+            row["maps"] = to_float16(stacked, what="attention maps")
+    return {name: value.cpu().numpy() for name, value in row.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredBatch:
+    """Features of several samples as they are stored, shallow to deep; dequantise where they are used.
+
+    Attributes:
+        tokens: L of QuantizedTokens with (B, T, N, C) codes, or float16 (B, T, N, C); none where only class tokens
+            were read.
+        maps: L of QuantizedMaps with (B, 2, T-1, P, P) codes, or float16, or to be made from tokens one block
+            below; None where there are none.
+        class_tokens: L of float16 (B, T, 1, C); None where they were not read.
+    """
+
+    tokens: list[StoredTokens]
+    maps: list[StoredMaps] | None
+    class_tokens: list[torch.Tensor] | None = None
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "StoredBatch":
+        """The same on another device."""
+
+        def move(value: torch.Tensor) -> torch.Tensor:
+            return value.to(device, non_blocking=non_blocking)
+
+        return self._mapped(move)
+
+    def part(self, start: int, stop: int) -> "StoredBatch":
+        """Samples start .. stop-1, sharing memory."""
+        return self._mapped(lambda v: v[start:stop])
+
+    def repeated(self, count: int) -> "StoredBatch":
+        """A batch of `count` samples: these again and again. New memory."""
+        return self._mapped(lambda v: v[torch.arange(count, device=v.device) % len(v)])
+
+    def with_made_maps(self) -> "StoredBatch":
+        """The same, as a head takes it: maps that are not stored are made, float32, on the features' device."""
+        if self.maps is None:
+            return self
+        maps = [m.made() if isinstance(m, RecomputedMaps) else m for m in self.maps]
+        return replace(self, maps=list(maps))
+
+    def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "StoredBatch":
+        """`function` of every tensor, once: tokens of one layer may be the source of the next one's maps."""
+        done: dict[int, Any] = {}
+
+        def once(value: StoredTokens) -> Any:
+            if id(value) not in done:
+                done[id(value)] = _map(value, function)
+            return done[id(value)]
+
+        def mapped(maps: StoredMaps) -> StoredMaps:
+            if isinstance(maps, RecomputedMaps):
+                return RecomputedMaps(below=once(maps.below), projection=maps.projection)
+            mapped_maps: StoredMaps = _map(maps, function)
+            return mapped_maps
+
+        return StoredBatch(
+            tokens=[once(t) for t in self.tokens],
+            maps=None if self.maps is None else [mapped(m) for m in self.maps],
+            class_tokens=None if self.class_tokens is None else [function(t) for t in self.class_tokens],
+        )
+
+    def dequantized(
+        self, dtype: torch.dtype = torch.float32
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Tokens and maps as tensors of `dtype`."""
+        tokens = [
+            t.to(dtype)
+            if isinstance(t, torch.Tensor)
+            else dequantize_tokens(t.codes, t.affine, t.scale, dtype)
+            for t in self.tokens
+        ]
+        if self.maps is None:
+            return tokens, None
+        return tokens, [_dequantized_maps(m, dtype) for m in self.maps]
+
+
+def _dequantized_maps(maps: StoredMaps, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(maps, QuantizedMaps):
+        return dequantize_maps(maps.codes, maps.row_max, dtype)
+    return (maps.made() if isinstance(maps, RecomputedMaps) else maps).to(dtype)
+
+
+def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`function` of every tensor of stored tokens or maps."""
+    if isinstance(value, QuantizedTokens):
+        scale = None if value.scale is None else function(value.scale)
+        return QuantizedTokens(codes=function(value.codes), affine=function(value.affine), scale=scale)
+    if isinstance(value, QuantizedMaps):
+        return QuantizedMaps(codes=function(value.codes), row_max=function(value.row_max))
+    return function(value)

@@ -1,0 +1,58 @@
+"""How large a cache becomes, and whether the disk has room for it."""
+
+import math
+import shutil
+from pathlib import Path
+
+from evl_cache.errors import CacheError
+from evl_cache.spec import CacheSpec
+from evl_cache.store.format.layout import array_layouts, mark_path
+from evl_cache.store.format.recomputed import projections_nbytes
+
+# Stored bytes over decoded bytes, measured on real clips (docs/results.md). Rounded up: a full disk costs more
+# than a warning too many.
+_STORED_SHARE = {
+    ("default", "int8"): 0.85,
+    ("default", "uint8"): 0.75,
+    ("archive", "int8"): 0.82,
+    ("archive", "uint8"): 0.70,
+}
+_MARK_BYTES_A_SAMPLE = 600  # of JSON: checksums of each chunk, and the clip's record
+
+
+def sample_nbytes(spec: CacheSpec) -> tuple[int, int]:
+    """(bytes before the codec, bytes expected after it) of one sample, all layers."""
+    raw, stored = 0, 0.0
+    for layout in array_layouts(spec).values():
+        nbytes = layout.chunk_nbytes * len(spec.stored_layers)
+        raw += nbytes
+        stored += nbytes * _STORED_SHARE.get((spec.codec, layout.dtype), 1.0)
+    return raw, math.ceil(stored) + _MARK_BYTES_A_SAMPLE
+
+
+def num_files(spec: CacheSpec) -> int:
+    """Files of the complete cache: shards, marks, metadata, clip list, its copy, manifest, projections."""
+    arrays = len(array_layouts(spec))
+    return spec.num_blocks * (arrays + 1) + arrays + 4 + int(spec.recomputes_maps)
+
+
+def check_free_space(root: Path, spec: CacheSpec) -> None:
+    """Before work starts: is there room for the blocks that are not done?
+
+    Raises: CacheError saying how much is missing.
+    """
+    left = sum(
+        len(spec.clips_of_block(block)) * spec.views.per_clip
+        for block in range(spec.num_blocks)
+        if not mark_path(root, block).exists()
+    )
+    needed = left * sample_nbytes(spec)[1] + projections_nbytes(spec)
+    existing = root
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise CacheError(
+            f"{root}: {left} samples need about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, "
+            f"{(needed - free) / 1e9:.2f} GB are missing; free space, or use another disk, fewer --layers or --maps none"
+        )

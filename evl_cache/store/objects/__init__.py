@@ -1,0 +1,1 @@
+"""Files of a cache by name, from a directory, a server or a bucket."""

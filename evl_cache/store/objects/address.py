@@ -1,0 +1,26 @@
+"""Addresses of caches: which are URLs, and how one is shown without its credentials."""
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
+
+SCHEMES = ("s3", "http", "https")
+Data = bytes | bytearray | memoryview
+_URL = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
+
+
+def is_url(place: str | Path) -> bool:
+    """Whether a place is a URL and not a directory. A URL that went through `Path` has lost a slash."""
+    return _URL.match(str(place)) is not None
+
+
+def as_url(place: str | Path) -> str:
+    """A URL with both its slashes."""
+    return _URL.sub(r"\1://", str(place), count=1)
+
+
+def public_url(url: str) -> str:
+    """A URL as it may be printed and stored: without user name, password and query."""
+    parts = urlsplit(as_url(url))
+    host = parts.netloc.rpartition("@")[2]
+    return urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))

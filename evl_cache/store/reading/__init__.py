@@ -1,0 +1,1 @@
+"""Samples read from a cache, on this disk or behind a URL."""

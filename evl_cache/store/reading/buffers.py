@@ -1,0 +1,123 @@
+"""Preallocated arrays that batches of samples are read into, again and again.
+
+B slots, L layers.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from evl_cache.quantize import QuantizedMaps, QuantizedTokens
+from evl_cache.store.format.layout import ArrayLayout
+from evl_cache.store.format.recomputed import ProjectionOnDevices, RecomputedMaps
+from evl_cache.store.format.rows import StoredBatch, StoredMaps, StoredTokens
+
+TOKEN_ARRAYS = ("tokens", "token_affine", "token_scale")
+MAP_ARRAYS = ("maps", "map_scale")
+_HUGE_PAGE_NBYTES = 2 << 20
+CLASS_ARRAYS = ("class_tokens",)
+TokensRead = Literal["all", "class", "both"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapRecipe:
+    """Which tokens give the maps of which blocks.
+
+    Attributes:
+        wanted: blocks whose features are asked for. held: those and the ones below, shallow to deep.
+        projections: of the wanted blocks.
+    """
+
+    wanted: tuple[int, ...]
+    held: tuple[int, ...]
+    projections: Mapping[int, ProjectionOnDevices]
+
+    def applied(self, held: StoredBatch) -> StoredBatch:
+        """Tokens of the wanted blocks, and their maps, to be made; from tokens of the held ones."""
+        tokens = dict(zip(self.held, held.tokens, strict=True))
+        class_tokens = None
+        if held.class_tokens is not None:
+            by_layer = dict(zip(self.held, held.class_tokens, strict=True))
+            class_tokens = [by_layer[layer] for layer in self.wanted]
+        return StoredBatch(
+            class_tokens=class_tokens,
+            tokens=[tokens[layer] for layer in self.wanted],
+            maps=[
+                RecomputedMaps(below=tokens[layer - 1], projection=self.projections[layer])
+                for layer in self.wanted
+            ],
+        )
+
+
+class BatchBuffers:
+    """One array of B slots for each stored array and layer.
+
+    Args:
+        layouts: the stored arrays to hold. num_layers: L. slots: B.
+        pin_memory: page-locked, so that copies to a GPU overlap its work.
+        recipe: how maps are made from the tokens, where they are not stored; its `held` layers are the L.
+
+    Attributes:
+        arrays: name -> L numpy arrays (B, *chunk), the same memory as `tensors`.
+        tensors: name -> L tensors.
+        stacked: name -> (L, B, *chunk), the same memory.
+    """
+
+    def __init__(
+        self,
+        layouts: Sequence[ArrayLayout],
+        *,
+        num_layers: int,
+        slots: int,
+        pin_memory: bool = False,
+        recipe: MapRecipe | None = None,
+    ) -> None:
+        self.slots, self.recipe = slots, recipe
+        # One piece a stored array: a sample's layers are then filled by one strided copy.
+        whole = {
+            layout.name: _memory((num_layers, slots, *layout.chunk_shape), layout.dtype, pin_memory)
+            for layout in layouts
+        }
+        self.stacked: Mapping[str, np.ndarray[Any, Any]] = {name: t.numpy() for name, t in whole.items()}
+        self.tensors: Mapping[str, list[torch.Tensor]] = {name: list(t) for name, t in whole.items()}
+        self.arrays: Mapping[str, list[np.ndarray[Any, Any]]] = {
+            name: list(array) for name, array in self.stacked.items()
+        }
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(array.nbytes for arrays in self.arrays.values() for array in arrays)
+
+    def batch(self, count: int) -> StoredBatch:
+        """The first `count` slots as features; they share the buffers' memory."""
+        held = stored_batch({name: [t[:count] for t in tensors] for name, tensors in self.tensors.items()})
+        return held if self.recipe is None else self.recipe.applied(held)
+
+
+def _memory(shape: tuple[int, ...], dtype: str, pin_memory: bool) -> torch.Tensor:
+    if pin_memory:
+        return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True)
+    # On the boundary of a huge page: numpy asks for these, and copies between even addresses are faster.
+    nbytes = math.prod(shape) * np.dtype(dtype).itemsize
+    whole = np.empty(nbytes + _HUGE_PAGE_NBYTES, np.uint8)
+    start = -whole.ctypes.data % _HUGE_PAGE_NBYTES
+    return torch.from_numpy(whole[start : start + nbytes].view(dtype).reshape(shape))
+
+
+def stored_batch(tensors: Mapping[str, Sequence[torch.Tensor]]) -> StoredBatch:
+    """Features from L tensors (B, *chunk) of each stored array."""
+    tokens: list[StoredTokens] = list(tensors.get("tokens", []))
+    if "token_affine" in tensors:
+        parts = zip(*(tensors[name] for name in TOKEN_ARRAYS), strict=True)
+        tokens = [QuantizedTokens(codes=codes, affine=affine, scale=scale) for codes, affine, scale in parts]
+    maps: list[StoredMaps] | None = list(tensors["maps"]) if "maps" in tensors else None
+    if "map_scale" in tensors:
+        pairs = zip(*(tensors[name] for name in MAP_ARRAYS), strict=True)
+        maps = [QuantizedMaps(codes=codes, row_max=row_max) for codes, row_max in pairs]
+    class_tokens = [t[:, :, None] for t in tensors["class_tokens"]] if "class_tokens" in tensors else None
+    return StoredBatch(tokens=tokens, maps=maps, class_tokens=class_tokens)

@@ -1,0 +1,273 @@
+"""A remote cache read where it lies: what is asked for is fetched once and kept on a local disk.
+
+The manifest tells what there is, and nothing is listed. A piece (a run of neighbouring samples of one array) is one
+ranged request; how many samples it has keeps requests large and below one a sample. Pieces that will be needed are
+fetched ahead by threads. Every chunk is checked against its mark when it arrives, and again whenever it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere
+from evl_cache.store.format.description import parse_description, read_group
+from evl_cache.store.format.layout import (
+    CLIPS_NAME,
+    MANIFEST_NAME,
+    PROJECTIONS_NAME,
+    array_layouts,
+    mark_path,
+)
+from evl_cache.store.format.manifest import MOST_MANIFEST_NBYTES, Manifest, parse_manifest
+from evl_cache.store.format.marks import MOST_MARK_NBYTES, ShardFiles
+from evl_cache.store.objects.objects import Objects, open_objects
+from evl_cache.store.reading.copy_root import CopyRoot
+from evl_cache.store.reading.sparse_shard import TOUCH_S, SparseShard
+from evl_cache.store.shards.metadata import METADATA_NAME
+from evl_cache.store.shards.shard_pool import default_limit
+
+THREADS = 8  # that fetch; a request waits most of its time
+ATTEMPTS = 4  # at a piece that arrives damaged
+_BACKOFF_S = 0.1
+_PIECE_NBYTES = 8 << 20
+_LEAST_PIECE_SAMPLES = 2  # tokens and maps are two files: with two samples a piece, one request a sample
+_SMALL_NBYTES = 256 << 10  # of a sample in one array: not worth leaving layers out
+_DIGITS = 32  # of the cache digest, in the copy's name
+
+Piece = tuple[str, int, int, int]  # array, block, first chunk, one past the last
+
+
+class LocalCopy:
+    """The copy of one cache. Threads may share it.
+
+    Args:
+        url: of the cache. root: where copies lie.
+
+    Attributes:
+        path: the copy's directory, in which everything but the data is whole.
+        requests, nbytes: that were made, and fetched, of the data.
+
+    Raises: NoCacheHere where there is none; CacheError where it is not complete or cannot be read.
+    """
+
+    def __init__(self, url: str, *, root: CopyRoot | None = None) -> None:
+        self._given, self._objects = url, open_objects(url)
+        self.url = self._objects.url
+        self._root = root or CopyRoot()
+        self.path, self.manifest = self._open()
+        self.requests = self.nbytes = 0
+        self._files: Mapping[int, ShardFiles] = {}
+        self._renew()
+
+    def serve(self, files: Mapping[int, ShardFiles]) -> None:
+        """From now on: shards by block and array, as their marks describe them."""
+        self._files = files
+
+    def ensure(self, block: int, names: Iterable[str], chunks: Sequence[int]) -> None:
+        """Have chunks (ascending, of one sample) here, in each of the arrays. Waits for what has to be fetched.
+
+        Raises: CacheError where the server fails; CacheDamaged where what comes is not what was written.
+        """
+        names = tuple(names)
+        if self._is_whole(block, names):
+            return
+        missing = [piece for name in names if (piece := self._missing(name, block, chunks)) is not None]
+        for future in [self._fetching(piece) for piece in missing]:
+            future.result()
+        if not missing:
+            self._note_whole(block, names)
+
+    def is_here(self, block: int, names: Iterable[str], chunks: Sequence[int]) -> bool:
+        """Whether nothing of these would have to be fetched."""
+        names = tuple(names)
+        return self._is_whole(block, names) or all(self._missing(n, block, chunks) is None for n in names)
+
+    def prefetch(self, wanted: Iterable[tuple[int, Sequence[int]]], names: Iterable[str]) -> None:
+        """Begin to fetch chunks of samples, (block, chunks) each, in each of the arrays."""
+        names = tuple(names)
+        for block, chunks in wanted:
+            if self._is_whole(block, names):
+                continue
+            for name in names:
+                if (piece := self._missing(name, block, chunks)) is not None:
+                    self._fetching(piece)
+
+    def refetch(self, name: str, block: int, chunks: Sequence[int]) -> None:
+        """Chunks that could not be read are looked at, and fetched again where they are damaged here."""
+        self._whole.clear()
+        self._shard(name, block).drop_damaged(chunks)
+        self.ensure(block, [name], chunks)
+
+    def close(self) -> None:
+        """Stop fetching, let go of files."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._renew()
+
+    def _is_whole(self, block: int, names: tuple[str, ...]) -> bool:
+        """Whether all of these was seen to be here a moment ago: a later epoch then looks at nothing else."""
+        return time.monotonic() < self._whole.get((block, names), 0.0)
+
+    def _note_whole(self, block: int, names: tuple[str, ...]) -> None:
+        shards = [self._shards.get((name, block)) for name in names]
+        if all(shard is not None and shard.knows(range(len(shard.nbytes))) for shard in shards):
+            self._whole[block, names] = time.monotonic() + TOUCH_S
+
+    def _missing(self, name: str, block: int, chunks: Sequence[int]) -> Piece | None:
+        shard = self._shards.get((name, block))
+        # A file that was removed is whole for those who have it open; reading tells where it is another.
+        if shard is None or not shard.knows(chunks):
+            shard = self._shard(name, block)
+        if shard.has(chunks):
+            shard.touch()
+            return None
+        layers = self._num_layers
+        sample_nbytes = int(shard.nbytes.sum()) // max(1, int((shard.nbytes > 0).sum()) // layers)
+        if 2 * len(chunks) < layers and sample_nbytes > _SMALL_NBYTES:
+            return name, block, chunks[0], chunks[-1] + 1
+        samples = max(_LEAST_PIECE_SAMPLES, _PIECE_NBYTES // max(1, sample_nbytes))
+        first = chunks[0] // layers // samples * samples * layers
+        return name, block, first, min(first + samples * layers, len(shard.nbytes))
+
+    def _fetching(self, piece: Piece) -> Future[None]:
+        if self._pid != os.getpid():
+            self._renew()
+        with self._lock:
+            future = self._in_flight.get(piece)
+            if future is None:
+                future = self._in_flight[piece] = self._pool.submit(self._fetch, piece)
+            return future
+
+    def _fetch(self, piece: Piece) -> None:
+        try:
+            self._fetch_piece(*piece)
+        finally:
+            with self._lock:
+                self._in_flight.pop(piece, None)
+
+    def _fetch_piece(self, name: str, block: int, first: int, stop: int) -> None:
+        shard = self._shard(name, block)
+        start, nbytes = int(shard.starts[first]), int(shard.starts[stop] - shard.starts[first])
+        self._root.make_room(nbytes)
+        place = self._layouts[name].shard(Path(), block).as_posix()
+        wrong = None
+        for attempt in range(ATTEMPTS):
+            time.sleep(_BACKOFF_S * (2**attempt - 1))
+            with self._lock:
+                self.requests += 1
+                self.nbytes += nbytes
+            try:
+                data = self._objects.get_range(place, start, nbytes)
+            except FileNotFoundError as error:
+                raise self._changed(f"{error}") from error
+            wrong = shard.first_wrong(first, stop, data)
+            if wrong is None:
+                shard.write(first, stop, data)
+                return
+        raise self._changed(f"{self.url}/{place}: chunk {wrong} arrives damaged, {ATTEMPTS} times")
+
+    def _changed(self, reason: str) -> CacheError:
+        """Why what the marks promise does not come: another cache is there now, or this one is damaged."""
+        try:
+            written = self._objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES)
+            if hashlib.sha256(written).hexdigest() == self._manifest_sha256:
+                return CacheDamaged(f"{reason}; verify the cache where it lies")
+        except (FileNotFoundError, CacheError):
+            pass
+        return CacheError(f"{self.url}: changed while it was read ({reason}); run the same command again")
+
+    def _shard(self, name: str, block: int) -> SparseShard:
+        key = (name, block)
+        shard = self._shards.get(key)
+        if shard is not None and not shard.is_gone and len(self._shards) < self._most_open:
+            return shard
+        with self._lock:
+            shard = self._shards.get(key)
+            if shard is None or shard.is_gone:
+                layout = self._layouts[name]
+                shard = SparseShard(layout.shard(self.path, block), self._files[block][name], layout.codec)
+                self._shards[key] = shard
+            self._shards.move_to_end(key)
+            while len(self._shards) > self._most_open:
+                self._shards.popitem(last=False)  # closed once no thread uses it
+            return shard
+
+    def _renew(self) -> None:
+        # Threads do not survive a fork, and their lock may be held.
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="fetch")
+        self._in_flight: dict[Piece, Future[None]] = {}
+        self._shards: OrderedDict[tuple[str, int], SparseShard] = OrderedDict()
+        self._most_open = default_limit()
+        self._whole: dict[
+            tuple[int, tuple[str, ...]], float
+        ] = {}  # until when it need not be looked at again
+
+    # What describes the cache
+
+    def _open(self) -> tuple[Path, Manifest]:
+        """Fetch what describes the cache, as far as it is not here."""
+        objects = self._objects
+        group = read_group(objects)
+        spec = parse_description(group, f"{self.url}/{METADATA_NAME}").spec
+        self._layouts, self._num_layers = array_layouts(spec), len(spec.stored_layers)
+        try:
+            written = objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES)
+        except FileNotFoundError as error:
+            raise CacheError(
+                f"{self.url}: has no {MANIFEST_NAME}: it is not complete; finish extract or push, then run this again"
+            ) from error
+        manifest = parse_manifest(written, spec, f"{self.url}/{MANIFEST_NAME}")
+        self._manifest_sha256 = hashlib.sha256(written).hexdigest()
+        path = self._root.path / manifest.digest[:_DIGITS]
+        names = [CLIPS_NAME] + ([PROJECTIONS_NAME] if spec.recomputes_maps else [])
+        names += [mark_path(Path(), block).as_posix() for block in range(spec.num_blocks)]
+        for directory in {(path / name).parent for name in names}:
+            directory.mkdir(parents=True, exist_ok=True)
+        with ThreadPoolExecutor(THREADS) as pool:
+            list(pool.map(lambda name: keep_whole(objects, manifest, name, path), names))
+        _write(path / METADATA_NAME, group)
+        _write(path / MANIFEST_NAME, written)
+        return path, manifest
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LocalCopy, (self._given,)  # opened anew in the other process
+
+
+def keep_whole(objects: Objects, manifest: Manifest, name: str, root: Path) -> bytes:
+    """A file that the manifest names, from the copy at `root` or fetched into it.
+
+    Raises: CacheError where it is missing, or not what the manifest says.
+    """
+    size, sha256 = manifest.files.get(name, (0, ""))
+    try:
+        content = (root / name).read_bytes()
+        if hashlib.sha256(content).hexdigest() == sha256:
+            return content
+    except OSError:
+        pass
+    try:
+        content = objects.get(name, most_nbytes=min(size, MOST_WHOLE_NBYTES))
+    except FileNotFoundError as error:
+        raise NoCacheHere(f"{error}, though the manifest names it; push the cache again") from error
+    if hashlib.sha256(content).hexdigest() != sha256:
+        raise CacheDamaged(f"{objects.url}/{name}: is not what the manifest says; run the same command again")
+    _write(root / name, content)
+    return content
+
+
+MOST_WHOLE_NBYTES = max(MOST_MARK_NBYTES, 1 << 30)
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".tmp-{os.getpid()}-{threading.get_ident()}-{path.name}")
+    temporary.write_bytes(content)
+    temporary.replace(path)

@@ -1,0 +1,283 @@
+"""Reading a cache: only marked blocks exist, and every chunk is checked against its mark.
+
+B samples, T frames, P patches, N = 1+P tokens, C channels.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from evl_cache.errors import CacheDamaged, UsageError
+from evl_cache.spec import CacheSpec
+from evl_cache.store.format.description import read_clips, read_description
+from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, as_range
+from evl_cache.store.format.manifest import read_manifest
+from evl_cache.store.format.recomputed import ProjectionOnDevices, read_projections
+from evl_cache.store.format.rows import Row, StoredBatch
+from evl_cache.store.objects.address import is_url
+from evl_cache.store.reading.blocks_done import BlocksDone
+from evl_cache.store.reading.buffers import (
+    CLASS_ARRAYS,
+    MAP_ARRAYS,
+    TOKEN_ARRAYS,
+    BatchBuffers,
+    MapRecipe,
+    TokensRead,
+)
+from evl_cache.store.reading.local_copy import LocalCopy
+from evl_cache.store.reading.sample_reader import SampleReader
+
+
+class FeatureCache:
+    """A cache on disk, open for reading. Files are opened by the process that reads, at the first read.
+
+    Attributes:
+        place: where it lies, as it may be shown.
+        spec: what it holds.
+        clips: every clip of the list, failed ones included, in order.
+        labels: int64 (samples,).
+        is_valid: bool (samples,): extracted, and the clip did not fail.
+        sample_clips: int64 (samples,): row of `clips`.
+        is_local: whether it lies on a local disk. copy: what of a remote cache is kept on one; None for others.
+
+    Args:
+        path: directory that `extract` wrote, or URL of a complete cache: s3://…, http(s)://….
+        trust: do not check chunks against their marks' checksums (the codecs' own checks remain).
+
+    Raises: CacheError where there is no cache; CacheDamaged where its description is not intact.
+    """
+
+    def __init__(self, path: str | Path, *, trust: bool = False) -> None:
+        self.copy = LocalCopy(str(path)) if is_url(path) else None
+        self.path = Path(path) if self.copy is None else self.copy.path
+        self.place = str(path) if self.copy is None else self.copy.url
+        description = read_description(self.path)
+        self.spec: CacheSpec = description.spec
+        self.description = description
+        self.clips = read_clips(self.path, description)
+        if len(self.clips) != self.spec.num_clips:
+            raise CacheDamaged(
+                f"{path}: {len(self.clips)} clips listed, {self.spec.num_clips} described; repair the cache"
+            )
+        if any(clip.label >= len(self.spec.classes) for clip in self.clips):
+            raise CacheDamaged(
+                f"{path}: labels beyond its {len(self.spec.classes)} classes; repair the cache"
+            )
+        self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
+        self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
+        self._done = BlocksDone(self.path, self.spec)
+        self.is_valid = self._done.is_valid
+        self._layouts = array_layouts(self.spec)
+        self._num_samples = self.spec.num_samples
+        # A copy is told from a hole by its chunks' checksums: those are always checked.
+        self._samples = SampleReader(
+            self.path,
+            self.spec,
+            layouts=self._layouts,
+            files=self._done.files,
+            copy=self.copy,
+            trust=trust and self.copy is None,
+        )
+        self.is_local = self.copy is None and self._samples.maps_files
+        self._projections: Mapping[int, ProjectionOnDevices] | None = None
+        if self.copy is not None:
+            self.copy.serve(self._done.files)
+
+    def __len__(self) -> int:
+        """Samples, failed and unfinished ones included."""
+        return self.spec.num_samples
+
+    @property
+    def name(self) -> str:
+        """The last part of its place."""
+        return self.place.rstrip("/").rpartition("/")[2]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every block is done."""
+        return self.num_blocks_done == self.spec.num_blocks
+
+    @property
+    def num_blocks_done(self) -> int:
+        """Blocks with a valid mark."""
+        return len(self._done.files)
+
+    @property
+    def fingerprint(self) -> str:
+        """The cache digest: the manifest's once complete; before that, a digest of the marks there are."""
+        if (self.path / MANIFEST_NAME).exists():
+            return read_manifest(self.path, self.spec).digest
+        return self._done.marks_digest
+
+    @property
+    def recipe(self) -> Mapping[str, Any]:
+        """What the cache was made with beside its spec: `root` of the videos, `model`, `pretrained`."""
+        return self.description.recipe
+
+    @property
+    def failures(self) -> list[tuple[str, str]]:
+        """(clip id, reason) of every failed clip of the blocks done."""
+        return [(self.clips[row].id, reason) for row, reason in sorted(self._done.errors.items())]
+
+    @property
+    def damaged_marks(self) -> Mapping[int, str]:
+        """Why a block whose mark is not intact does not exist, by block."""
+        return self._done.damaged_marks
+
+    @property
+    def provenance(self) -> Mapping[tuple[str, tuple[int, int]], int]:
+        """Clips by (decoder, source (height, width))."""
+        return self._done.provenance
+
+    def refresh(self) -> None:
+        """See blocks that were finished since the cache was opened."""
+        self._done.refresh()
+
+    def check_marks(self, samples: np.ndarray[Any, Any]) -> None:
+        """Whether the blocks of samples are whole or not there, as the manifest has them. Raises: CacheDamaged."""
+        self._done.check(np.unique(samples // self.spec.block_samples).tolist())
+
+    def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
+        """Places of blocks in the arrays' layer axis. Raises: UsageError for one that is not stored."""
+        wanted = self.spec.layers if layers is None else tuple(layers)
+        missing = [layer for layer in wanted if layer not in self.spec.layers]
+        if missing:
+            raise UsageError(
+                f"{self.place}: layers {missing} are not stored; it has {list(self.spec.layers)}"
+            )
+        return [self.spec.stored_layers.index(layer) for layer in wanted]
+
+    def read(
+        self, samples: Sequence[int], layers: Sequence[int] | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+        """Dequantised features, shallow to deep.
+
+        Args:
+            samples: rows, in any order. layers: blocks; all stored ones by default.
+
+        Returns: float32 tokens, a (B, T, 1+P, C) for each layer; maps, a (B, 2, T-1, P, P) each, or None.
+        Raises: CacheError for a sample that failed or is not extracted yet; CacheDamaged where bytes are not
+            those that were written; UsageError for a sample or layer that does not exist.
+        """
+        return self.read_stored(samples, layers).dequantized()
+
+    def read_stored(
+        self,
+        samples: Sequence[int],
+        layers: Sequence[int] | None = None,
+        *,
+        with_maps: bool = True,
+        tokens: TokensRead = "all",
+    ) -> StoredBatch:
+        """Features as they are stored. Arguments and errors as `read` and `buffers`; maps only where asked for."""
+        buffers = self.buffers(slots=len(samples), layers=layers, with_maps=with_maps, tokens=tokens)
+        self.read_into(buffers, enumerate(samples), layers)
+        return buffers.batch(len(samples))
+
+    def buffers(
+        self,
+        *,
+        slots: int,
+        layers: Sequence[int] | None = None,
+        with_maps: bool = True,
+        tokens: TokensRead = "all",
+        pin_memory: bool = False,
+    ) -> BatchBuffers:
+        """Buffers for `read_into`.
+
+        tokens: all of a frame, its class token alone (without maps), or `both`: all, and class tokens in float16.
+
+        Raises: UsageError for a layer that is not stored.
+        """
+        assert tokens != "class" or not with_maps, "maps come with all tokens"
+        names: tuple[str, ...] = () if tokens == "class" else TOKEN_ARRAYS
+        names += (MAP_ARRAYS if with_maps else ()) + (() if tokens == "all" else CLASS_ARRAYS)
+        layouts = [layout for name, layout in self._layouts.items() if name in names]
+        recipe = self._map_recipe(layers) if with_maps and self.spec.recomputes_maps else None
+        count = len(self.layer_positions(layers) if recipe is None else recipe.held)
+        return BatchBuffers(layouts, num_layers=count, slots=slots, pin_memory=pin_memory, recipe=recipe)
+
+    def _map_recipe(self, layers: Sequence[int] | None) -> MapRecipe:
+        """How maps that are not stored are made. Raises: as `layer_positions`; CacheDamaged."""
+        self.layer_positions(layers)
+        if self._projections is None:
+            found = read_projections(self.path, self.spec, self.description.projections_sha256)
+            self._projections = {block: ProjectionOnDevices(value) for block, value in found.items()}
+        wanted = self.spec.layers if layers is None else tuple(layers)
+        held = tuple(sorted({layer - 1 for layer in wanted}.union(wanted)))
+        return MapRecipe(wanted=wanted, held=held, projections=self._projections)
+
+    def read_into(
+        self, buffers: BatchBuffers, samples: Iterable[tuple[int, int]], layers: Sequence[int] | None = None
+    ) -> None:
+        """Read (slot, sample) pairs into the arrays that `buffers` has. Threads may share a cache, not a slot.
+
+        Errors as `read`; the slots then hold anything.
+        """
+        self._read_positions(buffers, samples, self._positions(buffers, layers))
+
+    def prefetch(
+        self, buffers: BatchBuffers, samples: Iterable[int], layers: Sequence[int] | None = None
+    ) -> None:
+        """Begin to fetch what `read_into` will read; a cache on a disk has nothing to fetch."""
+        if self.copy is not None:
+            positions = as_range(self._positions(buffers, layers))
+            self.copy.prefetch((self._samples.chunks(s, positions) for s in samples), buffers.stacked)
+
+    def _positions(self, buffers: BatchBuffers, layers: Sequence[int] | None) -> Sequence[int]:
+        positions = self.layer_positions(layers)
+        if buffers.recipe is None:
+            return positions
+        return [self.spec.stored_layers.index(layer) for layer in buffers.recipe.held]
+
+    def _read_positions(
+        self, buffers: BatchBuffers, samples: Iterable[tuple[int, int]], positions: Sequence[int]
+    ) -> None:
+        positions = as_range(positions)
+        stacks = [(name, stack, self._layouts[name].differenced) for name, stack in buffers.stacked.items()]
+        for name, stack, _ in stacks:
+            self._layouts[name].check_stack(stack, len(positions))
+        self._samples.read(stacks, [(slot, self._checked_sample(s)) for slot, s in samples], positions)
+
+    def close(self) -> None:
+        """Let go of every open file; the next read opens what it needs again."""
+        self._samples.close()
+
+    def read_row(self, sample: int, positions: Sequence[int] | None = None) -> Row:
+        """Every array's chunks of one sample, as `make_row` made them. Errors as `read`.
+
+        Args:
+            positions: along the layer axis; all by default.
+        """
+        positions = range(len(self.spec.stored_layers)) if positions is None else positions
+        buffers = BatchBuffers(list(self._layouts.values()), num_layers=len(positions), slots=1)
+        self._read_positions(buffers, [(0, sample)], positions)
+        return {name: np.concatenate(arrays) for name, arrays in buffers.arrays.items()}
+
+    def read_class_tokens(
+        self, samples: Sequence[int], layers: Sequence[int] | None = None
+    ) -> list[torch.Tensor]:
+        """Class tokens alone, float32, a (B, T, C) for each layer. Errors as `read`."""
+        count = len(self.layer_positions(layers))
+        buffers = BatchBuffers([self._layouts["class_tokens"]], num_layers=count, slots=len(samples))
+        self.read_into(buffers, enumerate(samples), layers)
+        return [tensor.float() for tensor in buffers.tensors["class_tokens"]]
+
+    def _checked_sample(self, sample: int) -> int:
+        sample = int(sample)
+        if not 0 <= sample < self._num_samples:
+            raise UsageError(f"sample {sample} of {self.place}; expected 0 to {len(self) - 1}")
+        if not self.is_valid[sample]:
+            raise self._done.why_not_served(sample, self.clips, self.place)
+        return sample
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_projections": None}  # tensors on this process's devices
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if self.copy is not None:
+            self.copy.serve(self._done.files)

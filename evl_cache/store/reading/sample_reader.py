@@ -1,0 +1,150 @@
+"""The chunks of samples out of the shards of their blocks, in the process that reads.
+
+L layers. A `Stack` is an array's name, where its chunks go (L, slots, *chunk), and whether frames are differences.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evl_cache.errors import CacheDamaged
+from evl_cache.quantize import frame_sum_
+from evl_cache.spec import CacheSpec
+from evl_cache.store.disk.file_system import check_no_links, is_local
+from evl_cache.store.format.layout import ArrayLayout
+from evl_cache.store.format.marks import ShardFiles
+from evl_cache.store.reading.local_copy import LocalCopy
+from evl_cache.store.shards.read_ahead import ReadAhead
+from evl_cache.store.shards.shard import ShardReader
+from evl_cache.store.shards.shard_file import LocalFile
+from evl_cache.store.shards.shard_pool import ShardPool
+
+Stack = tuple[str, np.ndarray[Any, Any], bool]
+
+_NFS_RETRIES = 2
+_NFS_WAIT_S = 0.2
+_READ_AHEAD = 8  # samples: without it a cold disk waits for each page fault
+_READ_AHEAD_NBYTES = 1 << 16  # smaller chunks are not worth a system call
+
+
+class SampleReader:
+    """Reads samples of a cache that are known to be there. Threads may share it, not a slot.
+
+    Attributes:
+        maps_files: whether shards are mapped: they lie on a local disk.
+
+    Args:
+        root: of the cache. layouts: of the stored arrays. files: records of the marked blocks' shards, as they
+            come. copy: fetches what `root` lacks, where it is a copy of a remote cache.
+        trust: do not check chunks against their marks' checksums.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        spec: CacheSpec,
+        *,
+        layouts: Mapping[str, ArrayLayout],
+        files: Mapping[int, ShardFiles],
+        copy: LocalCopy | None,
+        trust: bool,
+    ) -> None:
+        self._root, self._layouts, self._files, self._copy, self._trust = root, layouts, files, copy, trust
+        self._num_layers, self._block_samples = len(spec.stored_layers), spec.block_samples
+        self.maps_files = is_local(root)
+        self._open_file = partial(LocalFile, map_file=self.maps_files)
+        self._read_ahead = ReadAhead(always=not self.maps_files)
+        self._shards = ShardPool()
+
+    def read(
+        self, stacks: Sequence[Stack], wanted: Sequence[tuple[int, int]], positions: Sequence[int]
+    ) -> None:
+        """Read (slot, sample) pairs, at positions of the layer axis, and sum differences. Raises: CacheDamaged."""
+        self._shards.renew_after_fork()
+        for start in range(0, len(wanted), _READ_AHEAD):
+            group = wanted[start : start + _READ_AHEAD]
+            if self._read_ahead.is_on():
+                due = wanted[: 2 * _READ_AHEAD] if start == 0 else wanted[start + _READ_AHEAD :][:_READ_AHEAD]
+                for _, later in due:
+                    self._will_need(later, stacks, positions)
+            with self._read_ahead.watching(len(group)):
+                for slot, sample in group:
+                    self.read_sample(stacks, slot, sample, positions)
+
+    def read_sample(self, stacks: Iterable[Stack], slot: int, sample: int, positions: Sequence[int]) -> None:
+        """One pair of `read`."""
+        block, chunks = self.chunks(sample, positions)
+        if self._copy is not None:
+            self._copy.ensure(block, [name for name, _, _ in stacks], chunks)
+        for name, stack, differenced in stacks:
+            outs = stack[:, slot]  # (L,*chunk)
+            try:
+                self._shards.get((name, block), self._open_shard).read_stacked(chunks, outs)
+            except CacheDamaged:
+                self._read_again(name, block, chunks, outs)
+            if differenced:
+                for out in outs:  # in the processor's cache still
+                    frame_sum_(out)
+
+    def chunks(self, sample: int, positions: Sequence[int]) -> tuple[int, Sequence[int]]:
+        """Block of a sample, and its chunks in the block's shards."""
+        block, row = divmod(sample, self._block_samples)
+        first = row * self._num_layers
+        if isinstance(positions, range):
+            return block, range(first + positions.start, first + positions.stop, positions.step)
+        return block, [first + position for position in positions]
+
+    def close(self) -> None:
+        """Let go of every open file; the next read opens what it needs again."""
+        self._shards.close()
+
+    def _will_need(self, sample: int, stacks: Iterable[Stack], positions: Sequence[int]) -> None:
+        block, chunks = self.chunks(sample, positions)
+        if self._copy is not None and not self._copy.is_here(block, [name for name, _, _ in stacks], chunks):
+            return  # to read holes would fill memory with small pages, which the data then have to go into
+        for name, _, _ in stacks:
+            if self._layouts[name].chunk_nbytes >= _READ_AHEAD_NBYTES:
+                with contextlib.suppress(CacheDamaged):  # the read itself looks again, and tells
+                    self._shards.get((name, block), self._open_shard).will_need(chunks)
+
+    def _read_again(self, name: str, block: int, chunks: Sequence[int], outs: np.ndarray[Any, Any]) -> None:
+        """On NFS a mark can be seen before its data: look again, from a newly opened file."""
+        for attempt in range(_NFS_RETRIES):
+            if self._copy is not None:  # removed there to make room, or damaged on this disk
+                self._copy.refetch(name, block, chunks)
+            self._shards.forget((name, block))
+            try:
+                self._shards.get((name, block), self._open_shard).read_stacked(chunks, outs)
+                return
+            except CacheDamaged:
+                if attempt + 1 == _NFS_RETRIES:
+                    raise
+                time.sleep(_NFS_WAIT_S)
+
+    def _open_shard(self, key: tuple[str, int]) -> ShardReader:
+        name, block = key
+        layout, record = self._layouts[name], self._files[block][name]
+        path = layout.shard(self._root, block)
+        check_no_links(self._root, path.parent)
+        return ShardReader(
+            path,
+            grid=(self._block_samples, self._num_layers),
+            chunk_shape=layout.chunk_shape,
+            dtype=layout.dtype,
+            codec=layout.codec,
+            checksums=record.checksums,
+            trust=self._trust,
+            open_file=self._open_file,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_shards"}  # open files
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._shards = ShardPool()

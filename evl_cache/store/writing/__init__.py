@@ -1,0 +1,1 @@
+"""A cache created, its blocks written, and the cache finished."""

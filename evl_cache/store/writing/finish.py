@@ -1,0 +1,71 @@
+"""What killed jobs leave behind: staged files and locks; and the end of a job, which removes them."""
+
+import os
+from functools import partial
+from pathlib import Path
+
+from evl_cache.errors import CacheError
+from evl_cache.spec import CacheSpec
+from evl_cache.store.disk.file_system import file_identity
+from evl_cache.store.disk.locks import CACHE_LOCK, EXPIRY_S, BlockLock, LockWatcher
+from evl_cache.store.disk.publish import is_staging_name
+from evl_cache.store.disk.runtime import REAL, Runtime
+from evl_cache.store.format.layout import DONE_NAME, LOCKS_NAME, MANIFEST_NAME, array_layouts
+from evl_cache.store.format.manifest import read_manifest, write_manifest
+
+_ATTEMPTS = 5  # at the manifest, by a job that is paused again and again
+
+
+def remove_leftovers(directory: Path) -> None:
+    """Remove staged files: the caller knows that no live writer is in this directory."""
+    if directory.is_dir():
+        with os.scandir(directory) as entries:
+            for entry in entries:
+                if is_staging_name(entry.name):
+                    Path(entry.path).unlink(missing_ok=True)
+
+
+def finish_cache(
+    root: Path, spec: CacheSpec, *, lock_expiry_s: float = EXPIRY_S, runtime: Runtime = REAL
+) -> str:
+    """Remove what killed jobs left, unless another job is at work; write the manifest of a complete cache.
+
+    Returns: the cache digest.
+    Raises: BlockNotDone; CacheError where the disk refuses; CacheDamaged where a mark is not intact.
+    """
+    layouts = array_layouts(spec).values()
+
+    def clean(block: int) -> None:
+        for layout in layouts:
+            remove_leftovers(layout.shard(root, block).parent)
+
+    watcher = LockWatcher(root / LOCKS_NAME, expiry_s=lock_expiry_s, runtime=runtime)
+    manifest = root / MANIFEST_NAME
+    before = file_identity(manifest)
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        with watcher.wait_for(CACHE_LOCK) as lock:
+            if file_identity(manifest) not in (None, before):  # one of many jobs does this for all
+                return read_manifest(root, spec).digest
+            try:
+                if watcher.sweep(own=lock, clean=clean):
+                    for directory in (root, root / DONE_NAME, *(root / layout.name for layout in layouts)):
+                        remove_leftovers(directory)
+                cache_digest = write_manifest(root, spec, before_writing=partial(_check, lock))
+            except CacheError as error:
+                # Another job took this over meanwhile, or believes so, and what is staged here for a leftover.
+                if not attempts_left or (
+                    lock.is_held() and not isinstance(error.__cause__, FileNotFoundError)
+                ):
+                    raise
+                continue
+            if lock.is_held():
+                return cache_digest
+            before = file_identity(manifest)  # written after a long pause: it may be older than a mark
+    raise CacheError(
+        f"{root}: other jobs took the manifest's lock over {_ATTEMPTS} times; run the same command again"
+    )
+
+
+def _check(lock: BlockLock) -> None:
+    if not lock.is_held():
+        raise CacheError(f"{lock.path} was taken over by another job; run the same command again")

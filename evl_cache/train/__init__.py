@@ -1,0 +1,37 @@
+"""Stage two: a head trained from a cache, without a video or the backbone."""
+
+from evl_cache.train.batch_size import training_step
+from evl_cache.train.head_reads import HeadReads, all_reads, head_reads, needs_maps
+from evl_cache.train.loaders import make_loaders, shuffle_blocks
+from evl_cache.train.needs import HeadNeeds
+from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, PRECISIONS, TrainOptions, options_of
+from evl_cache.train.result import TrainResult
+from evl_cache.train.setup import check_pair, prepare_run, run_config
+from evl_cache.train.stage import train, train_with_loaders
+from evl_cache.train.trainer import Diverged, OnBottleneck, OnStep, Trainer
+
+__all__ = [
+    "DEFAULT_EPOCHS",
+    "OPERATIONAL",
+    "PRECISIONS",
+    "Diverged",
+    "HeadNeeds",
+    "HeadReads",
+    "OnBottleneck",
+    "OnStep",
+    "TrainOptions",
+    "TrainResult",
+    "Trainer",
+    "all_reads",
+    "check_pair",
+    "head_reads",
+    "make_loaders",
+    "needs_maps",
+    "options_of",
+    "prepare_run",
+    "run_config",
+    "shuffle_blocks",
+    "train",
+    "train_with_loaders",
+    "training_step",
+]

@@ -1,0 +1,127 @@
+"""The optimiser of a run: AdamW, its learning rate, clipping, and the parameters' moving average.
+
+The published recipe is AdamW that decays everything, cosine to zero (arXiv 2208.03550, section 4).
+"""
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from evl_cache.heads import Head
+from evl_cache.train.options import TrainOptions
+
+
+class Optimisation:
+    """Everything that changes a head's parameters from step to step.
+
+    Args:
+        head: on its device. options: of the run. total_steps: of the run; the schedule ends there.
+
+    Attributes:
+        averaged: a head of the moving averages, where options ask for it.
+    """
+
+    def __init__(self, head: Head, options: TrainOptions, *, total_steps: int) -> None:
+        self.head, self.options, self.total_steps = head, options, total_steps
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(
+                head, options.weight_decay, decay_norms_and_biases=options.decay_norms_and_biases
+            ),
+            lr=options.lr,
+        )
+        device = next(head.parameters()).device.type
+        # Only float16's range needs it; disabled it does nothing.
+        self.scaler = torch.amp.GradScaler(device, enabled=options.precision == "float16")
+        self.averaged = None if options.ema is None else copy.deepcopy(head).requires_grad_(False)
+
+    @property
+    def result(self) -> Head:
+        """The head that is validated and saved."""
+        return self.head if self.averaged is None else self.averaged
+
+    def begin(self, step: int) -> None:
+        """Before the passes of a step (counted from 0): its learning rate, and no gradients."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr(step)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a part of the step."""
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def finish(self, step: int) -> None:
+        """Change the parameters by the gradients that were added up."""
+        if self.options.grad_clip is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.head.parameters(), self.options.grad_clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.averaged is not None and self.options.ema is not None:
+            # Early averages would be mostly of the start: the decay grows to its value, as is usual.
+            decay = min(self.options.ema, (1 + step) / (10 + step))
+            with torch.no_grad():
+                mine, theirs = tuple(self.averaged.parameters()), tuple(self.head.parameters())
+                torch._foreach_lerp_(mine, theirs, 1 - decay)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step."""
+        return self.options.lr * lr_factor(step, warmup=self.options.warmup_steps, total=self.total_steps)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the next step depends on."""
+        return {
+            "head": self.head.state_dict(),
+            "ema": None if self.averaged is None else self.averaged.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """The inverse of `state`."""
+        self.head.load_state_dict(state["head"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def lr_factor(step: int, *, warmup: int, total: int) -> float:
+    """Share of the peak learning rate at a step: linear warm-up, then cosine to zero."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def parameter_groups(
+    head: nn.Module, weight_decay: float, *, decay_norms_and_biases: bool
+) -> list[dict[str, Any]]:
+    """AdamW's groups: all alike, as published, or norms and biases without decay."""
+    free: list[nn.Parameter] = []
+    if not decay_norms_and_biases:
+        for module in head.modules():
+            is_norm = isinstance(module, nn.LayerNorm)
+            own = module.named_parameters(recurse=False)
+            free += [parameter for name, parameter in own if is_norm or name == "bias"]
+    names = {id(parameter) for parameter in free}
+    groups = [
+        {
+            "params": [p for p in head.parameters() if id(p) not in names],
+            "weight_decay": weight_decay,
+        }
+    ]
+    return groups + ([{"params": free, "weight_decay": 0.0}] if free else [])
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed what is random in a step (dropout) by what it is a step of.
+
+    A continued run then draws what an uninterrupted one would, wherever it was cut and by however many processes
+    it is continued.
+    """
+    drawn = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
+    torch.manual_seed(int(drawn) >> 1)

@@ -1,0 +1,121 @@
+"""Before a run: do its caches belong together, what is it, and may its directory be written."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from evl_cache.batches import Loader, Source
+from evl_cache.canonical_json import digest
+from evl_cache.errors import UsageError
+from evl_cache.heads import MODULES, head_class
+from evl_cache.runs import (
+    HEAD_NAME,
+    METRICS_NAME,
+    STATE_NAME,
+    STEPS_NAME,
+    TOWER_NAME,
+    RunConfig,
+    provenance_differences,
+    read_run_config,
+    write_run_config,
+)
+from evl_cache.train.options import OPERATIONAL, TrainOptions
+
+
+def check_pair(train_cache: Source, val_cache: Source) -> None:
+    """Raises: UsageError where features or classes of the two caches are not comparable."""
+    differing = provenance_differences(train_cache.spec, val_cache.spec)
+    if train_cache.spec.classes != val_cache.spec.classes:
+        differing.append(
+            f"{len(train_cache.spec.classes)} classes, not {len(val_cache.spec.classes)}, or others"
+        )
+    if differing:
+        raise UsageError(
+            f"{train_cache.place} and {val_cache.place} do not belong together: {'; '.join(differing)}"
+        )
+
+
+def run_config(
+    cache: Source, loaders: Mapping[str, Loader], options: TrainOptions, layers: tuple[int, ...]
+) -> RunConfig:
+    """What a run on this cache with these options is. loaders: by side, `train` and `val`.
+
+    Raises: UsageError where a module is switched off that the head does not have.
+    """
+    spec, has = cache.spec, head_class(options.head).temporal_modules
+    foreign = [name for name in MODULES if not getattr(options, name) and name not in has]
+    if foreign:
+        raise UsageError(
+            f"{options.head} has no {', '.join(foreign)} to switch off; it has {', '.join(has) or 'no such module'}"
+        )
+    modules = {name: getattr(options, name) for name in has}
+    head_config = {
+        "num_layers": len(layers),
+        "width": spec.tower.width,
+        "num_frames": spec.views.frames,
+        "grid": list(spec.tower.grid),
+        "num_classes": len(spec.classes),
+        "num_heads": options.num_heads,
+        "dropout": options.dropout,
+        **modules,
+    }
+    caches = {
+        name: {
+            "path": loader.cache.place,
+            "fingerprint": loader.cache.fingerprint,
+            "samples": len(loader.samples),
+            "sample_nbytes": loader.sample_nbytes,
+            "samples_sha256": digest(sorted(loader.samples.tolist())),
+        }
+        for name, loader in loaders.items()
+    }
+    return RunConfig(
+        head=options.head,
+        head_config=head_config,
+        layers=layers,
+        classes=spec.classes,
+        features=spec.to_json(),
+        training=asdict(options),
+        caches=caches,
+        tower=_tower(cache, loaders["val"].cache if "val" in loaders else cache),
+    )
+
+
+def _tower(cache: Source, val: Source) -> dict[str, object] | None:
+    names = {name: cache.recipe.get(name) for name in ("model", "pretrained")}
+    return None if None in names.values() else {**names, "views": val.spec.views.to_json()}
+
+
+def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
+    """Write a new run's `config.json`, or check that the run to resume is this one.
+
+    Raises: UsageError where a run is there already, or another one is to be resumed.
+    """
+    if not resume:
+        if (out / STATE_NAME).exists() or (out / HEAD_NAME).exists():
+            raise UsageError(f"{out} holds a run already; use --resume, or another --out")
+        for name in (METRICS_NAME, STEPS_NAME):
+            (out / name).unlink(missing_ok=True)
+        write_run_config(out, config)
+        model = Path(str((config.tower or {}).get("model", "")))
+        if model.suffix == ".json" and model.is_file():
+            (out / TOWER_NAME).write_bytes(model.read_bytes())  # a run is whole without the file's place
+        return
+    before = read_run_config(out)
+    mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (config, before))
+    for side in (mine, theirs):
+        side["training"] = {k: v for k, v in side["training"].items() if k not in OPERATIONAL}
+    theirs["training"].setdefault("order_seed", None)  # runs of before it was an option
+    fields = [name for name in ("head", "head_config", "layers", "training") if mine[name] != theirs[name]]
+    detail = [n for n in mine["training"] if mine["training"][n] != theirs["training"].get(n)]
+    sides = [
+        f"{side} {what}"
+        for side in ("train", "val")
+        for what, key in (("cache", "fingerprint"), ("clips", "samples_sha256"))
+        if mine["caches"][side][key] != theirs["caches"][side].get(key)
+    ]
+    if fields or sides:
+        raise UsageError(
+            f"{out}: --resume with other {', '.join(detail or fields or sides)}; use the run's own, or another --out"
+        )

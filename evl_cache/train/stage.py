@@ -1,0 +1,100 @@
+"""Stage two: a head trained from a cache, without a video or the backbone."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from evl_cache.batches import Loader, samples_of_clips
+from evl_cache.processes import Processes
+from evl_cache.runs import load_state, read_run_config
+from evl_cache.store import FeatureCache
+from evl_cache.train.batch_size import resolve_batch
+from evl_cache.train.head_reads import head_reads
+from evl_cache.train.loaders import make_loaders, shuffle_blocks
+from evl_cache.train.options import TrainOptions
+from evl_cache.train.result import TrainResult
+from evl_cache.train.setup import check_pair, prepare_run, run_config
+from evl_cache.train.trainer import OnBottleneck, OnStep, Trainer
+
+__all__ = ["TrainOptions", "TrainResult", "Trainer", "train", "train_with_loaders"]
+
+
+def train(
+    train_cache: FeatureCache,
+    val_cache: FeatureCache,
+    *,
+    options: TrainOptions,
+    out: Path,
+    train_clips: Sequence[int] | None = None,
+    val_clips: Sequence[int] | None = None,
+    resume: bool = False,
+    on_step: OnStep = lambda done, total, loss: None,
+    on_bottleneck: OnBottleneck = lambda name: None,
+    processes: Processes | None = None,
+) -> TrainResult:
+    """Train a head and leave a run directory.
+
+    Args:
+        train_clips, val_clips: rows of the clip lists; all by default.
+        out: the run directory.
+        resume: go on from its last state.
+        on_step: called with (steps done, steps in all, loss).
+        on_bottleneck: called after each step with what training waits for: `device`, `disk` or `processor`.
+        processes: that train together; this one alone by default.
+
+    Raises: UsageError where the caches do not fit each other or the head, or where `out` holds a run;
+        Interrupted where a signal asked to stop, after the state was kept.
+    """
+    processes = processes or Processes()
+    check_pair(train_cache, val_cache)
+    reads = head_reads(options, train_cache)
+    samples = (samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips))
+    served = samples[0][train_cache.is_valid[samples[0]]]
+    options = resolve_batch(
+        options,
+        build=lambda: run_config(train_cache, {}, options, reads.layers).build(),
+        probe=lambda: train_cache.read_stored(served[:1].tolist(), **reads.arguments),
+        num_samples=len(served) // max(1, train_cache.spec.views.train_views),
+        sample_nbytes=train_cache.buffers(slots=1, **reads.arguments).nbytes,
+        recorded=(lambda: read_run_config(out).training.get("batch")) if resume else None,
+        processes=processes,
+    )
+    blocks = shuffle_blocks(options, train_cache, resumed=out if resume else None)
+    options = replace(options, shuffle_blocks=blocks)
+    train_loader, val_loader = make_loaders((train_cache, val_cache), samples, reads, options, processes)
+    return train_with_loaders(
+        train_loader,
+        val_loader,
+        layers=reads.layers,
+        options=options,
+        out=out,
+        resume=resume,
+        on_step=on_step,
+        on_bottleneck=on_bottleneck,
+        processes=processes,
+    )
+
+
+def train_with_loaders(
+    train_loader: Loader,
+    val_loader: Loader,
+    *,
+    layers: tuple[int, ...],
+    options: TrainOptions,
+    out: Path,
+    resume: bool,
+    on_step: OnStep,
+    on_bottleneck: OnBottleneck,
+    processes: Processes,
+) -> TrainResult:
+    """Train on whatever batches the loaders give, of this process's part. Arguments and errors as `train`.
+
+    layers: blocks that the loaders read. options: with the batch known.
+    """
+    config = run_config(train_loader.cache, {"train": train_loader, "val": val_loader}, options, layers)
+    when = "while preparing the run"
+    processes.on_first(lambda: prepare_run(out, config, resume=resume), when)
+    trainer = Trainer(config, options, train_loader, val_loader, out=out, processes=processes)
+    if resume:
+        trainer.load(processes.on_first(lambda: load_state(out), when))
+    return trainer.run(on_step, on_bottleneck)

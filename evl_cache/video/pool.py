@@ -1,0 +1,137 @@
+"""Decoding in processes of their own, which may crash, hang or leak: it costs a clip and not the run.
+
+T frames asked for, H and W source pixels.
+"""
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from evl_cache.errors import ClipError
+from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
+from evl_cache.video.process import DecodeProcess, WorkerLost
+
+DEFAULT_TIMEOUT_S = 120.0
+MOST_GROWTH_BYTES = 64 << 20  # that a process may grow before another takes its place
+HELD_BYTES = 64 << 20  # of a clip that are taken from a process before someone has use for them
+
+
+class DecodePool:
+    """Processes that decode. A context manager: leaving it ends them.
+
+    `frames` may be called from several threads; each waits for a free process.
+
+    Args:
+        workers: processes. options: see `video`. timeout_s: of one clip; then its process is killed.
+    """
+
+    def __init__(
+        self, workers: int, *, options: DecodeOptions | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
+    ) -> None:
+        self._options, self._timeout_s = options or DecodeOptions(), timeout_s
+        # None: a process that is not started before it has something to do.
+        self._free: queue.SimpleQueue[DecodeProcess | None] = queue.SimpleQueue()
+        self._all: set[DecodeProcess] = set()
+        self._changing = threading.Lock()
+        # Linux ends a process when the thread that started it ends, so one thread that lives as long starts them all.
+        self._starter = ThreadPoolExecutor(1, thread_name_prefix="decode-start")
+        self._closed = False
+        for _ in range(workers):
+            self._free.put(None)
+
+    def frames(self, path: str | Path, choose: Choose) -> Iterator[FrameEvent]:
+        """As `video.decode_frames`, in a process. The time that the caller takes does not count.
+
+        A process is free again when `HELD_BYTES` hold what is left of its clip; of a clip with more to come it waits
+        for the caller. So memory does not depend on the clips.
+
+        Raises: ClipError also where the process crashes or takes too long. With `auto` decord only costs itself: PyAV
+            is tried then, with the same time.
+        """
+        try:
+            yield from self._frames(path, choose, self._options.decoder)
+            return
+        except WorkerLost as lost:
+            if self._options.decoder != "auto":
+                raise ClipError(f"{path}: {lost}") from lost
+            reason = str(lost)
+        try:
+            yield from self._frames(path, choose, "pyav")
+        except (WorkerLost, ClipError) as error:
+            told = str(error).removeprefix(f"{path}: ")
+            raise ClipError(f"{path}: {reason}; PyAV: {told}") from error
+
+    def _frames(self, path: str | Path, choose: Choose, decoder: str) -> Iterator[FrameEvent]:
+        held: deque[FrameEvent] = deque()
+        num_bytes = 0
+        with self._free_worker() as worker:
+            for event in worker.frames(path, choose, decoder, self._timeout_s):
+                if isinstance(event, ClipHeader):
+                    held.clear()  # of a decoder that gave up
+                    num_bytes = 0
+                held.append(event)
+                num_bytes += _nbytes(event)
+                while num_bytes > HELD_BYTES:
+                    num_bytes -= _nbytes(held[0])
+                    yield held.popleft()
+        while held:
+            yield held.popleft()
+
+    @contextmanager
+    def _free_worker(self) -> Iterator[DecodeProcess]:
+        worker: DecodeProcess | None = self._free.get()
+        try:
+            if worker is None:
+                worker = self._start()
+            yield worker
+        except BaseException as error:
+            if not isinstance(error, ClipError):
+                self._end(worker)
+                worker = None
+            raise
+        else:
+            if worker.growth_bytes > MOST_GROWTH_BYTES:
+                self._end(worker)
+                worker = None
+        finally:
+            self._free.put(worker)
+
+    def _start(self) -> DecodeProcess:
+        with self._changing:
+            if self._closed:
+                raise ClipError("decoding was stopped")
+            worker = self._starter.submit(DecodeProcess, self._options).result()
+            self._all.add(worker)
+            return worker
+
+    def _end(self, worker: DecodeProcess | None) -> None:
+        with self._changing:
+            if worker is not None:
+                worker.kill()
+                self._all.discard(worker)
+
+    def close(self) -> None:
+        """End the processes, also those at work."""
+        with self._changing:
+            self._closed = True
+            while self._all:
+                self._all.pop().kill()
+        self._starter.shutdown(wait=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _nbytes(event: FrameEvent) -> int:
+    return 0 if isinstance(event, ClipHeader) else event.nbytes

@@ -1,0 +1,126 @@
+"""Finding caches: several places, the list of them, the one that a head needs, and what is missing."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from evl_cache.caches.pairing import find_pair
+from evl_cache.caches.places import cache_root, find_caches, split_places
+from evl_cache.errors import UsageError
+from evl_cache.notation import format_layers, parse_layers
+from evl_cache.train.needs import HeadNeeds
+from evl_cache_cli.main import cli
+from tests.support.feature_caches import TOWER, write_cache
+
+
+@pytest.mark.parametrize(
+    ("text", "places"),
+    [
+        ("caches", ["caches"]),
+        ("/a:/b::/c/", ["/a", "/b", "/c/"]),
+        ("/a:s3://lab/caches:b", ["/a", "s3://lab/caches", "b"]),
+        ("https://host:8443/x:/a", ["https://host:8443/x", "/a"]),
+        ("http://host:80", ["http://host:80"]),
+        ("http://user:p@host:8080/x:s3://b", ["http://user:p@host:8080/x", "s3://b"]),
+        ("s3://bucket:/a", ["s3://bucket", "/a"]),
+    ],
+)
+def test_places_are_parted_as_in_path_but_urls_stay_whole(text: str, places: list[str]) -> None:
+    assert list(split_places(text)) == places
+
+
+def test_new_caches_go_to_the_first_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EVL_CACHE_ROOT", "s3://lab/caches:/data/caches:/shared")
+    assert cache_root() == Path("/data/caches")
+    monkeypatch.setenv("EVL_CACHE_ROOT", "s3://lab/caches")
+    with pytest.raises(UsageError, match="URLs only"):
+        cache_root()
+
+
+@pytest.mark.parametrize("text", ["8-12", "9,11,12", "4", "1-2"])
+def test_layers_are_written_as_they_are_read(text: str) -> None:
+    assert format_layers(parse_layers(text)) == text
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds a pair of caches; a test that changes it takes a copy."""
+    root = tmp_path_factory.mktemp("pair")
+    write_cache(root / "a", layers=(2, 3, 4))
+    write_cache(root / "b", layers=(2, 3, 4), split="val", prefix="v")
+    return root
+
+
+def test_a_pair_is_found_across_places_and_a_place_may_be_a_cache(pair: Path, tmp_path: Path) -> None:
+    shutil.copytree(pair / "b", tmp_path / "elsewhere" / "val")
+    needs = HeadNeeds(head="decoder3")
+    for places in ([pair / "a", tmp_path / "elsewhere"], [pair / "a", tmp_path / "elsewhere" / "val"]):
+        found = find_pair("test", places=places, needs=needs)
+        assert [c.name for c in found] == ["a", "val"]
+    assert list(find_caches(tmp_path / "nowhere")) == []
+
+
+@pytest.mark.parametrize(
+    ("needs", "command"),
+    [
+        (HeadNeeds(head="decoder4"), "--layers 1-4 --frames 3 --stride 2"),
+        (HeadNeeds(head="decoder2", head_layers=(1, 3)), "--layers 1,3 --frames 3"),
+    ],
+)
+def test_what_is_missing_is_told_with_the_command_that_makes_it(
+    pair: Path, needs: HeadNeeds, command: str
+) -> None:
+    with pytest.raises(UsageError, match="run evl-cache extract --dataset test --model tiny") as raised:
+        find_pair("test", places=[pair], needs=needs)
+    assert command in str(raised.value)
+
+
+def test_missing_maps_and_a_missing_side_are_told_with_their_commands(tmp_path: Path) -> None:
+    write_cache(tmp_path / "a", maps="none")
+    with pytest.raises(UsageError, match=r"a fits, but its validation cache .* --split val .* --maps none;?"):
+        find_pair("test", places=[tmp_path], needs=HeadNeeds(head="decoder3", maps=False))
+    with pytest.raises(UsageError, match="holds no attention maps; run evl-cache extract") as raised:
+        find_pair("test", places=[tmp_path], needs=HeadNeeds(head="decoder3"))
+    assert "--maps" not in str(raised.value)  # uint8 is extract's default
+    other = tmp_path / "other"
+    write_cache(other / "b", split="val", tower=replace(TOWER, model="ViT x"))
+    with pytest.raises(UsageError, match=r"training cache is missing; .* --split train --model 'ViT x'"):
+        find_pair("test", places=[other], needs=HeadNeeds(head="decoder3"))
+    with pytest.raises(UsageError, match="extract --dataset k400 --layers 9-12"):
+        find_pair("k400", places=[other], needs=HeadNeeds(head="decoder4"))
+
+
+def test_ls_lists_what_there_is_with_owner_size_and_completeness(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = Path(shutil.copytree(pair / "a", tmp_path / "half"))
+    for name in ("manifest.json", "done/000001.json"):
+        (half / name).unlink()
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "zarr.json").write_text("{")
+    monkeypatch.setenv("EVL_CACHE_ROOT", f"{pair}{os.pathsep}{tmp_path}")
+    done = CliRunner().invoke(cli, ["ls", "--json"])
+    assert done.exit_code == 0, done.output
+    a, b, c = json.loads(done.stdout)["caches"]
+    assert [Path(x["place"]).name for x in (a, b, c)] == ["a", "b", "half"]
+    assert (a["dataset"], a["split"], a["model"], a["layers"], a["frames"], a["views"]) == (
+        "test", "train", "tiny", "2-4", 3, "1x1",
+    )  # fmt: skip
+    assert a["nbytes"] == sum(f.stat().st_size for f in (pair / "a").glob("*/c/**/*") if f.is_file())
+    assert a["is_complete"] and a["owner"] and a["modified"].endswith("+00:00")
+    assert (c["blocks_done"], c["blocks"], c["is_complete"]) == (2, 3, False)
+    table = CliRunner().invoke(cli, ["ls", str(pair), str(half)]).stdout.splitlines()
+    assert len(table) == 4
+    assert table[0].split()[:4] == ["data", "set", "split", "model"]
+    assert "2 of 3 blocks" in table[3]
+
+
+def test_ls_of_an_empty_place_says_what_to_do(tmp_path: Path) -> None:
+    done = CliRunner().invoke(cli, ["ls", str(tmp_path)])
+    assert (done.exit_code, done.stdout) == (0, "")
+    assert "run evl-cache extract" in done.stderr

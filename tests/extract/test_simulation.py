@@ -1,0 +1,136 @@
+"""Thousands of schedules of deaths, pauses, slow disks and duplicate takers: every block done, none doubled, none lost.
+
+A failure names its seed: `EVL_CACHE_SIMULATION=SEED pytest tests/extract/test_simulation.py` runs that schedule alone, and
+`EVL_CACHE_SIMULATIONS=100000` more of them.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evl_cache.extract.block_taker import BlockTaker
+from evl_cache.store.disk import locks, publish
+from evl_cache.store.writing import block_writer
+from tests.support.simulation import first_failure, simulate
+
+ROOT = Path(__file__).resolve().parents[2]
+SCHEDULES = int(os.environ.get("EVL_CACHE_SIMULATIONS", "5000"))
+FIRST = int(os.environ.get("EVL_CACHE_SIMULATION_FIRST", "0"))
+PROCESSES = min(4, os.cpu_count() or 1)
+MUTANT_SCHEDULES = 2000
+
+# What dies in a simulation closes nothing.
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+def test_every_block_is_done_none_doubled_none_lost_in_thousands_of_schedules() -> None:
+    if alone := os.environ.get("EVL_CACHE_SIMULATION"):
+        simulate(int(alone))
+        return
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.support.simulation"]
+            + [str(number) for number in (FIRST + part, FIRST + SCHEDULES, PROCESSES)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+        for part in range(PROCESSES)
+    ]
+    for child in children:
+        told, _ = child.communicate(timeout=SCHEDULES)
+        assert child.returncode == 0
+        failed = json.loads(told)
+        assert failed is None, f"EVL_CACHE_SIMULATION={failed[0]}: {failed[1]}"
+
+
+def test_a_seed_gives_the_same_schedule_again() -> None:
+    for seed in range(12):
+        assert simulate(seed) == simulate(seed)
+
+
+def test_the_schedules_are_no_idle_ones() -> None:
+    """Else a simulation that meets no trouble would pass as one that overcomes it."""
+    outcomes = [simulate(seed) for seed in range(1, 150) if seed % 8]
+    assert sum(max(outcome.extracted.values()) > 1 for outcome in outcomes) > 20  # blocks begun twice
+    assert not any(
+        outcome.has_run_again for outcome in outcomes
+    )  # needed for one schedule in hundreds, see there
+    assert sum(outcome.steps for outcome in outcomes) / len(outcomes) > 100
+
+
+# Rules that are broken on purpose: the simulation has to notice.
+
+
+def _locks_exclude_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    def take_name(temporary: Any, path: Any) -> bool:
+        os.replace(temporary, path)
+        return True
+
+    monkeypatch.setattr(locks, "_take_name", take_name)
+    monkeypatch.setattr(locks.LockWatcher, "_take", lambda self, path: self._create(path))
+
+
+def _locks_of_the_dead_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks.LockWatcher, "_is_abandoned", lambda self, path, content: False)
+
+
+def _a_lock_once_held_is_believed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks.BlockLock, "is_held", lambda self: True)
+
+
+def _what_was_written_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_writer.BlockWriter, "_written_lies_there", lambda self: True)
+    monkeypatch.setattr(block_writer.BlockWriter, "_lies_there", lambda self, records: True)
+
+
+def _broken_marks_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(block_writer.BlockWriter, "_withdraw_if_broken", lambda self: None)
+
+
+def _nothing_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        publish.StagedFile, "_seal", lambda self, final: (self._flush(self._descriptor), self._close())
+    )
+
+
+def _the_mark_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = block_writer.BlockWriter._publish_block
+
+    def publish_block(self: Any, mark: Any) -> Any:
+        self._publish_mark(mark)
+        return real(self, mark)
+
+    monkeypatch.setattr(block_writer, "clear_mark", lambda *args, **kwargs: None)
+    monkeypatch.setattr(block_writer.BlockWriter, "_publish_block", publish_block)
+
+
+def _lost_blocks_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BlockTaker, "_reopen", lambda self, blocks: False)
+    monkeypatch.setattr(BlockTaker, "look_around", lambda self: self._todo.clear())
+
+
+@pytest.mark.parametrize(
+    ("mutate", "first"),  # first: a seed not long before one that notices, so that the search is short
+    [
+        (_locks_exclude_nobody, 0),
+        (_locks_of_the_dead_stay, 0),
+        (_a_lock_once_held_is_believed_in, 130),
+        (_what_was_written_is_not_looked_at, 1950),
+        (_broken_marks_are_left, 1950),
+        (_nothing_is_synced, 0),
+        (_the_mark_comes_first, 0),
+        (_lost_blocks_are_forgotten, 0),
+    ],
+)
+def test_a_broken_rule_is_noticed(
+    mutate: Callable[[pytest.MonkeyPatch], None], first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate(monkeypatch)
+    assert first_failure(range(first, first + MUTANT_SCHEDULES)) is not None

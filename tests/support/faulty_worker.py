@@ -1,0 +1,32 @@
+"""A worker whose decoders hang, crash and leak on clips whose names say so; on others it is the real one."""
+
+import os
+import signal
+import time
+
+from evl_cache import video
+from evl_cache.video import worker as decode_worker
+
+_real = video.decode_frames
+_leaked = []
+
+
+def _decode_frames(path, choose, *, options=None):
+    name = os.path.basename(os.fsdecode(path))
+    if "hangs" in name:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # deaf to everything but a kill
+        while True:
+            time.sleep(3600)
+    if "killed" in name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "aborts" in name:
+        os.abort()
+    if "leaks" in name:
+        _leaked.append(b"x" * (64 << 20))
+    if name.startswith("decord ") and options.decoder != "pyav":
+        os.abort()
+    yield from _real(path, choose, options=options)
+
+
+video.decode_frames = _decode_frames
+main = decode_worker.main

@@ -1,0 +1,79 @@
+"""Commands of evl-cache in children that may be killed. As a script: the process that forks them."""
+
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.support.fork_server import ForkServer, serve
+
+
+@dataclass(frozen=True)
+class Ended:
+    """Exit status (negative: by that signal), and what was printed."""
+
+    status: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        assert self.status == 0, self
+        return json.loads(self.stdout)
+
+
+class Commands(ForkServer):
+    """`start` and `wait`, or `run`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._count = folder, 0
+        self._outputs: dict[int, Path] = {}
+        super().__init__(__file__)
+
+    def start(self, *arguments: object, **environment: str) -> int:
+        self._count += 1
+        out = self._folder / f"out-{self._count}"
+        pid = self.fork(
+            {"argv": [str(a) for a in arguments], "environment": environment, "out": str(out.absolute())}
+        )
+        self._outputs[pid] = out
+        return pid
+
+    def wait(self, pid: int) -> Ended:
+        status = self.ended(pid)
+        out = self._outputs.pop(pid)
+        return Ended(status, out.read_text(), out.with_suffix(".err").read_text())
+
+    def run(self, *arguments: object, **environment: str) -> Ended:
+        return self.wait(self.start(*arguments, **environment))
+
+    def kill(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        assert self.wait(pid).status == -signal.SIGKILL
+
+
+def _run(job: dict[str, Any]) -> None:
+    """A command, its output in files."""
+    for number, name in ((1, job["out"]), (2, job["out"] + ".err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(job["environment"])
+    from evl_cache_cli.main import main
+
+    main(job["argv"])
+
+
+def _serve() -> None:
+    import torch
+
+    import evl_cache.caches.pairing
+    import evl_cache.caches.share
+    import evl_cache.train.stage  # noqa: F401
+
+    torch.set_num_threads(1)
+    serve(_run)
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,301 @@
+"""Many block takers on one disk, in a simulated world: deaths, pauses, slow disks, duplicates, by seed.
+
+The taking code is the real one: `BlockTaker`, `LockWatcher`, `BlockWriter`, marks, manifest.
+`python -m tests.support.simulation FIRST LAST STEP` runs the schedules of these seeds, and prints what failed as JSON.
+"""
+
+import atexit
+import json
+import os
+import random
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evl_cache.clips import Clip
+from evl_cache.errors import EvlCacheError
+from evl_cache.extract.block import ExtractedBlock, StageSeconds
+from evl_cache.extract.block_taker import BlockTaker
+from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
+from evl_cache.store import (
+    BlockLock,
+    BlockNotDone,
+    BlockWriter,
+    ClipRecord,
+    array_layouts,
+    create_cache,
+    finish_cache,
+    valid_mark,
+)
+from evl_cache.store.disk.checksum import file_digest
+from evl_cache.store.disk.runtime import Runtime
+from evl_cache.store.format.layout import MANIFEST_NAME
+from evl_cache.store.format.manifest import Manifest, read_manifest
+from evl_cache.store.format.marks import FileRecord
+from tests.support.simulated_world import (
+    EXPIRY_S,
+    Failed,
+    Inline,
+    Plan,
+    Process,
+    SimulatedRuntime,
+    World,
+    patched,
+)
+
+MOST_CALLS = 70  # of a process that does one block, about: later it neither dies nor pauses
+_SCRATCH = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
+
+
+class SimulatedExtractor:
+    """Takes time, and gives rows that tell their block and, where that differs, the processor."""
+
+    def __init__(self, process: Process, spec: CacheSpec, runtime: Runtime) -> None:
+        self.waited = StageSeconds()
+        self._process, self._spec, self._runtime = process, spec, runtime
+
+    def extract(self, block: int, lock: BlockLock) -> ExtractedBlock:
+        self._process.extracted.append(block)
+        writer = BlockWriter(
+            self._process.world.root,
+            self._spec,
+            block,
+            lock=lock,
+            encoders=Inline(),  # type: ignore[arg-type]
+            runtime=self._runtime,
+        )
+        records = []
+        for row in self._spec.clips_of_block(block):
+            self._runtime.sleep(self._process.world.rng.random() * 6.0)
+            writer.append(_row(row, self._process.plan.kind))
+            records.append(ClipRecord(id=str(row)))
+        return ExtractedBlock(
+            writer=writer, records=tuple(records), environment={"kind": self._process.plan.kind}
+        )
+
+
+@lru_cache(maxsize=64)
+def _row(row: int, kind: int) -> dict[str, np.ndarray[Any, Any]]:
+    return {
+        name: np.full((1, *layout.chunk_shape), row + 1 + kind / 2, layout.dtype)
+        for name, layout in array_layouts(simulated_spec(1)).items()
+    }
+
+
+def simulated_spec(blocks: int) -> CacheSpec:
+    """The smallest features there are: two arrays of one layer."""
+    tower = TowerSpec(
+        model="none", pretrained="none", weights_sha256="0" * 64, image_size=2, patch_size=2, width=2, blocks=1,
+        heads=1, quick_gelu=True, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0),
+    )  # fmt: skip
+    return CacheSpec(
+        dataset="simulated", split="train", classes=("only",), tower=tower, views=ViewSpec(frames=1), layers=(1,),
+        tokens="fp16", maps="none", codec="raw", compute_dtype="float32", num_clips=blocks, content_id="0" * 64,
+        block_clips=1,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Of a schedule: how often each block was extracted, the calls it took, and whether the command was run again."""
+
+    extracted: Counter[int]
+    steps: int
+    has_run_again: bool
+
+
+def run_schedule(plans: list[Plan], *, blocks: int, seed: int) -> Outcome:
+    """Run processes to their end, and check that every block is done, none doubled, none lost.
+
+    Raises: Failed.
+    """
+    rng, spec = random.Random(seed), simulated_spec(blocks)
+    with _laid_down(blocks) as root:
+        world = World(rng, root)
+        with patched(world):
+            try:
+                for pid, plan in enumerate(plans, 1):
+                    process = Process(world, plan, pid)
+                    world.processes.append(process)
+                    world.spawn(process, lambda process=process: _work(process, spec), plan.starts_s)
+                world.run()
+                has_run_again = _needs_another_run(world, spec)
+                if has_run_again:
+                    process = Process(world, Plan(host="again"), len(plans) + 1)
+                    world.processes.append(process)
+                    world.spawn(process, lambda process=process: _work(process, spec))
+                    world.run()
+                survivors = [process for process in world.processes if process.is_alive]
+            finally:
+                world.end()
+        _check(root, spec, world.processes, survivors)
+    return Outcome(
+        extracted=Counter(block for process in world.processes for block in process.extracted),
+        steps=world.steps,
+        has_run_again=has_run_again,
+    )
+
+
+_DESCRIPTION = ("zarr.json", "clips.jsonl", "recovery.json")
+_FOLDERS: dict[int, Path] = {}  # by blocks: making and removing directories would take a third of the time
+
+
+@contextmanager
+def _laid_down(blocks: int) -> Iterator[Path]:
+    """A cache's directory without a block, a lock or a leftover."""
+    if blocks not in _FOLDERS:
+        folder = Path(tempfile.mkdtemp(prefix="evl-simulation-", dir=_SCRATCH))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        clips = [Clip(id=str(row), path=str(row), label=0, split="train") for row in range(blocks)]
+        spec = simulated_spec(blocks)
+        create_cache(folder / "cache", spec, clips, recipe={}, created_with={})
+        for layout in array_layouts(spec).values():
+            for block in range(blocks):
+                os.makedirs(layout.shard(folder / "cache", block).parent)
+        _FOLDERS[blocks] = folder / "cache"
+    try:
+        yield _FOLDERS[blocks]
+    finally:
+        for directory, _, names in os.walk(_FOLDERS[blocks]):
+            for name in names:
+                if name not in _DESCRIPTION:
+                    os.unlink(os.path.join(directory, name))
+
+
+def _work(process: Process, spec: CacheSpec) -> None:
+    world, runtime = process.world, SimulatedRuntime(process)
+
+    def next_number() -> int | None:
+        if not process.plan.numbers or world.rng.random() < 0.1:  # no store, or it does not answer now
+            return None
+        world.numbers += 1
+        return world.numbers - 1
+
+    try:
+        taker = BlockTaker(
+            world.root,
+            spec,
+            SimulatedExtractor(process, spec, runtime),
+            lock_expiry_s=EXPIRY_S,
+            redo=(),
+            on_clip=lambda failed: None,
+            next_number=next_number,
+            runtime=runtime,
+        )
+        while process.result is None:  # as `extract` does
+            taker.run(range(spec.num_blocks))
+            with suppress(BlockNotDone):
+                process.result = finish_cache(world.root, spec, lock_expiry_s=EXPIRY_S, runtime=runtime)
+    except (EvlCacheError, OSError) as error:
+        process.result = error
+    process.ended_s = world.now_s
+
+
+def _needs_another_run(world: World, spec: CacheSpec) -> bool:
+    """Where one took a block back that it had no lock for any more, and died before it redid the block.
+
+    That is seen: there is no mark or no manifest then, and the same command again does the rest.
+    """
+    if all(process.is_alive for process in world.processes):
+        return False
+    marked = all(valid_mark(world.root, spec, block) for block in range(spec.num_blocks))
+    return not marked or not (world.root / MANIFEST_NAME).exists()
+
+
+def _check(root: Path, spec: CacheSpec, processes: list[Process], survivors: list[Process]) -> None:
+    if not survivors:
+        raise Failed("nobody is left to finish: the plans are wrong")
+    for process in survivors:
+        if not isinstance(process.result, str):
+            raise Failed(f"process {process.pid} ended with {process.result!r}")
+    manifest = read_manifest(root, spec)
+    # A block that is redone after a process ended, because a paused one broke it, has the digest of who redoes it.
+    told = {process.result for process in survivors if process.ended_s >= survivors[0].world.last_marked_s}
+    if told != {manifest.digest}:
+        raise Failed("the manifest is not the one that the processes were told")
+    for block in range(spec.num_blocks):
+        mark = valid_mark(root, spec, block)
+        if mark is None:
+            raise Failed(f"block {block} has no valid mark")
+        for name, layout in array_layouts(spec).items():
+            _check_file(layout.shard(root, block), mark.files[name], manifest, root)
+            values = _row(block, int(mark.environment["kind"]))[
+                name
+            ].tobytes()  # the raw codec stores them as they are
+            if layout.shard(root, block).read_bytes()[: len(values)] != values:
+                raise Failed(f"block {block}: {name} holds other values than its mark's processor makes")
+    disturbances = sum(process.disturbances for process in processes)
+    count = sum(len(process.extracted) for process in processes)
+    if count > spec.num_blocks + 2 * disturbances:  # a process holds two: one it extracts, one it commits
+        raise Failed(f"{count} extractions of {spec.num_blocks} blocks, {disturbances} disturbances")
+
+
+def _check_file(path: Path, record: FileRecord, manifest: Manifest, root: Path) -> None:
+    if not path.exists() or file_digest(path) != (record.size, record.sha256):
+        raise Failed(f"{path.name} of a marked block is not what the mark names")
+    if manifest.files[path.relative_to(root).as_posix()] != (record.size, record.sha256):
+        raise Failed(f"{path} is not what the manifest names")
+
+
+def random_plan(rng: random.Random, number: int) -> Plan:
+    """A process that may start late, die, stand still, be slow, and share a host or a kind of processor."""
+    pauses = {}
+    if rng.random() < 0.7:
+        for _ in range(rng.randint(1, 2)):
+            pauses[rng.randint(1, MOST_CALLS)] = rng.choice((0.1, 2.0, 4.0)) * EXPIRY_S * rng.random()
+    return Plan(
+        starts_s=rng.random() * rng.choice((0.0, 0.01, 5.0, 60.0)),
+        host=rng.choice(("a", "b", f"own {number}")),
+        kind=rng.randint(0, 1),
+        dies_at=rng.randint(1, MOST_CALLS) if number and rng.random() < 0.4 else None,  # the first one stays
+        after=rng.random() < 0.5,
+        loses_unsynced=rng.random() < 0.5,
+        pauses=pauses,
+        slowness=rng.choice((1.0, 1.0, 1.0, 1.0, 30.0, 300.0)),
+        numbers=rng.random() < 0.5,
+    )
+
+
+def simulate(seed: int) -> Outcome:
+    """The schedule of a seed: one in eight is calm, and then no block is worked on twice.
+
+    Mostly small ones: two processes and one block have most of the ways to go wrong, and thousands fit in seconds.
+    """
+    rng = random.Random(seed)
+    blocks, count = rng.choice((1, 1, 1, 1, 2, 3)), rng.choice((2, 2, 2, 2, 3, 4))
+    if seed % 8:
+        return run_schedule([random_plan(rng, number) for number in range(count)], blocks=blocks, seed=seed)
+    plans = [
+        Plan(starts_s=rng.choice((0.0, 2.0)), host=f"{number}", kind=number % 2, numbers=rng.random() < 0.5)
+        for number in range(count)
+    ]
+    return run_schedule(plans, blocks=blocks, seed=seed)
+
+
+def first_failure(seeds: range) -> tuple[int, str] | None:
+    for seed in seeds:
+        try:
+            simulate(seed)
+        except Exception as failure:
+            return seed, repr(failure)
+    return None
+
+
+def main() -> None:
+    """Seeds FIRST to LAST, one of every STEP."""
+    first, last, step = (int(word) for word in sys.argv[1:4])
+    failed = first_failure(range(first, last, step))
+    sys.stdout.write(json.dumps(failed))
+
+
+if __name__ == "__main__":
+    main()
