@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.support.machine import machine
-from evl_cache.rendered import MOTION_CLASSES, motion_frames, write_video
+from evl_cache.rendered import DEMO_CLASSES, demo_motion_frames, write_video
 
 ROOT = Path(__file__).resolve().parent.parent
 DISTINCT = 32  # videos; the others are links to them
@@ -72,11 +72,11 @@ def lay_down(folder: Path, clips: int) -> None:
     for number in range(clips):
         video = folder / "videos" / f"{number:05d}.mp4"
         if number < DISTINCT:
-            label = number % len(MOTION_CLASSES)
-            write_video(video, motion_frames(MOTION_CLASSES[label], number // len(MOTION_CLASSES), size=64))
+            label = number % len(DEMO_CLASSES)
+            write_video(video, demo_motion_frames(DEMO_CLASSES[label], number // len(DEMO_CLASSES), size=64))
         else:
             video.hardlink_to(folder / "videos" / f"{number % DISTINCT:05d}.mp4")
-        lines.append(f"{video.name} {number % len(MOTION_CLASSES)}\n")
+        lines.append(f"{video.name} {number % len(DEMO_CLASSES)}\n")
     (folder / "clips.txt").write_text("".join(lines))
     (folder / "tower.json").write_text(json.dumps(_TOWER))
 

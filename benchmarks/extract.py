@@ -74,7 +74,7 @@ def extract_once(cache: Path, frames: torch.Tensor, tower: Tower, batch: int) ->
     spec = make_spec(
         clips, dataset="generated", split="train", tower=tower.spec, layers=LAYERS, views=ViewSpec()
     )
-    create_cache(cache, spec, clips.clips, recipe={}, created_with={})
+    create_cache(cache, spec, clips.clips, origin={}, created_with={})
     keywords: dict[str, Any] = {"device": "cpu", "batch": batch, "workers": 2, "reuse": None}
     extractor = FromMemory(
         clips.clips, root=cache, cache=cache, spec=spec, tower=tower, on_clip=lambda failed: None, **keywords

@@ -78,7 +78,7 @@ def _write(features: StudyFeatures, path: Path, changes: dict[str, Any]) -> Cach
     clips = clip_list(len(features.tokens))
     spec = replace(cache_spec(clips, block_clips=len(clips.clips)), **changes)
     projections = features.projections if spec.recomputes_maps else None
-    create_cache(path, spec, clips.clips, recipe={}, created_with={}, projections=projections)
+    create_cache(path, spec, clips.clips, origin={}, created_with={}, projections=projections)
     lock = LockWatcher(path / LOCKS_NAME).take(0)
     assert lock is not None
     with ThreadPoolExecutor(2) as encoders, lock:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from evl_cache.extract import ExtractOptions, ExtractRequest, Progress, extract_dataset
-from evl_cache.rendered import DEFAULT_CLIPS_PER_CLASS, render_motions
+from evl_cache.rendered import DEFAULT_CLIPS_PER_CLASS, render_demo_motions
 from evl_cache.spec import ViewSpec
 from evl_cache.store import FeatureCache
 from evl_cache.train import TrainOptions, TrainResult, train
@@ -90,7 +90,7 @@ def run_demo(
 
     clock = time.monotonic()
     on_stage("render")
-    render_motions(directory / "clips", clips_per_class=options.clips_per_class, seed=SEED)
+    render_demo_motions(directory / "clips", clips_per_class=options.clips_per_class, seed=SEED)
     clock = stage("render", clock)
     on_stage("extract")
     caches = _extract(directory, options, progress)

@@ -78,7 +78,7 @@ def write_rows(
     """A complete cache of `samples` rows, taken from `rows` again and again."""
     clips = clip_list(samples)
     spec = cache_spec(clips, codec=codec, block_clips=block_clips)
-    create_cache(directory, spec, clips.clips, recipe={}, created_with={})
+    create_cache(directory, spec, clips.clips, origin={}, created_with={})
     locks = LockWatcher(directory / LOCKS_NAME)
     with ThreadPoolExecutor(threads) as encoders, ThreadPoolExecutor(1) as committer:
         commits = []

@@ -111,7 +111,7 @@ class ResidentSamples:
                 out[name].append(batch)
         self._is_filled[new_slots] = True
         held_layers = stored_batch(out)
-        return held_layers if host.recipe is None else host.recipe.applied(held_layers)
+        return held_layers if host.projected is None else host.projected.applied(held_layers)
 
 
 def default_budget(device: torch.device) -> int:

@@ -38,7 +38,7 @@ class Source(Protocol):
         """Digest of the features."""
 
     @property
-    def recipe(self) -> Mapping[str, Any]:
+    def origin(self) -> Mapping[str, Any]:
         """Where the tower came from (`model`, `pretrained`), as far as it is known."""
 
 

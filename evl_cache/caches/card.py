@@ -137,9 +137,9 @@ def _contents(cache: FeatureCache) -> dict[str, object]:
 def _how_made(cache: FeatureCache) -> str:
     spec, decoders = cache.spec, sorted({decoder for decoder, _ in cache.provenance})
     # Not where the videos lay: that is nobody's business, and of no use to anyone.
-    recipe = {name: value for name, value in cache.recipe.items() if name != "root"}
+    origin = {name: value for name, value in cache.origin.items() if name != "root"}
     command = extract_command(
-        FoundCache(place=cache.place, spec=spec, recipe=recipe),
+        FoundCache(place=cache.place, spec=spec, origin=origin),
         split=spec.split,
         layers=format_layers(spec.layers),
     )

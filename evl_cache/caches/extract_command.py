@@ -10,11 +10,11 @@ def extract_command(cache: FoundCache, *, split: str | None, layers: str, maps: 
     """The extract command that makes a cache like another one, of another split, other layers or maps."""
     spec, views = cache.spec, cache.spec.views
     words = ["evl-cache extract --dataset", spec.dataset]
-    if root := cache.recipe.get("root"):
+    if root := cache.origin.get("root"):
         words += ["--root", shlex.quote(str(root))]
     words += ["--split", split] if split else []
-    words += ["--model", shlex.quote(str(cache.recipe.get("model") or spec.tower.model))]
-    words += ["--pretrained", shlex.quote(str(cache.recipe.get("pretrained") or spec.tower.pretrained))]
+    words += ["--model", shlex.quote(str(cache.origin.get("model") or spec.tower.model))]
+    words += ["--pretrained", shlex.quote(str(cache.origin.get("pretrained") or spec.tower.pretrained))]
     words += ["--layers", layers, "--frames", str(views.frames)]
     words += ["--sampling tsn"] if views.stride is None else ["--stride", str(views.stride)]
     if views.train_views and split in (None, *TRAIN_SPLITS):

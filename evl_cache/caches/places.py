@@ -16,11 +16,11 @@ CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
 
 @dataclass(frozen=True, kw_only=True)
 class FoundCache:
-    """A cache's place (path or URL, which may hold credentials: show `name`) and spec; `recipe` as its description has it."""
+    """A cache's place (path or URL, which may hold credentials: show `name`) and spec; `origin` as its description has it."""
 
     place: str
     spec: CacheSpec
-    recipe: Mapping[str, Any] = field(default_factory=dict)
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -79,4 +79,4 @@ def find_caches(place: str | Path) -> Iterator[FoundCache]:
 
 def _look_at(place: str) -> FoundCache:
     found = read_description_from(open_objects(place))
-    return FoundCache(place=place, spec=found.spec, recipe=found.recipe)
+    return FoundCache(place=place, spec=found.spec, origin=found.origin)

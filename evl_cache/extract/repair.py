@@ -199,11 +199,11 @@ def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, 
 
 
 def tower_loader(model: str | None, pretrained: str | None) -> LoadTower:
-    """Loads the tower named, or the one that the cache's recipe names."""
+    """Loads the tower named, or the one that the cache's origin names."""
 
     def load(description: CacheDescription) -> Tower:
-        recipe = description.recipe
-        names = {"model": model or recipe.get("model"), "pretrained": pretrained or recipe.get("pretrained")}
+        origin = description.origin
+        names = {"model": model or origin.get("model"), "pretrained": pretrained or origin.get("pretrained")}
         for name, value in names.items():
             if not value:
                 raise UsageError(f"the cache does not tell its {name}; give --{name}")
@@ -215,7 +215,7 @@ def tower_loader(model: str | None, pretrained: str | None) -> LoadTower:
 
 def videos_root(description: CacheDescription, given: Path | None) -> Path:
     """Where the videos lie: as given, or where they were when the cache was made."""
-    root = given or description.recipe.get("root")
+    root = given or description.origin.get("root")
     if not root:
         raise UsageError("the cache does not tell where its videos lie; give --root")
     return Path(str(root))

@@ -62,7 +62,7 @@ class ExtractRequest:
         """`pretrained`, or the model's own."""
         return self.pretrained or default_pretrained(self.model)
 
-    def recipe(self, root: Path) -> dict[str, Any]:
+    def origin(self, root: Path) -> dict[str, Any]:
         """What `repair` and `predict` need beside the spec; files by their whole path."""
         names = {"model": self.model, "pretrained": self.weights}
         paths = {name: str(Path(value).resolve()) for name, value in names.items() if Path(value).is_file()}
@@ -148,7 +148,7 @@ def extract_dataset(
         rendezvous: of the processes of one run.
     """
     tower, root, plans = plan_extraction(request, device=options.device)
-    recipe = request.recipe(root)
+    origin = request.origin(root)
     for plan in plans:
         on_plan(tower, plan)
         with progress(plan.spec) as (on_clip, on_bottleneck):
@@ -159,7 +159,7 @@ def extract_dataset(
                 spec=plan.spec,
                 tower=tower,
                 options=options,
-                recipe=recipe,
+                origin=origin,
                 on_clip=on_clip,
                 on_bottleneck=on_bottleneck,
                 rendezvous=rendezvous,

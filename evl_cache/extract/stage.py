@@ -120,7 +120,7 @@ def extract(
     spec: CacheSpec,
     tower: Tower,
     options: ExtractOptions,
-    recipe: dict[str, Any] | None = None,
+    origin: dict[str, Any] | None = None,
     on_clip: OnClip = lambda failed: None,
     on_bottleneck: OnBottleneck = lambda name: None,
     rendezvous: Rendezvous | None = None,
@@ -129,7 +129,7 @@ def extract(
 
     Args:
         root: what relative clip paths are relative to.
-        recipe: stored for `repair`.
+        origin: stored for `repair`.
         on_clip: called with whether it failed, after each clip, also for those found done.
         on_bottleneck: called with what the run waits for most: `decoding`, `transfer`, `device` or `writing`.
         rendezvous: of the processes of one run, which then try no block twice; None for one that goes by the locks.
@@ -143,7 +143,7 @@ def extract(
         cache,
         spec,
         clips.clips,
-        recipe=recipe or {},
+        origin=origin or {},
         created_with=versions,
         projections=tower_projections(tower, spec),
         lock_expiry_s=options.lock_expiry_s,

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evl_cache.heads.blocks import MLP, QueryAttention, SelfAttention
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
+from evl_cache.heads.parts import MLP, QueryAttention, SelfAttention
 
 INITIAL_DEVIATION = 0.02
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evl_cache.heads.blocks import MLP, SelfAttention, normalised, zero
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
+from evl_cache.heads.parts import MLP, SelfAttention, normalised, zero
 
 REDUCTION = 4
 SHIFTED = 4  # one channel in so many comes from the next frame, as many from the one before

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evl_cache.heads.blocks import MLP, QueryAttention, zero
 from evl_cache.heads.decoder.decoder_layer import QuickGELU
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
+from evl_cache.heads.parts import MLP, QueryAttention, zero
 
 
 class GlobalBlock(nn.Module):

@@ -21,11 +21,11 @@ class LiveClips:
     clips: tuple[Clip, ...]
     labels: np.ndarray
     sample_clips: np.ndarray
-    recipe: Mapping[str, Any]
+    origin: Mapping[str, Any]
 
     @classmethod
     def of(
-        cls, clips: ClipList, root: Path, spec: CacheSpec, *, recipe: Mapping[str, Any] | None = None
+        cls, clips: ClipList, root: Path, spec: CacheSpec, *, origin: Mapping[str, Any] | None = None
     ) -> "LiveClips":
         """A list of clips, with what is to be made of them."""
         rows = np.repeat(np.arange(spec.num_clips), spec.views.per_clip)
@@ -36,7 +36,7 @@ class LiveClips:
             clips=clips.clips,
             labels=labels[rows],
             sample_clips=rows,
-            recipe=recipe or {},
+            origin=origin or {},
         )
 
     @property

@@ -97,9 +97,9 @@ def _live(
     specs = [replace(plan.spec, layers=layers, tokens="fp16", maps=maps) for plan in plans]
     dtype: torch.dtype = getattr(torch, specs[0].compute_dtype)
     visual = tower.visual.to(device=torch.device(options.device), dtype=dtype)
-    recipe = request.recipe(root)
+    origin = request.origin(root)
     sources = [
-        LiveClips.of(plan.clips, root, spec, recipe=recipe) for plan, spec in zip(plans, specs, strict=True)
+        LiveClips.of(plan.clips, root, spec, origin=origin) for plan, spec in zip(plans, specs, strict=True)
     ]
     return layers, Backbone(visual, layers, with_maps=with_maps), sources
 

@@ -3,22 +3,22 @@
 from evl_cache.rendered.benchmarks import BENCHMARKS, begun_options, is_rendered, render
 from evl_cache.rendered.demo_motions import (
     DEFAULT_CLIPS_PER_CLASS,
-    MOTION_CLASSES,
+    DEMO_CLASSES,
     REVERSED_PAIRS,
-    motion_frames,
-    render_motions,
+    demo_motion_frames,
+    render_demo_motions,
 )
 from evl_cache.rendered.files import write_video
 
 __all__ = [
     "BENCHMARKS",
     "DEFAULT_CLIPS_PER_CLASS",
-    "MOTION_CLASSES",
+    "DEMO_CLASSES",
     "REVERSED_PAIRS",
     "begun_options",
+    "demo_motion_frames",
     "is_rendered",
-    "motion_frames",
     "render",
-    "render_motions",
+    "render_demo_motions",
     "write_video",
 ]

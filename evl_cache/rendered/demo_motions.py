@@ -33,7 +33,7 @@ REVERSED_PAIRS: tuple[tuple[str, str], ...] = (
     ("approach", "recede"),
     ("orbit_clockwise", "orbit_counterclockwise"),
 )
-MOTION_CLASSES: tuple[str, ...] = tuple(sorted(name for pair in REVERSED_PAIRS for name in pair))
+DEMO_CLASSES: tuple[str, ...] = tuple(sorted(name for pair in REVERSED_PAIRS for name in pair))
 DEFAULT_CLIPS_PER_CLASS: Mapping[str, int] = {"train": 200, "val": 40}
 
 # Lengths are fractions of the picture's side, speeds are per frame. A step of 0.125 to 0.225 is 0.5 to
@@ -58,7 +58,7 @@ class _Scene:
     colour: Floats  # (3,)
 
 
-def motion_frames(
+def demo_motion_frames(
     class_name: str, index: int, *, seed: int = 0, split: str = "train", size: int = 64, num_frames: int = 8
 ) -> Frames:
     """Draw clip `index` of a class: uint8 (T, H, W, 3), RGB.
@@ -66,10 +66,10 @@ def motion_frames(
     The clip of the same index, seed and split of the reversed class has exactly these frames in opposite
     order. Equal arguments give equal frames.
 
-    Raises: UsageError for a class not in `MOTION_CLASSES`, or a number out of range.
+    Raises: UsageError for a class not in `DEMO_CLASSES`, or a number out of range.
     """
-    if class_name not in MOTION_CLASSES:
-        raise UsageError(f"class {class_name!r} is not rendered; expected one of {', '.join(MOTION_CLASSES)}")
+    if class_name not in DEMO_CLASSES:
+        raise UsageError(f"class {class_name!r} is not rendered; expected one of {', '.join(DEMO_CLASSES)}")
     _check_numbers(size=size, num_frames=num_frames, seed=seed, least_index=index)
     pair_number = next(number for number, pair in enumerate(REVERSED_PAIRS) if class_name in pair)
     forward, backward = REVERSED_PAIRS[pair_number]
@@ -78,7 +78,7 @@ def motion_frames(
     return np.ascontiguousarray(frames[::-1]) if class_name == backward else frames
 
 
-def render_motions(
+def render_demo_motions(
     directory: str | Path,
     *,
     clips_per_class: Mapping[str, int] = DEFAULT_CLIPS_PER_CLASS,
@@ -101,13 +101,15 @@ def render_motions(
 
     def render(job: tuple[str, str, int]) -> None:
         split, class_name, index = job
-        frames = motion_frames(class_name, index, seed=seed, split=split, size=size, num_frames=num_frames)
+        frames = demo_motion_frames(
+            class_name, index, seed=seed, split=split, size=size, num_frames=num_frames
+        )
         write_video(root / split / class_name / f"{index:04d}.mp4", frames, fps=fps)
 
     jobs = [
         (split, class_name, index)
         for split, count in clips_per_class.items()
-        for class_name in MOTION_CLASSES
+        for class_name in DEMO_CLASSES
         for index in range(count)
     ]
     for split, class_name, _ in jobs:

@@ -57,7 +57,7 @@ def show_cached(
     tokens, maps = stored.with_made_maps().dequantized()
     prepared = prepare_clip(
         cache.clips[row],
-        Path(str(cache.recipe.get("root") or ".")),
+        Path(str(cache.origin.get("root") or ".")),
         tower=cache.spec.tower,
         views=cache.spec.views,
     )

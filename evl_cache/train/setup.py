@@ -83,7 +83,7 @@ def run_config(
 
 
 def _tower(cache: Source, val: Source) -> dict[str, object] | None:
-    names = {name: cache.recipe.get(name) for name in ("model", "pretrained")}
+    names = {name: cache.origin.get(name) for name in ("model", "pretrained")}
     return None if None in names.values() else {**names, "views": val.spec.views.to_json()}
 
 

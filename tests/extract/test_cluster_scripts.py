@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from evl_cache.rendered import MOTION_CLASSES
+from evl_cache.rendered import DEMO_CLASSES
 from evl_cache.store import verify_cache
 from evl_cache_cli.main import cli, main
 from tests.support.doc_blocks import blocks
@@ -53,7 +53,7 @@ def data(motions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (kinetics / split).mkdir()
         rows = ["label,youtube_id,time_start,time_end,split"]
         for i in range(count):
-            rows.append(f"{MOTION_CLASSES[i % 3]},{split}{i:06d},{i},{i + 10},{split}")
+            rows.append(f"{DEMO_CLASSES[i % 3]},{split}{i:06d},{i},{i + 10},{split}")
             (kinetics / split / f"{split}{i:06d}_{i:06d}_{i + 10:06d}.mp4").symlink_to(
                 videos[i % len(videos)]
             )

@@ -251,7 +251,7 @@ def test_another_format_version_says_what_to_do(motions: Path, tmp_path: Path) -
 def test_unknown_fields_of_the_description_survive(motions: Path, tmp_path: Path) -> None:
     clips, cache = load_clips(motions), tmp_path / "cache"
     spec = small_spec(clips, small_tower(motions), extra={"colour_space": {"matrix": "bt709"}})
-    create_cache(cache, spec, clips.clips, recipe={}, created_with={})
+    create_cache(cache, spec, clips.clips, origin={}, created_with={})
     extract_small(clips, cache, spec=FeatureCache(cache).spec)
     (cache / "zarr.json").unlink()
     assert restore_description(cache) == ["zarr.json"]

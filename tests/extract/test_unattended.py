@@ -21,7 +21,7 @@ from evl_cache.caches.info import failed_clips_by_reason, failures_by_reason
 from evl_cache.clips import Clip, ClipList
 from evl_cache.errors import ClipError, TooManyFailures, UsageError, WorkerError
 from evl_cache.extract.failure_limit import FailureLimit
-from evl_cache.rendered import motion_frames, write_video
+from evl_cache.rendered import demo_motion_frames, write_video
 from evl_cache.store import FeatureCache
 from evl_cache.video import Choose, DecodedClip, DecodeOptions, collect, decode_clip, with_decord
 from evl_cache.video import pool as decode_pool
@@ -62,7 +62,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         if codec not in av.codecs_available:
             continue
         path = folder / f"{codec}.{suffix}"
-        write_video(path, motion_frames("orbit_clockwise", number, num_frames=24), codec=codec, crf=20)
+        write_video(path, demo_motion_frames("orbit_clockwise", number, num_frames=24), codec=codec, crf=20)
         made.append(path)
     return made
 
@@ -166,7 +166,7 @@ def test_real_clips_damaged_in_every_way(ut_interaction: Path, motions: Path, tm
 
 def test_a_clip_that_only_decord_cannot_bear_is_decoded_by_pyav(faulty: None, tmp_path: Path) -> None:
     path = tmp_path / "decord breaks down.mp4"
-    write_video(path, motion_frames("right", 0, num_frames=24))
+    write_video(path, demo_motion_frames("right", 0, num_frames=24))
     with DecodePool(1) as pool:
         found = decode(pool, path, lambda count: WANTED)
     assert found.header.decoder.startswith("PyAV")
@@ -184,7 +184,7 @@ def test_a_worker_that_leaks_is_replaced(
     monkeypatch.setattr(decode_pool, "MOST_GROWTH_BYTES", 32 << 20)
     leaks, plain = tmp_path / "leaks.mp4", tmp_path / "plain.mp4"
     for path in (leaks, plain):
-        write_video(path, motion_frames("right", 0, num_frames=24))
+        write_video(path, demo_motion_frames("right", 0, num_frames=24))
     with DecodePool(1) as pool:
         decode(pool, plain, lambda count: WANTED)
         first = workers_of(os.getpid())
@@ -230,7 +230,7 @@ def test_a_large_video_is_not_given_to_decord_which_would_keep_it(
 
 def test_what_the_choice_of_frames_says_fails_the_clip_and_spares_the_worker(tmp_path: Path) -> None:
     path = tmp_path / "clip.mp4"
-    write_video(path, motion_frames("right", 0, num_frames=24))
+    write_video(path, demo_motion_frames("right", 0, num_frames=24))
 
     def refuse(count: int) -> np.ndarray:
         raise ClipError(f"{count} frames are too few")
@@ -264,7 +264,7 @@ def test_no_worker_outlives_a_killed_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tolerates", [False, True])
 def test_concealed_frames_fail_a_clip_unless_they_are_tolerated(tmp_path: Path, tolerates: bool) -> None:
     path, options = tmp_path / "clip.mp4", DecodeOptions(tolerate_bad_frames=tolerates)
-    write_video(path, motion_frames("right", 0, num_frames=24), crf=30)
+    write_video(path, demo_motion_frames("right", 0, num_frames=24), crf=30)
     healthy = path.read_bytes()
     for place in range(
         healthy.find(b"mdat") + 1200, len(healthy), 7

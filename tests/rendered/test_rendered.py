@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 
 from evl_cache.errors import UsageError
-from evl_cache.rendered import MOTION_CLASSES, REVERSED_PAIRS, motion_frames, render_motions, write_video
+from evl_cache.rendered import (
+    DEMO_CLASSES,
+    REVERSED_PAIRS,
+    demo_motion_frames,
+    render_demo_motions,
+    write_video,
+)
 
 BACKGROUND = 128
 
@@ -31,14 +37,14 @@ def centre_on_circle(mask: np.ndarray, axis: int) -> float:
 
 @pytest.mark.parametrize(("forward", "backward"), REVERSED_PAIRS)
 def test_reversed_class_has_the_same_frames_in_opposite_order(forward: str, backward: str) -> None:
-    clip, twin = motion_frames(forward, 3, seed=1), motion_frames(backward, 3, seed=1)
+    clip, twin = demo_motion_frames(forward, 3, seed=1), demo_motion_frames(backward, 3, seed=1)
     assert np.array_equal(clip, twin[::-1])
     assert not np.array_equal(clip, twin)
 
 
 def test_frames_follow_from_the_seed_and_differ_between_splits_and_clips() -> None:
     def draw(index: int = 0, seed: int = 0, split: str = "train") -> np.ndarray:
-        return motion_frames("right", index, seed=seed, split=split)
+        return demo_motion_frames("right", index, seed=seed, split=split)
 
     assert np.array_equal(draw(), draw())
     assert not any(
@@ -51,20 +57,20 @@ def test_frames_follow_from_the_seed_and_differ_between_splits_and_clips() -> No
 )
 def test_drift_moves_half_to_nine_tenths_of_a_patch_each_frame(name: str, axis: int, sign: int) -> None:
     for index in range(10):
-        centres = [centre_on_circle(mask, axis) for mask in object_masks(motion_frames(name, index))]
+        centres = [centre_on_circle(mask, axis) for mask in object_masks(demo_motion_frames(name, index))]
         steps = sign * ((np.diff(centres) + 0.5) % 1.0 - 0.5) * 4  # in patches of a 4 x 4 grid
         assert (steps > 0.4).all() and (steps < 1.0).all()
 
 
 def test_approach_grows_but_where_the_size_starts_again() -> None:
     for index in range(10):
-        areas = object_masks(motion_frames("approach", index)).sum(axis=(1, 2))
+        areas = object_masks(demo_motion_frames("approach", index)).sum(axis=(1, 2))
         assert (np.diff(areas) < 0).sum() <= 1 <= (np.diff(areas) > 0).sum()
 
 
 def test_clockwise_orbit_turns_right_at_every_frame() -> None:
     for index in range(10):
-        masks = object_masks(motion_frames("orbit_clockwise", index))
+        masks = object_masks(demo_motion_frames("orbit_clockwise", index))
         x, y = (np.array([centre_on_circle(mask, axis) for mask in masks]) for axis in (1, 0))
         dx, dy = ((np.diff(path) + 0.5) % 1.0 - 0.5 for path in (x, y))
         assert (dx[:-1] * dy[1:] - dy[:-1] * dx[1:] > 0).all()  # y points down: positive is clockwise
@@ -74,8 +80,8 @@ def test_clockwise_orbit_turns_right_at_every_frame() -> None:
 def test_single_frames_have_the_same_statistics_in_every_class(frame: int) -> None:
     clips = 200
     areas, means, places = [], [], []
-    for name in MOTION_CLASSES:
-        frames = np.stack([motion_frames(name, index)[frame] for index in range(clips)])
+    for name in DEMO_CLASSES:
+        frames = np.stack([demo_motion_frames(name, index)[frame] for index in range(clips)])
         masks = object_masks(frames)
         areas.append(masks.mean(axis=(1, 2)))
         means.append(frames.mean(axis=(1, 2)))
@@ -87,14 +93,14 @@ def test_single_frames_have_the_same_statistics_in_every_class(frame: int) -> No
 
 
 def test_rendered_files_decode_to_the_drawn_frames(tmp_path: Path) -> None:
-    render_motions(tmp_path, clips_per_class={"train": 2, "val": 1}, seed=5)
+    render_demo_motions(tmp_path, clips_per_class={"train": 2, "val": 1}, seed=5)
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.mp4"))
     assert files == sorted(
-        [f"train/{name}/000{index}.mp4" for name in MOTION_CLASSES for index in (0, 1)]
-        + [f"val/{name}/0000.mp4" for name in MOTION_CLASSES]
+        [f"train/{name}/000{index}.mp4" for name in DEMO_CLASSES for index in (0, 1)]
+        + [f"val/{name}/0000.mp4" for name in DEMO_CLASSES]
     )
-    for name in MOTION_CLASSES:
-        drawn = motion_frames(name, 0, seed=5, split="val")
+    for name in DEMO_CLASSES:
+        drawn = demo_motion_frames(name, 0, seed=5, split="val")
         read = decoded(tmp_path / "val" / name / "0000.mp4")
         assert read.shape == drawn.shape == (8, 64, 64, 3)
         # 4:2:0 halves colour's resolution, so edges differ; the flat parts, most of the picture, do not.
@@ -106,7 +112,7 @@ def test_rendered_files_decode_to_the_drawn_frames(tmp_path: Path) -> None:
 def test_rendering_again_writes_the_same_bytes(codec: str, suffix: str, tmp_path: Path) -> None:
     # Again and again: libx264's macroblock tree gave one clip of a hundred other bytes.
     path, written = tmp_path / f"clip.{suffix}", set()
-    frames = [motion_frames(MOTION_CLASSES[i], 0, size=32) for i in (0, 3, 5)]
+    frames = [demo_motion_frames(DEMO_CLASSES[i], 0, size=32) for i in (0, 3, 5)]
     for _ in range(40):
         files = []
         for clip in frames:
@@ -118,7 +124,7 @@ def test_rendering_again_writes_the_same_bytes(codec: str, suffix: str, tmp_path
 
 def test_rendering_a_tree_again_writes_the_same_bytes(tmp_path: Path) -> None:
     for folder in ("a", "b"):
-        render_motions(tmp_path / folder, clips_per_class={"val": 1}, seed=2)
+        render_demo_motions(tmp_path / folder, clips_per_class={"val": 1}, seed=2)
     for path in (tmp_path / "a").rglob("*.mp4"):
         assert path.read_bytes() == (tmp_path / "b" / path.relative_to(tmp_path / "a")).read_bytes()
 
@@ -162,8 +168,8 @@ def test_unusable_frames_and_codecs_are_named_and_leave_no_file(
 
 def test_unknown_class_and_impossible_numbers_are_usage_errors(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="sideways"):
-        motion_frames("sideways", 0)
+        demo_motion_frames("sideways", 0)
     with pytest.raises(UsageError, match="size is 31"):
-        motion_frames("left", 0, size=31)
+        demo_motion_frames("left", 0, size=31)
     with pytest.raises(UsageError, match="num_frames is 0"):
-        render_motions(tmp_path, num_frames=0)
+        render_demo_motions(tmp_path, num_frames=0)

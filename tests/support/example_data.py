@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from evl_cache.rendered import MOTION_CLASSES, motion_frames, write_video
+from evl_cache.rendered import DEMO_CLASSES, demo_motion_frames, write_video
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_TOWER = ROOT / "evl_cache" / "data" / "demo-tower.json"
@@ -27,7 +27,7 @@ DEEP_TOWER = {
 
 def render(path: Path, class_name: str, index: int, split: str = "train") -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, motion_frames(class_name, index, split=split, size=64))
+    write_video(path, demo_motion_frames(class_name, index, split=split, size=64))
 
 
 def make_data(folder: Path) -> None:
@@ -37,8 +37,8 @@ def make_data(folder: Path) -> None:
             render(folder / "clips" / split / name / f"a {i}.mp4", name, i, split)
     lines = []
     for i in range(10):
-        render(folder / "videos" / f"clip {i}.mp4", MOTION_CLASSES[i % 5], i)
-        lines.append(f"clip {i}.mp4 {MOTION_CLASSES[i % 5]}")
+        render(folder / "videos" / f"clip {i}.mp4", DEMO_CLASSES[i % 5], i)
+        lines.append(f"clip {i}.mp4 {DEMO_CLASSES[i % 5]}")
     (folder / "clips.txt").write_text("\n".join(lines) + "\n")
     for name in ("held-out.txt", "fold1.txt"):
         (folder / name).write_text("clip 3.mp4\nclip 6.mp4\nclip 7.mp4\n")
@@ -48,8 +48,8 @@ def make_data(folder: Path) -> None:
     for split, count in (("train", 3), ("val", 2)):
         rows = ["label,youtube_id,time_start,time_end,split"]
         for i in range(count):
-            rows.append(f"{MOTION_CLASSES[i]},{split}{i:06d},{i},{i + 10},{split}")
-            render(kinetics / split / f"{split}{i:06d}_{i:06d}_{i + 10:06d}.mp4", MOTION_CLASSES[i], i, split)
+            rows.append(f"{DEMO_CLASSES[i]},{split}{i:06d},{i},{i + 10},{split}")
+            render(kinetics / split / f"{split}{i:06d}_{i:06d}_{i + 10:06d}.mp4", DEMO_CLASSES[i], i, split)
         (kinetics / "annotations" / f"{split}.csv").write_text("\n".join(rows) + "\n")
     (folder / "deep-tower.json").write_text(json.dumps(DEEP_TOWER))
     shutil.copy(OFFICIAL, folder / "k400_vitb16_8f_dec4x768.pth")

@@ -78,7 +78,7 @@ def write_cache(
         content_id=clips.content_id,
         block_clips=block_clips,
     )
-    create_cache(path, spec, clips.clips, recipe={}, created_with={"evl-cache": "test"})
+    create_cache(path, spec, clips.clips, origin={}, created_with={"evl-cache": "test"})
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(classes, tower.width, generator=torch.Generator().manual_seed(99))
     locks = LockWatcher(path / LOCKS_NAME, expiry_s=60.0)

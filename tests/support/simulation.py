@@ -157,7 +157,7 @@ def _laid_down(blocks: int) -> Iterator[Path]:
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         clips = [Clip(id=str(row), path=str(row), label=0, split="train") for row in range(blocks)]
         spec = simulated_spec(blocks)
-        create_cache(folder / "cache", spec, clips, recipe={}, created_with={})
+        create_cache(folder / "cache", spec, clips, origin={}, created_with={})
         for layout in array_layouts(spec).values():
             for block in range(blocks):
                 os.makedirs(layout.shard(folder / "cache", block).parent)

@@ -15,7 +15,7 @@ import torch
 from evl_cache.clips import Clip, ClipList
 from evl_cache.extract.stage import ExtractOptions, ExtractResult, extract, make_spec
 from evl_cache.processes.rendezvous import Rendezvous
-from evl_cache.rendered import MOTION_CLASSES, motion_frames, write_video
+from evl_cache.rendered import DEMO_CLASSES, demo_motion_frames, write_video
 from evl_cache.spec import CacheSpec, ViewSpec
 from evl_cache.towers import build_tower
 from evl_cache.towers.tower import Tower
@@ -45,23 +45,23 @@ def make_clips(folder: Path, count: int = 8, *, seed: int = 0, broken: bool = Tr
     clips = []
     for i in range(count):
         name = f"{i:02d}.mp4"
-        label = i % len(MOTION_CLASSES)
-        frames = motion_frames(MOTION_CLASSES[label], i // len(MOTION_CLASSES), seed=seed)
+        label = i % len(DEMO_CLASSES)
+        frames = demo_motion_frames(DEMO_CLASSES[label], i // len(DEMO_CLASSES), seed=seed)
         write_video(folder / name, frames)
         clips.append(Clip(id=name, path=name, label=label, split="train"))
     if broken and count > 5:
         (folder / BROKEN).write_bytes((folder / BROKEN).read_bytes()[:200])
     (folder / "tower.json").write_text(json.dumps(_TOWER))
-    return ClipList(clips=tuple(clips), classes=MOTION_CLASSES, source=str(folder))
+    return ClipList(clips=tuple(clips), classes=DEMO_CLASSES, source=str(folder))
 
 
 def load_clips(folder: Path) -> ClipList:
     """The list of clips that `make_clips` made."""
     clips = [
-        Clip(id=path.name, path=path.name, label=i % len(MOTION_CLASSES), split="train")
+        Clip(id=path.name, path=path.name, label=i % len(DEMO_CLASSES), split="train")
         for i, path in enumerate(sorted(folder.glob("*.mp4")))
     ]
-    return ClipList(clips=tuple(clips), classes=MOTION_CLASSES, source=str(folder))
+    return ClipList(clips=tuple(clips), classes=DEMO_CLASSES, source=str(folder))
 
 
 @lru_cache(maxsize=4)

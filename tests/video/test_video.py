@@ -14,7 +14,7 @@ from evl_cache.errors import ClipError, UsageError
 from evl_cache.extract.augmentation import ViewAugmentation, view_generator
 from evl_cache.extract.prepare import choose_frames, prepare_clip
 from evl_cache.preprocess import spatial_crops
-from evl_cache.rendered import motion_frames, write_video
+from evl_cache.rendered import demo_motion_frames, write_video
 from evl_cache.sampling import strided_train_view
 from evl_cache.spec import ViewSpec
 from evl_cache.video import DecodeOptions, decode_clip, decode_frames, frames
@@ -29,7 +29,7 @@ def some(count):
 
 
 def drawn(frames=9, height=64, width=96):
-    square = motion_frames("right", 0, size=64, num_frames=frames)
+    square = demo_motion_frames("right", 0, size=64, num_frames=frames)
     return np.concatenate([square, square], axis=2)[:, :height, :width]
 
 
@@ -48,7 +48,7 @@ def pyav_frames(path):
 )
 def test_both_decoders_give_the_frames_of_the_file(tmp_path, codec, suffix, shape):
     path = tmp_path / f"clip.{suffix}"
-    frames = motion_frames("up", 1, size=96, num_frames=9)[:, : shape[0], : shape[1]]
+    frames = demo_motion_frames("up", 1, size=96, num_frames=9)[:, : shape[0], : shape[1]]
     write_video(path, np.ascontiguousarray(frames), codec=codec)
     every = pyav_frames(path)
     for decoder in ("decord", "pyav"):
@@ -152,7 +152,7 @@ def test_files_without_pictures_say_so(tmp_path):
 def test_frames_come_in_pieces_and_are_the_same(tmp_path, monkeypatch, piece_bytes):
     monkeypatch.setattr(frames, "PIECE_BYTES", piece_bytes)
     path = tmp_path / "clip.mp4"
-    write_video(path, motion_frames("up", 1, num_frames=24))
+    write_video(path, demo_motion_frames("up", 1, num_frames=24))
     every = pyav_frames(path)
     for decoder in ("decord", "pyav"):
         wanted = np.array([[23, 3, 4, 5, 11], [0, 23, 23, 7, 9]])
@@ -168,7 +168,7 @@ def test_frames_come_in_pieces_and_are_the_same(tmp_path, monkeypatch, piece_byt
 def test_crops_made_piece_by_piece_equal_those_of_whole_views(tmp_path, motions, train_views):
     """Two views of three crops, or augmented ones, of a frame larger than the tower's; the last frame stands often."""
     path = tmp_path / "clip.mp4"
-    write_video(path, motion_frames("up", 1, size=96, num_frames=20)[:, :70])
+    write_video(path, demo_motion_frames("up", 1, size=96, num_frames=20)[:, :70])
     tower = small_tower(motions).spec
     views = (
         ViewSpec(frames=6, stride=5, train_views=2, flip=True)

@@ -60,7 +60,7 @@ def copy_part(
         target,
         spec,
         cache.clips,
-        recipe=cache.recipe,
+        origin=cache.origin,
         created_with=cache.description.created_with,
         projections=projections,
     )

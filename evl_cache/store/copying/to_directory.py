@@ -119,7 +119,7 @@ def lay_down_as(source: SourceCache, target: Path) -> None:
         target,
         spec,
         source.clips,
-        recipe=description.recipe,
+        origin=description.origin,
         created_with=description.created_with,
         projections=projections,
     )

@@ -34,13 +34,13 @@ class CacheDescription:
 
     Attributes:
         spec: see there.
-        recipe: arguments that `repair` needs (root of the videos, model, weights); not part of any identity.
+        origin: arguments that `repair` needs (root of the videos, model, weights); not part of any identity.
         created_with: versions of the software that laid the cache down.
         clips_sha256: of `clips.jsonl`. projections_sha256: of `recompute.safetensors`, where there is one.
     """
 
     spec: CacheSpec
-    recipe: Mapping[str, Any]
+    origin: Mapping[str, Any]
     created_with: Mapping[str, str]
     clips_sha256: str
     projections_sha256: str | None = None
@@ -103,7 +103,7 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
     try:
         return CacheDescription(
             spec=CacheSpec.from_json(own["spec"]),
-            recipe=own["recipe"],
+            origin=own["recipe"],
             created_with=own["created_with"],
             clips_sha256=own["clips_sha256"],
             projections_sha256=own.get("projections_sha256"),
@@ -149,12 +149,12 @@ def clips_lines(clips: Iterable[Clip]) -> bytes:
 
 
 def _group_document(
-    spec: CacheSpec, digests: Mapping[str, str], *, recipe: Mapping[str, Any], created_with: Mapping[str, str]
+    spec: CacheSpec, digests: Mapping[str, str], *, origin: Mapping[str, Any], created_with: Mapping[str, str]
 ) -> dict[str, Any]:
     content = {
         "format_version": FORMAT_VERSION,
         "spec": spec.to_json(),
-        "recipe": dict(recipe),
+        "recipe": dict(origin),
         "created_with": dict(created_with),
         **digests,
     }

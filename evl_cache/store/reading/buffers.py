@@ -24,7 +24,7 @@ TokensRead = Literal["all", "class", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapRecipe:
+class ProjectedMaps:
     """Which tokens give the maps of which blocks.
 
     Attributes:
@@ -59,7 +59,7 @@ class BatchBuffers:
     Args:
         layouts: the stored arrays to hold. num_layers: L. slots: B.
         pin_memory: page-locked, so that copies to a GPU overlap its work.
-        recipe: how maps are made from the tokens, where they are not stored; its `held` layers are the L.
+        projected: how maps are made from the tokens, where they are not stored; its `held` layers are the L.
 
     Attributes:
         arrays: name -> L numpy arrays (B, *chunk), the same memory as `tensors`.
@@ -74,9 +74,9 @@ class BatchBuffers:
         num_layers: int,
         slots: int,
         pin_memory: bool = False,
-        recipe: MapRecipe | None = None,
+        projected: ProjectedMaps | None = None,
     ) -> None:
-        self.slots, self.recipe = slots, recipe
+        self.slots, self.projected = slots, projected
         # One piece a stored array: a sample's layers are then filled by one strided copy.
         whole = {
             layout.name: _memory((num_layers, slots, *layout.chunk_shape), layout.dtype, pin_memory)
@@ -96,7 +96,7 @@ class BatchBuffers:
     def batch(self, count: int) -> StoredBatch:
         """The first `count` slots as features; they share the buffers' memory."""
         held = stored_batch({name: [t[:count] for t in tensors] for name, tensors in self.tensors.items()})
-        return held if self.recipe is None else self.recipe.applied(held)
+        return held if self.projected is None else self.projected.applied(held)
 
 
 def _memory(shape: tuple[int, ...], dtype: str, pin_memory: bool) -> torch.Tensor:

@@ -24,7 +24,7 @@ from evl_cache.store.reading.buffers import (
     MAP_ARRAYS,
     TOKEN_ARRAYS,
     BatchBuffers,
-    MapRecipe,
+    ProjectedMaps,
     TokensRead,
 )
 from evl_cache.store.reading.local_copy import LocalCopy
@@ -113,9 +113,9 @@ class FeatureCache:
         return self._done.marks_digest
 
     @property
-    def recipe(self) -> Mapping[str, Any]:
+    def origin(self) -> Mapping[str, Any]:
         """What the cache was made with beside its spec: `root` of the videos, `model`, `pretrained`."""
-        return self.description.recipe
+        return self.description.origin
 
     @property
     def failures(self) -> list[tuple[str, str]]:
@@ -196,11 +196,13 @@ class FeatureCache:
         names: tuple[str, ...] = () if tokens == "class" else TOKEN_ARRAYS
         names += (MAP_ARRAYS if with_maps else ()) + (() if tokens == "all" else CLASS_ARRAYS)
         layouts = [layout for name, layout in self._layouts.items() if name in names]
-        recipe = self._map_recipe(layers) if with_maps and self.spec.recomputes_maps else None
-        count = len(self.layer_positions(layers) if recipe is None else recipe.held)
-        return BatchBuffers(layouts, num_layers=count, slots=slots, pin_memory=pin_memory, recipe=recipe)
+        projected = self._projected_maps(layers) if with_maps and self.spec.recomputes_maps else None
+        count = len(self.layer_positions(layers) if projected is None else projected.held)
+        return BatchBuffers(
+            layouts, num_layers=count, slots=slots, pin_memory=pin_memory, projected=projected
+        )
 
-    def _map_recipe(self, layers: Sequence[int] | None) -> MapRecipe:
+    def _projected_maps(self, layers: Sequence[int] | None) -> ProjectedMaps:
         """How maps that are not stored are made. Raises: as `layer_positions`; CacheDamaged."""
         self.layer_positions(layers)
         if self._projections is None:
@@ -208,7 +210,7 @@ class FeatureCache:
             self._projections = {block: ProjectionOnDevices(value) for block, value in found.items()}
         wanted = self.spec.layers if layers is None else tuple(layers)
         held = tuple(sorted({layer - 1 for layer in wanted}.union(wanted)))
-        return MapRecipe(wanted=wanted, held=held, projections=self._projections)
+        return ProjectedMaps(wanted=wanted, held=held, projections=self._projections)
 
     def read_into(
         self, buffers: BatchBuffers, samples: Iterable[tuple[int, int]], layers: Sequence[int] | None = None
@@ -229,9 +231,9 @@ class FeatureCache:
 
     def _positions(self, buffers: BatchBuffers, layers: Sequence[int] | None) -> Sequence[int]:
         positions = self.layer_positions(layers)
-        if buffers.recipe is None:
+        if buffers.projected is None:
             return positions
-        return [self.spec.stored_layers.index(layer) for layer in buffers.recipe.held]
+        return [self.spec.stored_layers.index(layer) for layer in buffers.projected.held]
 
     def _read_positions(
         self, buffers: BatchBuffers, samples: Iterable[tuple[int, int]], positions: Sequence[int]

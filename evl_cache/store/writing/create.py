@@ -29,7 +29,7 @@ def create_cache(
     spec: CacheSpec,
     clips: Iterable[Clip],
     *,
-    recipe: Mapping[str, Any],
+    origin: Mapping[str, Any],
     created_with: Mapping[str, str],
     projections: Mapping[int, MapProjection] | None = None,
     lock_expiry_s: float = EXPIRY_S,
@@ -52,7 +52,7 @@ def create_cache(
                     root,
                     spec,
                     tuple(clips),
-                    recipe=recipe,
+                    origin=origin,
                     created_with=created_with,
                     projections=projections,
                 )
@@ -70,7 +70,7 @@ def _lay_down(
     spec: CacheSpec,
     clips: tuple[Clip, ...],
     *,
-    recipe: Mapping[str, Any],
+    origin: Mapping[str, Any],
     created_with: Mapping[str, str],
     projections: Mapping[int, MapProjection] | None,
 ) -> None:
@@ -82,7 +82,7 @@ def _lay_down(
         content = projections_content(projections)
         digests["projections_sha256"] = hashlib.sha256(content).hexdigest()
         write_projections(root, content)
-    group = _group_document(spec, digests, recipe=recipe, created_with=created_with)
+    group = _group_document(spec, digests, origin=origin, created_with=created_with)
     with stage_file(root) as staged:
         staged.write(lines)
         staged.publish_replacing(root / CLIPS_NAME)
