@@ -9,8 +9,8 @@ from unittest import mock
 from torch import Tensor
 
 from evl_cache.heads import layer_tokens
-from evl_cache.heads.decoder.chunks import TokenBlock
-from evl_cache.heads.decoder.motion import MapBlock
+from evl_cache.heads.decoder.chunks import StoredTokens
+from evl_cache.heads.decoder.motion import StoredMaps
 from evl_cache.store.reading.sample_reader import SampleReader
 
 
@@ -26,20 +26,20 @@ class Work:
 def counted() -> Iterator[Work]:
     """Count what this process reads and decodes until the end of the block."""
     work = Work()
-    read, load_tokens, load_maps = SampleReader.read_sample, TokenBlock.load, MapBlock.load
+    read, load_tokens, load_maps = SampleReader.read_sample, StoredTokens.load, StoredMaps.load
     whole, whole_maps = layer_tokens._decoded, layer_tokens.decoded_maps
 
     def read_sample(cache: Any, stacks: Any, slot: int, sample: int, positions: Any) -> None:
         work.read += sum(stack[:, slot].nbytes for _, stack, _ in stacks)
         read(cache, stacks, slot, sample, positions)
 
-    def load_chunk(block: TokenBlock, chunk: Any, out: Tensor) -> Tensor:
-        work.decoded += out.numel() * (block.affine is not None)
-        return load_tokens(block, chunk, out)
+    def load_chunk(stored: StoredTokens, chunk: Any, out: Tensor) -> Tensor:
+        work.decoded += out.numel() * (stored.affine is not None)
+        return load_tokens(stored, chunk, out)
 
-    def load_rows(block: MapBlock, direction: int, patches: slice, out: Tensor) -> Tensor:
-        work.decoded += out.numel() * (block.row_max is not None)
-        return load_maps(block, direction, patches, out)
+    def load_rows(stored: StoredMaps, direction: int, patches: slice, out: Tensor) -> Tensor:
+        work.decoded += out.numel() * (stored.row_max is not None)
+        return load_maps(stored, direction, patches, out)
 
     def decoded(stored: Any) -> Tensor:
         work.decoded += 0 if isinstance(stored, Tensor) else stored.codes.numel()
@@ -52,8 +52,8 @@ def counted() -> Iterator[Work]:
     with ExitStack() as patches:
         for target, name, counting in (
             (SampleReader, "read_sample", read_sample),
-            (TokenBlock, "load", load_chunk),
-            (MapBlock, "load", load_rows),
+            (StoredTokens, "load", load_chunk),
+            (StoredMaps, "load", load_rows),
             (layer_tokens, "_decoded", decoded),
         ):
             patches.enter_context(mock.patch.object(target, name, counting))

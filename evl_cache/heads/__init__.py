@@ -47,25 +47,33 @@ HEADS: dict[str, type[Head]] = {
 
 
 def head_class(name: str) -> type[Head]:
-    """The class of a head. Raises: UsageError for an unknown one."""
+    """Return the class of a head. Raises: UsageError for an unknown name."""
     return HEADS[_entry(name)[0]]
 
 
 def head_depth(name: str) -> int | None:
-    """Blocks that a head reads where nobody says; None for all there are. Raises: UsageError for an unknown head."""
+    """Return how many layers a head reads unless `--head-layers` says so; None means all that are cached.
+
+    Raises: UsageError for an unknown head.
+    """
     _, number = _entry(name)
     return number or head_class(name).default_depth
 
 
 def has_module(name: str, module: str) -> bool:
-    """Whether a head has one of `MODULES`. Raises: UsageError for an unknown head."""
+    """Whether a head has this one of `MODULES`. Raises: UsageError for an unknown head."""
     return module in head_class(name).temporal_modules
 
 
 def head_layers(name: str, cached: tuple[int, ...], wanted: tuple[int, ...] | None = None) -> tuple[int, ...]:
-    """The blocks that a head reads: `wanted`, or the last ones that are cached, as many as its name or class says.
+    """Return the layers that a head reads: `wanted`, or the last ones that are cached.
 
-    Raises: UsageError for an unknown head, or layers that are not cached or do not fit its depth.
+    Args:
+        name: the head's; the number in it, or else its class, says how many of the last layers it reads.
+        cached: layers of the cache, shallow to deep.
+        wanted: layers that the user named.
+
+    Raises: UsageError for an unknown head, or for layers that are not cached or do not fit its depth.
     """
     _, number = _entry(name)
     kind, depth = head_class(name), head_depth(name)
@@ -79,7 +87,7 @@ def head_layers(name: str, cached: tuple[int, ...], wanted: tuple[int, ...] | No
     missing = [layer for layer in wanted if layer not in cached]
     if missing:
         raise UsageError(
-            f"--head-layers {list(wanted)}: {missing} are not cached; the cache has {list(cached)}"
+            f"--head-layers {list(wanted)}: {missing} are not cached; choose among {list(cached)}, or extract those --layers"
         )
     is_fixed = number is not None or not kind.takes_other_depths
     if is_fixed and len(wanted) != depth:
@@ -88,18 +96,24 @@ def head_layers(name: str, cached: tuple[int, ...], wanted: tuple[int, ...] | No
 
 
 def build_head(name: str, **config: Any) -> Head:
-    """A new head. Arguments as its class takes them; `num_layers` need not be given where the name has a number.
+    """Return a new head.
 
-    Raises: UsageError for an unknown head, or one whose number is not its layers'.
+    Args:
+        name: a key of `HEADS`, with a number in place of N.
+        config: what the head's class takes; `num_layers` may be left out where the name has a number.
+
+    Raises: UsageError for an unknown head, or where the number in the name is not `num_layers`.
     """
     _, number = _entry(name)
     if number is not None and config.get("num_layers", number) != number:
-        raise UsageError(f"{name} reads {number} layers, not {config['num_layers']}")
+        raise UsageError(
+            f"{name} reads {number} layers, num_layers is {config['num_layers']}; make them equal"
+        )
     return head_class(name)(**({} if number is None else {"num_layers": number}) | config)
 
 
 def _entry(name: str) -> tuple[str, int | None]:
-    """The registry's key, and the number in the name where it takes one."""
+    """Return the key of `HEADS`, and the number in the name or None."""
     if name in HEADS and not name.endswith("N"):
         return name, None
     match = re.fullmatch(r"(.*?)([1-9]\d*)", name)

@@ -1,7 +1,7 @@
 """The attentive probe: self-attention over all tokens, then one query that pools them.
 
 B clips, T frames, N tokens of a frame, C channels.
-Source: V-JEPA 2 (arXiv 2506.09985), its probe of four blocks, the last of them cross attention with a learned query.
+Source: the probe of V-JEPA 2 (arXiv 2506.09985). It has four blocks; the last is cross attention with a learned query.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ INITIAL_DEVIATION = 0.02
 
 
 class SelfAttentionBlock(nn.Module):
-    """Pre-norm: `x = x + attn(LN x); x = x + mlp(LN x)`."""
+    """Self-attention and MLP: `x = x + attn(LN x); x = x + mlp(LN x)`."""
 
     def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class SelfAttentionBlock(nn.Module):
         self.attention, self.mlp = SelfAttention(width, num_heads), MLP(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, result: (S, K, C)."""
+        """Return new tokens, (S, K, C) as `x` is."""
         x = x + self.attention(self.norm1(x))
         result: Tensor = x + self.mlp(self.norm2(x))
         return result
@@ -41,18 +41,20 @@ class QueryBlock(nn.Module):
         self.attention, self.mlp = QueryAttention(width, num_heads), MLP(width)
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
-        """query, result: (B, C); tokens: (B, K, C)."""
+        """Return the new query, (B, C) as `query` is, from tokens (B, K, C)."""
         query = query + self.attention(query, self.norm1(tokens))
         result: Tensor = query + self.mlp(self.norm2(query))
         return result
 
 
 class AttentiveHead(Head):
-    """The probe on one layer's tokens of all frames. Attention is blind to order: a position of each frame is added.
+    """The probe on one layer's tokens of all frames.
+
+    Attention does not know the order of frames, so a position of each frame is added.
 
     Args, beside those of `Head`:
-        num_blocks: of self-attention, before the pooling one.
-        temporal_pos_embed: learned position of each frame.
+        num_blocks: self-attention blocks before the pooling one.
+        temporal_pos_embed: whether to add a learned position of each frame.
     """
 
     default_depth = 1
@@ -71,7 +73,7 @@ class AttentiveHead(Head):
         self.classifier = nn.Linear(self.width, self.num_classes)
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:
-        """As `Head.logits`."""
+        """See `Head.logits`."""
         x = tokens[0].values  # (B,T,N,C)
         if self.config["temporal_pos_embed"]:
             x = x + self.pos_embed[:, None]

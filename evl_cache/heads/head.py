@@ -1,4 +1,4 @@
-"""What every head is: a module that turns cached features of some blocks into class logits.
+"""What every head is: a module that turns cached features of some layers into class logits.
 
 B clips, T frames, P patches (grid Hp x Wp), N = 1+P tokens of a frame, C channels, L layers. docs/heads.md says how
 to write one.
@@ -16,29 +16,31 @@ from evl_cache.quantize import QuantizedMaps, QuantizedTokens
 Tokens = Tensor | QuantizedTokens | LayerTokens
 Maps = Tensor | QuantizedMaps
 
-# What --no-temporal-… switches off; a head has some of them, or none.
+# The temporal modules that --no-temporal-… switches off. A head has some of them, or none.
 MODULES = ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")
 
 
 class Head(nn.Module):
-    """The sizes of a head, checked. A subclass makes its parameters after `super().__init__` and gives `logits`.
+    """The base class of heads, which checks their sizes.
+
+    A subclass makes its parameters after `super().__init__`, and defines `logits`.
 
     Args:
-        num_layers: blocks it reads, L.
+        num_layers: layers it reads, L.
         width: channels C of the backbone's tokens.
         num_frames: frames T of a view.
         grid: patches (Hp, Wp).
         num_classes: outputs.
         num_heads: attention heads; width / 64 by default, as published.
         dropout: probability before the classifier.
-        more: other arguments of the subclass, kept in `config`.
+        more: arguments of the subclass, kept in `config`.
 
     Attributes:
-        config: every argument, by name: what a run directory keeps.
-        default_depth: blocks it reads, the last ones, where nobody says; None: all that are cached.
+        config: every argument by name, as a run directory keeps it.
+        default_depth: how many of the last layers it reads where none are named; None means all that are cached.
         takes_other_depths: whether `--head-layers` may name another number of blocks.
-        temporal_modules: of `MODULES`, which it has; each is an argument of that name.
-        class_tokens_only: it reads no token but the frames' class tokens, a two-hundredth of the bytes.
+        temporal_modules: those of `MODULES` that it has; each is an argument of that name.
+        class_tokens_only: whether it reads the frames' class tokens only, a two-hundredth of the bytes.
 
     Raises: UsageError where sizes contradict each other.
     """
@@ -81,7 +83,7 @@ class Head(nn.Module):
 
     @property
     def reads_maps(self) -> bool:
-        """Whether it needs adjacent-frame maps as it is now."""
+        """Whether it needs adjacent-frame maps as it is set now."""
         return False
 
     @property
@@ -90,27 +92,28 @@ class Head(nn.Module):
         return False
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:
-        """Class logits (B, num_classes) from the tokens of each layer, shallow to deep."""
+        """Return class logits (B, num_classes) from the tokens of each layer, shallow to deep."""
         raise NotImplementedError
 
     def forward(self, tokens: Sequence[Tokens], maps: Sequence[Maps] | None = None) -> Tensor:
-        """Class logits from cached features, shallow to deep. No argument is changed.
+        """Return class logits (B, num_classes) from cached features. No argument is changed.
 
         Args:
-            tokens: one (B, T, 1+P, C) for each layer, class token first: floating, 8-bit codes, or what heads share;
-                (B, T, 1, C) is enough for a head that reads class tokens only.
-            maps: one (B, 2, T-1, P, P) for each, likewise; only for heads that read them.
+            tokens: one for each layer, shallow to deep, (B, T, 1+P, C), class token first. Floating, 8-bit codes, or
+                `LayerTokens` that heads share. (B, T, 1, C) is enough for a head that reads class tokens only.
+            maps: one for each layer, (B, 2, T-1, P, P), floating or 8-bit codes; only for heads that read them.
 
-        Returns: (B, num_classes).
         Raises: UsageError for a list or shape that is not this head's.
         """
         self.check_tokens(tokens)
         return self.logits([layer_tokens(t) for t in tokens])
 
     def check_tokens(self, tokens: Sequence[Tokens]) -> None:
-        """Raises: UsageError for a list or shape that is not this head's."""
+        """Check the number and shapes of tokens. Raises: UsageError where they are not this head's."""
         if len(tokens) != self.num_layers:
-            raise UsageError(f"got tokens of {len(tokens)} layers; this head has {self.num_layers} layers")
+            raise UsageError(
+                f"got tokens of {len(tokens)} layers; this head has {self.num_layers} layers: give tokens of each"
+            )
         clips = len(stored_values(tokens[0]))
         expected = (clips, self.num_frames, 1 + self.grid[0] * self.grid[1], self.width)
         for t in tokens:
@@ -122,20 +125,20 @@ class Head(nn.Module):
 
 
 def stored_values(feature: Tokens | Maps) -> Tensor:
-    """The tensor that has a feature's shape: its values, or its codes."""
+    """Return the tensor that has a feature's shape: its values, or its codes."""
     if isinstance(feature, LayerTokens):
         return stored_values(feature.stored)
     return feature if isinstance(feature, Tensor) else feature.codes
 
 
 def check_shape(name: str, axes: str, shape: tuple[int, ...], expected: tuple[int, ...]) -> None:
-    """Raises: UsageError naming both."""
+    """Check one feature's shape. Raises: UsageError where it is not the expected one."""
     if shape != expected:
         raise UsageError(f"{name} are {shape}; this head expects {axes} = {expected}")
 
 
 def check_floating(name: str, feature: Tokens | Maps) -> None:
-    """Raises: UsageError for codes without their scales."""
+    """Check a feature's dtype. Raises: UsageError for codes without their scales."""
     if isinstance(feature, Tensor) and not feature.is_floating_point():
         raise UsageError(
             f"{name} are {feature.dtype}; expected floating-point ones, or codes together with their scales as "

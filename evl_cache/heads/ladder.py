@@ -1,8 +1,8 @@
-"""A narrow network beside the backbone: it reads each block's tokens and never feeds back into it.
+"""A narrow network beside the backbone: it reads each layer's tokens and never feeds back into it.
 
 B clips, T frames, P patches, N = 1+P tokens of a frame, C channels of the backbone, W of the side network, L layers.
 Source: Side4Video (arXiv 2311.15769): temporal convolution, class-token shift, spatial attention, MLP, at reduced
-width; here on cached blocks alone. Parallel side networks on a frozen CLIP: also DiST (arXiv 2309.07911).
+width; here on cached layers alone. DiST (arXiv 2309.07911) also puts a side network beside a frozen CLIP.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
-from evl_cache.heads.parts import MLP, SelfAttention, normalised, zero
+from evl_cache.heads.parts import MLP, SelfAttention, normalised, over_frames, zero
 
 REDUCTION = 4
-SHIFTED = 4  # one channel in so many comes from the next frame, as many from the one before
+SHIFTED = 4  # one channel in four comes from the next frame, and one in four from the frame before
 
 
 class SideBlock(nn.Module):
@@ -33,7 +33,7 @@ class SideBlock(nn.Module):
         self.attention, self.mlp = SelfAttention(side_width, num_heads), MLP(side_width)
 
     def forward(self, h: Tensor | None, tokens: LayerTokens) -> Tensor:
-        """h, result: (B, T, N, W); None for the first block."""
+        """Return the next h (B, T, N, W); `h` is None for the first layer."""
         read = self.down(normalised(tokens, self.norm))
         h = read if h is None else h + read
         if self.conv is not None:
@@ -44,18 +44,10 @@ class SideBlock(nn.Module):
         return result
 
 
-def over_frames(h: Tensor, conv: nn.Conv1d) -> Tensor:
-    """A depthwise convolution over the frames of each token place, (B, T, N, W)."""
-    batch, frames, count, width = h.shape
-    series = h.permute(0, 2, 3, 1).reshape(batch * count, width, frames)
-    moved: Tensor = conv(series)
-    return moved.view(batch, count, width, frames).permute(0, 3, 1, 2)
-
-
 def shift_class_token(h: Tensor) -> Tensor:
-    """Class tokens with a quarter of the channels from the next frame, and a quarter from the one before.
+    """Return tokens (B, T, N, W) whose class tokens have a quarter of their channels from each neighbouring frame.
 
-    Zero where there is none. h, result: (B, T, N, W); patches are as they were.
+    The first quarter comes from the next frame, the second from the frame before; zeros where there is none.
     """
     fold = h.shape[-1] // SHIFTED
     token = h[:, :, 0]  # (B,T,W)
@@ -70,7 +62,7 @@ class LadderHead(Head):
 
     Args, beside those of `Head`:
         side_width: W; about a quarter of C by default.
-        temporal_conv: the convolutions over frames.
+        temporal_conv: whether to convolve over frames.
     """
 
     temporal_modules = ("temporal_conv",)
@@ -90,7 +82,7 @@ class LadderHead(Head):
         self.classifier = nn.Linear(side_width, self.num_classes)
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:
-        """As `Head.logits`."""
+        """See `Head.logits`."""
         h: Tensor | None = None
         for block, layer in zip(self.blocks, tokens, strict=True):
             h = block(h, layer)

@@ -14,9 +14,9 @@ NORM_EPSILON = 1e-5  # of torch's LayerNorm
 
 
 class LayerTokens:
-    """The tokens of one block of the backbone, and what can be made of them without any parameter.
+    """The tokens of one layer of the tower, and what can be computed from them without parameters.
 
-    Each thing is made when it is first asked for and then kept: heads of a sweep that read the same layer share it.
+    Each result is computed when it is first asked for and then kept: heads of a sweep that read the same layer share it.
 
     Args:
         stored: (B, T, N, C) floating, or 8-bit codes. It must not be overwritten while this is in use.
@@ -32,7 +32,7 @@ class LayerTokens:
 
     @cached_property
     def class_tokens(self) -> Tensor:
-        """The frames' class tokens (B, T, C); the others are not decoded for them."""
+        """The frames' class tokens (B, T, C), float32 or wider; patch tokens are not decoded for them."""
         if "values" in self.__dict__:
             return self.values[:, :, 0]
         if isinstance(self.stored, Tensor):
@@ -43,22 +43,25 @@ class LayerTokens:
 
     @cached_property
     def mean(self) -> Tensor:
-        """Mean over all tokens of all frames, (B, C)."""
+        """The mean over all tokens of all frames, (B, C)."""
         return self.values.mean((1, 2))
 
     @cached_property
     def unit(self) -> Tensor:
-        """Each token less its mean over channels, over its deviation (B, T, N, C): a layer norm without gain and bias."""
+        """The layer norm of the tokens without gain and bias, (B, T, N, C)."""
         return torch.nn.functional.layer_norm(self.values, self.values.shape[-1:], eps=NORM_EPSILON)
 
 
 def layer_tokens(tokens: Tensor | QuantizedTokens | LayerTokens) -> LayerTokens:
-    """One layer's tokens, however they came."""
+    """Return one layer's tokens as `LayerTokens`, whatever they are stored as."""
     return tokens if isinstance(tokens, LayerTokens) else LayerTokens(tokens)
 
 
 def decoded_maps(maps: Tensor | QuantizedMaps, dtype: torch.dtype) -> Tensor:
-    """Maps (B, 2, T-1, P, P), codes as values of `dtype`; bit for bit what a head that is given the codes decodes."""
+    """Return maps (B, 2, T-1, P, P): floating ones as they are, codes as values of `dtype`.
+
+    The values are bit for bit those that a head decodes from the codes.
+    """
     if isinstance(maps, Tensor):
         return maps
     root = maps.row_max.to(torch.promote_types(dtype, torch.float32)).sqrt() / 255
@@ -66,7 +69,7 @@ def decoded_maps(maps: Tensor | QuantizedMaps, dtype: torch.dtype) -> Tensor:
 
 
 def _decoded(stored: Tensor | QuantizedTokens) -> Tensor:
-    """The same operations as `TokenBlock.load` takes, so the same bits: a head may decode its own chunks instead."""
+    """Return tokens as float32 or wider, by the same operations as `StoredTokens.load`, so with the same bits."""
     if isinstance(stored, Tensor):
         return stored.to(torch.promote_types(stored.dtype, torch.float32))
     scale, offset = stored.affine[:, None, None].unbind(-2)  # (B,1,1,C) each

@@ -27,13 +27,11 @@ class LinearHead(Head):
         self.classifier = nn.Linear(self.num_layers * self.width, self.num_classes)
 
     def pooled(self, tokens: LayerTokens) -> Tensor:
-        """What a layer's tokens are reduced to: (B,C)."""
+        """Return what a layer's tokens are averaged to, (B, C)."""
         return tokens.class_tokens.mean(1)
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:
-        """As `Head.logits`."""
-        pooled = [
-            norm(self.pooled(layer)) for norm, layer in zip(self.norms, tokens, strict=True)
-        ]  # L of (B,C)
+        """See `Head.logits`."""
+        pooled = [norm(self.pooled(layer)) for norm, layer in zip(self.norms, tokens, strict=True)]
         result: Tensor = self.classifier(self.dropout(torch.cat(pooled, dim=-1)))
         return result

@@ -16,5 +16,5 @@ class MeanPoolHead(LinearHead):
     class_tokens_only = False
 
     def pooled(self, tokens: LayerTokens) -> Tensor:
-        """As `LinearHead.pooled`."""
+        """See `LinearHead.pooled`."""
         return tokens.mean

@@ -1,4 +1,4 @@
-"""Multi-layer attention pooling: a query refined by one pooling block for each layer, shallow to deep.
+"""Multi-layer attention pooling: one pooler for each layer refines a query, shallow to deep.
 
 B clips, T frames, N tokens of a frame, C channels, L layers.
 Source: the frozen adaptation with a multi-layer attention pooler of VideoGLUE (arXiv 2307.03166).
@@ -17,8 +17,8 @@ from evl_cache.heads.parts import MLP, QueryAttention, normalised
 INITIAL_DEVIATION = 0.02
 
 
-class PoolingBlock(nn.Module):
-    """`q = q + attn(LN q, LN tokens); q = q + mlp(LN q)`; with a learned position of each frame, or without."""
+class LayerPooler(nn.Module):
+    """`q = q + attn(LN q, LN tokens); q = q + mlp(LN q)`, with a learned position of each frame or without."""
 
     def __init__(self, width: int, num_heads: int, positions: int | None) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class PoolingBlock(nn.Module):
         self.pos_embed = None if positions is None else nn.Parameter(torch.zeros(positions, width))
 
     def forward(self, query: Tensor, tokens: LayerTokens) -> Tensor:
-        """query, result: (B, C)."""
+        """Return the next query, (B, C) as `query` is."""
         if self.pos_embed is None:
             memory = normalised(tokens, self.norm3)  # (B,T,N,C)
         else:
@@ -38,10 +38,10 @@ class PoolingBlock(nn.Module):
 
 
 class MLAPHead(Head):
-    """A cascade over all layers: the query that one layer's block returns is the next one's.
+    """A cascade over all layers: each layer's pooler refines the query that the one before returned.
 
     Args, beside those of `Head`:
-        temporal_pos_embed: learned position of each frame, in every block: a frozen image backbone has none.
+        temporal_pos_embed: whether every pooler has a learned position of each frame; an image tower has none.
     """
 
     temporal_modules = ("temporal_pos_embed",)
@@ -52,16 +52,16 @@ class MLAPHead(Head):
         self.query = nn.Parameter(torch.empty(self.width))
         nn.init.trunc_normal_(self.query, std=INITIAL_DEVIATION)
         self.blocks = nn.ModuleList(
-            PoolingBlock(self.width, self.num_heads, positions) for _ in range(self.num_layers)
+            LayerPooler(self.width, self.num_heads, positions) for _ in range(self.num_layers)
         )
         self.norm = nn.LayerNorm(self.width)
         self.dropout = nn.Dropout(self.config["dropout"])
         self.classifier = nn.Linear(self.width, self.num_classes)
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:
-        """As `Head.logits`."""
+        """See `Head.logits`."""
         query = self.query.expand(len(tokens[0].values), -1)  # (B,C)
-        for block, layer in zip(self.blocks, tokens, strict=True):
-            query = block(query, layer)
+        for pooler, layer in zip(self.blocks, tokens, strict=True):
+            query = pooler(query, layer)
         result: Tensor = self.classifier(self.dropout(self.norm(query)))
         return result

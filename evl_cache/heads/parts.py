@@ -1,4 +1,4 @@
-"""Parts that several heads are made of: one query's attention, self-attention, the MLP.
+"""Parts that several heads are made of: attention of one query, self-attention, MLP, convolution over frames.
 
 B clips, S sequences (frames of clips, or clips), K tokens of a sequence, C channels, H attention heads, D their width.
 """
@@ -11,8 +11,9 @@ from evl_cache.heads.layer_tokens import LayerTokens
 
 
 class QueryAttention(nn.Module):
-    """One query attends to tokens. Keys and values are never projected: see `fast_attention` for why it is the same.
+    """One query attends to tokens.
 
+    Keys and values are never projected: `decoder/fast_attention.py` says why the result is the same.
     A key bias would move all logits of a head alike, so there is none.
     """
 
@@ -25,7 +26,7 @@ class QueryAttention(nn.Module):
         initialise(self)
 
     def forward(self, query: Tensor, tokens: Tensor) -> Tensor:
-        """query: (B, C). tokens: (B, K, C), normalised. Returns: (B, C)."""
+        """Return (B, C) for a query (B, C) and normalised tokens (B, K, C)."""
         by_head = (self.num_heads, -1, query.shape[-1])  # (H,D,C)
         q = self.q_proj(query).unflatten(-1, (self.num_heads, -1))  # (B,H,D)
         carried = torch.einsum("bhd,hdc->bhc", q, self.k_proj.weight.view(by_head)) * q.shape[-1] ** -0.5
@@ -47,7 +48,7 @@ class SelfAttention(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x, result: (S, K, C)."""
+        """Return (S, K, C), the shape of `x`."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (S,H,K,D)
         attended = nn.functional.scaled_dot_product_attention(q, k, v)
         result: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
@@ -55,7 +56,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.Sequential):
-    """Linear, activation, linear: `expansion` times as wide inside."""
+    """Linear, activation, linear; the hidden layer is `expansion` times as wide."""
 
     def __init__(self, width: int, activation: nn.Module | None = None, *, expansion: int = 4) -> None:
         hidden = expansion * width
@@ -64,12 +65,20 @@ class MLP(nn.Sequential):
 
 
 def normalised(tokens: LayerTokens, norm: nn.LayerNorm) -> Tensor:
-    """`norm` of the tokens (B, T, N, C), whose mean and deviation are found once for all heads that read them."""
+    """Return `norm` of the tokens (B, T, N, C); all heads that read them share their mean and deviation."""
     return tokens.unit * norm.weight + norm.bias
 
 
+def over_frames(tokens: Tensor, conv: nn.Conv1d) -> Tensor:
+    """Return a depthwise convolution over the frames of each token position, (B, T, K, C) as `tokens` is."""
+    batch, frames, count, width = tokens.shape
+    series = tokens.permute(0, 2, 3, 1).reshape(batch * count, width, frames)
+    moved: Tensor = conv(series)
+    return moved.view(batch, count, width, frames).permute(0, 3, 1, 2)
+
+
 def initialise(module: nn.Module) -> None:
-    """Xavier uniform weights and zero biases, as the published decoder begins."""
+    """Set linear layers to Xavier uniform weights and zero biases, as the published decoder begins."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.xavier_uniform_(part.weight)
@@ -78,13 +87,13 @@ def initialise(module: nn.Module) -> None:
 
 
 def zero(*layers: nn.Module) -> None:
-    """Set parameters to zero, so that a residual branch begins as nothing."""
+    """Set all parameters to zero, so that a residual branch adds nothing at first."""
     for layer in layers:
         for parameter in layer.parameters():
             nn.init.zeros_(parameter)
 
 
 def check_heads(width: int, num_heads: int) -> None:
-    """Raises: UsageError where the heads do not divide the width."""
+    """Check attention heads. Raises: UsageError where they do not divide the width."""
     if width % num_heads:
         raise UsageError(f"{num_heads} heads do not divide the head's width of {width}; expected a divisor")

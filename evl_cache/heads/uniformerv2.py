@@ -1,8 +1,8 @@
 """The global blocks of UniFormerV2: a depthwise 3D convolution for each tap, then one query.
 
 B clips, T frames, P patches (grid Hp x Wp), N = 1+P tokens of a frame, C channels, L layers (taps).
-Source: UniFormerV2 (arXiv 2211.09552), global UniBlock and sequential multi-stage fusion. Its local blocks sit inside
-the backbone, before each of its layers, and cannot be made from cached tokens: they are left out.
+Source: UniFormerV2 (arXiv 2211.09552), global UniBlock and sequential multi-stage fusion. Its local blocks are left
+out: they sit inside the tower, before each of its layers, and cannot be computed from cached tokens.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class GlobalBlock(nn.Module):
         zero(self.attention.out_proj, self.mlp[-1])
 
     def forward(self, query: Tensor, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """query, result: (B, C); tokens: (B, T, 1+P, C)."""
+        """Return the next query, (B, C) as `query` is, from tokens (B, T, 1+P, C)."""
         y = tokens if self.conv is None else with_convolution(tokens, self.conv, grid)
         query = query + self.attention(self.norm1(query), self.norm3(y).flatten(1, 2))
         result: Tensor = query + self.mlp(self.norm2(query))
@@ -39,7 +39,7 @@ class GlobalBlock(nn.Module):
 
 
 def with_convolution(tokens: Tensor, conv: nn.Conv3d, grid: tuple[int, int]) -> Tensor:
-    """Tokens plus the convolution of their patches over frames, rows and columns (B, T, 1+P, C); class tokens as is."""
+    """Return tokens (B, T, 1+P, C) plus a convolution of their patches over frames, rows and columns."""
     batch, frames, _, width = tokens.shape
     patches = tokens[:, :, 1:].reshape(batch, frames, *grid, width).permute(0, 4, 1, 2, 3)  # (B,C,T,Hp,Wp)
     moved = conv(patches).flatten(3).permute(0, 2, 3, 1)  # (B,T,P,C)
@@ -47,10 +47,10 @@ def with_convolution(tokens: Tensor, conv: nn.Conv3d, grid: tuple[int, int]) -> 
 
 
 class UniFormerV2Head(Head):
-    """Taps refine one query in turn; it is then weighed, channel by channel, against the last tap's class tokens.
+    """Each tap refines one query in turn; a learned balance mixes it with the last tap's class tokens.
 
     Args, beside those of `Head`:
-        temporal_conv: the convolutions.
+        temporal_conv: whether the blocks convolve their patches.
     """
 
     default_depth = 4
@@ -69,7 +69,7 @@ class UniFormerV2Head(Head):
         self.classifier = nn.Linear(self.width, self.num_classes)
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:
-        """As `Head.logits`."""
+        """See `Head.logits`."""
         query = self.query.expand(len(tokens[0].values), -1)  # (B,C)
         for block, layer in zip(self.blocks, tokens, strict=True):
             query = block(query, layer.values, self.grid)

@@ -43,9 +43,9 @@ SHAPES = {
 
 
 @pytest.fixture(autouse=True)
-def _several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut small batches into blocks too, as large ones are: the twin is to be compared with what threads join."""
-    monkeypatch.setattr(chunks, "CPU_ONE_BLOCK_VALUES", 0)
+def _several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut small batches into slices too, as large ones are: the twin is to be compared with what threads join."""
+    monkeypatch.setattr(chunks, "CPU_ONE_SLICE_VALUES", 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,13 +311,13 @@ def test_memory_used_again_never_reaches_an_older_graph() -> None:
         assert torch.equal(a, b)
 
 
-def test_small_batches_are_one_block_and_large_ones_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_batches_are_one_slice_and_large_ones_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert chunks.block_sizes(torch.Size((8, 8, 17, 128)), cpu) == [4, 4]
+    assert chunks.slice_sizes(torch.Size((8, 8, 17, 128)), cpu) == [4, 4]
     monkeypatch.undo()
-    assert chunks.block_sizes(torch.Size((8, 8, 17, 128)), cpu) == [8]
+    assert chunks.slice_sizes(torch.Size((8, 8, 17, 128)), cpu) == [8]
     torch.set_num_threads(2)
-    assert chunks.block_sizes(torch.Size((32, 8, 197, 768)), cpu) == [16, 16]
+    assert chunks.slice_sizes(torch.Size((32, 8, 197, 768)), cpu) == [16, 16]
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])

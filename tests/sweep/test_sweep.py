@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from benchmarks.support.counting import counted
 from evl_cache import load_head
 from evl_cache.errors import UsageError
-from evl_cache.heads.decoder.chunks import TokenBlock, walk
-from evl_cache.heads.decoder.motion import MapBlock
+from evl_cache.heads.decoder.chunks import StoredTokens, walk
+from evl_cache.heads.decoder.motion import StoredMaps
 from evl_cache.heads.layer_tokens import LayerTokens, decoded_maps
 from evl_cache.processes.stop_requests import Interrupted
 from evl_cache.quantize import quantize_maps, quantize_tokens
@@ -123,14 +123,14 @@ def test_sixteen_heads_read_and_decode_what_one_does(caches, tmp_path, monkeypat
 def test_decoding_once_gives_the_bits_that_a_head_decodes_for_itself():
     generator = torch.Generator().manual_seed(0)
     coded = quantize_tokens(torch.randn(3, 4, 13, 24, generator=generator) * 3)
-    block = TokenBlock(tokens=coded.codes, affine=coded.affine, token_scale=coded.scale)
+    stored = StoredTokens(tokens=coded.codes, affine=coded.affine, token_scale=coded.scale)
     values = LayerTokens(coded).values
     for chunk in walk((3, 4), 1, torch.device("cpu")):
         out = torch.empty(chunk.size, 4, 3, 24)
-        assert torch.equal(block.load(chunk, out), values[:, :, chunk.tokens].permute(2, 1, 0, 3))
+        assert torch.equal(stored.load(chunk, out), values[:, :, chunk.tokens].permute(2, 1, 0, 3))
     maps = quantize_maps(torch.rand(2, 2, 3, 12, 12, generator=generator).softmax(-1))
     for dtype in (torch.float32, torch.bfloat16):
-        rows = MapBlock(maps=maps.codes, row_max=maps.row_max).load(
+        rows = StoredMaps(maps=maps.codes, row_max=maps.row_max).load(
             1, slice(0, 12, 1), torch.empty(12, 3, 2, 12, dtype=dtype)
         )
         assert torch.equal(rows, decoded_maps(maps, dtype)[:, 1].permute(2, 1, 0, 3))

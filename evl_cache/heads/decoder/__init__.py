@@ -1,1 +1,1 @@
-"""The EVL decoder: its modules, its fast forward and backward pass, and the plain twin."""
+"""The EVL decoder: its modules, its fast forward and backward pass, and its plain twin."""

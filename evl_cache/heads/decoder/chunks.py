@@ -13,23 +13,23 @@ from torch import Tensor
 from evl_cache.heads.layer_tokens import LayerTokens
 from evl_cache.quantize import QuantizedTokens
 
-# Measured on two Zen 4 cores (docs/architecture.md): matrix products over queries want some 256 rows of
-# frames and clips, and a chunk with its companions should stay in the outer cache.
+# Measured on two Zen 4 cores: matrix products over queries are fastest with some 256 rows of frames and clips, and a
+# chunk with its intermediate results should stay in the outermost cache.
 CPU_ROWS = 256
 CPU_CHUNK_BYTES = 3 << 20
-# Blocks are worked on at once, in threads that take turns at some 40 ms of Python a block: more or smaller blocks
-# would wait for one another (by arithmetic; measured on two cores only).
-CPU_BLOCKS_AT_ONCE = 8
+# Threads work on slices of clips at once, and each slice needs about 40 ms of Python, which only one thread runs at a
+# time. With more or smaller slices threads would wait for one another (computed; measured on two cores only).
+CPU_SLICES_AT_ONCE = 8
 CPU_ROWS_AT_LEAST = 64
-# Of fewer values than this a layer's time is Python's, which threads only pass to and fro: two blocks took four
-# times as long as one at 0.14 million values, twice at 3.2, and the same from 6.4 on.
-CPU_ONE_BLOCK_VALUES = 4 << 20
+# Below this many values a layer takes as long as its Python, so threads do not help: two slices took four times as
+# long as one at 0.14 million values, twice as long at 3.2 million, and the same from 6.4 million on.
+CPU_ONE_SLICE_VALUES = 4 << 20
 # A GPU wants few, large kernels.
 GPU_ROWS = 1 << 14
 GPU_CHUNK_BYTES = 1 << 28
 
-# Of so many chunks one does not keep its normalised tokens for the backward pass, which makes them again. Each
-# third costs about a twentieth of the time and saves a quarter of the memory (docs/architecture.md).
+# Every third chunk does not keep its normalised tokens for the backward pass, which computes them again. That takes
+# about a twentieth more time and a quarter less memory.
 REMAKE_ONE_OF = 3
 
 
@@ -37,9 +37,12 @@ REMAKE_ONE_OF = 3
 class Chunk:
     """Tokens taken together: the class token alone, or neighbours in one column of the grid.
 
-    tokens: which of the N; order: where they lie in the order of the walk (a permutation of N).
-    kept: where they lie among the tokens that are kept for the backward pass; None if they are not.
-    column, rows: of the grid; column is None for the class token, and rows then empty.
+    Attributes:
+        tokens: which of the N tokens they are.
+        order: their places in the order of the walk, a permutation of the N tokens.
+        kept: their places among the tokens kept for the backward pass, or None.
+        column: their column of the grid; None for the class token.
+        rows: their rows of the grid; empty for the class token.
     """
 
     tokens: slice
@@ -50,43 +53,48 @@ class Chunk:
 
     @property
     def size(self) -> int:
-        """Q."""
+        """The number of tokens, Q."""
         return max(len(self.rows), 1)
 
     @property
     def patches(self) -> slice:
-        """The same tokens counted without the class token."""
+        """Which of the P patches the tokens are."""
         return slice(self.tokens.start - 1, self.tokens.stop - 1, self.tokens.step)
 
 
-def block_sizes(shape: torch.Size, device: torch.device) -> list[int]:
-    """How many clips to take through a layer together: as equal as can be, on a CPU for all threads.
+def slice_sizes(shape: torch.Size, device: torch.device) -> list[int]:
+    """Return how many clips each slice of a batch has, as equal as possible; on a CPU there is work for all threads.
 
-    shape: of its tokens, (B, T, N, C).
+    Args:
+        shape: of one layer's tokens, (B, T, N, C).
+        device: where the tokens are.
     """
     clips, frames = shape[:2]
-    if device.type == "cpu" and shape.numel() <= CPU_ONE_BLOCK_VALUES:
+    if device.type == "cpu" and shape.numel() <= CPU_ONE_SLICE_VALUES:
         return [clips]
     if device.type != "cpu":
         workers, rows = 1, GPU_ROWS
     else:
-        useful = max(2, min(clips * frames // CPU_ROWS_AT_LEAST, CPU_BLOCKS_AT_ONCE))
+        useful = max(2, min(clips * frames // CPU_ROWS_AT_LEAST, CPU_SLICES_AT_ONCE))
         workers, rows = min(torch.get_num_threads(), useful), CPU_ROWS
     rounds = -(-clips * frames // (rows * workers))
-    blocks = max(1, min(clips, rounds * workers))
-    bounds = [clips * i // blocks for i in range(blocks + 1)]
+    slices = max(1, min(clips, rounds * workers))
+    bounds = [clips * i // slices for i in range(slices + 1)]
     return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
 def walk(grid: tuple[int, int], bytes_per_token: int, device: torch.device) -> Iterator[Chunk]:
-    """All N tokens, in chunks: the class token, then column by column of the grid.
+    """Yield all N tokens in chunks: the class token, then the patches column by column of the grid.
 
-    bytes_per_token: of one of the N tokens in all frames and clips taken together.
+    Args:
+        grid: (Hp, Wp).
+        bytes_per_token: bytes that one of the N tokens has in all frames and clips together.
+        device: whose cache a chunk must fit in.
     """
     height, width = grid
     budget = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
     parts = -(-height // max(1, budget // bytes_per_token))
-    step = -(-height // parts)  # as equal as can be
+    step = -(-height // parts)  # as equal as possible
     yield Chunk(tokens=slice(0, 1, 1), order=slice(0, 1), kept=slice(0, 1), column=None, rows=range(0))
     done, kept = 1, 1
     for number, (column, top) in enumerate(itertools.product(range(width), range(0, height, step))):
@@ -105,10 +113,15 @@ def walk(grid: tuple[int, int], bytes_per_token: int, device: torch.device) -> I
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenBlock:
-    """Tokens of some clips: `tokens` (B, T, N, C) floating, or int8 codes with `affine` (B, 2, C).
+class StoredTokens:
+    """One layer's tokens of some clips, as they are stored.
 
-    token_scale: (B, T, N) or None. A value is (code * affine[:, 0] + affine[:, 1]) * token_scale.
+    A value is (code * affine[:, 0] + affine[:, 1]) * token_scale.
+
+    Attributes:
+        tokens: (B, T, N, C), floating or int8 codes.
+        affine: scale and offset of each channel, (B, 2, C); None where tokens are floating.
+        token_scale: (B, T, N), or None.
     """
 
     tokens: Tensor
@@ -116,7 +129,7 @@ class TokenBlock:
     token_scale: Tensor | None
 
     def load(self, chunk: Chunk, out: Tensor) -> Tensor:
-        """The chunk's tokens, frames first: (Q, T, B, C), written into `out` and returned."""
+        """Write the chunk's decoded tokens into `out` (Q, T, B, C), frames before clips, and return it."""
         out.copy_(self.tokens[:, :, chunk.tokens].permute(2, 1, 0, 3))
         if self.affine is not None:
             affine = self.affine.to(out.dtype)
@@ -126,10 +139,10 @@ class TokenBlock:
         return out
 
 
-def token_block(tokens: Tensor | QuantizedTokens | LayerTokens) -> TokenBlock:
-    """One layer's tokens, however they came; where heads share them, decoded once for all."""
+def stored_tokens(tokens: Tensor | QuantizedTokens | LayerTokens) -> StoredTokens:
+    """Return one layer's tokens as `StoredTokens`; those that heads share are decoded once for all."""
     if isinstance(tokens, LayerTokens):
         tokens = tokens.values
     if isinstance(tokens, QuantizedTokens):
-        return TokenBlock(tokens=tokens.codes, affine=tokens.affine, token_scale=tokens.scale)
-    return TokenBlock(tokens=tokens, affine=None, token_scale=None)
+        return StoredTokens(tokens=tokens.codes, affine=tokens.affine, token_scale=tokens.scale)
+    return StoredTokens(tokens=tokens, affine=None, token_scale=None)

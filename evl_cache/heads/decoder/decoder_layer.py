@@ -1,4 +1,4 @@
-"""One EVL decoder layer: its parameters, and the function they define, by way of `fast_attention`.
+"""One EVL decoder layer: its parameters, and its forward pass by `fast_attention`.
 
 B clips, T frames, P patches (grid Hp x Wp), N = 1+P, C channels, H heads, D head width, E = H D.
 Source: sections 3.2 and 3.3 of arXiv 2208.03550.
@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from evl_cache.heads.decoder.chunks import TokenBlock
+from evl_cache.heads.decoder.chunks import StoredTokens
 from evl_cache.heads.decoder.fast_attention import Position, attend, setting_for
 from evl_cache.heads.decoder.layer_pass import Setting
-from evl_cache.heads.decoder.motion import MapBlock
+from evl_cache.heads.decoder.motion import StoredMaps
 from evl_cache.heads.decoder.workspace import Workspace
 
 
@@ -25,10 +25,10 @@ class QuickGELU(nn.Module):
 
 
 class LayerParameters(nn.Module):
-    """What a decoder layer learns, as it is initialised; the names are those of a run's `head.safetensors`.
+    """The parameters of a decoder layer and how they are initialised; a run's `head.safetensors` has their names.
 
     Args:
-        config: the `config` of an `EVLHead`, which checks it.
+        config: the `config` of an `EVLHead`, which has checked it.
     """
 
     def __init__(self, config: Mapping[str, Any]) -> None:
@@ -70,18 +70,18 @@ class DecoderLayer(LayerParameters):
     def forward(
         self,
         x: torch.Tensor,
-        tokens: TokenBlock,
-        maps: MapBlock | None,
+        tokens: StoredTokens,
+        maps: StoredMaps | None,
         enabled: Mapping[str, bool],
         workspace: Workspace,
     ) -> torch.Tensor:
-        """The next class query, (B, C).
+        """Return the next class query, (B, C).
 
         Args:
             x: class query (B, C).
-            tokens: of B clips, as stored.
-            maps: of B clips, as stored; None for no motion.
-            enabled: which temporal modules are on, by name.
+            tokens: tokens of B clips.
+            maps: maps of B clips; None adds no motion.
+            enabled: whether each temporal module is on, by name.
             workspace: where large memory comes from.
         """
         setting = setting_for(self.k_proj.weight, grid=self.grid, epsilon=self.norm3.eps, workspace=workspace)
@@ -93,15 +93,15 @@ class DecoderLayer(LayerParameters):
     def _attention(
         self,
         x: torch.Tensor,
-        tokens: TokenBlock,
-        maps: MapBlock | None,
+        tokens: StoredTokens,
+        maps: StoredMaps | None,
         position: Position,
         setting: Setting,
     ) -> torch.Tensor:
-        """Heads' outputs (B, E) for the normalised class query x (B, C).
+        """Return the attention heads' outputs (B, E) for the normalised class query x (B, C).
 
-        Keys and values are never projected: the query is carried through the key projection and the norm's
-        gain to the tokens, and their weighted mean back through the norm and the value projection.
+        Keys and values are never projected. Instead, the query is multiplied by the key projection and the norm's gain,
+        and the tokens' weighted mean by the norm's gain and the value projection.
         """
         by_head = (self.num_heads, -1, x.shape[-1])  # (H,D,C)
         query = self.q_proj(x).view(len(x), self.num_heads, -1)  # (B,H,D)

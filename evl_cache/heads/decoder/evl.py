@@ -1,4 +1,4 @@
-"""The EVL decoder: one learned class query reads the unpooled tokens of several frozen blocks.
+"""The EVL decoder: one learned class query reads the unpooled tokens of several frozen layers.
 
 B clips, T frames, P patches (grid Hp x Wp), C channels of the backbone, H heads, D head width, E = H D.
 Source: sections 3.2 and 3.3 of arXiv 2208.03550.
@@ -10,18 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from evl_cache.errors import UsageError
-from evl_cache.heads.decoder.chunks import token_block
+from evl_cache.heads.decoder.chunks import stored_tokens
 from evl_cache.heads.decoder.decoder_layer import DecoderLayer
-from evl_cache.heads.decoder.motion import map_block
+from evl_cache.heads.decoder.motion import stored_maps
 from evl_cache.heads.decoder.workspace import Workspace
 from evl_cache.heads.head import MODULES, Head, Maps, Tokens, check_floating, check_shape, stored_values
 
 
 class EVLHead(Head):
-    """Transformer decoder over cached tokens, with the three temporal modules, and the classifier.
+    """The transformer decoder over cached tokens, with its three temporal modules and the classifier.
+
+    A temporal module that was built may be switched off and on again through the attribute of its name.
 
     Args:
-        num_layers: decoder layers, one per cached block.
+        num_layers: decoder layers, one for each cached layer that it reads.
         width: channels C of the backbone's tokens.
         num_frames: frames T of a view.
         grid: patches (Hp, Wp).
@@ -30,8 +32,9 @@ class EVLHead(Head):
         qkv_width: width E of queries, keys and values; `width` by default.
         mlp_width: hidden width of the MLP; 4 * `width` by default.
         dropout: probability in the MLP (after the activation) and before the classifier.
-        temporal_conv, temporal_pos_embed, temporal_cross_attention: build the module. One that was built may
-            be switched off and on again through the attribute of the same name.
+        temporal_conv: whether to build the depthwise convolution over frames.
+        temporal_pos_embed: whether to build the learned position of each frame.
+        temporal_cross_attention: whether to build the motion tables that read adjacent-frame maps.
 
     Raises: UsageError where sizes contradict each other.
     """
@@ -83,15 +86,15 @@ class EVLHead(Head):
         self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, tokens: Sequence[Tokens], maps: Sequence[Maps] | None = None) -> Tensor:
-        """Class logits from cached features, shallow to deep. No argument is changed.
+        """Return class logits (B, num_classes) from cached features. No argument is changed.
+
+        Tokens and maps must not be overwritten before the backward pass. Codes are never decoded as a whole.
 
         Args:
-            tokens: one (B, T, 1+P, C) for each decoder layer, class token first: floating, or 8-bit codes,
-                which are never decoded as a whole. Not to be overwritten before the backward pass.
-            maps: one (B, 2, T-1, P, P) for each, likewise; may be None where the cross attention is off or T
-                is 1.
+            tokens: one for each layer, shallow to deep, (B, T, 1+P, C), class token first, floating or 8-bit codes.
+            maps: one for each layer, (B, 2, T-1, P, P), floating or 8-bit codes; may be None where the cross attention
+                is off or T is 1.
 
-        Returns: (B, num_classes).
         Raises: UsageError for a list or shape that is not this head's.
         """
         self.check_tokens(tokens)
@@ -100,8 +103,8 @@ class EVLHead(Head):
             self._check_maps(clips, maps)
         x = self.class_query.expand(clips, -1)  # (B,C)
         for i, layer in enumerate(self.layers):
-            layer_maps = map_block(maps[i]) if self.reads_maps and maps is not None else None
-            x = layer(x, token_block(tokens[i]), layer_maps, self._enabled, self._workspace)
+            layer_maps = stored_maps(maps[i]) if self.reads_maps and maps is not None else None
+            x = layer(x, stored_tokens(tokens[i]), layer_maps, self._enabled, self._workspace)
         logits: Tensor = self.classifier(self.dropout(self.norm(x)))
         return logits
 
@@ -116,12 +119,12 @@ class EVLHead(Head):
 
     @property
     def reads_maps(self) -> bool:
-        """Whether it needs adjacent-frame maps as it is now."""
+        """Whether it needs adjacent-frame maps as it is set now."""
         return self.temporal_cross_attention and self.num_frames > 1
 
     @property
     def has_idle_parameters(self) -> bool:
-        """Motion tables are idle where there is one frame."""
+        """Whether motion tables get no gradient, as with a single frame."""
         return self.temporal_cross_attention and self.num_frames == 1
 
     def _check_maps(self, clips: int, maps: Sequence[Maps] | None) -> None:
@@ -139,7 +142,9 @@ class EVLHead(Head):
 
     def _switch(self, name: str, on: bool) -> None:
         if on and not self.config[name]:
-            raise UsageError(f"{name} cannot be switched on: the head was built without it")
+            raise UsageError(
+                f"{name} cannot be switched on: the head was built without it; build one with {name}=True"
+            )
         self._enabled[name] = bool(on)
 
     @property

@@ -1,17 +1,17 @@
 """One query's attention over all tokens of a clip, positions included, in one pass over them as they lie.
 
 B clips, T frames, C channels, H heads, R rows of a motion table.
-Source: sections 3.2 and 3.3 of arXiv 2208.03550; why it is the same function: docs/architecture.md.
+Source: sections 3.2 and 3.3 of arXiv 2208.03550.
 
-With one query, keys and values need not exist. A logit is `(W n + b) . q`, so the query can be carried to the
-tokens instead: `n . (W^T q)` plus a constant that the softmax drops; and the mean of values is the value
-projection of the mean token. The same holds for the gain and shift of the norm before them. So one large
-thing is left, the tokens `norm(tokens + conv + position + motion)`: made chunk by chunk in a processor's
-cache, used there, and kept for the backward pass, where no gradient of their size ever exists.
+With one query, keys and values need not exist. A logit is `(W n + b) . q`, which is `n . (W^T q)` plus a constant that
+the softmax drops, so the query is multiplied by `W^T` once. The mean of the values is the value projection of the mean
+token. The same holds for the gain and shift of the norm before them. One large tensor is left, the tokens
+`norm(tokens + conv + position + motion)`. They are computed and used chunk by chunk in a processor's cache, and kept for
+the backward pass, which never holds a gradient of their size.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,24 +19,29 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evl_cache.heads.decoder.chunks import TokenBlock, block_sizes
+from evl_cache.heads.decoder.chunks import StoredTokens, slice_sizes
 from evl_cache.heads.decoder.layer_gradients import layer_gradients
-from evl_cache.heads.decoder.layer_pass import Kept, LayerPass, Setting
-from evl_cache.heads.decoder.motion import MapBlock
+from evl_cache.heads.decoder.layer_pass import (
+    ClipTensors,
+    Kept,
+    LayerPass,
+    LayerTensors,
+    Setting,
+    SharedTensors,
+)
+from evl_cache.heads.decoder.motion import StoredMaps
 from evl_cache.heads.decoder.threads import map_in_threads
 from evl_cache.heads.decoder.workspace import Workspace
-
-NUM_OF_CLIPS = 6  # of a LayerPass's tensors, those that have one row a clip
-NUM_TENSORS = 10
-Block = Sequence[Tensor | None]  # the tensors of a LayerPass
 
 
 @dataclass(frozen=True, kw_only=True)
 class Position:
-    """What the temporal modules add to tokens, in the dtype of sums; None for one that is switched off.
+    """What the temporal modules add to tokens, in the dtype of sums; None for a module that is off.
 
-    taps: (3, C) of the depthwise convolution, earliest frame first. shift: (T, C), the position embedding
-    plus the convolution's bias; not None where taps is not. tables: of motion prev and next, (R, C), flipped.
+    Attributes:
+        taps: of the depthwise convolution, earliest frame first, (3, C).
+        shift: the position embedding plus the convolution's bias, (T, C); not None where `taps` is not.
+        tables: the motion tables prev and next, flipped, (R, C) each.
     """
 
     taps: Tensor | None
@@ -45,99 +50,120 @@ class Position:
 
 
 def setting_for(parameter: Tensor, *, grid: tuple[int, int], epsilon: float, workspace: Workspace) -> Setting:
-    """Sums in the parameter's dtype, float32 at least; products in autocast's where it is on."""
+    """Return the setting of a pass: sums in the parameter's dtype or float32, products in autocast's dtype if it is on."""
     device, dtype = parameter.device.type, parameter.dtype
     sums = torch.promote_types(dtype, torch.float32)
     if torch.is_autocast_enabled(device) and sums == torch.float32:
         dtype = torch.get_autocast_dtype(device)
-    keep = torch.is_grad_enabled()
     return Setting(
         grid=grid,
         epsilon=epsilon,
         device=parameter.device,
         sums=sums,
         products=dtype,
-        keep=keep,
+        keep=torch.is_grad_enabled(),
         workspace=workspace,
     )
 
 
 def attend(
-    query: Tensor, tokens: TokenBlock, maps: MapBlock | None, position: Position, setting: Setting
+    query: Tensor, tokens: StoredTokens, maps: StoredMaps | None, position: Position, setting: Setting
 ) -> Tensor:
-    """Mean of the normalised tokens with position, weighted by softmax(tokens . query), for every head.
+    """Return the mean of the normalised tokens with position, weighted by softmax(tokens . query), for every head.
+
+    Tokens and maps are not changed, and must not be overwritten before the backward pass.
 
     Args:
-        query: (B, H, C), carried to the tokens and scaled.
-        tokens, maps: of B clips. They are not changed, and must not be overwritten before the backward pass.
-            maps is None where there is no motion.
+        query: multiplied by the key projection and scaled, (B, H, C).
+        tokens: of B clips.
+        maps: of B clips; None adds no motion.
         position: what is added to the tokens.
+        setting: of the pass.
 
-    Returns: (B, H, C) in the dtype of sums. Differentiable once, in everything floating.
+    Returns: (B, H, C) in the dtype of sums, differentiable once in everything floating.
     """
     query = query.to(setting.sums)
-    # Normalised tokens have mean zero over channels: what the query has of a mean says nothing.
+    # Normalised tokens have mean zero over channels, so the query's mean has no effect on logits.
     query = query - query.mean(-1, keepdim=True)
     tables = (None, None) if maps is None or position.tables is None else position.tables
-    stored = (None, None) if maps is None else (maps.maps, maps.row_max)
-    inputs = (query, tokens.tokens, tokens.affine, tokens.token_scale, *stored)
-    attended: Tensor = _Attend.apply(setting, *inputs, position.taps, position.shift, *tables)
+    clips = ClipTensors(
+        query=query,
+        tokens=tokens.tokens,
+        affine=tokens.affine,
+        token_scale=tokens.token_scale,
+        maps=None if maps is None else maps.maps,
+        row_max=None if maps is None else maps.row_max,
+    )
+    shared = SharedTensors(
+        taps=position.taps, shift=position.shift, table_prev=tables[0], table_next=tables[1]
+    )
+    attended: Tensor = _Attend.apply(
+        setting, *clips, *shared
+    )  # torch follows gradients of plain arguments only
     return attended
 
 
 class _Attend(torch.autograd.Function):
-    """Inputs: the setting, then the tensors of `LayerPass` in its order, of all clips."""
+    """The pass over all clips, in slices; its inputs are the setting and the fields of `LayerTensors`."""
 
     @staticmethod
     def forward(ctx: Any, setting: Setting, *tensors: Tensor | None) -> Tensor:
-        def run(block: Block) -> Kept:
-            return LayerPass(setting, block).forward()
+        def run(part: LayerTensors) -> Kept:
+            return LayerPass(setting, part).forward()
 
-        tokens = tensors[1]
-        assert tokens is not None
-        sizes = block_sizes(tokens.shape, setting.device)
-        kept = map_in_threads(run, _blocks(tensors, sizes), setting.device)
+        inputs = _gathered(tensors)
+        assert inputs.clips.tokens is not None
+        sizes = slice_sizes(inputs.clips.tokens.shape, setting.device)
+        kept = map_in_threads(run, _slices(inputs, sizes), setting.device)
         ctx.setting = setting
-        ctx.save_for_backward(*tensors, *(tensor for block in kept for tensor in block))
-        return torch.cat([block.mean for block in kept])
+        ctx.save_for_backward(*tensors, *(tensor for part in kept for tensor in part))
+        return torch.cat([part.mean for part in kept])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        setting, saved, needed = ctx.setting, ctx.saved_tensors, ctx.needs_input_grad[1:]
-        starts = range(NUM_TENSORS, len(saved), len(Kept._fields))
+        setting, saved = ctx.setting, ctx.saved_tensors
+        names = (*ClipTensors._fields, *SharedTensors._fields)
+        needed = frozenset(itertools.compress(names, ctx.needs_input_grad[1:]))
+        starts = range(len(names), len(saved), len(Kept._fields))
         kept = [Kept(*saved[start : start + len(Kept._fields)]) for start in starts]
-        sizes = [len(block.mean) for block in kept]
+        sizes = [len(part.mean) for part in kept]
 
-        def run(block: tuple[Block, Kept, Tensor]) -> tuple[Tensor | None, ...]:
-            tensors, kept_of_block, gradient_of_block = block
-            return layer_gradients(LayerPass(setting, tensors), kept_of_block, gradient_of_block, needed)
+        def run(part: tuple[LayerTensors, Kept, Tensor]) -> LayerTensors:
+            tensors, kept_of_part, gradient_of_part = part
+            return layer_gradients(LayerPass(setting, tensors), kept_of_part, gradient_of_part, needed)
 
-        blocks = _blocks(saved[:NUM_TENSORS], sizes)
-        work = list(zip(blocks, kept, torch.split(gradient, sizes), strict=True))
-        joined = _joined(map_in_threads(run, work, setting.device))
+        slices = _slices(_gathered(saved[: len(names)]), sizes)
+        work = list(zip(slices, kept, torch.split(gradient, sizes), strict=True))
+        parts = map_in_threads(run, work, setting.device)
         if not _graph_is_kept():
-            setting.workspace.give_back(*(block.normed for block in kept))
-        return None, *joined
+            setting.workspace.give_back(*(part.normed for part in kept))
+        clips = (_joined(torch.cat, found) for found in zip(*(part.clips for part in parts), strict=True))
+        shared = (_joined(sum, found) for found in zip(*(part.shared for part in parts), strict=True))
+        return None, *clips, *shared
 
 
-def _blocks(tensors: Block, sizes: Sequence[int]) -> list[Block]:
-    """The tensors of each block of clips: those of clips, which come first, cut, the shared ones as they are."""
-    stops = list(itertools.accumulate(sizes))
+def _gathered(tensors: Sequence[Tensor | None]) -> LayerTensors:
+    """Return the fields of `LayerTensors`, in their order, as one."""
+    own = len(ClipTensors._fields)
+    return LayerTensors(ClipTensors(*tensors[:own]), SharedTensors(*tensors[own:]))
+
+
+def _slices(inputs: LayerTensors, sizes: Sequence[int]) -> list[LayerTensors]:
+    """Return the inputs of each slice of so many clips; what clips share is in every one."""
     return [
-        [t if t is None or i >= NUM_OF_CLIPS else t[stop - size : stop] for i, t in enumerate(tensors)]
-        for size, stop in zip(sizes, stops, strict=True)
+        LayerTensors(
+            ClipTensors(*(t if t is None else t[stop - size : stop] for t in inputs.clips)), inputs.shared
+        )
+        for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True)
     ]
 
 
-def _joined(blocks: Sequence[Block]) -> Block:
-    """Gradients of all clips from those of the blocks: put together for clips' tensors, added for others."""
-    joined: list[Tensor | None] = []
-    for i, parts in enumerate(zip(*blocks, strict=True)):
-        found = [part for part in parts if part is not None]
-        whole = torch.cat if i < NUM_OF_CLIPS else sum
-        joined.append(whole(found) if found else None)
-    return joined
+def _joined(join: Callable[[list[Tensor]], Any], gradients: Sequence[Tensor | None]) -> Tensor | None:
+    """Return one tensor's gradient from those of all slices, or None where there is none."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    whole: Tensor | None = join(found) if found else None
+    return whole
 
 
 def _graph_is_kept() -> bool:

@@ -1,4 +1,4 @@
-"""One decoder layer's pass over the tokens of some clips, backward.
+"""The backward pass of one decoder layer over the tokens of some clips.
 
 B clips, T frames, P patches, N = 1+P tokens of a frame, C channels, H heads, Q tokens of a chunk, K = Q T
 tokens of a chunk in all frames.
@@ -6,25 +6,35 @@ tokens of a chunk in all frames.
 With n a normalised token, r one over its deviation, p_h its weight, g_h the gradient of head h's mean and q_h
 its query, the logit's gradient is d_h = p_h (g_h . n - g_h . mean_h). The gradient of the token before norm
 is r (sum_h d_h q_h + p_h g_h - n sum_h (d_h q_h . n + p_h g_h . n) / C), if q_h and g_h have mean zero over
-channels. So a chunk's is one product of two small matrices, made in the cache and used up there.
+channels. So a chunk's gradient is one product of two small matrices, which stays in a processor's cache.
 """
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from evl_cache.heads.decoder.chunks import Chunk
-from evl_cache.heads.decoder.layer_pass import Kept, LayerPass, by_clip
+from evl_cache.heads.decoder.layer_pass import (
+    ClipTensors,
+    Kept,
+    LayerPass,
+    LayerTensors,
+    SharedTensors,
+    by_clip,
+)
 from evl_cache.heads.decoder.running_mean import add_products
 
+# The inputs whose gradients come through the norm of the tokens.
+_THROUGH_NORM = frozenset({"tokens", "maps", *SharedTensors._fields})
 
-def layer_gradients(
-    work: LayerPass, kept: Kept, gradient: Tensor, needed: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """Gradients of the tensors of `work`, in their order; None where there is none or it is not needed.
 
-    gradient: of the mean (B, H, C). needed: for each tensor. `kept` is only read.
+def layer_gradients(work: LayerPass, kept: Kept, gradient: Tensor, needed: frozenset[str]) -> LayerTensors:
+    """Return the gradients of the tensors of `work`; None where there is none or it is not needed.
+
+    Args:
+        work: a pass over the same clips.
+        kept: what its forward pass returned; it is only read.
+        gradient: of the mean, (B, H, C).
+        needed: fields of `LayerTensors` whose gradients are needed.
     """
     sums, products, heads = work.setting.sums, work.setting.products, work.query.shape[1]
     gradient = gradient.to(sums)
@@ -45,22 +55,23 @@ def layer_gradients(
             back = inputs.through_norm(unit, kept.scale[chunk.order], factors, ends, along)
             inputs.add(chunk, back)
     work.give_back(*inputs.spaces)
-    return query_gradient, *inputs.result()
+    return inputs.result(query_gradient)
 
 
 class _InputGradients:
-    """Gradients of all that the normalised tokens were made of, added up chunk by chunk."""
+    """The gradients of all inputs that make the normalised tokens, added up chunk by chunk."""
 
-    def __init__(self, work: LayerPass, needed: Sequence[bool]) -> None:
-        _, tokens, _, _, maps, _, taps, shift, prev, following = needed
-        self.wanted = tokens or maps or taps or shift or prev or following
-        self.work, self.tables_wanted = work, prev or following
-        self.tokens = torch.empty_like(work.tokens.tokens) if tokens else None
-        self.maps = torch.empty_like(work.motion.maps.maps) if maps and work.motion is not None else None
+    def __init__(self, work: LayerPass, needed: frozenset[str]) -> None:
+        self.work, self.wanted = work, bool(needed & _THROUGH_NORM)
+        self.tables_wanted = bool(needed & {"table_prev", "table_next"})
+        self.tokens = torch.empty_like(work.tokens.tokens) if "tokens" in needed else None
+        self.maps: Tensor | None = None
+        if work.motion is not None and "maps" in needed:
+            self.maps = torch.empty_like(work.motion.maps.maps)
         self.spaces = [work.space(work.largest, work.setting.sums) for _ in range(4)]
 
     def unit(self, chunk: Chunk, kept: Kept) -> Tensor:
-        """The chunk's normalised tokens (Q, T, B, C) in the dtype of products, kept or made again."""
+        """Return the chunk's normalised tokens (Q, T, B, C) in the dtype of products, kept or computed again."""
         work = self.work
         if chunk.kept is not None:
             if self.wanted and work.shift.taps is not None:
@@ -72,11 +83,16 @@ class _InputGradients:
     def through_norm(
         self, unit: Tensor, scale: Tensor, factors: Tensor, ends: Tensor, along: Tensor
     ) -> Tensor:
-        """Gradient (Q, T, B, C) of a chunk's tokens before the norm, in memory of this object.
+        """Return the gradient (Q, T, B, C) of a chunk's tokens before the norm, in memory of this object.
 
-        The gradient of its normalised tokens is factors^T ends. unit: these tokens (Q, T, B, C); scale: one
-        over their deviation (Q, T, B, 1); factors: (B, 2H, K); ends: (B, 2H, C), of mean zero over C;
-        along: (B, K), the product of each normalised token with its gradient.
+        The gradient of its normalised tokens is factors^T ends.
+
+        Args:
+            unit: the normalised tokens, (Q, T, B, C).
+            scale: one over the tokens' deviations, (Q, T, B, 1).
+            factors: (B, 2H, K).
+            ends: (B, 2H, C), with mean zero over C.
+            along: the product of each normalised token with its gradient, (B, K).
         """
         back, _, space, _ = (s[: len(unit)] for s in self.spaces)
         scale = scale.flatten(0, 1)[..., 0].t()  # (B,K)
@@ -89,7 +105,7 @@ class _InputGradients:
         return back
 
     def add(self, chunk: Chunk, back: Tensor) -> None:
-        """Add what the gradient (Q, T, B, C) of a chunk's tokens with position gives, after its `unit`."""
+        """Add the gradient `back` (Q, T, B, C) of a chunk's tokens with position to all inputs'; call `unit` before."""
         work = self.work
         _, tokens, space, _ = (s[: len(back)] for s in self.spaces)
         work.shift.collect(back, tokens, space)
@@ -101,8 +117,11 @@ class _InputGradients:
         if self.tokens is not None:
             self.tokens[:, :, chunk.tokens] = work.shift.to_tokens(back).permute(2, 1, 0, 3)
 
-    def result(self) -> tuple[Tensor | None, ...]:
-        """Gradients of the tensors of `LayerPass` from the tokens on."""
+    def result(self, query: Tensor) -> LayerTensors:
+        """Return all gradients, that of the query included."""
         shift, motion = self.work.shift, self.work.motion
         tables = motion.finish() if motion is not None and self.tables_wanted else (None, None)
-        return self.tokens, None, None, self.maps, None, shift.taps_gradient, shift.shift_gradient, *tables
+        return LayerTensors(
+            ClipTensors(query=query, tokens=self.tokens, maps=self.maps),
+            SharedTensors(shift.taps_gradient, shift.shift_gradient, *tables),
+        )

@@ -1,18 +1,17 @@
-"""One decoder layer's pass over the tokens of some clips, forward: positions, norm, softmax, weighted mean.
+"""The forward pass of one decoder layer over the tokens of some clips: positions, norm, softmax, weighted mean.
 
 B clips, T frames, P patches (grid Hp x Wp), N = 1+P tokens of a frame, C channels, H heads, Q tokens of a
 chunk, K = Q T tokens of a chunk in all frames, R rows of a motion table.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from evl_cache.heads.decoder.chunks import Chunk, TokenBlock, walk
-from evl_cache.heads.decoder.motion import MapBlock, Motion
+from evl_cache.heads.decoder.chunks import Chunk, StoredTokens, walk
+from evl_cache.heads.decoder.motion import Motion, StoredMaps
 from evl_cache.heads.decoder.position import TemporalShift
 from evl_cache.heads.decoder.running_mean import RunningMean
 from evl_cache.heads.decoder.workspace import Workspace
@@ -20,9 +19,16 @@ from evl_cache.heads.decoder.workspace import Workspace
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """grid: (Hp, Wp). epsilon: of the norm. sums: dtype of everything added up; products: of large products.
+    """How a pass is computed.
 
-    keep: whether there will be a backward pass. workspace: where large memory comes from.
+    Attributes:
+        grid: patches (Hp, Wp).
+        epsilon: of the norm.
+        device: of all tensors.
+        sums: dtype of everything that is added up.
+        products: dtype of large matrix products.
+        keep: whether there will be a backward pass.
+        workspace: where large memory comes from.
     """
 
     grid: tuple[int, int]
@@ -35,11 +41,14 @@ class Setting:
 
 
 class Kept(NamedTuple):
-    """What the backward pass needs, tokens in the order of the walk.
+    """What the backward pass needs, with tokens in the order of the walk.
 
-    mean: (B, H, C), the result. normed: (tokens of kept chunks, T, B, C), normalised, in the dtype of products.
-    scale: (N, T, B, 1), one over tokens' deviations before the norm. logits: (B, H, N T).
-    log_total: (B, H, 1), the logarithm of the sum of all exponentials.
+    Attributes:
+        mean: the result, (B, H, C).
+        normed: normalised tokens of kept chunks in the dtype of products, (tokens, T, B, C).
+        scale: one over tokens' deviations before the norm, (N, T, B, 1).
+        logits: (B, H, N T).
+        log_total: logarithm of the sum of all exponentials, (B, H, 1).
     """
 
     mean: Tensor
@@ -49,33 +58,73 @@ class Kept(NamedTuple):
     log_total: Tensor
 
 
-class LayerPass:
-    """The clips' inputs, and the pass forward.
+class ClipTensors(NamedTuple):
+    """The tensors of a pass that have a row for each clip, or their gradients.
 
-    tensors: query (B, H, C), tokens, affine, token_scale (as in TokenBlock), maps, row_max (as in MapBlock),
-    taps, shift (as in TemporalShift), and both motion tables, flipped, (R, C).
+    Attributes:
+        query: (B, H, C).
+        tokens: see `StoredTokens`, as are `affine` and `token_scale`.
+        maps: see `StoredMaps`, as is `row_max`; None adds no motion.
     """
 
-    def __init__(self, setting: Setting, tensors: Sequence[Tensor | None]) -> None:
-        query, tokens, affine, token_scale, maps, row_max, taps, shift, prev, following = tensors
-        assert query is not None and tokens is not None
-        self.setting, self.query = setting, query
-        self.tokens = TokenBlock(tokens=tokens, affine=affine, token_scale=token_scale)
-        self.shift = TemporalShift(taps, shift)
-        clips, frames, self.count, width = tokens.shape
+    query: Tensor | None = None
+    tokens: Tensor | None = None
+    affine: Tensor | None = None
+    token_scale: Tensor | None = None
+    maps: Tensor | None = None
+    row_max: Tensor | None = None
+
+
+class SharedTensors(NamedTuple):
+    """The tensors of a pass that all clips share, or their gradients; None for a temporal module that is off.
+
+    Attributes:
+        taps: see `TemporalShift`, as is `shift`.
+        table_prev: motion table of the frame before, flipped, (R, C).
+        table_next: motion table of the frame after, likewise.
+    """
+
+    taps: Tensor | None
+    shift: Tensor | None
+    table_prev: Tensor | None
+    table_next: Tensor | None
+
+
+class LayerTensors(NamedTuple):
+    """All tensors that a pass reads, or their gradients."""
+
+    clips: ClipTensors
+    shared: SharedTensors
+
+
+class LayerPass:
+    """One pass over a slice of clips: its inputs, and the forward pass.
+
+    Args:
+        setting: how it is computed.
+        tensors: its inputs; query and tokens are not None.
+    """
+
+    def __init__(self, setting: Setting, tensors: LayerTensors) -> None:
+        clip, shared = tensors
+        assert clip.query is not None and clip.tokens is not None
+        self.setting, self.query = setting, clip.query
+        self.tokens = StoredTokens(tokens=clip.tokens, affine=clip.affine, token_scale=clip.token_scale)
+        self.shift = TemporalShift(shared.taps, shared.shift)
+        clips, frames, self.count, width = clip.tokens.shape
         self.chunk_shape = (frames, clips, width)
         bytes_per_token = frames * clips * width * setting.sums.itemsize
-        self.chunks = list(walk(setting.grid, bytes_per_token, query.device))
+        self.chunks = list(walk(setting.grid, bytes_per_token, self.query.device))
         self.largest = max(chunk.size for chunk in self.chunks)
         self.motion: Motion | None = None
-        if maps is not None and prev is not None and following is not None:
+        if clip.maps is not None and shared.table_prev is not None and shared.table_next is not None:
             shape = (2, self.largest, frames - 1, clips, self.count - 1)
-            space = setting.workspace.take(shape, setting.products, query.device)
-            block = MapBlock(maps=maps, row_max=row_max)
-            self.motion = Motion(block, (prev, following), setting.grid, space)
+            space = setting.workspace.take(shape, setting.products, self.query.device)
+            maps = StoredMaps(maps=clip.maps, row_max=clip.row_max)
+            self.motion = Motion(maps, (shared.table_prev, shared.table_next), setting.grid, space)
 
     def forward(self) -> Kept:
-        """The weighted mean, and all else that the backward pass needs (`normed` is empty unless kept)."""
+        """Return the weighted mean, and what else the backward pass needs; `normed` is empty unless `keep` is set."""
         frames, clips, width = self.chunk_shape
         sums, products = self.setting.sums, self.setting.products
         query = self.query.to(products)
@@ -100,23 +149,23 @@ class LayerPass:
         return Kept(mean=mean.mean(), normed=normed, scale=scale, logits=logits, log_total=mean.log_total())
 
     def space(self, tokens: int, dtype: torch.dtype) -> Tensor:
-        """Memory for so many tokens in all frames and clips: (tokens, T, B, C)."""
+        """Return memory for so many tokens in all frames and clips, (tokens, T, B, C)."""
         return self.setting.workspace.take((tokens, *self.chunk_shape), dtype, self.query.device)
 
     def give_back(self, *used: Tensor) -> None:
-        """Return memory from `space`, and that of the motion. Nothing may be computed after."""
+        """Give memory from `space` and that of the motion back. Nothing may be computed after."""
         self.setting.workspace.give_back(*used)
         if self.motion is not None:
             self.setting.workspace.give_back(self.motion.space)
 
     def place(self, chunk: Chunk) -> slice:
-        """Where the chunk's K tokens lie in (B, H, N T)."""
+        """Return where the chunk's K tokens are in (B, H, N T)."""
         return slice(chunk.order.start * self.chunk_shape[0], chunk.order.stop * self.chunk_shape[0])
 
     def centred(self, chunk: Chunk, tokens: Tensor, out: Tensor) -> Tensor:
-        """The chunk's tokens with position, less their mean over channels, (Q, T, B, C), in `out`.
+        """Write the chunk's tokens with position, less their mean over channels, into `out`, and return it.
 
-        The tokens alone are left in `tokens`.
+        The tokens without position are left in `tokens`. All are (Q, T, B, C).
         """
         z = self.shift.apply(self.tokens.load(chunk, tokens[: chunk.size]), out[: chunk.size])
         if self.motion is not None and chunk.column is not None:
@@ -125,5 +174,5 @@ class LayerPass:
 
 
 def by_clip(chunk: Tensor) -> Tensor:
-    """A chunk (Q, T, B, C) as one matrix for each clip: a view (B, K, C)."""
+    """Return a chunk (Q, T, B, C) as one matrix for each clip, a view (B, K, C)."""
     return chunk.flatten(0, 1).transpose(0, 1)

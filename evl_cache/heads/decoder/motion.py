@@ -1,13 +1,13 @@
-"""Motion vectors from adjacent-frame maps by plain matrix products: no table is ever gathered by index.
+"""Motion vectors from adjacent-frame maps by plain matrix products, without gathering a table by index.
 
 B clips, T frames, P patches (grid Hp x Wp), C channels, Q query patches of one grid column, R rows of a
 table, (2Hp-1)(2Wp-1).
 Source: section 3.3 of arXiv 2208.03550.
 
 A query patch (qi, qj) reads row (qi-ki+Hp-1)(2Wp-1) + (qj-kj+Wp-1) of a motion table for key (ki, kj). With
-the table flipped, that window is a rectangle of Hp x Wp rows that starts at (Hp-1-qi, Wp-1-qj), its keys in
-the order in which maps hold them. The rectangles of one grid column of queries lie in one band of the table;
-once the band is copied, each window is a plain slice of it, and so is its gradient.
+the table flipped, its window is a rectangle of Hp x Wp rows that starts at (Hp-1-qi, Wp-1-qj), with keys in the
+order of the maps. The rectangles of one grid column of queries lie in one band of the table. Once the band is copied,
+each window is a plain slice of it, and so is its gradient.
 """
 
 from dataclasses import dataclass
@@ -21,38 +21,43 @@ from evl_cache.quantize import QuantizedMaps
 
 
 @dataclass(frozen=True, kw_only=True)
-class MapBlock:
-    """Maps of some clips: `maps` (B, 2, T-1, P, P) floating, or uint8 codes with `row_max` (B, 2, T-1, P)."""
+class StoredMaps:
+    """One layer's maps of some clips, as they are stored.
+
+    Attributes:
+        maps: (B, 2, T-1, P, P), floating or uint8 codes.
+        row_max: a row's largest value, (B, 2, T-1, P); None where maps are floating.
+    """
 
     maps: Tensor
     row_max: Tensor | None
 
     def load(self, direction: int, patches: slice, out: Tensor) -> Tensor:
-        """Rows of some query patches, frames first, written into `out` and returned: (Q, T-1, B, P).
+        """Write rows of some query patches into `out` (Q, T-1, B, P), frames before clips, and return it.
 
-        direction: 0 for prev, 1 for next.
+        `direction` is 0 for prev, 1 for next.
         """
         out.copy_(self.maps[:, direction, :, patches].permute(2, 1, 0, 3))
         if self.row_max is None:
             return out
         top = self.row_max[:, direction, :, patches].permute(2, 1, 0)
         root = top.to(torch.promote_types(out.dtype, torch.float32)).sqrt() / 255
-        # Scaled by the root first: the square of a code can pass what float16 holds.
+        # Multiplied by the root before it is squared: the square of a code alone may overflow float16.
         return out.mul_(root[..., None].to(out.dtype)).square_()
 
 
 class Motion:
-    """Both directions' motion of one pass over the chunks of some clips, forward or backward.
+    """Motion in both directions of one forward or backward pass over the chunks of some clips.
 
     Args:
-        maps: of the clips.
-        tables: motion tables prev and next, flipped, (R, C).
+        maps: maps of the clips.
+        tables: motion tables prev and next, flipped, (R, C) each.
         grid: (Hp, Wp).
         space: memory for a chunk's rows of the maps, (2, Q, T-1, B, P), in the dtype to multiply in.
     """
 
     def __init__(
-        self, maps: MapBlock, tables: tuple[Tensor, Tensor], grid: tuple[int, int], space: Tensor
+        self, maps: StoredMaps, tables: tuple[Tensor, Tensor], grid: tuple[int, int], space: Tensor
     ) -> None:
         self.maps, self.tables, self.grid, self.space = maps, tables, grid, space
         self.products = space.dtype
@@ -72,7 +77,7 @@ class Motion:
                 add_product(moved[i], maps, self._window(self._bands[direction], row))
 
     def collect(self, gradient: Tensor, chunk: Chunk) -> None:
-        """Add to the gradients of the tables what the chunk's `gradient` (Q, T, B, C) gives."""
+        """Add the part of a chunk's `gradient` (Q, T, B, C) to the gradients of the tables."""
         if self.gradients is None:
             prev, following = (torch.zeros_like(table) for table in self.tables)
             self.gradients = prev, following
@@ -85,13 +90,13 @@ class Motion:
                 add_product(band, maps.t(), moved[i].to(self.products))
 
     def finish(self) -> tuple[Tensor, Tensor]:
-        """Gradients of the flipped tables, (R, C) each."""
+        """Return the gradients of the flipped tables, (R, C) each."""
         self._flush()
         assert self.gradients is not None
         return self.gradients
 
     def collect_maps(self, gradient: Tensor, chunk: Chunk, into: Tensor) -> None:
-        """Write the gradient of the chunk's rows of the maps `into` (B, 2, T-1, P, P)."""
+        """Write the gradient of the chunk's rows of the maps into `into` (B, 2, T-1, P, P)."""
         self._turn_to(chunk)
         for direction, moved in enumerate(_frames_moved(gradient)):
             for i, row in enumerate(chunk.rows):
@@ -125,27 +130,27 @@ class Motion:
         self._band_gradients.zero_()
 
     def _rows(self, table: Tensor) -> Tensor:
-        """What queries of the present column read: a view (2Hp-1, Wp, C) of a flipped table."""
+        """Return the rows of a flipped table that queries of the present column read, a view (2Hp-1, Wp, C)."""
         assert self._column is not None
         height, width = self.grid
         left = width - 1 - self._column
         return table.view(2 * height - 1, 2 * width - 1, -1)[:, left : left + width]
 
     def _window(self, band: Tensor, row: int) -> Tensor:
-        """The slice (P, C) of a band that the query in one grid row reads."""
+        """Return the slice (P, C) of a band that the query in one grid row reads."""
         height, width = self.grid
         start = (height - 1 - row) * width
         return band[start : start + height * width]
 
 
 def _frames_moved(chunk: Tensor) -> tuple[Tensor, Tensor]:
-    """The frames that have a neighbour before, and after: views (Q, (T-1) B, C) of a chunk (Q, T, B, C)."""
+    """Return views (Q, (T-1) B, C) of a chunk (Q, T, B, C): frames with one before them, and with one after."""
     frames_and_clips, clips = chunk.flatten(1, 2), chunk.shape[2]
     return frames_and_clips[:, clips:], frames_and_clips[:, :-clips]
 
 
-def map_block(maps: Tensor | QuantizedMaps) -> MapBlock:
-    """One layer's maps, however they came."""
+def stored_maps(maps: Tensor | QuantizedMaps) -> StoredMaps:
+    """Return one layer's maps as `StoredMaps`."""
     if isinstance(maps, QuantizedMaps):
-        return MapBlock(maps=maps.codes, row_max=maps.row_max)
-    return MapBlock(maps=maps, row_max=None)
+        return StoredMaps(maps=maps.codes, row_max=maps.row_max)
+    return StoredMaps(maps=maps, row_max=None)

@@ -1,6 +1,6 @@
-"""The EVL head as the paper reads: the twin of `EVLHead`, for tests and benchmarks, and to look at its attention.
+"""The EVL head as the paper writes it: the slow twin of `EVLHead`, for tests, benchmarks and pictures of attention.
 
-Every key and every value is projected, the third norm is a tensor, and motion gathers its table.
+It projects every key and value, makes the third norm as a tensor, and gathers motion from its table by index.
 
 B clips, T frames, P patches (grid Hp x Wp), N = 1+P, C channels, H heads, D head width, E = H D.
 Source: sections 3.2 and 3.3 of arXiv 2208.03550.
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 
 from evl_cache.heads.decoder.decoder_layer import LayerParameters
 from evl_cache.heads.decoder.evl import EVLHead
+from evl_cache.heads.head import MODULES
+from evl_cache.heads.parts import over_frames
 
 
 class PlainLayer(LayerParameters):
@@ -28,12 +30,10 @@ class PlainLayer(LayerParameters):
             self.register_buffer("offsets", relative_offsets(config["grid"]), persistent=False)
 
     def with_position(self, tokens: Tensor, maps: Tensor | None, enabled: Mapping[str, bool]) -> Tensor:
-        """Tokens plus what the enabled temporal modules add. tokens, result: (B, T, N, C)."""
+        """Return tokens (B, T, N, C) plus what the enabled temporal modules add."""
         y = tokens
         if enabled["temporal_conv"]:
-            batch, frames, count, width = tokens.shape
-            series = tokens.permute(0, 2, 3, 1).reshape(batch * count, width, frames)
-            y = y + self.conv(series).view(batch, count, width, frames).permute(0, 3, 1, 2)
+            y = y + over_frames(tokens, self.conv)
         if enabled["temporal_pos_embed"]:
             y = y + self.pos_embed[:, None, :]
         if maps is not None:
@@ -44,7 +44,7 @@ class PlainLayer(LayerParameters):
         return y
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        """x: class query (B, C); y: tokens with position (B, T, N, C). Returns the next x, (B, C)."""
+        """Return the next class query (B, C) from the query `x` (B, C) and tokens with position `y` (B, T, N, C)."""
         memory = self.norm3(y).flatten(1, 2)  # (B,T*N,C)
         q, k, v = self._by_head(self.q_proj, self.norm1(x)[:, None]), *self._keys_values(memory)
         attended = F.scaled_dot_product_attention(q, k, v)  # (B,H,1,D)
@@ -54,7 +54,7 @@ class PlainLayer(LayerParameters):
         return result
 
     def attention(self, x: Tensor, y: Tensor) -> Tensor:
-        """The weights of `forward`, (B, H, T, N), that sum to one over T and N."""
+        """Return the attention weights of `forward`, (B, H, T, N), that sum to one over T and N."""
         q = self._by_head(self.q_proj, self.norm1(x)[:, None])
         k, _ = self._keys_values(self.norm3(y).flatten(1, 2))
         logits = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B,H,1,T*N)
@@ -64,21 +64,18 @@ class PlainLayer(LayerParameters):
         return self._by_head(self.k_proj, memory), self._by_head(self.v_proj, memory)
 
     def _by_head(self, projection: nn.Linear, memory: Tensor) -> Tensor:
-        """(B, K, C) -> (B, H, K, D)."""
+        """Return a projection of tokens (B, K, C), one for each attention head: (B, H, K, D)."""
         projected: Tensor = projection(memory)
         return projected.view(*memory.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
 class PlainHead(nn.Module):
-    """Twin of a given `EVLHead`: a copy of its weights, its switches as they are, its training mode."""
+    """The twin of a given `EVLHead`, with a copy of its weights, its switches and its training mode."""
 
     def __init__(self, head: EVLHead) -> None:
         super().__init__()
         config: Mapping[str, Any] = head.config
-        self.enabled = {
-            name: getattr(head, name)
-            for name in ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")
-        }
+        self.enabled = {name: getattr(head, name) for name in MODULES}
         self.class_query = nn.Parameter(torch.zeros(config["width"]))
         self.layers = nn.ModuleList(PlainLayer(config) for _ in range(config["num_layers"]))
         self.norm = nn.LayerNorm(config["width"])
@@ -88,12 +85,12 @@ class PlainHead(nn.Module):
         self.load_state_dict(head.state_dict())
 
     def forward(self, tokens: Sequence[Tensor], maps: Sequence[Tensor] | None = None) -> Tensor:
-        """tokens: (B, T, 1+P, C) a layer; maps: (B, 2, T-1, P, P) a layer. Returns logits (B, classes)."""
+        """Return logits (B, classes) from each layer's tokens (B, T, 1+P, C) and maps (B, 2, T-1, P, P)."""
         return self._logits(tokens, maps)
 
     @torch.no_grad()
     def attention(self, tokens: Sequence[Tensor], maps: Sequence[Tensor] | None = None) -> list[Tensor]:
-        """What each decoder layer's query looks at, (B, H, T, 1+P) a layer, one in sum over T and 1+P."""
+        """Return each decoder layer's attention weights (B, H, T, 1+P), that sum to one over T and 1+P."""
         weights: list[Tensor] = []
         self._logits(tokens, maps, see=lambda layer, x, y: weights.append(layer.attention(x, y)))
         return weights
@@ -104,7 +101,7 @@ class PlainHead(nn.Module):
         maps: Sequence[Tensor] | None,
         see: Callable[[PlainLayer, Tensor, Tensor], None] = lambda layer, x, y: None,
     ) -> Tensor:
-        """`see` is shown each layer with the query and the tokens that enter it."""
+        """Return logits; `see` is called with each layer, and the query and tokens that enter it."""
         use_maps = self.enabled["temporal_cross_attention"] and maps is not None and tokens[0].shape[1] > 1
         x = self.class_query.expand(tokens[0].shape[0], -1)  # (B,C)
         for i, layer in enumerate(self.layers):
@@ -119,7 +116,7 @@ class PlainHead(nn.Module):
 
 
 def relative_offsets(grid: tuple[int, int]) -> Tensor:
-    """Row of a motion table for every pair of query and key patch, int64 (P, P).
+    """Return the row of a motion table for every pair of query and key patch, int64 (P, P).
 
     Query (qi, qj) and key (ki, kj) use row (qi-ki+Hp-1)(2Wp-1) + (qj-kj+Wp-1).
     """
@@ -131,8 +128,11 @@ def relative_offsets(grid: tuple[int, int]) -> Tensor:
 
 
 def motion(maps: Tensor, table: Tensor, offsets: Tensor) -> Tensor:
-    """Every patch's expected displacement vector under its attention map.
+    """Return every patch's expected displacement vector under its attention map, (B, T-1, P, C).
 
-    maps: (B, T-1, P, P); table: (rows, C); offsets: (P, P). Returns (B, T-1, P, C).
+    Args:
+        maps: (B, T-1, P, P).
+        table: displacement vectors, (rows, C).
+        offsets: the row of each pair of patches, (P, P).
     """
     return torch.einsum("btqk,qkc->btqc", maps.to(table.dtype), table[offsets])

@@ -1,6 +1,6 @@
 """Temporal convolution and position embedding of a chunk of tokens, forward and backward.
 
-B clips, T frames, C channels, Q tokens of a chunk. A chunk is (Q, T, B, C): a frame is a slice.
+B clips, T frames, C channels, Q tokens of a chunk, which is (Q, T, B, C).
 Source: section 3.3 of arXiv 2208.03550.
 """
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class TemporalShift:
-    """tokens + conv(tokens) + position, and its gradients, added up over chunks.
+    """The sum tokens + conv(tokens) + position, and its gradients, added up over chunks.
 
     Args:
-        taps: (3, C) of the depthwise convolution, earliest frame first; None where it is off.
-        shift: (T, C), the position embedding plus the convolution's bias; None where both are off.
+        taps: of the depthwise convolution, earliest frame first, (3, C); None where it is off.
+        shift: the position embedding plus the convolution's bias, (T, C); None where both are off.
     """
 
     def __init__(self, taps: Tensor | None, shift: Tensor | None) -> None:
@@ -22,7 +22,7 @@ class TemporalShift:
         self.shift_gradient = None if shift is None else torch.zeros_like(shift)
 
     def apply(self, tokens: Tensor, out: Tensor) -> Tensor:
-        """Tokens with position, written into `out` and returned; both (Q, T, B, C)."""
+        """Write tokens with position into `out` and return it; both are (Q, T, B, C)."""
         if self.taps is None:
             return (
                 out.copy_(tokens) if self.shift is None else torch.add(tokens, self.shift[:, None], out=out)
@@ -35,7 +35,7 @@ class TemporalShift:
         return out
 
     def collect(self, gradient: Tensor, tokens: Tensor | None, space: Tensor) -> None:
-        """Add what a chunk's `gradient` gives to the gradients of taps (needs the `tokens`) and shift.
+        """Add the part of a chunk's `gradient` to the gradients of taps, which need the `tokens`, and of shift.
 
         All are (Q, T, B, C); `space` is overwritten.
         """
@@ -47,13 +47,13 @@ class TemporalShift:
             assert tokens is not None
             pairs = (gradient[:, 1:], tokens[:, :-1]), (gradient, tokens), (gradient[:, :-1], tokens[:, 1:])
             for tap, (left, right) in zip(self.taps_gradient, pairs, strict=True):
-                # Dense memory, whatever the frames: a sum over a strided view is twenty times slower.
+                # Multiplied into dense memory: a sum over a strided view takes twenty times as long.
                 product = space.view(-1)[: left.numel()].view_as(left)
                 torch.mul(left, right, out=product)
                 tap += product.view(-1, width).sum(0)
 
     def to_tokens(self, gradient: Tensor) -> Tensor:
-        """The gradient of the tokens (Q, T, B, C) of a chunk, a new tensor."""
+        """Return the gradient of a chunk's tokens, (Q, T, B, C)."""
         if self.taps is None:
             return gradient
         before, here, after = self.taps

@@ -1,6 +1,6 @@
-"""Softmax-weighted mean of tokens that arrive in chunks, and the products it is made of.
+"""The softmax-weighted mean of tokens that arrive in chunks, and the products that it needs.
 
-B clips, H heads, C channels, K tokens of a chunk. The method is that of online softmax (arXiv 1805.02867).
+B clips, H heads, C channels, K tokens of a chunk. The method is online softmax (arXiv 1805.02867).
 """
 
 import torch
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class RunningMean:
-    """sum(exp(logit) token) / sum(exp(logit)), without overflow and without the logits' maximum in advance.
+    """The quotient sum(exp(logit) token) / sum(exp(logit)), without overflow and in one pass.
 
     Args:
-        like: a tensor (B, H, C), for shape, dtype (of all sums) and device.
+        like: a tensor with the shape (B, H, C), dtype and device of the sums.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -20,7 +20,7 @@ class RunningMean:
         self._maximum = like.new_full((*like.shape[:2], 1), -torch.inf)
 
     def add(self, logits: Tensor, tokens: Tensor) -> None:
-        """logits: (B, H, K); tokens: (B, K, C), floating, perhaps of lower precision."""
+        """Add tokens (B, K, C), floating and perhaps of lower precision, with their logits (B, H, K)."""
         maximum = torch.maximum(self._maximum, logits.amax(-1, keepdim=True))
         decay = torch.exp(self._maximum - maximum)
         weights = torch.exp(logits - maximum)
@@ -30,16 +30,16 @@ class RunningMean:
         self._maximum = maximum
 
     def mean(self) -> Tensor:
-        """(B, H, C)."""
+        """Return the mean, (B, H, C)."""
         return self._total / self._weight
 
     def log_total(self) -> Tensor:
-        """Logarithm of the sum of all exponentials, (B, H, 1)."""
+        """Return the logarithm of the sum of all exponentials, (B, H, 1)."""
         return self._maximum + torch.log(self._weight)
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in place, for matrices. Multiplied in b's precision, added in total's."""
+    """Add a @ b to the matrix `total` in place, multiplied in b's dtype and added in total's."""
     if b.dtype == total.dtype:
         total.addmm_(a, b)
     else:
@@ -47,10 +47,10 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def add_products(totals: Tensor, a: Tensor, b: Tensor, space: Tensor) -> None:
-    """totals += a @ b in place, for batches of matrices. Multiplied in b's precision, added in totals'.
+    """Add a @ b to the batch of matrices `totals` in place, multiplied in b's dtype and added in totals'.
 
-    space: memory like totals, overwritten.
+    `space` is memory of the same shape and dtype as `totals`; it is overwritten.
     """
-    # Not baddbmm_: on a CPU it multiplies such batches one by one.
+    # Not baddbmm_, which multiplies such matrices one by one on a CPU.
     products = torch.bmm(a, b, out=space) if b.dtype == totals.dtype else torch.bmm(a.to(b.dtype), b)
     totals.add_(products)

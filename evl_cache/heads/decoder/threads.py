@@ -1,7 +1,7 @@
-"""Blocks of clips worked on at once, one thread each, instead of many threads to every operation.
+"""Work on slices of clips at once, one thread for each, instead of many threads for every operation.
 
-A step is thousands of operations of a tenth of a millisecond. If each is spread over all cores, all wait for the
-slowest thousands of times, and on a machine that does anything else a step takes ten times as long.
+A step is thousands of operations of a tenth of a millisecond. If each is spread over all cores, all cores wait for the
+slowest one thousands of times. On a machine that does anything else, a step then takes ten times as long.
 """
 
 import threading
@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from evl_cache.heads.decoder.chunks import CPU_BLOCKS_AT_ONCE
+from evl_cache.heads.decoder.chunks import CPU_SLICES_AT_ONCE
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
@@ -25,15 +25,14 @@ _threads_before = 1
 def map_in_threads(
     function: Callable[[ItemT], ResultT], items: Sequence[ItemT], device: torch.device
 ) -> list[ResultT]:
-    """`function` of every item, in their order, with autograd and autocast off; on a CPU one thread an item.
+    """Return `function` of every item, in their order, with autograd and autocast off; on a CPU one thread an item.
 
-    torch's number of threads is shared out among items: each operation is spread over what an item gets. With a
-    single item, or on another device, nothing is changed.
+    torch's number of threads is divided among the items. With a single item, or on another device, it stays as it is.
     """
-    workers = min(torch.get_num_threads(), len(items), CPU_BLOCKS_AT_ONCE)
+    workers = min(torch.get_num_threads(), len(items), CPU_SLICES_AT_ONCE)
 
     def plainly(item: ItemT) -> ResultT:
-        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # both are of each thread
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):  # both are set for each thread
             return function(item)
 
     if device.type != "cpu" or workers < 2:
@@ -47,10 +46,10 @@ def map_in_threads(
 
 @contextmanager
 def _threads_an_operation(number: int) -> Iterator[None]:
-    """While this is entered, operations of threads that begin now are spread over so many cores.
+    """Spread operations of threads that start meanwhile over so many cores each.
 
-    torch has one such number for all threads to come, so callers in several threads share what it was before. A
-    thread of someone else's whose first operation falls in between keeps this one: torch asks only then.
+    torch has one such number for all new threads, so callers in several threads share the number to restore. A thread
+    of other code keeps this number if it runs its first operation meanwhile: torch reads it only then.
     """
     global _users, _threads_before
     with _lock:

@@ -1,4 +1,4 @@
-"""Large memory that is used in every step: on a CPU, asking for it anew costs more than filling it."""
+"""Large memory that is used again in every step: on a CPU, allocating it takes longer than filling it."""
 
 import threading
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Workspace:
-    """Memory given back after use, for the next taker. Its contents are arbitrary.
+    """Memory that is taken, given back after use and taken again. Its contents are arbitrary.
 
-    Memory that is never given back is merely freed. On other devices than a CPU, whose allocators keep memory
-    themselves, nothing is held. A copy, or what is read from a pickle, starts empty.
+    Memory that is never given back is freed as usual. Only memory of a CPU is kept: other devices' allocators keep
+    theirs. A copy or an unpickled workspace starts empty.
     """
 
     def __init__(self) -> None:
@@ -19,15 +19,15 @@ class Workspace:
         self._lock = threading.Lock()
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A dense tensor, in spare memory of just this size if there is any."""
+        """Return a dense tensor, in spare memory of exactly this size if there is some."""
         size = torch.Size(shape).numel()
         with self._lock:
             for i, spare in enumerate(self._spare):
                 if spare.dtype == dtype and spare.numel() == size and spare.device == device:
                     return self._spare.pop(i).view(*shape)
-            # Sizes have changed, say from training to validation: do not hoard those of before.
+            # Sizes have changed, as from training to validation: free memory of the old sizes.
             self._spare.clear()
-        with torch.inference_mode(False):  # or autograd could not use it later
+        with torch.inference_mode(False):  # an inference tensor could not be used by autograd later
             return torch.empty(*shape, dtype=dtype, device=device)
 
     def give_back(self, *used: Tensor) -> None:
