@@ -1,15 +1,14 @@
-"""The one family of errors that a user can meet.
+"""The one family of errors that users see.
 
-Every message says what was got, what was expected and what to do, in one line: the command line prints it
-as it is.
+Every message says in one line what was got, what was expected and what to do; the command line prints it unchanged.
 """
 
 
 class EvlCacheError(Exception):
-    """Base of all errors raised on purpose by evl-cache."""
+    """The base of all errors that evl-cache raises on purpose."""
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows in the place of a traceback (IPython looks for this name): the line alone."""
+        """Return what a notebook shows instead of a traceback: the message alone. IPython calls this name."""
         return [f"{type(self).__name__}: {self}"]
 
 
@@ -22,28 +21,33 @@ class ClipError(EvlCacheError):
 
 
 class WeightsError(EvlCacheError):
-    """Weights cannot be had, or do not belong to the model."""
+    """Weights cannot be found or read, or do not belong to the model."""
 
 
 class WeightsUnavailable(WeightsError):
-    """Weights that exist elsewhere could not be fetched."""
+    """Weights that exist elsewhere could not be downloaded."""
 
 
 class CacheError(EvlCacheError):
-    """A cache cannot be opened, written, or does not hold what is asked for."""
+    """A cache cannot be opened or written, or does not hold what is asked for."""
 
 
 class NoCacheHere(CacheError):
-    """A place holds no cache."""
+    """There is no cache at this place."""
 
 
 class CacheDamaged(CacheError):
-    """Bytes of a cache are not those its marks promise."""
+    """Bytes of a cache are not those that its marks record."""
 
 
 class WorkerError(EvlCacheError):
-    """A process of ours cannot do its work, for a reason that lies in the installation and in no clip."""
+    """A worker process cannot work at all: something is wrong with the installation, not with a clip."""
 
 
 class TooManyFailures(EvlCacheError):
-    """More clips failed than the user allows: a run that goes wrong is stopped early."""
+    """More clips failed than the user allows, so the run is stopped early."""
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the name of its class where there is no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from evl_cache.errors import UsageError, WeightsError
+from evl_cache.errors import UsageError, WeightsError, first_line
 from evl_cache.heads import EVLHead
 from evl_cache.untrusted.head_files import check_archive, check_head_config, check_tensors
 
@@ -65,9 +65,8 @@ def _official_state(path: Path) -> dict[str, torch.Tensor]:
         check_archive(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch and pickle raise for a damaged file is open-ended
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise WeightsError(
-            f"{path}: cannot be read as a checkpoint of tensors ({reason}); "
+            f"{path}: cannot be read as a checkpoint of tensors ({first_line(error)[:200]}); "
             "expected a file written by the official EVL code"
         ) from error
     state = content.get("model", content) if isinstance(content, dict) else content

@@ -1,4 +1,4 @@
-"""Image towers: built by name, and read through one adapter a family."""
+"""Frozen image towers: build one by name, and read its tokens, queries and keys through its family's adapter."""
 
 from evl_cache.towers.adapter import TowerAdapter
 from evl_cache.towers.backbone import Backbone, Features, check_layers, map_projections

@@ -1,4 +1,4 @@
-"""The frozen image tower: unpooled tokens of several blocks and the maps made from their queries and keys.
+"""The frozen image tower: unpooled tokens of several layers, and the maps made from their queries and keys.
 
 B clips, T frames, P patches, N = 1+P tokens, C channels, H heads, D head width.
 """
@@ -16,11 +16,11 @@ from evl_cache.towers.families import adapter_of
 
 @dataclass(frozen=True, kw_only=True)
 class Features:
-    """What a backbone gives of a batch of clips, by block number (counted from 1).
+    """The features of a batch of clips, by layer, numbered from 1.
 
     Attributes:
-        tokens: block -> (B, T, 1+P, C): the class token (a tower without one: the mean of the patches), then patches.
-        maps: block -> (B, 2, T-1, P, P); empty for a single frame, or where maps were not asked for.
+        tokens: (B, T, 1+P, C) by layer: the class token (in a tower without one, the mean of the patches), then patches.
+        maps: (B, 2, T-1, P, P) by layer; empty for a single frame, or where maps were not asked for.
     """
 
     tokens: dict[int, torch.Tensor]
@@ -28,40 +28,40 @@ class Features:
 
 
 class Backbone(nn.Module):
-    """An image tower, frozen, in eval mode, cut after the last block needed.
+    """A frozen image tower in eval mode, which stops after the last layer needed.
 
     Args:
         visual: an open_clip VisionTransformer or TimmModel, or a VisionTransformer or Eva of timm.
-        layers: blocks to keep, counted from 1.
-        with_maps: also make the adjacent-frame maps of those blocks.
+        layers: layers whose features are returned, numbered from 1.
+        with_maps: whether to make the adjacent-frame maps of those layers too.
 
-    Raises: UsageError for a tower that is no such transformer, or layers out of its range.
+    Raises: UsageError for a tower that is no such transformer, or for layers that it does not have.
     """
 
     def __init__(self, visual: nn.Module, layers: Sequence[int], *, with_maps: bool = True) -> None:
         super().__init__()
         self._tower = adapter_of(visual)
-        self.layers = check_layers(layers, self._tower.num_blocks)
+        self.layers = check_layers(layers, self._tower.num_layers)
         self.visual = visual.eval().requires_grad_(False)
         self.with_maps = with_maps
 
     def train(self, mode: bool = True) -> "Backbone":
-        """Stays in eval mode: the tower is frozen."""
+        """Stay in eval mode, as the tower is frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, frames: torch.Tensor) -> Features:
-        """Tokens and maps of normalised frames.
+        """Return tokens and maps of normalised frames.
 
         Args:
-            frames: float (B, T, 3, S, S), normalised with the tower's mean and std, on its device.
+            frames: floating, (B, T, 3, S, S), normalised with the tower's mean and std, on its device.
 
         Raises: UsageError for another shape.
         """
         size = self._tower.image_size
         if frames.ndim != 5 or frames.shape[2] != 3 or tuple(frames.shape[-2:]) != size:
             raise UsageError(
-                f"frames are {tuple(frames.shape)}; this tower expects (B, T, 3, {size[0]}, {size[1]})"
+                f"frames are {tuple(frames.shape)}; this tower expects (B, T, 3, {size[0]}, {size[1]}): crop them to it"
             )
         shape = frames.shape[:2]  # B, T
         maps: dict[int, torch.Tensor] = {}
@@ -75,7 +75,7 @@ class Backbone(nn.Module):
             make_maps if self.with_maps and shape[1] > 1 else None,
         )
         return Features(
-            tokens={layer: block.view(*shape, *block.shape[1:]) for layer, block in tokens.items()},
+            tokens={layer: values.view(*shape, *values.shape[1:]) for layer, values in tokens.items()},
             maps=maps,
         )
 
@@ -83,24 +83,29 @@ class Backbone(nn.Module):
 def map_projections(
     visual: nn.Module, layers: Sequence[int], *, compute_dtype: torch.dtype
 ) -> dict[int, MapProjection]:
-    """What makes the maps of some blocks from the tokens below them, on the CPU.
+    """Return what computes the maps of some layers from the tokens below them, on the CPU.
 
-    The projection is rounded to `compute_dtype`, with which the tower ran, and then to float16, which costs
-    less than int8 tokens do by far; the rest is float32. The same for a tower that was moved to
-    `compute_dtype` before.
+    The matrix is rounded to `compute_dtype`, in which the tower ran, and then to float16, whose error is far below
+    that of int8 tokens. The rest is rounded to `compute_dtype` and kept as float32. A tower that was moved to
+    `compute_dtype` before gives the same.
 
-    Raises: UsageError for a tower that is no such transformer, layers out of its range, or queries and keys
-        that more than a norm and a matrix make.
+    Args:
+        visual: as `Backbone` takes it.
+        layers: numbered from 1.
+        compute_dtype: in which the tower ran.
+
+    Raises: UsageError for a tower that is no such transformer, for layers that it does not have, or where more than a
+        norm and a matrix makes queries and keys.
     """
     tower = adapter_of(visual)
     return {
-        number: tower.projection(number, compute_dtype) for number in check_layers(layers, tower.num_blocks)
+        number: tower.projection(number, compute_dtype) for number in check_layers(layers, tower.num_layers)
     }
 
 
-def check_layers(layers: Sequence[int], num_blocks: int) -> tuple[int, ...]:
-    """Sorted, distinct block numbers. Raises: UsageError for none, or one outside 1 .. num_blocks."""
+def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
+    """Return the distinct layers, ascending. Raises: UsageError for none, or for one outside 1 .. num_layers."""
     out = tuple(sorted({int(layer) for layer in layers}))
-    if not out or out[0] < 1 or out[-1] > num_blocks:
-        raise UsageError(f"layers {list(layers)}; this tower has blocks 1 to {num_blocks}: choose among them")
+    if not out or out[0] < 1 or out[-1] > num_layers:
+        raise UsageError(f"layers {list(layers)}; this tower has layers 1 to {num_layers}: choose among them")
     return out

@@ -1,4 +1,4 @@
-"""Image towers by name: open_clip's, timm's, those of a JSON configuration, and the one that comes with this package."""
+"""Build image towers by name: open_clip's, timm's, those of a JSON configuration, and the package's own."""
 
 import json
 from copy import deepcopy
@@ -20,23 +20,22 @@ _RANDOM_SEED = 0
 
 
 def build_tower(model: str, pretrained: str) -> tuple[nn.Module, TowerSpec]:
-    """An image tower with its weights.
+    """Return an image tower with its weights, float32 on the CPU, and its spec.
 
     Args:
         model: open_clip name such as `ViT-B-16-quickgelu`, `evl-tiny`, `timm/NAME` or `timm/NAME@PIXELS`, or a JSON
             file as open_clip's (`embed_dim`, `vision_cfg`, `quick_gelu`, optionally `preprocess_cfg`).
         pretrained: tag (downloaded; evl-tiny's comes with the package), file, or `none` for seeded random weights.
 
-    Returns: the float32 tower on the CPU, and its spec.
-    Raises: UsageError for an unknown model or a tower that EVL cannot read; WeightsError where the weights cannot
-        be had or do not belong to the model.
+    Raises: UsageError for an unknown model or a tower that EVL cannot read; WeightsError for weights that cannot be
+        found, downloaded or read, or do not belong to the model.
     """
     if model.startswith(TIMM_PREFIX):
         visual, preprocess, pretrained_name = build_timm(model, pretrained, seed=_RANDOM_SEED)
         return visual, _describe(visual, model, pretrained_name, preprocess, quick_gelu=False)
     config, preprocess = _model_config(model)
     visual = _random_tower(config, model)
-    adapter_of(visual)  # refuses before anything is downloaded
+    adapter_of(visual)  # raises before anything is downloaded
     if pretrained != "none":
         weights, tag_preprocess = find_weights(model, pretrained, config)
         load_weights(visual, weights, model=model, pretrained=pretrained)
@@ -56,7 +55,9 @@ def _describe(
     tower = adapter_of(visual)
     sides = (*tower.image_size, *tower.patch_size)
     if sides[0] != sides[1] or sides[2] != sides[3]:
-        raise UsageError(f"{model}: image and patch sizes {sides}; expected square ones, as crops are square")
+        raise UsageError(
+            f"{model}: image and patch sizes {sides}; expected square ones: choose another model"
+        )
     return TowerSpec(
         model=model,
         pretrained=pretrained,
@@ -64,7 +65,7 @@ def _describe(
         image_size=tower.image_size[0],
         patch_size=tower.patch_size[0],
         width=tower.width,
-        blocks=tower.num_blocks,
+        blocks=tower.num_layers,
         heads=tower.num_heads,
         quick_gelu=quick_gelu,
         mean=tuple(preprocess["mean"]),
@@ -101,7 +102,9 @@ def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
         or not isinstance(config.get("vision_cfg"), dict)
         or "embed_dim" not in config
     ):
-        raise UsageError(f"{model}: has no 'embed_dim' and 'vision_cfg'; expected an open_clip configuration")
+        raise UsageError(
+            f"{model}: has no 'embed_dim' and 'vision_cfg'; expected a configuration as open_clip's"
+        )
     given = content.get("preprocess_cfg") or {}
     try:
         found = {name: tuple(map(float, given.get(name, default))) for name, default in preprocess.items()}
@@ -134,10 +137,10 @@ def _random_tower(config: dict[str, Any], model: str) -> nn.Module:
 
 @torch.no_grad()
 def _tie_queries_to_keys(visual: Any, init: dict[str, Any]) -> None:
-    """Give an untrained tower maps that mean something: a patch attends to patches that look like it.
+    """Let an untrained tower's patches attend to patches that look like them, so that its maps show motion.
 
-    With unrelated random query and key matrices an attention map says nothing about motion; with the same
-    matrix for both, q.k is a similarity. Only for the demo's random towers (`evl_init` of the JSON file).
+    With unrelated random query and key matrices an attention map says nothing about motion. With one matrix for both,
+    q.k is a similarity. Only the random towers of the demo ask for it, by `evl_init` of their JSON file.
     """
     if not init.get("tie_query_key", False):
         return

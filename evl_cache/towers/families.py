@@ -1,4 +1,4 @@
-"""Which family a tower belongs to."""
+"""The families of towers, and which of them a tower belongs to."""
 
 from torch import nn
 
@@ -7,9 +7,9 @@ from evl_cache.towers.adapter import TowerAdapter
 
 
 def adapter_of(visual: nn.Module) -> TowerAdapter:
-    """The adapter of a tower.
+    """Return the adapter of a tower.
 
-    Raises: UsageError for one whose blocks have no tokens, queries and keys that EVL can read.
+    Raises: UsageError for a tower whose layers have no tokens, queries and keys that EVL can read.
     """
     from evl_cache.towers.open_clip_vit import OpenClipVit
     from evl_cache.towers.timm_vit import TimmVit, timm_trunk
@@ -20,7 +20,7 @@ def adapter_of(visual: nn.Module) -> TowerAdapter:
     if trunk is None:
         raise UsageError(
             f"the image tower is a {type(visual).__name__}; expected an open_clip VisionTransformer (ViT-…) or a "
-            "VisionTransformer or Eva of timm (SigLIP, EVA-02, PE-Core, DINO): other towers have no blocks of tokens "
+            "VisionTransformer or Eva of timm (SigLIP, EVA-02, PE-Core, DINO): other towers have no layers of tokens "
             "that EVL can read"
         )
     return TimmVit(trunk)

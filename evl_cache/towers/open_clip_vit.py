@@ -1,4 +1,4 @@
-"""open_clip's own VisionTransformer: CLIP, and what was trained in its shape.
+"""open_clip's own VisionTransformer: CLIP and models of the same architecture.
 
 S samples (clips times frames), P patches, N = 1+P tokens, C channels, H heads, D head width.
 """
@@ -16,9 +16,9 @@ from evl_cache.towers.adapter import KeepQueriesKeys
 
 
 class OpenClipVit:
-    """See `TowerAdapter`.
+    """The adapter of open_clip's own towers; see `TowerAdapter`.
 
-    Raises: UsageError for blocks that are not the plain ones.
+    Raises: UsageError for layers other than open_clip's plain ones.
     """
 
     class_token, registers = "own", 0
@@ -28,29 +28,29 @@ class OpenClipVit:
         self._visual, self._blocks = tower, tower.transformer.resblocks
         if not all(type(block).__name__ == "ResidualAttentionBlock" for block in self._blocks):
             raise UsageError(
-                f"the tower's blocks are {type(self._blocks[0]).__name__}; expected open_clip's ResidualAttentionBlock: "
-                "queries and keys of custom blocks are not those of the published method"
+                f"the tower's layers are {type(self._blocks[0]).__name__}; expected open_clip's ResidualAttentionBlock: "
+                "queries and keys of custom layers are not those of the published method"
             )
         self.image_size: tuple[int, int] = tuple(tower.image_size)
         self.patch_size: tuple[int, int] = tuple(tower.patch_size)
         self.width = int(tower.conv1.out_channels)
-        self.num_blocks = len(self._blocks)
+        self.num_layers = len(self._blocks)
         self.num_heads = int(self._blocks[0].attn.num_heads)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """See `TowerAdapter.dtype`."""
         dtype: torch.dtype = self._visual.conv1.weight.dtype
         return dtype
 
     def tokens(
         self, frames: torch.Tensor, layers: Sequence[int], keep: KeepQueriesKeys | None
     ) -> dict[int, torch.Tensor]:
-        """Our own forward of the block: queries and keys come with the projection that it needs anyway."""
+        """See `TowerAdapter.tokens`; queries and keys come from the projection that the layer computes anyway."""
         x = self._visual._embeds(frames)
         out = {}
         for number in range(1, max(layers) + 1):
-            x, q, k = _block_forward(self._blocks[number - 1], x)
+            x, q, k = _layer_forward(self._blocks[number - 1], x)
             if number in layers:
                 out[number] = x
                 if keep is not None:
@@ -58,7 +58,7 @@ class OpenClipVit:
         return out
 
     def projection(self, layer: int, compute_dtype: torch.dtype) -> MapProjection:
-        """The block's ln_1 and the first two thirds of its in-projection."""
+        """See `TowerAdapter.projection`; it is the layer's ln_1 and the first two thirds of its in-projection."""
         norm, attn = self._blocks[layer - 1].ln_1, self._blocks[layer - 1].attn
         rows = 2 * attn.embed_dim
         return rounded_projection(
@@ -69,7 +69,10 @@ class OpenClipVit:
 def rounded_projection(
     norm: Any, weight: torch.Tensor, bias: torch.Tensor, num_heads: int, compute_dtype: torch.dtype
 ) -> MapProjection:
-    """All of it rounded to the dtype in which the tower ran; the matrix, queries above keys, kept in float16."""
+    """Return a projection rounded to the dtype in which the tower ran; its matrix is kept in float16.
+
+    `weight` and `bias` hold the rows of queries, then those of keys.
+    """
 
     def kept(value: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return value.detach().to("cpu", compute_dtype).to(dtype).contiguous()
@@ -84,8 +87,8 @@ def rounded_projection(
     )
 
 
-def _block_forward(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One frozen block, with its queries and keys at no extra cost. x (S, N, C); q, k (S, N, H, D)."""
+def _layer_forward(block: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return one layer's output for x (S, N, C), and its queries and keys, (S, N, H, D) each."""
     attn = block.attn
     qkv = F.linear(block.ln_1(x), attn.in_proj_weight, attn.in_proj_bias)
     q, k, v = qkv.view(*qkv.shape[:2], 3, attn.num_heads, -1).unbind(2)

@@ -12,21 +12,21 @@ from urllib.request import getproxies
 
 from torch import nn
 
-from evl_cache.errors import WeightsError, WeightsUnavailable
+from evl_cache.errors import WeightsError, WeightsUnavailable, first_line
 from evl_cache.towers.names import TINY_PRETRAINED, TINY_TOWER
 from evl_cache.towers.weights import TowerWeights, read_tower_weights
 
 
 def bundled(name: str) -> Path:
-    """A file of the package's data."""
+    """Return the path of a file of the package's data."""
     return Path(str(files("evl_cache") / "data" / name))
 
 
 def find_weights(model: str, pretrained: str, config: dict[str, Any]) -> tuple[TowerWeights, dict[str, Any]]:
-    """Weights of an open_clip model, and what their tag says of mean and standard deviation.
+    """Return the weights of an open_clip model, and the mean and standard deviation that their tag names, if any.
 
     Raises: WeightsError for what is neither file nor tag, or was trained with the other activation;
-        WeightsUnavailable where a tag cannot be downloaded.
+        WeightsUnavailable where a tag's weights cannot be downloaded.
     """
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
@@ -77,8 +77,13 @@ def _check_activation(model: str, pretrained: str, *, needed: bool | None, has: 
 
 
 @contextmanager
-def offline_where_unreachable() -> Iterator[None]:
-    """Without a network the hub's client retries for a minute: there, have it look into its cache only."""
+def downloading(model: str, pretrained: str) -> Iterator[None]:
+    """Let the hub's client download meanwhile; without a network it looks into its cache only.
+
+    It would retry for a minute otherwise.
+
+    Raises: WeightsUnavailable for any error meanwhile, with what to do.
+    """
     from huggingface_hub import constants
 
     before = constants.HF_HUB_OFFLINE
@@ -90,6 +95,11 @@ def offline_where_unreachable() -> Iterator[None]:
             constants.HF_HUB_OFFLINE = True
     try:
         yield
+    except Exception as error:  # the hub's client raises many kinds; all mean that the file is not here
+        raise WeightsUnavailable(
+            f"weights {pretrained!r} of {model} could not be downloaded ({first_line(error)[:160]}); no network? Fetch "
+            "them where there is one and pass --pretrained FILE, share its hub cache (HF_HOME), or use --pretrained none"
+        ) from error
     finally:
         constants.HF_HUB_OFFLINE = before
 
@@ -97,24 +107,12 @@ def offline_where_unreachable() -> Iterator[None]:
 def _download(model: str, pretrained: str, tag: dict[str, Any]) -> Path:
     from open_clip.pretrained import download_pretrained
 
-    try:
-        with offline_where_unreachable():
-            return Path(download_pretrained(tag))
-    except Exception as error:  # the hub's client raises many kinds; all mean that the file is not here
-        raise unavailable(model, pretrained, error) from error
-
-
-def unavailable(model: str, pretrained: str, error: Exception) -> WeightsUnavailable:
-    """The error for weights that could not be downloaded, with the ways out."""
-    reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-    return WeightsUnavailable(
-        f"weights {pretrained!r} of {model} could not be downloaded ({reason}); no network? Fetch them where "
-        "there is one and pass --pretrained FILE, share its hub cache (HF_HOME), or use --pretrained none"
-    )
+    with downloading(model, pretrained):
+        return Path(download_pretrained(tag))
 
 
 def load_weights(visual: nn.Module, weights: TowerWeights, *, model: str, pretrained: str) -> None:
-    """Put weights into a tower. Raises: WeightsError where a name or a shape does not match."""
+    """Load weights into a tower. Raises: WeightsError where a name or a shape does not match."""
     own = visual.state_dict()
     wrong = [n for n in own if n in weights.tensors and weights.tensors[n].shape != own[n].shape]
     missing = [name for name in own if name not in weights.tensors]

@@ -8,19 +8,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from evl_cache.errors import UsageError, WeightsError
+from evl_cache.errors import UsageError, WeightsError, first_line
 from evl_cache.towers.families import adapter_of
 from evl_cache.towers.names import TIMM_DEFAULT, TIMM_PREFIX
-from evl_cache.towers.pretrained import load_weights, offline_where_unreachable, unavailable
+from evl_cache.towers.pretrained import downloading, load_weights
 from evl_cache.towers.weights import TowerWeights, read_tower_weights
 
 
 def build_timm(model: str, pretrained: str, *, seed: int) -> tuple[nn.Module, dict[str, Any], str]:
-    """A timm model without its classifier, its mean and standard deviation, and the name of its weights.
+    """Return a timm model without its classifier, its mean and standard deviation, and the name of its weights.
 
     Args:
-        model: with @PIXELS for another image size than the weights' own; positions are then resampled by timm.
-        pretrained: tag of timm, `default` for the model's first, file, or `none`.
+        model: with @PIXELS for another image size than the weights' own, for which timm resamples positions.
+        pretrained: tag of timm, `default` for the model's first tag, file, or `none`.
+        seed: of random weights.
 
     Raises: as `build_tower` does.
     """
@@ -42,18 +43,19 @@ def build_timm(model: str, pretrained: str, *, seed: int) -> tuple[nn.Module, di
             f"{', '.join(tags) or '(no tags)'}, a file, or none"
         )
     visual = _random_model(name, pixels, seed, model)
-    adapter_of(visual)  # refuses before anything is downloaded
+    adapter_of(visual)  # raises before anything is downloaded
     full = name if is_file or pretrained == "none" else f"{name}.{pretrained}"
     if is_file:
         _load_file(visual, model, pretrained)
     elif pretrained != "none":
-        visual = _download(full, pixels, model, pretrained)
+        with downloading(model, pretrained):
+            visual = _create(full, pixels, pretrained=True)
     told = _told(full)
     return visual, {"mean": told.mean, "std": told.std}, Path(pretrained).name if is_file else pretrained
 
 
 def _parse(model: str) -> tuple[str, int | None, str]:
-    """Name, pixels, tag."""
+    """Return name, pixels and tag of a model's full name. Raises: UsageError for what is no image size."""
     full, at, size = model.removeprefix(TIMM_PREFIX).partition("@")
     if at and not (size.isdecimal() and int(size) > 0):
         raise UsageError(f"model {model!r}: {size!r} is no image size; expected pixels, such as @224")
@@ -62,7 +64,7 @@ def _parse(model: str) -> tuple[str, int | None, str]:
 
 
 def _told(name: str) -> Any:
-    """What timm knows of a name: tag, mean, std."""
+    """Return what timm records of a name, such as its tag, mean and std."""
     import timm
 
     return timm.get_pretrained_cfg(name)
@@ -83,22 +85,13 @@ def _random_model(name: str, pixels: int | None, seed: int, model: str) -> nn.Mo
         try:
             return _create(name, pixels, pretrained=False)
         except (TypeError, ValueError, AssertionError, ArithmeticError, RuntimeError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UsageError(
-                f"{model}: timm cannot build it ({reason}); choose another size or name"
+                f"{model}: timm cannot build it ({first_line(error)}); choose another size or name"
             ) from error
 
 
-def _download(full: str, pixels: int | None, model: str, pretrained: str) -> nn.Module:
-    try:
-        with offline_where_unreachable():
-            return _create(full, pixels, pretrained=True)
-    except Exception as error:  # the hub's client raises many kinds; all mean that the file is not here
-        raise unavailable(model, pretrained, error) from error
-
-
 def _load_file(visual: nn.Module, model: str, pretrained: str) -> None:
-    """Weights of a file in timm's names, or in the names of the first publication where timm converts them."""
+    """Load weights from a file with timm's names, or with the authors' names where timm converts them."""
     weights = read_tower_weights(Path(pretrained))
     tensors = weights.tensors
     own = visual.state_dict()

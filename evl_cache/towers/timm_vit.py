@@ -1,6 +1,6 @@
 """timm's VisionTransformer and Eva, alone or as the trunk of open_clip's TimmModel.
 
-SigLIP and DINOv2 are of the first class, EVA-02, PE-Core and DINOv3 of the second.
+SigLIP and DINOv2 are VisionTransformers; EVA-02, PE-Core and DINOv3 are Evas.
 
 S samples (clips times frames), P patches, N = 1+P tokens, C channels, H heads, D head width.
 """
@@ -23,7 +23,7 @@ _ATTENTIONS = ("Attention", "EvaAttention", "AttentionRope")
 
 
 def timm_trunk(visual: nn.Module) -> nn.Module | None:
-    """The timm model inside: the tower itself, or its trunk; None for another library's tower."""
+    """Return timm's model, which is the tower or its trunk; None for another library's tower."""
     for candidate in (visual, getattr(visual, "trunk", None)):
         if isinstance(candidate, nn.Module) and type(candidate).__module__.startswith("timm."):
             return candidate
@@ -31,10 +31,10 @@ def timm_trunk(visual: nn.Module) -> nn.Module | None:
 
 
 class TimmVit:
-    """See `TowerAdapter`.
+    """The adapter of timm's towers; see `TowerAdapter`.
 
-    The blocks run as timm runs them. Queries and keys are those that timm hands to the attention itself, so
-    whatever a block does to them is in them: biases, norms, and rotary positions.
+    timm runs its own layers. Queries and keys are those that it passes to the attention, so whatever a layer does to
+    them is in them: biases, norms and rotary positions.
 
     Raises: UsageError for a model without one sequence of tokens that attend to each other by q.k alone.
     """
@@ -44,11 +44,11 @@ class TimmVit:
         _check(model)
         self._trunk, self._blocks = model, model.blocks
         for block in self._blocks:
-            block.attn.fused_attn = True  # the one call in which queries and keys are seen
+            block.attn.fused_attn = True  # by the one call that shows queries and keys
         self.image_size = _pair(model.patch_embed.img_size)
         grid = model.patch_embed.grid_size
         self.patch_size = (self.image_size[0] // grid[0], self.image_size[1] // grid[1])
-        self.width, self.num_blocks = int(model.embed_dim), len(self._blocks)
+        self.width, self.num_layers = int(model.embed_dim), len(self._blocks)
         self.num_heads = int(self._blocks[0].attn.num_heads)
         self.class_token = "mean" if model.cls_token is None else "own"
         self._prefix = int(model.num_prefix_tokens)
@@ -56,14 +56,14 @@ class TimmVit:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights."""
+        """See `TowerAdapter.dtype`."""
         dtype: torch.dtype = next(self._blocks.parameters()).dtype
         return dtype
 
     def tokens(
         self, frames: torch.Tensor, layers: Sequence[int], keep: KeepQueriesKeys | None
     ) -> dict[int, torch.Tensor]:
-        """timm's own way to its intermediate tokens, which ends after the last block asked for."""
+        """See `TowerAdapter.tokens`; timm's own function returns them, and stops after the last layer asked for."""
 
         def attended(number: int, q: torch.Tensor, k: torch.Tensor) -> None:
             if keep is not None and number in layers:
@@ -78,22 +78,22 @@ class TimmVit:
                 output_fmt="NLC",
                 return_prefix_tokens=self._prefix > 0,
             )
-        assert seen.count == max(layers), f"{seen.count} attentions in {max(layers)} blocks"
-        return {number: self._with_class_token(block) for number, block in zip(layers, found, strict=True)}
+        assert seen.count == max(layers), f"{seen.count} attentions in {max(layers)} layers"
+        return {number: self._with_class_token(tokens) for number, tokens in zip(layers, found, strict=True)}
 
-    def _with_class_token(self, block: Any) -> torch.Tensor:
-        patches: torch.Tensor = block[0] if self._prefix else block
-        first = block[1][:, :1] if self.class_token == "own" else patches.mean(dim=1, keepdim=True)
+    def _with_class_token(self, tokens: Any) -> torch.Tensor:
+        patches: torch.Tensor = tokens[0] if self._prefix else tokens
+        first = tokens[1][:, :1] if self.class_token == "own" else patches.mean(dim=1, keepdim=True)
         return torch.cat([first, patches], dim=1)
 
     def projection(self, layer: int, compute_dtype: torch.dtype) -> MapProjection:
-        """The block's first norm and the query and key rows of its projection, where they are all there is."""
+        """See `TowerAdapter.projection`; it is the layer's first norm and the query and key rows of its projection."""
         block = self._blocks[layer - 1]
         attn = block.attn
         objection = _why_not_recomputable(self._trunk, block)
         if objection is not None:
             raise UsageError(
-                f"maps 'recompute' need queries and keys that are a norm and a matrix away from the tokens; {objection}: "
+                f"maps 'recompute' need queries and keys that are one norm and one matrix away from the tokens; {objection}: "
                 "use --maps uint8"
             )
         rows = 2 * self.num_heads * int(attn.head_dim)
@@ -108,7 +108,7 @@ class TimmVit:
 
 
 class _Attentions(TorchFunctionMode):
-    """Counts the calls of scaled_dot_product_attention, and shows the queries and keys of each."""
+    """Count the calls of scaled_dot_product_attention, and call `attended` with the queries and keys of each."""
 
     def __init__(self, attended: Callable[[int, torch.Tensor, torch.Tensor], None]) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class _Attentions(TorchFunctionMode):
 
 
 def _patches_of(heads_first: torch.Tensor, prefix: int) -> torch.Tensor:
-    """(S, H, prefix+P, D) -> (S, P, H, D)."""
+    """Return the patches of queries or keys (S, H, prefix+P, D), as (S, P, H, D)."""
     return heads_first[:, :, prefix:].transpose(1, 2)
 
 
@@ -138,25 +138,25 @@ def _check(model: Any) -> None:
     if name not in _TRUNKS:
         raise UsageError(
             f"the image tower is timm's {name}; expected its VisionTransformer or Eva (SigLIP, EVA-02, PE-Core, DINO): "
-            "where blocks attend within windows, on several scales or not at all, a patch is not compared with every "
+            "where layers attend within windows, on several scales or not at all, a patch is not compared with every "
             "patch of the next frame, and adjacent-frame maps have no meaning"
         )
     if not all(type(getattr(block, "attn", None)).__name__ in _ATTENTIONS for block in model.blocks):
         kinds = sorted({type(getattr(block, "attn", block)).__name__ for block in model.blocks})
         raise UsageError(
-            f"the tower's blocks attend by {', '.join(kinds)}; expected {', '.join(_ATTENTIONS)}: adjacent-frame maps "
-            "are a softmax of q.k, and would not be what such a block sees"
+            f"the tower's layers attend by {', '.join(kinds)}; expected {', '.join(_ATTENTIONS)}: adjacent-frame maps "
+            "are a softmax of q.k, which is not what such a layer computes"
         )
 
 
 def _why_not_recomputable(model: Any, block: Any) -> str | None:
     attn = block.attn
     if getattr(model, "rope", None) is not None:
-        return "this tower turns them by position (rotary)"
+        return "this tower rotates them by position (rotary embedding)"
     if not all(isinstance(norm, nn.Identity) for norm in (attn.q_norm, attn.k_norm)):
         return "this tower norms them"
     if attn.qkv is None:
         return "this tower has separate projections"
     if type(block).__name__ not in ("Block", "EvaBlock") or not isinstance(block.norm1, nn.LayerNorm):
-        return f"the blocks are {type(block).__name__} with {type(block.norm1).__name__}"
+        return f"the layers are {type(block).__name__} with {type(block.norm1).__name__}"
     return None

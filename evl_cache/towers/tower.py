@@ -1,4 +1,4 @@
-"""A tower: the frozen module together with its description."""
+"""A tower: the frozen module together with its spec."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,12 @@ from evl_cache.spec import TowerSpec
 
 @dataclass(frozen=True, kw_only=True)
 class Tower:
-    """A frozen tower with its description."""
+    """A frozen tower.
+
+    Attributes:
+        visual: the module.
+        spec: what it is, as caches record it.
+    """
 
     visual: nn.Module
     spec: TowerSpec

@@ -1,4 +1,4 @@
-"""Weight files of image towers, read as data: safetensors, state dicts, OpenAI's TorchScript archives."""
+"""Read image towers' weights: safetensors, state dicts and OpenAI's TorchScript archives."""
 
 import hashlib
 import warnings
@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from evl_cache.errors import WeightsError
+from evl_cache.errors import WeightsError, first_line
 
-# The patch embedding of open_clip's own tower, of a timm trunk inside open_clip's, and of timm's model alone.
+# Names of the patch embedding in open_clip's own tower, in a timm trunk of open_clip's, and in timm's own models.
 _STEMS = ("conv1.weight", "trunk.patch_embed.proj.weight", "patch_embed.proj.weight", "patch_embed.weight")
 _WRAPPERS = ("state_dict", "model", "module")
 
@@ -23,8 +23,7 @@ class TowerWeights:
 
     Attributes:
         tensors: float32 by name, without the `visual.` prefix.
-        is_openai_archive: the file is a TorchScript archive as published by OpenAI, whose towers use
-            QuickGELU.
+        is_openai_archive: whether the file is a TorchScript archive as OpenAI publishes it; those towers use QuickGELU.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -32,9 +31,9 @@ class TowerWeights:
 
 
 def read_tower_weights(path: Path) -> TowerWeights:
-    """Read the image tower's weights from a file of any of the three kinds.
+    """Return the image tower's weights of a file of any of the three kinds.
 
-    Raises: WeightsError where the file is none of them.
+    Raises: WeightsError where the file is of no such kind.
     """
     if not path.is_file():
         raise WeightsError(f"{path}: no such weights file; give a file or a pretrained tag")
@@ -52,7 +51,7 @@ def read_tower_weights(path: Path) -> TowerWeights:
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Digest of names, shapes and float32 values: equal for the same weights in whatever kind of file."""
+    """Return a digest of names, shapes and float32 values, the same for every kind of file."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         value = tensors[name].detach().to("cpu", torch.float32).contiguous()
@@ -72,16 +71,17 @@ def _read(path: Path, is_torchscript: bool) -> Mapping[str, torch.Tensor]:
     try:
         content = _load(path, is_torchscript)
     except Exception as error:  # what torch, pickle and safetensors raise for a damaged file is open-ended
-        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
         raise WeightsError(
-            f"{path}: cannot be read as weights ({reason}); expected safetensors, a state dict of tensors "
+            f"{path}: cannot be read as weights ({first_line(error)[:200]}); expected safetensors, a state dict of tensors "
             "(torch.save) or OpenAI's TorchScript archive"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
             content = content[wrapper]
     if not isinstance(content, Mapping):
-        raise WeightsError(f"{path}: holds a {type(content).__name__}; expected a state dict of tensors")
+        raise WeightsError(
+            f"{path}: holds a {type(content).__name__}; expected a state dict of tensors (torch.save)"
+        )
     return content
 
 
@@ -91,7 +91,7 @@ def _load(path: Path, is_torchscript: bool) -> Any:
 
         return load_file(path)
     with warnings.catch_warnings():
-        # Of what the files are, which users cannot change: TorchScript is deprecated, pickles have a protocol.
+        # Warnings about the files' formats, which users cannot change.
         warnings.filterwarnings("ignore", message=r".*torch\.jit\.load.* is deprecated")
         warnings.filterwarnings("ignore", message=r"Detected pickle protocol")
         if is_torchscript:

@@ -172,7 +172,7 @@ def test_half_precision_gives_nearly_the_same(dtype):
 
 def test_layers_out_of_range_name_the_blocks_there_are():
     for layers in ((0,), (6,), (), (-1, 2)):
-        with pytest.raises(UsageError, match="blocks 1 to 5"):
+        with pytest.raises(UsageError, match="layers 1 to 5"):
             Backbone(tower(), layers=layers)
 
 

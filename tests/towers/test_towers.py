@@ -278,7 +278,7 @@ def test_open_clip_names_whose_tower_is_timms(tiny_timm, tmp_path):
     (tmp_path / "siglip2.json").write_text(json.dumps(config))
     visual, spec = build_tower(str(tmp_path / "siglip2.json"), "none")
     assert (spec.image_size, spec.grid, spec.class_token) == (64, (8, 8), "mean")
-    assert adapter_of(visual).num_blocks == 4
+    assert adapter_of(visual).num_layers == 4
     save_file({f"visual.{n}": v for n, v in visual.state_dict().items()}, tmp_path / "whole.safetensors")
     _, loaded = build_tower(str(tmp_path / "siglip2.json"), str(tmp_path / "whole.safetensors"))
     assert loaded.weights_sha256 == spec.weights_sha256
