@@ -1,4 +1,4 @@
-"""Adjacent-frame attention maps: where a patch of one frame finds itself in the frame before and after.
+"""Adjacent-frame attention maps: where a patch of one frame is found in the frames before and after.
 
 B clips, T frames, P patches, N = 1+P tokens, C channels, H heads, D head width.
 Source: section 3.3 of arXiv 2208.03550.
@@ -14,12 +14,15 @@ from evl_cache.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class MapProjection:
-    """What turns the tokens below a frozen block into its queries and keys: its ln_1 and half its projection.
+    """What computes a frozen layer's queries and keys from the tokens below it: its first norm and a matrix.
 
     Attributes:
-        norm_weight, norm_bias: float32 (C,). norm_eps: of the norm.
-        weight: (2 H D, C), queries above keys; bias: float32 (2 H D,).
-        num_heads: H.
+        norm_weight: gain of the norm, float32 (C,).
+        norm_bias: shift of the norm, float32 (C,).
+        norm_eps: epsilon of the norm.
+        weight: rows of queries, then of keys, (2 H D, C).
+        bias: likewise, float32 (2 H D,).
+        num_heads: attention heads H.
     """
 
     norm_weight: torch.Tensor
@@ -36,7 +39,7 @@ class MapProjection:
         assert self.bias.shape == (rows,)
 
     def to(self, device: torch.device | str) -> "MapProjection":
-        """The same on another device."""
+        """Return the same projection on another device."""
         return replace(
             self,
             norm_weight=self.norm_weight.to(device),
@@ -47,14 +50,16 @@ class MapProjection:
 
 
 def adjacent_frame_maps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """Attention of each frame's patch queries over the neighbouring frame's patch keys, mean over heads.
+    """Return each frame's attention of patch queries over the patch keys of its neighbours, as a mean over heads.
+
+    The class token takes no part. The softmax is computed in float32 for every dtype.
 
     Args:
-        q, k: (B, T, 1+P, H, D), class token first, T >= 2. The class token takes no part.
+        q: queries, (B, T, 1+P, H, D), class token first, T >= 2.
+        k: keys, likewise.
 
-    Returns: (B, 2, T-1, P, P), dtype of q: [:, 0, t] is frame t+1 against frame t ("prev"),
-        [:, 1, t] is frame t against frame t+1 ("next"). Each row sums to one. The softmax is taken in
-        float32 whatever the dtype.
+    Returns: (B, 2, T-1, P, P) in the dtype of q. [:, 0, t] is frame t+1 against frame t ("prev"), [:, 1, t] is frame t
+        against frame t+1 ("next"). Each row sums to one.
     Raises: UsageError for unequal shapes or a single frame.
     """
     if q.shape != k.shape or q.ndim != 5:
@@ -65,13 +70,18 @@ def adjacent_frame_maps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 
 def patch_maps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-    """The same of patches alone. q, k: (B, T, P, H, D). Raises: UsageError for a single frame."""
+    """Return the maps of `adjacent_frame_maps` from queries and keys of patches alone, (B, T, P, H, D) each.
+
+    Raises: UsageError for a single frame.
+    """
     if q.shape[1] < 2:
-        raise UsageError("adjacent-frame maps of 1 frame: expected at least 2 frames")
+        raise UsageError(
+            "adjacent-frame maps of 1 frame; expected at least 2 frames: use more, or --maps none"
+        )
     scaled = q.permute(0, 1, 3, 2, 4) * q.shape[-1] ** -0.5  # (B,T,H,P,D)
     keys = k.permute(0, 1, 3, 4, 2)  # (B,T,H,D,P)
     maps = q.new_empty(q.shape[0], 2, q.shape[1] - 1, q.shape[2], q.shape[2])
-    for clip in range(q.shape[0]):  # one clip at a time: the per-head maps are H times the result
+    for clip in range(q.shape[0]):  # clip by clip: the maps of all heads are H times as large as the result
         maps[clip, 0] = _mean_attention(scaled[clip, 1:], keys[clip, :-1])
         maps[clip, 1] = _mean_attention(scaled[clip, :-1], keys[clip, 1:])
     return maps
@@ -79,12 +89,13 @@ def patch_maps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def maps_from_tokens(below: torch.Tensor, projection: MapProjection) -> torch.Tensor:
-    """The maps of a block from the tokens one block below.
+    """Return the maps of a layer from the tokens one layer below, computed in float32 outside any autocast.
 
     Args:
-        below: (B, T, 1+P, C), class token first, T >= 2. projection: of the block, on the same device.
+        below: (B, T, 1+P, C), class token first, T >= 2.
+        projection: of the layer, on the same device.
 
-    Returns: float32 (B, 2, T-1, P, P), computed in float32 outside any autocast; see `adjacent_frame_maps`.
+    Returns: float32 (B, 2, T-1, P, P); see `adjacent_frame_maps`.
     """
     with torch.autocast(below.device.type, enabled=False):
         tokens = F.layer_norm(

@@ -1,4 +1,4 @@
-"""JSON that is the same for equal content, and digests of it."""
+"""Write JSON that is the same for equal content, and digests of it."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from evl_cache.errors import UsageError
 
 
 def canonical_json(content: object) -> bytes:
-    """UTF-8 JSON that is the same for equal content: sorted keys, no spaces, one newline at the end.
+    """Return UTF-8 JSON that is the same for equal content: sorted keys, no spaces, one newline at the end.
 
     Raises: UsageError for text that is not valid UTF-8.
     """

@@ -1,4 +1,4 @@
-"""Clips and their labels: the list whose order every cache keeps. Pure; readers of disks are in `annotations`."""
+"""Clips and their labels: the list whose order every cache keeps. The room `datasets` reads lists from disks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from evl_cache.errors import CacheError, UsageError
 
 TRAIN_SPLITS = ("train",)
 VAL_SPLITS = ("val", "validation", "test")
-MAX_CLASSES = 100_000  # a larger number in a list is a frame count or an id, not a class
+MAX_CLASSES = 100_000  # a larger number in a list is a number of frames or an id, not a class
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +17,11 @@ class Clip:
     """One video of a data set.
 
     Attributes:
-        id: unique within the list; the path as its source writes it.
-        path: where the file lies: absolute, or relative to the data set's root.
+        id: unique within the list; often the path as the annotation has it.
+        path: of the file, absolute or relative to the data set's root.
         label: class number.
-        split: `train`, `val`, … as the data set names it.
-        line: line of the annotation file it came from; None where there is no such file.
+        split: `train`, `val` or another name.
+        line: its line in the annotation file; None where there is no such file.
     """
 
     id: str
@@ -31,12 +31,12 @@ class Clip:
     line: int | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The row of `clips.jsonl`."""
+        """Return the clip's row of `clips.jsonl`."""
         return {"id": self.id, "path": self.path, "label": self.label, "split": self.split}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Clip":
-        """Raises: CacheError for a row of another form."""
+        """Return the clip of a row of `clips.jsonl`. Raises: CacheError for a row of another form."""
         try:
             clip = cls(
                 id=str(row["id"]), path=str(row["path"]), label=int(row["label"]), split=str(row["split"])
@@ -46,15 +46,20 @@ class Clip:
             return clip
         except (KeyError, TypeError, ValueError) as error:
             raise CacheError(
-                f"clips.jsonl: not a clip ({error!r}); expected id, path, label, split"
+                f"clips.jsonl: not a clip ({error!r}); expected id, path, label, split: verify the cache"
             ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
 class ClipList:
-    """Clips in their fixed order, and class names by label.
+    """Clips in their fixed order.
 
-    Raises: UsageError for an empty list, or an id that stands twice (with both line numbers).
+    Attributes:
+        clips: in order.
+        classes: names by label.
+        source: where they were read, for messages.
+
+    Raises: UsageError for an empty list, or for an id that occurs twice, with both line numbers.
     """
 
     clips: tuple[Clip, ...]
@@ -68,18 +73,18 @@ class ClipList:
         for clip in self.clips:
             if clip.id in seen:
                 where = f" (lines {seen[clip.id].line} and {clip.line})" if clip.line else ""
-                raise UsageError(f"{self.source}: {clip.id!r} stands twice{where}; expected each clip once")
+                raise UsageError(f"{self.source}: {clip.id!r} occurs twice{where}; expected each clip once")
             seen[clip.id] = clip
 
     @property
     def content_id(self) -> str:
-        """Digest of ids and labels in order: where the files lie does not matter."""
+        """The digest of ids and labels in order; paths of files do not change it."""
         return digest([[clip.id, clip.label] for clip in self.clips])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ListLine:
-    """`path label` of one line, before labels are numbered."""
+    """One line `path label` of a list, before labels are numbered."""
 
     line: int
     path: str
@@ -87,7 +92,9 @@ class ListLine:
 
 
 def parse_list(text: str, *, source: str) -> list[ListLine]:
-    """Lines `path label` (path may hold spaces), or `path<TAB>label` (both may). Empty lines are skipped.
+    """Return the lines of a list, but for empty ones.
+
+    A line is `path label`, whose path may hold spaces, or `path<TAB>label`, where both may.
 
     Raises: UsageError with the line number for a line without a label.
     """
@@ -105,9 +112,9 @@ def parse_list(text: str, *, source: str) -> list[ListLine]:
 def number_labels(
     labels: Sequence[str], *, source: str, lines: Sequence[int]
 ) -> tuple[list[int], tuple[str, ...]]:
-    """Class numbers and names: numbers are kept as they are, names are numbered in alphabetical order.
+    """Return class numbers and class names; labels that are names are numbered in alphabetical order.
 
-    Raises: UsageError for a mixture of both, or a number of `MAX_CLASSES` or more, with the line number.
+    Raises: UsageError for labels of both kinds, or for a number of `MAX_CLASSES` or more, with the line number.
     """
     numeric = [label.isdecimal() for label in labels]
     if all(numeric):
@@ -130,9 +137,9 @@ def number_labels(
 
 
 def select(clips: Sequence[Clip], wanted: Iterable[str], *, source: str) -> list[int]:
-    """Rows of the clips named by id or path, in the order of `wanted`.
+    """Return the rows of the clips that `wanted` names by id or path, in its order.
 
-    Raises: UsageError for a name that is no clip's, or names none.
+    Raises: UsageError for a name that no clip has, or where no clip is named.
     """
     rows = {clip.path: row for row, clip in enumerate(clips)} | {
         clip.id: row for row, clip in enumerate(clips)

@@ -1,4 +1,4 @@
-"""How layers and views are written: `8-12`, `9,11,12`, `3x1`."""
+"""Read and write layers and views as users do: `8-12`, `9,11,12`, `3x1`."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ from evl_cache.errors import UsageError
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
-    """Block numbers of `8-12` (inclusive) or `9,11,12` or a mixture.
+    """Return the layers of `8-12` (inclusive), `9,11,12` or a mixture.
 
     Raises: UsageError for anything else.
     """
@@ -14,7 +14,7 @@ def parse_layers(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
         if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise UsageError(f"--layers {text!r}; expected blocks counted from 1, such as 8-12 or 9,11,12")
+            raise UsageError(f"--layers {text!r}; expected layers numbered from 1, such as 8-12 or 9,11,12")
         if dash and int(last) < int(first):
             raise UsageError(f"--layers {text!r}: {part} runs backwards; expected {last}-{first}")
         out.update(range(int(first), int(last or first) + 1))
@@ -22,14 +22,14 @@ def parse_layers(text: str) -> tuple[int, ...]:
 
 
 def format_layers(layers: Sequence[int]) -> str:
-    """Blocks as `parse_layers` reads them: `8-12`, or `9,11,12` where some are left out."""
+    """Return layers as `parse_layers` reads them: `8-12`, or `9,11,12` where some are left out."""
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ",".join(map(str, layers))
 
 
 def parse_views(text: str) -> tuple[int, int]:
-    """(temporal, spatial) of `3x1`. Raises: UsageError for anything else."""
+    """Return the numbers of temporal and spatial views of `3x1`. Raises: UsageError for anything else."""
     temporal, cross, spatial = text.lower().partition("x")
     if not cross or not temporal.isdecimal() or not spatial.isdecimal():
         raise UsageError(f"--views {text!r}; expected temporal x spatial, such as 3x1")

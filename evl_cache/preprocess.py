@@ -1,6 +1,6 @@
-"""From decoded frames to the backbone's input, exactly as the official test loader does it.
+"""Make a tower's input from decoded frames, exactly as the official test loader does.
 
-T frames, H and W source pixels, S the model's image size.
+T frames, H and W source pixels, S the tower's image size.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,16 @@ def spatial_crops(
     std: Sequence[float],
     crops: int = 1,
 ) -> torch.Tensor:
-    """Scale to [0, 1], normalise, resize the short side to `size` and cut crops along the long side.
+    """Scale frames to [0, 1], normalise them, resize the short side to `size` and cut crops along the long side.
 
-    Bilinear, `align_corners=False`, no antialias, in float32: the order and the filter of the official
-    loader, which the published figures depend on.
+    Resizing is bilinear with `align_corners=False`, without antialias, in float32. The published figures depend on
+    this order and filter of the official loader.
 
     Args:
         frames: uint8 (T, H, W, 3), RGB.
         size: side of the square crop in pixels.
-        mean, std: three numbers each, in units of [0, 1].
+        mean: of each colour channel, in units of [0, 1].
+        std: of each colour channel, in units of [0, 1].
         crops: 1 (centre) or 3 (start, middle, end of the long side).
 
     Returns: float32 (crops, T, 3, size, size).
@@ -39,14 +40,15 @@ def spatial_crops(
             f"size {size}, mean {mean}, std {std}; expected a size of at least 1 and three numbers each"
         )
     if isinstance(frames, np.ndarray):
-        frames = np.require(
-            frames, requirements=["C", "W"]
-        )  # torch warns of a read-only array; a view may run backwards
+        # torch warns of an array that is read-only, and takes none with negative strides.
+        frames = np.require(frames, requirements=["C", "W"])
     tensor = torch.as_tensor(frames)
     if tensor.ndim != 4 or tensor.shape[-1] != 3 or tensor.dtype != torch.uint8:
         raise UsageError(f"frames are {tensor.dtype} {tuple(tensor.shape)}; expected uint8 (T, H, W, 3), RGB")
     if 0 in tensor.shape:
-        raise ClipError(f"frames of shape {tuple(tensor.shape)} hold no pixels")
+        raise ClipError(
+            f"frames of shape {tuple(tensor.shape)} hold no pixels; expected at least one frame and pixel"
+        )
     if crops not in (1, 3):
         raise UsageError(f"spatial views: got {crops}; expected 1 (centre) or 3 (start, middle, end)")
     height, width = tensor.shape[1:3]
@@ -59,10 +61,10 @@ def spatial_crops(
 
 
 def normalised(frames: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
-    """uint8 (T, H, W, 3) as float32 (T, 3, H, W): scaled to [0, 1], less the mean, by the standard deviation."""
+    """Return uint8 frames (T, H, W, 3) as normalised float32 (T, 3, H, W): (frames / 255 - mean) / std."""
     pixels = (
         frames.permute(0, 3, 1, 2).to(torch.float32).div_(255.0)
-    )  # a copy; in place, as frames may be large
+    )  # of the copy, in place: frames may be large
     shift = torch.tensor(mean, dtype=torch.float32).view(3, 1, 1)
     scale = torch.tensor(std, dtype=torch.float32).view(3, 1, 1)
     return pixels.sub_(shift).div_(scale)

@@ -1,4 +1,4 @@
-"""Progress lines: on stderr of a terminal, or as a widget in a notebook; silent elsewhere."""
+"""Show progress as a line on a terminal's stderr or as a notebook's widget; show nothing elsewhere."""
 
 import importlib.util
 import sys
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def in_notebook() -> bool:
-    """Whether this is a Jupyter kernel, whose stderr is no terminal but is read by a person all the same."""
+    """Whether this is a Jupyter kernel, whose stderr a person reads though it is no terminal."""
     ipython = sys.modules.get("IPython")
     shell = None if ipython is None else ipython.get_ipython()
     return type(shell).__name__ == "ZMQInteractiveShell"
@@ -18,7 +18,9 @@ def _line(*, shown: bool = True, **options: Any) -> Any:
     if not in_notebook():
         from tqdm import tqdm
 
-        return tqdm(**options, disable=None if shown else True)  # None: silent where stderr is no terminal
+        return tqdm(
+            **options, disable=None if shown else True
+        )  # None shows nothing where stderr is no terminal
     if importlib.util.find_spec("ipywidgets") is None:
         from tqdm import tqdm
     else:
@@ -27,7 +29,7 @@ def _line(*, shown: bool = True, **options: Any) -> Any:
 
 
 class ClipProgress:
-    """A progress line of clips: called with whether one failed."""
+    """A progress line of clips. Call it after each clip, with whether it failed."""
 
     def __init__(self, bar: Any) -> None:
         self._bar = bar
@@ -40,13 +42,13 @@ class ClipProgress:
         self._bar.update()
 
     def note_bottleneck(self, name: str) -> None:
-        """What extraction waits for: `decoding`, `transfer`, `device` or `writing`."""
+        """Show what extraction waits for: `decoding`, `transfer`, `device` or `writing`."""
         self._told["bottleneck"] = name
 
 
 @contextmanager
 def clip_progress(total: int, description: str, *, shown: bool = True) -> Iterator[ClipProgress]:
-    """A line on stderr with clips/s, time left, failures, bottleneck; quiet where stderr is no terminal."""
+    """Show clips/s, time left, failures and the bottleneck on one line."""
     with _line(total=total, desc=description, unit=" clip", shown=shown) as bar:
         yield ClipProgress(bar)
 
@@ -55,13 +57,13 @@ def clip_progress(total: int, description: str, *, shown: bool = True) -> Iterat
 def extract_progress(
     num_clips: int, split: str, *, shown: bool = True
 ) -> Iterator[tuple[ClipProgress, Callable[[str], None]]]:
-    """The progress line of a cache that is extracted, by all jobs on it together."""
+    """Show the progress of a cache that is extracted, by all jobs on it together."""
     with clip_progress(num_clips, f"extract {split}", shown=shown) as line:
         yield line, line.note_bottleneck
 
 
 class StepProgress:
-    """A progress line of steps: called with (steps done, steps in all, loss)."""
+    """A progress line of steps. Call it with steps done, steps in all, the loss or None, and other numbers to show."""
 
     def __init__(self, bar: Any) -> None:
         self._bar, self._waits_for = bar, "device"
@@ -75,20 +77,20 @@ class StepProgress:
         self._bar.update(done - self._bar.n)
 
     def note_bottleneck(self, name: str) -> None:
-        """What training waits for: `device`, `disk` or `processor`."""
+        """Show what training waits for: `device`, `disk` or `processor`."""
         self._waits_for = name
 
 
 @contextmanager
 def step_progress(description: str) -> Iterator[StepProgress]:
-    """A line on stderr with steps/s, time left, the loss and the bottleneck; quiet where stderr is no terminal."""
+    """Show steps/s, time left, the loss and the bottleneck on one line."""
     with _line(desc=description, unit=" step") as bar:
         yield StepProgress(bar)
 
 
 @contextmanager
 def block_progress(description: str) -> Iterator[Callable[[bool], None]]:
-    """A line on stderr with blocks/s and how many were copied; quiet where stderr is no terminal."""
+    """Show blocks/s and how many were copied on one line; call what is yielded with whether a block was copied."""
     from tqdm import tqdm
 
     with tqdm(desc=description, unit=" block", disable=None) as bar:

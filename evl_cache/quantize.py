@@ -1,16 +1,15 @@
-"""Tokens and attention maps as 8-bit codes, and back.
+"""Quantise tokens and attention maps to 8-bit codes, and decode them.
 
-Legend: `T` frames, `N` = 1 + P tokens of a frame (class token first), `P` patches, `C` channels. One *item*
-is one (sample, layer): every leading index of `tokens` is quantised alone.
+T frames, P patches, N = 1+P tokens of a frame (class token first), C channels, I items, K = T N. An item is one sample
+and layer; every item, a leading index of `tokens`, is quantised alone.
 
-Tokens. A few channels of CLIP are 20 to 100 times the rest, so each channel has its own scale and offset. A
-few tokens (registers) are ten times the rest in every channel, and would make the step of all others coarse,
-so each token has its own scale beside it: exactly 1 for an ordinary token, its size over the median size for
-one that stands out. `value = (code * scale + offset) * token_scale`; ranges are minimum to maximum, so
-nothing is clipped.
+Tokens: A few channels of CLIP are 20 to 100 times as large as the rest, so each channel has its own scale and offset. A
+few tokens (registers) are ten times as large as the rest in every channel, and would make the step of all others coarse.
+So each token has a scale too: exactly 1 for an ordinary token, its size over the median size for an outlier.
+`value = (code * scale + offset) * token_scale`. Ranges are minimum to maximum, so nothing is clipped.
 
-Maps. Softmax rows are peaked or flat: the square root spends the codes where a linear one has none, and the
-row maximum fits the range to the row. `value = (code / 255)**2 * row_max`.
+Maps: Rows of a softmax are peaked or flat. The square root gives small values more codes than a linear scale does, and
+the row's maximum fits the range to the row. `value = (code / 255)**2 * row_max`.
 """
 
 from __future__ import annotations
@@ -30,16 +29,16 @@ CodesT = TypeVar("CodesT", Tensor, npt.NDArray[Any])
 STEPS = 255
 INT8_MIN = -128
 
-# Values worked on at once. A CPU is fastest on 8 MiB of float32 (caches hold it, the allocator reuses it;
-# four times slower from 32 MiB on), and small items must share a pass: a kernel is a meeting of all threads.
+# Values of one pass. A CPU is fastest on 8 MiB of float32, which fit its caches and are reused by the allocator; from 32
+# MiB on a pass takes four times as long. Small items share a pass, as all threads must meet after every kernel.
 CPU_PASS_VALUES = 2**21
 DEVICE_PASS_VALUES = 2**26
 
-# A token up to this many times the median size costs others at most log2(1.5) of a bit, and keeps scale 1.
+# A token of up to this many times the median size costs the others at most log2(1.5) bits, and keeps scale 1.
 OUTLIER_RATIO = 1.5
 
-# A channel that is zero but for one token has next to no typical size; without this floor that one channel
-# alone would make its token look enormous and so ruin the token's other channels.
+# A channel that is zero except in one token has nearly no typical size. Without this floor that channel alone would make
+# the token an enormous outlier, and its other channels would lose precision.
 SMALLEST_TYPICAL_SHARE = 1.0 / 256.0
 
 
@@ -47,8 +46,10 @@ SMALLEST_TYPICAL_SHARE = 1.0 / 256.0
 class QuantizedTokens:
     """Tokens as codes.
 
-    `codes` (..., T, N, C) int8; `affine` (..., 2, C) float32, scale then offset of each channel;
-    `scale` (..., T, N) float16 of each token, 1 for ordinary ones, or None where it was switched off.
+    Attributes:
+        codes: int8 (..., T, N, C).
+        affine: scale and offset of each channel, float32 (..., 2, C).
+        scale: of each token, 1 for an ordinary one, float16 (..., T, N); None where it was switched off.
     """
 
     codes: Tensor
@@ -64,7 +65,12 @@ class QuantizedTokens:
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizedMaps:
-    """Attention maps as codes: `codes` (..., P) uint8; `row_max` (...) float16, a row's largest value."""
+    """Attention maps as codes.
+
+    Attributes:
+        codes: uint8 (..., P).
+        row_max: a row's largest value, float16 (...).
+    """
 
     codes: Tensor
     row_max: Tensor
@@ -75,11 +81,16 @@ class QuantizedMaps:
 
 
 def quantize_tokens(tokens: Tensor, *, token_scale: bool = True) -> QuantizedTokens:
-    """Quantise `tokens` (..., T, N, C), floating point, to int8; every leading index alone.
+    """Quantise tokens to int8, every leading index alone.
 
-    `token_scale=False` leaves the per-token scale out. On a CPU the codes of an item do not depend on what
-    else is in the batch, bit for bit. Raises `ClipError` naming the leading index where an item is not finite
-    or spans more than its storage can hold, `UsageError` for a wrong shape or dtype.
+    On a CPU an item's codes are the same, bit for bit, in every batch.
+
+    Args:
+        tokens: floating, (..., T, N, C).
+        token_scale: whether each token has a scale.
+
+    Raises: ClipError naming the leading index of an item that is not finite or spans more than codes can hold;
+        UsageError for a wrong shape or dtype.
     """
     if tokens.ndim < 3 or not tokens.is_floating_point() or 0 in tokens.shape[-3:]:
         raise UsageError(
@@ -113,9 +124,13 @@ def quantize_tokens(tokens: Tensor, *, token_scale: bool = True) -> QuantizedTok
 def dequantize_tokens(
     codes: Tensor, affine: Tensor, scale: Tensor | None = None, out_dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """Tokens (..., T, N, C) of `out_dtype` from codes (int8), affine (..., 2, C) and token scale (..., T, N).
+    """Return tokens (..., T, N, C), computed in float32 on the device of `codes`. No argument is changed.
 
-    Computed in float32 on the device of `codes`; the arguments are not changed.
+    Args:
+        codes: int8 (..., T, N, C).
+        affine: scale and offset of each channel, (..., 2, C).
+        scale: of each token, (..., T, N), or None.
+        out_dtype: of the result.
     """
     channel_scale, channel_offset = affine.float()[..., None, None, :, :].unbind(-2)  # (..., 1, 1, C) each
     values = codes.to(torch.float32, copy=True).mul_(channel_scale).add_(channel_offset)
@@ -125,10 +140,10 @@ def dequantize_tokens(
 
 
 def quantize_maps(maps: Tensor) -> QuantizedMaps:
-    """Quantise attention `maps` (..., P), floating point and not negative, to uint8; every row of P alone.
+    """Quantise attention maps (..., P), floating and not negative, to uint8, every row of P alone.
 
-    Raises `ClipError` naming the index of the first row that is not finite, is negative somewhere, or has a
-    maximum beyond float16; `UsageError` for a wrong shape or dtype.
+    Raises: ClipError naming the index of the first row that is not finite, has a negative value, or a maximum beyond
+        float16; UsageError for a wrong shape or dtype.
     """
     if maps.ndim < 1 or not maps.is_floating_point() or maps.shape[-1] == 0:
         raise UsageError(
@@ -147,25 +162,28 @@ def quantize_maps(maps: Tensor) -> QuantizedMaps:
 
 
 def dequantize_maps(codes: Tensor, row_max: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
-    """Maps (..., P) of `out_dtype` from `codes` (..., P) uint8 and `row_max` (...) float16."""
+    """Return maps (..., P) of `out_dtype` from `codes`, uint8 (..., P), and `row_max`, float16 (...)."""
     roots = codes.float() / STEPS
     return (roots * roots * row_max.float().unsqueeze(-1)).to(out_dtype)
 
 
 def to_float16(values: Tensor, *, what: str = "tokens") -> Tensor:
-    """`values` as float16; `ClipError` naming `what` and the first index that float16 cannot hold."""
+    """Return values as float16. Raises: ClipError naming `what` and the first index that float16 cannot hold."""
     halves = values.detach().to(torch.float16)
-    # The float32 sum of finite float16 is finite: one cheap reduction, and no mask unless something is bad.
+    # The float32 sum of finite float16 values is finite, so one cheap reduction is enough unless something is wrong.
     if not bool(halves.sum(dtype=torch.float32).isfinite()):
         _raise_for_first(~halves.isfinite(), what, "finite values of at most 65504, the largest float16")
     return halves
 
 
 def frame_difference(codes: CodesT, out: npt.NDArray[Any] | None = None) -> CodesT:
-    """Codes (..., T, A, B) as differences to the frame before, modulo 256; frame 0 stays as it is.
+    """Return codes (..., T, A, B) as differences to the frame before, modulo 256; frame 0 stays as it is.
 
-    For int8 tokens (T, N, C) and uint8 maps (T-1, P, P) alike, numpy arrays or tensors; a new array, or `out`
-    (numpy only). Exact: `frame_sum` is the inverse. Neighbouring frames are alike, so differences compress better.
+    Neighbouring frames are similar, so differences compress better. `frame_sum` is the exact inverse.
+
+    Args:
+        codes: int8 tokens (..., T, N, C) or uint8 maps (..., T-1, P, P), as a numpy array or a tensor.
+        out: array of numpy to write into and return; a new one by default.
     """
     _check_codes(codes)
     if out is not None:
@@ -179,7 +197,7 @@ def frame_difference(codes: CodesT, out: npt.NDArray[Any] | None = None) -> Code
 
 
 def frame_sum(differences: CodesT) -> CodesT:
-    """Codes (..., T, A, B) from their `frame_difference`: the running sum over T, modulo 256; a new array."""
+    """Return new codes (..., T, A, B) from their `frame_difference`: the running sum over T, modulo 256."""
     _check_codes(differences)
     result = _copy(differences)
     for frame in range(1, result.shape[-3]):
@@ -188,7 +206,7 @@ def frame_sum(differences: CodesT) -> CodesT:
 
 
 def frame_sum_(codes: npt.NDArray[Any]) -> None:
-    """`frame_sum` of a numpy array in place, as the trailing underscore says: for buffers that are reused."""
+    """Replace differences in a numpy array by their `frame_sum`, in place: for buffers that are reused."""
     _check_codes(codes)
     frames = codes.shape[-3]
     for frame in range(1, frames):
@@ -196,12 +214,12 @@ def frame_sum_(codes: npt.NDArray[Any]) -> None:
 
 
 def _token_scale(values: Tensor) -> Tensor:
-    """Scale (I, K) float16 of each token of `values` (I, K, C) float32; 1 where the token is ordinary.
+    """Return the scale of each token, float16 (I, K), of values, float32 (I, K, C); 1 for an ordinary token.
 
-    A token's size is the fourth-power mean, over channels, of its magnitudes in units of the channel's
-    typical magnitude. The typical magnitude is a mean of square roots, which a few outlier tokens hardly
-    move. The fourth power leans to a token's largest channels: a token that is huge in a few channels only is
-    scaled as well, by less, which was the best trade measured (docs/architecture.md).
+    A token's size is the fourth-power mean over channels of its magnitudes, in units of the channel's typical
+    magnitude. The typical magnitude is the squared mean of square roots, on which a few outlier tokens have little
+    effect. The fourth power gives weight to a token's largest channels, so a token that is huge in a few channels only
+    is scaled too, by less; of the powers measured it was the best.
     """
     magnitude = values.abs()
     typical = magnitude.sqrt().mean(1, keepdim=True).square()  # (I, 1, C)
@@ -211,33 +229,33 @@ def _token_scale(values: Tensor) -> Tensor:
     size = torch.linalg.vector_norm(relative, dim=-1).sqrt_()  # (I, K)
     usual = size.median(1, keepdim=True).values
     ratio = size / torch.where(usual > 0, usual, 1.0)
-    # `~(<=)`: a token that is not finite must not pass for an ordinary one.
+    # `~(<=)` and not `>`: a token that is not finite must not count as ordinary.
     outlier = ~(ratio <= OUTLIER_RATIO) & ~(usual == 0)
     return torch.where(outlier, ratio, 1.0).to(torch.float16)
 
 
 def _encode_channels(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes (I, K, C) int8 and affine (I, 2, C) float32 of `values` (I, K, C) float32, minimum to maximum."""
+    """Return int8 codes (I, K, C) and float32 affine (I, 2, C) of float32 values (I, K, C), minimum to maximum."""
     low = values.amin(1, keepdim=True)  # (I, 1, C)
     step = (values.amax(1, keepdim=True) - low) / STEPS
     # A constant channel (or one narrower than float32 can divide) gets step 0 and is its offset.
     step = torch.where(step < torch.finfo(torch.float32).tiny, 0.0, step)
     inverse = torch.where(step == 0, 0.0, 1.0 / step)
     codes = torch.addcmul(torch.full_like(low, INT8_MIN), values - low, inverse).round_().to(torch.int8)
-    # After the step is zeroed: where it is 0 every code is -128 and the offset must be the minimum itself.
+    # Computed from the zeroed step: there every code is -128, and the offset must be the minimum itself.
     affine = torch.cat([step, low - INT8_MIN * step], dim=1)
     return codes, affine
 
 
 def _float16_at_least(values: Tensor) -> Tensor:
-    """The smallest float16 that is not below `values` (not negative): a row's codes then never pass 255."""
+    """Return the smallest float16 not below each of `values` (not negative), so that a row's codes never pass 255."""
     halves = values.to(torch.float16)
     next_up = (halves.view(torch.int16) + 1).view(torch.float16)  # adjacent bit patterns are adjacent numbers
     return torch.where(halves.float() < values, next_up, halves)
 
 
 def _raise_for_first(bad: Tensor, what: str, expected: str) -> None:
-    """`ClipError` naming the first True index of `bad`, if there is one."""
+    """Raise a ClipError naming the first index where `bad` is True, if there is one."""
     if not bool(bad.any()):
         return
     index = tuple(int(i) for i in bad.nonzero()[0])

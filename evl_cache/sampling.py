@@ -1,6 +1,6 @@
-"""Which frames of a file make a clip's views. Pure index arithmetic, no video.
+"""Choose the frames of a file that make a clip's views: index arithmetic without any video.
 
-n: frames in the file, T: frames of a view, s: frame stride, V: temporal views.
+n frames in the file, T frames of a view, s frame stride, V temporal views.
 Rounding is Python's `round` (half to even), as in the official loader.
 Source: section 4 of arXiv 2208.03550 and the official data loader's rules.
 """
@@ -11,7 +11,7 @@ from evl_cache.errors import ClipError, UsageError
 
 
 def strided_test_views(num_frames_in_file: int, *, frames: int, stride: int, views: int = 1) -> np.ndarray:
-    """Frame indices of V evenly spread views of T frames, s apart.
+    """Return frame indices of V evenly spread views of T frames, s apart.
 
     A file shorter than s(T-1)+1 frames is padded with its last frame.
 
@@ -31,7 +31,7 @@ def strided_test_views(num_frames_in_file: int, *, frames: int, stride: int, vie
 
 
 def tsn_test_views(num_frames_in_file: int, *, frames: int, views: int = 1) -> np.ndarray:
-    """Frame indices of V interleaved TSN views: frame i of view v is ((2iV + 2v + 1) n) // (2VT).
+    """Return frame indices of V interleaved TSN views: frame i of view v is ((2iV + 2v + 1) n) // (2VT).
 
     Returns: int64 (views, frames). Raises: as `strided_test_views`.
     """
@@ -44,9 +44,9 @@ def tsn_test_views(num_frames_in_file: int, *, frames: int, views: int = 1) -> n
 def strided_train_view(
     num_frames_in_file: int, *, frames: int, stride: int, rng: np.random.Generator
 ) -> np.ndarray:
-    """Frame indices of one random view of T frames, s apart.
+    """Return frame indices of one random view of T frames, s apart.
 
-    A file that is too short (s(T-1)+1 >= n) gives i*s, or the last such index below n.
+    In a file that is too short (s(T-1)+1 >= n), frame i is i*s, or the last such index below n.
 
     Returns: int64 (frames,). Raises: as `strided_test_views`.
     """
@@ -60,7 +60,9 @@ def strided_train_view(
 
 
 def tsn_train_view(num_frames_in_file: int, *, frames: int, rng: np.random.Generator) -> np.ndarray:
-    """Frame indices of one random TSN view: frame i uniform in round(g i) .. round(g (i+1)), g = (n-1)/T.
+    """Return frame indices of one random TSN view.
+
+    Frame i is uniform in round(g i) .. round(g (i+1)), with g = (n-1)/T.
 
     Returns: int64 (frames,). Raises: as `strided_test_views`.
     """

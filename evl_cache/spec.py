@@ -1,4 +1,4 @@
-"""What a cache holds: one frozen description, written into the store and compared on every use.
+"""The specification of a cache: what it holds, written into the store and compared on every use.
 
 T frames, P patches (grid Hp x Wp), N = 1+P tokens, C channels.
 """
@@ -19,7 +19,9 @@ MAP_STORAGE = ("uint8", "fp16", "recompute", "none")
 CODECS = ("default", "raw", "archive")
 SAMPLING = ("strided", "tsn")
 SOFTWARE_PIXELS = "software"
-PREPROCESSING = "short-side-bilinear-v1"  # preprocess.spatial_crops; a change of its pixels is a new name
+PREPROCESSING = (
+    "short-side-bilinear-v1"  # of preprocess.spatial_crops; if its pixels change, so does this name
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +29,19 @@ class TowerSpec:
     """The frozen image tower: its name, and everything that changes its output.
 
     Attributes:
-        model, pretrained: names, for people and for building it again.
-        class_token: `own`, or `mean` where the tower has none and row 0 holds the mean of a frame's patches.
-        registers: tokens of the tower that are neither class token nor patch, and are not stored.
+        model: name, for people and for building the tower again.
+        pretrained: name of its weights, likewise.
+        weights_sha256: digest of the weights' names, shapes and values.
+        image_size: side of a frame, in pixels.
+        patch_size: side of a patch, in pixels.
+        width: channels C.
+        blocks: number of layers; caches on disks have this name.
+        heads: attention heads of a layer.
+        quick_gelu: whether its activation is QuickGELU.
+        mean: of each colour channel, in units of [0, 1], by which frames are normalised.
+        std: of each colour channel, likewise.
+        class_token: `own`, or `mean` where the tower has none and token 0 holds the mean of a frame's patches.
+        registers: number of the tower's tokens that are neither class token nor patch, and are not stored.
     """
 
     model: str
@@ -47,7 +59,7 @@ class TowerSpec:
     registers: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """The fields; those of a tower unlike CLIP's only where it is one, so that others keep their identity."""
+        """Return the fields; those that CLIP's towers lack are left out of theirs, so that old feature ids stay."""
         content = asdict(self)
         for name, usual in (("class_token", "own"), ("registers", 0)):
             if content[name] == usual:
@@ -63,15 +75,17 @@ class TowerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """Which frames and crops of a clip are its samples.
+    """The frames and crops of a clip that are its samples.
 
     Attributes:
-        frames: T of a view.
+        frames: frames T of a view.
         sampling: `strided` or `tsn`.
-        stride: frames between two of a view; None for `tsn`.
-        temporal_views, spatial_views: samples of a clip are ordered spatial first, temporal within.
-        train_views: augmented training views in the place of these; 0: none.
-        augment_seed: what they are drawn from, with clip id and view number. flip: mirror half of them.
+        stride: step from one frame of a view to the next; None for `tsn`.
+        temporal_views: views over time; a clip's samples are ordered by temporal view, then by spatial view.
+        spatial_views: crops of each temporal view, 1 (centre) or 3.
+        train_views: random augmented views instead of these; 0 for none.
+        augment_seed: seed of the augmented views, beside clip id and view number.
+        flip: whether half of the augmented views are mirrored.
     """
 
     frames: int = 8
@@ -106,15 +120,17 @@ class ViewSpec:
                 "either those or these"
             )
         if not self.train_views and (self.augment_seed or self.flip):
-            raise UsageError("an augmentation seed or flip without augmented views; give --train-views")
+            raise UsageError(
+                "an augmentation seed or flip without augmented views; give --train-views, or leave them out"
+            )
 
     @property
     def per_clip(self) -> int:
-        """Samples of one clip."""
+        """The number of samples of one clip."""
         return self.train_views or self.temporal_views * self.spatial_views
 
     def to_json(self) -> dict[str, Any]:
-        """The fields; those of augmentation only where there is one, so that other caches keep their identity."""
+        """Return the fields; those of augmentation only where there is any, so that old feature ids stay."""
         content = asdict(self)
         if not self.train_views:
             for name in ("train_views", "augment_seed", "flip"):
@@ -124,20 +140,24 @@ class ViewSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """Everything that decides a cache's bytes, but for the hardware that made them.
+    """Everything that decides a cache's bytes, except the hardware that made them.
 
     Attributes:
-        dataset, split: names, for people and for finding caches.
+        dataset: name, for people and for finding caches.
+        split: name, likewise.
         classes: class names by label.
-        tower, views: see there.
-        layers: blocks that a head may read, counted from 1, shallow to deep.
-        tokens, maps: storage of either; maps "recompute" are made from stored tokens one block below.
-        compute_dtype: of the forward pass.
+        tower: the image tower.
+        views: the samples of a clip.
+        layers: layers that a head may read, numbered from 1, shallow to deep.
+        tokens: how tokens are stored, one of `TOKEN_STORAGE`.
+        maps: how maps are stored, one of `MAP_STORAGE`; "recompute" makes them from the tokens one layer below.
+        compute_dtype: dtype of the tower's forward pass.
         num_clips: clips of the list, failed ones included.
         content_id: digest of the clip list (ids and labels, in order).
-        block_clips: clips of one block (one shard of every array).
-        codec: profile of the lossless codecs; never changes a value.
-        pixels: what decoded: "software" (decord and PyAV, which agree), or another whose pixels differ.
+        block_clips: clips of one block, which is one shard of every array.
+        codec: profile of the lossless codecs; it never changes a value.
+        preprocessing: name of the code that makes the tower's input from frames.
+        pixels: kind of decoder: "software" (decord and PyAV, which agree), or another whose pixels differ.
         extra: fields of a newer minor version, kept as they were read.
     """
 
@@ -167,7 +187,7 @@ class CacheSpec:
             raise UsageError(f"codec {self.codec!r}; expected one of {', '.join(CODECS)}")
         if self.recomputes_maps and 1 in self.layers:
             raise UsageError(
-                f"maps 'recompute' with layers {list(self.layers)}: block 1 has no block below whose tokens give "
+                f"maps 'recompute' with layers {list(self.layers)}: layer 1 has no layer below whose tokens give "
                 "its maps; leave it out, or use --maps uint8"
             )
         if self.num_clips < 1:
@@ -175,22 +195,22 @@ class CacheSpec:
 
     @property
     def num_samples(self) -> int:
-        """Rows of every array: clips times views."""
+        """The number of rows of every array: clips times views."""
         return self.num_clips * self.views.per_clip
 
     @property
     def num_blocks(self) -> int:
-        """Blocks, the last of which may be short."""
+        """The number of blocks, the last of which may be short."""
         return -(-self.num_clips // self.block_clips)
 
     @property
     def num_tokens(self) -> int:
-        """N = 1+P."""
+        """The tokens of a frame, N = 1+P."""
         return 1 + self.tower.grid[0] * self.tower.grid[1]
 
     @property
     def has_maps(self) -> bool:
-        """Whether maps can be read, stored or made: of more than one frame."""
+        """Whether maps can be read, be they stored or recomputed; a single frame has none."""
         return self.maps != "none" and self.views.frames > 1
 
     @property
@@ -205,13 +225,13 @@ class CacheSpec:
 
     @property
     def stored_layers(self) -> tuple[int, ...]:
-        """Blocks along the layer axis of every array: `layers`, and with "recompute" those one below."""
+        """The layers along the layer axis of every array: `layers`, and with "recompute" also those one below."""
         below = {layer - 1 for layer in self.layers} if self.recomputes_maps else set()
         return tuple(sorted(below.union(self.layers)))
 
     @cached_property
     def feature_id(self) -> str:
-        """Digest of all that changes a clip's features; layers stand beside it."""
+        """The digest of everything that changes a clip's features, except the choice of layers."""
         tower = {k: v for k, v in self.tower.to_json().items() if k not in ("model", "pretrained")}
         content = {
             "tower": tower,
@@ -221,27 +241,27 @@ class CacheSpec:
             "maps": self.maps,
             "compute_dtype": self.compute_dtype,
         }
-        if self.pixels != SOFTWARE_PIXELS:  # other caches keep their identity
+        if self.pixels != SOFTWARE_PIXELS:  # so that old feature ids stay
             content["pixels"] = self.pixels
         return digest(content)
 
     @property
     def name(self) -> str:
-        """Directory name: data set, split and eight digits of what is in it."""
+        """The name of a cache's directory: data set, split and eight digits of a digest of its content."""
         identity = digest([self.feature_id, self.content_id, list(self.layers)])
         return f"{self.dataset}-{self.split}-{identity[:8]}"
 
     @property
     def block_samples(self) -> int:
-        """Rows of one shard."""
+        """The number of rows of one shard."""
         return self.block_clips * self.views.per_clip
 
     def clips_of_block(self, block: int) -> range:
-        """Clip rows of a block."""
+        """Return the numbers of the clips of a block."""
         return range(block * self.block_clips, min((block + 1) * self.block_clips, self.num_clips))
 
     def differences(self, other: "CacheSpec") -> list[str]:
-        """`field: ours, not theirs` for every field whose values differ."""
+        """Return `field: ours, not theirs` for every field that differs, names of tower and data set apart."""
         mine, theirs = flatten(self.to_json()), flatten(other.to_json())
         ignored = ("tower.model", "tower.pretrained", "dataset", "split")
         return [
@@ -251,7 +271,7 @@ class CacheSpec:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; the inverse of `from_json`."""
+        """Return plain JSON values, from which `from_json` makes the same."""
         content = asdict(self) | {"views": self.views.to_json(), "tower": self.tower.to_json()}
         extra = content.pop("extra")
         if self.pixels == SOFTWARE_PIXELS:
@@ -260,7 +280,7 @@ class CacheSpec:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> "CacheSpec":
-        """Raises: CacheError where fields are missing, of a wrong type or beyond `spec_limits`."""
+        """Return the spec of JSON values. Raises: CacheError where fields are missing, wrong or beyond `spec_limits`."""
         check_spec(content)
         try:
             known = {f.name for f in fields(cls)} - {"extra"}
@@ -271,12 +291,12 @@ class CacheSpec:
             spec = cls(**_tuples(given), extra=extra)
         except (KeyError, TypeError, AttributeError, UsageError) as error:
             raise CacheError(
-                f"the cache's description is incomplete ({error}); is this an evl-cache store?"
+                f"the cache's description is incomplete ({error}); expected one that evl-cache wrote: copy or extract it again"
             ) from error
         if content.get("feature_id") != spec.feature_id:
             raise CacheError(
                 f"feature_id {str(content.get('feature_id'))[:12]} does not belong to the cache's description "
-                f"({spec.feature_id[:12]}); the description was edited"
+                f"({spec.feature_id[:12]}); the description was edited: copy or extract the cache again"
             )
         return spec
 

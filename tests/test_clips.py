@@ -75,7 +75,7 @@ def test_a_number_that_is_no_class_is_refused_before_it_fills_the_memory():
 
 
 def test_a_clip_that_stands_twice_is_named_with_both_lines(tmp_path):
-    with pytest.raises(UsageError, match=r"'a.mp4' stands twice \(lines 1 and 4\)"):
+    with pytest.raises(UsageError, match=r"'a.mp4' occurs twice \(lines 1 and 4\)"):
         read(tmp_path, "a.mp4 1\nb.mp4 1\n\na.mp4 2\n")
 
 

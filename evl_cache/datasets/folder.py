@@ -1,25 +1,48 @@
-"""A folder of classes: `<class>/<video>`, or `<split>/<class>/<video>`."""
+"""Read a folder of classes: `<class>/<video>`, or `<split>/<class>/<video>`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from evl_cache.clips import Clip, ClipList
+from evl_cache.datasets.places import SPLIT_NAMES, VIDEO_SUFFIXES, is_video, normal_split
 from evl_cache.errors import UsageError
 
-VIDEO_SUFFIXES = frozenset(".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .ts .webm .wmv .3gp .mts".split())
-_SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "validation": "val",
-    "valid": "val",
-    "test": "test",
-}
+
+def read_class_folders(
+    root: Path, *, dataset: str, annotations: Path | None, split: str | None
+) -> dict[str, ClipList]:
+    """Return the clip lists of a folder by split, or that of the one split named.
+
+    Args:
+        root: the folder.
+        dataset: its name, for messages.
+        annotations: what the user gave as annotations; None is expected.
+        split: the split wanted. A folder that has no splits is the split that is named.
+
+    Raises: UsageError for annotations, for a split that is not there, or where there is no folder of videos.
+    """
+    if annotations is not None:
+        raise UsageError(
+            f"--annotations {annotations} with --dataset {dataset}; the folders are the labels: leave it out"
+        )
+    lists = read_folder(root)
+    if split is None:  # a test folder stands in for val only where there is no val
+        return {name: clips for name, clips in lists.items() if name != "test" or "val" not in lists}
+    wanted = normal_split(split)
+    if set(lists) == {"all"}:
+        clips = tuple(replace(clip, split=wanted) for clip in lists["all"].clips)
+        return {wanted: replace(lists["all"], clips=clips)}
+    if wanted not in lists:
+        raise UsageError(
+            f"{root}: no folder of split {wanted}, only {', '.join(lists)}; expected one of these as --split"
+        )
+    return {wanted: lists[wanted]}
 
 
 def read_folder(root: Path) -> dict[str, ClipList]:
-    """Clip lists by split (`all` where the folder is not divided), classes in alphabetical order.
+    """Return clip lists by split, one called `all` where the folder has no splits; classes are in alphabetical order.
 
-    Files with other endings than a video's, and hidden ones, are passed over.
+    Hidden files, and files whose names do not end like a video's, are ignored.
 
     Raises: UsageError where there is no folder of videos.
     """
@@ -28,7 +51,7 @@ def read_folder(root: Path) -> dict[str, ClipList]:
             f"{root}: no such folder; expected <class>/<video> or train/<class>/<video> under --root"
         )
     directories = [d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")]
-    splits = {_SPLIT_NAMES[d.name]: d for d in directories if d.name in _SPLIT_NAMES}
+    splits = {SPLIT_NAMES[d.name]: d for d in directories if d.name in SPLIT_NAMES}
     divided = bool(splits) and len(splits) == len(directories)
     parts = splits if divided else {"all": root}
     classes = sorted(
@@ -49,11 +72,6 @@ def _one_split(root: Path, part: Path, split: str, classes: tuple[str, ...]) -> 
                 relative = video.relative_to(root).as_posix()
                 clips.append(Clip(id=relative, path=relative, label=label, split=split))
     return ClipList(clips=tuple(clips), classes=classes, source=str(part))
-
-
-def is_video(path: Path) -> bool:
-    """Whether a file looks like a video by its name."""
-    return path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
 
 
 def _has_video(directory: Path) -> bool:

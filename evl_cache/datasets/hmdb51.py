@@ -1,4 +1,4 @@
-"""HMDB51: for each class and fold a file of videos and codes (1 train, 2 test, 0 in neither)."""
+"""Read HMDB51: each class and fold has a file of videos and codes (1 train, 2 test, 0 in neither)."""
 
 import re
 from pathlib import Path
@@ -23,15 +23,15 @@ _CODES = {"0": None, "1": "train", "2": "val"}
 
 
 def read_hmdb51(root: Path, *, annotations: Path | None, split: str | None) -> dict[str, ClipList]:
-    """Clip lists by split: train and val (code 2) of fold 1 where nothing is named.
+    """Return clip lists by split; without `split` they are train and val (code 2) of fold 1.
 
-    Classes are the names of the annotation files, in alphabetical order, numbered from 0.
+    Classes are named by the annotation files and numbered from 0 in alphabetical order.
 
     Args:
-        root: where the videos lie: `<class>/<file>.avi`, or so under `hmdb51_org`, `hmdb51` or `videos`.
+        root: folder of the videos: `<class>/<file>.avi`, or these in `hmdb51_org`, `hmdb51` or `videos`.
         annotations: folder of `<class>_test_split<fold>.txt`; None looks in `annotations`,
             `testTrainMulti_7030_splits`, `test_train_splits`, `splits` and the root.
-        split: `train` or `val`, with the fold 1 to 3 after it; or a fold alone, for both.
+        split: `train` or `val`, with or without a fold of 1 to 3 after it; or a fold alone, for both splits.
 
     Raises: UsageError for missing or malformed annotation files, with the line.
     """
@@ -52,13 +52,13 @@ def read_hmdb51(root: Path, *, annotations: Path | None, split: str | None) -> d
 
 
 def _annotation_files(folders: list[Path], fold: int) -> tuple[Path, dict[str, Path]]:
-    """The first folder that has any, and the fold's file of every class."""
+    """Return the first folder with annotation files, and the fold's file of every class."""
     for folder in folders:
         matches = [_FILE_NAME.fullmatch(entry.name) for entry in list_directory(folder)]
         classes = sorted({match["class_name"] for match in matches if match})
         files = {name: folder / f"{name}_test_split{fold}.txt" for name in classes}
         absent = [name for name, path in files.items() if not path.is_file()]
-        if absent:  # numbering the rest would shift every label after it
+        if absent:  # without it, every label after it would be wrong
             raise UsageError(
                 f"{folder}: no {files[absent[0]].name}, though other folds name the class; "
                 f"expected a file of fold {fold} for each of {len(classes)} classes ({len(absent)} missing)"
@@ -81,7 +81,7 @@ def _read_class(path: Path, class_name: str, label: int, tree: VideoTree) -> lis
             raise UsageError(f"{path}, line {line}: {text[:120]!r}; expected {_EXPECTED}")
         if file_name in first_lines:
             raise UsageError(
-                f"{path}, line {line}: {file_name!r} stands on line {first_lines[file_name]} already; "
+                f"{path}, line {line}: {file_name!r} is on line {first_lines[file_name]} already; "
                 "expected each file once"
             )
         first_lines[file_name] = line

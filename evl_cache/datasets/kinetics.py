@@ -1,4 +1,4 @@
-"""Kinetics-400, 600 and 700: CSV files of `label,youtube_id,time_start,time_end,split`, ten-second clips."""
+"""Read Kinetics-400, 600 and 700: CSV files of `label,youtube_id,time_start,time_end,split`, ten-second clips."""
 
 import csv
 import io
@@ -42,30 +42,31 @@ class _Row:
 
 @dataclass(frozen=True, kw_only=True)
 class _Table:
-    """Rows of one annotation file."""
+    """The rows of one annotation file."""
 
     path: Path
     rows: tuple[_Row, ...]
 
     def of(self, split: str) -> tuple[_Row, ...]:
+        """Return the rows of a split."""
         return tuple(row for row in self.rows if row.split == split)
 
     @property
     def splits(self) -> tuple[str, ...]:
+        """The splits that rows have, in the file's order."""
         return tuple(dict.fromkeys(row.split for row in self.rows))
 
 
 def read_kinetics(
     root: Path, *, release: int, annotations: Path | None, split: str | None
 ) -> dict[str, ClipList]:
-    """Clip lists by split: train and val where none is named, or what a given annotation file holds of them.
+    """Return clip lists by split; without `split` they are train and val, or those of them in a given annotation file.
 
-    Classes are the names in the train annotation in alphabetical order, numbered from 0, for every split.
-    Where no train annotation can be found, the names in the split's own file are numbered (the published val
-    files hold every class).
+    For every split, classes are numbered from 0 in alphabetical order of the train annotation's names. Where there is no
+    train annotation, the split's own names are numbered; the published val files hold every class.
 
     Args:
-        root: where the videos lie: `<split>/<file>`, `<split>/<class>/<file>`, or either without `<split>`.
+        root: folder of the videos: `<split>/<file>`, `<split>/<class>/<file>`, or either without `<split>`.
         release: 400, 600 or 700.
         annotations: a CSV file, or a folder of them; None looks in `annotations` under the root,
             in `kinetics400` (600, 700), and in the root.
@@ -97,7 +98,7 @@ def _find(folders: Sequence[Path], release: int, split: str) -> Path:
 
 
 def _train_table(tables: Mapping[str, _Table], folders: Sequence[Path], release: int) -> _Table | None:
-    """The table that numbers the classes: among those read, or beside them on the disk."""
+    """Return the table that numbers the classes, read already or beside the others on the disk; None without one."""
     for table in tables.values():
         if table.of("train"):
             return table
@@ -212,7 +213,7 @@ def _clip_list(tree: VideoTree, table: _Table, numbering: _Table, split: str) ->
 
 
 def _found(tree: VideoTree, wanted: set[str], split: str) -> dict[str, str]:
-    """Paths by clip id. Later places are looked into only while a clip is missing in the earlier ones."""
+    """Return paths by clip id; a folder is listed only while a clip is missing in the ones before."""
     found: dict[str, str] = {}
     for folder in _places(tree, split):
         videos = tree.videos(folder)
@@ -239,7 +240,7 @@ def _own_folders(tree: VideoTree, split: str) -> list[str]:
 
 
 def _expected_path(tree: VideoTree, row: _Row, split: str) -> str:
-    """Where a missing clip would lie, after the layout of its neighbours."""
+    """Return where a missing clip would be, by the layout of the other clips."""
     own = (_own_folders(tree, split) or [split])[0]
     by_class = tree.folders(own)
     folders = [name for name in (row.label, row.label.replace(" ", "_")) if name in by_class]

@@ -1,18 +1,18 @@
-"""A list file: one `path label` a line."""
+"""Read a list file: one `path label` a line."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from evl_cache.clips import Clip, ClipList, ListLine, number_labels, parse_list
-from evl_cache.datasets.folder import VIDEO_SUFFIXES
+from evl_cache.datasets.places import VIDEO_SUFFIXES
 from evl_cache.errors import UsageError
 
 
 def read_list_file(path: Path, *, split: str) -> ClipList:
-    """Clips of a list file. Paths stay as written: `extract --root` says what they are relative to.
+    """Return the clips of a list file. Paths stay as written: `extract --root` says what they are relative to.
 
-    mmaction2's lists of videos have this form. Its lists of frame folders (`folder total_frames label`) do
-    not name videos, and are refused.
+    mmaction2's lists of videos have this form. Its lists of frame folders (`folder total_frames label`) do not name
+    videos, and are an error.
 
     Raises: UsageError where the file cannot be read, a line has no label, or the lines name frame folders.
     """
@@ -33,7 +33,7 @@ def read_list_file(path: Path, *, split: str) -> ClipList:
 
 
 def _refuse_frame_folders(rows: Sequence[ListLine], *, source: str) -> None:
-    """One line of this form could be a video's odd name; all lines of a list cannot."""
+    """Raise UsageError where all lines name frame folders; a single such line may be a video's odd name."""
     if rows and all(_counts_frames(row.path) for row in rows):
         row = rows[0]
         raise UsageError(

@@ -1,8 +1,8 @@
-"""Clips whose files are not there, counted before hours of work start.
+"""Count clips whose files are missing before hours of work start.
 
-A missing clip keeps its row: it becomes a failed clip, named in the marks with its reason and never served.
-So the order of samples, the content id and the blocks do not depend on what one machine happened to download,
-and a clip found later fills its own row.
+A missing clip keeps its row: it becomes a failed clip, which marks name with its reason and which is never served. So the
+order of samples, the content id and the blocks do not depend on what one machine has downloaded, and a clip that is
+found later fills its own row.
 """
 
 import math
@@ -17,9 +17,9 @@ _SHOWN = 3
 
 
 def missing_clips(clips: ClipList, root: Path) -> list[Clip]:
-    """Clips without a file, in list order.
+    """Return the clips without a file, in list order.
 
-    One listing a folder: fast on network disks, where one question a file is slow.
+    Each folder is listed once, as a request for each file is slow on network disks.
 
     Raises: UsageError where a folder cannot be listed.
     """
@@ -35,9 +35,9 @@ def missing_clips(clips: ClipList, root: Path) -> list[Clip]:
 
 
 def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> ClipList:
-    """The list unchanged, if no more than `allow_percent` of its clips (0 to 100) are missing.
+    """Return the list unchanged if at most `allow_percent` (0 to 100) of its clips are missing.
 
-    Raises: UsageError otherwise, naming count, percentage, the first files with their lines, and the remedy.
+    Raises: UsageError otherwise, with count, percentage, the first files with their lines, and the remedy.
     """
     if not 0 <= allow_percent <= 100:
         raise UsageError(f"--allow-missing {allow_percent}; expected a percentage from 0 to 100")

@@ -1,13 +1,15 @@
-"""Where things lie under a data set's root: annotation files, folders, videos. Folders are listed once."""
+"""Find annotation files, folders and videos under a data set's root, listing each folder once."""
 
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from evl_cache.datasets.folder import VIDEO_SUFFIXES
 from evl_cache.errors import UsageError
 
+VIDEO_SUFFIXES = frozenset((
+    ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv", ".3gp", ".mts",
+))  # fmt: skip
 SPLIT_NAMES: Mapping[str, str] = {
     "train": "train",
     "training": "train",
@@ -21,7 +23,7 @@ _NUMBERED = re.compile(r"(?P<name>[a-z]*)(?:[ _-]?0?(?P<fold>[1-3]))?")
 
 
 def normal_split(split: str) -> str:
-    """`train`, `val` or `test` for what publishers and users write.
+    """Return `train`, `val` or `test` for what publishers and users write.
 
     Raises: UsageError for any other name.
     """
@@ -32,10 +34,10 @@ def normal_split(split: str) -> str:
 
 
 def numbered_split(split: str | None) -> tuple[tuple[str, ...], int]:
-    """Splits and fold of UCF101 and HMDB51, which have three folds of train and test, and no validation.
+    """Return splits and fold of UCF101 and HMDB51, which have three folds of train and test, and no validation.
 
-    None -> train and val of fold 1; `2` or `split2` -> both of fold 2; `train3` -> train of fold 3;
-    `test` is called val, as everywhere in this package where it is what a head is judged on.
+    None is train and val of fold 1, `2` or `split2` both of fold 2, `train3` train of fold 3. `test` is called val, as
+    everywhere in this package where heads are evaluated on it.
 
     Raises: UsageError for any other name.
     """
@@ -52,7 +54,7 @@ def numbered_split(split: str | None) -> tuple[tuple[str, ...], int]:
 
 
 def require_root(root: Path, *, dataset: str) -> None:
-    """Raises: UsageError where the root is no folder."""
+    """Check that the root is a folder. Raises: UsageError where it is not."""
     if not root.is_dir():
         raise UsageError(
             f"{root}: no such folder; expected the folder of {dataset}; "
@@ -61,7 +63,7 @@ def require_root(root: Path, *, dataset: str) -> None:
 
 
 def find_annotation(directories: Sequence[Path], names: Sequence[str], *, what: str) -> Path:
-    """The annotation file of one of the usual names, in the first directory that has one.
+    """Return the annotation file with one of the usual names, from the first directory that has one.
 
     Raises: UsageError where there is none, or several in one directory.
     """
@@ -76,7 +78,7 @@ def find_annotation(directories: Sequence[Path], names: Sequence[str], *, what: 
 
 
 def find_annotation_if_any(directories: Sequence[Path], names: Sequence[str], *, what: str) -> Path | None:
-    """As `find_annotation`; None where there is none."""
+    """Return what `find_annotation` does, or None where there is no such file."""
     for directory in directories:
         found = [directory / name for name in names if (directory / name).is_file()]
         if len(found) > 1:
@@ -90,7 +92,7 @@ def find_annotation_if_any(directories: Sequence[Path], names: Sequence[str], *,
 
 
 def annotation_folders(root: Path, given: Path | None, usual: Sequence[str]) -> list[Path]:
-    """Folders in which to look: the given one alone, or the usual ones under the root, and the root.
+    """Return the folders to look in: the given one alone, or the usual ones under the root and the root.
 
     Raises: UsageError where the given one is no folder.
     """
@@ -105,28 +107,31 @@ def annotation_folders(root: Path, given: Path | None, usual: Sequence[str]) -> 
 
 
 class VideoTree:
-    """Videos under a root, by folder. Each folder is listed once, when first asked for.
+    """The videos under a root by folder. Each folder is listed once, when it is first asked for.
 
-    A download of 240,000 clips is found with one listing a folder, not one question a file: on a network disk
-    that is seconds instead of many minutes.
+    240,000 clips are so found with one listing for each folder instead of a request for each file. On a network disk
+    that takes seconds instead of many minutes.
+
+    Args:
+        root: folder of the data set.
+        suffix: the published one; it is preferred where a video is there in two formats.
     """
 
     def __init__(self, root: Path, *, suffix: str) -> None:
-        """`suffix` is the published one: it wins where a video lies there in two formats."""
         self._root = root
         self._suffix = suffix
         self._listed: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {}
 
     def videos(self, folder: str) -> Mapping[str, str]:
-        """File name of each video directly in a folder (`""` is the root), by name without ending."""
+        """Return the file names of the videos in a folder (`""` is the root), by their names without ending."""
         return self._list(folder)[0]
 
     def folders(self, folder: str) -> tuple[str, ...]:
-        """Names of the folders in a folder, sorted; hidden ones are left out."""
+        """Return the sorted names of the folders in a folder, without hidden ones."""
         return self._list(folder)[1]
 
     def find(self, folders: Iterable[str], name: str) -> str | None:
-        """Path, relative to the root, of a video named without its ending; None where no folder has it."""
+        """Return the path, relative to the root, of a video by its name without ending; None where no folder has it."""
         for folder in folders:
             if name in self.videos(folder):
                 return join(folder, self.videos(folder)[name])
@@ -157,9 +162,9 @@ class VideoTree:
 
 
 def find_in_class_folder(tree: VideoTree, bases: Sequence[str], class_name: str, file_name: str) -> str:
-    """Path, relative to the root, of `<base>/<class>/<file>`, whatever the file's ending.
+    """Return the path, relative to the root, of `<base>/<class>/<file>`, with any ending of a video.
 
-    A missing one is expected in the first of the bases that there is, and in the root where there is none.
+    For a missing video it is the path under the first of `bases` that exists, or else under the root.
     """
     present = [base for base in bases if not base or base in tree.folders("")]
     found = tree.find((join(base, class_name) for base in present), PurePosixPath(file_name).stem)
@@ -167,7 +172,7 @@ def find_in_class_folder(tree: VideoTree, bases: Sequence[str], class_name: str,
 
 
 def list_directory(directory: Path) -> list[os.DirEntry[str]]:
-    """Entries of a directory; none where there is no such directory.
+    """Return the entries of a directory, or none where there is no such directory.
 
     Raises: UsageError where it cannot be listed.
     """
@@ -183,8 +188,13 @@ def list_directory(directory: Path) -> list[os.DirEntry[str]]:
         ) from error
 
 
+def is_video(path: Path) -> bool:
+    """Whether a file is a video by its name, and not hidden."""
+    return path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+
+
 def is_directory(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry, or what a link leads to, is a directory; a link in a circle leads to none."""
+    """Whether an entry, or the target of a link, is a directory; a circular link is not."""
     try:
         return entry.is_dir()
     except OSError:
@@ -192,7 +202,7 @@ def is_directory(entry: os.DirEntry[str]) -> bool:
 
 
 def is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry, or what a link leads to, is a file; a dangling link is none."""
+    """Whether an entry, or the target of a link, is a file; a dangling link is not."""
     try:
         return entry.is_file()
     except OSError:
@@ -200,5 +210,5 @@ def is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def join(*parts: str) -> str:
-    """A path relative to the root, with slashes; empty parts are left out."""
+    """Return a path relative to the root, with slashes; empty parts are left out."""
     return "/".join(part for part in parts if part)

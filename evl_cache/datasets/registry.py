@@ -1,12 +1,13 @@
-"""The data sets known by name, and how each is read."""
+"""The data sets that have a name, and how each is read."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from evl_cache.clips import ClipList
-from evl_cache.datasets.folder import read_folder
+from evl_cache.datasets.folder import read_class_folders
 from evl_cache.datasets.hmdb51 import read_hmdb51
 from evl_cache.datasets.kinetics import read_kinetics
 from evl_cache.datasets.list_file import read_list_file
@@ -18,14 +19,6 @@ from evl_cache.errors import UsageError
 from evl_cache.rendered import BENCHMARKS
 
 
-class ReadFunction(Protocol):
-    """Clip lists by split, from a root and what the user says about its annotations."""
-
-    def __call__(
-        self, root: Path, *, annotations: Path | None, split: str | None, list_path: Path | None
-    ) -> dict[str, ClipList]: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class DatasetReader:
     """One data set.
@@ -33,60 +26,42 @@ class DatasetReader:
     Attributes:
         name: as `--dataset` takes it.
         description: what is expected on the disk, as `--explain` prints it; several lines.
-        splits: what is read where no split is named.
-        views: frames, sampling, stride or views that suit its clips, where they are not the usual ones.
-        read: `read(root, annotations=None, split=None, list_path=None)` gives `{"train": …, "val": …}`, or
-            the one split named. Paths of clips are relative to the root (of a list: as written). Files that
-            are missing keep their clip; `missing.check_missing` counts them. Raises UsageError.
+        splits: splits that are read where none is named.
+        views: frames, sampling, stride or views that suit its clips, where the usual ones do not.
+        reader: returns clip lists by split, given `root`, `annotations` and `split`; None for a list file.
     """
 
     name: str
     description: str
     splits: tuple[str, ...] = ("train", "val")
     views: Mapping[str, Any] = field(default_factory=dict)
-    read: ReadFunction
-
-
-def _without_list(
-    name: str, reader: Callable[[Path, Path | None, str | None], dict[str, ClipList]]
-) -> ReadFunction:
-    """A reader to which a list file means a mistake."""
+    reader: Callable[..., dict[str, ClipList]] | None
 
     def read(
-        root: Path, *, annotations: Path | None, split: str | None, list_path: Path | None
+        self, root: Path, *, annotations: Path | None, split: str | None, list_path: Path | None
     ) -> dict[str, ClipList]:
+        """Return clip lists by split, or that of the one split named.
+
+        A clip whose file is missing stays in its list: `missing.check_missing` counts them.
+
+        Args:
+            root: folder of the data set; paths of clips are relative to it.
+            annotations: where annotation files are; None looks in the usual places.
+            split: the split wanted; None for all usual ones.
+            list_path: a list file, whose paths stay as written; None for every other data set.
+
+        Raises: UsageError for what the data set does not take, or files that are missing or malformed.
+        """
+        if self.reader is None:
+            return _read_list(annotations, split, list_path)
         if list_path is not None:
             raise UsageError(
-                f"--list {list_path} with --dataset {name}; expected --dataset list with it, or no --list"
+                f"--list {list_path} with --dataset {self.name}; expected --dataset list with it, or no --list"
             )
-        return reader(root, annotations, split)
-
-    return read
+        return self.reader(root, annotations=annotations, split=split)
 
 
-def _read_folder(root: Path, annotations: Path | None, split: str | None) -> dict[str, ClipList]:
-    if annotations is not None:
-        raise UsageError(
-            f"--annotations {annotations} with --dataset folder; the folders are the labels: leave it out"
-        )
-    lists = read_folder(root)
-    if split is None:  # a test folder stands in for val only where there is no val
-        return {name: clips for name, clips in lists.items() if name != "test" or "val" not in lists}
-    wanted = normal_split(split)
-    if set(lists) == {"all"}:  # an undivided folder is the split that the user says it is
-        clips = tuple(replace(clip, split=wanted) for clip in lists["all"].clips)
-        return {wanted: replace(lists["all"], clips=clips)}
-    if wanted not in lists:
-        raise UsageError(
-            f"{root}: no folder of split {wanted}, only {', '.join(lists)}; expected one of these as --split"
-        )
-    return {wanted: lists[wanted]}
-
-
-def _read_list(
-    root: Path, *, annotations: Path | None, split: str | None, list_path: Path | None
-) -> dict[str, ClipList]:
-    del root  # paths stay as written
+def _read_list(annotations: Path | None, split: str | None, list_path: Path | None) -> dict[str, ClipList]:
     if list_path is None or annotations is not None:
         got = "no --list" if list_path is None else f"--annotations {annotations}"
         raise UsageError(
@@ -168,30 +143,13 @@ _READERS = (
         DatasetReader(
             name=f"k{n}",
             description=_KINETICS.format(n=n),
-            read=_without_list(
-                f"k{n}",
-                lambda root, annotations, split, n=n: read_kinetics(  # type: ignore[misc]
-                    root, release=n, annotations=annotations, split=split
-                ),
-            ),
+            reader=partial(read_kinetics, release=n),
         )
         for n in (400, 600, 700)
     ),
-    DatasetReader(
-        name="ssv2",
-        description=_SSV2,
-        read=_without_list("ssv2", lambda r, a, s: read_something(r, annotations=a, split=s)),
-    ),
-    DatasetReader(
-        name="ucf101",
-        description=_UCF101,
-        read=_without_list("ucf101", lambda r, a, s: read_ucf101(r, annotations=a, split=s)),
-    ),
-    DatasetReader(
-        name="hmdb51",
-        description=_HMDB51,
-        read=_without_list("hmdb51", lambda r, a, s: read_hmdb51(r, annotations=a, split=s)),
-    ),
+    DatasetReader(name="ssv2", description=_SSV2, reader=read_something),
+    DatasetReader(name="ucf101", description=_UCF101, reader=read_ucf101),
+    DatasetReader(name="hmdb51", description=_HMDB51, reader=read_hmdb51),
     *(
         DatasetReader(
             name=name,
@@ -199,17 +157,12 @@ _READERS = (
                 name=name, clips="100 and 30 clips of a class", classes=_RENDERED_CLASSES[name]
             ),
             views=RENDERED_VIEWS,
-            read=_without_list(
-                name,
-                lambda root, annotations, split, name=name: read_rendered(  # type: ignore[misc]
-                    name, root, annotations=annotations, split=split
-                ),
-            ),
+            reader=partial(read_rendered, name=name),
         )
         for name in BENCHMARKS
     ),
-    DatasetReader(name="folder", description=_FOLDER, read=_without_list("folder", _read_folder)),
-    DatasetReader(name="list", description=_LIST, splits=("all",), read=_read_list),
+    DatasetReader(name="folder", description=_FOLDER, reader=partial(read_class_folders, dataset="folder")),
+    DatasetReader(name="list", description=_LIST, splits=("all",), reader=None),
 )
 
 DATASETS: Mapping[str, DatasetReader] = {reader.name: reader for reader in _READERS}

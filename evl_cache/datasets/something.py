@@ -1,4 +1,4 @@
-"""Something-Something v2: JSON files of labels, train and validation; videos named by number."""
+"""Read Something-Something v2: JSON files of labels, train and validation; videos named by number."""
 
 import re
 from pathlib import Path
@@ -29,10 +29,10 @@ _CLIP_ID = re.compile(r"[A-Za-z0-9_-]+")
 
 
 def read_something(root: Path, *, annotations: Path | None, split: str | None) -> dict[str, ClipList]:
-    """Clip lists by split: train and val where none is named. Classes are numbered as the labels file says.
+    """Return clip lists by split; without `split` they are train and val. The labels file numbers the classes.
 
     Args:
-        root: where the videos lie: `20bn-something-something-v2/<id>.webm`, `videos/…`, or directly.
+        root: folder of the videos: `20bn-something-something-v2/<id>.webm`, `videos/<id>.webm` or `<id>.webm`.
         annotations: folder of the JSON files; None looks in `annotations` and `labels` under the
             root, and in the root.
         split: train or val (validation). The published test files hold no labels.

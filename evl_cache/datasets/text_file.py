@@ -1,4 +1,4 @@
-"""Annotation files as text: read whole, with the line of whatever is wrong."""
+"""Read annotation files whole, with the line of whatever is wrong."""
 
 import json
 import re
@@ -11,7 +11,7 @@ _BLANKS = re.compile(r"[ \t\n\r]*")
 
 
 def read_text(path: Path, *, expected: str) -> str:
-    """Text of a UTF-8 file, without a byte order mark; line ends stay as they are.
+    """Return the text of a UTF-8 file, without a byte order mark; line ends stay as they are.
 
     Raises: UsageError where it cannot be read, is not UTF-8, or holds nothing.
     """
@@ -29,15 +29,15 @@ def read_text(path: Path, *, expected: str) -> str:
 
 
 def numbered_lines(text: str) -> list[tuple[int, str]]:
-    """Lines that hold something, stripped, each with its number from 1."""
+    """Return the lines that are not empty, stripped, each with its number from 1."""
     lines = re.split(r"\r\n|\n|\r", text)
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def read_json_entries(path: Path, *, expected: str) -> list[tuple[int, Any]]:
-    """Entries of a JSON list, each with the line on which it starts.
+    """Return the entries of a JSON list, each with the line on which it starts.
 
-    Entry by entry, because `json.loads` forgets where a value stood, and errors should say it.
+    They are decoded one by one, as `json.loads` does not tell where a value was, and errors should.
 
     Raises: UsageError for what is not JSON, not a list, or nested too deep to read.
     """
@@ -69,7 +69,7 @@ def read_json_entries(path: Path, *, expected: str) -> list[tuple[int, Any]]:
 
 
 def read_json_object(path: Path, *, expected: str) -> list[tuple[int, str, Any]]:
-    """Members of a JSON object: line, key, value.
+    """Return the members of a JSON object, each as line, key and value.
 
     Raises: UsageError for what is not JSON, not an object, holds a key twice, or is nested too deep to read.
     """
@@ -80,7 +80,7 @@ def read_json_object(path: Path, *, expected: str) -> list[tuple[int, str, Any]]
         if len(out) != len(pairs):
             keys = [key for key, _ in pairs]
             twice = next(key for key in keys if keys.count(key) > 1)
-            raise _wrong(path, _line_of_key(text, twice, last=True), f"{twice!r} stands twice", expected)
+            raise _wrong(path, _line_of_key(text, twice, last=True), f"{twice!r} occurs twice", expected)
         return out
 
     decoder = json.JSONDecoder(object_pairs_hook=members)

@@ -1,4 +1,4 @@
-"""UCF101: classInd.txt, and a train and a test list for each of three folds."""
+"""Read UCF101: classInd.txt, and a train and a test list for each of three folds."""
 
 from pathlib import Path
 
@@ -21,14 +21,14 @@ _EXPECTED_LIST = "lines '<class>/<file>.avi', in train lists with the class numb
 
 
 def read_ucf101(root: Path, *, annotations: Path | None, split: str | None) -> dict[str, ClipList]:
-    """Clip lists by split: train and val (the test list) of fold 1 where nothing is named.
+    """Return clip lists by split; without `split` they are train and val (the test list) of fold 1.
 
-    Classes are numbered as in classInd.txt, from 0 instead of 1.
+    Classes are numbered as in classInd.txt, but from 0 instead of 1.
 
     Args:
-        root: where the videos lie: `UCF-101/<class>/<file>.avi`, `videos/…`, or `<class>/<file>.avi`.
+        root: folder of the videos: `UCF-101/<class>/<file>.avi`, `videos/<class>/…` or `<class>/…`.
         annotations: folder of the lists; None looks in `annotations`, `ucfTrainTestlist` and the root.
-        split: `train` or `val`, with the fold 1 to 3 after it; or a fold alone, for both.
+        split: `train` or `val`, with or without a fold of 1 to 3 after it; or a fold alone, for both splits.
 
     Raises: UsageError for missing or malformed annotation files, with the line.
     """
@@ -81,7 +81,7 @@ def _class_and_file(text: str, numbers: dict[str, int], *, with_number: bool, wh
     if not (given.isascii() and given.isdecimal()):
         if with_number:
             raise UsageError(f"{where}: {text[:120]!r} has no class number; expected {_EXPECTED_LIST}")
-        video, given = text, ""  # test lists are published without
+        video, given = text, ""  # test lists are published without class numbers
     class_name, _, file_name = video.strip().partition("/")
     if class_name not in numbers:
         raise UsageError(

@@ -1,8 +1,8 @@
-"""Frames out of video files. The only package that knows decord and torchcodec, and PyAV as a decoder.
+"""Read frames from video files. No other room imports decord or torchcodec, or decodes with PyAV.
 
-decord first: it is fast and exact on healthy files. PyAV for what decord cannot open, such as AV1, for large files, and as
-a second opinion where decord complains of a file or, as of HEVC, may overlook damage. A process that uses torch must
-import it before this decodes: their bundled libraries clash otherwise.
+decord is tried first: it is fast, and exact on intact files. PyAV decodes what decord cannot open, such as AV1, large
+files, and files that decord reports as damaged or, like HEVC, may wrongly take for intact. A process that uses torch must
+import it before this room decodes, as their bundled libraries clash otherwise.
 T frames asked for, H and W source pixels.
 """
 
@@ -34,12 +34,16 @@ __all__ = [
 def decode_frames(
     path: str | Path, choose: Choose, *, options: DecodeOptions | None = None
 ) -> Iterator[FrameEvent]:
-    """Only the frames that `choose(num_frames_in_file) -> (views, T)` asks for, each once, as `FrameEvent`s.
+    """Yield the chosen frames of a file, each once, as `FrameEvent`s.
 
-    `choose` may be called again, where another decoder counts other frames.
+    Args:
+        path: of the video.
+        choose: returns int64 frame numbers (views, T) for the number of frames in the file. It is called again where
+            a second decoder counts differently.
+        options: how to decode.
 
-    Raises: ClipError with the reason where the file cannot be read, or frames of it are damaged; then also the frames
-        that were given do not count.
+    Raises: ClipError with the reason where the file cannot be read or frames are damaged; frames that were yielded
+        before must not be used then.
     """
     options = options or DecodeOptions()
     if options.decoder == "torchcodec":
@@ -63,12 +67,12 @@ def decode_frames(
 
 
 def decode_clip(path: str | Path, choose: Choose, *, options: DecodeOptions | None = None) -> DecodedClip:
-    """As `decode_frames`, all at once."""
+    """Return all frames of `decode_frames` at once."""
     return collect(decode_frames(path, choose, options=options))
 
 
 def collect(events: Iterable[FrameEvent]) -> DecodedClip:
-    """What events come to."""
+    """Return the clip that events make up."""
     header: ClipHeader | None = None
     frames: list[np.ndarray] = []
     for event in events:

@@ -1,4 +1,4 @@
-"""What a decoder is asked for, and what it gives.
+"""What a decoder is asked for and what it returns.
 
 T frames asked for, H and W source pixels.
 """
@@ -13,7 +13,7 @@ from evl_cache.errors import UsageError
 from evl_cache.spec import SOFTWARE_PIXELS
 
 DECODERS = ("auto", "decord", "pyav", "torchcodec")
-# Frames are handed on a few at a time, so that a large picture is not held as often as it is asked for.
+# Frames are passed on in pieces of about this size, so that memory does not grow with their number.
 PIECE_BYTES = 8 << 20
 
 Choose = Callable[[int], np.ndarray]
@@ -21,13 +21,13 @@ Choose = Callable[[int], np.ndarray]
 
 @dataclass(frozen=True, kw_only=True)
 class ClipHeader:
-    """Which frames of a file are to come.
+    """What is known of a clip before its frames come.
 
     Attributes:
-        indices: int64 (views, T): frame numbers in the file.
+        indices: frame numbers in the file, int64 (views, T).
         num_frames_in_file: as the decoder counts them.
         frame_size: (H, W), upright.
-        decoder: which library serves, with its version.
+        decoder: library that decodes, with its version.
     """
 
     indices: np.ndarray
@@ -37,17 +37,17 @@ class ClipHeader:
 
     @property
     def distinct(self) -> np.ndarray:
-        """int64: frame numbers in the order in which the frames come, each once."""
+        """The different frame numbers in the order in which their frames come, int64."""
         return np.unique(self.indices)
 
     @property
     def positions(self) -> np.ndarray:
-        """int64 (views, T): which of the distinct frames each frame of each view is."""
+        """Each view's frames as positions among the distinct ones, int64 (views, T)."""
         return np.unique(self.indices, return_inverse=True)[1].reshape(self.indices.shape)
 
 
-# A header, then the distinct frames as uint8 (some, H, W, 3), RGB, at source resolution. Another header begins anew:
-# the decoder before it gave up, and what it gave does not count.
+# A header, then pieces of the distinct frames, uint8 (some, H, W, 3), RGB, at source resolution. Another header starts
+# again: the decoder before it gave up, and its frames must be dropped.
 FrameEvent = ClipHeader | np.ndarray
 
 
@@ -64,7 +64,7 @@ class DecodedClip:
     frames: np.ndarray
 
     def view(self, number: int) -> np.ndarray:
-        """Frames of one temporal view, uint8 (T, H, W, 3): not a copy where the view is all frames, in their order."""
+        """Return the frames of one temporal view, uint8 (T, H, W, 3); no copy where they are all frames in order."""
         positions = self.header.positions[number]
         if np.array_equal(positions, np.arange(len(self.frames))):
             return self.frames
@@ -78,9 +78,9 @@ class DecodeOptions:
 
     Attributes:
         decoder: `decord`, `pyav`, `torchcodec`, or `auto`: decord, and PyAV where decord is not installed, cannot read
-            the file, complains of it, is known to overlook damage (HEVC), or would keep it in memory (large videos).
-        tolerate_bad_frames: take what a decoder puts in the place of damaged frames, instead of failing the clip.
-        device: on which torchcodec decodes; the others use the processor.
+            the file, reports damage, may miss damage (HEVC), or would hold the whole file in memory (large videos).
+        tolerate_bad_frames: whether to take what a decoder puts in place of damaged frames, instead of failing the clip.
+        device: where torchcodec decodes; the others use the CPU.
 
     Raises: UsageError for an unknown decoder, or one that is not installed.
     """
@@ -104,7 +104,7 @@ class DecodeOptions:
 
     @property
     def pixels(self) -> str:
-        """`CacheSpec.pixels`: decord and PyAV agree; torchcodec differs, also from device to device."""
+        """The name for `CacheSpec.pixels`: one for decord and PyAV, which agree; one for each kind of torchcodec's devices."""
         return f"torchcodec-{self.device.split(':')[0]}" if self.decoder == "torchcodec" else SOFTWARE_PIXELS
 
 
@@ -116,10 +116,14 @@ def frames_in_pieces(
     frame_bytes: int | None,
     decoder: str,
 ) -> Iterator[FrameEvent]:
-    """The frames chosen of a file with `count` of them.
+    """Yield the header and the chosen frames of a file.
 
     Args:
-        read: gives uint8 (some, H, W, 3) by frame number. frame_bytes: of one, where it is known.
+        count: frames in the file.
+        choose: as `decode_frames` takes it.
+        read: returns frames by their numbers, uint8 (some, H, W, 3).
+        frame_bytes: bytes of one frame; None where they are not known before the first.
+        decoder: library that decodes, with its version.
     """
     indices = choose(count)
     distinct = np.unique(indices)
@@ -138,12 +142,12 @@ def frames_in_pieces(
 
 
 def has_decord() -> bool:
-    """Whether decord is installed: it is not for every platform."""
+    """Whether decord is installed, which does not exist for every platform."""
     return importlib.util.find_spec("decord") is not None
 
 
 def reason_of(error: BaseException) -> str:
-    """The first telling line of a decoder's message; decord's carries a C++ stack trace."""
+    """Return the first line of a decoder's message that says something; decord's ends with a C++ stack trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text.split("] ", 1)[-1][:200]

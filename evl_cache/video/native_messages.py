@@ -1,4 +1,4 @@
-"""What decord's FFmpeg says of a file: it conceals damaged frames, and only messages on stderr tell of them."""
+"""Catch what decord's FFmpeg writes to stderr: it conceals damaged frames, and only these messages tell of them."""
 
 import ctypes
 import os
@@ -18,7 +18,7 @@ _owns_stderr = False
 
 
 def own_stderr() -> None:
-    """Say that this process exists to decode, one clip at a time, and that its stderr is nobody else's."""
+    """Let `heard` read this process's stderr, as nothing else writes to it and one clip is decoded at a time."""
     if not has_decord():
         return
     import decord
@@ -29,11 +29,11 @@ def own_stderr() -> None:
 
 
 def _say_levels() -> bool:
-    """Have decord's FFmpeg write the level of each message before it. Returns: whether it does."""
+    """Make decord's FFmpeg write the level before each message, and return whether that was possible."""
     import decord
 
     libraries = sorted((Path(decord.__file__).parent.parent / "decord.libs").glob("libavutil*"))
-    if not libraries:  # as on Windows: errors alone are heard
+    if not libraries:  # as on Windows: then only errors are shown
         return False
     ctypes.CDLL(str(libraries[0])).av_log_set_flags(_AV_LOG_PRINT_LEVEL)
     return True
@@ -41,7 +41,7 @@ def _say_levels() -> bool:
 
 @contextmanager
 def heard() -> Iterator[list[str]]:
-    """Complaints that C libraries write to stderr meanwhile; none where stderr is not ours to take."""
+    """Collect the complaints that C libraries write to stderr meanwhile; none unless `own_stderr` was called."""
     complaints: list[str] = []
     if not _owns_stderr:
         yield complaints
@@ -63,9 +63,9 @@ def heard() -> Iterator[list[str]]:
 
 
 def complaint(message: str) -> str | None:
-    """What a message of decord's FFmpeg says against a file; None for remarks.
+    """Return what a message of decord's FFmpeg says against a file, or None for a remark.
 
-    That it made up part of a picture is said as a remark, sometimes with no error before it.
+    A remark that FFmpeg concealed part of a picture counts as a complaint: sometimes no error comes before it.
     """
     found = re.match(r"(?:\[[^]]* @ [^]]*\] )?(?:\[(\w+)\] )?(.*)", message)
     assert found is not None  # it matches everything

@@ -1,4 +1,4 @@
-"""Decoding in processes of their own, which may crash, hang or leak: it costs a clip and not the run.
+"""Decode in worker processes, so that a crash, hang or leak of a decoder fails one clip and not the run.
 
 T frames asked for, H and W source pixels.
 """
@@ -18,41 +18,44 @@ from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 from evl_cache.video.process import DecodeProcess, WorkerLost
 
 DEFAULT_TIMEOUT_S = 120.0
-MOST_GROWTH_BYTES = 64 << 20  # that a process may grow before another takes its place
-HELD_BYTES = 64 << 20  # of a clip that are taken from a process before someone has use for them
+MOST_GROWTH_BYTES = 64 << 20  # a process that has grown by more is replaced
+HELD_BYTES = 64 << 20  # of one clip's frames, taken from a process before the caller asks for them
 
 
 class DecodePool:
-    """Processes that decode. A context manager: leaving it ends them.
+    """Processes that decode; as a context manager it ends them.
 
     `frames` may be called from several threads; each waits for a free process.
 
     Args:
-        workers: processes. options: see `video`. timeout_s: of one clip; then its process is killed.
+        workers: number of processes.
+        options: how to decode.
+        timeout_s: seconds for one clip, after which its process is killed.
     """
 
     def __init__(
         self, workers: int, *, options: DecodeOptions | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> None:
         self._options, self._timeout_s = options or DecodeOptions(), timeout_s
-        # None: a process that is not started before it has something to do.
+        # None stands for a process that is started when it is first needed.
         self._free: queue.SimpleQueue[DecodeProcess | None] = queue.SimpleQueue()
         self._all: set[DecodeProcess] = set()
         self._changing = threading.Lock()
-        # Linux ends a process when the thread that started it ends, so one thread that lives as long starts them all.
+        # Linux ends these processes with the thread that started them, so one long-lived thread starts all.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="decode-start")
         self._closed = False
         for _ in range(workers):
             self._free.put(None)
 
     def frames(self, path: str | Path, choose: Choose) -> Iterator[FrameEvent]:
-        """As `video.decode_frames`, in a process. The time that the caller takes does not count.
+        """Yield what `video.decode_frames` yields, decoded in a process; the caller's own time does not count.
 
-        A process is free again when `HELD_BYTES` hold what is left of its clip; of a clip with more to come it waits
-        for the caller. So memory does not depend on the clips.
+        Up to `HELD_BYTES` of a clip's frames are held here, and once its last ones are, the process is free again. A
+        longer clip waits for the caller, so memory does not grow with clips.
 
-        Raises: ClipError also where the process crashes or takes too long. With `auto` decord only costs itself: PyAV
-            is tried then, with the same time.
+        With decoder `auto`, a crash or timeout of decord only means that PyAV is tried, with the same time.
+
+        Raises: ClipError also where the process crashes or takes too long.
         """
         try:
             yield from self._frames(path, choose, self._options.decoder)
@@ -73,7 +76,7 @@ class DecodePool:
         with self._free_worker() as worker:
             for event in worker.frames(path, choose, decoder, self._timeout_s):
                 if isinstance(event, ClipHeader):
-                    held.clear()  # of a decoder that gave up
+                    held.clear()  # frames of a decoder that gave up
                     num_bytes = 0
                 held.append(event)
                 num_bytes += _nbytes(event)
@@ -117,7 +120,7 @@ class DecodePool:
                 self._all.discard(worker)
 
     def close(self) -> None:
-        """End the processes, also those at work."""
+        """End all processes, also those at work."""
         with self._changing:
             self._closed = True
             while self._all:

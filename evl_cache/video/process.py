@@ -1,6 +1,6 @@
-"""One process that decodes, the socket it is spoken to by, and the file in memory by which frames come.
+"""One process that decodes, the socket for its messages, and the file in memory for its frames.
 
-What is said is in `decoding.worker`.
+The messages are listed in `video.worker`.
 
 T frames asked for, H and W source pixels.
 """
@@ -25,9 +25,9 @@ from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 WORKER = "evl_cache.video.worker"
 _START_TIMEOUT_S = 120.0
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
-# glibc gives the pictures of each clip back to the system, which clears them anew for the next: 5 ms of a clip.
+# By default glibc returns the memory of each clip's frames to the system, which clears it again: 5 ms a clip.
 _KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD_": str(16 << 20)}
-# sys.path is handed on: a worker must find the same packages, however this process came to them.
+# sys.path is passed on, so that a worker finds the same packages as this process.
 _START = (
     "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); importlib.import_module(sys.argv[2])"
 )
@@ -35,17 +35,17 @@ _START += ".main(*map(int, sys.argv[3:6]), sys.argv[6])"
 
 
 class WorkerLost(Exception):
-    """The process died or was too slow, and has to be killed; the message says why."""
+    """The process died or was too slow, and must be killed; the message says why."""
 
 
 class DecodeProcess:
-    """Decodes one clip at a time. `kill` it in the end.
+    """A process that decodes one clip at a time. Call `kill` at the end.
 
     Args:
-        options: of every clip; the decoder may be another for one.
+        options: for every clip, but for the decoder, which `frames` takes.
 
     Attributes:
-        growth_bytes: by how much its resident memory has grown since its first clip.
+        growth_bytes: bytes by which its resident memory has grown since its first clip.
     """
 
     def __init__(self, options: DecodeOptions) -> None:
@@ -70,16 +70,16 @@ class DecodeProcess:
     def frames(
         self, path: str | Path, choose: Choose, decoder: str, timeout_s: float
     ) -> Iterator[FrameEvent]:
-        """As `video.decode_frames`. The time that the caller takes over what it is given does not count.
+        """Yield what `video.decode_frames` yields; the caller's own time does not count towards the timeout.
 
-        Raises: ClipError for a clip that cannot be decoded; WorkerLost where it cost the process; WorkerError where
-            the process cannot even start.
+        Raises: ClipError for a clip that cannot be decoded; WorkerLost where the process died or was too slow;
+            WorkerError where the process cannot start.
         """
         self._wait_until_ready()
         deadline = time.monotonic() + timeout_s
         self._send(
             {
-                "path": os.fsencode(path).hex(),  # names need not be UTF-8
+                "path": os.fsencode(path).hex(),  # a file name need not be UTF-8
                 "decoder": decoder,
                 "tolerate_bad_frames": self._options.tolerate_bad_frames,
                 "device": self._options.device,
@@ -104,7 +104,7 @@ class DecodeProcess:
             raise ClipError(said["error"])
 
     def kill(self) -> None:
-        """End it, whatever it does."""
+        """End the process, whatever it is doing."""
         self._process.kill()
         self._process.wait()
         self._channel.close()
@@ -119,7 +119,7 @@ class DecodeProcess:
             self._receive(time.monotonic() + _START_TIMEOUT_S, _START_TIMEOUT_S)
         except WorkerLost as error:  # no clip's fault
             raise WorkerError(
-                f"the process that decodes cannot start ({self._cause_of_death()}; what it said is above); "
+                f"the process that decodes cannot start ({self._cause_of_death()}; its own message is above); "
                 "check that av, and decord where it is used, can be imported by this Python"
             ) from error
         self._is_ready = True
@@ -139,7 +139,7 @@ class DecodeProcess:
         return message
 
     def _take_frames(self, shape: tuple[int, ...]) -> np.ndarray:
-        """A copy of what lies in the file, in which the process may write again then."""
+        """Return a copy of the frames in the file, and let the process write the next ones."""
         frames = np.empty(shape, np.uint8)
         view = frames.data.cast("B")
         got = 0
@@ -152,7 +152,7 @@ class DecodeProcess:
         return frames
 
     def _receive_into(self, buffer: memoryview, deadline: float, timeout_s: float) -> int:
-        """Bytes received, at least one. Raises: WorkerLost where none come in time, or ever."""
+        """Return the number of bytes received, at least one. Raises: WorkerLost where none come in time."""
         left = deadline - time.monotonic()
         try:
             if left <= 0:
@@ -177,7 +177,10 @@ class DecodeProcess:
 
 
 def _file_in_memory() -> int:
-    """A descriptor of a file without a name: a socket would cost two copies more, and a switch of processes every 200 KB."""
+    """Return the descriptor of a nameless file in memory.
+
+    Frames over a socket would take two more copies, and a switch between processes every 200 KB.
+    """
     if hasattr(os, "memfd_create"):
         return os.memfd_create("evl-cache-frames")
     descriptor, name = tempfile.mkstemp(prefix="evl-cache-frames-")

@@ -1,4 +1,4 @@
-"""Frames by decord. T frames asked for, H and W source pixels."""
+"""Decode with decord. T frames asked for, H and W source pixels."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,18 +9,18 @@ from evl_cache.errors import ClipError
 from evl_cache.video import native_messages, with_pyav
 from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
 
-# What decord recovers it counts, and this share of the frames is too much.
+# decord counts the frames that it recovered; more than this share of all frames is an error.
 _NO_FAULT = 1e-9
-# Codecs of which decord's FFmpeg (4.1) takes some damaged files for whole without a word, where PyAV's complains.
+# For these codecs decord's FFmpeg (4.1) decodes some damaged files without any message; PyAV's reports them.
 _OVERLOOKS_DAMAGE = ("hevc",)
-# While it decodes up to the first frame wanted, decord reads on, and keeps what it reads: the rest of the file.
+# Until the first wanted frame is decoded, decord reads ahead, and may hold the whole file in memory.
 MOST_FILE_BYTES = 256 << 20
-# And where whoever takes its frames is slow, it decodes on: up to all frames that are left.
+# Where frames are taken slowly, decord decodes ahead, and may hold all remaining frames in memory.
 MOST_DECODED_BYTES = 1 << 30
 
 
 def decord_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
-    """As `video.decode_frames`, by decord."""
+    """Yield what `video.decode_frames` yields, decoded by decord."""
     import av
     import decord
 
@@ -42,7 +42,7 @@ def decord_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> I
 def _read(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
     import decord
 
-    # A new, single-threaded reader a clip: a reused one leaks, and threads inside a worker fight.
+    # A new reader for each clip, as a reused one leaks memory, and one thread, as more would compete with the other workers'.
     reader = decord.VideoReader(
         str(path),
         ctx=decord.cpu(0),
@@ -62,12 +62,12 @@ def _read(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[
 
 
 def _check(path: str | Path, count: int, options: DecodeOptions) -> int | None:
-    """Whether decord is the one to decode a file, by what its packets say.
+    """Return the bytes of a frame; None where bad frames are tolerated and packets do not tell.
 
-    Where they number other frames than decord counts, some were never coded, as AVI files may have it. What decord gives
-    in their place differs from one time to the next, and it does not always say so.
+    If packets number other frames than decord counts, some frames were never coded, as in AVI files. decord then
+    returns other pictures each time, and does not always report it.
 
-    Returns: bytes of a frame; None where bad frames are tolerated and the packets do not tell.
+    Raises: ClipError where decord should not decode the file.
     """
     try:
         coded = with_pyav.coded_frames(path, options)

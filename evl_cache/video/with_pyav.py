@@ -1,4 +1,4 @@
-"""Frames by PyAV, and what the packets of a file say of its frames. T frames asked for, H and W source pixels."""
+"""Decode with PyAV, and read from packets which frames a file has. T frames asked for, H and W source pixels."""
 
 import warnings
 from array import array
@@ -17,10 +17,10 @@ from evl_cache.video.frames import Choose, ClipHeader, DecodeOptions, FrameEvent
 if TYPE_CHECKING:
     import av
 
-# Files of DivX and Xvid hold packets of some bytes that stand for no picture; other codecs' smallest do.
+# In DivX and Xvid files a packet of a few bytes holds no picture; in other codecs even the smallest packet does.
 _NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
 _LEAST_PICTURE = 8
-_LEAST_LOSS_S, _LEAST_LOSS = 0.3, 0.05  # seconds, and of the whole: less may be a matter of rounding
+_LEAST_LOSS_S, _LEAST_LOSS = 0.3, 0.05  # seconds, and share of the length; less may be rounding
 
 
 class NoIndex(Exception):
@@ -28,7 +28,7 @@ class NoIndex(Exception):
 
 
 def pyav_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
-    """As `video.decode_frames`, by PyAV."""
+    """Yield what `video.decode_frames` yields, decoded by PyAV."""
     import av
 
     try:
@@ -43,7 +43,13 @@ def pyav_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Ite
 
 @dataclass(frozen=True, kw_only=True)
 class CodedFrames:
-    """How many frames a file has, the bytes of one in RGB, and FFmpeg's name of their codec."""
+    """The frames of a file, by its packets.
+
+    Attributes:
+        count: number of frames.
+        frame_bytes: bytes of one as RGB.
+        codec: FFmpeg's name of their codec.
+    """
 
     count: int
     frame_bytes: int
@@ -51,9 +57,9 @@ class CodedFrames:
 
 
 def coded_frames(path: str | Path, options: DecodeOptions) -> CodedFrames:
-    """What the packets of a file say of its frames.
+    """Return what the packets of a file say of its frames.
 
-    Raises: NoIndex where they do not number them; ClipError where packets are missing or damaged.
+    Raises: NoIndex where packets do not number frames; ClipError where packets are missing or damaged.
     """
     with _complaints_heard(path, options), _open(path) as (container, stream):
         count = len(_read_index(path, container, stream, options).times)
@@ -65,11 +71,11 @@ def coded_frames(path: str | Path, options: DecodeOptions) -> CodedFrames:
 
 @contextmanager
 def _complaints_heard(path: str | Path, options: DecodeOptions) -> Iterator[None]:
-    """Raises: ClipError with the first error that PyAV's libraries told of meanwhile."""
+    """Watch PyAV's libraries meanwhile. Raises: ClipError at the end, with the first error that they logged."""
     import av
 
     av.logging.set_level(av.logging.ERROR)
-    av.logging.set_skip_repeated(False)  # a second look at a file complains of the same
+    av.logging.set_skip_repeated(False)  # a second pass over a file logs the same message again
     with av.logging.Capture() as messages:
         yield
     complaints = [text.strip() for level, _, text in messages if level <= av.logging.ERROR]
@@ -93,13 +99,13 @@ def _open(path: str | Path) -> Iterator[tuple["av.container.InputContainer", "av
 
 @dataclass(frozen=True, kw_only=True)
 class _Index:
-    """Times of all frames and of the key frames, in order of time, in the stream's units."""
+    """The times of all frames and of key frames, ascending, in the stream's units."""
 
     times: list[int]
     keys: list[int]
 
     def key_before(self, time: int) -> int:
-        """Where decoding must begin."""
+        """Return the time of the key frame from which decoding reaches `time`."""
         return self.keys[bisect_right(self.keys, time) - 1]
 
 
@@ -109,9 +115,12 @@ def _read_index(
     stream: "av.VideoStream",
     options: DecodeOptions,
 ) -> _Index:
-    """Raises: NoIndex where packets do not number frames; ClipError where many of them are missing."""
+    """Return the times of frames, by the packets.
+
+    Raises: NoIndex where packets do not number frames; ClipError where many of them are missing.
+    """
     times, keys, end, smallest = array("q"), array("q"), 0, 1 << 62
-    for packet in container.demux(stream):  # not kept: an hour of them would fill the memory
+    for packet in container.demux(stream):  # packets are not kept: an hour of them would fill the memory
         if not packet.size:
             continue
         if packet.pts is None:
@@ -133,7 +142,9 @@ def _read_index(
 def _check_length(
     path: str | Path, container: "av.container.InputContainer", stream: "av.VideoStream", ticks: int
 ) -> None:
-    """A damaged container may lose most packets without a word: hold what is there against what it says.
+    """Compare the length of a file's packets with the length that its container declares.
+
+    A damaged container may lose most packets without an error.
 
     Raises: ClipError where much is missing.
     """
@@ -150,7 +161,7 @@ def _check_length(
 
 
 def _seek(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
-    """From the key frames before the frames chosen. Raises: NoIndex where packets' times do not number the frames."""
+    """Yield the chosen frames, decoded from the key frames before them. Raises: NoIndex as `_read_index` does."""
     with _open(path) as (container, stream):
         index = _read_index(path, container, stream, options)
         indices = choose(len(index.times))
@@ -179,9 +190,9 @@ def _seek(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[
 def _decode(
     container: "av.container.InputContainer", stream: "av.VideoStream", *, wanted: frozenset[int]
 ) -> Iterator["av.VideoFrame"]:
-    """Frames from here on; of H.264 without those that are neither wanted nor needed for others.
+    """Yield frames from here on; of H.264 without those that are neither wanted nor needed to decode others.
 
-    Only H.264 marks pictures that no other picture may refer to (nal_ref_idc 0); with B-frames it is every second one.
+    Only H.264 marks pictures that no other picture refers to (nal_ref_idc 0); with B-frames every second one is such.
     """
     may_skip = stream.codec_context.name == "h264"
     for packet in container.demux(stream):
@@ -192,7 +203,7 @@ def _decode(
 
 
 def _decode_all(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
-    """The slow twin of `_seek`: the whole file is decoded twice, to count its frames and to take some."""
+    """Yield what `_seek` yields, by decoding the whole file twice: once to count frames, once to take the chosen ones."""
     count = 0
     with _open(path) as (container, stream):
         for frame in container.decode(stream):
@@ -213,7 +224,7 @@ def _decode_all(path: str | Path, choose: Choose, options: DecodeOptions) -> Ite
 def _with_header(
     path: str | Path, frames: Iterable[np.ndarray], indices: np.ndarray, count: int
 ) -> Iterator[FrameEvent]:
-    """Frames (H, W, 3) with what they are before them. Raises: ClipError where their size changes."""
+    """Yield a header, then the frames (H, W, 3) as pieces of one. Raises: ClipError where their size changes."""
     import av
 
     size: tuple[int, ...] | None = None
@@ -234,7 +245,10 @@ def _with_header(
 def _check_whole(
     path: str | Path, frame: "av.VideoFrame", options: DecodeOptions, *, since: int | None = None
 ) -> None:
-    """Raises: ClipError for a frame that is made up in part. Those before a key frame where one begins may be."""
+    """Check that a frame is not partly concealed; one before the key frame `since` may be.
+
+    Raises: ClipError where it is.
+    """
     if options.tolerate_bad_frames or not frame.is_corrupt:
         return
     if since is None or frame.pts is None or frame.pts >= since:
@@ -242,8 +256,8 @@ def _check_whole(
 
 
 def _upright(frame: "av.VideoFrame") -> np.ndarray:
-    """uint8 (H, W, 3), turned as the file says it is to be shown, as decord does."""
+    """Return a frame as uint8 (H, W, 3), rotated as the file asks and as decord does."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # swscale's remarks on unusual colour ranges
+        warnings.simplefilter("ignore")  # swscale remarks on unusual colour ranges
         picture: np.ndarray = frame.to_ndarray(format="rgb24")
     return np.ascontiguousarray(np.rot90(picture, k=frame.rotation // 90 % 4))

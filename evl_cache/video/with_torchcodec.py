@@ -1,4 +1,4 @@
-"""Frames by torchcodec, which can decode on a GPU. An extra: its pixels differ from the other decoders'."""
+"""Decode with torchcodec, which can use a GPU. It is an extra, as its pixels differ from the other decoders'."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,9 +10,9 @@ from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent, frames_in_
 
 
 def torchcodec_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
-    """As `video.decode_frames`, by torchcodec on `options.device`.
+    """Yield what `video.decode_frames` yields, decoded by torchcodec on `options.device`.
 
-    It tells of a damaged frame by an error or not at all: what its decoder conceals is not noticed.
+    Damaged frames that its decoder conceals are not noticed; others are errors.
     """
     import torchcodec
     from torchcodec.decoders import VideoDecoder

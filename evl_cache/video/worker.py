@@ -1,14 +1,16 @@
-"""The process that decodes for `decoding.pool`: one clip at a time, killed when it takes too long.
+"""The process that decodes for `video.pool`: one clip at a time, and killed when it takes too long.
 
-It talks over a socket, a JSON object a line, and gives frames in a file that both processes have open. It imports neither
-torch (but for torchcodec) nor anything of the cache, so that it starts at once and stays small. Its lines:
+Its messages are JSON objects, one a line, over a socket; its frames go through a file that both processes have open. It
+imports torch for torchcodec only, and nothing of the cache, so that it starts fast and stays small. The messages:
 
-    says     {"ready"}, once
-    request  {"path", "decoder", "tolerate_bad_frames", "device"}
-    asks     {"asks"}: which frames of a file of so many -> {"indices"} or {"error"}; may ask again
-    gives    {"indices", "count", "size", "decoder"}: a header; what was given before does not count
-             {"frames"}: so many lie in the file -> {"taken"}, and only then are the next written; again and again
-    ends     {"growth_bytes"} of resident memory since the first clip, and {"error"} where it failed
+    worker   {"ready"}, once, when it has started
+    parent   {"path", "decoder", "tolerate_bad_frames", "device"}: a clip to decode
+    worker   {"asks"}: the number of frames in the file
+    parent   {"indices"} of the frames wanted, or {"error"}; a second decoder may ask again
+    worker   {"indices", "count", "size", "decoder"}: a header; frames before it must be dropped
+    worker   {"frames"}: so many frames are in the file
+    parent   {"taken"}: the next frames may be written
+    worker   {"growth_bytes"} of resident memory since the first clip, and {"error"} if the clip failed: it is finished
 """
 
 import ctypes
@@ -27,21 +29,25 @@ import numpy as np
 from evl_cache import video
 from evl_cache.errors import ClipError, EvlCacheError
 
-_MOST_ADDRESS_SPACE = 16 << 30  # a header that lies about its size must not take the machine's memory
+_MOST_ADDRESS_SPACE = 16 << 30  # a file with a false frame size must not fill the machine's memory
 _PR_SET_PDEATHSIG = 1
-_GROWTH_TO_TRIM = 32 << 20  # bytes after which free memory between what is used goes back to the system
+_GROWTH_TO_TRIM = 32 << 20  # bytes of growth after which glibc's free memory is returned to the system
 
 
 def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
     """Serve requests until the socket is closed."""
     _die_with(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     largest = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))  # frames lie in memory, and are bounded
+    resource.setrlimit(
+        resource.RLIMIT_FSIZE, (largest, largest)
+    )  # the file of frames is in memory and bounded; a user's limit on files must not stop it
     if decoder == "torchcodec":
-        importlib.import_module("torchcodec.decoders")  # brings torch, which must come before the others
-    else:  # a GPU's driver takes address space without end
+        importlib.import_module(
+            "torchcodec.decoders"
+        )  # imports torch, which must come before the other decoders
+    else:  # not with torchcodec, as a GPU's driver takes any amount of address space
         limit = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESS_SPACE, limit))
         video.own_stderr()
@@ -61,18 +67,19 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
 
 
 class _Connection:
-    """The two ways of speaking: lines, and frames in a file."""
+    """The parent's end: messages by lines, frames by a file."""
 
     def __init__(self, lines: Any, frames_fd: int) -> None:
         self._lines, self._frames_fd = lines, frames_fd
-        self._is_given = False  # frames that were not yet taken
+        self._is_given = False  # whether frames in the file were not yet taken
 
     def say(self, message: dict[str, Any]) -> None:
+        """Send one message."""
         self._lines.write(json.dumps(message) + "\n")
         self._lines.flush()
 
     def ask(self, count: int) -> np.ndarray:
-        """Which frames of a file of so many. Raises: ClipError where none will do."""
+        """Return the frames that the parent wants of `count`, int64 (views, T). Raises: ClipError with its reason."""
         self.wait_until_taken()
         self.say({"asks": count})
         reply = json.loads(self._lines.readline())
@@ -81,6 +88,7 @@ class _Connection:
         return np.asarray(reply["indices"], dtype=np.int64)
 
     def give(self, event: video.FrameEvent) -> None:
+        """Send a header or a piece of frames."""
         self.wait_until_taken()
         if isinstance(event, video.ClipHeader):
             self.say(
@@ -100,14 +108,14 @@ class _Connection:
         self._is_given = True
 
     def wait_until_taken(self) -> None:
-        """The other side copies while this one decodes on."""
+        """Wait until the parent has copied the frames in the file: only before the next write, so that both work at once."""
         if self._is_given:
             self._is_given = False
             self._lines.readline()
 
 
 def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str]:
-    """Decode one clip. Returns: the error, if any."""
+    """Decode one clip, and return `{"error": …}` if it failed."""
     path = os.fsdecode(bytes.fromhex(request.pop("path")))
     try:
         for event in video.decode_frames(path, connection.ask, options=video.DecodeOptions(**request)):
@@ -120,7 +128,7 @@ def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str]:
 
 
 def _trim() -> None:
-    """Clips of many sizes and codecs leave gaps, which glibc keeps."""
+    """Return the gaps that clips of many sizes and codecs leave, and glibc keeps, to the system."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 
@@ -133,7 +141,7 @@ def _resident_bytes() -> int:
 
 
 def _die_with(parent: int) -> None:
-    """Leave no process behind, not even one that hangs in a decoder when its parent is killed."""
+    """End this process with its parent, even while it hangs in a decoder."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it died before

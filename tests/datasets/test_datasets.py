@@ -251,7 +251,7 @@ GOOD = "a,abc,1,11,train"
         (csv_text([GOOD, "a,def,1,11"]), "line 3: 4 fields; expected 5"),
         (csv_text(["a, b,def,1,11,train"]), "line 2: 6 fields; expected 5"),
         (csv_text([GOOD, '"a,def,1,11,train', "b,ghi,1,11,train"]), "line 3: not CSV"),
-        (csv_text([GOOD, "a,x,1,11,train", GOOD]), "'abc_000001_000011' stands twice .lines 2 and 4"),
+        (csv_text([GOOD, "a,x,1,11,train", GOOD]), "'abc_000001_000011' occurs twice .lines 2 and 4"),
         (csv_text(["a,abc,1,11,val"]), "line 2: no row of split train, only val"),
         (HEADER.encode() + b"\n\xff,abc,1,11,train\n", "line 2: not UTF-8"),
     ],
@@ -369,7 +369,7 @@ def test_something_annotations_must_be_a_folder(tmp_path: Path) -> None:
         (b"[\n\xff]", "line 2: not UTF-8"),
         (
             '[{"id": "1", "template": "Holding [something]"},\n{"id": "1", "template": "Holding [something]"}]',
-            "'1' stands twice .lines 1 and 2",
+            "'1' occurs twice .lines 1 and 2",
         ),
     ],
 )
@@ -394,7 +394,7 @@ def test_a_malformed_something_file_is_refused_by_line(
         ('{"a": "0",\n "b": "0"}', "line 2: 'b' has number '0', which 'a' has"),
         ('{"a": "0",\n "b": true}', "line 2: 'b' has number True"),
         ('{"a": "0",\n "b": [1]}', r"line 2: 'b' has number \[1\]"),
-        ('{"a": "0",\n "a": "1"}', "line 2: 'a' stands twice"),
+        ('{"a": "0",\n "a": "1"}', "line 2: 'a' occurs twice"),
         ('{"a": "0"}\n{}', "something after the end"),
         ('{"a":' * 100_000, "line 1: nested too deep"),
         ('{"a": "0"', "line 1: not JSON"),
@@ -477,7 +477,7 @@ def test_an_unknown_fold_is_refused(split: str, tmp_path: Path) -> None:
         ("trainlist01.txt", "Nope/v.avi 1\n", "line 1: class 'Nope' is not in classInd.txt"),
         ("trainlist01.txt", "YoYo/../../v.avi 2\n", "line 1: file '../../v.avi'"),
         ("trainlist01.txt", "YoYo 2\n", "line 1: file ''"),
-        ("trainlist01.txt", "YoYo/v.avi 2\nYoYo/v.avi 2\n", "'YoYo/v' stands twice .lines 1 and 2"),
+        ("trainlist01.txt", "YoYo/v.avi 2\nYoYo/v.avi 2\n", "'YoYo/v' occurs twice .lines 1 and 2"),
         ("testlist01.txt", "YoYo/v.avi 1\n", "line 1: YoYo has number 1; expected 2"),
     ],
 )
@@ -537,7 +537,7 @@ def test_a_class_without_its_file_of_the_fold_is_refused(tmp_path: Path) -> None
         ("a.avi\n", "line 1: 'a.avi'"),
         ("1\n", "line 1: '1'"),
         ("../a.avi 1\n", "line 1: '../a.avi 1'"),
-        ("a.avi 1\na.avi 2\n", "line 2: 'a.avi' stands on line 1 already"),
+        ("a.avi 1\na.avi 2\n", "line 2: 'a.avi' is on line 1 already"),
         ("", "line 1: the file is empty"),
     ],
 )

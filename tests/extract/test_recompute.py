@@ -206,7 +206,7 @@ def test_extraction_killed_and_repeated_gives_the_same_bytes(
 
 def test_block_one_and_contradictions_are_refused(caches: dict[str, Path]) -> None:
     spec = FeatureCache(caches["recompute"]).spec
-    with pytest.raises(UsageError, match="block 1 has no block below"):
+    with pytest.raises(UsageError, match="layer 1 has no layer below"):
         replace(spec, layers=(1, 2))
     assert CacheSpec.from_json(spec.to_json()) == spec
     one_frame = replace(spec, layers=(1, 2), views=replace(spec.views, frames=1))
