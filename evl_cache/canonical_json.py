@@ -11,13 +11,13 @@ from evl_cache.errors import UsageError
 def canonical_json(content: object) -> bytes:
     """Return UTF-8 JSON that is the same for equal content: sorted keys, no spaces, one newline at the end.
 
-    Raises: UsageError for text that is not valid UTF-8.
+    Raises: UsageError for text that is not valid UTF-8; ValueError for NaN and infinities.
     """
     return _canonical(content, allow_nan=False) + b"\n"
 
 
 def digest(content: object) -> str:
-    """Return the sha256 (hexadecimal) of canonical JSON without its newline; NaN has one too, so that it can be compared.
+    """Return the sha256 (hexadecimal) of canonical JSON without its newline; values may be NaN and infinities too.
 
     Raises: UsageError for text that is not valid UTF-8.
     """

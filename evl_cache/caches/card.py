@@ -1,11 +1,11 @@
-"""The card of a cache: its README.md as data hubs expect it, YAML front matter and all. Nothing in it is guessed."""
+"""Write a cache's card, the README.md that data hubs expect, with YAML front matter; nothing in it is guessed."""
 
 import json
 import re
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from evl_cache import __version__
 from evl_cache.caches.extract_command import extract_command
@@ -16,7 +16,7 @@ from evl_cache.spec import CacheSpec
 from evl_cache.store import CARD_NAME, FeatureCache, Manifest, is_url, manifest_at, write_card
 
 UNKNOWN_LICENSE = "unknown"  # as data hubs call it
-# What data hubs part data sets into, by samples.
+# The classes of size that data hubs use, by number of samples.
 _SIZES = (
     (10**3, "n<1K"),
     (10**4, "1K<n<10K"),
@@ -24,25 +24,64 @@ _SIZES = (
     (10**6, "100K<n<1M"),
     (10**7, "1M<n<10M"),
 )
-# BibTeX: key, title, authors, year, where.
-_EVL = "lin2022frozen|Frozen CLIP Models are Efficient Video Learners|Lin, Ziyi and others|2022|ECCV"
+
+
+class _Work(NamedTuple):
+    """A published work, as BibTeX names it."""
+
+    key: str
+    title: str
+    author: str
+    year: int
+    where: str
+
+
+_EVL = _Work(
+    "lin2022frozen", "Frozen CLIP Models are Efficient Video Learners", "Lin, Ziyi and others", 2022, "ECCV"
+)
 _DATASETS = {
-    "k400": "kay2017kinetics|The Kinetics Human Action Video Dataset|Kay, Will and others|2017|arXiv:1705.06950",
-    "ssv2": "goyal2017something|The Something Something Video Database|Goyal, Raghav and others|2017|ICCV",
-    "ucf101": "soomro2012ucf101|UCF101: A Dataset of 101 Human Actions|Soomro, Khurram and others|2012|arXiv:1212.0402",
-    "hmdb51": "kuehne2011hmdb|HMDB: A Large Video Database for Human Motion Recognition|Kuehne, H. and others|2011|ICCV",
+    "k400": _Work(
+        "kay2017kinetics",
+        "The Kinetics Human Action Video Dataset",
+        "Kay, Will and others",
+        2017,
+        "arXiv:1705.06950",
+    ),
+    "ssv2": _Work(
+        "goyal2017something",
+        "The Something Something Video Database",
+        "Goyal, Raghav and others",
+        2017,
+        "ICCV",
+    ),
+    "ucf101": _Work(
+        "soomro2012ucf101",
+        "UCF101: A Dataset of 101 Human Actions",
+        "Soomro, Khurram and others",
+        2012,
+        "arXiv:1212.0402",
+    ),
+    "hmdb51": _Work(
+        "kuehne2011hmdb",
+        "HMDB: A Large Video Database for Human Motion Recognition",
+        "Kuehne, H. and others",
+        2011,
+        "ICCV",
+    ),
 }
 
 
 def cache_card(
     cache: FeatureCache, *, license_name: str = UNKNOWN_LICENSE, address: str | None = None
 ) -> str:
-    """The text of a complete cache's card.
+    """Return the text of a complete cache's card.
 
     Args:
-        license_name: as data hubs name it, such as `cc-by-4.0`. address: URL where others will find the cache.
+        cache: the cache.
+        license_name: as data hubs name it, such as `cc-by-4.0`.
+        address: URL where others will find the cache.
 
-    Raises: CacheError where it is not complete; UsageError for a licence that is no name.
+    Raises: CacheError where the cache is not complete; UsageError for a licence that is no such name.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", license_name):
         raise UsageError(
@@ -68,9 +107,9 @@ def cache_card(
 
 
 def make_card(path: str | Path, *, license_name: str, address: str | None, replace_card: bool) -> Path:
-    """Write the card of a cache into its directory. Returns: the file.
+    """Write the card of a cache into its directory, and return the file.
 
-    Raises: as `cache_card`; UsageError for a URL, or where another README.md is there and is not to be replaced.
+    Raises: as `cache_card`; UsageError for a URL, or where another README.md is there and may not be replaced.
     """
     if is_url(path):
         raise UsageError(
@@ -95,7 +134,7 @@ def _front_matter(spec: CacheSpec, license_name: str) -> str:
         "tags": ["evl-cache", "features", "video", "zarr", _plain(spec.dataset, quote=False)],
         "viewer": False,
     }
-    # Values as JSON, which YAML reads as it is: names may hold anything.
+    # Values are JSON, which is YAML too, as names may hold anything.
     return "\n".join(["---", *(f"{name}: {json.dumps(value)}" for name, value in fields.items()), "---"])
 
 
@@ -136,7 +175,7 @@ def _contents(cache: FeatureCache) -> dict[str, object]:
 
 def _how_made(cache: FeatureCache) -> str:
     spec, decoders = cache.spec, sorted({decoder for decoder, _ in cache.provenance})
-    # Not where the videos lay: that is nobody's business, and of no use to anyone.
+    # The folder of the videos is private, and of no use to others.
     origin = {name: value for name, value in cache.origin.items() if name != "root"}
     command = extract_command(
         FoundCache(place=cache.place, spec=spec, origin=origin),
@@ -191,9 +230,9 @@ def _licence(spec: CacheSpec, license_name: str) -> str:
 def _citation(spec: CacheSpec) -> str:
     works = [_EVL] + ([_DATASETS[spec.dataset]] if spec.dataset in _DATASETS else [])
     entries = [
-        f"@misc{{{key},\n  title = {{{title}}},\n  author = {{{author}}},\n  year = {{{year}}},\n"
-        f"  howpublished = {{{where}}},\n}}"
-        for key, title, author, year, where in (work.split("|") for work in works)
+        f"@misc{{{work.key},\n  title = {{{work.title}}},\n  author = {{{work.author}}},\n"
+        f"  year = {{{work.year}}},\n  howpublished = {{{work.where}}},\n}}"
+        for work in works
     ]
     return (
         "## Citation\n\n```bibtex\n"
@@ -209,7 +248,7 @@ def _table(title: str, rows: Mapping[str, object]) -> str:
 
 
 def _plain(text: str, *, quote: bool = True) -> str:
-    """Text of a cache, which may hold anything, on one line; `quote`: without meaning in Markdown or HTML."""
+    """Return a cache's text, which may hold anything, on one line; `quote` escapes Markdown and HTML."""
     line = "".join(c for c in " ".join(text.split()) if c.isprintable())
     if not quote:
         return line.replace("```", "")

@@ -1,4 +1,4 @@
-"""Videos drawn by seed: the demo's, and the benchmarks that need no download."""
+"""Draw videos from a seed: the demo's clips, and the benchmarks that need no download."""
 
 from evl_cache.rendered.benchmarks import BENCHMARKS, begun_options, is_rendered, render
 from evl_cache.rendered.demo_motions import (

@@ -1,4 +1,4 @@
-"""The rendered benchmarks as folders of H.264 files: `<root>/<split>/<class>/<index>.mp4`.
+"""Write the rendered benchmarks as folders of H.264 files: `<root>/<split>/<class>/<index>.mp4`.
 
 T frames, H and W pixels (H = W = side).
 """
@@ -21,14 +21,20 @@ from evl_cache.rendered.films import Film
 
 DIFFICULTIES = ("easy", "normal", "hard")
 _RECORD = "rendered.json"
-_VERSION = 1  # of the drawing: a change of any pixel is a new number
+_VERSION = 1  # of the drawing; it grows when any pixel changes
 
 Rng = np.random.Generator
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Benchmark:
-    """classes; film: class, random stream, split, difficulty, frames -> Film; stream: classes of equal ones share clips."""
+    """How one benchmark is drawn.
+
+    Attributes:
+        classes: names of its classes.
+        film: returns a clip for class, random stream, split, difficulty and number of frames.
+        stream: returns the number of a class's random stream; two classes of one stream share their clips.
+    """
 
     classes: tuple[str, ...]
     film: Callable[[str, Rng, str, str, int], Film]
@@ -60,8 +66,14 @@ class RenderOptions:
     """What is rendered.
 
     Attributes:
-        difficulty: of `DIFFICULTIES`. clips_per_class: by split.
-        side: pixels. num_frames: of a clip. fps: frames a second.
+        difficulty: one of `DIFFICULTIES`.
+        clips_per_class: clips of each class by split.
+        seed: of all clips.
+        side: height and width in pixels.
+        num_frames: frames of a clip.
+        fps: frames a second.
+
+    Raises: UsageError for a value out of range.
     """
 
     difficulty: str = "normal"
@@ -86,7 +98,7 @@ class RenderOptions:
 
 
 def clip_frames(name: str, class_name: str, index: int, *, split: str, options: RenderOptions) -> Frames:
-    """Frames of one clip, uint8 (T, side, side, 3), by seed: equal arguments give equal frames.
+    """Return the frames of one clip, uint8 (T, side, side, 3); equal arguments give equal frames.
 
     Raises: UsageError for an unknown benchmark or class.
     """
@@ -106,10 +118,14 @@ def render(
     threads: int = 2,
     on_clip: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write a benchmark's clips under a root; what is there of the same options is kept, so it may be stopped.
+    """Write a benchmark's clips under a root; clips that are there already are kept, so it may be interrupted.
 
     Args:
-        on_clip: called with the clips done and those in all, after each.
+        name: of the benchmark.
+        root: new or empty folder, or one of an interrupted call with the same options.
+        options: what is rendered.
+        threads: clips that are drawn at once.
+        on_clip: called after each clip, with the number of clips done and of all.
 
     Raises: UsageError for an unknown benchmark, or a root that holds clips of other options.
     """
@@ -143,12 +159,12 @@ def render(
 
 
 def is_rendered(root: str | Path) -> bool:
-    """Whether every clip of what was begun there is there; of an empty or absent folder False."""
+    """Whether all clips that were begun in a folder are there; False for an empty or missing folder."""
     return bool(_read_record(Path(root)).get("is_complete", False))
 
 
 def begun_options(root: str | Path) -> RenderOptions:
-    """The options with which a folder was begun; the default ones where it was not."""
+    """Return the options with which a folder was begun, or the default ones if it was not."""
     record = _read_record(Path(root))
     names = RenderOptions.__dataclass_fields__
     return RenderOptions(**{key: value for key, value in record.items() if key in names})
@@ -156,7 +172,7 @@ def begun_options(root: str | Path) -> RenderOptions:
 
 def _benchmark(name: str) -> _Benchmark:
     if name not in BENCHMARKS:
-        raise UsageError(f"nothing is rendered by the name {name!r}; expected one of {', '.join(BENCHMARKS)}")
+        raise UsageError(f"unknown benchmark {name!r}; expected one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 
@@ -183,9 +199,9 @@ def _read_record(root: Path) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UsageError(f"{path}: is not JSON ({error}); remove the folder and render it anew") from error
+        raise UsageError(f"{path}: is not JSON ({error}); remove the folder and render it again") from error
     if not isinstance(record, dict):
-        raise UsageError(f"{path}: is no record of rendered clips; remove the folder and render it anew")
+        raise UsageError(f"{path}: is no record of rendered clips; remove the folder and render it again")
     return record
 
 

@@ -1,12 +1,11 @@
-"""The demo's clips: small videos in which the class is the motion and not the picture.
+"""Draw the demo's clips: small videos whose class is the motion and not the picture.
 
-Eight classes in four pairs; the two classes of a pair hold the same frames in opposite order. One plain
-object lies on a plain background. Its place, its size, its shape and its colour have the same
-distribution in every frame of every class: places wrap around the picture's edges and sizes wrap around
-their range, so that no position, size or frame number tells a class. A model that looks at single frames
-can only guess, and one that looks at frames without their order cannot tell a class from its reversal.
+There are eight classes in four pairs; the two classes of a pair have the same frames in opposite order. One plain object
+is on a plain background. Its place, size, shape and colour have the same distribution in every frame of every class:
+places wrap around the picture's edges and sizes around their range, so that no position, size or frame number tells a
+class. A model of single frames can only guess, and one of frames without order cannot tell a class from its reversal.
 
-Legend: T frames, H and W pixels (H = W = size), R the two coordinates (x to the right, y down).
+T frames, H and W pixels (H = W = size), R the two coordinates (x to the right, y down).
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from evl_cache.rendered.files import Frames, write_video
 
 Floats = npt.NDArray[np.float64]
 
-# A class and the class that is the same clip played backwards.
+# A class, and the class of the same clips played backwards.
 REVERSED_PAIRS: tuple[tuple[str, str], ...] = (
     ("right", "left"),
     ("down", "up"),
@@ -36,21 +35,21 @@ REVERSED_PAIRS: tuple[tuple[str, str], ...] = (
 DEMO_CLASSES: tuple[str, ...] = tuple(sorted(name for pair in REVERSED_PAIRS for name in pair))
 DEFAULT_CLIPS_PER_CLASS: Mapping[str, int] = {"train": 200, "val": 40}
 
-# Lengths are fractions of the picture's side, speeds are per frame. A step of 0.125 to 0.225 is 0.5 to
-# 0.9 patch on a grid of 4 x 4 patches: less is lost inside a patch, more skips over a neighbour.
+# Lengths are fractions of the picture's side, speeds are per frame. On a grid of 4 x 4 patches, a step of 0.125 to 0.225
+# is 0.5 to 0.9 patches: a smaller one stays within a patch, a larger one skips a neighbour.
 _STEP = (0.125, 0.225)
 _RADIUS = (0.09, 0.33)
 _GROWTH_CYCLES = (0.09, 0.13)
 _ORBIT_RADIUS = (0.12, 0.15)
-# Six colours on grey, not any colour on any: what varies beside the motion costs clips to learn from, and
-# 200 of a class must do (free colours: 82 % where these give 93 %).
+# Six colours on grey: with more variation beside the motion a head needs more clips to learn, and 200 of a class must
+# be enough. Random colours on random backgrounds give 82 % where these give 93 %.
 _COLOURS = ((230, 40, 40), (40, 200, 60), (50, 80, 230), (235, 210, 50), (220, 60, 210), (50, 210, 220))
 _BACKGROUND = 128.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Scene:
-    """One clip before drawing: paths in pixels, colour in 0..255."""
+    """One clip before it is drawn, with places and lengths in pixels and colour in 0 .. 255."""
 
     centre: Floats  # (T, R)
     radius: Floats  # (T,)
@@ -61,10 +60,9 @@ class _Scene:
 def demo_motion_frames(
     class_name: str, index: int, *, seed: int = 0, split: str = "train", size: int = 64, num_frames: int = 8
 ) -> Frames:
-    """Draw clip `index` of a class: uint8 (T, H, W, 3), RGB.
+    """Return the frames of clip `index` of a class, uint8 (T, H, W, 3), RGB; equal arguments give equal frames.
 
-    The clip of the same index, seed and split of the reversed class has exactly these frames in opposite
-    order. Equal arguments give equal frames.
+    The reversed class's clip of the same index, seed and split has exactly these frames in opposite order.
 
     Raises: UsageError for a class not in `DEMO_CLASSES`, or a number out of range.
     """
@@ -90,7 +88,7 @@ def render_demo_motions(
 ) -> None:
     """Write `<directory>/<split>/<class>/<index>.mp4` (H.264), `clips_per_class[split]` of each class.
 
-    Splits share no clip: each draws from its own random stream. Existing files are replaced.
+    Splits share no clip, as each has its own random stream. Existing files are replaced.
 
     Raises: UsageError for a number out of range.
     """
@@ -129,7 +127,7 @@ def _check_numbers(*, size: int, num_frames: int, seed: int, least_index: int) -
 
 
 def _scene(motion: str, rng: np.random.Generator, *, size: int, num_frames: int) -> _Scene:
-    """Draw a clip's parameters; every motion draws the same ones, so that pictures do not differ."""
+    """Return a clip's random parameters; every motion draws the same ones, so that pictures do not tell it."""
     frame = np.arange(num_frames, dtype=np.float64)
     place = rng.uniform(0.0, 1.0, size=2)
     step = rng.uniform(*_STEP)
@@ -165,7 +163,7 @@ _SHAPES: tuple[Callable[[Floats, Floats, Floats], Floats], ...] = (
 
 def _draw(scene: _Scene, *, size: int) -> Frames:
     pixel = np.arange(size) + 0.5
-    # Distances around the picture's edges, so that nothing is ever cut off: (T, W) and (T, H).
+    # Distances wrap around the picture's edges, so that nothing is cut off: (T, W) and (T, H).
     dx, dy = ((pixel - scene.centre[:, i : i + 1] + size / 2) % size - size / 2 for i in (0, 1))
     distance = _SHAPES[scene.shape](dx[:, None, :], dy[:, :, None], scene.radius[:, None, None])  # (T, H, W)
     cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]  # a soft edge of one pixel

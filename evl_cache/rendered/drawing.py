@@ -1,4 +1,4 @@
-"""Pictures of simple things on a ground, from a description: what every rendered data set is drawn with.
+"""Draw pictures of simple things on a ground, as all rendered benchmarks do.
 
 H and W pixels (H = W = side). Places and lengths are fractions of the picture's side, x to the right, y down.
 """
@@ -42,9 +42,14 @@ class Thing:
     """One object.
 
     Attributes:
-        shape: of `SHAPES`. colour: RGB in 0..255. texture: of `TEXTURES`.
-        x, y: its centre. radius: of the circle of about its area. angle: radians, clockwise on the screen.
-        phase: shifts the texture, 0..1.
+        shape: one of `SHAPES`.
+        colour: RGB in 0 .. 255.
+        texture: one of `TEXTURES`.
+        x: of its centre.
+        y: of its centre.
+        radius: of a circle of about its area.
+        angle: in radians, clockwise on the screen.
+        phase: shift of the texture, 0 .. 1.
     """
 
     shape: str
@@ -59,7 +64,16 @@ class Thing:
 
 @dataclass(frozen=True, kw_only=True)
 class Ground:
-    """What lies behind. pattern: of `GROUND_PATTERNS`; angle, phase and period place its stripes or checks."""
+    """What is behind the things.
+
+    Attributes:
+        colour: RGB in 0 .. 255.
+        pattern: one of `GROUND_PATTERNS`.
+        angle: of stripes, checks or shading, in radians.
+        phase: shift of stripes or checks, in periods.
+        period: of stripes or checks.
+        seed: of speckles.
+    """
 
     colour: Colour
     pattern: str
@@ -72,7 +86,7 @@ class Ground:
 def draw(
     things: Sequence[Thing], ground: Ground, *, side: int, pan: tuple[float, float] = (0.0, 0.0)
 ) -> Picture:
-    """uint8 (side, side, 3), RGB; later things hide earlier ones. `pan` moves the camera, and so everything."""
+    """Return a picture, uint8 (side, side, 3), RGB; later things hide earlier ones, and `pan` moves the camera."""
     picture = _ground(ground, side, pan)
     for thing in things:
         _paint(picture, thing, side, pan)
@@ -101,14 +115,14 @@ def _ground(ground: Ground, side: int, pan: tuple[float, float]) -> Floats:
 
 
 def _square_wave(cycles: Floats, pixels: float) -> Floats:
-    """-1 and 1 by turns, with edges about a pixel wide; `cycles` counts periods of `pixels` pixels."""
+    """Return a wave of -1 and 1 with edges about a pixel wide; `cycles` counts periods of `pixels` pixels."""
     distance = 0.25 - np.abs(cycles % 1.0 - 0.5)  # of a period, to the nearest edge
     wave: Floats = np.clip(2.0 * distance * np.float32(pixels), -1.0, 1.0)
     return wave
 
 
 def _speckles(seed: int, side: int, pan: tuple[float, float]) -> Floats:
-    """Soft blots a sixteenth of the side wide, on a field that wraps around: a panning camera sees the same ones."""
+    """Return soft blots a sixteenth of the side wide; they stay in place when the camera pans, and wrap around."""
     field = np.random.default_rng(seed).uniform(-1.0, 1.0, size=(16, 16)).astype(np.float32)
 
     def weights(shift: float) -> tuple[npt.NDArray[np.int64], Floats]:
@@ -126,7 +140,7 @@ def _speckles(seed: int, side: int, pan: tuple[float, float]) -> Floats:
 
 
 def _paint(picture: Floats, thing: Thing, side: int, pan: tuple[float, float]) -> None:
-    """Draw over `picture`, only where the thing may reach."""
+    """Draw a thing onto `picture`, within the area that it may cover."""
     centre_x, centre_y, radius = (thing.x - pan[0]) * side, (thing.y - pan[1]) * side, thing.radius * side
     reach = _REACH * radius + 1.0
     left, right = max(0, int(centre_x - reach)), min(side, int(centre_x + reach) + 2)
@@ -146,7 +160,7 @@ def _paint(picture: Floats, thing: Thing, side: int, pan: tuple[float, float]) -
 
 
 def _texture(thing: Thing, u: Floats, v: Floats, radius: float) -> Floats:
-    """How much darker, 0..1."""
+    """Return how much the texture darkens each pixel, 0 .. 1."""
     period = 0.75  # radii
     if thing.texture == "striped":
         return 0.5 + 0.5 * _square_wave(u / period + thing.phase + 0.0 * v, radius * period)
@@ -164,7 +178,7 @@ def _polygon_star(u: Floats, v: Floats) -> Floats:
     return (np.hypot(u, v) - (0.62 + 0.93 * tip**1.5)) * 0.6
 
 
-# Distances to the outline in radii, below 0 inside, of shapes with about the area of the unit circle.
+# Distances to each shape's outline in radii, below 0 inside; all shapes have about the area of the unit circle.
 SHAPES: Mapping[str, Callable[[Floats, Floats], Floats]] = {
     "circle": lambda u, v: np.hypot(u, v) - 1.0,
     "square": lambda u, v: np.maximum(np.abs(u), np.abs(v)) - 0.886,

@@ -1,8 +1,7 @@
-"""*motions*: clips in which only order and displacement decide, the part that Something-Something plays elsewhere.
+"""Draw *motions*: clips whose class only order and displacement tell, as Something-Something's do.
 
-Fourteen classes in seven pairs. The two classes of a pair hold the very same frames in opposite order: a
-model that is blind to order guesses between them, and reaches 50 % at most. Things that lie still and a
-panning camera are there in every class.
+There are fourteen classes in seven pairs. The two classes of a pair have the same frames in opposite order: a model that
+is blind to order guesses between them, and reaches 50 % at most. Every class has things at rest and a panning camera.
 """
 
 import math
@@ -14,7 +13,7 @@ import numpy as np
 from evl_cache.rendered.drawing import Thing
 from evl_cache.rendered.films import PALETTES, Film, Props
 
-# A class, and the class that is the same clip played backwards.
+# A class, and the class of the same clips played backwards.
 REVERSED: tuple[tuple[str, str], ...] = (
     ("moving_right", "moving_left"),
     ("moving_down", "moving_up"),
@@ -25,16 +24,18 @@ REVERSED: tuple[tuple[str, str], ...] = (
     ("circling_clockwise", "circling_counterclockwise"),
 )
 CLASSES: tuple[str, ...] = tuple(sorted(name for pair in REVERSED for name in pair))
-AGENT = "ring"  # who pushes and pulls
+AGENT = "ring"  # the thing that pushes and pulls
 
 
 @dataclass(frozen=True, kw_only=True)
 class MotionDifficulty:
-    """Lengths are of the picture's side.
+    """How hard clips are; lengths are fractions of the picture's side.
 
     Attributes:
-        travel: of the moving thing, from the first frame to the last. pan: of the camera at most, likewise.
-        radius: of things. others: things that lie still, at most.
+        travel: bounds of the moving thing's way from the first frame to the last.
+        pan: largest way of the camera.
+        radius: bounds of a thing's radius.
+        others: largest number of things at rest.
     """
 
     travel: tuple[float, float]
@@ -56,7 +57,7 @@ Progress = list[float]  # 0 in the first frame, 1 in the last
 def motion_film(
     class_name: str, rng: np.random.Generator, *, split: str, difficulty: MotionDifficulty, num_frames: int
 ) -> Film:
-    """A clip of a class of `CLASSES`; with an equal random stream that of the reversed class is the same, backwards."""
+    """Return a clip of one of `CLASSES`; from an equal random stream, the reversed class's clip is it backwards."""
     forward, backward = next(pair for pair in REVERSED if class_name in pair)
     props = Props(rng, PALETTES[split])
     progress = [frame / max(1, num_frames - 1) for frame in range(num_frames)]
@@ -80,7 +81,7 @@ def _move(thing: Thing, dx: float, dy: float) -> Thing:
 
 
 def _start(props: Props, radius: float, travel: float) -> float:
-    """Where a path of length `travel` begins that stays in the picture."""
+    """Return where a path of length `travel` begins, so that it stays in the picture if it can."""
     low, high = radius, 1.0 - radius - travel
     return props.uniform((low, high)) if low < high else 0.5 * (low + high)
 

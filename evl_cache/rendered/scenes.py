@@ -1,8 +1,8 @@
-"""*scenes*: clips in which appearance decides, the part that Kinetics-400 plays elsewhere.
+"""Draw *scenes*: clips whose class their appearance tells, as in Kinetics-400.
 
-A class is a pair of shapes that are in the picture together. Every shape is in three classes, so that no
-single thing tells one; colours, textures, sizes, places, grounds, other things and the camera's slow pan say
-nothing. Order says nothing either: the clips of a class hardly move.
+A class is a pair of shapes that are in the picture together. Every shape is in three classes, so that no single thing
+tells one. Colours, textures, sizes, places, grounds, other things, order and the camera's slow pan tell nothing: things
+stay at rest.
 """
 
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ import numpy as np
 
 from evl_cache.rendered.films import PALETTES, Film, Props
 
-# Each of eight shapes three times.
+# Each of the eight shapes occurs three times.
 PAIRS: tuple[tuple[str, str], ...] = (
     ("circle", "square"),
     ("triangle", "diamond"),
@@ -33,7 +33,13 @@ _WITHIN_CELL = 0.07
 
 @dataclass(frozen=True, kw_only=True)
 class SceneDifficulty:
-    """radius: of every thing, of the side. others: how many further things at most. pan: of the side, in all."""
+    """How hard clips are; lengths are fractions of the picture's side.
+
+    Attributes:
+        radius: bounds of a thing's radius.
+        others: largest number of further things.
+        pan: largest way of the camera.
+    """
 
     radius: tuple[float, float]
     others: int
@@ -50,7 +56,7 @@ DIFFICULTIES = {
 def scene_film(
     class_name: str, rng: np.random.Generator, *, split: str, difficulty: SceneDifficulty, num_frames: int
 ) -> Film:
-    """A clip of a class of `CLASSES`."""
+    """Return a clip of one of `CLASSES`."""
     pair = next(pair for pair in PAIRS if "_and_".join(pair) == class_name)
     props = Props(rng, PALETTES[split])
     shapes = list(pair)
@@ -70,7 +76,7 @@ def scene_film(
 
 
 def _harmless(shapes: list[str]) -> list[str]:
-    """Shapes that make no other class's pair together with those that are there."""
+    """Return the shapes that form no class's pair with any of `shapes`."""
     every = sorted({shape for pair in PAIRS for shape in pair})
     pairs = {frozenset(pair) for pair in PAIRS}
     return [shape for shape in every if all(frozenset((shape, there)) not in pairs for there in shapes)]

@@ -1,1 +1,1 @@
-"""A page on finished runs and sweeps: `data` gathers, `plots` draws, `page` writes."""
+"""Report on finished runs and sweeps: `data` gathers, `plots` draws and `page` writes a page."""

@@ -1,4 +1,4 @@
-"""What run directories say, gathered for a report: curves, results, confusion, clips."""
+"""Gather what run directories hold for a report: curves, results, confusion, clips."""
 
 import csv
 import json
@@ -21,7 +21,15 @@ _OF_A_SEED = OPERATIONAL | {"seed", "order_seed"}
 
 @dataclass(frozen=True, kw_only=True)
 class ScoredClip:
-    """A validation clip: what it is, what the head said, and the probability of both."""
+    """One validation clip and what the head predicted.
+
+    Attributes:
+        clip: its id.
+        label: name of its class.
+        said: name of the class predicted.
+        p_label: probability of its class.
+        p_said: probability of the class predicted.
+    """
 
     clip: str
     label: str
@@ -35,9 +43,14 @@ class RunAccount:
     """One finished run.
 
     Attributes:
-        name, group: of the run, and of runs that differ in their seed alone.
-        epochs: lines of `metrics.jsonl`. result: as `result.json`.
-        confusion: clips by (class, class said), int64 (K, K). scored: every validation clip.
+        path: of its directory.
+        name: its name.
+        group: name of the runs that differ in their seed alone.
+        config: as the directory has it.
+        epochs: lines of `metrics.jsonl`.
+        result: content of `result.json`.
+        confusion: number of clips by class and class predicted, int64 (K, K).
+        scored: every validation clip; empty for old runs.
     """
 
     path: Path
@@ -51,31 +64,31 @@ class RunAccount:
 
     @property
     def label(self) -> str:
-        """For people: the group of a sweep and the seed, or the run's name."""
+        """The name for people: the group of a sweep and the seed, or the run's name."""
         is_named = self.group != _group_key(self.config)
         return f"{self.group}, seed {self.config.training.get('seed')}" if is_named else self.name
 
     @property
     def step_seconds(self) -> float | None:
-        """Of all its training steps; None where the run does not say."""
+        """Seconds of all training steps, or None where the run does not say."""
         ms = self.result.get("ms_per_step")
         return None if ms is None else ms * self.result["steps"] / 1e3
 
     @property
     def top1(self) -> float:
-        """In percent, after the last epoch."""
+        """Top-1 accuracy in percent after the last epoch."""
         return float(self.result["top1"])
 
     @property
     def bytes_read(self) -> int | None:
-        """Of the caches, decompressed, by all epochs of training and validation; None where the run does not say."""
+        """Decompressed bytes that all epochs of training and validation read, or None where the run does not say."""
         sides = [self.config.caches.get(side, {}) for side in ("train", "val")]
         if any("sample_nbytes" not in side for side in sides):
             return None
         return sum(int(side["sample_nbytes"] * side["samples"] * self.result["epochs"]) for side in sides)
 
     def wrongest(self, count: int) -> list[ScoredClip]:
-        """Clips that were mistaken, the surest first."""
+        """Return the clips that were mistaken, the surest first."""
         wrong = [clip for clip in self.scored if clip.label != clip.said]
         return sorted(wrong, key=lambda clip: (-clip.p_said, clip.clip))[:count]
 
@@ -89,23 +102,29 @@ class Group:
 
     @property
     def top1(self) -> float:
-        """Mean, in percent."""
+        """Mean top-1 accuracy in percent."""
         return statistics.mean(run.top1 for run in self.runs)
 
     @property
     def deviation(self) -> float | None:
-        """Standard deviation of a sample; None of one run."""
+        """Standard deviation of the runs' top-1 (of a sample), or None for one run."""
         return statistics.stdev(run.top1 for run in self.runs) if len(self.runs) > 1 else None
 
     def curve(self, name: str) -> np.ndarray:
-        """A figure of every epoch and run, float64 (runs, epochs), as far as all runs have it."""
+        """Return a figure of every run and epoch, float64 (runs, epochs), up to the shortest run's last epoch."""
         length = min(len(run.epochs) for run in self.runs)
         return np.asarray([[float(row[name]) for row in run.epochs[:length]] for run in self.runs])
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportData:
-    """Everything a report shows. groups: the best first. unfinished: (name, why) of runs of a sweep without a result."""
+    """Everything that a report shows.
+
+    Attributes:
+        title: of the page.
+        groups: the best first.
+        unfinished: name and reason of each run of a sweep that has no result.
+    """
 
     title: str
     groups: tuple[Group, ...]
@@ -113,7 +132,7 @@ class ReportData:
 
     @property
     def runs(self) -> list[RunAccount]:
-        """All of them, the best group first."""
+        """All runs, the best group first."""
         return [run for group in self.groups for run in group.runs]
 
     @property
@@ -123,7 +142,7 @@ class ReportData:
 
 
 def gather(paths: Sequence[Path]) -> ReportData:
-    """Runs, and the runs of sweeps. Raises: UsageError for what is neither, or where no run is finished."""
+    """Read directories of runs and sweeps. Raises: UsageError for other directories, or where no run is finished."""
     runs: list[RunAccount] = []
     unfinished: list[tuple[str, str]] = []
     for path in paths:
@@ -136,14 +155,17 @@ def gather(paths: Sequence[Path]) -> ReportData:
             else:
                 unfinished.append((row.name, row.error or row.status))
     if not runs:
-        raise UsageError(f"{', '.join(map(str, paths))}: no run is finished; nothing to report")
+        raise UsageError(f"{', '.join(map(str, paths))}: no run is finished; train one to its end first")
     groups = _grouped(runs)
     title = ", ".join(path.resolve().name for path in paths)
     return ReportData(title=title, groups=tuple(groups), unfinished=tuple(unfinished))
 
 
 def read_account(path: Path, *, name: str | None = None, group: str | None = None) -> RunAccount:
-    """One run. name, group: as a sweep calls them. Raises: UsageError where there is none, or it is not finished."""
+    """Read one run; `name` and `group` are those that a sweep gave it.
+
+    Raises: UsageError where there is no run, or it is not finished.
+    """
     config = read_run_config(path)
     try:
         result = json.loads((path / RESULT_NAME).read_text(encoding="utf-8"))
@@ -172,7 +194,7 @@ def read_account(path: Path, *, name: str | None = None, group: str | None = Non
 
 
 def _read_scored(path: Path) -> tuple[ScoredClip, ...]:
-    if not path.exists():  # runs of before it was written
+    if not path.exists():  # older runs have none
         return ()
     with path.open(encoding="utf-8", newline="") as file:
         return tuple(
@@ -193,7 +215,7 @@ def _group_key(config: RunConfig) -> str:
 
 
 def _grouped(runs: Sequence[RunAccount]) -> list[Group]:
-    """The best first. Groups of runs that no sweep named are called after their first run."""
+    """Return groups, the best first; a group that no sweep named has the name of its first run."""
     members: dict[str, list[RunAccount]] = {}
     for run in runs:
         members.setdefault(run.group, []).append(run)

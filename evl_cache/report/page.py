@@ -1,4 +1,4 @@
-"""A report of runs and sweeps: one page that needs nothing beside it, and its plots as PNG files."""
+"""Write a report of runs and sweeps: one page that needs no other file, and its plots as PNG files."""
 
 import base64
 import html
@@ -12,7 +12,7 @@ from evl_cache.report.plots import CURVES, as_bytes, draw_plots
 PAGE_NAME = "report.html"
 WRONGEST = 12
 
-# Nothing may be fetched: what the page shows is in it.
+# The page may fetch nothing, as all it shows is in it.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STYLE = """
 :root { color-scheme: light; --ink: #1a1a1a; --soft: #5a5a5a; --line: #d8d8d8; --bar: #0072B2; }
@@ -46,14 +46,19 @@ figure { margin: 0; } figure img { width: 100%; max-width: 36rem; height: auto; 
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was written: the page, and a PNG of each plot."""
+    """The files of a report.
+
+    Attributes:
+        page: the HTML page.
+        pictures: a PNG file of each plot.
+    """
 
     page: Path
     pictures: tuple[Path, ...]
 
 
 def write_report_page(data: ReportData, out: Path) -> Report:
-    """Write `report.html` and the PNGs into a directory, which is made. Raises: UsageError without matplotlib."""
+    """Write `report.html` and the PNG files into a directory, which is made. Raises: UsageError without matplotlib."""
     plots = draw_plots(data)
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
@@ -68,7 +73,7 @@ def write_report_page(data: ReportData, out: Path) -> Report:
 
 
 def render(data: ReportData, images: Mapping[str, bytes]) -> str:
-    """The whole page. images: SVG by the plot's name."""
+    """Return the whole page; `images` are SVG by the plot's name."""
     best = data.best
     parts = [
         f"<h1>{_text(data.title)}</h1>",
@@ -183,7 +188,7 @@ def _wrongest(run: RunAccount) -> str:
 
 
 def _plots(images: Mapping[str, bytes], wanted: Mapping[str, str]) -> str:
-    """Figures of some plots. wanted: what each shows, by name."""
+    """Return the HTML of some plots; `wanted` says what each shows, by its name."""
     figures = [
         f'<figure><img alt="{_text(text)}" src="data:image/svg+xml;base64,{base64.b64encode(images[name]).decode()}">'
         "</figure>"

@@ -1,4 +1,4 @@
-"""The plots of a report, drawn by matplotlib: narrow panels that a phone shows whole and a desktop side by side.
+"""Draw a report's plots: narrow panels that a phone shows whole and a desktop side by side.
 
 E epochs, K classes.
 """
@@ -12,13 +12,13 @@ import numpy as np
 from evl_cache.errors import UsageError
 from evl_cache.report.data import Group, ReportData
 
-# Okabe and Ito's palette, told apart by all kinds of colour vision; black comes first, yellow is too pale for a line.
+# Okabe and Ito's palette, for all kinds of colour vision; black comes first, and yellow is too pale for a line.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # and by shape, where colours are not seen at all
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # for those who see no colours
 PANEL_INCHES = 4.4
 CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "top1": "top-1, %"}
-_NUMBERED_CLASSES = 15  # numbers in the matrix up to here
-_NAMED_CLASSES = 40  # names beside it up to here
+_NUMBERED_CLASSES = 15  # with more classes the matrix shows no numbers
+_NAMED_CLASSES = 40  # with more classes it shows no names
 _STYLE = {
     "font.size": 10.5,
     "axes.spines.top": False,
@@ -34,7 +34,7 @@ Figure = Any
 
 
 def draw_plots(data: ReportData) -> dict[str, Figure]:
-    """Every plot by the name of its file. Raises: UsageError where matplotlib is not installed."""
+    """Return every plot by the name of its file. Raises: UsageError where matplotlib is not installed."""
     matplotlib = _matplotlib()
     with matplotlib.rc_context(_STYLE):
         plots = {f"curve-{name}": _curves(data.groups, name, text) for name, text in CURVES.items()}
@@ -46,7 +46,7 @@ def draw_plots(data: ReportData) -> dict[str, Figure]:
 
 
 def as_bytes(figure: Figure, kind: str) -> bytes:
-    """A figure as `svg` or `png`."""
+    """Return a figure as the bytes of an `svg` or `png` file."""
     file = io.BytesIO()
     with _matplotlib().rc_context(_STYLE):
         metadata: Mapping[str, Any] = {"Date": None} if kind == "svg" else {}
@@ -72,7 +72,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _curves(groups: Sequence[Group], name: str, label: str) -> Figure:
-    """A line a group: the mean over seeds, and a band from the smallest to the largest."""
+    """Draw a line for each group: the mean over seeds, and a band from the smallest to the largest."""
     coloured, others = groups[: len(COLOURS)], groups[len(COLOURS) :]
     legend_lines = len(coloured) + bool(others)
     figure, axes = _figure(PANEL_INCHES, 3.0 + 0.21 * legend_lines)
@@ -107,7 +107,7 @@ def _line(group: Group, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bars(groups: Sequence[Group]) -> Figure:
-    """Top-1 of every group with its deviation, the best on top."""
+    """Draw the top-1 of every group with its deviation, the best on top."""
     figure, axes = _figure(PANEL_INCHES, 0.9 + 0.42 * len(groups))
     places = np.arange(len(groups))[::-1]
     spread = [group.deviation or 0.0 for group in groups]
@@ -133,7 +133,7 @@ def _bars(groups: Sequence[Group]) -> Figure:
 
 
 def _confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
-    """Share of a class's clips by what was said, rows true; matrix: int64 (K, K)."""
+    """Draw the shares of each class's clips (rows) by class predicted (columns); `matrix` is int64 (K, K)."""
     K = len(matrix)
     side = (
         PANEL_INCHES

@@ -1,4 +1,4 @@
-"""Where patches go from one frame to the next, as adjacent-frame attention maps tell it.
+"""Compute where patches move from one frame to the next, from adjacent-frame attention maps.
 
 T frames, P patches (grid Hp x Wp, row by row).
 """
@@ -7,14 +7,15 @@ import torch
 
 
 def displacements(maps: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Displacement of every patch from frame t to frame t+1, in patches, (T-1, P, 2): down, right.
+    """Return every patch's displacement from frame t to frame t+1, in patches, (T-1, P, 2): down, right.
 
-    A map's expectation alone is drawn to the middle of the picture wherever attention is spread out. That pull is the
-    same in both directions of a pair of frames, while motion turns round: half the difference of the two
-    expectations keeps the motion and loses the pull, and is zero for two equal frames.
+    Where attention is spread out, the expectation of a map is biased towards the middle of the picture. The bias is the
+    same in both directions of a pair of frames, and motion is opposite. So half the difference of the two expectations
+    keeps the motion without the bias, and is zero for two equal frames.
 
     Args:
-        maps: (2, T-1, P, P), as `adjacent_frame_maps` gives them for one clip; [0, t] is frame t+1 against t.
+        maps: of one clip as `adjacent_frame_maps` returns them, (2, T-1, P, P); [0, t] is frame t+1 against t.
+        grid: patches (Hp, Wp).
     """
     rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
     places = torch.stack([rows.flatten(), columns.flatten()], dim=-1).to(torch.float32)  # (P,2)

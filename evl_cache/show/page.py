@@ -1,4 +1,4 @@
-"""What a tower and a head see of a clip, as pictures: one clip, or a page of a run's wrongest and surest clips."""
+"""Write a page of pictures of a run's worst mistakes and surest hits."""
 
 import html
 from collections.abc import Callable, Sequence
@@ -26,12 +26,18 @@ def show_page(
     device: str = "cpu",
     on_picture: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
-    """A page of the clips that the run gets most wrong, and of those it is surest and right about.
+    """Write a page of the clips that the run gets most wrong and of those it gets right most surely, and return its path.
 
     Args:
-        each: clips of either kind. clips: rows of the cache; all by default.
+        run: whose head is shown.
+        cache: of clips with labels.
+        folder: where the page and its pictures are written; it is made.
+        each: number of clips of either kind.
+        clips: rows of the cache; all by default.
+        device: where clips are scored.
+        on_picture: called after each picture, with the number of pictures done and of all.
 
-    Returns: the page. Raises: as `evaluate` and `show_cached` do.
+    Raises: as `evaluate` and `show_cached` do.
     """
     layers = check_features(run.config, cache.spec, run=run.path)
     head = run.head.to(device)
@@ -58,7 +64,7 @@ def show_page(
 
 
 def wrongest_and_surest(scores: Scores, each: int) -> tuple[list[int], list[int]]:
-    """Places in `scores`: mistakes, least probable label first; right ones, most probable first; equals in order."""
+    """Return places in `scores`: mistakes, least probable label first, and hits, most probable label first."""
     of_label = scores.probabilities[np.arange(len(scores.labels)), scores.labels]
     is_right = scores.probabilities.argmax(axis=1) == scores.labels
     order = np.argsort(of_label, kind="stable")
@@ -110,7 +116,7 @@ def _page(
 
 
 def cache_of_run(run: ShowRun) -> Path:
-    """The validation cache that the run names. Raises: CacheError where it is not there."""
+    """Return the path of the validation cache that the run names. Raises: CacheError where it is not there."""
     path = Path(str(run.config.caches.get("val", {}).get("path", "")))
     if not (path / "zarr.json").is_file():
         raise CacheError(f"{run.path}: its validation cache {path} is not there; give --cache")

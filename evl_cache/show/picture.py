@@ -1,7 +1,7 @@
-"""A view of a clip as a picture: its frames, where patches go, and what the decoder looks at.
+"""Draw a view of a clip: its frames, where patches move, and what the decoder attends to.
 
 T frames, P patches (grid Hp x Wp, row by row), S pixels.
-Colours are those of Okabe and Ito and the map `cividis`, which the colour-blind tell apart.
+Colours are those of Okabe and Ito and of the map `cividis`, which colour-blind people can tell apart.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 PER_ROW = 8  # frames side by side
 _ARROW, _PATCHES, _CLASS_TOKENS = "#E69F00", "#0072B2", "#D55E00"
 _LONGEST = 1.6  # patches that the longest arrow covers
-_SMALLEST = 0.15  # of the longest: shorter arrows are left out
+_SMALLEST = 0.15  # share of the longest arrow; shorter ones are left out
 _DPI = 110
 
 
@@ -29,12 +29,13 @@ class ViewPicture:
     """What is drawn.
 
     Attributes:
-        title: the clip. subtitle: label and what the head says, or nothing.
-        frames: uint8 (T, S, S, 3) as the tower saw them; None where the video is not there.
-        frame_names: T of them, such as `frame 12`.
-        grid: (Hp, Wp).
-        motion: float (T-1, P, 2), down and right in patches, from frame t to t+1; None for one frame or no maps.
-        attention: float (T, 1+P), one in sum, class token first; None without a head that has such.
+        title: the clip.
+        subtitle: its label and what the head predicts, or nothing.
+        frames: as the tower saw them, uint8 (T, S, S, 3); None where the video is not there.
+        frame_names: a name for each of the T frames, such as `frame 12`.
+        grid: patches (Hp, Wp).
+        motion: from frame t to t+1, down and right in patches, floating (T-1, P, 2); None without maps.
+        attention: floating (T, 1+P), class token first, with a sum of one; None for a head that has none.
         notes: lines below the picture.
     """
 
@@ -49,7 +50,7 @@ class ViewPicture:
 
 
 def draw_view(picture: ViewPicture, path: Path) -> None:
-    """Write a PNG. Raises: UsageError where matplotlib is not installed."""
+    """Write a picture as a PNG file. Raises: UsageError where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -145,7 +146,7 @@ def _bare(axis: "Axes", extent: tuple[int, int]) -> None:
 
 
 def _show_picture(axis: "Axes", picture: ViewPicture, t: int, *, grey: bool) -> None:
-    """Frame t, on axes whose unit is a patch."""
+    """Draw frame t, or grey where there is none, on axes whose unit is a patch."""
     height, width = picture.grid
     if picture.frames is None:
         axis.set_facecolor("#DDDDDD")
@@ -177,7 +178,7 @@ def _draw_frame(axis: "Axes", picture: ViewPicture, t: int) -> None:
 
 
 def _heat(picture: ViewPicture) -> tuple[np.ndarray, float]:
-    """Attention to patches in times an even share, (T, Hp, Wp), and the end of its scale."""
+    """Return the attention to patches as multiples of an even share, (T, Hp, Wp), and the end of its scale."""
     assert picture.attention is not None
     heat = (picture.attention[:, 1:] * picture.attention.size).reshape(len(picture.attention), *picture.grid)
     return heat, max(2.0, float(np.quantile(heat, 0.995)))

@@ -1,4 +1,4 @@
-"""One clip as a tower and a head see it, drawn as a picture."""
+"""Gather what a tower and a head see in one clip, and draw it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,10 +22,12 @@ from evl_cache.store import FeatureCache
 
 @dataclass(frozen=True, kw_only=True)
 class ShowRun:
-    """A run whose head is looked at.
+    """A run whose head is shown.
 
     Attributes:
-        path: of the run. config: as it keeps it. head: in eval mode, on the CPU.
+        path: of its directory.
+        config: as the directory has it.
+        head: in eval mode, on the CPU.
     """
 
     path: Path
@@ -34,17 +36,22 @@ class ShowRun:
 
     @classmethod
     def read(cls, path: Path, *, best: bool = False) -> "ShowRun":
-        """Raises: UsageError where there is no run; WeightsError where its head cannot be read."""
+        """Read a run. Raises: UsageError where there is none; WeightsError where its head cannot be read."""
         return cls(path=path, config=read_run_config(path), head=load_head(path, best=best))
 
 
 def show_cached(
     cache: FeatureCache, name: str, out: Path, *, run: ShowRun | None, view: int = 0, layer: int | None = None
 ) -> None:
-    """Draw one view of a clip from its cached features; its frames, where the video is still there.
+    """Draw one view of a clip from its cached features, and its frames if the video is still there.
 
     Args:
-        name: id or path of the clip. view: sample of the clip. layer: whose maps give the arrows; the mean of all.
+        cache: the cache.
+        name: id or path of the clip.
+        out: the PNG file to write.
+        run: whose head is shown; None shows the tower only.
+        view: number of the clip's sample.
+        layer: layer whose maps give the arrows; None takes the mean over all.
 
     Raises: UsageError for a clip or view that is not there; CacheError for one without features.
     """
@@ -77,13 +84,25 @@ def show_video(
     model: str | None = None,
     pretrained: str | None = None,
 ) -> None:
-    """Draw one view of a video that no cache holds, with the run's own tower. Arguments as `show_cached`.
+    """Draw one view of a video without a cache, with the run's own tower.
 
-    Raises: ClipError where it cannot be decoded; as `run_backbone` does.
+    Args:
+        video: the file.
+        out: the PNG file to write.
+        run: whose head is shown.
+        view: number of the clip's sample.
+        layer: layer whose maps give the arrows; None takes the mean over all.
+        device: where the tower runs.
+        model: tower's name, where the run's is not to be used.
+        pretrained: tower's weights, likewise.
+
+    Raises: ClipError where the video cannot be decoded; as `run_backbone` does.
     """
     spec = live_spec(run.config, run.path, num_clips=1)
     if not 0 <= view < spec.views.per_clip:
-        raise UsageError(f"--view {view}: the run has {spec.views.per_clip} views of a clip")
+        raise UsageError(
+            f"--view {view}: the run has {spec.views.per_clip} views of a clip; expected 0 to {spec.views.per_clip - 1}"
+        )
     clip = Clip(id=str(video), path=str(video), label=0, split="show")
     prepared = prepare_clip(clip, Path(), tower=spec.tower, views=spec.views)
     if prepared.samples is None:
@@ -100,7 +119,14 @@ def show_video(
 
 @dataclass(frozen=True, kw_only=True)
 class _Features:
-    """Of one sample: float32 (1, T, 1+P, C) and (1, 2, T-1, P, P) a layer."""
+    """The features of one sample.
+
+    Attributes:
+        spec: of the cache, or of what was computed.
+        layers: those of `tokens` and `maps`.
+        tokens: one for each layer, float32 (1, T, 1+P, C).
+        maps: one for each layer, float32 (1, 2, T-1, P, P); None without maps.
+    """
 
     spec: CacheSpec
     layers: tuple[int, ...]
@@ -143,14 +169,14 @@ def _picture(
 
 
 def _made_by(spec: CacheSpec, layers: Sequence[int], run: ShowRun | None) -> str:
-    """Which tower, blocks and head the picture is of."""
+    """Return a line that names the picture's tower, layers and head."""
     weights = "random weights" if spec.tower.pretrained == "none" else spec.tower.pretrained
     head = "" if run is None else f", head {run.config.head} of run {run.path.name}"
     return f"Tower {spec.tower.model} ({weights}), layers {format_layers(layers)}{head}."
 
 
 def _as_pixels(sample: torch.Tensor, spec: CacheSpec) -> np.ndarray:
-    """Normalised (T, 3, S, S) back to uint8 (T, S, S, 3)."""
+    """Return normalised frames (T, 3, S, S) as uint8 pixels (T, S, S, 3)."""
     std, mean = (torch.tensor(values).view(3, 1, 1) for values in (spec.tower.std, spec.tower.mean))
     pixels = ((sample * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
     return pixels.permute(0, 2, 3, 1).numpy()
@@ -176,7 +202,7 @@ def _motion(features: _Features, layer: int | None) -> np.ndarray | None:
 
 @torch.no_grad()
 def _said(run: ShowRun, features: _Features) -> str:
-    """The head's two most probable classes for this view."""
+    """Return the head's two most probable classes for this view, as text."""
     probabilities = torch.softmax(run.head(features.tokens, features.maps)[0].double(), dim=-1)
     best = torch.argsort(probabilities, descending=True, stable=True)[:2].tolist()
     return "said: " + ", ".join(
@@ -185,7 +211,7 @@ def _said(run: ShowRun, features: _Features) -> str:
 
 
 def _attention(head: Head, features: _Features) -> np.ndarray | None:
-    """(T, 1+P), mean over decoder layers and heads; None for another kind of head."""
+    """Return the attention (T, 1+P), a mean over decoder layers and attention heads; None for other heads."""
     if not isinstance(head, EVLHead):
         return None
     weights = PlainHead(head).attention(features.tokens, features.maps)

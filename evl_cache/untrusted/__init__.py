@@ -1,1 +1,1 @@
-"""Input that a stranger may have written: JSON, descriptions of caches, files of weights; checked before use."""
+"""Check input that a stranger may have written, before it is used: JSON, descriptions of caches, files of weights."""

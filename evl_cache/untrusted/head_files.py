@@ -1,7 +1,7 @@
-"""Files of tensors and settings that may come from strangers: looked at before they are loaded.
+"""Check files of tensors and settings that may come from strangers, before they are loaded.
 
-`weights_only` and safetensors keep code out; what is checked here is that no memory is taken for what a file only
-claims to hold.
+`weights_only` and safetensors keep code out. The checks here keep a file from making this process allocate memory for
+more than the file holds.
 """
 
 import os
@@ -17,16 +17,19 @@ from evl_cache.errors import WeightsError
 from evl_cache.untrusted.json_text import parse_json
 
 MOST_JSON_NBYTES = 16 << 20
-_MOST_EXPANSION = 4  # of a zip archive: torch.save does not compress
-# Arguments of heads, by the last part of their names; anything larger is no head.
+_MOST_EXPANSION = 4  # largest growth of a zip archive when it is unpacked; torch.save does not compress
+# Largest values of a head's arguments.
 _MOST = {"num_frames": 4096, "num_classes": 10**6, "num_layers": 1024, "num_heads": 65536}
 _MOST_WIDTH = 1 << 20
-_SIZES = ("num_layers", "width", "num_frames", "num_classes")  # that every head has, with its grid
+_SIZES = ("num_layers", "width", "num_frames", "num_classes")  # every head has these, and its grid
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises: OSError as reading does; ValueError where it is something else, or huge."""
-    if not path.is_file():  # a pipe would never end; what is not there tells so itself
+    """Return the object in a JSON file.
+
+    Raises: OSError where the file cannot be read; ValueError where it holds something else or is too large.
+    """
+    if not path.is_file():  # a pipe might never end; a missing file raises in `stat`
         path.stat()
         raise ValueError("not a regular file")
     if path.stat().st_size > MOST_JSON_NBYTES:
@@ -38,7 +41,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def check_head_config(config: Mapping[str, Any]) -> None:
-    """Sizes of a head before it is built. Raises: ValueError naming the one that is none."""
+    """Check the arguments of a head before it is built. Raises: ValueError naming the one that is wrong."""
     for name in _SIZES:
         if not isinstance(config[name], int) or config[name] < 1:
             raise ValueError(f"{name} is {str(config[name])[:40]!r}, expected a number from 1 on")
@@ -57,7 +60,10 @@ def check_head_config(config: Mapping[str, Any]) -> None:
 
 
 def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a file's tensors, none of which is read. Raises: WeightsError where it is no safetensors file."""
+    """Return the shapes of a file's tensors without reading them.
+
+    Raises: WeightsError where it is no safetensors file.
+    """
     try:
         if not path.is_file():
             path.stat()
@@ -71,7 +77,7 @@ def safetensors_shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def check_archive(path: Path) -> None:
-    """A file for `torch.load`: not one that grows when it is unpacked. Raises: ValueError."""
+    """Check a file for `torch.load`. Raises: ValueError for a zip archive that is much larger when unpacked."""
     if not path.is_file() or not zipfile.is_zipfile(path):
         return
     with zipfile.ZipFile(path) as archive:
@@ -81,7 +87,7 @@ def check_archive(path: Path) -> None:
 
 
 def check_tensors(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Tensors of a file: each with as many values as it shows. Raises: ValueError naming one that is not."""
+    """Check that each tensor of a file has as many values as its shape says. Raises: ValueError naming one that has not."""
     for name, tensor in tensors.items():
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             raise ValueError(f"{name} is no plain tensor")

@@ -1,11 +1,11 @@
-"""JSON from strangers: what the standard says, and nothing that Python reads beyond it."""
+"""Read JSON from strangers as the standard defines it, without what Python accepts beyond it."""
 
 import json
 from typing import Any, NoReturn
 
 
 def parse_json(text: bytes | str) -> Any:
-    """Plain values. Raises: ValueError for what is no JSON, NaN and infinities included, or is nested too deep."""
+    """Return plain values. Raises: ValueError for what is not JSON, such as NaN and infinities, or is nested too deep."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except RecursionError as error:

@@ -1,6 +1,7 @@
-"""What a cache's description may say: checked before anything is made of it, because it may come from a stranger.
+"""Check a cache's description before it is used, as it may come from a stranger.
 
-The limits are far beyond what any tower or data set needs, and small enough that no memory is lost to a number.
+The limits are far above what any tower or data set needs, and low enough that no number makes this process run out of
+memory.
 """
 
 import math
@@ -10,9 +11,8 @@ from typing import Any
 
 from evl_cache.errors import CacheError
 
-MOST_CHUNK_NBYTES = (
-    256 << 20
-)  # one sample x one layer, decoded: 64 frames of 448 pixels at patch 14 in float16
+# Of one decoded chunk, a sample's layer: enough for 64 frames of 448 pixels at patch 14 in float16.
+MOST_CHUNK_NBYTES = 256 << 20
 _NAME = re.compile(r"[^\x00-\x1f\x7f/\\]{1,200}")
 _COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 _RANGES = {
@@ -32,17 +32,17 @@ _RANGES = {
     "views.augment_seed": (0, 2**63),
 }
 _TEXTS = (
-    "tokens maps codec compute_dtype preprocessing content_id tower.model tower.pretrained tower.weights_sha256 "
-    "views.sampling"
-).split()
+    "tokens", "maps", "codec", "compute_dtype", "preprocessing", "content_id", "tower.model", "tower.pretrained",
+    "tower.weights_sha256", "views.sampling",
+)  # fmt: skip
 _MOST_CLASSES, _MOST_TEXT = 10**6, 1000
 _MOST_SAMPLES = 10**9
 
 
 def check_spec(content: Any) -> None:
-    """Types and sizes of a description's spec, as JSON has it; fields that are missing are left to its reader.
+    """Check types and sizes of a description's spec, given as JSON values; missing fields are not checked.
 
-    Raises: CacheError naming the field.
+    Raises: CacheError naming the field that is wrong.
     """
     if not isinstance(content, Mapping):
         raise _wrong("spec", content, "an object")
@@ -75,10 +75,10 @@ def _check_lists(parts: Mapping[str, Any]) -> None:
         raise _wrong("classes", classes, "a list of names")
     layers = parts.get("layers", [1])
     if not isinstance(layers, list) or not layers or not all(map(_is_int, layers)):
-        raise _wrong("layers", layers, "a list of blocks")
-    blocks = parts.get("tower.blocks", layers[-1])
-    if layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] > blocks:
-        raise _wrong("layers", layers, f"different blocks of 1 to {blocks}, ascending")
+        raise _wrong("layers", layers, "a list of layers")
+    deepest = parts.get("tower.blocks", layers[-1])
+    if layers != sorted(set(layers)) or layers[0] < 1 or layers[-1] > deepest:
+        raise _wrong("layers", layers, f"different layers of 1 to {deepest}, ascending")
     for name in ("tower.mean", "tower.std"):
         values = parts.get(name, [0.5] * 3)
         if not isinstance(values, list) or len(values) != 3 or not all(map(_is_finite, values)):
