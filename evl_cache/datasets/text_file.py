@@ -47,7 +47,8 @@ def read_json_entries(path: Path, *, expected: str) -> list[tuple[int, Any]]:
     if text[at] != "[":
         raise _wrong(path, _line(text, at), f"begins with {text[at : at + 20]!r}", expected)
     entries: list[tuple[int, Any]] = []
-    at, line, counted = _skip_blanks(text, at + 1), 1, 0
+    at = _skip_blanks(text, at + 1)
+    line, counted = 1, 0  # the line of the place up to which lines are counted
     if text[at : at + 1] == "]":
         raise _wrong(path, _line(text, at), "the list is empty", expected)
     while True:

@@ -1,4 +1,4 @@
-"""What every head is: a module that turns cached features of some layers into class logits.
+"""The base of all heads: a module that turns cached features of some layers into class logits.
 
 B clips, T frames, P patches (grid Hp x Wp), N = 1+P tokens of a frame, C channels, L layers. docs/heads.md says how
 to write one.
@@ -38,7 +38,7 @@ class Head(nn.Module):
     Attributes:
         config: every argument by name, as a run directory keeps it.
         default_depth: how many of the last layers it reads where none are named; None means all that are cached.
-        takes_other_depths: whether `--head-layers` may name another number of blocks.
+        takes_other_depths: whether `--head-layers` may name another number of layers.
         temporal_modules: those of `MODULES` that it has; each is an argument of that name.
         class_tokens_only: whether it reads the frames' class tokens only, a two-hundredth of the bytes.
 

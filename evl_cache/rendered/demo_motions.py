@@ -1,8 +1,8 @@
 """Draw the demo's clips: small videos whose class is the motion and not the picture.
 
 There are eight classes in four pairs; the two classes of a pair have the same frames in opposite order. One plain object
-is on a plain background. Its place, size, shape and colour have the same distribution in every frame of every class:
-places wrap around the picture's edges and sizes around their range, so that no position, size or frame number tells a
+is on a plain background. Its place, size, shape and colour have the same distribution in every frame of every class.
+Places wrap around the picture's edges and sizes around their range, so that no position, size or frame number tells a
 class. A model of single frames can only guess, and one of frames without order cannot tell a class from its reversal.
 
 T frames, H and W pixels (H = W = size), R the two coordinates (x to the right, y down).

@@ -150,7 +150,8 @@ def _picture(
         notes.append(f"No frames: {prepared.record.error}.")
     else:
         frames = _as_pixels(prepared.samples[view], spec)
-    said, attention = ([] if label is None else [f"label: {label}"]), None
+    said = [] if label is None else [f"label: {label}"]
+    attention = None
     if run is not None:
         said.append(_said(run, features))
         attention = _attention(run.head, features)

@@ -1,5 +1,6 @@
 """Decode with PyAV, and read from packets which frames a file has. T frames asked for, H and W source pixels."""
 
+import sys
 import warnings
 from array import array
 from bisect import bisect_right
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 # In DivX and Xvid files a packet of a few bytes holds no picture; in other codecs even the smallest packet does.
 _NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
-_LEAST_PICTURE = 8
+_LEAST_PICTURE_NBYTES = 8
 _LEAST_LOSS_S, _LEAST_LOSS = 0.3, 0.05  # seconds, and share of the length; less may be rounding
 
 
@@ -119,17 +120,19 @@ def _read_index(
 
     Raises: NoIndex where packets do not number frames; ClipError where many of them are missing.
     """
-    times, keys, end, smallest = array("q"), array("q"), 0, 1 << 62
+    times, keys = array("q"), array("q")
+    end, smallest_nbytes = 0, sys.maxsize
     for packet in container.demux(stream):  # packets are not kept: an hour of them would fill the memory
         if not packet.size:
             continue
         if packet.pts is None:
             raise NoIndex
         times.append(packet.pts)
-        end, smallest = max(end, packet.pts + (packet.duration or 0)), min(smallest, packet.size)
+        end = max(end, packet.pts + (packet.duration or 0))
+        smallest_nbytes = min(smallest_nbytes, packet.size)
         if packet.is_keyframe:
             keys.append(packet.pts)
-    if stream.codec_context.name.startswith(_NEVER_CODED) and smallest < _LEAST_PICTURE:
+    if stream.codec_context.name.startswith(_NEVER_CODED) and smallest_nbytes < _LEAST_PICTURE_NBYTES:
         raise NoIndex
     index = _Index(times=sorted(times), keys=sorted(keys))
     if not keys or index.keys[0] != index.times[0] or len(set(times)) < len(times):
@@ -149,7 +152,8 @@ def _check_length(
     Raises: ClipError where much is missing.
     """
     assert stream.time_base is not None  # where packets have times
-    declared_s, length_s = None, float(ticks * stream.time_base)
+    length_s = float(ticks * stream.time_base)
+    declared_s: float | None = None
     if stream.duration is not None:
         declared_s = float(stream.duration * stream.time_base)
     elif container.duration is not None and len(container.streams) == 1:

@@ -58,7 +58,7 @@ class Chunk:
 
     @property
     def patches(self) -> slice:
-        """Which of the P patches the tokens are."""
+        """The tokens' places among the P patches."""
         return slice(self.tokens.start - 1, self.tokens.stop - 1, self.tokens.step)
 
 

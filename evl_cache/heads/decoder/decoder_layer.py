@@ -115,7 +115,9 @@ class DecoderLayer(LayerParameters):
         return values.flatten(1) + self.v_proj.bias
 
     def _position(self, enabled: Mapping[str, bool], sums: torch.dtype) -> Position:
-        taps, shift, tables = None, None, None
+        taps: torch.Tensor | None = None
+        shift: torch.Tensor | None = None
+        tables: tuple[torch.Tensor, torch.Tensor] | None = None
         if enabled["temporal_pos_embed"]:
             shift = self.pos_embed.to(sums)  # (T,C)
         if enabled["temporal_conv"]:

@@ -17,6 +17,23 @@ from evl_cache.heads.decoder.workspace import Workspace
 from evl_cache.heads.head import MODULES, Head, Maps, Tokens, check_floating, check_shape, stored_values
 
 
+class _Switch:
+    """Whether a temporal module, named like the attribute, is on; one that was built may be switched off and on."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, head: "EVLHead", owner: type) -> bool:
+        return head._enabled[self._name]
+
+    def __set__(self, head: "EVLHead", on: bool) -> None:
+        if on and not head.config[self._name]:
+            raise UsageError(
+                f"{self._name} cannot be switched on: the head was built without it; build one with {self._name}=True"
+            )
+        head._enabled[self._name] = bool(on)
+
+
 class EVLHead(Head):
     """The transformer decoder over cached tokens, with its three temporal modules and the classifier.
 
@@ -36,10 +53,14 @@ class EVLHead(Head):
         temporal_pos_embed: whether to build the learned position of each frame.
         temporal_cross_attention: whether to build the motion tables that read adjacent-frame maps.
 
+    Attributes:
+        workspace: where large memory comes from; heads that take turns may share one.
+
     Raises: UsageError where sizes contradict each other.
     """
 
     temporal_modules = MODULES
+    temporal_conv, temporal_pos_embed, temporal_cross_attention = _Switch(), _Switch(), _Switch()
 
     def __init__(
         self,
@@ -78,7 +99,7 @@ class EVLHead(Head):
                 f"{num_heads} heads do not divide the decoder's width of {qkv_width}; expected a divisor"
             )
         self._enabled = {name: bool(self.config[name]) for name in MODULES}
-        self._workspace = Workspace()
+        self.workspace = Workspace()
         self.class_query = nn.Parameter(torch.zeros(width))
         self.layers = nn.ModuleList(DecoderLayer(self.config) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
@@ -104,18 +125,9 @@ class EVLHead(Head):
         x = self.class_query.expand(clips, -1)  # (B,C)
         for i, layer in enumerate(self.layers):
             layer_maps = stored_maps(maps[i]) if self.reads_maps and maps is not None else None
-            x = layer(x, stored_tokens(tokens[i]), layer_maps, self._enabled, self._workspace)
+            x = layer(x, stored_tokens(tokens[i]), layer_maps, self._enabled, self.workspace)
         logits: Tensor = self.classifier(self.dropout(self.norm(x)))
         return logits
-
-    @property
-    def workspace(self) -> Workspace:
-        """Where large memory comes from; heads that take turns may share one."""
-        return self._workspace
-
-    @workspace.setter
-    def workspace(self, workspace: Workspace) -> None:
-        self._workspace = workspace
 
     @property
     def reads_maps(self) -> bool:
@@ -139,37 +151,3 @@ class EVLHead(Head):
         for m in maps:
             check_shape("maps", "(B, 2, T-1, P, P)", tuple(stored_values(m).shape), expected)
             check_floating("maps", m)
-
-    def _switch(self, name: str, on: bool) -> None:
-        if on and not self.config[name]:
-            raise UsageError(
-                f"{name} cannot be switched on: the head was built without it; build one with {name}=True"
-            )
-        self._enabled[name] = bool(on)
-
-    @property
-    def temporal_conv(self) -> bool:
-        """Whether the depthwise temporal convolution is applied."""
-        return self._enabled["temporal_conv"]
-
-    @temporal_conv.setter
-    def temporal_conv(self, on: bool) -> None:
-        self._switch("temporal_conv", on)
-
-    @property
-    def temporal_pos_embed(self) -> bool:
-        """Whether the temporal position embedding is added."""
-        return self._enabled["temporal_pos_embed"]
-
-    @temporal_pos_embed.setter
-    def temporal_pos_embed(self, on: bool) -> None:
-        self._switch("temporal_pos_embed", on)
-
-    @property
-    def temporal_cross_attention(self) -> bool:
-        """Whether motion from the adjacent-frame maps is added."""
-        return self._enabled["temporal_cross_attention"]
-
-    @temporal_cross_attention.setter
-    def temporal_cross_attention(self, on: bool) -> None:
-        self._switch("temporal_cross_attention", on)

@@ -3,10 +3,10 @@
 B clips, T frames, P patches, N = 1+P tokens of a frame, C channels, H heads, Q tokens of a chunk, K = Q T
 tokens of a chunk in all frames.
 
-With n a normalised token, r one over its deviation, p_h its weight, g_h the gradient of head h's mean and q_h
-its query, the logit's gradient is d_h = p_h (g_h . n - g_h . mean_h). The gradient of the token before norm
-is r (sum_h d_h q_h + p_h g_h - n sum_h (d_h q_h . n + p_h g_h . n) / C), if q_h and g_h have mean zero over
-channels. So a chunk's gradient is one product of two small matrices, which stays in a processor's cache.
+Let n be a normalised token and r one over its deviation. For head h, let p_h be its weight, q_h the query and g_h the
+gradient of the mean. Then the logit's gradient is d_h = p_h (g_h . n - g_h . mean_h). If q_h and g_h have mean zero over
+channels, the gradient of the token before norm is r (sum_h (d_h q_h + p_h g_h) - n sum_h (d_h q_h . n + p_h g_h . n) / C).
+So a chunk's gradient is one product of two small matrices, which stays in a processor's cache.
 """
 
 import torch
