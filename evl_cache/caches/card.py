@@ -39,35 +39,15 @@ class _Work(NamedTuple):
 _EVL = _Work(
     "lin2022frozen", "Frozen CLIP Models are Efficient Video Learners", "Lin, Ziyi and others", 2022, "ECCV"
 )
+_KINETICS = "The Kinetics Human Action Video Dataset"
+_SOMETHING = "The Something Something Video Database"
+_UCF = "UCF101: A Dataset of 101 Human Actions"
+_HMDB = "HMDB: A Large Video Database for Human Motion Recognition"
 _DATASETS = {
-    "k400": _Work(
-        "kay2017kinetics",
-        "The Kinetics Human Action Video Dataset",
-        "Kay, Will and others",
-        2017,
-        "arXiv:1705.06950",
-    ),
-    "ssv2": _Work(
-        "goyal2017something",
-        "The Something Something Video Database",
-        "Goyal, Raghav and others",
-        2017,
-        "ICCV",
-    ),
-    "ucf101": _Work(
-        "soomro2012ucf101",
-        "UCF101: A Dataset of 101 Human Actions",
-        "Soomro, Khurram and others",
-        2012,
-        "arXiv:1212.0402",
-    ),
-    "hmdb51": _Work(
-        "kuehne2011hmdb",
-        "HMDB: A Large Video Database for Human Motion Recognition",
-        "Kuehne, H. and others",
-        2011,
-        "ICCV",
-    ),
+    "k400": _Work("kay2017kinetics", _KINETICS, "Kay, Will and others", 2017, "arXiv:1705.06950"),
+    "ssv2": _Work("goyal2017something", _SOMETHING, "Goyal, Raghav and others", 2017, "ICCV"),
+    "ucf101": _Work("soomro2012ucf101", _UCF, "Soomro, Khurram and others", 2012, "arXiv:1212.0402"),
+    "hmdb51": _Work("kuehne2011hmdb", _HMDB, "Kuehne, H. and others", 2011, "ICCV"),
 }
 
 

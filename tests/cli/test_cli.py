@@ -232,7 +232,7 @@ def test_a_run_from_an_official_checkpoint_scores_a_cache(work, run, monkeypatch
         ("extract --dataset folder --root clips --pretrained x.pt", "'x.pt' is neither a file nor a tag"),
         (
             "extract --dataset folder --root clips --layers 3-5",
-            "layers [3, 4, 5]; this tower has blocks 1 to 4",
+            "layers [3, 4, 5]; this tower has layers 1 to 4",
         ),
         ("extract --dataset folder --root clips --layers 4-3", "runs backwards"),
         ("extract --dataset folder --root clips --views 3", "expected temporal x spatial, such as 3x1"),
