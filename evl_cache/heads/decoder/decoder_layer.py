@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from evl_cache.heads.decoder.chunks import StoredTokens
-from evl_cache.heads.decoder.fast_attention import Position, attend, setting_for
-from evl_cache.heads.decoder.layer_pass import Setting
+from evl_cache.heads.decoder.fast_attention import attend, setting_for
+from evl_cache.heads.decoder.layer_pass import Setting, SharedTensors
 from evl_cache.heads.decoder.motion import StoredMaps
 from evl_cache.heads.decoder.workspace import Workspace
 
@@ -85,8 +85,8 @@ class DecoderLayer(LayerParameters):
             workspace: where large memory comes from.
         """
         setting = setting_for(self.k_proj.weight, grid=self.grid, epsilon=self.norm3.eps, workspace=workspace)
-        position = self._position(enabled, setting.sums)
-        x = x + self.out_proj(self._attention(self.norm1(x), tokens, maps, position, setting))
+        shared = self._shared(enabled, setting.sums, with_motion=maps is not None)
+        x = x + self.out_proj(self._attention(self.norm1(x), tokens, maps, shared, setting))
         result: torch.Tensor = x + self.fc2(self.mlp_dropout(self.activation(self.fc1(self.norm2(x)))))
         return result
 
@@ -95,7 +95,7 @@ class DecoderLayer(LayerParameters):
         x: torch.Tensor,
         tokens: StoredTokens,
         maps: StoredMaps | None,
-        position: Position,
+        shared: SharedTensors,
         setting: Setting,
     ) -> torch.Tensor:
         """Return the attention heads' outputs (B, E) for the normalised class query x (B, C).
@@ -109,15 +109,16 @@ class DecoderLayer(LayerParameters):
         # The key bias moves all logits of a head alike, so nothing depends on it: its gradient is zero.
         carried = carried + 0 * self.k_proj.bias.sum()
         carried = carried * self.norm3.weight * query.shape[-1] ** -0.5
-        mean = attend(carried, tokens, maps, position, setting)  # (B,H,C)
+        mean = attend(carried, tokens, maps, shared, setting)  # (B,H,C)
         mean = (mean * self.norm3.weight + self.norm3.bias).to(self.v_proj.weight.dtype)
         values = torch.einsum("bhc,hdc->bhd", mean, self.v_proj.weight.view(by_head))
         return values.flatten(1) + self.v_proj.bias
 
-    def _position(self, enabled: Mapping[str, bool], sums: torch.dtype) -> Position:
+    def _shared(self, enabled: Mapping[str, bool], sums: torch.dtype, *, with_motion: bool) -> SharedTensors:
+        """Return what the enabled temporal modules add to tokens, in the dtype of sums."""
         taps: torch.Tensor | None = None
         shift: torch.Tensor | None = None
-        tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        tables: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None)
         if enabled["temporal_pos_embed"]:
             shift = self.pos_embed.to(sums)  # (T,C)
         if enabled["temporal_conv"]:
@@ -125,7 +126,6 @@ class DecoderLayer(LayerParameters):
             assert self.conv.bias is not None
             bias = self.conv.bias.to(sums).expand(self.num_frames, -1)
             shift = bias if shift is None else shift + bias
-        if enabled["temporal_cross_attention"]:
-            prev, following = (t.flip(0).to(sums) for t in (self.motion_prev, self.motion_next))
-            tables = (prev, following)
-        return Position(taps=taps, shift=shift, tables=tables)
+        if enabled["temporal_cross_attention"] and with_motion:
+            tables = (self.motion_prev.flip(0).to(sums), self.motion_next.flip(0).to(sums))
+        return SharedTensors(taps, shift, *tables)

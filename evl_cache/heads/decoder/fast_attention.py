@@ -12,7 +12,6 @@ the backward pass, which never holds a gradient of their size.
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,21 +33,6 @@ from evl_cache.heads.decoder.threads import map_in_threads
 from evl_cache.heads.decoder.workspace import Workspace
 
 
-@dataclass(frozen=True, kw_only=True)
-class Position:
-    """What the temporal modules add to tokens, in the dtype of sums; None for a module that is off.
-
-    Attributes:
-        taps: of the depthwise convolution, earliest frame first, (3, C).
-        shift: the position embedding plus the convolution's bias, (T, C); not None where `taps` is not.
-        tables: the motion tables prev and next, flipped, (R, C) each.
-    """
-
-    taps: Tensor | None
-    shift: Tensor | None
-    tables: tuple[Tensor, Tensor] | None
-
-
 def setting_for(parameter: Tensor, *, grid: tuple[int, int], epsilon: float, workspace: Workspace) -> Setting:
     """Return the setting of a pass: sums in the parameter's dtype or float32, products in autocast's dtype if it is on."""
     device, dtype = parameter.device.type, parameter.dtype
@@ -67,7 +51,7 @@ def setting_for(parameter: Tensor, *, grid: tuple[int, int], epsilon: float, wor
 
 
 def attend(
-    query: Tensor, tokens: StoredTokens, maps: StoredMaps | None, position: Position, setting: Setting
+    query: Tensor, tokens: StoredTokens, maps: StoredMaps | None, shared: SharedTensors, setting: Setting
 ) -> Tensor:
     """Return the mean of the normalised tokens with position, weighted by softmax(tokens . query), for every head.
 
@@ -77,7 +61,7 @@ def attend(
         query: multiplied by the key projection and scaled, (B, H, C).
         tokens: of B clips.
         maps: of B clips; None adds no motion.
-        position: what is added to the tokens.
+        shared: what the temporal modules add to tokens, in the dtype of sums; without tables where `maps` is None.
         setting: of the pass.
 
     Returns: (B, H, C) in the dtype of sums, differentiable once in everything floating.
@@ -85,7 +69,6 @@ def attend(
     query = query.to(setting.sums)
     # Normalised tokens have mean zero over channels, so the query's mean has no effect on logits.
     query = query - query.mean(-1, keepdim=True)
-    tables = (None, None) if maps is None or position.tables is None else position.tables
     clips = ClipTensors(
         query=query,
         tokens=tokens.tokens,
@@ -94,12 +77,8 @@ def attend(
         maps=None if maps is None else maps.maps,
         row_max=None if maps is None else maps.row_max,
     )
-    shared = SharedTensors(
-        taps=position.taps, shift=position.shift, table_prev=tables[0], table_next=tables[1]
-    )
-    attended: Tensor = _Attend.apply(
-        setting, *clips, *shared
-    )  # torch follows gradients of plain arguments only
+    # As plain arguments, since torch differentiates in no others.
+    attended: Tensor = _Attend.apply(setting, *clips, *shared)
     return attended
 
 
