@@ -301,4 +301,4 @@ def test_from_the_command_line(motions: Path, tmp_path: Path) -> None:
     scored = runner.invoke(cli, f"eval --cache {cache} --run {tmp_path / 'run'} --device cpu".split())
     assert scored.exit_code == 0, scored.output
     refused = runner.invoke(cli, f"extract {options} --layers 1-2 --cache {tmp_path / 'no'}".split())
-    assert isinstance(refused.exception, UsageError) and "block 1" in str(refused.exception)
+    assert isinstance(refused.exception, UsageError) and "layer 1" in str(refused.exception)

@@ -123,7 +123,7 @@ class _Attend(torch.autograd.Function):
 
 
 def _gathered(tensors: Sequence[Tensor | None]) -> LayerTensors:
-    """Return the fields of `LayerTensors`, in their order, as one."""
+    """Return `LayerTensors` of all its fields, given in order."""
     own = len(ClipTensors._fields)
     return LayerTensors(ClipTensors(*tensors[:own]), SharedTensors(*tensors[own:]))
 
