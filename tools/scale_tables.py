@@ -65,7 +65,7 @@ def _assumptions() -> Iterator[str]:
 
 
 def _sizes() -> Iterator[str]:
-    yield "| | frames | blocks kept | a sample | its forward pass | samples | bytes |"
+    yield "| | frames | layers kept | a sample | its forward pass | samples | bytes |"
     yield "|---|---|---|---|---|---|---|"
     for data_set, tower, frames in _cases():
         both = specs(data_set, tower, frames)
