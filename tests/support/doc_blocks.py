@@ -3,7 +3,7 @@
 A block of `bash` or `python` is run, unless the line before it says why not:
 
     <!-- not run: REASON -->              shown only
-    <!-- tested by tests/test_NAME.py --> run there
+    <!-- tested by tests/ROOM/test_NAME.py --> run there
 
 Commands that a page needs but does not show stand in a comment of their own, `<!-- setup`, commands, `-->`. Every
 other language is shown only.

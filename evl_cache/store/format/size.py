@@ -9,7 +9,7 @@ from evl_cache.spec import CacheSpec
 from evl_cache.store.format.layout import array_layouts, mark_path
 from evl_cache.store.format.recomputed import projections_nbytes
 
-# Stored bytes over decoded bytes, measured on real clips (docs/results.md). Rounded up: a full disk costs more
+# Stored bytes over decoded bytes, measured (docs/rate-distortion.md). Rounded up: a full disk costs more
 # than a warning too many.
 _STORED_SHARE = {
     ("default", "int8"): 0.85,
