@@ -53,6 +53,13 @@ def test_the_figures_of_the_readme_are_looked_for() -> None:
     assert {"83", "1,877", "641", "24", "177", "5.65", "72.63"} <= found
 
 
+def test_the_lines_of_the_demo_in_the_readme_are_those_of_the_results() -> None:
+    lines = re.findall(r"^top-1 .*$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    results = figures((ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+    assert len(lines) == 2
+    assert figures("".join(lines)) <= results
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -160,7 +167,7 @@ def test_every_page_is_in_the_navigation_and_every_room_on_the_map() -> None:
     assert [room.name for room in rooms if f"  {room.name}/ " not in map_of_rooms] == []
 
 
-def test_the_map_names_only_pure_modules_that_exist() -> None:
+def test_every_module_beside_the_rooms_is_on_the_map() -> None:
     beside = {path.stem for path in (ROOT / "evl_cache").glob("*.py")} - {"__init__"}
     deprecated = {name for name in beside if "Deprecated names" in _docstring(name)}
     map_of_rooms = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("```")[1]
