@@ -12,7 +12,6 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +27,6 @@ from evl_cache.notation import parse_layers
 from evl_cache.spec import ViewSpec
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.stage import train
-
-Quiet = nullcontext((lambda failed: None, lambda name: None))
 
 
 def request_of(arguments: argparse.Namespace, root: Path, views: int) -> ExtractRequest:
@@ -57,9 +54,7 @@ def extracted(
         wanted, started = replace(request, split=split, cache=path), time.perf_counter()
         if split == "val":
             wanted = replace(wanted, train_split_views=None)
-        for _ in extract_dataset(
-            wanted, options=ExtractOptions(), progress=lambda spec: Quiet, on_plan=lambda *_: None
-        ):
+        for _ in extract_dataset(wanted, options=ExtractOptions()):
             caches[split] = FeatureCache(path)
         if split == "train" and not note.exists():
             note.write_text(json.dumps(time.perf_counter() - started), encoding="utf-8")

@@ -10,7 +10,6 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,12 +17,12 @@ from benchmarks.support.machine import interleaved_seconds, machine, medians
 from benchmarks.support.stored_features import LAYERS, clip_list
 from evl_cache.clips import Clip
 from evl_cache.extract.block import BlockExtractor
+from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.prepare import PreparedClip
 from evl_cache.extract.stage import make_spec
 from evl_cache.spec import ViewSpec
 from evl_cache.store import LOCKS_NAME, ClipRecord, LockWatcher, create_cache
-from evl_cache.towers import build_tower
-from evl_cache.towers.tower import Tower
+from evl_cache.towers import Tower, build_tower
 
 
 class FromMemory(BlockExtractor):
@@ -42,17 +41,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    visual, spec = build_tower("ViT-B-16-quickgelu", "none")
+    tower = build_tower("ViT-B-16-quickgelu", "none")
     frames = torch.randn(arguments.clips, 8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     with tempfile.TemporaryDirectory(prefix="evl-cache-bench-") as scratch:
 
         @torch.no_grad()
         def bare() -> None:
             for start in range(0, arguments.clips, arguments.batch):
-                visual(frames[start : start + arguments.batch].flatten(0, 1))
+                tower.visual(frames[start : start + arguments.batch].flatten(0, 1))
 
         def ours() -> None:
-            extract_once(Path(scratch) / "cache", frames, Tower(visual=visual, spec=spec), arguments.batch)
+            extract_once(Path(scratch) / "cache", frames, tower, arguments.batch)
 
         seconds = medians(interleaved_seconds({"bare": bare, "ours": ours}, arguments.rounds))
     result = {
@@ -75,10 +74,8 @@ def extract_once(cache: Path, frames: torch.Tensor, tower: Tower, batch: int) ->
         clips, dataset="generated", split="train", tower=tower.spec, layers=LAYERS, views=ViewSpec()
     )
     create_cache(cache, spec, clips.clips, origin={}, created_with={})
-    keywords: dict[str, Any] = {"device": "cpu", "batch": batch, "workers": 2, "reuse": None}
-    extractor = FromMemory(
-        clips.clips, root=cache, cache=cache, spec=spec, tower=tower, on_clip=lambda failed: None, **keywords
-    )
+    job = ExtractionJob(clips=clips, root=cache, cache_path=cache, spec=spec, tower=tower)
+    extractor = FromMemory(job, options=ExtractOptions(batch=batch))
     extractor.frames = frames
     lock = LockWatcher(cache / LOCKS_NAME).take(0)
     assert lock is not None

@@ -16,11 +16,11 @@ from pathlib import Path
 from benchmarks.long_clips import render_clips, render_enlarged, repeat_clip
 from benchmarks.support.machine import machine
 from evl_cache.clips import Clip, ClipList
-from evl_cache.extract.stage import ExtractOptions, extract, make_spec
+from evl_cache.extract.job import ExtractionJob, ExtractOptions
+from evl_cache.extract.stage import extract, make_spec
 from evl_cache.sampling import strided_test_views
 from evl_cache.spec import ViewSpec
 from evl_cache.towers import build_tower
-from evl_cache.towers.tower import Tower
 from evl_cache.video import collect
 from evl_cache.video.pool import DecodePool
 
@@ -106,22 +106,15 @@ def make_list(folder: Path, count: int) -> ClipList:
 def measure(folder: Path, *, clips: int, first: int) -> dict[str, object]:
     """Extract `clips` clips; the peak after the first ones over the peak of those."""
     (folder / "tower.json").write_text(json.dumps(_TOWER))
-    visual, tower = build_tower(str(folder / "tower.json"), "none")
+    tower = build_tower(str(folder / "tower.json"), "none")
     listed = make_list(folder, clips)
     spec = make_spec(
-        listed, dataset="generated", split="train", tower=tower, layers=(2, 3), views=ViewSpec(stride=8)
+        listed, dataset="generated", split="train", tower=tower.spec, layers=(2, 3), views=ViewSpec(stride=8)
     )
     started = time.monotonic()
     with MemoryOfAll() as memory:
-        result = extract(
-            listed,
-            root=folder,
-            cache=folder / "cache",
-            spec=spec,
-            tower=Tower(visual=visual, spec=tower),
-            options=ExtractOptions(decode_workers=2),
-            on_clip=memory.note_clip,
-        )
+        job = ExtractionJob(clips=listed, root=folder, cache_path=folder / "cache", spec=spec, tower=tower)
+        result = extract(job, options=ExtractOptions(decode_workers=2), on_clip=memory.note_clip)
     before, after = memory.peak_bytes(0, first), memory.peak_bytes(first, clips + 1)
     return {
         "peak_vs_first": after / before,

@@ -9,7 +9,6 @@ import json
 import statistics
 import tempfile
 import time
-from contextlib import nullcontext
 from importlib.resources import files
 from pathlib import Path
 
@@ -47,12 +46,7 @@ def main() -> None:
             views=ViewSpec(frames=8, stride=16),
             cache=root / "cache",
         )
-        for _ in extract_dataset(
-            asked,
-            options=ExtractOptions(),
-            progress=lambda spec: nullcontext(lambda failed: None),
-            on_plan=lambda *_: None,
-        ):
+        for _ in extract_dataset(asked, options=ExtractOptions()):
             pass
         cache = FeatureCache(root / "cache")
         train(cache, cache, options=TrainOptions(steps=1, batch=1), out=root / "run")

@@ -12,7 +12,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,6 @@ SIXTEEN = (
     {"head": "decoder4", "temporal": "no-cross-attention"},
     {"head": ["linear", "meanpool", "attentive", "mlap", "uniformerv2", "ladder"]},
 )
-Quiet = nullcontext((lambda failed: None, lambda name: None))
 
 
 def motions_caches(folder: Path, *, train_clips: int, val_clips: int) -> tuple[FeatureCache, FeatureCache]:
@@ -54,9 +53,7 @@ def motions_caches(folder: Path, *, train_clips: int, val_clips: int) -> tuple[F
             views=ViewSpec(frames=8, stride=2),
             cache=folder / split,
         )
-        for _ in extract_dataset(
-            request, options=ExtractOptions(), progress=lambda spec: Quiet, on_plan=lambda *_: None
-        ):
+        for _ in extract_dataset(request, options=ExtractOptions()):
             pass
     return FeatureCache(folder / "train"), FeatureCache(folder / "val")
 

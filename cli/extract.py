@@ -239,17 +239,17 @@ def command(
         clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
     )
     reports: list[dict[str, Any]] = []
-    for plan, result in extract_dataset(
+    for job, result in extract_dataset(
         make_request(given),
         options=options,
         progress=lambda spec: extract_progress(spec.num_clips, spec.split, shown=place.is_first),
-        on_plan=_say_plan if place.is_first else lambda tower, plan: None,
+        on_job=_say_job if place.is_first else lambda job: None,
         rendezvous=rendezvous,
     ):
         if not place.is_first:
-            _say_share(place, plan, result)
+            _say_share(place, job, result)
             continue
-        reports.append(_report(plan, result))
+        reports.append(_report(job, result))
         if not as_json:
             _say_result(reports[-1])
         for clip, reason in result.failures[:5]:
@@ -259,14 +259,14 @@ def command(
     return _status(place, sum(report["failed"] for report in reports))
 
 
-def _report(plan: Any, result: Any) -> dict[str, Any]:
+def _report(job: Any, result: Any) -> dict[str, Any]:
     return {
-        "cache": str(plan.cache),
-        "split": plan.split,
+        "cache": str(job.cache_path),
+        "split": job.spec.split,
         "clips": result.clips,
         "clips_here": result.clips_done_here,
         "failed": len(result.failures),
-        "bytes": sum(file.stat().st_size for file in plan.cache.rglob("*") if file.is_file()),
+        "bytes": sum(file.stat().st_size for file in job.cache_path.rglob("*") if file.is_file()),
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
         "cache_digest": result.cache_digest,
@@ -280,10 +280,10 @@ def _say_result(report: dict[str, Any]) -> None:
     )
 
 
-def _say_share(place: Any, plan: Any, result: Any) -> None:
+def _say_share(place: Any, job: Any, result: Any) -> None:
     """What a process that is not the first did of a cache."""
     click.echo(
-        f"process {place.rank} of {place.world}: {result.clips_done_here} of {result.clips} clips of {plan.cache}, "
+        f"process {place.rank} of {place.world}: {result.clips_done_here} of {result.clips} clips of {job.cache_path}, "
         f"{result.seconds:.1f} s",
         err=True,
     )
@@ -304,14 +304,14 @@ def _status(place: Any, failed: int) -> int:
     return 0 if place.is_supervised else 3
 
 
-def _say_plan(tower: Any, plan: Any) -> None:
+def _say_job(job: Any) -> None:
     from evl_cache.notation import format_layers
 
-    t = tower.spec
+    t = job.tower.spec
     click.echo(
         f"{t.model} ({t.pretrained}), {t.image_size} pixels, patch {t.patch_size}, "
         f"{'QuickGELU' if t.quick_gelu else 'GELU'}, mean {_numbers(t.mean)}, std {_numbers(t.std)}; "
-        f"layers {format_layers(plan.spec.layers)}, {plan.spec.views.frames} frames -> {plan.cache}",
+        f"layers {format_layers(job.spec.layers)}, {job.spec.views.frames} frames -> {job.cache_path}",
         err=True,
     )
 

@@ -36,7 +36,7 @@ def command(
     as_json: bool,
 ) -> int:
     """Verify a cache and redo only what is damaged; on the same machine the bytes become what they were."""
-    from evl_cache.extract.repair import repair, tower_loader, videos_root
+    from evl_cache.extract.repair import repair, tower_loader
     from evl_cache.extract.stage import ExtractOptions
 
     options = ExtractOptions(device=default_device(device), decode_workers=decode_workers)
@@ -44,7 +44,7 @@ def command(
         result = repair(
             cache,
             tower=tower_loader(model, pretrained),
-            root=lambda description: videos_root(description, root),
+            root=root,
             options=options,
             on_clip=on_clip,
         )

@@ -24,9 +24,16 @@ class DemoOptions:
     """Sizes of the demo. Those of `demo_options` take at most three minutes on two cores.
 
     Attributes:
-        model, pretrained, layers: the tower, and the blocks whose tokens are kept.
+        model: the tower; see `build_tower`.
+        pretrained: its weights; the model's own where it is None.
+        layers: layers of the tower whose tokens are kept.
         clips_per_class: rendered clips by split, for each of eight motions.
-        epochs, batch, lr, warmup_steps, head: of both trainings.
+        epochs: of both trainings, as what follows.
+        batch: clips of a step.
+        lr: learning rate.
+        warmup_steps: steps over which it rises.
+        head: name of the head.
+        device: where the tower and the head run.
     """
 
     model: str = str(files("evl_cache") / "data" / "demo-tower.json")
@@ -41,8 +48,8 @@ class DemoOptions:
     device: str = "cpu"
 
 
-# Blocks 3 to 5 tell motion better than 6 to 8 (88.8 % against 83.8 % after six epochs), and cost less to extract. A
-# step costs more than on the untrained tower's features, which have fewer patches and channels.
+# Layers 3 to 5 tell motion better than 6 to 8 (88.8 % against 83.8 % after six epochs), and cost less to extract.
+# Fewer epochs, as a step costs more than on the untrained tower's features, which have fewer patches and channels.
 _EVL_TINY: Mapping[str, Any] = {
     "model": "evl-tiny",
     "pretrained": None,
@@ -59,7 +66,14 @@ def demo_options(tower: str, *, device: str) -> DemoOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """Results with and without the temporal modules, and seconds of each stage, in order."""
+    """What the demo found.
+
+    Attributes:
+        with_modules: training with the temporal modules.
+        without_modules: training without them.
+        seconds: duration of each stage, in order.
+        classes: how many motions there are to tell apart.
+    """
 
     with_modules: TrainResult
     without_modules: TrainResult
@@ -78,7 +92,9 @@ def run_demo(
     """Render, extract, and train with and without the temporal modules, under a directory.
 
     Args:
-        progress: opens the progress line of a cache. on_step: as `train`. on_stage: called with what begins.
+        progress: opens the progress line of a cache.
+        on_step: called after each step, as by `train`.
+        on_stage: called with the name of each stage that begins.
 
     Raises: UsageError where the directory holds the runs of another demo.
     """
@@ -117,7 +133,7 @@ def run_demo(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """The demo's head is so small that threads wait for each other longer than they work."""
+    """Train on one thread: the demo's head is so small that several wait for each other longer than they work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -140,10 +156,8 @@ def _extract(directory: Path, options: DemoOptions, progress: Progress) -> dict[
             cache=directory / "caches" / split,
         )
         extract_options = ExtractOptions(device=options.device, batch=64)
-        for plan, _ in extract_dataset(
-            request, options=extract_options, progress=progress, on_plan=lambda *_: None
-        ):
-            caches[split] = FeatureCache(plan.cache)
+        for job, _ in extract_dataset(request, options=extract_options, progress=progress):
+            caches[split] = FeatureCache(job.cache_path)
     return caches
 
 

@@ -1,14 +1,15 @@
 """Stage one: the frozen tower runs once per clip, and its features are written to a cache."""
 
+from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.prepare import PreparedClip, prepare_clip
-from evl_cache.extract.request import ExtractRequest, Plan, Progress, extract_dataset, plan_extraction
-from evl_cache.extract.stage import ExtractOptions, ExtractResult, extract, make_spec
+from evl_cache.extract.request import ExtractRequest, Progress, extract_dataset, plan_extraction
+from evl_cache.extract.stage import ExtractResult, extract, make_spec
 
 __all__ = [
     "ExtractOptions",
     "ExtractRequest",
     "ExtractResult",
-    "Plan",
+    "ExtractionJob",
     "PreparedClip",
     "Progress",
     "extract",

@@ -17,14 +17,17 @@ from evl_cache.clips import Clip
 from evl_cache.extract.clips_ahead import ClipsAhead
 from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
 from evl_cache.extract.environment import run_environment
+from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.prepare import PreparedClip, prepare_clip
 from evl_cache.extract.reuse import ReusableRows
 from evl_cache.extract.stage_seconds import StageSeconds
 from evl_cache.spec import CacheSpec
 from evl_cache.store import BlockLock, BlockWriter, ClipRecord, marked_blocks
-from evl_cache.towers import Backbone, Tower
-from evl_cache.video import DecodeOptions
-from evl_cache.video.pool import DEFAULT_TIMEOUT_S, DecodePool
+from evl_cache.towers import Backbone
+from evl_cache.video.pool import DecodePool
+
+OnClip = Callable[[bool], None]
+OnBottleneck = Callable[[str], None]
 
 _LEAST_WAITING = 4  # clips that may wait for the device; more where a batch holds more
 
@@ -42,60 +45,48 @@ class BlockExtractor:
     """Extracts blocks one at a time. A context manager: leaving it stops the threads and processes.
 
     Args:
-        clips: the whole list. root: what relative paths are relative to. cache, spec: where to, and what.
-        tower: moved to `device` and the spec's compute dtype.
-        batch: samples of one forward pass; the last of a block is padded to it.
-        workers: processes that decode, and as many threads that crop and that compress.
-        reuse: a cache whose rows of equal features and sources are copied.
-        decoding, clip_timeout_s: see `decoding.pool`.
-        on_bottleneck: called with the stage that takes most (see `StageSeconds`) after each clip.
+        job: its tower is moved to the device, and to the spec's compute dtype.
+        options: how; the last batch of a block is padded to `batch` samples.
         on_clip: called with whether it failed, after each clip.
+        on_bottleneck: called with the stage that takes most (see `StageSeconds`), after each clip.
     """
 
     def __init__(
         self,
-        clips: Sequence[Clip],
+        job: ExtractionJob,
         *,
-        root: Path,
-        cache: Path,
-        spec: CacheSpec,
-        tower: Tower,
-        device: str,
-        batch: int,
-        workers: int,
-        reuse: Path | None,
-        on_clip: Callable[[bool], None],
-        decoding: DecodeOptions | None = None,
-        clip_timeout_s: float = DEFAULT_TIMEOUT_S,
-        on_bottleneck: Callable[[str], None] = lambda name: None,
+        options: ExtractOptions,
+        on_clip: OnClip = lambda failed: None,
+        on_bottleneck: OnBottleneck = lambda name: None,
     ) -> None:
         self.waited = StageSeconds()
+        self._job, self._on_clip, self._on_bottleneck = job, on_clip, on_bottleneck
         self._my_locks: deque[Path] = deque(maxlen=2)  # of this block, and of the one being committed
-        self._on_bottleneck = on_bottleneck
-        self.clips, self.root, self.cache, self.spec, self.on_clip = clips, root, cache, spec, on_clip
-        on = torch.device(device)
-        visual = tower.visual.to(device=on, dtype=getattr(torch, spec.compute_dtype))
+        spec, workers, device = job.spec, options.decode_workers, torch.device(options.device)
+        visual = job.tower.visual.to(device=device, dtype=getattr(torch, spec.compute_dtype))
         backbone = Backbone(visual, spec.stored_layers, with_maps=spec.stores_maps)
-        self._pipeline = DevicePipeline(backbone, spec, device=on, batch=batch, waited=self.waited)
-        self._reusable = None if reuse is None else ReusableRows(reuse, spec)
-        self._decode_pool = DecodePool(workers, options=decoding, timeout_s=clip_timeout_s)
+        self._pipeline = DevicePipeline(
+            backbone, spec, device=device, batch=options.batch, waited=self.waited
+        )
+        self._reusable = None if options.reuse is None else ReusableRows(options.reuse, spec)
+        self._decode_pool = DecodePool(workers, options=options.decoding, timeout_s=options.clip_timeout_s)
         # A thread for each process, and one that crops meanwhile.
         self._ahead = ClipsAhead(
-            lambda row: self._prepare(self.clips[row]),
+            lambda row: self._prepare(job.clips.clips[row]),
             threads=workers + 1,
-            waiting=max(_LEAST_WAITING, batch // spec.views.per_clip),
+            waiting=max(_LEAST_WAITING, options.batch // spec.views.per_clip),
             clip_bytes=_clip_bytes(spec),
         )
         self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
-        self._environment = run_environment(batch=batch, device=on, compute_dtype=spec.compute_dtype)
+        self._environment = run_environment(options, spec)
 
     def extract(self, block: int, lock: BlockLock) -> ExtractedBlock:
-        """Every row of a block handed to a new writer, which the caller commits and closes.
+        """Hand every row of a block to a new writer, which the caller commits and closes.
 
         Raises: CacheError where the disk refuses.
         """
         self._my_locks.append(lock.path)
-        writer = BlockWriter(self.cache, self.spec, block, lock=lock, encoders=self._encoders)
+        writer = BlockWriter(self._job.cache_path, self._job.spec, block, lock=lock, encoders=self._encoders)
         try:
             clips = self._pipeline.run(self._clips_of(block))
             records = tuple(self._finish(clip, writer) for clip in clips)
@@ -105,27 +96,27 @@ class BlockExtractor:
         return ExtractedBlock(writer=writer, records=records, environment=self._environment)
 
     def _clips_of(self, block: int) -> Iterator[ClipRows]:
-        rows = self.spec.clips_of_block(block)
+        rows = self._job.spec.clips_of_block(block)
         for prepared in self._ahead.of(rows, likely_next=lambda: self._likely_next(block)):
-            yield ClipRows(prepared, self.spec.views.per_clip)
+            yield ClipRows(prepared, self._job.spec.views.per_clip)
 
     def _likely_next(self, block: int) -> Sequence[int]:
-        """Clips of the block that comes after; none where other jobs may take it."""
+        """Clips of the next block that is not done; none where other jobs are at work, which may take it."""
         locks = set(self._my_locks[-1].parent.glob(f"*{self._my_locks[-1].suffix}"))
         if {path for path in locks if path.stem.isdecimal()} - set(self._my_locks):
             return ()
-        done = marked_blocks(self.cache)
-        following = (other for other in range(block + 1, self.spec.num_blocks) if other not in done)
+        done = marked_blocks(self._job.cache_path)
+        following = (other for other in range(block + 1, self._job.spec.num_blocks) if other not in done)
         found = next(following, None)
-        return () if found is None else self.spec.clips_of_block(found)
+        return () if found is None else self._job.spec.clips_of_block(found)
 
     def _prepare(self, clip: Clip) -> PreparedClip:
         is_known = (lambda clip_id, sha256: False) if self._reusable is None else self._reusable.has
         return prepare_clip(
             clip,
-            self.root,
-            tower=self.spec.tower,
-            views=self.spec.views,
+            self._job.root,
+            tower=self._job.spec.tower,
+            views=self._job.spec.views,
             is_known=is_known,
             decode=self._decode_pool.frames,
         )
@@ -136,10 +127,10 @@ class BlockExtractor:
             assert self._reusable is not None and record.source_sha256 is not None
             record, rows = self._reusable.fetch(record)
         with self.waited.of("writing"):
-            for sample in range(self.spec.views.per_clip):
+            for sample in range(self._job.spec.views.per_clip):
                 writer.append(None if record.error is not None else rows[sample])
         self._on_bottleneck(self.waited.bottleneck)
-        self.on_clip(record.error is not None)
+        self._on_clip(record.error is not None)
         return record
 
     def __enter__(self) -> Self:
@@ -156,5 +147,5 @@ class BlockExtractor:
 
 
 def _clip_bytes(spec: CacheSpec) -> int:
-    """Of a prepared clip: float32 samples."""
+    """Bytes of a prepared clip, whose samples are float32."""
     return 4 * 3 * spec.tower.image_size**2 * spec.views.frames * spec.views.per_clip

@@ -5,14 +5,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from evl_cache.errors import TooManyFailures
-from evl_cache.extract.block import ExtractedBlock
-from evl_cache.extract.failure_limit import FailureLimit
+from evl_cache.extract.block import ExtractedBlock, OnClip
+from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.stage_seconds import StageSeconds
-from evl_cache.spec import CacheSpec
 from evl_cache.store import (
     LOCKS_NAME,
     REAL,
@@ -29,9 +27,7 @@ from evl_cache.store import (
 _LEAST_WAIT_S, _LONGEST_WAIT_S = 0.5, 5.0  # between two looks at blocks that others hold
 _LOOK_EVERY_S = 2.0
 _LOOKS_PER_EXPIRY = 8  # at least: a lock is taken over after several
-_MOST_LOSSES = 5  # of one block: then it is no other job that makes its commits fail
-
-OnClip = Callable[[bool], None]
+_MOST_LOSSES = 5  # of one block: after so many, its commits fail for another reason than other jobs
 
 
 class Extractor(Protocol):
@@ -40,7 +36,7 @@ class Extractor(Protocol):
     waited: StageSeconds
 
     def extract(self, block: int, lock: BlockLock) -> ExtractedBlock:
-        """Every row of a block handed to a new writer, which the caller commits and closes."""
+        """Hand every row of a block to a new writer, which the caller commits and closes."""
         ...
 
 
@@ -51,44 +47,43 @@ class BlockTaker:
     living job holds. Whether it may have it, the lock on the disk says, and whether it is done, the mark.
 
     Args:
-        cache, spec: where, and what it is. extractor: does the work.
-        lock_expiry_s: see `store.locks`.
+        job: the cache.
+        extractor: does the work.
+        options: of which `lock_expiry_s` and `most_failures` count here.
         redo: blocks to extract again although they are done.
         on_clip: called with whether it failed, for each clip of a block found done.
-        next_number: numbers of which no other process of the run gets the same; None where there are none.
-        most_failures: how many clips may fail before the run is stopped.
+        next_number: gives numbers, each to one process of the run only; None where there are none.
         runtime: clock and threads.
     """
 
     def __init__(
         self,
-        cache: Path,
-        spec: CacheSpec,
+        job: ExtractionJob,
         extractor: Extractor,
         *,
-        lock_expiry_s: float,
-        redo: Collection[int],
-        on_clip: OnClip,
+        options: ExtractOptions,
+        redo: Collection[int] = (),
+        on_clip: OnClip = lambda failed: None,
         next_number: Callable[[], int | None] = lambda: None,
-        most_failures: FailureLimit | None = None,
         runtime: Runtime = REAL,
     ) -> None:
-        self._most_failures = most_failures
-        self._clips_seen = self._clips_failed = 0
-        self.cache, self.spec, self.extractor, self.on_clip = cache, spec, extractor, on_clip
-        self._runtime, self._next_number, self._numbers_are_through = runtime, next_number, False
+        self._cache_path, self._spec = job.cache_path, job.spec
+        self._extractor, self._on_clip, self._runtime = extractor, on_clip, runtime
+        self._most_failures = options.most_failures
+        self._clips_seen = self._clips_failed = self._clips_done = 0
+        self._next_number, self._numbers_are_through = next_number, False
         self._looked_s = -math.inf
-        self._locks = LockWatcher(cache / LOCKS_NAME, expiry_s=lock_expiry_s, runtime=runtime)
-        self._longest_wait_s = max(_LEAST_WAIT_S, min(_LONGEST_WAIT_S, lock_expiry_s / _LOOKS_PER_EXPIRY))
-        self._redo = {block: file_identity(mark_path(cache, block)) for block in redo}
+        expiry_s = options.lock_expiry_s
+        self._locks = LockWatcher(self._cache_path / LOCKS_NAME, expiry_s=expiry_s, runtime=runtime)
+        self._longest_wait_s = max(_LEAST_WAIT_S, min(_LONGEST_WAIT_S, expiry_s / _LOOKS_PER_EXPIRY))
+        self._redo = {block: file_identity(mark_path(self._cache_path, block)) for block in redo}
         self._todo: set[int] = set()
         self._losses: Counter[int] = Counter()
-        self._clips_done = 0
         self._committer = runtime.executor("commit")
         self._committing: Future[_Committed] | None = None
 
     def run(self, blocks: Collection[int]) -> int:
-        """Until all of these blocks are done, by whomever. Returns the clips done by this process.
+        """Work until all of these blocks are done, by whomever. Return the clips done by this process.
 
         Raises: CacheError where the disk refuses.
         """
@@ -109,28 +104,28 @@ class BlockTaker:
             self._committer.shutdown(wait=True)
 
     def look_around(self) -> None:
-        """What others have done meanwhile leaves the list, and is told: a mark is all that counts."""
+        """Report what other jobs have done, and take it off the list. Only a mark says that a block is done."""
         self._looked_s = self._runtime.now_s()
-        for block in sorted(self._todo & marked_blocks(self.cache)):
+        for block in sorted(self._todo & marked_blocks(self._cache_path)):
             if self._found_done(block):
                 self._todo.discard(block)
 
     def look_around_at_times(self) -> None:
-        """As `look_around`, unless that was just now: for those who watch while a block takes long."""
+        """Do `look_around`, at most every two seconds, so that the progress line moves while a block takes long."""
         if self._runtime.now_s() - self._looked_s > _LOOK_EVERY_S:
             self.look_around()
 
     def _reopen(self, blocks: Collection[int]) -> bool:
-        """Whether a block that was done is not any more: withdrawn by a writer that had been paused, say."""
-        self._todo = set(blocks) - marked_blocks(self.cache)
+        """Whether blocks are to be done again, because a job that had been paused withdrew its mark, say."""
+        self._todo = set(blocks) - marked_blocks(self._cache_path)
         return bool(self._todo)
 
     def _take_one(self) -> tuple[int, BlockLock] | None:
         while not self._numbers_are_through and (block := self._next_number()) is not None:
-            self._numbers_are_through = block >= self.spec.num_blocks
+            self._numbers_are_through = block >= self._spec.num_blocks
             if block in self._todo and (lock := self._locks.take(block)) is not None:
                 return block, lock
-        # Numbers are through, or cannot be had now: what is left is held, was lost, or is free.
+        # No numbers are left, or the rendezvous does not answer: try what is left, whether free or held.
         for block in sorted(self._todo):
             if (lock := self._locks.take(block)) is not None:
                 return block, lock
@@ -145,7 +140,7 @@ class BlockTaker:
         self._todo.discard(block)
         extracted: ExtractedBlock | None = None
         try:
-            extracted = self.extractor.extract(block, lock)
+            extracted = self._extractor.extract(block, lock)
             self._wait_for_commit()
         except BaseException:
             if extracted is not None:
@@ -161,11 +156,11 @@ class BlockTaker:
         self._committing = self._committer.submit(_commit, extracted, lock)
 
     def _wait_for_commit(self) -> None:
-        """The block of a commit that another job came before is looked at again."""
+        """Wait for the block being committed; where another job had taken it over, it is to be done again."""
         committing, self._committing = self._committing, None
         if committing is None:
             return
-        with self.extractor.waited.of("writing"):
+        with self._extractor.waited.of("writing"):
             committed = committing.result()
         if committed.lost is None:
             self._clips_done += committed.clips
@@ -177,32 +172,39 @@ class BlockTaker:
             raise committed.lost
 
     def _check_failures(self, clips: int, failures: Sequence[str]) -> None:
-        """At the end of a block, so that what failed is in its mark. Raises: TooManyFailures."""
+        """Count a block's failures when its mark, which names them, is written. Raises: TooManyFailures."""
         self._clips_seen += clips
         self._clips_failed += len(failures)
         limit = self._most_failures
         if limit is not None and limit.is_exceeded(self._clips_failed, of=self._clips_seen):
             raise TooManyFailures(
                 f"{self._clips_failed} of {self._clips_seen} clips failed, more than --max-failures {limit}; the last: "
-                f"{failures[-1] if failures else 'found failed'}; see evl-cache info --failures {self.cache}, mend them "
+                f"{failures[-1] if failures else 'found failed'}; see evl-cache info --failures {self._cache_path}, mend them "
                 "and use --retry-failed"
             )
 
     def _found_done(self, block: int) -> bool:
-        if block in self._redo and self._redo[block] == file_identity(mark_path(self.cache, block)):
+        if block in self._redo and self._redo[block] == file_identity(mark_path(self._cache_path, block)):
             return False  # the mark that is to be replaced
-        mark = valid_mark(self.cache, self.spec, block)
+        mark = valid_mark(self._cache_path, self._spec, block)
         if mark is None:
             return False
         for clip in mark.clips:
-            self.on_clip(clip.error is not None)
+            self._on_clip(clip.error is not None)
         self._check_failures(len(mark.clips), [clip.error for clip in mark.clips if clip.error is not None])
         return True
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Committed:
-    """What became of a block. `failures`: reasons. `lost`: another job had taken it over."""
+    """What became of a block.
+
+    Attributes:
+        block: its number.
+        clips: how many it has.
+        failures: reasons of those that failed.
+        lost: the error where another job had taken the block over; None where it was committed.
+    """
 
     block: int
     clips: int
@@ -210,9 +212,9 @@ class _Committed:
     lost: BlockLost | None
 
 
-def blocks_with_failures(cache: Path, spec: CacheSpec) -> set[int]:
-    """Blocks that are done, but for clips that failed."""
-    marks = ((block, valid_mark(cache, spec, block)) for block in range(spec.num_blocks))
+def blocks_with_failures(job: ExtractionJob) -> set[int]:
+    """The blocks that are done, but hold clips that failed."""
+    marks = ((block, valid_mark(job.cache_path, job.spec, block)) for block in range(job.spec.num_blocks))
     return {block for block, mark in marks if mark is not None and any(clip.error for clip in mark.clips)}
 
 

@@ -5,22 +5,25 @@ from typing import Any
 
 import torch
 
+from evl_cache.extract.job import ExtractOptions
+from evl_cache.spec import CacheSpec
+
 _PACKAGES = ("evl-cache", "torch", "open_clip_torch", "numpy", "numcodecs")
 
 
-def run_environment(*, batch: int, device: torch.device, compute_dtype: str) -> dict[str, Any]:
+def run_environment(options: ExtractOptions, spec: CacheSpec) -> dict[str, Any]:
     """What decides the bytes of a block beside the cache's spec; kept in its mark."""
     return {
-        "batch": batch,
-        "device": device_name(device),
-        "compute_dtype": compute_dtype,
+        "batch": options.batch,
+        "device": device_name(torch.device(options.device)),
+        "compute_dtype": spec.compute_dtype,
         "threads": torch.get_num_threads(),
         "versions": package_versions(),
     }
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of what decides the bytes of a cache."""
+    """Versions of the packages that decide the bytes of a cache, by name."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -31,7 +34,7 @@ def package_versions() -> dict[str, str]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the GPU calls itself; of a CPU its instruction set, which decides the order of its sums."""
+    """The GPU's name; a CPU is named by its instruction set, which decides the order of its sums."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type

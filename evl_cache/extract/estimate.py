@@ -1,23 +1,33 @@
-"""What a cache would cost: bytes, files, measured on a few clips time, and on paper what a cluster takes."""
+"""What a cache would cost: bytes and files, time measured on a few clips, and what a cluster takes on paper."""
 
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evl_cache.extract.cluster_costs import Assumptions, ClusterCosts, cluster_costs
-from evl_cache.extract.request import ExtractRequest, Plan, plan_extraction
-from evl_cache.extract.stage import ExtractOptions, extract
+from evl_cache.extract.job import ExtractionJob, ExtractOptions
+from evl_cache.extract.request import ExtractRequest, plan_extraction
+from evl_cache.extract.stage import extract
 from evl_cache.store import num_files, projections_nbytes, sample_nbytes
-from evl_cache.towers import Tower
 
 MEASURED_CLIPS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Of one cache. `measured_bytes` and `measured_seconds` are scaled from a few clips; None unless asked for.
+    """What one cache would cost.
 
-    `cluster`: on paper, of several devices; None unless asked for.
+    Attributes:
+        split: of the data set.
+        cache: path of the directory that `extract` would write.
+        clips: how many.
+        samples: clips times views.
+        files: of the finished cache.
+        raw_bytes: before the codec.
+        expected_bytes: after the codec, as other caches were compressed.
+        measured_bytes: scaled from a few clips; None unless asked for.
+        measured_seconds: scaled from a few clips; None unless asked for.
+        cluster: what several devices would take, on paper; None unless asked for.
     """
 
     split: str
@@ -42,44 +52,49 @@ def estimate(
 ) -> list[Estimate]:
     """Costs of every cache that `extract` with the same request would make; nothing of it is kept.
 
-    cluster: also for so many devices, on paper. assumed: of them.
+    Args:
+        measure: also extract a few clips of each.
+        cluster: devices for which costs are worked out on paper too.
+        assumed: what those devices are taken to do.
 
     Raises: as `plan_extraction`; CacheError where the few clips measured all failed; UsageError.
     """
-    tower, root, plans = plan_extraction(request, device=options.device)
-    found = [_estimate(tower, root, plan, options, measure) for plan in plans]
+    jobs = plan_extraction(request, device=options.device)
+    found = [_estimate(job, options, measure) for job in jobs]
     if cluster is None:
         return found
     return [
-        replace(row, cluster=cluster_costs(plan.spec, cluster, assumed or Assumptions()))
-        for row, plan in zip(found, plans, strict=True)
+        replace(row, cluster=cluster_costs(job.spec, cluster, assumed or Assumptions()))
+        for row, job in zip(found, jobs, strict=True)
     ]
 
 
-def _estimate(tower: Tower, root: Path, plan: Plan, options: ExtractOptions, measure: bool) -> Estimate:
-    raw, expected = sample_nbytes(plan.spec)
-    once, samples = projections_nbytes(plan.spec), plan.spec.num_samples
-    measured = _measure(tower, root, plan, options) if measure else None
+def _estimate(job: ExtractionJob, options: ExtractOptions, measure: bool) -> Estimate:
+    spec = job.spec
+    raw, expected = sample_nbytes(spec)
+    once, samples = projections_nbytes(spec), spec.num_samples
+    measured = _measure(job, options) if measure else None
     return Estimate(
-        split=plan.split,
-        cache=str(plan.cache),
-        clips=plan.spec.num_clips,
+        split=spec.split,
+        cache=str(job.cache_path),
+        clips=spec.num_clips,
         samples=samples,
-        files=num_files(plan.spec),
+        files=num_files(spec),
         raw_bytes=raw * samples + once,
         expected_bytes=expected * samples + once,
-        measured_bytes=None if measured is None else round(measured[0] * plan.spec.num_clips) + once,
-        measured_seconds=None if measured is None else measured[1] * plan.spec.num_clips,
+        measured_bytes=None if measured is None else round(measured[0] * spec.num_clips) + once,
+        measured_seconds=None if measured is None else measured[1] * spec.num_clips,
     )
 
 
-def _measure(tower: Tower, root: Path, plan: Plan, options: ExtractOptions) -> tuple[float, float]:
+def _measure(job: ExtractionJob, options: ExtractOptions) -> tuple[float, float]:
     """(bytes, seconds) a clip, from clips spread over the list."""
-    step = max(1, len(plan.clips.clips) // MEASURED_CLIPS)
-    chosen = replace(plan.clips, clips=plan.clips.clips[::step][:MEASURED_CLIPS])
-    spec = replace(plan.spec, num_clips=len(chosen.clips), content_id=chosen.content_id)
+    every = job.clips.clips
+    clips = replace(job.clips, clips=every[:: max(1, len(every) // MEASURED_CLIPS)][:MEASURED_CLIPS])
+    count = len(clips.clips)
     with tempfile.TemporaryDirectory(prefix="evl-cache-estimate-") as directory:
-        cache = Path(directory) / "cache"
-        result = extract(chosen, root=root, cache=cache, spec=spec, tower=tower, options=options)
-        stored = sum(file.stat().st_size for file in cache.rglob("c/**/*") if file.is_file())
-    return stored / len(chosen.clips), result.seconds / len(chosen.clips)
+        spec = replace(job.spec, num_clips=count, content_id=clips.content_id)
+        few = replace(job, clips=clips, spec=spec, cache_path=Path(directory) / "cache")
+        result = extract(few, options=options)
+        stored = sum(file.stat().st_size for file in few.cache_path.rglob("c/**/*") if file.is_file())
+    return stored / count, result.seconds / count

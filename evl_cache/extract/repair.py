@@ -1,26 +1,24 @@
 """Repair: what `verify` finds is restored from its second copy, or extracted again; nothing else is touched.
 
-Composes the extract stage, because a block is repaired by the very code that made it.
+A broken block is extracted again by the code that made it.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evl_cache.canonical_json import flatten
+from evl_cache.clips import ClipList
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract.environment import run_environment
-from evl_cache.extract.stage import ExtractOptions, OnClip, extract_blocks, tower_projections
-from evl_cache.spec import CacheSpec
+from evl_cache.extract.job import ExtractionJob, ExtractOptions, check_tower
+from evl_cache.extract.stage import OnClip, extract_blocks, tower_projections
 from evl_cache.store import (
     PROJECTIONS_NAME,
     CacheDescription,
     FeatureCache,
-    Mark,
     Problem,
     finish_cache,
     projections_content,
@@ -34,7 +32,6 @@ from evl_cache.store import (
 from evl_cache.towers import Tower, build_tower
 
 LoadTower = Callable[[CacheDescription], Tower]
-FindRoot = Callable[[CacheDescription], Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +43,11 @@ class RepairResult:
         files_restored: files of the description that were written again.
         blocks_redone: blocks that were extracted again.
         is_complete: whether every block is done now; an unfinished cache stays one.
-        cache_digest_before: None where it had no intact manifest. cache_digest_after: None where unfinished.
+        cache_digest_before: None where it had no intact manifest.
+        cache_digest_after: None where the cache is unfinished.
         environment_differs: `field: now, not then` for what decides bytes and differs from the marks (device,
-            threads, versions, …): where there is any and a block was redone, the cache digest changes, and
-            features agree within rounding only.
+            threads, versions, …). Where there is any, the cache digest changes, and features agree within rounding
+            only.
     """
 
     problems: tuple[Problem, ...]
@@ -62,10 +60,10 @@ class RepairResult:
 
 
 def repair(
-    cache: Path,
+    cache_path: Path,
     *,
     tower: LoadTower,
-    root: Path | FindRoot,
+    root: Path | None = None,
     options: ExtractOptions,
     on_clip: OnClip = lambda failed: None,
     threads: int = 2,
@@ -74,34 +72,29 @@ def repair(
 
     Args:
         tower: loads what the cache was made with; called only where a block has to be extracted, or the file
-            of what recomputes maps written again.
-        root: what relative clip paths are relative to, or what tells it from the cache's description.
+            from which maps are recomputed has to be written again.
+        root: folder of the videos; by default where they were when the cache was made.
         options: as for `extract`; its `batch` gives way to the one in the marks, which decides bytes.
-        on_clip: called with whether it failed, after each clip. threads: for verifying.
+        on_clip: called with whether it failed, after each clip.
+        threads: how many verify.
 
     Raises: CacheError where both copies of the description are damaged or the disk refuses; UsageError for
         another tower than the cache's.
     """
-    found = verify_cache(cache, threads=threads)
+    found = verify_cache(cache_path, threads=threads)
     problems = list(found.problems)
-    restored = restore_description(cache) if any(problem.block is None for problem in problems) else []
+    restored = restore_description(cache_path) if any(p.block is None for p in problems) else []
     if found.blocks == 0:  # the description was too damaged to look further
-        found = verify_cache(cache, threads=threads)
+        found = verify_cache(cache_path, threads=threads)
         problems += found.problems
-    description = read_description(cache)
-    spec = description.spec
-    restored += _restore_projections(cache, description, tower)
+    description = read_description(cache_path)
+    restored += _restore_projections(cache_path, description, tower)
     broken = sorted({problem.block for problem in problems if problem.block is not None})
     differs: tuple[str, ...] = ()
     if broken:
-        then = _environment_then(cache, spec, broken)
-        root = root if isinstance(root, Path) else root(description)
-        options = replace(options, batch=int(then.get("batch", options.batch)), retry_failed=False)
-        if spec.pixels != options.decoding.pixels:  # only torchcodec has its own
-            decoding = replace(options.decoding, decoder="torchcodec", device=options.device)
-            options = replace(options, decoding=decoding)
-        differs = _redo(cache, broken, then, tower=tower, root=root, options=options, on_clip=on_clip)
-    is_complete = FeatureCache(cache).is_complete
+        job = _job_of(cache_path, tower, root)
+        differs = _redo(job, broken, options=replace(options, retry_failed=False), on_clip=on_clip)
+    is_complete = FeatureCache(cache_path).is_complete
     return RepairResult(
         problems=tuple(problems),
         files_restored=tuple(restored),
@@ -109,84 +102,71 @@ def repair(
         is_complete=is_complete,
         cache_digest_before=found.cache_digest,
         cache_digest_after=(
-            finish_cache(cache, spec, lock_expiry_s=options.lock_expiry_s) if is_complete else None
+            finish_cache(cache_path, description.spec, lock_expiry_s=options.lock_expiry_s)
+            if is_complete
+            else None
         ),
         environment_differs=differs,
     )
 
 
+def _job_of(cache_path: Path, tower: LoadTower, root: Path | None) -> ExtractionJob:
+    """The job that a cache was made by, its tower loaded. Raises: UsageError for another tower."""
+    cache = FeatureCache(cache_path)
+    videos = root or cache.origin.get("root")
+    if not videos:
+        raise UsageError("the cache does not tell where its videos lie; give --root")
+    return ExtractionJob(
+        clips=ClipList(clips=tuple(cache.clips), classes=cache.spec.classes, source=str(cache_path)),
+        root=Path(str(videos)),
+        cache_path=cache_path,
+        spec=cache.spec,
+        tower=tower(cache.description),
+        origin=cache.origin,
+    )
+
+
 def _redo(
-    cache: Path,
-    broken: list[int],
-    then: Mapping[str, Any],
-    *,
-    tower: LoadTower,
-    root: Path,
-    options: ExtractOptions,
-    on_clip: OnClip,
+    job: ExtractionJob, broken: Sequence[int], *, options: ExtractOptions, on_clip: OnClip
 ) -> tuple[str, ...]:
-    """Extract blocks again. Returns: how the environment differs from the one of the marks."""
-    opened = FeatureCache(cache)
-    loaded = _checked_tower(cache, opened.description, tower)
-    extract_blocks(
-        opened.clips,
-        broken,
-        redo=broken,
-        root=root,
-        cache=cache,
-        spec=opened.spec,
-        tower=loaded,
-        options=options,
-        on_clip=on_clip,
-    )
-    now = run_environment(
-        batch=options.batch, device=torch.device(options.device), compute_dtype=opened.spec.compute_dtype
-    )
-    return _differences(now, then)
+    """Extract blocks again, in batches as then. Return how the environment differs from the one in the marks."""
+    then = _environment_then(job, broken)
+    options = replace(options, batch=int(then.get("batch", options.batch)))
+    if job.spec.pixels != options.decoding.pixels:  # only torchcodec has its own
+        decoding = replace(options.decoding, decoder="torchcodec", device=options.device)
+        options = replace(options, decoding=decoding)
+    extract_blocks(job, broken, redo=broken, options=options, on_clip=on_clip)
+    return _differences(run_environment(options, job.spec), then)
 
 
-def _checked_tower(cache: Path, description: CacheDescription, tower: LoadTower) -> Tower:
-    """The cache's own tower. Raises: UsageError for another one."""
-    spec, loaded = description.spec, tower(description)
-    if replace(spec, tower=loaded.spec).feature_id != spec.feature_id:
-        raise UsageError(
-            f"{cache} was made with {spec.tower.model} ({spec.tower.pretrained}), the tower given is "
-            f"{loaded.spec.model} ({loaded.spec.pretrained}): their features differ; give the model and weights "
-            "the cache was made with"
-        )
-    return loaded
-
-
-def _restore_projections(cache: Path, description: CacheDescription, tower: LoadTower) -> list[str]:
-    """Write the file of what recomputes maps again where it is damaged. Returns: its name, or nothing."""
+def _restore_projections(cache_path: Path, description: CacheDescription, tower: LoadTower) -> list[str]:
+    """Write the file from which maps are recomputed again, where it is damaged. Return its name, or nothing."""
     if not description.spec.recomputes_maps:
         return []
     try:
-        read_projections(cache, description.spec, description.projections_sha256)
+        read_projections(cache_path, description.spec, description.projections_sha256)
         return []
     except CacheDamaged:
-        loaded = _checked_tower(cache, description, tower)
+        loaded = tower(description)
+    check_tower(loaded, description.spec, cache_path)
     projections = tower_projections(loaded, description.spec)
     assert projections is not None
     content = projections_content(projections)
     if hashlib.sha256(content).hexdigest() != description.projections_sha256:
         raise CacheError(
-            f"{cache / PROJECTIONS_NAME}: is damaged, and what this version writes is not byte for byte what was "
+            f"{cache_path / PROJECTIONS_NAME}: is damaged, and what this version writes is not byte for byte what was "
             "there; repair with the versions that made the cache (evl-cache info names them)"
         )
-    write_projections(cache, content)
+    write_projections(cache_path, content)
     return [PROJECTIONS_NAME]
 
 
-def _environment_then(cache: Path, spec: CacheSpec, broken: list[int]) -> Mapping[str, Any]:
-    """What the broken blocks were made with: as their own marks say, else the marks of other blocks."""
-    marks: list[Mark] = []
-    for block in [*broken, *(set(range(spec.num_blocks)) - set(broken))]:
-        mark = valid_mark(cache, spec, block)
-        if mark is not None:
-            marks.append(mark)
-            break
-    return marks[0].environment if marks else {}
+def _environment_then(job: ExtractionJob, broken: Sequence[int]) -> Mapping[str, Any]:
+    """What the broken blocks were made with, as their own marks say, else the marks of other blocks."""
+    for block in [*broken, *(set(range(job.spec.num_blocks)) - set(broken))]:
+        if (mark := valid_mark(job.cache_path, job.spec, block)) is not None:
+            return mark.environment
+    return {}
 
 
 def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, ...]:
@@ -199,7 +179,7 @@ def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, 
 
 
 def tower_loader(model: str | None, pretrained: str | None) -> LoadTower:
-    """Loads the tower named, or the one that the cache's origin names."""
+    """What loads the tower named, or the one that the cache's origin names."""
 
     def load(description: CacheDescription) -> Tower:
         origin = description.origin
@@ -207,15 +187,6 @@ def tower_loader(model: str | None, pretrained: str | None) -> LoadTower:
         for name, value in names.items():
             if not value:
                 raise UsageError(f"the cache does not tell its {name}; give --{name}")
-        visual, spec = build_tower(str(names["model"]), str(names["pretrained"]))
-        return Tower(visual=visual, spec=spec)
+        return build_tower(str(names["model"]), str(names["pretrained"]))
 
     return load
-
-
-def videos_root(description: CacheDescription, given: Path | None) -> Path:
-    """Where the videos lie: as given, or where they were when the cache was made."""
-    root = given or description.origin.get("root")
-    if not root:
-        raise UsageError("the cache does not tell where its videos lie; give --root")
-    return Path(str(root))

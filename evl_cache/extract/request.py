@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +10,14 @@ from typing import Any
 import torch
 
 from evl_cache.caches.places import cache_root
-from evl_cache.clips import TRAIN_SPLITS, ClipList
+from evl_cache.clips import TRAIN_SPLITS
 from evl_cache.datasets import DATASETS, DatasetReader, check_missing
 from evl_cache.errors import UsageError
-from evl_cache.extract.stage import ExtractOptions, ExtractResult, OnBottleneck, OnClip, extract, make_spec
+from evl_cache.extract.job import ExtractionJob, ExtractOptions
+from evl_cache.extract.stage import ExtractResult, OnBottleneck, OnClip, extract, make_spec
 from evl_cache.processes import Rendezvous
 from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, ViewSpec
-from evl_cache.towers import Tower, build_tower, default_pretrained
+from evl_cache.towers import build_tower, default_pretrained
 
 DATA_ROOT_VARIABLE = "EVL_DATA_ROOT"
 DEFAULT_LAYERS = 4
@@ -69,18 +70,8 @@ class ExtractRequest:
         return {"root": str(root.resolve()), **names, **paths}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """One cache to make."""
-
-    split: str
-    clips: ClipList
-    spec: CacheSpec
-    cache: Path
-
-
-def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Path, list[Plan]]:
-    """The tower, the videos' root and the caches of a request; nothing is written.
+def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJob]:
+    """A job for each cache of a request; nothing is written.
 
     Raises: UsageError, WeightsError for anything in the request that cannot be.
     """
@@ -98,9 +89,10 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Pat
         raise UsageError(
             f"augmented training views, but no train split in {', '.join(lists)}; name it with --split train"
         )
-    visual, tower = build_tower(request.model, request.weights)
-    layers = request.layers or tuple(range(max(1, tower.blocks - DEFAULT_LAYERS + 1), tower.blocks + 1))
-    plans = []
+    tower = build_tower(request.model, request.weights)
+    last = tower.spec.blocks
+    layers = request.layers or tuple(range(max(1, last - DEFAULT_LAYERS + 1), last + 1))
+    jobs = []
     for split, clips in lists.items():
         if request.limit is not None:
             clips = replace(clips, clips=clips.clips[: request.limit])
@@ -109,7 +101,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Pat
             clips,
             dataset=request.dataset,
             split=split,
-            tower=tower,
+            tower=tower.spec,
             layers=layers,
             views=(request.train_split_views or request.views) if split in TRAIN_SPLITS else request.views,
             tokens=request.tokens,
@@ -119,14 +111,21 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> tuple[Tower, Pat
             compute_dtype=request.compute_dtype
             or ("float32" if torch.device(device).type == "cpu" else "float16"),
         )
-        plans.append(
-            Plan(split=split, clips=clips, spec=spec, cache=request.cache or cache_root() / spec.name)
+        jobs.append(
+            ExtractionJob(
+                clips=clips,
+                root=root,
+                cache_path=request.cache or cache_root() / spec.name,
+                spec=spec,
+                tower=tower,
+                origin=request.origin(root),
+            )
         )
-    return Tower(visual=visual, spec=tower), root, plans
+    return jobs
 
 
 def dataset_reader(name: str) -> DatasetReader:
-    """Of a data set by name. Raises: UsageError for an unknown one."""
+    """The reader of a data set. Raises: UsageError for an unknown one."""
     if name not in DATASETS:
         raise UsageError(f"unknown data set {name!r}; expected one of {', '.join(DATASETS)}")
     return DATASETS[name]
@@ -136,35 +135,24 @@ def extract_dataset(
     request: ExtractRequest,
     *,
     options: ExtractOptions,
-    progress: Progress,
-    on_plan: Callable[[Tower, Plan], None],
+    progress: Progress = lambda spec: nullcontext((lambda failed: None, lambda name: None)),
+    on_job: Callable[[ExtractionJob], None] = lambda job: None,
     rendezvous: Rendezvous | None = None,
-) -> Iterator[tuple[Plan, ExtractResult]]:
+) -> Iterator[tuple[ExtractionJob, ExtractResult]]:
     """Extract every split of a request, one after another.
 
     Args:
-        progress: opens the progress line of a cache, to be told of clips and of the bottleneck.
-        on_plan: called before each cache is begun.
-        rendezvous: of the processes of one run.
+        progress: opens the progress line of a cache, which is told of clips and of the bottleneck.
+        on_job: called before each cache is begun.
+        rendezvous: shared by the processes of one run.
     """
-    tower, root, plans = plan_extraction(request, device=options.device)
-    origin = request.origin(root)
-    for plan in plans:
-        on_plan(tower, plan)
-        with progress(plan.spec) as (on_clip, on_bottleneck):
+    for job in plan_extraction(request, device=options.device):
+        on_job(job)
+        with progress(job.spec) as (on_clip, on_bottleneck):
             result = extract(
-                plan.clips,
-                root=root,
-                cache=plan.cache,
-                spec=plan.spec,
-                tower=tower,
-                options=options,
-                origin=origin,
-                on_clip=on_clip,
-                on_bottleneck=on_bottleneck,
-                rendezvous=rendezvous,
+                job, options=options, on_clip=on_clip, on_bottleneck=on_bottleneck, rendezvous=rendezvous
             )
-        yield plan, result
+        yield job, result
 
 
 def dataset_root(request: ExtractRequest) -> Path:

@@ -13,7 +13,7 @@ from evl_cache.towers import Backbone, build_tower
 
 
 def live_spec(config: RunConfig, run: Path, *, num_clips: int) -> CacheSpec:
-    """The training features, of other clips, with the views of validation.
+    """The spec of the features a run was trained on, for other clips and with the views of validation.
 
     Raises: UsageError for an imported head, which has neither.
     """
@@ -36,10 +36,13 @@ def run_backbone(
     with_maps: bool,
     device: torch.device,
 ) -> Backbone:
-    """The tower of a run, cut after the blocks that its head reads.
+    """The tower of a run, cut after the last layer that its head reads.
 
     Args:
-        model, pretrained: where it is now; as the run names it by default.
+        model: where it is now; as the run names it by default.
+        pretrained: where its weights are now; as the run names them by default.
+        with_maps: whether the head reads maps.
+        device: where the tower runs.
 
     Raises: UsageError where the run does not name one; WeightsError where this is another one.
     """
@@ -51,13 +54,13 @@ def run_backbone(
         raise UsageError(
             f"{run}: it does not say where its tower {spec.tower.model} is; give --model and --pretrained"
         )
-    visual, found = build_tower(model, pretrained)
-    if found.weights_sha256 != spec.tower.weights_sha256:
+    tower = build_tower(model, pretrained)
+    if tower.spec.weights_sha256 != spec.tower.weights_sha256:
         raise WeightsError(
-            f"{model} ({pretrained}) has weights {found.weights_sha256[:12]}, the run was trained on features of "
+            f"{model} ({pretrained}) has weights {tower.spec.weights_sha256[:12]}, the run was trained on features of "
             f"{spec.tower.model} ({spec.tower.pretrained}) with {spec.tower.weights_sha256[:12]}; give --model and "
             "--pretrained of that one"
         )
-    # A CPU makes float16 slowly, and float32 is what the head takes.
+    # On a CPU float16 is slow, and the head takes float32 anyway.
     dtype = torch.float32 if device.type == "cpu" else getattr(torch, spec.compute_dtype)
-    return Backbone(visual.to(device=device, dtype=dtype), spec.layers, with_maps=with_maps)
+    return Backbone(tower.visual.to(device=device, dtype=dtype), spec.layers, with_maps=with_maps)

@@ -1,6 +1,6 @@
 """The control: the same training with the backbone live on the videos, and no cache.
 
-Composes the two stages, so that what a cache changes can be measured.
+Comparing the two tells what a cache changes.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,12 +13,12 @@ import torch
 from evl_cache.batches import split_clips
 from evl_cache.clips import TRAIN_SPLITS, VAL_SPLITS
 from evl_cache.errors import UsageError
-from evl_cache.extract import ExtractRequest, Plan, plan_extraction
+from evl_cache.extract import ExtractionJob, ExtractRequest, plan_extraction
 from evl_cache.heads import head_layers
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.processes import Processes
-from evl_cache.towers import Backbone, Tower
+from evl_cache.towers import Backbone
 from evl_cache.train import OnBottleneck, OnStep, TrainOptions, TrainResult, needs_maps, train_with_loaders
 
 
@@ -40,8 +40,10 @@ def train_online(
 
     Args:
         request: the videos, the tower and the views, as for an extraction; its storage is not used.
-        train_names, val_names: ids or paths of clips; all by default.
-        workers: threads that decode. on_failure: called at the end with clips that could not be decoded, and why.
+        train_names: ids or paths of clips to train on; all by default.
+        val_names: ids or paths of clips to validate on; all by default.
+        workers: threads that decode.
+        on_failure: called at the end with each clip that could not be decoded, and why.
 
     Raises: as `plan_extraction` and `train`; UsageError for options that need a cache.
     """
@@ -53,8 +55,8 @@ def train_online(
     if options.shuffle_blocks:
         raise UsageError("--online has no blocks to shuffle; leave --shuffle-blocks out")
     options = replace(options, shuffle_blocks=0)
-    tower, root, plans = plan_extraction(request, device=options.device)
-    layers, backbone, sources = _live(tower, root, _sides(plans, val_names), request, options)
+    jobs = _sides(plan_extraction(request, device=options.device), val_names)
+    layers, backbone, sources = _live(jobs, request.layers, options)
     chosen = split_clips(*sources, train_names=train_names, val_names=val_names)
     train_loader, val_loader = (
         OnlineLoader(
@@ -87,21 +89,25 @@ def train_online(
 
 
 def _live(
-    tower: Tower, root: Path, plans: Sequence[Plan], request: ExtractRequest, options: TrainOptions
+    jobs: Sequence[ExtractionJob], layers: tuple[int, ...] | None, options: TrainOptions
 ) -> tuple[tuple[int, ...], Backbone, list[LiveClips]]:
-    """Blocks that the head reads, the backbone cut after them, and the clips of each side."""
-    blocks = request.layers or tuple(range(1, tower.spec.blocks + 1))
-    layers = head_layers(options.head, blocks, options.head_layers)
-    with_maps = needs_maps(options, plans[0].spec)
+    """The layers that the head reads, the backbone cut after them, and the clips of each side."""
+    tower = jobs[0].tower
+    read = head_layers(options.head, layers or tuple(range(1, tower.spec.blocks + 1)), options.head_layers)
+    with_maps = needs_maps(options, jobs[0].spec)
     maps = "fp16" if with_maps else "none"
-    specs = [replace(plan.spec, layers=layers, tokens="fp16", maps=maps) for plan in plans]
-    dtype: torch.dtype = getattr(torch, specs[0].compute_dtype)
+    dtype: torch.dtype = getattr(torch, jobs[0].spec.compute_dtype)
     visual = tower.visual.to(device=torch.device(options.device), dtype=dtype)
-    origin = request.origin(root)
     sources = [
-        LiveClips.of(plan.clips, root, spec, origin=origin) for plan, spec in zip(plans, specs, strict=True)
+        LiveClips.of(
+            job.clips,
+            job.root,
+            replace(job.spec, layers=read, tokens="fp16", maps=maps),
+            origin=job.origin,
+        )
+        for job in jobs
     ]
-    return layers, Backbone(visual, layers, with_maps=with_maps), sources
+    return read, Backbone(visual, read, with_maps=with_maps), sources
 
 
 def _samples(source: LiveClips, clips: Sequence[int] | None) -> np.ndarray:
@@ -110,15 +116,17 @@ def _samples(source: LiveClips, clips: Sequence[int] | None) -> np.ndarray:
     return np.flatnonzero(np.isin(source.sample_clips, np.asarray(clips, dtype=np.int64)))
 
 
-def _sides(plans: Sequence[Plan], val_names: Sequence[str] | None) -> tuple[Plan, Plan]:
+def _sides(
+    jobs: Sequence[ExtractionJob], val_names: Sequence[str] | None
+) -> tuple[ExtractionJob, ExtractionJob]:
     """What to train and what to validate on. Raises: UsageError where the data set does not tell."""
-    train = [plan for plan in plans if plan.split in TRAIN_SPLITS]
-    val = [plan for plan in plans if plan.split in VAL_SPLITS]
-    if len(plans) == 1 and val_names is not None:
-        return plans[0], plans[0]
+    train = [job for job in jobs if job.spec.split in TRAIN_SPLITS]
+    val = [job for job in jobs if job.spec.split in VAL_SPLITS]
+    if len(jobs) == 1 and val_names is not None:
+        return jobs[0], jobs[0]
     if len(train) == 1 and val:
         return train[0], val[0]
     raise UsageError(
-        f"--online: the data set has {', '.join(plan.split for plan in plans)}; expected train and val, or one "
+        f"--online: the data set has {', '.join(job.spec.split for job in jobs)}; expected train and val, or one "
         "list with --val-clips"
     )

@@ -14,13 +14,14 @@ from evl_cache.towers.families import adapter_of
 from evl_cache.towers.names import TIMM_PREFIX, TINY_TOWER
 from evl_cache.towers.pretrained import bundled, find_weights, load_weights
 from evl_cache.towers.timm_names import build_timm
+from evl_cache.towers.tower import Tower
 from evl_cache.towers.weights import tensors_sha256
 
 _RANDOM_SEED = 0
 
 
-def build_tower(model: str, pretrained: str) -> tuple[nn.Module, TowerSpec]:
-    """Return an image tower with its weights, float32 on the CPU, and its spec.
+def build_tower(model: str, pretrained: str) -> Tower:
+    """Return an image tower with its weights: the float32 module on the CPU, and its spec.
 
     Args:
         model: open_clip name such as `ViT-B-16-quickgelu`, `evl-tiny`, `timm/NAME` or `timm/NAME@PIXELS`, or a JSON
@@ -32,7 +33,7 @@ def build_tower(model: str, pretrained: str) -> tuple[nn.Module, TowerSpec]:
     """
     if model.startswith(TIMM_PREFIX):
         visual, preprocess, pretrained_name = build_timm(model, pretrained, seed=_RANDOM_SEED)
-        return visual, _describe(visual, model, pretrained_name, preprocess, quick_gelu=False)
+        return Tower(visual, _describe(visual, model, pretrained_name, preprocess, quick_gelu=False))
     config, preprocess = _model_config(model)
     visual = _random_tower(config, model)
     adapter_of(visual)  # raises before anything is downloaded
@@ -40,13 +41,14 @@ def build_tower(model: str, pretrained: str) -> tuple[nn.Module, TowerSpec]:
         weights, tag_preprocess = find_weights(model, pretrained, config)
         load_weights(visual, weights, model=model, pretrained=pretrained)
         preprocess = {**preprocess, **tag_preprocess}
-    return visual, _describe(
+    spec = _describe(
         visual,
         Path(model).stem if model.endswith(".json") else model,
         Path(pretrained).name if Path(pretrained).is_file() else pretrained,
         preprocess,
         quick_gelu=bool(config.get("quick_gelu", False)),
     )
+    return Tower(visual, spec)
 
 
 def _describe(

@@ -1,15 +1,14 @@
 """A tower: the frozen module together with its spec."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import nn
 
 from evl_cache.spec import TowerSpec
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tower:
-    """A frozen tower.
+class Tower(NamedTuple):
+    """A frozen tower, which `visual, spec = build_tower(...)` takes apart.
 
     Attributes:
         visual: the module.

@@ -38,6 +38,7 @@ from tests.support.store_helpers import (
     extract_small,
     make_clips,
     one_thread,
+    small_job,
     small_spec,
     small_tower,
     tree,
@@ -245,11 +246,7 @@ def test_the_number_of_workers_changes_no_byte(folder, tmp_path):
     extract_small(clips, tmp_path / "one", spec=augmented(clips, folder))
     with one_thread():
         extract(
-            clips,
-            root=folder,
-            cache=tmp_path / "three",
-            spec=augmented(clips, folder),
-            tower=small_tower(folder),
+            small_job(clips, tmp_path / "three", spec=augmented(clips, folder)),
             options=ExtractOptions(batch=4, decode_workers=3),
         )
     assert differences(tree(tmp_path / "one"), tree(tmp_path / "three")) == []

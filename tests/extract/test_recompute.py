@@ -264,14 +264,14 @@ def test_damaged_projections_are_found_and_repaired(copied: Path, motions: Path,
 def test_projections_are_not_repaired_from_another_tower(copied: Path, motions: Path) -> None:
     (copied / PROJECTIONS_NAME).unlink()
     tower = small_tower(motions)
-    other = replace(tower, spec=replace(tower.spec, weights_sha256="0" * 64))
+    other = tower._replace(spec=replace(tower.spec, weights_sha256="0" * 64))
     with pytest.raises(UsageError, match="their features differ"):
         repair(copied, tower=lambda _: other, root=motions, options=ExtractOptions())
     weights = FeatureCache(copied).description
     assert weights.projections_sha256 is not None
     from copy import deepcopy
 
-    changed = replace(tower, visual=deepcopy(tower.visual))
+    changed = tower._replace(visual=deepcopy(tower.visual))
     with torch.no_grad():
         changed.visual.transformer.resblocks[1].ln_1.weight.mul_(2)  # type: ignore[operator,union-attr,index]
     with pytest.raises(CacheError, match="byte for byte"):

@@ -55,22 +55,9 @@ def request(folder, views):
 
 def extracted(folder, views, cache):
     asked = replace(request(folder, views), layers=(2, 3), cache=cache)
-    for _ in extract_dataset(
-        asked, options=ExtractOptions(batch=4, decode_workers=1), progress=silent, on_plan=lambda *_: None
-    ):
+    for _ in extract_dataset(asked, options=ExtractOptions(batch=4, decode_workers=1)):
         pass
     return FeatureCache(cache)
-
-
-class silent:  # noqa: N801  a context manager in the place of a progress line
-    def __init__(self, spec):
-        pass
-
-    def __enter__(self):
-        return (lambda failed: None), (lambda name: None)
-
-    def __exit__(self, *_):
-        pass
 
 
 def online(folder, views, out, **more):
@@ -103,10 +90,8 @@ def test_augmented_online_equals_a_cache_of_as_many_views(videos, tmp_path, monk
     done = extract_dataset(
         replace(asked, layers=(2, 3)),
         options=ExtractOptions(batch=4, decode_workers=1),
-        progress=silent,
-        on_plan=lambda *_: None,
     )
-    caches = {plan.split: FeatureCache(plan.cache) for plan, _ in done}
+    caches = {job.spec.split: FeatureCache(job.cache_path) for job, _ in done}
     losses = {"cached": [], "live": []}
     cached = train(
         caches["train"],

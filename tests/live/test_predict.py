@@ -26,7 +26,6 @@ from evl_cache.store import FeatureCache
 from evl_cache.train.stage import TrainOptions, train
 from evl_cache_cli.main import cli
 from tests.conftest import ROOT
-from tests.live.test_online import silent
 from tests.support.store_helpers import make_clips
 
 VIEWS = ViewSpec(frames=3, sampling="tsn", stride=None, temporal_views=2, spatial_views=3)
@@ -48,9 +47,7 @@ def extracted(folder, cache, **changes):
         cache=cache,
         **{"views": VIEWS, "tokens": "fp16", "maps": "fp16", **changes},
     )
-    for _ in extract_dataset(
-        asked, options=ExtractOptions(batch=4, decode_workers=1), progress=silent, on_plan=lambda *_: None
-    ):
+    for _ in extract_dataset(asked, options=ExtractOptions(batch=4, decode_workers=1)):
         pass
     return FeatureCache(cache)
 
@@ -213,7 +210,7 @@ def test_predict_equals_eval_within_quantisation_on_real_clips(ut_interaction, w
         views=ViewSpec(frames=4, stride=8, temporal_views=2, spatial_views=3),
         cache=tmp_path / "cache",
     )
-    for _ in extract_dataset(asked, options=ExtractOptions(), progress=silent, on_plan=lambda *_: None):
+    for _ in extract_dataset(asked, options=ExtractOptions()):
         pass
     cache = FeatureCache(tmp_path / "cache")
     train(cache, cache, options=OPTIONS, out=tmp_path / "run")

@@ -338,7 +338,7 @@ def test_repair_says_where_the_environment_differs(caches: Caches, cache: Path, 
 def test_repair_with_another_tower_is_refused(cache: Path, motions: Path) -> None:
     (cache / "done/000000.json").unlink()
     tower = small_tower(motions)
-    other = replace(tower, spec=replace(tower.spec, weights_sha256="0" * 64))
+    other = tower._replace(spec=replace(tower.spec, weights_sha256="0" * 64))
     with pytest.raises(UsageError, match="features differ"):
         repair(cache, tower=lambda description: other, root=motions, options=ExtractOptions())
 

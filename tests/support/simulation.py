@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from evl_cache.clips import Clip
+from evl_cache.clips import Clip, ClipList
 from evl_cache.errors import EvlCacheError
 from evl_cache.extract.block import ExtractedBlock, StageSeconds
 from evl_cache.extract.block_taker import BlockTaker
+from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import (
     BlockLock,
@@ -41,6 +43,7 @@ from evl_cache.store.disk.runtime import Runtime
 from evl_cache.store.format.layout import MANIFEST_NAME
 from evl_cache.store.format.manifest import Manifest, read_manifest
 from evl_cache.store.format.marks import FileRecord
+from evl_cache.towers import Tower
 from tests.support.simulated_world import (
     EXPIRY_S,
     Failed,
@@ -84,6 +87,13 @@ class SimulatedExtractor:
 
 
 @lru_cache(maxsize=64)
+def _job(root: Path, blocks: int) -> ExtractionJob:
+    spec = simulated_spec(blocks)
+    tower = Tower(visual=torch.nn.Identity(), spec=spec.tower)
+    return ExtractionJob(clips=simulated_clips(blocks), root=root, cache_path=root, spec=spec, tower=tower)
+
+
+@lru_cache(maxsize=64)
 def _row(row: int, kind: int) -> dict[str, np.ndarray[Any, Any]]:
     return {
         name: np.full((1, *layout.chunk_shape), row + 1 + kind / 2, layout.dtype)
@@ -91,6 +101,13 @@ def _row(row: int, kind: int) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
+def simulated_clips(blocks: int) -> ClipList:
+    """A clip a block."""
+    clips = [Clip(id=str(row), path=str(row), label=0, split="train") for row in range(blocks)]
+    return ClipList(clips=tuple(clips), classes=("only",), source="simulated")
+
+
+@lru_cache(maxsize=64)
 def simulated_spec(blocks: int) -> CacheSpec:
     """The smallest features there are: two arrays of one layer."""
     tower = TowerSpec(
@@ -99,7 +116,8 @@ def simulated_spec(blocks: int) -> CacheSpec:
     )  # fmt: skip
     return CacheSpec(
         dataset="simulated", split="train", classes=("only",), tower=tower, views=ViewSpec(frames=1), layers=(1,),
-        tokens="fp16", maps="none", codec="raw", compute_dtype="float32", num_clips=blocks, content_id="0" * 64,
+        tokens="fp16", maps="none", codec="raw", compute_dtype="float32", num_clips=blocks,
+        content_id=simulated_clips(blocks).content_id,
         block_clips=1,
     )  # fmt: skip
 
@@ -155,9 +173,8 @@ def _laid_down(blocks: int) -> Iterator[Path]:
     if blocks not in _FOLDERS:
         folder = Path(tempfile.mkdtemp(prefix="evl-simulation-", dir=_SCRATCH))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        clips = [Clip(id=str(row), path=str(row), label=0, split="train") for row in range(blocks)]
         spec = simulated_spec(blocks)
-        create_cache(folder / "cache", spec, clips, origin={}, created_with={})
+        create_cache(folder / "cache", spec, simulated_clips(blocks).clips, origin={}, created_with={})
         for layout in array_layouts(spec).values():
             for block in range(blocks):
                 os.makedirs(layout.shard(folder / "cache", block).parent)
@@ -182,12 +199,9 @@ def _work(process: Process, spec: CacheSpec) -> None:
 
     try:
         taker = BlockTaker(
-            world.root,
-            spec,
+            _job(world.root, spec.num_blocks),
             SimulatedExtractor(process, spec, runtime),
-            lock_expiry_s=EXPIRY_S,
-            redo=(),
-            on_clip=lambda failed: None,
+            options=ExtractOptions(lock_expiry_s=EXPIRY_S),
             next_number=next_number,
             runtime=runtime,
         )

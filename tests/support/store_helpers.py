@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from evl_cache.clips import Clip, ClipList
-from evl_cache.extract.stage import ExtractOptions, ExtractResult, extract, make_spec
+from evl_cache.extract.job import ExtractionJob, ExtractOptions
+from evl_cache.extract.stage import ExtractResult, extract, make_spec
 from evl_cache.processes.rendezvous import Rendezvous
 from evl_cache.rendered import DEMO_CLASSES, demo_motion_frames, write_video
 from evl_cache.spec import CacheSpec, ViewSpec
-from evl_cache.towers import build_tower
-from evl_cache.towers.tower import Tower
+from evl_cache.towers import Tower, build_tower
 
 ROOT = Path(__file__).resolve().parents[2]
 BROKEN = "05.mp4"  # of the clips that `make_clips` writes
@@ -67,8 +67,8 @@ def load_clips(folder: Path) -> ClipList:
 @lru_cache(maxsize=4)
 def small_tower(folder: Path) -> Tower:
     """The tower whose configuration `make_clips` wrote; random weights from a fixed seed."""
-    visual, spec = build_tower(str(folder / "tower.json"), "none")
-    return Tower(visual=visual, spec=replace(spec, model="small"))
+    tower = build_tower(str(folder / "tower.json"), "none")
+    return tower._replace(spec=replace(tower.spec, model="small"))
 
 
 def small_spec(clips: ClipList, tower: Tower, **changes: Any) -> CacheSpec:
@@ -84,6 +84,20 @@ def small_spec(clips: ClipList, tower: Tower, **changes: Any) -> CacheSpec:
     return replace(spec, **{"block_clips": BLOCK_CLIPS, **changes})
 
 
+def small_job(
+    clips: ClipList, cache: Path, *, spec: CacheSpec | None = None, folder: Path | None = None
+) -> ExtractionJob:
+    """The job of a list of `make_clips`. `folder`: where the videos lie, if not where the list comes from."""
+    tower = small_tower(Path(clips.source))
+    return ExtractionJob(
+        clips=clips,
+        root=folder or Path(clips.source),
+        cache_path=cache,
+        spec=spec or small_spec(clips, tower),
+        tower=tower,
+    )
+
+
 def extract_small(
     clips: ClipList,
     cache: Path,
@@ -96,16 +110,11 @@ def extract_small(
 ) -> ExtractResult:
     """Extract a list of `make_clips` on one thread, as the server's children do.
 
-    `folder`: where the videos lie, if not where the list comes from. `rendezvous`: of several processes.
+    `folder`: as `small_job`. `rendezvous`: of several processes.
     """
-    tower = small_tower(Path(clips.source))
     with one_thread():
         return extract(
-            clips,
-            root=folder or Path(clips.source),
-            cache=cache,
-            spec=spec or small_spec(clips, tower),
-            tower=tower,
+            small_job(clips, cache, spec=spec, folder=folder),
             options=ExtractOptions(batch=4, decode_workers=1, **options),
             on_clip=on_clip,
             rendezvous=rendezvous,

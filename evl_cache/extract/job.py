@@ -1,0 +1,98 @@
+"""An extraction job, and the options of running it; both are handed down whole."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from evl_cache.clips import ClipList
+from evl_cache.errors import UsageError
+from evl_cache.extract.failure_limit import FailureLimit
+from evl_cache.spec import CacheSpec
+from evl_cache.towers import Tower
+from evl_cache.video import DecodeOptions
+from evl_cache.video.pool import DEFAULT_TIMEOUT_S
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractionJob:
+    """One cache to make: of what, by what, where.
+
+    Attributes:
+        clips: the list, in the order of the cache's rows.
+        root: folder of the videos, from which relative clip paths start.
+        cache_path: directory of the cache.
+        spec: what is stored of each clip.
+        tower: makes the features.
+        origin: names of the tower and the videos' folder, stored so that `repair` and `predict` find them again.
+
+    Raises: UsageError where the clips or the tower are not those of the spec.
+    """
+
+    clips: ClipList
+    root: Path
+    cache_path: Path
+    spec: CacheSpec
+    tower: Tower
+    origin: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        clips, spec = self.clips, self.spec
+        if (len(clips.clips), clips.content_id) != (spec.num_clips, spec.content_id):
+            raise UsageError(
+                f"{clips.source}: {len(clips.clips)} clips, content {clips.content_id[:12]}; the spec of "
+                f"{self.cache_path} has {spec.num_clips}, content {spec.content_id[:12]}; give the list it was made of"
+            )
+        check_tower(self.tower, spec, self.cache_path)
+
+    def check_pixels(self, decoding: DecodeOptions) -> None:
+        """Raises: UsageError for a decoder whose pixels are not the cache's."""
+        if decoding.pixels != self.spec.pixels:
+            raise UsageError(
+                f"{self.cache_path} holds features of {self.spec.pixels} pixels, --decoder {decoding.decoder} on "
+                f"{decoding.device} gives {decoding.pixels}; use the same decoder, or another cache"
+            )
+
+
+def check_tower(tower: Tower, spec: CacheSpec, cache_path: Path) -> None:
+    """Raises: UsageError for a tower whose features are not those of the cache."""
+    if replace(spec, tower=tower.spec).feature_id != spec.feature_id:
+        raise UsageError(
+            f"{cache_path} was made with {spec.tower.model} ({spec.tower.pretrained}), the tower given is "
+            f"{tower.spec.model} ({tower.spec.pretrained}): their features differ; give the model and weights "
+            "the cache was made with"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractOptions:
+    """How to extract; what is extracted is in the job.
+
+    Attributes:
+        device: where the tower runs.
+        batch: samples of one forward pass; part of what makes bytes identical.
+        decode_workers: processes that decode, and as many threads that crop and that compress.
+        retry_failed: redo the blocks that hold failed clips.
+        reuse: directory of a cache whose rows of equal features and video files are copied.
+        decoding: which decoder, and what to do with damaged frames; a clip's mark names the decoder that read it.
+        clip_timeout_s: longest time for decoding one clip.
+        most_failures: how many clips may fail before the run is stopped; compared after each block.
+        lock_expiry_s: how long a lock stands without a sign of life; see `store.disk.locks`.
+    """
+
+    device: str = "cpu"
+    batch: int = 8
+    decode_workers: int = 2
+    retry_failed: bool = False
+    reuse: Path | None = None
+    decoding: DecodeOptions = field(default_factory=DecodeOptions)
+    clip_timeout_s: float = DEFAULT_TIMEOUT_S
+    most_failures: FailureLimit | None = None
+    lock_expiry_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("batch", "decode_workers"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.clip_timeout_s <= 0:
+            raise UsageError(f"clip_timeout_s is {self.clip_timeout_s}; expected more than 0 seconds")
