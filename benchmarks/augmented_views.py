@@ -20,8 +20,8 @@ import torch
 
 from benchmarks.support.machine import machine
 from evl_cache import FeatureCache
+from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.request import ExtractRequest, extract_dataset
-from evl_cache.extract.stage import ExtractOptions
 from evl_cache.live.train import train_online
 from evl_cache.notation import parse_layers
 from evl_cache.spec import ViewSpec

@@ -9,6 +9,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -79,7 +80,7 @@ def extract_once(cache: Path, frames: torch.Tensor, tower: Tower, batch: int) ->
     extractor.frames = frames
     lock = LockWatcher(cache / LOCKS_NAME).take(0)
     assert lock is not None
-    with extractor, lock:
+    with closing(extractor), lock:
         extracted = extractor.extract(0, lock)
         extracted.writer.commit(extracted.records, extracted.environment)
         extracted.writer.close()

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.support.machine import machine
+from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.request import ExtractRequest, extract_dataset
-from evl_cache.extract.stage import ExtractOptions
 from evl_cache.live.predict import predict
 from evl_cache.rendered import write_video
 from evl_cache.spec import ViewSpec

@@ -23,8 +23,8 @@ import torch
 from benchmarks.support.counting import Work, counted
 from benchmarks.support.machine import machine
 from evl_cache import FeatureCache
+from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.request import ExtractRequest, extract_dataset
-from evl_cache.extract.stage import ExtractOptions
 from evl_cache.rendered.benchmarks import RenderOptions, render
 from evl_cache.spec import ViewSpec
 from evl_cache.sweep import RUNS_NAME, sweep

@@ -174,7 +174,7 @@ def make_request(given: dict[str, Any]) -> Any:
 
 def make_options(given: dict[str, Any], device: str, **more: Any) -> Any:
     """The ExtractOptions of the options above."""
-    from evl_cache.extract.stage import ExtractOptions
+    from evl_cache.extract.job import ExtractOptions
 
     batch = given["batch"] or (8 if device == "cpu" else 32)
     return ExtractOptions(device=device, batch=batch, decode_workers=given["decode_workers"], **more)

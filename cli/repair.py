@@ -1,6 +1,7 @@
 """`evl-cache repair`."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,14 @@ def command(
     as_json: bool,
 ) -> int:
     """Verify a cache and redo only what is damaged; on the same machine the bytes become what they were."""
-    from evl_cache.extract.repair import repair, tower_loader
-    from evl_cache.extract.stage import ExtractOptions
+    from evl_cache.extract.job import ExtractOptions
+    from evl_cache.extract.repair import load_tower, repair
 
     options = ExtractOptions(device=default_device(device), decode_workers=decode_workers)
     with clip_progress(0, "repair") as on_clip:
         result = repair(
             cache,
-            tower=tower_loader(model, pretrained),
+            tower=partial(load_tower, model=model, pretrained=pretrained),
             root=root,
             options=options,
             on_clip=on_clip,

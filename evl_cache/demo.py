@@ -50,13 +50,10 @@ class DemoOptions:
 
 # Layers 3 to 5 tell motion better than 6 to 8 (88.8 % against 83.8 % after six epochs), and cost less to extract.
 # Fewer epochs, as a step costs more than on the untrained tower's features, which have fewer patches and channels.
-_EVL_TINY: Mapping[str, Any] = {
-    "model": "evl-tiny",
-    "pretrained": None,
-    "layers": (3, 4, 5),
-    "epochs": 10,
+TOWERS: Mapping[str, Mapping[str, Any]] = {
+    "untrained": {},
+    "evl-tiny": {"model": "evl-tiny", "pretrained": None, "layers": (3, 4, 5), "epochs": 10},
 }
-TOWERS: Mapping[str, Mapping[str, Any]] = {"untrained": {}, "evl-tiny": _EVL_TINY}
 
 
 def demo_options(tower: str, *, device: str) -> DemoOptions:
@@ -100,21 +97,20 @@ def run_demo(
     """
     seconds: dict[str, float] = {}
 
-    def stage(name: str, started: float) -> float:
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        on_stage(name)
+        started = time.monotonic()
+        yield
         seconds[name] = time.monotonic() - started
-        return time.monotonic()
 
-    clock = time.monotonic()
-    on_stage("render")
-    render_demo_motions(directory / "clips", clips_per_class=options.clips_per_class, seed=SEED)
-    clock = stage("render", clock)
-    on_stage("extract")
-    caches = _extract(directory, options, progress)
-    clock = stage("extract", clock)
+    with stage("render"):
+        render_demo_motions(directory / "clips", clips_per_class=options.clips_per_class, seed=SEED)
+    with stage("extract"):
+        caches = _extract(directory, options, progress)
     results = {}
     for name, modules in (("with", True), ("without", False)):
-        on_stage(f"train {name} temporal modules")
-        with _one_thread():
+        with stage(f"train {name} temporal modules"), _one_thread():
             results[name] = train(
                 caches["train"],
                 caches["val"],
@@ -122,7 +118,6 @@ def run_demo(
                 out=directory / "runs" / f"{name}-temporal-modules",
                 on_step=on_step,
             )
-        clock = stage(f"train {name} temporal modules", clock)
     return DemoResult(
         with_modules=results["with"],
         without_modules=results["without"],

@@ -49,13 +49,13 @@ class Box:
 
 
 def view_generator(seed: int, clip_id: str, view: int) -> np.random.Generator:
-    """All that is random in a view is drawn from here, its frames first."""
+    """The generator from which everything random in a view is drawn, its frames first."""
     key = hashlib.sha256(f"{seed}\0{view}\0{clip_id}".encode()).digest()
     return np.random.default_rng(int.from_bytes(key, "little"))
 
 
 def draw_operations(rng: np.random.Generator, *, short_side: int) -> tuple[Operation, ...]:
-    """The operations that come to pass, in order; of four drawn with replacement, each with probability one half."""
+    """The operations to apply, in order: four are drawn with replacement, and each is kept with probability 1/2."""
     from timm.data import auto_augment
 
     # Magnitudes that increase with the level (inc1); shifts are in pixels of the short side, not of each side.
@@ -80,7 +80,7 @@ def draw_operations(rng: np.random.Generator, *, short_side: int) -> tuple[Opera
 
 
 def draw_box(rng: np.random.Generator, height: int, width: int) -> Box:
-    """A box of 0.08 to 1 of the area and aspect 3/4 to 4/3 (width to height); the largest centred one where none fits."""
+    """A box of 0.08 to 1 of the area and aspect 3/4 to 4/3 (width to height); where none fits, the largest in the centre."""
     for _ in range(_TRIES):
         area = height * width * rng.uniform(*_AREA)
         aspect = math.exp(rng.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
@@ -94,7 +94,7 @@ def draw_box(rng: np.random.Generator, height: int, width: int) -> Box:
 
 
 def apply_operations(frames: np.ndarray, operations: Sequence[Operation]) -> np.ndarray:
-    """The same operations on every frame, uint8 (T, H, W, 3): bicubic, what comes from outside is grey 128."""
+    """Do the same operations on every frame, uint8 (T, H, W, 3), bicubic; pixels from outside are grey 128."""
     from PIL import Image
     from timm.data import auto_augment
 
@@ -111,7 +111,7 @@ def apply_operations(frames: np.ndarray, operations: Sequence[Operation]) -> np.
 
 @dataclass(frozen=True, kw_only=True)
 class ViewAugmentation:
-    """What is drawn for one training view: the same operations and one box for all its frames; mirrored or not."""
+    """What is drawn for one training view; it is the same for all its frames."""
 
     operations: tuple[Operation, ...]
     box: Box
@@ -121,7 +121,7 @@ class ViewAugmentation:
     def draw(
         cls, rng: np.random.Generator, *, height: int, width: int, flip: bool = False
     ) -> "ViewAugmentation":
-        """For frames of H x W pixels. Raises: ClipError for frames without pixels."""
+        """Draw one for frames of H x W pixels. Raises: ClipError for frames without pixels."""
         if height < 1 or width < 1:
             raise ClipError(f"frames of {height} x {width} hold no pixels")
         return cls(
@@ -136,7 +136,10 @@ class ViewAugmentation:
         """The view of some of its frames.
 
         Args:
-            frames: uint8 (T, H, W, 3), RGB. mean, std: three numbers each, in units of [0, 1].
+            frames: uint8 (T, H, W, 3), RGB.
+            size: of the model's image.
+            mean: three numbers in units of [0, 1].
+            std: three numbers in units of [0, 1].
 
         Returns: float32 (T, 3, size, size), normalised.
         """

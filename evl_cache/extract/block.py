@@ -1,15 +1,11 @@
-"""One block of stage one: decode, forward pass, quantise, hand to the writer.
-
-B samples, T frames, S the tower's image size, L layers.
-"""
+"""One block of stage one: decode, forward pass, quantise, hand to the writer."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -17,24 +13,20 @@ from evl_cache.clips import Clip
 from evl_cache.extract.clips_ahead import ClipsAhead
 from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
 from evl_cache.extract.environment import run_environment
-from evl_cache.extract.job import ExtractionJob, ExtractOptions
+from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
 from evl_cache.extract.prepare import PreparedClip, prepare_clip
 from evl_cache.extract.reuse import ReusableRows
 from evl_cache.extract.stage_seconds import StageSeconds
-from evl_cache.spec import CacheSpec
 from evl_cache.store import BlockLock, BlockWriter, ClipRecord, marked_blocks
 from evl_cache.towers import Backbone
 from evl_cache.video.pool import DecodePool
-
-OnClip = Callable[[bool], None]
-OnBottleneck = Callable[[str], None]
 
 _LEAST_WAITING = 4  # clips that may wait for the device; more where a batch holds more
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractedBlock:
-    """A block whose rows are all with its writer, ready to commit."""
+    """A block whose writer has all rows of it, ready to commit."""
 
     writer: BlockWriter
     records: tuple[ClipRecord, ...]
@@ -42,7 +34,7 @@ class ExtractedBlock:
 
 
 class BlockExtractor:
-    """Extracts blocks one at a time. A context manager: leaving it stops the threads and processes.
+    """Extracts blocks one at a time. `close` it.
 
     Args:
         job: its tower is moved to the device, and to the spec's compute dtype.
@@ -75,7 +67,7 @@ class BlockExtractor:
             lambda row: self._prepare(job.clips.clips[row]),
             threads=workers + 1,
             waiting=max(_LEAST_WAITING, options.batch // spec.views.per_clip),
-            clip_bytes=_clip_bytes(spec),
+            clip_bytes=4 * 3 * spec.tower.image_size**2 * spec.views.frames * spec.views.per_clip,  # float32
         )
         self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
         self._environment = run_environment(options, spec)
@@ -133,19 +125,10 @@ class BlockExtractor:
         self._on_clip(record.error is not None)
         return record
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Stop the threads and processes."""
         self._ahead.close(wait=False)
         self._decode_pool.close()  # threads that wait for a worker hear that it is gone
         self._pipeline.close()
         self._ahead.close(wait=True)
         self._encoders.shutdown(wait=True, cancel_futures=True)
-
-
-def _clip_bytes(spec: CacheSpec) -> int:
-    """Bytes of a prepared clip, whose samples are float32."""
-    return 4 * 3 * spec.tower.image_size**2 * spec.views.frames * spec.views.per_clip

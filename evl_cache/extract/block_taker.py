@@ -4,18 +4,18 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Protocol
 
 from evl_cache.errors import TooManyFailures
-from evl_cache.extract.block import ExtractedBlock, OnClip
-from evl_cache.extract.job import ExtractionJob, ExtractOptions
+from evl_cache.extract.block import ExtractedBlock
+from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip
 from evl_cache.extract.stage_seconds import StageSeconds
 from evl_cache.store import (
     LOCKS_NAME,
     REAL,
     BlockLock,
     BlockLost,
+    ClipRecord,
     LockWatcher,
     Runtime,
     file_identity,
@@ -43,8 +43,8 @@ class Extractor(Protocol):
 class BlockTaker:
     """Extracts blocks that are not done, one at a time, together with other jobs on the same cache.
 
-    Which block it tries: the next number that the rendezvous gives, as long as it gives any; then the first that no
-    living job holds. Whether it may have it, the lock on the disk says, and whether it is done, the mark.
+    It tries the blocks whose numbers the rendezvous gives, as long as it gives any; then the first block that no
+    living job holds. The lock on the disk decides whether it may have a block, the mark whether the block is done.
 
     Args:
         job: the cache.
@@ -80,7 +80,7 @@ class BlockTaker:
         self._todo: set[int] = set()
         self._losses: Counter[int] = Counter()
         self._committer = runtime.executor("commit")
-        self._committing: Future[_Committed] | None = None
+        self._committing: tuple[int, Sequence[ClipRecord], Future[BlockLost | None]] | None = None
 
     def run(self, blocks: Collection[int]) -> int:
         """Work until all of these blocks are done, by whomever. Return the clips done by this process.
@@ -133,11 +133,10 @@ class BlockTaker:
 
     def _extract(self, block: int, lock: BlockLock) -> None:
         """Extract a locked block and start its commit."""
+        self._todo.discard(block)
         if self._found_done(block):  # finished by another job between the look and the lock
             lock.release()
-            self._todo.discard(block)
             return
-        self._todo.discard(block)
         extracted: ExtractedBlock | None = None
         try:
             extracted = self._extractor.extract(block, lock)
@@ -153,27 +152,30 @@ class BlockTaker:
             return
         self._redo.pop(block, None)
         # In the background: the next block's forward pass overlaps this one's fsync.
-        self._committing = self._committer.submit(_commit, extracted, lock)
+        commit = self._committer.submit(_commit, extracted, lock)
+        self._committing = block, extracted.records, commit
 
     def _wait_for_commit(self) -> None:
         """Wait for the block being committed; where another job had taken it over, it is to be done again."""
         committing, self._committing = self._committing, None
         if committing is None:
             return
+        block, records, commit = committing
         with self._extractor.waited.of("writing"):
-            committed = committing.result()
-        if committed.lost is None:
-            self._clips_done += committed.clips
-            self._check_failures(committed.clips, committed.failures)
+            lost = commit.result()
+        if lost is None:
+            self._clips_done += len(records)
+            self._count_failures(records)
             return
-        self._todo.add(committed.block)
-        self._losses[committed.block] += 1
-        if self._losses[committed.block] >= _MOST_LOSSES:
-            raise committed.lost
+        self._todo.add(block)
+        self._losses[block] += 1
+        if self._losses[block] >= _MOST_LOSSES:
+            raise lost
 
-    def _check_failures(self, clips: int, failures: Sequence[str]) -> None:
+    def _count_failures(self, clips: Sequence[ClipRecord]) -> None:
         """Count a block's failures when its mark, which names them, is written. Raises: TooManyFailures."""
-        self._clips_seen += clips
+        failures = [clip.error for clip in clips if clip.error is not None]
+        self._clips_seen += len(clips)
         self._clips_failed += len(failures)
         limit = self._most_failures
         if limit is not None and limit.is_exceeded(self._clips_failed, of=self._clips_seen):
@@ -191,25 +193,8 @@ class BlockTaker:
             return False
         for clip in mark.clips:
             self._on_clip(clip.error is not None)
-        self._check_failures(len(mark.clips), [clip.error for clip in mark.clips if clip.error is not None])
+        self._count_failures(mark.clips)
         return True
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Committed:
-    """What became of a block.
-
-    Attributes:
-        block: its number.
-        clips: how many it has.
-        failures: reasons of those that failed.
-        lost: the error where another job had taken the block over; None where it was committed.
-    """
-
-    block: int
-    clips: int
-    failures: tuple[str, ...]
-    lost: BlockLost | None
 
 
 def blocks_with_failures(job: ExtractionJob) -> set[int]:
@@ -218,18 +203,13 @@ def blocks_with_failures(job: ExtractionJob) -> set[int]:
     return {block for block, mark in marks if mark is not None and any(clip.error for clip in mark.clips)}
 
 
-def _commit(extracted: ExtractedBlock, lock: BlockLock) -> _Committed:
-    lost = None
+def _commit(extracted: ExtractedBlock, lock: BlockLock) -> BlockLost | None:
+    """Publish a block. Return the error where another job had taken it over."""
     try:
         extracted.writer.commit(extracted.records, extracted.environment)
-    except BlockLost as error:
-        lost = error
+    except BlockLost as lost:
+        return lost
     finally:
         extracted.writer.close()
         lock.release()
-    return _Committed(
-        block=extracted.writer.block,
-        clips=len(extracted.records),
-        failures=tuple(record.error for record in extracted.records if record.error is not None),
-        lost=lost,
-    )
+    return None

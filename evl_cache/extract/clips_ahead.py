@@ -1,4 +1,4 @@
-"""Clips decoded ahead of the device, across the border of blocks."""
+"""Clips decoded before the device asks for them, those of the next block too."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -6,15 +6,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 from evl_cache.extract.prepare import PreparedClip
 
-MOST_WAITING_BYTES = 512 << 20  # of prepared clips, beyond those in the hands of a thread
+MOST_WAITING_BYTES = 512 << 20  # of prepared clips that wait; each thread may hold one more
 
 
 class ClipsAhead:
     """Prepares clips in threads, in the order in which they will be asked for. `close` it.
 
     Args:
-        prepare: a clip by its row of the list. threads: that prepare.
-        waiting: prepared clips that may wait for the device, where memory allows. clip_bytes: of one.
+        prepare: makes a clip ready, by its row of the list.
+        threads: how many prepare.
+        waiting: prepared clips that may wait for the device, where memory allows.
+        clip_bytes: size of one prepared clip.
     """
 
     def __init__(
@@ -26,12 +28,13 @@ class ClipsAhead:
         self._ahead: deque[tuple[int, Future[PreparedClip]]] = deque()
 
     def of(self, rows: Sequence[int], *, likely_next: Callable[[], Sequence[int]]) -> Iterator[PreparedClip]:
-        """These clips in order.
+        """Yield these clips in order.
 
-        likely_next: clips that may well be asked for afterwards; begun when all of these are in work.
+        Args:
+            likely_next: clips that may well be asked for afterwards; begun when all of these are begun.
         """
         if self._ahead and self._ahead[0][0] != rows[0]:
-            self._drop()  # begun for nothing: another job has them
+            self._drop()  # these were begun in vain: another job took their block
         begun = {row for row, _ in self._ahead}
         todo = deque(row for row in rows if row not in begun)
         is_last = False
@@ -50,5 +53,5 @@ class ClipsAhead:
             self._ahead.popleft()[1].cancel()
 
     def close(self, *, wait: bool) -> None:
-        """What is not begun is not done any more. wait: for the rest."""
+        """Drop the clips that are not begun; `wait` until the others are done."""
         self._threads.shutdown(wait=wait, cancel_futures=True)

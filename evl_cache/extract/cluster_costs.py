@@ -1,7 +1,6 @@
-"""What extraction by several devices costs, on paper: device-hours, bytes, rates, and what limits it.
+"""Extraction by several devices, on paper: device-hours, bytes, rates, and what limits it.
 
-Everything a machine does is an assumption here, given by whoever asks; nothing is measured. What follows from the
-cache's spec is arithmetic: bytes, samples, floating-point operations.
+How fast machines are is assumed, not measured. Bytes, samples and floating-point operations follow from the spec.
 
 T frames, N = 1+P tokens of a frame, C channels.
 """
@@ -18,17 +17,18 @@ _HOUR_S = 3600.0
 
 @dataclass(frozen=True, kw_only=True)
 class Assumptions:
-    """What is taken for granted of machines and videos; no measurement.
+    """What is assumed of machines and videos; nothing here is measured.
 
     Attributes:
-        device_tflops: of one device, in the tower's forward pass, sustained (not its data sheet's peak), 1e12 operations
-            a second, a multiplication and an addition being two.
-        decode_ms: of one core, to read, decode and crop a clip, all its views.
-        compress_mb_s: of one core, bytes before the codec.
-        cores_per_device: for both of these.
-        devices_per_node: which share a network link. network_gbit_s: of that link, each way.
-        disk_gb_s: of the shared disk, for all nodes together, reading and writing added up.
-        video_mb: of a clip's file.
+        device_tflops: 1e12 operations a second that one device sustains in the tower's forward pass (not its data
+            sheet's peak); a multiplication and an addition are two operations.
+        decode_ms: time in which one core reads, decodes and crops a clip with all its views.
+        compress_mb_s: megabytes before the codec that one core compresses in a second.
+        cores_per_device: cores that decode and compress for one device.
+        devices_per_node: devices that share a network link.
+        network_gbit_s: rate of that link, each way.
+        disk_gb_s: rate of the shared disk for all nodes together, reads and writes added up.
+        video_mb: size of a clip's file.
     """
 
     device_tflops: float = 60.0
@@ -47,7 +47,7 @@ class Assumptions:
 
     @classmethod
     def parse(cls, texts: Iterable[str]) -> "Assumptions":
-        """`NAME=VALUE` each, over the defaults. Raises: UsageError for another name or no number."""
+        """The defaults, changed by texts such as `decode_ms=150`. Raises: UsageError for another name or no number."""
         names = [field.name for field in fields(cls)]
         given: dict[str, float] = {}
         for text in texts:
@@ -63,15 +63,21 @@ class Assumptions:
 
 @dataclass(frozen=True, kw_only=True)
 class ClusterCosts:
-    """Of extracting one cache.
+    """What extracting one cache costs.
 
     Attributes:
-        devices: how many. tflop_a_sample: operations of the forward pass, 1e12. device_hours, core_hours: of all.
-        hours: of each stage if nothing else limited: device, cores, network, disk. limited_by: the longest of them.
-        total_hours: of that stage, the others going on meanwhile.
-        bytes_read, bytes_written: videos, features.
-        disk_gb_s: read and written in that time. network_gbit_s: of the busiest direction of a node's link.
-        epoch_hours: to read every sample once from that disk, as training does; a device's own speed aside.
+        devices: how many there are.
+        tflop_a_sample: operations of a forward pass, in 1e12.
+        device_hours: of all devices together.
+        core_hours: of all cores together.
+        hours: duration of each stage (device, cores, network, disk) if nothing else limited it.
+        limited_by: the stage that takes longest.
+        total_hours: duration of that stage; the others run meanwhile.
+        bytes_read: size of the videos.
+        bytes_written: size of the features.
+        disk_gb_s: read and written on average in that time.
+        network_gbit_s: average rate of a node's link, in the busier direction.
+        epoch_hours: time to read every sample once from that disk, as training does.
     """
 
     devices: int
@@ -89,15 +95,14 @@ class ClusterCosts:
 
 
 def forward_tflop(spec: CacheSpec) -> float:
-    """Operations (1e12) of one sample: the blocks up to the last one asked for, and the maps."""
+    """Operations (1e12) of one sample: the tower's layers up to the last one asked for, and the maps."""
     C, N, T = spec.tower.width, spec.num_tokens + spec.tower.registers, spec.views.frames
     P = spec.num_tokens - 1
-    block = (
-        24 * N * C**2 + 4 * N**2 * C
-    )  # in-projection 6, out 2, MLP 16 a token and C^2; logits and weighted mean
+    # Per token and C^2: in-projection 6, out-projection 2, MLP 16. Then logits and weighted mean.
+    layer = 24 * N * C**2 + 4 * N**2 * C
     embedding = 2 * 3 * spec.tower.patch_size**2 * C * P
     maps = 4 * (T - 1) * P**2 * C * len(spec.layers) if spec.stores_maps else 0
-    return (T * (max(spec.layers) * block + embedding) + maps) / 1e12
+    return (T * (max(spec.layers) * layer + embedding) + maps) / 1e12
 
 
 def cluster_costs(spec: CacheSpec, devices: int, assumed: Assumptions) -> ClusterCosts:

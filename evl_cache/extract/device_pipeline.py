@@ -1,4 +1,4 @@
-"""Batches on their way through the device: gathered and transferred, run, quantised; side by side where it helps.
+"""Batches are gathered, brought to the device, run and quantised, at the same time where that helps.
 
 B samples of a batch, T frames, S the tower's image size.
 """
@@ -20,16 +20,12 @@ from evl_cache.towers import Backbone, Features
 
 
 class ClipRows:
-    """A clip on its way: its samples until they have run, its rows until all of them are there."""
+    """A clip in the pipeline: its samples until they have run, then its rows as they are made."""
 
     def __init__(self, prepared: PreparedClip, slots: int) -> None:
         self.record, self.samples = prepared.record, prepared.samples
         self.slots_left = slots
         self.rows: list[Row] = []
-
-    def leave_slot(self) -> None:
-        """One more of the clip's samples has run."""
-        self.slots_left -= 1
 
     @property
     def is_ready(self) -> bool:
@@ -52,9 +48,14 @@ Slot = tuple[ClipRows, int]  # a clip, and which of its samples
 
 @dataclass(frozen=True, kw_only=True)
 class _Staged:
-    """A batch on the device: float32 (B, T, 3, S, S); None where none of its slots has samples.
+    """A batch on the device.
 
-    is_filled: of each slot. waited_s: for clips to gather. transfer_s: to bring them to the device.
+    Attributes:
+        slots: where its samples come from.
+        is_filled: whether each slot has a sample.
+        frames: float32 (B, T, 3, S, S); None where no slot has a sample.
+        waited_s: time that gathering its clips took.
+        transfer_s: time that bringing them to the device took.
     """
 
     slots: Sequence[Slot]
@@ -67,11 +68,13 @@ class _Staged:
 class DevicePipeline:
     """Runs batches of one fixed shape. `close` it.
 
-    While a batch runs, one thread gathers the next and brings it to the device. On a GPU another makes the rows of the
-    batch before, so that the device always has work; on a CPU they would only take cores from each other.
+    While a batch runs, one thread gathers the next and brings it to the device. On a GPU another thread makes the
+    rows of the batch before, so that the device always has work; on a CPU the two would compete for cores.
 
     Args:
-        backbone: on `device`. batch: samples of a pass. waited: what the caller waits for is added to it.
+        backbone: on `device`.
+        batch: samples of a pass.
+        waited: the seconds that the caller waits are added to it.
     """
 
     def __init__(
@@ -87,7 +90,7 @@ class DevicePipeline:
         self._rows = torch.cuda.Stream(device) if self._is_gpu else None  # type: ignore[no-untyped-call]
 
     def run(self, clips: Iterable[ClipRows]) -> Iterator[ClipRows]:
-        """The clips in order, each when all its rows are made."""
+        """Yield the clips in order, each when all its rows are made."""
         waiting: deque[ClipRows] = deque()
         running: deque[Future[None]] = deque()
         for staged in self._one_ahead(self._batches(clips, waiting)):
@@ -102,7 +105,7 @@ class DevicePipeline:
         yield from _ready(waiting)
 
     def _batches(self, clips: Iterable[ClipRows], waiting: deque[ClipRows]) -> Iterator[_Staged]:
-        """Batches on the device; their clips are `waiting` from now on. In the gathering thread."""
+        """Yield batches on the device, in the gathering thread, and add their clips to `waiting`."""
         slots: list[Slot] = []
         started = time.monotonic()
         for clip in clips:
@@ -145,7 +148,7 @@ class DevicePipeline:
         return there
 
     def _one_ahead(self, batches: Iterator[_Staged]) -> Iterator[_Staged]:
-        """Batches as they are staged in the gathering thread, while the one before is in use."""
+        """Yield batches; while one is in use, the gathering thread makes the next."""
         following = self._gatherer.submit(next, batches, None)
         while True:
             started = time.monotonic()
@@ -154,7 +157,7 @@ class DevicePipeline:
             if staged is None:
                 self._waited.seconds["decoding"] += waited_s
                 return
-            # It was waited for in as far as either took longer than the batch before.
+            # The wait is shared out by what gathering and transferring took of the time.
             decoding = staged.waited_s / max(staged.waited_s + staged.transfer_s, 1e-9)
             self._waited.seconds["decoding"] += decoding * waited_s
             self._waited.seconds["transfer"] += (1 - decoding) * waited_s
@@ -162,7 +165,7 @@ class DevicePipeline:
             yield staged
 
     def _start(self, staged: _Staged) -> "Future[None]":
-        """Run a batch and begin to make its rows. Returns: done when they are made."""
+        """Run a batch and begin to make its rows. Return a future that is done when they are made."""
         features = None if staged.frames is None else self._backbone(staged.frames)
         if self.makes_rows_beside:
             ran = torch.cuda.current_stream(self._device).record_event() if self._is_gpu else None
@@ -173,15 +176,15 @@ class DevicePipeline:
         return done
 
     def _make_rows(self, staged: _Staged, features: Features | None, ran: torch.cuda.Event | None) -> None:
-        """Each sample's row goes back to its clip. `staged` is held until then: its memory is of another stream."""
-        with torch.cuda.stream(self._rows):  # nothing, where there is no GPU
+        """Give each sample's row to its clip. `staged` is kept until then, as another stream owns its memory."""
+        with torch.cuda.stream(self._rows):  # None changes no stream
             if self._rows is not None and ran is not None:
                 self._rows.wait_event(ran)
             for slot, (clip, _) in enumerate(staged.slots):
                 if features is not None and staged.is_filled[slot]:
                     clip.add(features, slot, self._spec)
         for clip, _ in staged.slots:
-            clip.leave_slot()
+            clip.slots_left -= 1
 
     def close(self) -> None:
         """Wait for its threads."""

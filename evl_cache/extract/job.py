@@ -1,6 +1,6 @@
 """An extraction job, and the options of running it; both are handed down whole."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,9 @@ from evl_cache.spec import CacheSpec
 from evl_cache.towers import Tower
 from evl_cache.video import DecodeOptions
 from evl_cache.video.pool import DEFAULT_TIMEOUT_S
+
+OnClip = Callable[[bool], None]  # called with whether the clip failed
+OnBottleneck = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

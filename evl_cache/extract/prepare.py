@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +46,14 @@ def prepare_clip(
     decode: Decode = decode_frames,
     train_view: int | None = None,
 ) -> PreparedClip:
-    """Hash, decode and crop one clip. This is where a clip's failure becomes data.
+    """Hash, decode and crop one clip. A clip that fails gives a record that says why, not an error.
 
     Args:
         root: what relative paths are relative to.
-        is_known: whether features of a clip (id, sha256 of its file) are at hand: then it is not decoded.
-        decode: gives the frames chosen of a file; `decoding.pool` does it in another process.
+        tower: gives image size, mean and std.
+        views: what is cut from the clip.
+        is_known: whether features of a clip (id, sha256 of its file) are at hand; such a clip is not decoded.
+        decode: gives the frames chosen of a file; `video.pool` does it in another process.
         train_view: only this one of the augmented training views.
     """
     drawn = range(views.train_views) if train_view is None else (train_view,)
@@ -68,12 +70,9 @@ def prepare_clip(
             decode(path, lambda count: choose_frames(count, views, clip.id, drawn)), clip, tower, views, drawn
         )
     except ClipError as error:
-        failed = ClipRecord(id=clip.id, error=str(error), source_bytes=size, source_sha256=sha256)
-        return PreparedClip(record=failed, samples=None)
-    record = ClipRecord(
-        id=clip.id,
-        source_bytes=size,
-        source_sha256=sha256,
+        return PreparedClip(record=replace(source, error=str(error)), samples=None)
+    record = replace(
+        source,
         frame_size=header.frame_size,
         frame_count=header.num_frames_in_file,
         indices=tuple(tuple(int(i) for i in view) for view in header.indices),
@@ -85,7 +84,7 @@ def prepare_clip(
 def _crop(
     events: Iterator[FrameEvent], clip: Clip, tower: TowerSpec, views: ViewSpec, drawn: Sequence[int]
 ) -> tuple[ClipHeader, torch.Tensor]:
-    """The samples of a clip, made frame by frame: at source resolution no more is held than comes at once."""
+    """The samples of a clip, made from each frame as it comes, so that few large frames are held at a time."""
     making: _TestViews | _TrainViews | None = None
     with contextlib.closing(events):  # type: ignore[type-var]  # a generator
         for event in events:
@@ -96,10 +95,10 @@ def _crop(
                     else _TestViews(event, tower, views)
                 )
             else:
-                assert making is not None  # a header comes first
+                assert making is not None  # a header comes first; another one begins anew
                 making.add(event)
     assert making is not None  # else ClipError was raised
-    return making.header, making.samples()
+    return making.header, making.samples
 
 
 class _TestViews:
@@ -109,26 +108,23 @@ class _TestViews:
         self.header, self._tower = header, tower
         self._positions = header.positions  # (V,T)
         size = tower.image_size
-        self._samples = torch.empty(views.spatial_views, *self._positions.shape, 3, size, size)
+        self._crops = torch.empty(views.spatial_views, *self._positions.shape, 3, size, size)
+        self.samples = self._crops.flatten(0, 1)  # the same memory, (spatial x temporal views,T,3,S,S)
         self._added = 0
 
     def add(self, frames: np.ndarray) -> None:
         tower = self._tower
         crops = spatial_crops(
-            frames, size=tower.image_size, mean=tower.mean, std=tower.std, crops=len(self._samples)
+            frames, size=tower.image_size, mean=tower.mean, std=tower.std, crops=len(self._crops)
         )  # (crops,some,3,S,S)
         for number in range(len(frames)):
             for view, t in np.argwhere(self._positions == self._added + number).tolist():
-                self._samples[:, view, t] = crops[:, number]
+                self._crops[:, view, t] = crops[:, number]
         self._added += len(frames)
-
-    def samples(self) -> torch.Tensor:
-        """(spatial x temporal views, T, 3, S, S)."""
-        return self._samples.flatten(0, 1)
 
 
 class _TrainViews:
-    """Augmented views, from frames as they come; what is random in each is drawn before."""
+    """Augmented views, from frames as they come; their random parts are drawn before the first."""
 
     def __init__(
         self, header: ClipHeader, clip_id: str, tower: TowerSpec, views: ViewSpec, drawn: Sequence[int]
@@ -139,11 +135,13 @@ class _TrainViews:
         height, width = header.frame_size
         for view in drawn:
             rng = view_generator(views.augment_seed, clip_id, view)
-            _train_indices(header.num_frames_in_file, views, rng)  # drawn before; what follows is drawn after
+            # As `choose_frames` drew them: what follows comes after it from the generator.
+            _train_indices(header.num_frames_in_file, views, rng)
             self._augmentations.append(
                 ViewAugmentation.draw(rng, height=height, width=width, flip=views.flip)
             )
-        self._samples = torch.empty(*self._positions.shape, 3, tower.image_size, tower.image_size)
+        size = tower.image_size
+        self.samples = torch.empty(*self._positions.shape, 3, size, size)  # (views drawn,T,3,S,S)
         self._added = 0
 
     def add(self, frames: np.ndarray) -> None:
@@ -152,14 +150,10 @@ class _TrainViews:
             for view, augmentation in enumerate(self._augmentations):
                 places = np.flatnonzero(self._positions[view] == self._added)
                 if len(places):
-                    self._samples[view, places] = augmentation.apply(
+                    self.samples[view, places] = augmentation.apply(
                         frame[None], size=tower.image_size, mean=tower.mean, std=tower.std
                     )
             self._added += 1
-
-    def samples(self) -> torch.Tensor:
-        """(views drawn, T, 3, S, S)."""
-        return self._samples
 
 
 def _train_indices(count: int, views: ViewSpec, rng: np.random.Generator) -> np.ndarray:
@@ -174,7 +168,8 @@ def choose_frames(
 ) -> np.ndarray:
     """Frame indices of every temporal view, int64 (views, T): drawn for training views, else by the test sampling.
 
-    drawn: only these of the training views.
+    Args:
+        drawn: only these of the training views.
     """
     if views.train_views:
         wanted = range(views.train_views) if drawn is None else drawn

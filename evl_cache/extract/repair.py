@@ -13,8 +13,8 @@ from evl_cache.canonical_json import flatten
 from evl_cache.clips import ClipList
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract.environment import run_environment
-from evl_cache.extract.job import ExtractionJob, ExtractOptions, check_tower
-from evl_cache.extract.stage import OnClip, extract_blocks, tower_projections
+from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip, check_tower
+from evl_cache.extract.stage import extract_blocks, tower_projections
 from evl_cache.store import (
     PROJECTIONS_NAME,
     CacheDescription,
@@ -178,15 +178,13 @@ def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, 
     )
 
 
-def tower_loader(model: str | None, pretrained: str | None) -> LoadTower:
-    """What loads the tower named, or the one that the cache's origin names."""
-
-    def load(description: CacheDescription) -> Tower:
-        origin = description.origin
-        names = {"model": model or origin.get("model"), "pretrained": pretrained or origin.get("pretrained")}
-        for name, value in names.items():
-            if not value:
-                raise UsageError(f"the cache does not tell its {name}; give --{name}")
-        return build_tower(str(names["model"]), str(names["pretrained"]))
-
-    return load
+def load_tower(
+    description: CacheDescription, *, model: str | None = None, pretrained: str | None = None
+) -> Tower:
+    """The tower named, or the one that the cache's origin names."""
+    origin = description.origin
+    names = {"model": model or origin.get("model"), "pretrained": pretrained or origin.get("pretrained")}
+    for name, value in names.items():
+        if not value:
+            raise UsageError(f"the cache does not tell its {name}; give --{name}")
+    return build_tower(str(names["model"]), str(names["pretrained"]))

@@ -13,8 +13,8 @@ from evl_cache.caches.places import cache_root
 from evl_cache.clips import TRAIN_SPLITS
 from evl_cache.datasets import DATASETS, DatasetReader, check_missing
 from evl_cache.errors import UsageError
-from evl_cache.extract.job import ExtractionJob, ExtractOptions
-from evl_cache.extract.stage import ExtractResult, OnBottleneck, OnClip, extract, make_spec
+from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
+from evl_cache.extract.stage import ExtractResult, extract, make_spec
 from evl_cache.processes import Rendezvous
 from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, ViewSpec
 from evl_cache.towers import build_tower, default_pretrained

@@ -1,4 +1,4 @@
-"""Rows of an older cache that a growing list may copy: equal features of an equal source file."""
+"""Rows of an older cache, copied for clips whose features and video files are the same."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -12,23 +12,24 @@ class ReusableRows:
     """Finds rows of a cache by the digest of their video file.
 
     Args:
-        path: the older cache. spec: of the new one.
+        cache_path: the older cache.
+        spec: of the new one.
 
     Raises: UsageError naming both sides where features or layers differ; CacheError where it cannot be read.
     """
 
-    def __init__(self, path: Path, spec: CacheSpec) -> None:
-        self._cache = FeatureCache(path)
+    def __init__(self, cache_path: Path, spec: CacheSpec) -> None:
+        self._cache = FeatureCache(cache_path)
         theirs = self._cache.spec
         if theirs.feature_id != spec.feature_id or not set(spec.stored_layers) <= set(theirs.stored_layers):
             features = [d for d in spec.differences(theirs) if d.split(":")[0] not in _NOT_FEATURES]
             raise UsageError(
-                f"--reuse {path}: its features are not those asked for ({'; '.join(features[:6])})"
+                f"--reuse {cache_path}: its features are not those asked for ({'; '.join(features[:6])})"
             )
         self._positions = [theirs.stored_layers.index(layer) for layer in spec.stored_layers]
         self._found: dict[tuple[str, str], tuple[int, ClipRecord]] = {}
         for block in range(theirs.num_blocks):
-            mark = valid_mark(path, theirs, block)
+            mark = valid_mark(cache_path, theirs, block)
             for row, clip in zip(theirs.clips_of_block(block), mark.clips if mark else (), strict=False):
                 if clip.error is None and clip.source_sha256 is not None:
                     self._found[self._key(clip.id, clip.source_sha256)] = row, clip

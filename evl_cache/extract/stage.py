@@ -6,6 +6,7 @@ block writes the same bytes, because its batches follow from the block alone.
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -14,12 +15,9 @@ from evl_cache.attention_maps import MapProjection
 from evl_cache.canonical_json import digest
 from evl_cache.clips import ClipList
 from evl_cache.extract.block import BlockExtractor
-from evl_cache.extract.block import OnBottleneck as OnBottleneck
-from evl_cache.extract.block import OnClip as OnClip
 from evl_cache.extract.block_taker import BlockTaker, blocks_with_failures
 from evl_cache.extract.environment import package_versions
-from evl_cache.extract.job import ExtractionJob
-from evl_cache.extract.job import ExtractOptions as ExtractOptions
+from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
 from evl_cache.processes import Rendezvous
 from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import BlockNotDone, FeatureCache, check_free_space, create_cache, finish_cache
@@ -162,7 +160,8 @@ def extract_blocks(
         taker.look_around_at_times()  # so that a progress line counts the clips of all jobs
 
     job.check_pixels(options.decoding)
-    with BlockExtractor(job, options=options, on_clip=on_own_clip, on_bottleneck=on_bottleneck) as extractor:
+    extractor = BlockExtractor(job, options=options, on_clip=on_own_clip, on_bottleneck=on_bottleneck)
+    with closing(extractor):
         taker = BlockTaker(
             job,
             extractor,

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 
 
 class StageSeconds:
-    """What the thread that drives the device spends its time on: what takes the most is what the run waits for.
+    """Seconds that the thread which drives the device spends on each stage; the run waits for the longest.
 
-    Stages: `decoding` (no frames there yet), `transfer` (to the device), `device` (forward pass and quantisation),
+    Stages: `decoding` (waiting for frames), `transfer` (to the device), `device` (forward pass and quantisation),
     `writing` (compression and the disk).
     """
 
@@ -17,6 +17,7 @@ class StageSeconds:
 
     @contextmanager
     def of(self, stage: str) -> Iterator[None]:
+        """Add the time inside the `with` block to a stage."""
         started = time.monotonic()
         try:
             yield

@@ -1,14 +1,15 @@
 """Videos in the place of a cache: a source of samples whose features are made when they are asked for."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from evl_cache.canonical_json import digest
-from evl_cache.clips import Clip, ClipList
+from evl_cache.clips import Clip
 from evl_cache.spec import CacheSpec
 
 
@@ -19,25 +20,18 @@ class LiveClips:
     path: Path
     spec: CacheSpec
     clips: tuple[Clip, ...]
-    labels: np.ndarray
-    sample_clips: np.ndarray
-    origin: Mapping[str, Any]
+    origin: Mapping[str, Any] = field(default_factory=dict)
 
-    @classmethod
-    def of(
-        cls, clips: ClipList, root: Path, spec: CacheSpec, *, origin: Mapping[str, Any] | None = None
-    ) -> "LiveClips":
-        """A list of clips, with what is to be made of them."""
-        rows = np.repeat(np.arange(spec.num_clips), spec.views.per_clip)
-        labels = np.asarray([clip.label for clip in clips.clips], dtype=np.int64)
-        return cls(
-            path=root,
-            spec=spec,
-            clips=clips.clips,
-            labels=labels[rows],
-            sample_clips=rows,
-            origin=origin or {},
-        )
+    @cached_property
+    def sample_clips(self) -> np.ndarray:
+        """The clip's row of each sample."""
+        return np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The label of each sample, int64."""
+        labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)
+        return labels.repeat(self.spec.views.per_clip)
 
     @property
     def place(self) -> str:
@@ -46,5 +40,5 @@ class LiveClips:
 
     @property
     def fingerprint(self) -> str:
-        """Of no cache, but of what one would be made from."""
+        """Digest of what a cache of these features would be made from."""
         return f"online-{digest([self.spec.feature_id, self.spec.content_id, list(self.spec.layers)])}"

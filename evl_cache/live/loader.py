@@ -27,10 +27,13 @@ class OnlineLoader:
     A clip that cannot be decoded is left out of its batch, and counted.
 
     Args:
-        source: the clips. samples: rows. backbone: on `device`.
-        batch: samples of a batch, in all processes. shuffle_seed: as `FeatureLoader`.
+        source: the clips.
+        samples: rows to load.
+        backbone: on `device`.
+        batch: samples of a batch, in all processes.
+        shuffle_seed: as `FeatureLoader`.
         workers: threads that decode.
-        processes: that share the batches.
+        processes: the processes that share the batches.
     """
 
     def __init__(
@@ -66,7 +69,7 @@ class OnlineLoader:
 
     @property
     def sample_nbytes(self) -> int:
-        """Nothing is stored."""
+        """Zero, as nothing is stored."""
         return 0
 
     @property
@@ -75,7 +78,7 @@ class OnlineLoader:
         return len(set().union(*self._processes.gather(set(self.failures), "at the end")))
 
     def epoch(self, number: int = 0, *, start_batch: int = 0) -> Iterator[Batch]:
-        """This process's part of every batch, from a batch on; none for a batch whose clips all fail."""
+        """Yield this process's part of every batch from `start_batch` on; a batch whose clips all fail is left out."""
         parts = self.order.parts(number, start_batch=start_batch)
         self.times = LoaderTimes()
         ahead: deque[tuple[BatchPart, Mapping[int, Future[PreparedClip]]]] = deque()
@@ -83,7 +86,7 @@ class OnlineLoader:
         try:
             while True:
                 while len(ahead) <= _BATCHES_AHEAD and (part := next(parts, None)) is not None:
-                    # Augmented, an epoch has one view of a clip: the others are not made.
+                    # An epoch has one augmented view of each clip: only that one is made.
                     views = dict(
                         zip(self.cache.sample_clips[part.rows].tolist(), self._views(part.rows), strict=True)
                     )

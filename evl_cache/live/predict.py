@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evl_cache.clips import Clip, ClipList
+from evl_cache.clips import Clip
 from evl_cache.datasets import is_video
 from evl_cache.errors import EvlCacheError, UsageError
 from evl_cache.live.clips import LiveClips
@@ -27,8 +27,9 @@ class Predictions:
 
     Attributes:
         classes: names by label.
-        videos: that were scored. probabilities: float64 (V, K), softmax averaged over views.
-        failures: (video, reason) of those that were not.
+        videos: those that were scored.
+        probabilities: float64 (V, K), softmax averaged over views.
+        failures: (video, reason) of those that were not scored.
     """
 
     classes: tuple[str, ...]
@@ -59,9 +60,14 @@ def predict(
     """Label videos with a run's head, with the views that the run was validated with.
 
     Args:
-        run: directory that `train` wrote. videos: files and folders, which are searched.
-        model, pretrained: where the run's tower is now; it must be the same one. As the run names it by default.
-        batch: samples of a pass. workers: threads that decode. best: the head of the best epoch.
+        run: directory that `train` wrote.
+        videos: files, and folders, which are searched.
+        model: where the run's tower is now; it must be the same one. As the run names it by default.
+        pretrained: where its weights are now; as the run names them by default.
+        device: where the tower and the head run.
+        batch: samples of a pass.
+        workers: threads that decode.
+        best: use the head of the best epoch.
 
     Raises: UsageError where there is no such run or no video, WeightsError where the tower is another one.
     """
@@ -72,12 +78,8 @@ def predict(
     backbone = run_backbone(
         config, run, spec, model, pretrained, with_maps=head.reads_maps, device=torch.device(device)
     )
-    clips = ClipList(
-        clips=tuple(Clip(id=str(file), path=str(file), label=0, split="predict") for file in files),
-        classes=spec.classes,
-        source="predict",
-    )
-    source = LiveClips.of(clips, Path(), spec)
+    clips = tuple(Clip(id=str(file), path=str(file), label=0, split="predict") for file in files)
+    source = LiveClips(path=Path(), spec=spec, clips=clips)
     loader = OnlineLoader(
         source,
         np.arange(spec.num_samples, dtype=np.int64),

@@ -99,10 +99,10 @@ def _live(
     dtype: torch.dtype = getattr(torch, jobs[0].spec.compute_dtype)
     visual = tower.visual.to(device=torch.device(options.device), dtype=dtype)
     sources = [
-        LiveClips.of(
-            job.clips,
-            job.root,
-            replace(job.spec, layers=read, tokens="fp16", maps=maps),
+        LiveClips(
+            path=job.root,
+            spec=replace(job.spec, layers=read, tokens="fp16", maps=maps),
+            clips=job.clips.clips,
             origin=job.origin,
         )
         for job in jobs

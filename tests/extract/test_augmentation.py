@@ -25,9 +25,10 @@ from evl_cache.extract.augmentation import (
     draw_operations,
     view_generator,
 )
+from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.prepare import choose_frames, prepare_clip
-from evl_cache.extract.stage import ExtractOptions, extract
-from evl_cache.extract_options import VIEW_RECIPES
+from evl_cache.extract.recipes import VIEW_RECIPES
+from evl_cache.extract.stage import extract
 from evl_cache.sampling import strided_train_view, tsn_train_view
 from evl_cache.spec import CacheSpec, ViewSpec
 from evl_cache.store import FeatureCache

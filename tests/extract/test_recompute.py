@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 from evl_cache.attention_maps import adjacent_frame_maps, maps_from_tokens
 from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.repair import repair
-from evl_cache.extract.stage import ExtractOptions
 from evl_cache.heads import build_head
 from evl_cache.runs.scoring import head_logits
 from evl_cache.spec import CacheSpec

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner
 
 from evl_cache.errors import UsageError
+from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.request import ExtractRequest, extract_dataset
-from evl_cache.extract.stage import ExtractOptions
 from evl_cache.live.train import train_online
 from evl_cache.runs.directory import read_run_config
 from evl_cache.runs.evaluate import evaluate

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.errors import UsageError, WeightsError
+from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.request import ExtractRequest, extract_dataset
-from evl_cache.extract.stage import ExtractOptions
 from evl_cache.live.predict import find_videos, predict
 from evl_cache.live.train import train_online
 from evl_cache.runs.directory import read_run_config

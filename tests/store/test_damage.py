@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.repair import RepairResult, repair
-from evl_cache.extract.stage import ExtractOptions
 from evl_cache.store import (
     CacheDescription,
     FeatureCache,
