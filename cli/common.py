@@ -1,17 +1,38 @@
 """What commands share: the `--debug` switch, lists in files, output."""
 
+from __future__ import annotations
+
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
+
+if TYPE_CHECKING:
+    from evl_cache.store import FeatureCache, TransferResult
+
+
+Function = TypeVar("Function", bound=Callable[..., object])
+decode_workers_flag = click.option(
+    "--decode-workers",
+    type=click.IntRange(1),
+    default=DEFAULT_DECODE_WORKERS,
+    show_default=True,
+    help="Threads that decode.",
+)
+
 
 def printable(text: str) -> str:
-    """One line that a terminal only shows: names in caches and errors may hold anything."""
-    return shown(" ".join(text.split()))
+    """One line that a terminal only shows: names in caches and errors may hold anything.
+
+    Spaces stay as they are: a quoted word of a command to copy may hold several.
+    """
+    return shown(re.sub(r" *[^\S ]\s*", " ", text).strip())
 
 
 def shown(line: str) -> str:
@@ -79,7 +100,7 @@ def default_device(name: str | None) -> str:
     return str(device)
 
 
-def show_transfer(result: Any, as_json: bool) -> None:
+def show_transfer(result: TransferResult, as_json: bool) -> None:
     """What push and pull did, in one line or as JSON."""
     if as_json:
         from dataclasses import asdict
@@ -93,7 +114,7 @@ def show_transfer(result: Any, as_json: bool) -> None:
     )
 
 
-def print_json(content: Mapping[str, Any]) -> None:
+def print_json(content: Mapping[str, object]) -> None:
     """One JSON object on stdout."""
     click.echo(json.dumps(content, indent=2))
 
@@ -117,7 +138,7 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
 
 
-def tell_found(*caches: Any) -> None:
+def tell_found(*caches: FeatureCache) -> None:
     """Say on stderr which training and validation cache were found."""
     for side, cache in zip(("train", "val"), caches, strict=True):
         done = (

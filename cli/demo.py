@@ -1,17 +1,23 @@
 """`evl-cache demo`."""
 
+from __future__ import annotations
+
 import shutil
 import tempfile
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
-from evl_cache.progress_lines import extract_progress, step_progress
+from evl_cache.progress_lines import ClipProgress, extract_progress, step_progress
 
 from .common import Command, default_device, print_json
+
+if TYPE_CHECKING:
+    from evl_cache.spec import CacheSpec
 
 TOWERS = ("untrained", "evl-tiny")  # evl_cache.demo.TOWERS, which imports torch
 EXAMPLES = """
@@ -67,5 +73,5 @@ def command(out: Path | None, tower: str, device: str | None, as_json: bool) -> 
     return 0
 
 
-def _progress(spec: Any) -> AbstractContextManager[Any]:
+def _progress(spec: CacheSpec) -> AbstractContextManager[tuple[ClipProgress, Callable[[str], None]]]:
     return extract_progress(spec.num_clips, spec.split)

@@ -1,12 +1,19 @@
 """`evl-cache estimate`."""
 
+from __future__ import annotations
+
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from evl_cache.extract_options import Role, default_batch, options_with
+
 from .common import Command, default_device, human_bytes, print_json
-from .extract import dataset_options, make_options, make_request
+from .extract_flags import extract_flags, make_request
+
+if TYPE_CHECKING:
+    from evl_cache.extract.cluster_costs import ClusterCosts
 
 EXAMPLES = """
 evl-cache estimate --dataset folder --root clips --layers 8-12
@@ -16,7 +23,7 @@ evl-cache estimate --dataset k400 --layers 9-12 --cluster 64 --assume device_tfl
 
 
 @click.command(cls=Command, name="estimate", examples=EXAMPLES)
-@dataset_options
+@extract_flags(options_with(Role.ESTIMATE))
 @click.option("--measure", is_flag=True, help="Also run a few clips, for time and real bytes.")
 @click.option("--cluster", type=click.IntRange(1), metavar="N", help="Also on paper: N devices.")
 @click.option(
@@ -27,24 +34,31 @@ evl-cache estimate --dataset k400 --layers 9-12 --cluster 64 --assume device_tfl
     help="Of these: device_tflops, decode_ms, … (docs/scale.md).",
 )
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
-def command(measure: bool, cluster: int | None, assumed: tuple[str, ...], as_json: bool, **given: Any) -> int:
+def command(
+    device: str | None, batch: int | None, decode_workers: int, measure: bool, cluster: int | None,
+    assumed: tuple[str, ...], as_json: bool, **given: Any,
+) -> int:  # fmt: skip
     """What extract with the same options would cost: clips, bytes, files; nothing is kept."""
     from evl_cache.errors import UsageError
+    from evl_cache.extract import ExtractOptions
     from evl_cache.extract.cluster_costs import Assumptions
     from evl_cache.extract.estimate import estimate
 
     if assumed and cluster is None:
         raise UsageError("--assume is of --cluster N; give both")
     assumptions = Assumptions.parse(assumed)
+    device = default_device(device)
     found = estimate(
         make_request(given),
-        options=make_options(given, default_device(given["device"])),
+        options=ExtractOptions(
+            device=device, batch=batch or default_batch(device), decode_workers=decode_workers
+        ),
         measure=measure,
         cluster=cluster,
         assumed=assumptions,
     )
     if as_json:
-        report: dict[str, Any] = {"caches": [asdict(row) for row in found]}
+        report: dict[str, object] = {"caches": [asdict(row) for row in found]}
         print_json(report if cluster is None else report | {"assumed": asdict(assumptions)})
         return 0
     for row in found:
@@ -64,7 +78,7 @@ def command(measure: bool, cluster: int | None, assumed: tuple[str, ...], as_jso
     return 0
 
 
-def _say_cluster(costs: Any) -> None:
+def _say_cluster(costs: ClusterCosts) -> None:
     stages = ", ".join(f"{name} {hours:.2f} h" for name, hours in costs.hours.items())
     click.echo(
         f"  {costs.devices} devices, on paper: {costs.device_hours:.1f} device-hours, {costs.core_hours:.1f} core-hours; "

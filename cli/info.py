@@ -1,15 +1,20 @@
 """`evl-cache info`."""
 
+from __future__ import annotations
+
 import csv
 import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from .common import Command, human_bytes, human_seconds, print_json, shown
+
+if TYPE_CHECKING:
+    from evl_cache.caches.watch import Look
 
 EXAMPLES = """
 evl-cache info caches/mine
@@ -62,7 +67,7 @@ def _watch(cache: Path, every_s: float, *, as_json: bool) -> None:
         click.echo(("\r\x1b[K" if sys.stdout.isatty() else "") + _look_line(look), nl=not again)
 
 
-def _look_line(look: Any) -> str:
+def _look_line(look: Look) -> str:
     at_work = ", ".join(f"{host} {count}" for host, count in sorted(look.in_hand.items()))
     rate = "" if look.clips_per_s is None else f", {look.clips_per_s:.1f} clips/s"
     left = "" if not look.seconds_left else f", {human_seconds(look.seconds_left)} left"

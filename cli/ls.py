@@ -1,11 +1,16 @@
 """`evl-cache ls`."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from .common import Command, human_bytes, print_json, printable
+
+if TYPE_CHECKING:
+    from evl_cache.caches.listing import ListedCache
 
 EXAMPLES = """
 evl-cache ls
@@ -56,7 +61,7 @@ def command(places: tuple[str, ...], as_json: bool) -> int:
     return 1 if failed else 0
 
 
-def _row(cache: Any) -> tuple[str, ...]:
+def _row(cache: ListedCache) -> tuple[str, ...]:
     complete = "yes" if cache.is_complete else f"{cache.blocks_done} of {cache.blocks} blocks"
     when = "-" if cache.modified is None else cache.modified[:16].replace("T", " ")
     return (

@@ -3,11 +3,11 @@
 import csv
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 import click
 
-from .common import Command, default_device, print_json
+from .common import Command, decode_workers_flag, default_device, print_json
 
 EXAMPLES = """
 evl-cache predict "videos/clip 3.mp4" --run runs/fold1
@@ -23,14 +23,23 @@ evl-cache predict videos clips --run runs/fold1 --topk 3 --csv labels.csv
 @click.option("--model", help="Where the run's tower is now [as the run says].")
 @click.option("--pretrained", help="Where its weights are now [as the run says].")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples of a pass.")
-@click.option(
-    "--decode-workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode."
-)
+@decode_workers_flag
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
 @click.option("--csv", "csv_path", metavar="FILE", help="Write video,rank,label,score; - is the terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
-    videos: tuple[Path, ...], run: Path, topk: int, csv_path: str | None, as_json: bool, **given: Any
+    *,
+    videos: tuple[Path, ...],
+    run: Path,
+    topk: int,
+    best: bool,
+    model: str | None,
+    pretrained: str | None,
+    batch: int,
+    decode_workers: int,
+    device: str | None,
+    csv_path: str | None,
+    as_json: bool,
 ) -> int:
     """Label videos, and those in folders, with a run's head.
 
@@ -41,12 +50,12 @@ def command(
     found = predict(
         run,
         videos,
-        model=given["model"],
-        pretrained=given["pretrained"],
-        device=default_device(given["device"]),
-        batch=given["batch"],
-        workers=given["decode_workers"],
-        best=given["best"],
+        model=model,
+        pretrained=pretrained,
+        device=default_device(device),
+        batch=batch,
+        workers=decode_workers,
+        best=best,
     )
     labelled = list(zip(map(str, found.videos), found.top(topk), strict=True))
     if csv_path is not None:
@@ -85,7 +94,7 @@ def _write_csv(path: str, labelled: list[tuple[str, list[tuple[str, float]]]]) -
         _write_rows(file, rows)
 
 
-def _write_rows(file: Any, rows: list[tuple[str, int, str, str]]) -> None:
+def _write_rows(file: TextIO, rows: list[tuple[str, int, str, str]]) -> None:
     writer = csv.writer(file)
     writer.writerow(("video", "rank", "label", "score"))
     writer.writerows(rows)

@@ -6,7 +6,7 @@ from evl_cache.progress_lines import block_progress
 from evl_cache.spec import CODECS
 
 from .common import Command, show_transfer
-from .mode import mode_option
+from .mode_option import mode_option
 
 EXAMPLES = """
 evl-cache pull s3://lab/caches/k400-train-1f3a9c2e

@@ -1,15 +1,20 @@
 """`evl-cache repair`."""
 
+from __future__ import annotations
+
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 
 from evl_cache.progress_lines import clip_progress
 
-from .common import Command, default_device, print_json
+from .common import Command, decode_workers_flag, default_device, print_json
+
+if TYPE_CHECKING:
+    from evl_cache.extract.repair import RepairResult
 
 EXAMPLES = """
 evl-cache repair caches/mine
@@ -23,9 +28,7 @@ evl-cache repair caches/mine --root /data/videos --pretrained ViT-B-16.pt
 @click.option("--model", help="Model or JSON file [as extracted].")
 @click.option("--pretrained", help="Weights [as extracted].")
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
-@click.option(
-    "--decode-workers", type=click.IntRange(1), default=2, show_default=True, help="Threads that decode."
-)
+@decode_workers_flag
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
     cache: Path,
@@ -56,7 +59,7 @@ def command(
     return 0
 
 
-def _render(cache: Path, result: Any) -> None:
+def _render(cache: Path, result: RepairResult) -> None:
     for problem in result.problems:
         click.echo(f"was damaged: {problem.reason}", err=True)
     if result.blocks_redone and result.environment_differs:

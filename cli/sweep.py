@@ -1,16 +1,38 @@
 """`evl-cache sweep`."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from evl_cache.errors import UsageError
+from evl_cache.notation import command_line
 from evl_cache.progress_lines import step_progress
 
-from .common import Command, default_device, existing_lines, print_json, tell_found
+from .cache_flags import (
+    CacheFlags,
+    Flag,
+    add_flags,
+    cache_flags,
+    device_flag,
+    gigabytes,
+    gigabytes_flag,
+    json_flag,
+    path_flag,
+    precision_flag,
+    trust_flag,
+)
+from .common import Command, Function, default_device, print_json
+
+if TYPE_CHECKING:
+    from evl_cache.sweep.grid import SweepRun
+    from evl_cache.sweep.shared_pass import OnPassStep
+    from evl_cache.sweep.stage import SweepResult
 
 EXAMPLES = """
 evl-cache sweep --dataset k400 --head decoder1,decoder4,linear --seed 0,1,2 --epochs 10
@@ -18,7 +40,7 @@ evl-cache sweep --cache caches/mine --val-clips fold1.txt --temporal all,none --
 evl-cache sweep grid.toml --dataset folder --out runs/ablation
 """
 # Options with several values, and what a value is.
-_AXES = {
+_AXES: Mapping[str, tuple[type[str] | type[float] | type[int], str, str]] = {
     "head": (str, "NAME,…", "decoderN, linear, mlap, … [decoder4]."),
     "temporal": (str, "WHICH,…", "all, none, conv, no-conv, … [all]."),
     "lr": (float, "LR,…", "[4e-4]"),
@@ -35,136 +57,115 @@ _AXES = {
 }
 
 
-def _path(name: str, text: str, *, exists: bool = False) -> Any:
-    kind = click.Path(path_type=Path, exists=exists)
-    return click.option(name, type=kind, metavar="FILE" if exists else "PATH", help=text)
-
-
-def _sweep_options(function: Any) -> Any:
+def _sweep_flags(function: Function) -> Function:
     """What is swept over, from which caches, and where to."""
     axes = [
         click.option(f"--{name.replace('_', '-')}", name, metavar=metavar, help=text)
         for name, (_, metavar, text) in _AXES.items()
     ]
-    options = [
-        click.argument("grid", type=click.Path(path_type=Path, exists=True, dir_okay=False), required=False),
-        click.option("--dataset", metavar="NAME", help="Find its caches under $EVL_CACHE_ROOT."),
-        _path("--cache", "Or: the training cache,"),
-        _path("--val-cache", "and validation [same, with --val-clips]."),
-        _path("--train-clips", "Ids or paths, a line each [all but val].", exists=True),
-        _path("--val-clips", "Ids or paths, a line each [all].", exists=True),
+    kind = click.Path(path_type=Path, exists=True, dir_okay=False)
+    flags: list[Flag[Function]] = [
+        click.argument("grid", type=kind, required=False),
+        cache_flags,
         *axes,
         click.option(
             "--head-layers", multiple=True, metavar="9-12", help="Not the last layers; again for other ones."
         ),
-        click.option("--precision", metavar="DTYPE", help="float32, float16, bfloat16 [GPU's default]."),
-        _path("--out", "Directory of the sweep [a new one under runs/]."),
+        precision_flag,
+        path_flag("--out", "Directory of the sweep [a new one under runs/]."),
         click.option("--resume", is_flag=True, help="Go on with the sweep in --out."),
         click.option("--save-every-steps", type=int, metavar="N", help="The last states [every epoch]."),
         click.option("--memory", type=float, metavar="GB", help="Of a pass's heads [0.7 of what is free]."),
-        click.option(
-            "--cache-in-ram", metavar="[GB]", is_flag=False, flag_value="auto", help="Keep samples once read."
-        ),
-        click.option("--trust", is_flag=True, help="Do not check chunks against their marks."),
-        click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N [the GPU, if any]."),
-        click.option("--json", "as_json", is_flag=True, help="Report as JSON."),
+        gigabytes_flag("--cache-in-ram", "Keep samples once read."),
+        trust_flag,
+        device_flag,
+        json_flag,
     ]
-    for option in reversed(options):
-        function = option(function)
-    return function
+    return add_flags(function, flags)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFlags(CacheFlags):
+    """The values of sweep's options, as the command line has them. `axes`: of the options with several values."""
+
+    head_layers: tuple[str, ...]
+    memory: float | None
+    axes: Mapping[str, str | None]
+
+    def given_axes(self) -> dict[str, list[str | float]]:
+        """The axes given, with their values. Raises: UsageError for a value that is none."""
+        axes: dict[str, list[str | float]] = {}
+        for name, (kind, _, _) in _AXES.items():
+            text = self.axes[name]
+            if text is None:
+                continue
+            try:
+                axes[name] = [kind(part) for part in text.split(",")]
+            except ValueError as error:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(
+                    f"{option} {text!r}; expected {kind.__name__} values, parted by commas"
+                ) from error
+        return axes | ({"head_layers": list(self.head_layers)} if self.head_layers else {})
+
+    def common(self, device: str) -> dict[str, str | int | None]:
+        """Options of TrainOptions that are the same for all runs."""
+        keep_bytes = gigabytes("--cache-in-ram", self.cache_in_ram)
+        return {
+            "device": device,
+            "precision": self.precision_on(device),
+            "save_every_steps": self.save_every_steps,
+            "keep_in": None if self.cache_in_ram is None else "ram",
+            "keep_bytes": keep_bytes,
+        }
 
 
 @click.command(cls=Command, name="sweep", examples=EXAMPLES)
-@_sweep_options
+@_sweep_flags
 def command(grid: Path | None, **given: Any) -> int:
     """Train many heads in one pass over a cache: every combination of options with several values.
 
     Each batch is read, moved and decoded once for all heads; each head ends as its own `train` would. GRID is a TOML
     file (docs/sweeps.md) with more than the options can say. Leaves a run directory for each, and sweep.json.
     """
-    from evl_cache.processes.stop_requests import Interrupted
+    from evl_cache.processes import Interrupted
     from evl_cache.sweep.grid import expand, read_grid
 
-    device = default_device(given["device"])
-    axes = _given_axes(given)
+    values = {name: given.pop(name) for name in _AXES}
+    flags = SweepFlags(**given, axes=values)
+    axes = flags.given_axes()
     grids = [axes] if grid is None else [{**table, **axes} for table in read_grid(grid)]
-    runs = expand(grids, _common(given, device))
+    runs = expand(grids, flags.common(default_device(flags.device)))
     try:
-        return _sweep(given, runs)
+        return _sweep(flags, runs)
     except Interrupted as stop:
         click.echo(f"error: {stop}", err=True)
         return 128 + stop.signal_number
 
 
-def _given_axes(given: dict[str, Any]) -> dict[str, list[Any]]:
-    axes: dict[str, list[Any]] = {}
-    for name, (kind, _, _) in _AXES.items():
-        if given[name] is None:
-            continue
-        try:
-            axes[name] = [kind(part) for part in given[name].split(",")]
-        except ValueError as error:
-            option = f"--{name.replace('_', '-')}"
-            raise UsageError(
-                f"{option} {given[name]!r}; expected {kind.__name__} values, parted by commas"
-            ) from error
-    if given["head_layers"]:
-        axes["head_layers"] = list(given["head_layers"])
-    return axes
-
-
-def _common(given: dict[str, Any], device: str) -> dict[str, Any]:
-    amount = given["cache_in_ram"]
-    try:
-        keep_bytes = None if amount in (None, "auto") else int(float(amount) * 1e9)
-    except ValueError as error:
-        raise UsageError(f"--cache-in-ram {amount!r}; expected gigabytes, or nothing") from error
-    return {
-        "device": device,
-        "precision": given["precision"] or ("float32" if device == "cpu" else "bfloat16"),
-        "save_every_steps": given["save_every_steps"],
-        "keep_in": None if amount is None else "ram",
-        "keep_bytes": keep_bytes,
-    }
-
-
-def _sweep(given: dict[str, Any], runs: Any) -> int:
+def _sweep(flags: SweepFlags, runs: Sequence[SweepRun]) -> int:
     from dataclasses import asdict
 
-    from evl_cache.batches.folds import split_clips
-    from evl_cache.caches.pairing import find_training_caches
     from evl_cache.runs.directory import next_run_directory
     from evl_cache.sweep import sweep
     from evl_cache.train.needs import needs_of
 
-    names: dict[str, Any] = {
-        side: None if given[option] is None else existing_lines(given[option])
-        for side, option in (("train_names", "train_clips"), ("val_names", "val_clips"))
-    }
-    caches = find_training_caches(
-        given["dataset"],
-        given["cache"],
-        given["val_cache"],
-        needs=needs_of([run.options for run in runs]),
-        same_cache_for_val=given["val_clips"] is not None,
-        trust=given["trust"],
-        on_found=tell_found,
-    )
-    train_rows, val_rows = split_clips(*caches, **names)
-    out: Path = given["out"] or next_run_directory(caches[0].name, "sweep")
-    click.echo(f"{caches[0].name}: {len(runs)} runs -> {out}", err=True)
+    data = flags.find(needs_of([run.options for run in runs]))
+    out = flags.out or next_run_directory(data.train.name, "sweep")
+    click.echo(f"{data.train.name}: {len(runs)} runs -> {out}", err=True)
     result = sweep(
-        *caches,
+        data.train,
+        data.val,
         runs=runs,
         out=out,
-        train_clips=train_rows,
-        val_clips=val_rows,
-        resume=given["resume"],
-        memory_bytes=None if given["memory"] is None else int(given["memory"] * 1e9),
+        train_clips=data.train_rows,
+        val_clips=data.val_rows,
+        resume=flags.resume,
+        memory_bytes=None if flags.memory is None else int(flags.memory * 1e9),
         progress=_progress,
     )
     page = _report(out, result)
-    if given["as_json"]:
+    if flags.as_json:
         print_json({"sweep": str(out), **asdict(result)})
     else:
         _show(out, result)
@@ -173,7 +174,7 @@ def _sweep(given: dict[str, Any], runs: Any) -> int:
 
 
 @contextmanager
-def _progress(description: str) -> Iterator[Any]:
+def _progress(description: str) -> Iterator[OnPassStep]:
     with step_progress(description) as line:
 
         def on_step(done: int, total: int, heads: int) -> None:
@@ -182,7 +183,7 @@ def _progress(description: str) -> Iterator[Any]:
         yield on_step
 
 
-def _report(out: Path, result: Any) -> str:
+def _report(out: Path, result: SweepResult) -> str:
     """Write the report where matplotlib is there and a run is done. Returns: a line that says where, or how."""
     from importlib.util import find_spec
 
@@ -192,11 +193,12 @@ def _report(out: Path, result: Any) -> str:
     if not result.groups:
         return "no run is done: no report"
     if find_spec("matplotlib") is None:
-        return f"for a page with plots: pip install 'evl-cache[report]', then evl-cache report {out}"
+        command = command_line(("evl-cache", "report", str(out))) or "evl-cache report on it"
+        return f"for a page with plots: pip install 'evl-cache[report]', then {command}"
     return f"{write_report_page(gather([out]), out / 'report').page}: open it in a browser"
 
 
-def _show(out: Path, result: Any) -> None:
+def _show(out: Path, result: SweepResult) -> None:
     """The table, the best first; then what ended early."""
     width = max((len(group.group) for group in result.groups), default=4)
     click.echo(f"{'':{width}}   top-1 %          top-5 %  parameters  ms a step  runs")

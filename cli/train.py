@@ -1,17 +1,24 @@
 """`evl-cache train`."""
 
-from contextlib import nullcontext
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from evl_cache.errors import UsageError
-from evl_cache.progress_lines import step_progress
+from evl_cache.extract_options import Role, options_with
+from evl_cache.progress_lines import StepProgress, step_progress
 
-from .common import default_device, existing_lines, print_json, tell_found
-from .extract import make_request
-from .train_options import TrainCommand, make_train_options, refuse_online_options, train_options
+from .common import default_device, print_json
+from .extract_flags import make_request
+from .training_flags import TrainCommand, TrainFlags, refuse_online_options, train_flags
+
+if TYPE_CHECKING:
+    from evl_cache.processes import Processes
+    from evl_cache.train import TrainOptions, TrainResult
 
 EXAMPLES = """
 evl-cache train --dataset folder --head decoder4
@@ -21,19 +28,20 @@ evl-cache train --dataset folder --no-temporal-conv --no-temporal-cross-attentio
 
 
 @click.command(cls=TrainCommand, name="train", examples=EXAMPLES)
-@train_options
+@train_flags
 def command(**given: Any) -> int:
     """Train a head from a cache, without videos or the backbone.
 
     torchrun --nproc-per-node N -m evl_cache_cli train … uses N devices.
     """
-    from evl_cache.processes.group import ToldElsewhere, local_device, processes_of_environment
-    from evl_cache.processes.stop_requests import Interrupted
+    from evl_cache.processes import Interrupted, ToldElsewhere, local_device, processes_of_environment
 
-    device = default_device(local_device(default_device(given["device"])))
+    of_videos = {option.parameter: given.pop(option.parameter) for option in options_with(Role.ONLINE)}
+    flags = TrainFlags(**given, of_videos=of_videos)
+    device = default_device(local_device(default_device(flags.device)))
     try:
-        with processes_of_environment(device, timeout_s=given["rank_timeout"]) as processes:
-            return _train(given, make_train_options(given, device), processes)
+        with processes_of_environment(device, timeout_s=flags.rank_timeout) as processes:
+            return _train(flags, flags.train_options(device), processes)
     except Interrupted as stop:
         click.echo(f"error: {stop}", err=True)
         return 128 + stop.signal_number
@@ -41,17 +49,12 @@ def command(**given: Any) -> int:
         return 2
 
 
-def _train(given: dict[str, Any], options: Any, processes: Any) -> int:
-    names = {
-        side: None if given[option] is None else existing_lines(given[option])
-        for side, option in (("train_names", "train_clips"), ("val_names", "val_clips"))
-    }
-    run = _online if given["online"] else _cached
-    progress = step_progress(f"train {options.head}") if processes.is_first else nullcontext(None)
-    out, status, result = run(given, options, names, progress, processes)
+def _train(flags: TrainFlags, options: TrainOptions, processes: Processes) -> int:
+    run = _online if flags.online else _cached
+    out, status, result = run(flags, options, processes)
     if not processes.is_first:
         return status
-    if given["as_json"]:
+    if flags.as_json:
         from dataclasses import asdict
 
         print_json({"run": str(out), **asdict(result)})
@@ -69,80 +72,66 @@ def _train(given: dict[str, Any], options: Any, processes: Any) -> int:
     return status
 
 
-def _cached(
-    given: dict[str, Any], options: Any, names: dict[str, Any], progress: Any, processes: Any
-) -> tuple[Path, int, Any]:
-    from evl_cache.batches.folds import split_clips
-    from evl_cache.caches.pairing import find_training_caches
+def _cached(flags: TrainFlags, options: TrainOptions, processes: Processes) -> tuple[Path, int, TrainResult]:
+    from evl_cache.train import train
     from evl_cache.train.needs import needs_of
-    from evl_cache.train.stage import train
 
     refuse_online_options()
-    caches = find_training_caches(
-        given["dataset"],
-        given["cache"],
-        given["val_cache"],
-        needs=needs_of([options]),
-        same_cache_for_val=given["val_clips"] is not None,
-        trust=given["trust"],
-        on_found=tell_found if processes.is_first else lambda train, val: None,
-    )
-    train_rows, val_rows = split_clips(*caches, **names)
-    out = _out(given, caches[0].name, processes)
-    with progress as on_step:
+    data = flags.find(needs_of([options]), is_told=processes.is_first)
+    out = _out(flags, data.train.name, processes)
+    with _progress(flags, processes) as line:
         result = train(
-            *caches,
+            data.train,
+            data.val,
             options=options,
             out=out,
-            train_clips=train_rows,
-            val_clips=val_rows,
-            resume=given["resume"],
+            train_clips=data.train_rows,
+            val_clips=data.val_rows,
+            resume=flags.resume,
             processes=processes,
-            **_callbacks(on_step),
+            on_step=line,
+            on_bottleneck=line.note_bottleneck,
         )
     return out, 0, result
 
 
-def _online(
-    given: dict[str, Any], options: Any, names: dict[str, Any], progress: Any, processes: Any
-) -> tuple[Path, int, Any]:
+def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> tuple[Path, int, TrainResult]:
     from evl_cache.live.train import train_online
 
-    if given["dataset"] is None or given["cache"] is not None or given["val_cache"] is not None:
+    if flags.dataset is None or flags.cache is not None or flags.val_cache is not None:
         raise UsageError("--online reads videos: give --dataset and --root, as for extract, and no cache")
-    # The recipe is training's.
-    storage = {"tokens": "fp16", "maps": "fp16", "codec": "default", "cache": None, "recipe": None}
-    request = make_request({**given, **storage})
-    out = _out(given, f"{given['dataset']}-online", processes)
+    out = _out(flags, f"{flags.dataset}-online", processes)
     failed: list[tuple[str, str]] = []
-    with progress as on_step:
+    with _progress(flags, processes) as line:
         result = train_online(
-            request,
+            make_request({"dataset": flags.dataset, **flags.of_videos}),
             options=options,
             out=out,
-            **names,
-            resume=given["resume"],
-            workers=given["decode_workers"],
+            train_names=flags.train_names,
+            val_names=flags.val_names,
+            resume=flags.resume,
+            workers=flags.of_videos["decode_workers"],
+            on_step=line,
+            on_bottleneck=line.note_bottleneck,
             on_failure=lambda clip, reason: failed.append((clip, reason)),
             processes=processes,
-            **_callbacks(on_step),
         )
     for clip, reason in failed[:5]:
         click.echo(f"failed: {clip}: {reason}", err=True)
     return out, 3 if result.skipped_clips else 0, result
 
 
-def _out(given: dict[str, Any], name: str, processes: Any) -> Path:
+def _progress(flags: TrainFlags, processes: Processes) -> AbstractContextManager[StepProgress]:
+    return step_progress(f"train {flags.head}", shown=processes.is_first)
+
+
+def _out(flags: TrainFlags, name: str, processes: Processes) -> Path:
     """The run directory; the first process chooses a new one for all."""
     from evl_cache.runs.directory import next_run_directory
 
-    out: Path = given["out"] or processes.on_first(
-        lambda: next_run_directory(name, given["head"]), "while choosing the run directory"
+    out = flags.out or processes.on_first(
+        lambda: next_run_directory(name, flags.head), "while choosing the run directory"
     )
     if processes.is_first:
         click.echo(f"{name} -> {out}", err=True)
     return out
-
-
-def _callbacks(on_step: Any) -> dict[str, Any]:
-    return {} if on_step is None else {"on_step": on_step, "on_bottleneck": on_step.note_bottleneck}

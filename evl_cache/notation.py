@@ -1,6 +1,7 @@
-"""Read and write layers and views as users do: `8-12`, `9,11,12`, `3x1`."""
+"""Read and write layers, views and command lines as users do: `8-12`, `9,11,12`, `3x1`, `info 'a b'`."""
 
-from collections.abc import Sequence
+import shlex
+from collections.abc import Iterable, Sequence
 
 from evl_cache.errors import UsageError
 
@@ -34,3 +35,12 @@ def parse_views(text: str) -> tuple[int, int]:
     if not cross or not temporal.isdecimal() or not spatial.isdecimal():
         raise UsageError(f"--views {text!r}; expected temporal x spatial, such as 3x1")
     return int(temporal), int(spatial)
+
+
+def command_line(words: Iterable[str]) -> str | None:
+    """Return one line that a shell reads as these words and nothing else.
+
+    None where a word holds what no line can show: line ends, control characters, marks that change the direction of text.
+    """
+    line = shlex.join(words)
+    return line if line.isprintable() else None

@@ -82,9 +82,9 @@ class StepProgress:
 
 
 @contextmanager
-def step_progress(description: str) -> Iterator[StepProgress]:
-    """Show steps/s, time left, the loss and the bottleneck on one line."""
-    with _line(desc=description, unit=" step") as bar:
+def step_progress(description: str, *, shown: bool = True) -> Iterator[StepProgress]:
+    """Show steps/s, time left, the loss and the bottleneck on one line, where `shown`."""
+    with _line(desc=description, unit=" step", shown=shown) as bar:
         yield StepProgress(bar)
 
 

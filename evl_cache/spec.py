@@ -14,6 +14,7 @@ from evl_cache.errors import CacheError, UsageError
 from evl_cache.untrusted.spec_limits import check_spec
 
 FORMAT_VERSION = 1
+# Of each the first is the default.
 TOKEN_STORAGE = ("int8", "fp16")
 MAP_STORAGE = ("uint8", "fp16", "recompute", "none")
 CODECS = ("default", "raw", "archive")
@@ -22,6 +23,7 @@ SOFTWARE_PIXELS = "software"
 PREPROCESSING = (
     "short-side-bilinear-v1"  # of preprocess.spatial_crops; if its pixels change, so does this name
 )
+DECODERS = ("auto", "decord", "pyav", "torchcodec")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +91,7 @@ class ViewSpec:
     """
 
     frames: int = 8
-    sampling: str = "strided"
+    sampling: str = SAMPLING[0]
     stride: int | None = 16
     temporal_views: int = 1
     spatial_views: int = 1
@@ -116,8 +118,7 @@ class ViewSpec:
             )
         if self.train_views and (self.temporal_views, self.spatial_views) != (1, 1):
             raise UsageError(
-                f"{self.train_views} augmented views beside {self.temporal_views}x{self.spatial_views}; a clip has "
-                "either those or these"
+                f"{self.train_views} augmented views beside {self.crops}; a clip has either those or these"
             )
         if not self.train_views and (self.augment_seed or self.flip):
             raise UsageError(
@@ -128,6 +129,16 @@ class ViewSpec:
     def per_clip(self) -> int:
         """The number of samples of one clip."""
         return self.train_views or self.temporal_views * self.spatial_views
+
+    @property
+    def crops(self) -> str:
+        """Temporal x spatial views, as `--views` takes them."""
+        return f"{self.temporal_views}x{self.spatial_views}"
+
+    @property
+    def summary(self) -> str:
+        """The views of one clip as a person reads them: `3x1`, or `8 augmented`."""
+        return f"{self.train_views} augmented" if self.train_views else self.crops
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields; those of augmentation only where there is any, so that old feature ids stay."""
@@ -173,7 +184,7 @@ class CacheSpec:
     num_clips: int
     content_id: str
     block_clips: int
-    codec: str = "default"
+    codec: str = CODECS[0]
     preprocessing: str = PREPROCESSING
     pixels: str = SOFTWARE_PIXELS
     extra: Mapping[str, Any] = field(default_factory=dict)

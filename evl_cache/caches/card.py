@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from evl_cache import __version__
 from evl_cache.caches.extract_command import extract_command
 from evl_cache.caches.places import FoundCache
+from evl_cache.clips import VAL_SPLITS
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.notation import format_layers
 from evl_cache.spec import CacheSpec
@@ -27,13 +28,17 @@ _SIZES = (
 
 
 class _Work(NamedTuple):
-    """A published work, as BibTeX names it."""
+    """An entry of BibTeX."""
 
     key: str
     title: str
     author: str
     year: int
-    where: str
+    howpublished: str
+
+    def entry(self) -> str:
+        named = (f"  {name} = {{{value}}}," for name, value in list(self._asdict().items())[1:])
+        return "\n".join([f"@misc{{{self.key},", *named, "}"])
 
 
 _EVL = _Work(
@@ -49,6 +54,7 @@ _DATASETS = {
     "ucf101": _Work("soomro2012ucf101", _UCF, "Soomro, Khurram and others", 2012, "arXiv:1212.0402"),
     "hmdb51": _Work("kuehne2011hmdb", _HMDB, "Kuehne, H. and others", 2011, "ICCV"),
 }
+# fmt: on
 
 
 def cache_card(
@@ -135,17 +141,12 @@ def _introduction(spec: CacheSpec) -> str:
 
 def _contents(cache: FeatureCache) -> dict[str, object]:
     spec, views, failed = cache.spec, cache.spec.views, len(cache.failures)
-    kind = (
-        f"{views.train_views} augmented"
-        if views.train_views
-        else f"{views.temporal_views}x{views.spatial_views}"
-    )
     sampling = views.sampling if views.stride is None else f"{views.sampling}, stride {views.stride}"
     return {
         "data set": f"{spec.dataset}, {spec.split}",
         "clips": f"{spec.num_clips} of {len(spec.classes)} classes"
         + (f"; {failed} failed and have no features" if failed else ""),
-        "views of a clip": f"{kind} of {views.frames} frames ({sampling})",
+        "views of a clip": f"{views.summary} of {views.frames} frames ({sampling})",
         "tower": f"{spec.tower.model} ({spec.tower.pretrained}), {spec.tower.image_size} pixels, width {spec.tower.width}",
         "weights, sha256": spec.tower.weights_sha256,
         "layers": f"{format_layers(spec.layers)} of {spec.tower.blocks}",
@@ -155,8 +156,12 @@ def _contents(cache: FeatureCache) -> dict[str, object]:
 
 def _how_made(cache: FeatureCache) -> str:
     spec, decoders = cache.spec, sorted({decoder for decoder, _ in cache.provenance})
-    # The folder of the videos is private, and of no use to others.
-    origin = {name: value for name, value in cache.origin.items() if name != "root"}
+    # Not where the videos lay, and files by their names alone: the rest is nobody's business, and of no use to anyone.
+    origin = {
+        name: Path(value).name if isinstance(value, str) and value.startswith("/") else value
+        for name, value in cache.origin.items()
+        if name != "root"
+    }
     command = extract_command(
         FoundCache(place=cache.place, spec=spec, origin=origin),
         split=spec.split,
@@ -164,7 +169,7 @@ def _how_made(cache: FeatureCache) -> str:
     )
     versions = ", ".join(f"{name} {version}" for name, version in cache.description.created_with.items())
     return (
-        f"## How it was made\n\n```bash\n{_plain(command, quote=False)}\n```\n\n"
+        f"## How it was made\n\n{_code('bash', command) if command else 'By a command with names that cannot be shown.'}\n\n"
         f"Computed in {spec.compute_dtype}, preprocessing {_plain(spec.preprocessing)}; decoded by "
         f"{_plain(', '.join(decoders) or 'an unknown decoder')}. Versions: {_plain(versions)}."
     )
@@ -184,19 +189,20 @@ _PROOF = "`evl-cache verify .` proves every byte against the cache digest: compa
 
 
 def _how_to_use(cache: FeatureCache, address: str | None) -> str:
-    name = _plain(cache.spec.name, quote=False)
-    place = shlex.quote(_plain(address, quote=False)) if address else name
-    fetch = f"evl-cache pull {place}\n" if address else ""
-    opened = json.dumps(_plain(address or name, quote=False))
+    place = address or cache.spec.name
+    shown = place if place.isprintable() else "CACHE"
     layers = tuple(cache.spec.layers[-4:])
-    side = "--val-cache" if cache.spec.split in ("val", "test") else "--cache"
-    other = "--cache TRAIN_CACHE" if side == "--val-cache" else "--val-cache VAL_CACHE"
-    return (
-        f"## How to use it\n\n```bash\npip install evl-cache\n{fetch}"
-        f"evl-cache train {side} {place} {other} --head decoder{len(layers)}\n```\n\n"
-        f"```python\nfrom evl_cache import FeatureCache\n\ncache = FeatureCache({opened})\n"
-        f"tokens, maps = cache.read([0, 1], layers={layers})  # float32, a tensor a layer\nlabels = cache.labels\n```"
+    side, other = ("--cache", ("--val-cache", "VAL_CACHE"))
+    if cache.spec.split in VAL_SPLITS:
+        side, other = "--val-cache", ("--cache", "TRAIN_CACHE")
+    train = ("train", side, shown, *other, "--head", f"decoder{len(layers)}")
+    commands = [("pull", shown), train] if address else [train]
+    lines = ["pip install evl-cache", *(shlex.join(("evl-cache", *words)) for words in commands)]
+    python = (
+        f"from evl_cache import FeatureCache\n\ncache = FeatureCache({json.dumps(place)})\n"
+        f"tokens, maps = cache.read([0, 1], layers={layers})  # float32, a tensor a layer\nlabels = cache.labels"
     )
+    return f"## How to use it\n\n{_code('bash', chr(10).join(lines))}\n\n{_code('python', python)}"
 
 
 def _licence(spec: CacheSpec, license_name: str) -> str:
@@ -209,14 +215,9 @@ def _licence(spec: CacheSpec, license_name: str) -> str:
 
 def _citation(spec: CacheSpec) -> str:
     works = [_EVL] + ([_DATASETS[spec.dataset]] if spec.dataset in _DATASETS else [])
-    entries = [
-        f"@misc{{{work.key},\n  title = {{{work.title}}},\n  author = {{{work.author}}},\n"
-        f"  year = {{{work.year}}},\n  howpublished = {{{work.where}}},\n}}"
-        for work in works
-    ]
     return (
         "## Citation\n\n```bibtex\n"
-        + "\n\n".join(entries)
+        + "\n\n".join(work.entry() for work in works)
         + f"\n```\n\nWritten by `evl-cache card` {__version__}."
     )
 
@@ -225,6 +226,12 @@ def _table(title: str, rows: Mapping[str, object]) -> str:
     return "\n".join(
         [f"## {title}\n\n| | |\n|---|---|", *(f"| {n} | {_plain(str(v))} |" for n, v in rows.items())]
     )
+
+
+def _code(language: str, text: str) -> str:
+    """A fenced block, whatever its lines hold: the fence is longer than any row of backticks in them."""
+    fence = "`" * max([3, *(1 + len(row) for row in re.findall("`+", text))])
+    return f"{fence}{language}\n{text}\n{fence}"
 
 
 def _plain(text: str, *, quote: bool = True) -> str:

@@ -78,11 +78,6 @@ def _listed(found: FoundCache) -> ListedCache:
         nbytes = sum(_size(layout.shard(root, block)) for layout in layouts for block in marked)
         done = len(marked)
         owner, modified = _owner_and_time([root / MANIFEST_NAME, root / "done", root / "zarr.json"])
-    crops = (
-        f"{views.train_views} augmented"
-        if views.train_views
-        else f"{views.temporal_views}x{views.spatial_views}"
-    )
     return ListedCache(
         place=public_url(found.place) if is_url(found.place) else found.place,
         dataset=spec.dataset,
@@ -90,7 +85,7 @@ def _listed(found: FoundCache) -> ListedCache:
         model=spec.tower.model,
         layers=format_layers(spec.layers),
         frames=views.frames,
-        views=crops,
+        views=views.summary,
         clips=spec.num_clips,
         nbytes=nbytes,
         blocks_done=done,

@@ -3,11 +3,12 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from evl_cache.caches.extract_command import extract_command
+from evl_cache.caches.extract_command import extract_command, run_command
 from evl_cache.caches.places import CACHE_ROOT_VARIABLE, FoundCache, cache_places, find_caches
 from evl_cache.clips import TRAIN_SPLITS, VAL_SPLITS
 from evl_cache.errors import UsageError
-from evl_cache.notation import format_layers
+from evl_cache.extract_options import DEFAULT_MODEL_LAYERS
+from evl_cache.notation import command_line, format_layers
 from evl_cache.spec import CacheSpec
 from evl_cache.store import (
     FeatureCache,
@@ -18,8 +19,6 @@ from evl_cache.store import (
     read_description_from,
 )
 from evl_cache.train import HeadNeeds
-
-_DEFAULT_BLOCKS = 12  # of extract's default model
 
 
 def find_pair(
@@ -33,9 +32,9 @@ def find_pair(
     wanted = "caches" if dataset is None else f"caches of {dataset}"
     under = ", ".join(public_url(str(p)) if is_url(p) else str(p) for p in places)
     if not found:
-        layers = f" --layers {needs.layers(_DEFAULT_BLOCKS)}"
+        words = ("--dataset", dataset or "NAME", "--layers", needs.layers(DEFAULT_MODEL_LAYERS))
         raise UsageError(
-            f"no {wanted} under {under}; run evl-cache extract --dataset {dataset or 'NAME'}{layers}, "
+            f"no {wanted} under {under}; {run_command(command_line(('evl-cache', 'extract', *words)))}, "
             f"or set {CACHE_ROOT_VARIABLE}"
         )
     pairs = [
@@ -68,16 +67,16 @@ def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:
     if fitting:
         cache = fitting[0]
         command = extract_command(cache, split="val", layers=format_layers(cache.spec.layers))
-        return f"{cache.name} fits, but its validation cache is missing; run {command}"
+        return f"{cache.name} fits, but its validation cache is missing; {run_command(command)}"
     if train:
         cache = train[-1]
         layers = needs.layers(cache.spec.tower.blocks)
         maps = "uint8" if needs.some_maps and cache.spec.maps == "none" else cache.spec.maps
         command = extract_command(cache, split=None, layers=layers, maps=maps)
-        return f"{cache.name}: {needs.objection(cache.spec)}; run {command}"
+        return f"{cache.name}: {needs.objection(cache.spec)}; {run_command(command)}"
     cache = found[0]
     command = extract_command(cache, split="train", layers=format_layers(cache.spec.layers))
-    return f"the training cache is missing; run {command}"
+    return f"the training cache is missing; {run_command(command)}"
 
 
 def _clip_ids(found: FoundCache) -> frozenset[str]:

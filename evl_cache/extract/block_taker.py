@@ -10,6 +10,7 @@ from evl_cache.errors import TooManyFailures
 from evl_cache.extract.block import ExtractedBlock
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip
 from evl_cache.extract.stage_seconds import StageSeconds
+from evl_cache.notation import command_line
 from evl_cache.store import (
     LOCKS_NAME,
     REAL,
@@ -179,10 +180,10 @@ class BlockTaker:
         self._clips_failed += len(failures)
         limit = self._most_failures
         if limit is not None and limit.is_exceeded(self._clips_failed, of=self._clips_seen):
+            look = command_line(("evl-cache", "info", "--failures", str(self._cache_path))) or "the failures"
             raise TooManyFailures(
                 f"{self._clips_failed} of {self._clips_seen} clips failed, more than --max-failures {limit}; the last: "
-                f"{failures[-1] if failures else 'found failed'}; see evl-cache info --failures {self._cache_path}, mend them "
-                "and use --retry-failed"
+                f"{failures[-1] if failures else 'found failed'}; see {look}, mend them and use --retry-failed"
             )
 
     def _found_done(self, block: int) -> bool:

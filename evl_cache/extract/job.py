@@ -8,6 +8,7 @@ from typing import Any
 from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract.failure_limit import FailureLimit
+from evl_cache.extract_options import CPU_BATCH, DEFAULT_DECODE_WORKERS
 from evl_cache.spec import CacheSpec
 from evl_cache.towers import Tower
 from evl_cache.video import DecodeOptions
@@ -84,8 +85,8 @@ class ExtractOptions:
     """
 
     device: str = "cpu"
-    batch: int = 8
-    decode_workers: int = 2
+    batch: int = CPU_BATCH
+    decode_workers: int = DEFAULT_DECODE_WORKERS
     retry_failed: bool = False
     reuse: Path | None = None
     decoding: DecodeOptions = field(default_factory=DecodeOptions)

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,28 +14,33 @@ from evl_cache.clips import TRAIN_SPLITS
 from evl_cache.datasets import DATASETS, DatasetReader, check_missing
 from evl_cache.errors import UsageError
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
+from evl_cache.extract.recipes import ViewChoice
 from evl_cache.extract.stage import ExtractResult, extract, make_spec
+from evl_cache.extract_options import DEFAULT_LAYERS, DEFAULT_MODEL, Role, options_with
 from evl_cache.processes import Rendezvous
-from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, ViewSpec
+from evl_cache.spec import CODECS, MAP_STORAGE, SOFTWARE_PIXELS, TOKEN_STORAGE, CacheSpec, ViewSpec
 from evl_cache.towers import build_tower, default_pretrained
 
 DATA_ROOT_VARIABLE = "EVL_DATA_ROOT"
-DEFAULT_LAYERS = 4
 
 Progress = Callable[[CacheSpec], AbstractContextManager[tuple[OnClip, OnBottleneck]]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExtractRequest:
-    """What a user asks of `extract`; None is "the default that works".
+class ExtractRequest(ViewChoice):
+    """What a user asks of `extract`; None is "the default that works". Each option of the command fills a field.
 
     Attributes:
-        dataset: name; root, annotations, list_path: where it lies. split: both train and val by default.
-        model, pretrained: the tower. layers: blocks; the last four by default.
-        views, tokens, maps, codec, compute_dtype: what is stored; see `spec`.
-        train_split_views: views of the train split, where they are others.
+        dataset: name.
+        root, annotations, list_path: where the data set lies.
+        split: the only split to extract; both train and val by default.
+        model, pretrained: the tower.
+        layers: the tower's layers to keep, counted from 1; the last four by default.
+        recipe, frames, sampling, stride, views, train_views, …: see `ViewChoice`.
+        tokens, maps, codec, compute_dtype: what is stored; see `spec`.
         cache: the directory to write; named after its content under the cache root by default.
-        limit: only the first clips of the list. allow_missing_percent: of files that are not there.
+        limit: only the first clips of the list.
+        allow_missing_percent: how many files may be missing.
         pixels: of the decoder that will be used; see `DecodeOptions`.
     """
 
@@ -44,14 +49,12 @@ class ExtractRequest:
     split: str | None = None
     annotations: Path | None = None
     list_path: Path | None = None
-    model: str = "ViT-B-16-quickgelu"
+    model: str = DEFAULT_MODEL
     pretrained: str | None = None
     layers: tuple[int, ...] | None = None
-    views: ViewSpec = field(default_factory=ViewSpec)
-    train_split_views: ViewSpec | None = None
-    tokens: str = "int8"
-    maps: str = "uint8"
-    codec: str = "default"
+    tokens: str = TOKEN_STORAGE[0]
+    maps: str = MAP_STORAGE[0]
+    codec: str = CODECS[0]
     compute_dtype: str | None = None
     cache: Path | None = None
     limit: int | None = None
@@ -64,10 +67,27 @@ class ExtractRequest:
         return self.pretrained or default_pretrained(self.model)
 
     def origin(self, root: Path) -> dict[str, Any]:
-        """What `repair` and `predict` need beside the spec; files by their whole path."""
-        names = {"model": self.model, "pretrained": self.weights}
-        paths = {name: str(Path(value).resolve()) for name, value in names.items() if Path(value).is_file()}
-        return {"root": str(root.resolve()), **names, **paths}
+        """Return what the spec does not tell of a cache's making: `repair` and the command that is printed need it.
+
+        Files stand by their whole path; options left at their default are left out, but for the tower.
+        """
+        told = {option.field: getattr(self, option.field) for option in options_with(Role.KEPT)}
+        views, of_train = self.chosen_views()
+        told |= {"root": root, "pretrained": self.weights, "views": None}
+        if of_train is not None:  # each of the two caches tells of the other
+            augmented = ("train_views", "augment_seed", "flip")
+            told |= {"views": views.crops, **{name: getattr(of_train, name) for name in augmented}}
+        for name in ("model", "pretrained"):
+            if Path(told[name]).is_file():
+                told[name] = Path(told[name])
+        return {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in told.items() if v}
+
+    def chosen_views(self) -> tuple[ViewSpec, ViewSpec | None]:
+        """Return the views of validation, and those of the train split where they are others (None: the same).
+
+        Raises: UsageError for an unknown data set, or views that contradict each other.
+        """
+        return self.resolve(dataset_reader(self.dataset).views)
 
 
 def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJob]:
@@ -76,6 +96,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
     Raises: UsageError, WeightsError for anything in the request that cannot be.
     """
     reader = dataset_reader(request.dataset)
+    views, of_train = request.chosen_views()
     root = dataset_root(request)
     lists = reader.read(
         root, annotations=request.annotations, split=request.split, list_path=request.list_path
@@ -84,8 +105,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
         raise UsageError(
             f"--cache {request.cache} for {len(lists)} splits ({', '.join(lists)}); name one with --split"
         )
-    augmented = request.train_split_views is not None and request.train_split_views.train_views > 0
-    if augmented and not any(split in TRAIN_SPLITS for split in lists):
+    if of_train is not None and of_train.train_views and not any(split in TRAIN_SPLITS for split in lists):
         raise UsageError(
             f"augmented training views, but no train split in {', '.join(lists)}; name it with --split train"
         )
@@ -103,7 +123,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
             split=split,
             tower=tower.spec,
             layers=layers,
-            views=(request.train_split_views or request.views) if split in TRAIN_SPLITS else request.views,
+            views=of_train if of_train is not None and split in TRAIN_SPLITS else views,
             tokens=request.tokens,
             maps=request.maps,
             codec=request.codec,

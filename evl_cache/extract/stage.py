@@ -19,7 +19,7 @@ from evl_cache.extract.block_taker import BlockTaker, blocks_with_failures
 from evl_cache.extract.environment import package_versions
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
 from evl_cache.processes import Rendezvous
-from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, TowerSpec, ViewSpec
+from evl_cache.spec import CODECS, MAP_STORAGE, SOFTWARE_PIXELS, TOKEN_STORAGE, CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import BlockNotDone, FeatureCache, check_free_space, create_cache, finish_cache
 from evl_cache.towers import Tower, check_layers, map_projections
 
@@ -53,9 +53,9 @@ def make_spec(
     tower: TowerSpec,
     layers: Sequence[int],
     views: ViewSpec,
-    tokens: str = "int8",
-    maps: str = "uint8",
-    codec: str = "default",
+    tokens: str = TOKEN_STORAGE[0],
+    maps: str = MAP_STORAGE[0],
+    codec: str = CODECS[0],
     compute_dtype: str = "float32",
     pixels: str = SOFTWARE_PIXELS,
 ) -> CacheSpec:

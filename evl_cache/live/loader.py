@@ -13,6 +13,7 @@ import torch
 
 from evl_cache.batches import Batch, BatchPart, EpochOrder, LoaderTimes
 from evl_cache.extract import PreparedClip, prepare_clip
+from evl_cache.extract_options import default_batch
 from evl_cache.live.clips import LiveClips
 from evl_cache.processes import Processes
 from evl_cache.store import StoredBatch, StoredMaps, StoredTokens
@@ -60,7 +61,7 @@ class OnlineLoader:
             world=processes.world,
         )
         self._backbone, self._device = backbone, device
-        self._forward = 8 if device.type == "cpu" else 32  # samples of a pass of the backbone
+        self._forward = default_batch(device.type)  # samples of a pass of the backbone
         self._workers, self._processes = workers, processes
 
     def __len__(self) -> int:

@@ -14,6 +14,7 @@ import torch
 from evl_cache.clips import Clip
 from evl_cache.datasets import is_video
 from evl_cache.errors import EvlCacheError, UsageError
+from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.live.run_tower import live_spec, run_backbone
@@ -54,7 +55,7 @@ def predict(
     pretrained: str | None = None,
     device: str = "cpu",
     batch: int = 8,
-    workers: int = 2,
+    workers: int = DEFAULT_DECODE_WORKERS,
     best: bool = False,
 ) -> Predictions:
     """Label videos with a run's head, with the views that the run was validated with.

@@ -14,6 +14,7 @@ from evl_cache.batches import split_clips
 from evl_cache.clips import TRAIN_SPLITS, VAL_SPLITS
 from evl_cache.errors import UsageError
 from evl_cache.extract import ExtractionJob, ExtractRequest, plan_extraction
+from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
 from evl_cache.heads import head_layers
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
@@ -30,7 +31,7 @@ def train_online(
     train_names: Sequence[str] | None = None,
     val_names: Sequence[str] | None = None,
     resume: bool = False,
-    workers: int = 2,
+    workers: int = DEFAULT_DECODE_WORKERS,
     on_step: OnStep = lambda done, total, loss: None,
     on_bottleneck: OnBottleneck = lambda name: None,
     on_failure: Callable[[str, str], None] = lambda clip, reason: None,

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from evl_cache.errors import UsageError
+from evl_cache.extract_options import DEFAULT_LAYERS
 from evl_cache.heads import has_module, head_depth
 from evl_cache.heads import head_layers as resolve_layers
 from evl_cache.notation import format_layers
 from evl_cache.spec import CacheSpec
 from evl_cache.train.options import TrainOptions
-
-_LAYERS_OF_ALL = 4  # to extract for a head that reads all there are
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class HeadNeeds:
         """The blocks to extract from a tower of `blocks`, as `--layers` takes them."""
         wanted: set[int] = set()
         for needs in (self, *self.others):
-            depth = head_depth(needs.head) or _LAYERS_OF_ALL
+            depth = head_depth(needs.head) or DEFAULT_LAYERS  # for a head that reads all there are
             wanted.update(needs.head_layers or range(max(1, blocks - depth + 1), blocks + 1))
         return format_layers(tuple(sorted(wanted)))
 

@@ -14,7 +14,7 @@ from evl_cache.errors import CacheError
 # Of one decoded chunk, a sample's layer: enough for 64 frames of 448 pixels at patch 14 in float16.
 MOST_CHUNK_NBYTES = 256 << 20
 _NAME = re.compile(r"[^\x00-\x1f\x7f/\\]{1,200}")
-_COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
+COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 _RANGES = {
     "num_clips": (1, 10**8),
     "block_clips": (1, 10**6),
@@ -63,8 +63,8 @@ def check_spec(content: Any) -> None:
         value = parts.get(name, "x")
         if not isinstance(value, str) or not _NAME.fullmatch(value) or value.startswith("."):
             raise _wrong(name, value, "a plain name")
-    if parts.get("compute_dtype", "float32") not in _COMPUTE_DTYPES:
-        raise _wrong("compute_dtype", parts["compute_dtype"], f"one of {', '.join(_COMPUTE_DTYPES)}")
+    if parts.get("compute_dtype", "float32") not in COMPUTE_DTYPES:
+        raise _wrong("compute_dtype", parts["compute_dtype"], f"one of {', '.join(COMPUTE_DTYPES)}")
     _check_lists(parts)
     _check_sizes(parts)
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from evl_cache.errors import UsageError
-from evl_cache.spec import SOFTWARE_PIXELS
+from evl_cache.spec import DECODERS, SOFTWARE_PIXELS
 
-DECODERS = ("auto", "decord", "pyav", "torchcodec")
 # Frames are passed on in pieces of about this size, so that memory does not grow with their number.
 PIECE_BYTES = 8 << 20
 

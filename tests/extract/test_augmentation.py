@@ -27,13 +27,13 @@ from evl_cache.extract.augmentation import (
 )
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.prepare import choose_frames, prepare_clip
-from evl_cache.extract.recipes import VIEW_RECIPES
+from evl_cache.extract.request import ExtractRequest
 from evl_cache.extract.stage import extract
+from evl_cache.extract_options import VIEW_RECIPES
 from evl_cache.sampling import strided_train_view, tsn_train_view
 from evl_cache.spec import CacheSpec, ViewSpec
 from evl_cache.store import FeatureCache
 from evl_cache.train.stage import TrainOptions, train
-from evl_cache_cli.extract import make_views
 from tests.support.store_helpers import (
     differences,
     extract_small,
@@ -323,12 +323,11 @@ def test_training_draws_a_view_per_epoch_and_validates_on_test_views(folder, tmp
     )  # unshuffled: all of them
 
 
-# The command line
+# The request
 
 
-def given(**changes):
-    names = "recipe frames sampling stride views train_views augment_seed flip".split()
-    return {**dict.fromkeys(names), "dataset": "k400", **changes}
+def chosen_views(**choices):
+    return ExtractRequest(dataset="k400", **choices).chosen_views()
 
 
 @pytest.mark.parametrize(("name", "frames", "stride", "views"), [
@@ -336,20 +335,37 @@ def given(**changes):
     ("ssv2-8", 8, None, (3, 1)), ("ssv2-16", 16, None, (1, 3)), ("ssv2-32", 32, None, (1, 3)),
 ])  # fmt: skip
 def test_recipes_set_the_published_views_of_validation(name, frames, stride, views):
-    val, trained = make_views(given(recipe=name))
+    val, trained = chosen_views(recipe=name)
     assert (val.frames, val.stride, (val.temporal_views, val.spatial_views)) == (frames, stride, views)
     assert val.sampling == ("strided" if stride else "tsn")
     assert trained == replace(val, temporal_views=1, spatial_views=1)
-    _, drawn = make_views(given(recipe=name, train_views=4, augment_seed=2, flip=True))
+    _, drawn = chosen_views(recipe=name, train_views=4, augment_seed=2, flip=True)
     assert drawn == replace(trained, train_views=4, augment_seed=2, flip=True)
     assert name in VIEW_RECIPES and len(VIEW_RECIPES) == 6
 
 
 def test_options_given_win_over_the_recipe():
-    val, _ = make_views(given(recipe="k400-8", stride=4, views="1x1", frames=16))
+    val, _ = chosen_views(recipe="k400-8", stride=4, views="1x1", frames=16)
     assert (val.frames, val.stride, val.temporal_views) == (16, 4, 1)
-    assert make_views(given()) == (ViewSpec(), None)
+    assert chosen_views() == (ViewSpec(), None)
     with pytest.raises(UsageError, match="TSN takes no stride"):
-        make_views(given(recipe="ssv2-8", stride=4))
+        chosen_views(recipe="ssv2-8", stride=4)
     with pytest.raises(UsageError, match="give --train-views"):
-        make_views(given(flip=True))
+        chosen_views(flip=True)
+
+
+def test_views_given_whole_leave_nothing_else_to_say():
+    whole, of_train = ViewSpec(frames=4), ViewSpec(frames=4, train_views=2)
+    assert chosen_views(views=whole, train_split_views=of_train) == (whole, of_train)
+    assert chosen_views(train_split_views=of_train) == (ViewSpec(), of_train)
+    with pytest.raises(UsageError, match="views is a whole ViewSpec, beside frames, recipe; give one or"):
+        chosen_views(views=whole, recipe="k400-8", frames=4)
+    with pytest.raises(UsageError, match="train_split_views is a whole ViewSpec, beside flip"):
+        chosen_views(train_split_views=of_train, flip=True)
+    with pytest.raises(UsageError, match="recipe 'k400'; expected one of k400-8"):
+        chosen_views(recipe="k400")
+
+
+def test_views_that_suit_a_data_set_are_its_default():
+    assert ExtractRequest(dataset="motions").chosen_views() == (ViewSpec(stride=2), None)
+    assert ExtractRequest(dataset="motions", recipe="k400-8").chosen_views()[0].stride == 16

@@ -101,6 +101,9 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
             f"{path}: its format version is {str(version)[:20]!r}, expected a number; repair the cache"
         )
     try:
+        for name in ("recipe", "created_with"):
+            if not isinstance(own[name], dict):
+                raise CacheDamaged(f"{path}: its {name} is no object; repair the cache")
         return CacheDescription(
             spec=CacheSpec.from_json(own["spec"]),
             origin=own["recipe"],

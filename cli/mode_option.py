@@ -1,10 +1,10 @@
 """`--mode`: permissions of the files that a command makes."""
 
-from typing import Any
-
 import click
 
 from evl_cache.errors import UsageError
+
+from .common import Function
 
 
 def _set_mode(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
@@ -23,7 +23,7 @@ def _set_mode(ctx: click.Context, param: click.Parameter, value: str | None) -> 
     set_file_mode(mode)
 
 
-def mode_option(function: Any) -> Any:
+def mode_option(function: Function) -> Function:
     """The option, which acts by itself."""
     return click.option(
         "--mode",

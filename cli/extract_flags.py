@@ -1,0 +1,63 @@
+"""The options of extract on a command line: from the package's table to click's options, and back to a request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from evl_cache.extract_options import ExtractOption, Role, options_with
+from evl_cache.notation import parse_layers
+from evl_cache.spec import SOFTWARE_PIXELS
+
+from .common import Function
+
+if TYPE_CHECKING:
+    from evl_cache.extract import ExtractRequest
+
+
+def extract_flags(options: Iterable[ExtractOption]) -> Callable[[Function], Function]:
+    """Return the decorator that gives a command these options, in their order."""
+    chosen = tuple(options)
+
+    def add(function: Function) -> Function:
+        for option in reversed(chosen):
+            function = click.option(option.flag, option.parameter, **_settings(option))(function)
+        return function
+
+    return add
+
+
+def hidden_flag(option: ExtractOption) -> click.Option:
+    """Return the option as one that works and is not in the help."""
+    return click.Option([option.flag, option.parameter], hidden=True, **_settings(option))
+
+
+def _settings(option: ExtractOption) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        "help": option.help,
+        "metavar": option.metavar,
+        "required": option.is_required,
+        "show_default": option.shows_default,
+    }
+    if option.default is not None:
+        settings["default"] = option.default
+    if option.kind is bool:
+        return settings | {"is_flag": True}
+    if option.choices:
+        return settings | {"type": click.Choice(option.choices)}
+    if option.kind is Path:
+        return settings | {"type": click.Path(path_type=Path)}
+    return settings | {"type": option.kind if option.least is None else click.IntRange(option.least)}
+
+
+def make_request(given: Mapping[str, Any], *, pixels: str = SOFTWARE_PIXELS) -> ExtractRequest:
+    """Return the request of the options that a command was given; what it does not take has its default."""
+    from evl_cache.extract import ExtractRequest
+
+    values = {o.field: given[o.parameter] for o in options_with(Role.REQUEST) if o.parameter in given}
+    if values["layers"] is not None:
+        values["layers"] = parse_layers(values["layers"])
+    return ExtractRequest(**values, pixels=pixels)
