@@ -15,8 +15,8 @@ from evl_cache.store import (
     is_url,
     open_objects,
     public_url,
-    read_clips_from,
-    read_description_from,
+    read_clips,
+    read_description,
 )
 from evl_cache.train import HeadNeeds
 
@@ -81,7 +81,7 @@ def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:
 
 def _clip_ids(found: FoundCache) -> frozenset[str]:
     objects = open_objects(found.place)
-    return frozenset(clip.id for clip in read_clips_from(objects, read_description_from(objects)))
+    return frozenset(clip.id for clip in read_clips(objects, read_description(objects)))
 
 
 def _belong_together(train: CacheSpec, val: CacheSpec) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
 from evl_cache.spec import CacheSpec
-from evl_cache.store import SCHEMES, is_url, open_objects, read_description_from
+from evl_cache.store import SCHEMES, is_url, open_objects, read_description
 
 CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
 
@@ -78,5 +78,5 @@ def find_caches(place: str | Path) -> Iterator[FoundCache]:
 
 
 def _look_at(place: str) -> FoundCache:
-    found = read_description_from(open_objects(place))
+    found = read_description(open_objects(place))
     return FoundCache(place=place, spec=found.spec, origin=found.origin)

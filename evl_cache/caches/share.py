@@ -15,7 +15,7 @@ from evl_cache.store import (
     open_objects,
     part_spec,
     public_url,
-    read_description_from,
+    read_description,
 )
 
 DEFAULT_THREADS = 4
@@ -83,7 +83,7 @@ def pull(
 
 def _name(source: str, layers: Sequence[int] | None, codec: str | None) -> str:
     if layers is not None:
-        spec = read_description_from(open_objects(source)).spec
+        spec = read_description(open_objects(source)).spec
         return part_spec(spec, layers=layers, codec=codec).name
     return public_url(source).rpartition("/")[2] if is_url(source) else Path(source).resolve().name
 

@@ -1,9 +1,20 @@
-"""The store: a Zarr v3 group that loses nothing and proves every byte. Only it knows zarr's format."""
+"""The store keeps features in a Zarr v3 group that loses nothing and proves every byte. Only it knows zarr's format.
+
+It gives out `FeatureCache` to read a cache, `create_cache`, `BlockWriter` and `finish_cache` to write one, `verify_cache`
+to prove it, and `copy_to_directory`, `copy_to_bucket` and `copy_part` to copy it. What it is built of, from below:
+
+- `disk`: files published whole, locks between jobs, permissions, digests.
+- `objects`: a cache's files by name, from a directory, a server or a bucket.
+- `shards`: chunks encoded into shard files, and read from them.
+- `format`: what a cache holds and where: arrays, marks, the manifest, the description and its second copy.
+- `reading`, `writing`, `copying`: what is done with a cache.
+"""
 
 from evl_cache.store.copying.card_file import CARD_NAME, write_card
 from evl_cache.store.copying.part import copy_part, part_spec
+from evl_cache.store.copying.source import OnBlock, TransferResult
 from evl_cache.store.copying.to_bucket import copy_to_bucket
-from evl_cache.store.copying.to_directory import OnBlock, TransferResult, copy_to_directory
+from evl_cache.store.copying.to_directory import copy_to_directory
 from evl_cache.store.disk.file_system import file_identity
 from evl_cache.store.disk.locks import BlockLock, LockWatcher, lock_holders
 from evl_cache.store.disk.permissions import set_file_mode
@@ -11,9 +22,7 @@ from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.description import (
     CacheDescription,
     read_clips,
-    read_clips_from,
     read_description,
-    read_description_from,
 )
 from evl_cache.store.format.layout import (
     LOCKS_NAME,
@@ -35,10 +44,10 @@ from evl_cache.store.format.recovery import restore_description
 from evl_cache.store.format.rows import Row, StoredBatch, StoredMaps, StoredTokens, make_row
 from evl_cache.store.format.size import check_free_space, num_files, sample_nbytes
 from evl_cache.store.objects.address import SCHEMES, is_url, public_url
-from evl_cache.store.objects.objects import Objects, open_objects
+from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.buffers import BatchBuffers, TokensRead, stored_batch
 from evl_cache.store.reading.reader import FeatureCache
-from evl_cache.store.verify import Problem, Verification, verify_cache
+from evl_cache.store.verify import Problem, verify_cache
 from evl_cache.store.writing.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
@@ -61,7 +70,6 @@ __all__ = [
     "LockWatcher",
     "Manifest",
     "Mark",
-    "Objects",
     "OnBlock",
     "Problem",
     "Row",
@@ -71,7 +79,6 @@ __all__ = [
     "StoredTokens",
     "TokensRead",
     "TransferResult",
-    "Verification",
     "array_layouts",
     "check_free_space",
     "clear_mark",
@@ -94,9 +101,7 @@ __all__ = [
     "projections_nbytes",
     "public_url",
     "read_clips",
-    "read_clips_from",
     "read_description",
-    "read_description_from",
     "read_projections",
     "restore_description",
     "sample_nbytes",

@@ -22,7 +22,7 @@ from evl_cache.store.disk.publish import (
     is_staging_name,
     make_directories,
     stage_file,
-    write_json_atomic,
+    write_atomic,
 )
 
 
@@ -204,12 +204,12 @@ def test_json_is_canonical() -> None:
 
 def test_json_may_be_written_twice_but_not_changed_unless_asked(tmp_path: Path) -> None:
     path = tmp_path / "mark.json"
-    assert write_json_atomic(path, {"a": 1}, replace=False)
-    assert not write_json_atomic(path, {"a": 1}, replace=False)
+    assert write_atomic(path, canonical_json({"a": 1}), replace=False)
+    assert not write_atomic(path, canonical_json({"a": 1}), replace=False)
     with pytest.raises(AlreadyPublished):
-        write_json_atomic(path, {"a": 2}, replace=False)
+        write_atomic(path, canonical_json({"a": 2}), replace=False)
     assert path.read_bytes() == b'{"a":1}\n'
-    assert write_json_atomic(path, {"a": 2}, replace=True)
+    assert write_atomic(path, canonical_json({"a": 2}), replace=True)
     assert path.read_bytes() == b'{"a":2}\n'
     assert len(list(tmp_path.iterdir())) == 1
 

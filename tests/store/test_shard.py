@@ -25,20 +25,17 @@ from numpy.typing import NDArray
 from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.store.disk.checksum import crc32c
-from evl_cache.store.disk.publish import make_directories, stage_file, write_json_atomic
-from evl_cache.store.format.marks import FileRecord
+from evl_cache.store.disk.publish import make_directories, stage_file, write_atomic
 from evl_cache.store.reading.sparse_shard import SparseShard
 from evl_cache.store.shards.codec import ChunkCodec
+from evl_cache.store.shards.metadata import array_metadata, group_metadata, shard_path
 from evl_cache.store.shards.shard import (
     ShardReader,
     ShardRecord,
     ShardWriter,
-    array_metadata,
-    group_metadata,
-    read_index,
-    shard_path,
 )
 from evl_cache.store.shards.shard_file import LocalFile
+from evl_cache.store.shards.shard_index import read_index
 
 Array = NDArray[Any]
 DTYPES = ("int8", "uint8", "float16", "float32")
@@ -65,7 +62,9 @@ def write_shard(path: Path, chunks: Sequence[Array | None], codec: ChunkCodec) -
 
 def write_array(root: Path, values: Array, missing: set[tuple[int, int]], codec: ChunkCodec) -> None:
     make_directories(root / "a")
-    write_json_atomic(root / "zarr.json", group_metadata({"evl_cache": {"version": 1}}), replace=False)
+    write_atomic(
+        root / "zarr.json", canonical_json(group_metadata({"evl_cache": {"version": 1}})), replace=False
+    )
     metadata = array_metadata(
         shape=values.shape,
         dtype=values.dtype,
@@ -76,7 +75,7 @@ def write_array(root: Path, values: Array, missing: set[tuple[int, int]], codec:
         attributes={"unit": "none"},
         dimension_names=("sample", "layer", "token", "channel"),
     )
-    write_json_atomic(root / "a" / "zarr.json", metadata, replace=False)
+    write_atomic(root / "a" / "zarr.json", canonical_json(metadata), replace=False)
     for block in range(-(-len(values) // BLOCK)):
         rows = range(block * BLOCK, min(len(values), (block + 1) * BLOCK))
         chunks = [None if (s, k) in missing else values[s, k] for s in rows for k in range(LAYERS)]
@@ -155,7 +154,7 @@ def test_we_read_shards_of_zarr_python(tmp_path: Path, codec_name: str) -> None:
         attributes={},
         dimension_names=list("slpc"),
     )
-    write_json_atomic(tmp_path / "zarr.json", metadata, replace=False)
+    write_atomic(tmp_path / "zarr.json", canonical_json(metadata), replace=False)
     array = zarr.open_array(tmp_path, mode="r+")
     array[...] = values
     shard = reader(shard_path(tmp_path, 0, 4), ChunkCodec(codec_name), "float16")
@@ -372,7 +371,7 @@ def test_large_raw_chunks_lie_at_even_addresses_and_read_back(
     there = [k for k in range(BLOCK * LAYERS) if k not in missing]
     assert not np.any(index[there, 0] % 64)
     # A copy that arrives in pieces puts them at the same places.
-    copy = SparseShard(tmp_path / "copy", FileRecord.of(record), codec)
+    copy = SparseShard(tmp_path / "copy", record, codec)
     assert copy.starts[:-1][there].tolist() == index[there, 0].tolist()
 
     shard = ShardReader(
@@ -454,7 +453,8 @@ def test_reader_opens_again_after_a_fork(tmp_path: Path) -> None:
 import os, sys
 import numpy as np
 from pathlib import Path
-from evl_cache.store.shards.shard import ChunkCodec, ShardReader
+from evl_cache.store.shards.codec import ChunkCodec
+from evl_cache.store.shards.shard import ShardReader
 shard = ShardReader(Path({str(tmp_path / "shard")!r}), grid=(4, 3), chunk_shape=(4, 5), dtype="int8",
                     codec=ChunkCodec("zstd"))
 first = shard.read_chunk(0)

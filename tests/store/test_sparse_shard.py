@@ -9,16 +9,15 @@ import numpy as np
 import pytest
 
 from evl_cache.store.disk.publish import stage_file
-from evl_cache.store.format.marks import FileRecord
 from evl_cache.store.reading.sparse_shard import SparseShard
 from evl_cache.store.shards.codec import ChunkCodec
-from evl_cache.store.shards.shard import ShardWriter
+from evl_cache.store.shards.shard import ShardRecord, ShardWriter
 
 CHUNKS, CHUNK_NBYTES, PIECE = 18, 1_100_000, 5
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, FileRecord]:
+def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, ShardRecord]:
     """A shard of 20 MB, and its record."""
     path = tmp_path_factory.mktemp("source") / "shard"
     values = np.random.default_rng(0).integers(0, 256, (CHUNKS, CHUNK_NBYTES), np.uint8)
@@ -26,14 +25,14 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, FileRecord]
     return path.read_bytes(), record
 
 
-def write_shard(path: Path, values: list[np.ndarray]) -> FileRecord:
+def write_shard(path: Path, values: list[np.ndarray]) -> ShardRecord:
     with stage_file(path.parent) as staged:
         writer = ShardWriter(staged, grid=(len(values), 1), codec=ChunkCodec("raw"))
         for value in values:
             writer.append(value)
         record = writer.close()
         staged.publish(path)
-    return FileRecord.of(record)
+    return record
 
 
 def put(shard: SparseShard, content: bytes, first: int, stop: int) -> None:
@@ -42,7 +41,7 @@ def put(shard: SparseShard, content: bytes, first: int, stop: int) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_pieces_that_meet_within_a_page_do_not_overwrite_each_other(
-    source: tuple[bytes, FileRecord], tmp_path: Path, seed: int
+    source: tuple[bytes, ShardRecord], tmp_path: Path, seed: int
 ) -> None:
     content, record = source
     # Each opens the file for itself, as another process would.
@@ -57,7 +56,7 @@ def test_pieces_that_meet_within_a_page_do_not_overwrite_each_other(
 
 
 def test_pages_are_written_whole_and_only_what_came_is_said_to_be_here(
-    source: tuple[bytes, FileRecord], tmp_path: Path
+    source: tuple[bytes, ShardRecord], tmp_path: Path
 ) -> None:
     content, record = source
     shard = SparseShard(tmp_path / "copy", record, ChunkCodec("raw"))
@@ -77,7 +76,7 @@ def test_pages_are_written_whole_and_only_what_came_is_said_to_be_here(
 
 
 def test_a_small_piece_takes_no_more_room_than_itself(
-    source: tuple[bytes, FileRecord], tmp_path: Path
+    source: tuple[bytes, ShardRecord], tmp_path: Path
 ) -> None:
     content, record = source
     shard = SparseShard(tmp_path / "copy", record, ChunkCodec("raw"))
@@ -86,7 +85,7 @@ def test_a_small_piece_takes_no_more_room_than_itself(
     assert 512 * (os.stat(tmp_path / "copy").st_blocks - before) < CHUNK_NBYTES + 3 * 4096
 
 
-def test_what_is_dropped_is_not_known_any_more(source: tuple[bytes, FileRecord], tmp_path: Path) -> None:
+def test_what_is_dropped_is_not_known_any_more(source: tuple[bytes, ShardRecord], tmp_path: Path) -> None:
     content, record = source
     shard = SparseShard(tmp_path / "copy", record, ChunkCodec("raw"))
     put(shard, content, 0, 3)

@@ -15,7 +15,7 @@ import numcodecs
 import numpy as np
 import torch
 
-from evl_cache.canonical_json import canonical_json, digest
+from evl_cache.canonical_json import canonical_json
 from evl_cache.store.disk.checksum import crc32c
 
 JSON = dict[str, Any]
@@ -51,7 +51,7 @@ class Forge:
         change(own)
         own["spec"]["feature_id"] = _feature_id(own["spec"])
         own.pop("digest")
-        own["digest"] = digest(own)
+        own["digest"] = _digest(own)
         self.write("zarr.json", json.dumps(document, sort_keys=True, separators=(",", ":")).encode() + b"\n")
         spec = own["spec"]
         same = {name: spec.get(name) for name in ("feature_id", "content_id", "layers")}
@@ -84,7 +84,7 @@ class Forge:
         mark = json.loads(path.read_bytes())
         change(mark)
         mark.pop("digest")
-        mark["digest"] = digest(mark)
+        mark["digest"] = _digest(mark)
         path.write_bytes(json.dumps(mark, sort_keys=True, separators=(",", ":")).encode() + b"\n")
 
     def shard(self, name: str, block: int, change: Callable[[bytes], bytes]) -> None:
@@ -152,12 +152,18 @@ class Forge:
             file.truncate(3 << 30)
 
 
+def _digest(content: Any) -> str:
+    """As `canonical_json.digest`, but of NaN too, which that refuses to write."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def _feature_id(spec: JSON) -> str:
     tower = spec.get("tower")
     if isinstance(tower, dict):
         tower = {k: v for k, v in tower.items() if k not in ("model", "pretrained")}
     names = ("views", "preprocessing", "tokens", "maps", "compute_dtype")
-    return digest({"tower": tower, **{name: spec.get(name) for name in names}})
+    return _digest({"tower": tower, **{name: spec.get(name) for name in names}})
 
 
 def _index(starts: np.ndarray, sizes: np.ndarray) -> bytes:
@@ -270,7 +276,7 @@ CACHES: dict[str, Attack] = {
 def _signed(content: JSON, forge: Forge) -> JSON:
     spec = json.loads((forge.cache / "zarr.json").read_bytes())["attributes"]["evl_cache"]["spec"]
     content |= {"version": 1, "feature_id": spec["feature_id"], "content_id": spec["content_id"]}
-    return {**content, "digest": digest(content)}
+    return {**content, "digest": _digest(content)}
 
 
 class RunForge:

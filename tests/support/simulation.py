@@ -42,7 +42,7 @@ from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.runtime import Runtime
 from evl_cache.store.format.layout import MANIFEST_NAME
 from evl_cache.store.format.manifest import Manifest, read_manifest
-from evl_cache.store.format.marks import FileRecord
+from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.towers import Tower
 from tests.support.simulated_world import (
     EXPIRY_S,
@@ -253,7 +253,7 @@ def _check(root: Path, spec: CacheSpec, processes: list[Process], survivors: lis
         raise Failed(f"{count} extractions of {spec.num_blocks} blocks, {disturbances} disturbances")
 
 
-def _check_file(path: Path, record: FileRecord, manifest: Manifest, root: Path) -> None:
+def _check_file(path: Path, record: ShardRecord, manifest: Manifest, root: Path) -> None:
     if not path.exists() or file_digest(path) != (record.size, record.sha256):
         raise Failed(f"{path.name} of a marked block is not what the mark names")
     if manifest.files[path.relative_to(root).as_posix()] != (record.size, record.sha256):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from evl_cache.errors import UsageError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.copying.to_directory import OnBlock, TransferResult
+from evl_cache.store.copying.source import OnBlock, TransferResult
 from evl_cache.store.disk.locks import LockWatcher
 from evl_cache.store.format.layout import LOCKS_NAME, array_layouts
 from evl_cache.store.format.marks import Mark
@@ -23,7 +23,7 @@ from evl_cache.store.writing.finish import finish_cache
 
 
 def part_spec(spec: CacheSpec, *, layers: Sequence[int] | None, codec: str | None) -> CacheSpec:
-    """The spec of a part. Raises: UsageError for layers that the cache has not, or an unknown codec."""
+    """Return the spec of a part. Raises: UsageError for layers that the cache has not, or an unknown codec."""
     wanted = spec.layers if layers is None else tuple(layers)
     missing = [layer for layer in wanted if layer not in spec.layers]
     if missing:
@@ -45,10 +45,12 @@ def copy_part(
     """Take layers of a cache, or store it under another codec. Run it again after a kill.
 
     Args:
-        layers: blocks of the tower; all by default. codec: profile; the cache's own by default.
-        threads: that encode. on_block: called with whether it was made, after each block.
+        layers: layers of the tower; all stored ones by default.
+        codec: profile of the codec; the cache's own by default.
+        threads: threads that encode.
+        on_block: called after each block, with whether it was made.
 
-    Raises: as `transfer.copy_to_directory`.
+    Raises: as `copy_to_directory`.
     """
     cache = FeatureCache(place)
     spec = part_spec(cache.spec, layers=layers, codec=codec)
@@ -88,7 +90,7 @@ def copy_part(
 
 
 def _copy_rows(cache: FeatureCache, writer: BlockWriter, mark: Mark) -> int:
-    """Returns: bytes written."""
+    """Write the rows of a block. Returns: bytes written."""
     source = cache.spec
     count = len(source.stored_layers)
     positions = [source.stored_layers.index(layer) for layer in writer.spec.stored_layers]

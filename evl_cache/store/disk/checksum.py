@@ -13,8 +13,13 @@ Buffer = bytes | bytearray | memoryview | np.ndarray[Any, Any]
 _PART_NBYTES = 1 << 20  # read and checked while it is in the processor's cache
 
 
+def content_digest(content: bytes) -> tuple[int, str]:
+    """Return size and sha256 (hexadecimal) of bytes, as `file_digest` does of a file."""
+    return len(content), hashlib.sha256(content).hexdigest()
+
+
 def file_digest(path: Path) -> tuple[int, str]:
-    """Size in bytes and sha256 (hexadecimal) of a file. Raises CacheError where it cannot be read."""
+    """Return size in bytes and sha256 (hexadecimal) of a file. Raises CacheError where it cannot be read."""
     try:
         with open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -24,7 +29,7 @@ def file_digest(path: Path) -> tuple[int, str]:
 
 
 def file_crc32c(path: Path) -> tuple[int, int]:
-    """Size in bytes and CRC-32C of a file: ten times as fast as `file_digest`, against accidents only.
+    """Return size in bytes and CRC-32C of a file: ten times as fast as `file_digest`, against accidents only.
 
     Raises CacheError where it cannot be read.
     """
@@ -41,5 +46,8 @@ def file_crc32c(path: Path) -> tuple[int, int]:
 
 
 def crc32c(data: Buffer, previous: int = 0) -> int:
-    """CRC-32C (Castagnoli) of a contiguous buffer, in 0 .. 2^32-1; or of what `previous` is of, and then it."""
+    """Return the CRC-32C (Castagnoli) of a contiguous buffer, in 0 .. 2^32-1.
+
+    `previous` is the checksum of what comes before the buffer.
+    """
     return int(_crc32c(data, previous))

@@ -1,4 +1,4 @@
-"""The kernel's side of a file: what kind of disk it is on (only on a local one may files be mapped), and writing back."""
+"""The kernel's side of a file: opening no link, what kind of disk it is on, writing back, what an error means."""
 
 import ctypes
 import errno
@@ -13,7 +13,20 @@ from evl_cache.errors import CacheError
 
 # Kinds whose pages the kernel itself reads. A mapped file of any other (NFS, Lustre, FUSE, SMB, 9p, …) that is
 # changed or lost elsewhere kills the process that touches it.
-_LOCAL = frozenset("ext2 ext3 ext4 xfs btrfs zfs f2fs tmpfs ramfs overlay bcachefs jfs".split())
+_LOCAL = {
+    "bcachefs",
+    "btrfs",
+    "ext2",
+    "ext3",
+    "ext4",
+    "f2fs",
+    "jfs",
+    "overlay",
+    "ramfs",
+    "tmpfs",
+    "xfs",
+    "zfs",
+}
 _MOUNTS = Path("/proc/self/mounts")
 _SYNC_FILE_RANGE_WRITE = 2  # of Linux's fcntl.h
 
@@ -26,14 +39,12 @@ def is_local(directory: Path) -> bool:
         resolved = directory.resolve(strict=True)
     except OSError:
         return False
-    best, kind = -1, ""
+    kinds: dict[Path, str] = {}
     for line in lines:
-        _, mount, name, *_ = line.split(" ")
-        point = Path(mount.encode().decode("unicode_escape"))
-        # A later mount hides an earlier one at the same place.
-        if len(point.parts) >= best and (resolved == point or point in resolved.parents):
-            best, kind = len(point.parts), name
-    return kind in _LOCAL
+        _, mount, kind, *_ = line.split(" ")
+        kinds[Path(mount.encode().decode("unicode_escape"))] = kind  # a later mount hides an earlier one
+    nearest = next((place for place in (resolved, *resolved.parents) if place in kinds), None)
+    return nearest is not None and kinds[nearest] in _LOCAL
 
 
 def start_writeback(descriptor: int, start: int, end: int) -> None:
@@ -58,7 +69,7 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:
-    """Of the file under a name: another once something else was published there. None where there is nothing."""
+    """Return what tells the file under a name from any other that is published there; None where there is none."""
     try:
         found = path.stat()
     except OSError:
@@ -67,7 +78,7 @@ def file_identity(path: Path) -> tuple[int, int] | None:
 
 
 def open_regular(path: Path) -> io.FileIO:
-    """A regular file, opened to read. Raises: as `open_descriptor`."""
+    """Open a regular file to read. Raises: as `open_descriptor`."""
     return io.FileIO(open_descriptor(path))
 
 
@@ -90,7 +101,7 @@ def open_descriptor(path: Path) -> int:
 
 
 def read_limited(path: Path, most_nbytes: int) -> bytes:
-    """A regular file's bytes. Raises: as `open_descriptor`; CacheError where it is larger."""
+    """Return a regular file's bytes. Raises: as `open_descriptor`; CacheError where it is larger."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = b"" if size > most_nbytes else file.read(most_nbytes + 1)
@@ -102,7 +113,7 @@ def read_limited(path: Path, most_nbytes: int) -> bytes:
 
 
 def check_no_links(root: Path, path: Path) -> None:
-    """Whether a path below a cache stays in it. Raises: CacheError where a part of it, below `root`, is a link."""
+    """Check that a path below a cache stays in it. Raises: CacheError where a part of it, below `root`, is a link."""
     while path != root:
         if path.is_symlink():
             raise link_error(path)
@@ -110,7 +121,7 @@ def check_no_links(root: Path, path: Path) -> None:
 
 
 def link_error(path: Path) -> CacheError:
-    """Of a link where a cache has a file or directory."""
+    """Return the error of a link where a cache has a file or directory."""
     return CacheError(
         f"{path}: is a link; a cache holds plain files and directories only: copy what it leads to"
     )
@@ -127,5 +138,6 @@ _REMEDIES = {
 
 
 def disk_error(action: str, path: Path, error: OSError) -> CacheError:
+    """Return what the disk refused as an error with its remedy."""
     remedy = _REMEDIES.get(error.errno or 0, "check the disk, then run the same command again")
     return CacheError(f"cannot {action} {path}: {error.strerror or error}; {remedy}")

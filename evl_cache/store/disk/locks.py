@@ -2,9 +2,11 @@
 
 A lock is a small file, created by linking, whose holder writes a counter into it from time to time. Whoever
 finds it watches the counter with its own clock only: a counter that stands still for `expiry_s` has lost its
-holder. On the same machine a dead holder is seen at once. Locks save work, they do not guard data: two
-writers that both believe they hold a block still end in one valid block, because files are published whole,
-checked before they are marked, and checked again where a lock was lost meanwhile (`block_writer`).
+holder. On the same machine a dead holder is seen at once.
+
+Locks save work, they do not guard data. Two writers that both believe they hold a block still end in one valid
+block: files are published whole, checked before they are marked, and checked again where a lock was lost
+meanwhile (`block_writer`).
 """
 
 import contextlib
@@ -58,7 +60,7 @@ class BlockLock:
         self._stop_beats = runtime.repeat(self._beat, every_s=beat_s, name=f"lock {path.stem}")
 
     def is_held(self) -> bool:
-        """Whether the name still leads to this process's file: a paused holder may have lost it."""
+        """Return whether the name still leads to this process's file: a paused holder may have lost it."""
         try:
             found, own = os.stat(self.path), os.fstat(self._descriptor)
         except OSError:
@@ -114,33 +116,34 @@ class LockWatcher:
         make_directories(directory)
 
     def take(self, block: int) -> BlockLock | None:
-        """The block's lock, or None where another job that may live holds it.
+        """Return the block's lock, or None where another job that may live holds it.
 
         Raises: CacheError where the disk refuses.
         """
         return self._take(self.directory / f"{block:06d}{_SUFFIX}")
 
     def wait_for(self, name: str) -> BlockLock:
-        """The lock of something other than a block, once no other job holds it. Errors as `take`."""
+        """Return the lock of something, once no other job holds it. Errors as `take`."""
         wait_s, longest_s = _LEAST_POLL_S, min(_LONGEST_POLL_S, self.expiry_s / _BEATS_PER_EXPIRY)
         while (lock := self._take(self.directory / f"{name}{_SUFFIX}")) is None:
             self._runtime.sleep(wait_s)
-            wait_s = max(
-                _LEAST_POLL_S, min(1.5 * wait_s, longest_s)
-            )  # many jobs end at once: no siege of the disk
+            # Longer each time: many jobs end at once, and should not lay siege to the disk.
+            wait_s = max(_LEAST_POLL_S, min(1.5 * wait_s, longest_s))
         return lock
 
     def sweep(self, *, own: BlockLock, clean: Callable[[int], None]) -> bool:
-        """Remove what dead holders left here. Returns whether no other job may be at work.
+        """Remove what dead holders left here.
 
         Args:
             own: the lock under which this is done; it stays.
             clean: called with each block whose holder died, while the block is locked.
+
+        Returns: whether no other job may be at work.
         """
         is_idle = True
         for entry in sorted(self.directory.iterdir()):
             if not entry.name.endswith(_SUFFIX):
-                entry.unlink(missing_ok=True)  # of a taker that died; a living one tries again
+                entry.unlink(missing_ok=True)  # left by a taker that died; a living one tries again
             elif entry != own.path:
                 lock = self._take(entry)
                 is_idle = is_idle and lock is not None
@@ -228,7 +231,7 @@ def _take_name(temporary: Path, path: Path) -> bool:
 
 
 def machine_id() -> str:
-    """This machine since its last start, and the process name space: where a pid means something."""
+    """Return the name of this machine since its last start and of the process name space: there a pid means something."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
@@ -237,7 +240,7 @@ def machine_id() -> str:
 
 
 def process_start(pid: int) -> str:
-    """Start of a process in clock ticks, so that a reused pid is not taken for the old one; '' if none."""
+    """Return the start of a process in clock ticks, which tells a reused pid from the old one; '' if there is none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -246,7 +249,7 @@ def process_start(pid: int) -> str:
 
 
 def lock_holders(directory: Path) -> dict[int, str]:
-    """The host that has each block's lock, alive or not; `?` for a lock that cannot be read."""
+    """Return the host that has each block's lock, alive or not; `?` for a lock that cannot be read."""
     found = {}
     for path in directory.glob(f"[0-9]*{_SUFFIX}"):
         content = _read(path)
@@ -257,7 +260,7 @@ def lock_holders(directory: Path) -> dict[int, str]:
 
 
 def _parse(content: bytes) -> _Holder | None:
-    """Who holds a lock; None where it is unreadable."""
+    """Return who holds a lock; None where it is unreadable."""
     try:
         return _Holder(**json.loads(content[_COUNTER_DIGITS:]))
     except (ValueError, TypeError):

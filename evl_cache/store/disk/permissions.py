@@ -1,4 +1,4 @@
-"""Who may read the files of a cache: caches are made to be shared, so the group always may, unless a mode is given."""
+"""Permissions of a cache's files: caches are made to be shared, so the group may read unless a mode is given."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ _GROUP_READ, _GROUP_SEARCH = 0o040, 0o050
 
 @dataclass
 class _Modes:
-    """Permissions that new files and directories get; None: the default, by the umask and readable by the group."""
+    """Permissions of new files and directories; None: those of the umask, and readable by the group."""
 
     file: int | None = None
     directory: int | None = None
@@ -20,7 +20,7 @@ _modes = _Modes()
 
 
 def set_file_mode(mode: int | None) -> None:
-    """Permissions of every file that this process makes in caches from now on, such as 0o600; None: the default.
+    """Set the permissions of every file that this process makes in caches, such as 0o600; None: the default.
 
     Directories get the same, and search permission for whoever may read.
     """

@@ -14,6 +14,7 @@ import re
 import secrets
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,9 +22,8 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.store.disk.checksum import crc32c, file_digest
+from evl_cache.store.disk.checksum import content_digest, crc32c, file_digest
 from evl_cache.store.disk.file_system import disk_error, start_writeback
 from evl_cache.store.disk.permissions import give_directory_mode, give_file_mode
 
@@ -56,17 +56,22 @@ def stage_file(directory: Path) -> StagedFile:
 
 
 class StagedFile:
-    """A file being written under a staging name; `size` and `sha256` are of the bytes written so far."""
+    """A file being written under a staging name.
+
+    Attributes:
+        path: the staging name.
+        size: bytes written so far.
+        crc32c: checksum of the bytes written so far.
+    """
 
     def __init__(self, directory: Path) -> None:
         host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
         self.path = Path(directory) / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
-        self.size = 0
+        self.size = self.crc32c = 0
         self._pending: NDArray[np.uint8] | None = None  # the last huge page, not written yet
         self._written = 0  # bytes that the kernel has
         self._handed_on = 0  # and of these, those on their way to the disk
         self._hash = hashlib.sha256()
-        self.crc32c = 0
         self._descriptor: int | None = None
         self._staged = False
         try:
@@ -105,12 +110,9 @@ class StagedFile:
         if self._pending is None:
             return
         pending = self._pending[: self.size - self._written].data
-        try:
+        with self._discarded_on_error("write", self.path):
             while len(pending) > 0:
                 pending = pending[os.write(descriptor, pending) :]
-        except OSError as error:
-            self.discard()
-            raise disk_error("write", self.path, error) from error
         self._written = self.size
         if self._written - self._handed_on >= _WRITEBACK_NBYTES:
             start_writeback(descriptor, self._handed_on, self._written)
@@ -122,24 +124,18 @@ class StagedFile:
         Raises AlreadyPublished where the name is taken, CacheError where the file system refuses.
         """
         self._seal(final)
-        try:
+        with self._discarded_on_error("publish", final):
             self._take_name(final)
             self._remove()
             fsync_directory(final.parent)
-        except OSError as error:
-            self.discard()
-            raise disk_error("publish", final, error) from error
 
     def publish_replacing(self, final: Path) -> None:
         """Give the file the name `final` (same directory), durably, in place of what may exist there."""
         self._seal(final)
-        try:
+        with self._discarded_on_error("publish", final):
             os.replace(self.path, final)
             self._staged = False
             fsync_directory(final.parent)
-        except OSError as error:
-            self.discard()
-            raise disk_error("publish", final, error) from error
 
     def discard(self) -> None:
         """Close and remove the staged file; no effect once published."""
@@ -155,12 +151,17 @@ class StagedFile:
         if self._descriptor is None:
             raise UsageError(f"{self.path} is closed: stage a new file for {final}")
         self._flush(self._descriptor)
-        try:
+        with self._discarded_on_error("sync", self.path):
             os.fsync(self._descriptor)
             self._close()
+
+    @contextlib.contextmanager
+    def _discarded_on_error(self, action: str, path: Path) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             self.discard()
-            raise disk_error("sync", self.path, error) from error
+            raise disk_error(action, path, error) from error
 
     def _take_name(self, final: Path) -> None:
         try:
@@ -216,21 +217,21 @@ class StagedFile:
         self.discard()
 
 
-def write_json_atomic(path: Path, obj: object, *, replace: bool) -> bool:
-    """Publish `obj` as canonical JSON; True where it was written, False where the same bytes were there.
+def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> bool:
+    """Publish bytes under a name, in place of what may exist there unless `replace` is false.
 
+    Returns: whether they were written; False where the same bytes were there and were not to be replaced.
     Raises AlreadyPublished where other bytes are there and `replace` is false; CacheError as `StagedFile`.
     """
-    data = canonical_json(obj)
     with stage_file(path.parent) as staged:
-        staged.write(data)
+        staged.write(content)
         if replace:
             staged.publish_replacing(path)
             return True
         try:
             staged.publish(path)
         except AlreadyPublished:
-            if file_digest(path) != (len(data), hashlib.sha256(data).hexdigest()):
+            if file_digest(path) != content_digest(content):
                 raise
             return False
     return True

@@ -7,18 +7,18 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 
 
 class Runtime:
-    """The real ones."""
+    """The real clock and the real threads."""
 
     def now_s(self) -> float:
-        """Seconds of a clock that only this process reads."""
+        """Return the seconds of a clock that only this process reads."""
         return time.monotonic()
 
     def sleep(self, seconds: float) -> None:
-        """Wait."""
+        """Wait for so many seconds."""
         time.sleep(seconds)
 
     def repeat(self, action: Callable[[], None], *, every_s: float, name: str) -> Callable[[], None]:
-        """Do something again and again, in a thread of its own. Returns: what stops it and waits for its end."""
+        """Do something again and again, in a thread of its own, and return what stops it and waits for its end."""
         stopped = threading.Event()
 
         def loop() -> None:
@@ -35,7 +35,7 @@ class Runtime:
         return stop
 
     def executor(self, name: str) -> Executor:
-        """Runs what is submitted in the background, one after another."""
+        """Return what runs tasks in the background, one after another."""
         return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 

@@ -1,11 +1,11 @@
-"""A cache's directory: what describes it, who is in it, and the two copies of that.
+"""What describes a cache and which clips are in it, in two copies.
 
 `zarr.json` of the group holds the spec, `clips.jsonl` the clips. Both are needed to read anything, so
 `recovery.json` holds them a second time: a damaged one is restored from it, byte for byte.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,11 @@ from evl_cache.spec import FORMAT_VERSION, CacheSpec
 from evl_cache.store.format.layout import (
     ATTRIBUTE,
     CLIPS_NAME,
+    PROJECTIONS_NAME,
+    RECOVERY_NAME,
+    array_layouts,
 )
-from evl_cache.store.objects.objects import DirectoryObjects, Objects
+from evl_cache.store.objects.objects import Objects, objects_of
 from evl_cache.store.shards.metadata import METADATA_NAME, group_metadata
 from evl_cache.untrusted.json_text import parse_json
 
@@ -33,10 +36,11 @@ class CacheDescription:
     """What a cache says of itself.
 
     Attributes:
-        spec: see there.
+        spec: what it holds.
         origin: arguments that `repair` needs (root of the videos, model, weights); not part of any identity.
         created_with: versions of the software that laid the cache down.
-        clips_sha256: of `clips.jsonl`. projections_sha256: of `recompute.safetensors`, where there is one.
+        clips_sha256: digest of `clips.jsonl`.
+        projections_sha256: digest of `recompute.safetensors`; None where there is none.
     """
 
     spec: CacheSpec
@@ -46,18 +50,17 @@ class CacheDescription:
     projections_sha256: str | None = None
 
 
-def read_description(root: Path) -> CacheDescription:
-    """Raises: CacheError where there is none or of another format; CacheDamaged where it is not intact."""
-    return read_description_from(DirectoryObjects(root))
+def read_description(place: Path | Objects) -> CacheDescription:
+    """Return what a cache says of itself.
 
-
-def read_description_from(objects: Objects) -> CacheDescription:
-    """The description of a cache wherever it lies. Raises: as `read_description`."""
+    Raises: CacheError where there is no cache, or one of another format; CacheDamaged where it is not intact.
+    """
+    objects = objects_of(place)
     return parse_description(read_group(objects), f"{objects.url}/{METADATA_NAME}")
 
 
 def read_group(objects: Objects) -> bytes:
-    """The bytes of a cache's group document. Raises: as `read_description`."""
+    """Return the bytes of a cache's group document. Raises: as `read_description`."""
     try:
         return objects.get(METADATA_NAME, most_nbytes=MOST_DESCRIPTION_NBYTES)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -70,7 +73,7 @@ def read_group(objects: Objects) -> bytes:
 
 
 def parse_description(written: bytes, place: str) -> CacheDescription:
-    """The description in the bytes of a group document. Raises: as `read_description`."""
+    """Return the description in the bytes of a group document. Raises: as `read_description`."""
     try:
         content = parse_json(written)
     except ValueError as error:
@@ -79,7 +82,7 @@ def parse_description(written: bytes, place: str) -> CacheDescription:
 
 
 def parse_group(content: Any, path: str | Path) -> CacheDescription:
-    """The description in a group document. Raises: as `read_description`."""
+    """Return the description in a group document. Raises: as `read_description`."""
     attributes: Any = content.get("attributes") if isinstance(content, dict) else None
     own = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
     if not isinstance(own, dict) or attributes is None:
@@ -115,30 +118,33 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
         raise CacheDamaged(f"{path}: {error} is missing; repair the cache") from error
 
 
-def read_clips(root: Path, description: CacheDescription) -> tuple[Clip, ...]:
-    """Clips in their order. Raises: CacheDamaged where the file is not the one that was laid down."""
-    return read_clips_from(DirectoryObjects(root), description)
+def read_clips(place: Path | Objects, description: CacheDescription) -> tuple[Clip, ...]:
+    """Return the clips of a cache in their order.
 
-
-def read_clips_from(objects: Objects, description: CacheDescription) -> tuple[Clip, ...]:
-    """The clips of a cache wherever it lies. Raises: as `read_clips`."""
-    place = f"{objects.url}/{CLIPS_NAME}"
+    Raises: CacheDamaged where the file is not the one that was laid down.
+    """
+    objects = objects_of(place)
+    where = f"{objects.url}/{CLIPS_NAME}"
     try:
         lines = objects.get(CLIPS_NAME, most_nbytes=MOST_CLIPS_NBYTES)
     except OSError as error:
-        raise CacheDamaged(f"{place}: cannot be read ({error}); repair the cache") from error
+        raise CacheDamaged(f"{where}: cannot be read ({error}); repair the cache") from error
     if hashlib.sha256(lines).hexdigest() != description.clips_sha256:
-        raise CacheDamaged(f"{place}: does not match the cache's description; repair the cache")
-    return parse_clips(lines, place)
+        raise CacheDamaged(f"{where}: does not match the cache's description; repair the cache")
+    clips = parse_clips(lines, where)
+    if len(clips) != description.spec.num_clips:
+        raise CacheDamaged(
+            f"{objects.url}: {len(clips)} clips listed, {description.spec.num_clips} described; repair the cache"
+        )
+    return clips
 
 
 def parse_clips(lines: bytes, place: str) -> tuple[Clip, ...]:
-    """Clips of the bytes of `clips.jsonl`. Raises: CacheDamaged where they are no clips."""
+    """Return the clips in the bytes of `clips.jsonl`. Raises: CacheDamaged where they are no clips."""
     rows, out = lines.splitlines(), []
     try:
-        for start in range(
-            0, len(rows), _CLIPS_AT_A_TIME
-        ):  # one call for many: a large list has 240,000 lines
+        # One call for many: a large list has 240,000 lines.
+        for start in range(0, len(rows), _CLIPS_AT_A_TIME):
             part = parse_json(b"[" + b",".join(rows[start : start + _CLIPS_AT_A_TIME]) + b"]")
             out += [Clip.from_json(row) for row in part]
     except ValueError as error:
@@ -147,24 +153,50 @@ def parse_clips(lines: bytes, place: str) -> tuple[Clip, ...]:
 
 
 def clips_lines(clips: Iterable[Clip]) -> bytes:
-    """The bytes of `clips.jsonl`."""
+    """Return the bytes of `clips.jsonl`."""
     return b"".join(canonical_json(clip.to_json()) for clip in clips)
 
 
-def _group_document(
-    spec: CacheSpec, digests: Mapping[str, str], *, origin: Mapping[str, Any], created_with: Mapping[str, str]
-) -> dict[str, Any]:
+def group_document(description: CacheDescription) -> dict[str, Any]:
+    """Return the group document that `parse_group` reads a description from."""
     content = {
         "format_version": FORMAT_VERSION,
-        "spec": spec.to_json(),
-        "recipe": dict(origin),
-        "created_with": dict(created_with),
-        **digests,
+        "spec": description.spec.to_json(),
+        "recipe": dict(description.origin),
+        "created_with": dict(description.created_with),
+        "clips_sha256": description.clips_sha256,
     }
+    if description.projections_sha256 is not None:
+        content["projections_sha256"] = description.projections_sha256
     return group_metadata({ATTRIBUTE: {**content, "digest": digest(content)}})
 
 
 def recovery_document(group: Mapping[str, Any], clips: Iterable[Clip]) -> dict[str, Any]:
-    """The JSON of `recovery.json`."""
+    """Return the JSON of `recovery.json`."""
     content = {"group": dict(group), "clips": [clip.to_json() for clip in clips]}
     return {**content, "digest": digest(content)}
+
+
+def description_content(spec: CacheSpec, group: Mapping[str, Any], clips: Sequence[Clip]) -> dict[str, bytes]:
+    """Return the bytes of the files that describe a cache, by name.
+
+    They are in the order in which they are laid down: the group document comes last, and makes it a cache.
+    The file of what recomputes maps is not among them.
+    """
+    files = {CLIPS_NAME: clips_lines(clips)}
+    for name, layout in array_layouts(spec).items():
+        files[f"{name}/{METADATA_NAME}"] = canonical_json(layout.metadata(spec))
+    files[RECOVERY_NAME] = canonical_json(recovery_document(group, clips))
+    files[METADATA_NAME] = canonical_json(group)
+    return files
+
+
+def description_files(spec: CacheSpec) -> list[str]:
+    """Return the names of all files that describe a cache."""
+    return [
+        METADATA_NAME,
+        CLIPS_NAME,
+        RECOVERY_NAME,
+        *((PROJECTIONS_NAME,) if spec.recomputes_maps else ()),
+        *(f"{name}/{METADATA_NAME}" for name in array_layouts(spec)),
+    ]

@@ -34,7 +34,6 @@ _PROFILES = {
     "raw": ChunkCodec("raw"),
     "archive": ChunkCodec("zstd", zstd_level=9),
 }
-_DIFFERENCED = {"default": True, "raw": False, "archive": True}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,31 +41,34 @@ class ArrayLayout:
     """One array of the store.
 
     Attributes:
-        name: of its directory.
-        dtype: as numpy names it.
-        chunk_shape: values of one sample and layer (without those two axes).
+        name: name of its directory.
+        dtype: data type, as numpy names it.
+        chunk_shape: shape of the values of one sample and layer (without those two axes).
         axes: names of the axes of a chunk.
-        fill_value: what a foreign reader sees where a clip failed.
-        codec: of a chunk.
-        differenced: codes are stored as frame-to-frame differences, modulo 256, along the first chunk axis
-            that counts frames.
+        codec: how a chunk is stored.
+        differenced: whether codes are stored as frame-to-frame differences, modulo 256, along the first chunk axis
+            that counts frames: these compress better.
     """
 
     name: str
     dtype: str
     chunk_shape: tuple[int, ...]
     axes: tuple[str, ...]
-    fill_value: float
     codec: ChunkCodec
     differenced: bool = False
 
     @property
+    def fill_value(self) -> float:
+        """What a foreign reader sees where a clip failed: NaN, or 0 where the dtype has none."""
+        return math.nan if self.dtype.startswith("float") else 0
+
+    @property
     def chunk_nbytes(self) -> int:
         """Bytes of one decoded chunk."""
-        return math.prod(self.chunk_shape) * {"int8": 1, "uint8": 1, "float16": 2, "float32": 4}[self.dtype]
+        return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
 
     def check_stack(self, stack: NDArray[Any], num_layers: int) -> None:
-        """Raises: UsageError unless chunks of so many layers can be read into it, (L, slots, *chunk)."""
+        """Check that chunks of so many layers can be read into a buffer (L, slots, *chunk). Raises: UsageError."""
         found = (stack.dtype, len(stack), stack.shape[2:])
         if found != (np.dtype(self.dtype), num_layers, self.chunk_shape) or not stack.flags.c_contiguous:
             expected = (self.dtype, num_layers, self.chunk_shape)
@@ -76,7 +78,7 @@ class ArrayLayout:
             )
 
     def metadata(self, spec: CacheSpec) -> dict[str, Any]:
-        """The array's `zarr.json`."""
+        """Return the array's `zarr.json`."""
         layers = len(spec.stored_layers)
         return array_metadata(
             shape=(spec.num_samples, layers, *self.chunk_shape),
@@ -91,80 +93,61 @@ class ArrayLayout:
             dimension_names=("sample", "layer", *self.axes),
         )
 
-    def shard(self, root: Path, block: int) -> Path:
-        """Where block's shard lies."""
-        return shard_path(root / self.name, block, 2 + len(self.chunk_shape))
+    def shard(self, cache_path: Path, block: int) -> Path:
+        """Return where a block's shard lies."""
+        return shard_path(cache_path / self.name, block, 2 + len(self.chunk_shape))
 
 
 def array_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
-    """Arrays by name, in the order in which a block's files are published."""
-    nan = float("nan")
+    """Return the arrays by name, in the order in which a block's files are published."""
     frames, tokens, width = spec.views.frames, spec.num_tokens, spec.tower.width
-    patches = tokens - 1
-    codec, differenced = _PROFILES[spec.codec], _DIFFERENCED[spec.codec]
-    out = []
-    if spec.tokens == "int8":
-        out += [
-            ArrayLayout(
-                name="tokens", dtype="int8", chunk_shape=(frames, tokens, width), axes=("frame", "token", "channel"),
-                fill_value=0, codec=codec, differenced=differenced,
-            ),
-            ArrayLayout(
-                name="token_affine", dtype="float32", chunk_shape=(2, width), axes=("scale_offset", "channel"),
-                fill_value=nan, codec=codec,
-            ),
-            ArrayLayout(
-                name="token_scale", dtype="float16", chunk_shape=(frames, tokens), axes=("frame", "token"),
-                fill_value=nan, codec=codec,
-            ),
-        ]  # fmt: skip
-    else:
-        out.append(
-            ArrayLayout(
-                name="tokens", dtype="float16", chunk_shape=(frames, tokens, width), axes=("frame", "token", "channel"),
-                fill_value=nan, codec=codec,
-            )
-        )  # fmt: skip
-    if spec.stores_maps:
-        axes = ("prev_next", "pair", "query", "key")
-        shape = (2, frames - 1, patches, patches)
-        if spec.maps == "uint8":
-            out += [
-                ArrayLayout(name="maps", dtype="uint8", chunk_shape=shape, axes=axes, fill_value=0, codec=codec),
-                ArrayLayout(
-                    name="map_scale", dtype="float16", chunk_shape=shape[:-1], axes=axes[:-1], fill_value=nan, codec=codec
-                ),
-            ]  # fmt: skip
-        else:
-            out.append(
-                ArrayLayout(
-                    name="maps", dtype="float16", chunk_shape=shape, axes=axes, fill_value=nan, codec=codec
-                )
-            )
-    out.append(
-        ArrayLayout(
-            name="class_tokens", dtype="float16", chunk_shape=(frames, width), axes=("frame", "channel"),
-            fill_value=nan, codec=codec,
+    codec = _PROFILES[spec.codec]
+    out: dict[str, ArrayLayout] = {}
+
+    def add(name: str, dtype: str, axes: Mapping[str, int], *, differenced: bool = False) -> None:
+        out[name] = ArrayLayout(
+            name=name,
+            dtype=dtype,
+            chunk_shape=tuple(axes.values()),
+            axes=tuple(axes),
+            codec=codec,
+            differenced=differenced,
         )
-    )  # fmt: skip
-    return {layout.name: layout for layout in out}
+
+    token_axes = {"frame": frames, "token": tokens, "channel": width}
+    if spec.tokens == "int8":
+        add("tokens", "int8", token_axes, differenced=codec.name == "zstd")
+        add("token_affine", "float32", {"scale_offset": 2, "channel": width})
+        add("token_scale", "float16", {"frame": frames, "token": tokens})
+    else:
+        add("tokens", "float16", token_axes)
+    if spec.stores_maps:
+        scale_axes = {"prev_next": 2, "pair": frames - 1, "query": tokens - 1}
+        map_axes = scale_axes | {"key": tokens - 1}
+        if spec.maps == "uint8":
+            add("maps", "uint8", map_axes)
+            add("map_scale", "float16", scale_axes)
+        else:
+            add("maps", "float16", map_axes)
+    add("class_tokens", "float16", {"frame": frames, "channel": width})
+    return out
 
 
-def mark_path(root: Path, block: int) -> Path:
-    """Where block's done mark lies."""
-    return root / DONE_NAME / f"{block:06d}.json"
+def mark_path(cache_path: Path, block: int) -> Path:
+    """Return where a block's done mark lies."""
+    return cache_path / DONE_NAME / f"{block:06d}.json"
 
 
-def marked_blocks(root: Path) -> set[int]:
-    """Blocks that have a done mark, intact or not: one look at the directory for all of them."""
+def marked_blocks(cache_path: Path) -> set[int]:
+    """Return the blocks that have a done mark, intact or not: one look at the directory for all of them."""
     with contextlib.suppress(OSError):
-        names = os.listdir(root / DONE_NAME)
+        names = os.listdir(cache_path / DONE_NAME)
         return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()}
     return set()
 
 
 def as_range(positions: Sequence[int]) -> Sequence[int]:
-    """Evenly spaced ascending positions as a range, which is read faster; others as they are."""
+    """Return evenly spaced ascending positions as a range, which is read faster; others as they are."""
     if not positions:
         return positions
     step = positions[1] - positions[0] if len(positions) > 1 else 1

@@ -6,22 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evl_cache.canonical_json import digest
+from evl_cache.canonical_json import canonical_json, digest
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
-from evl_cache.store.disk.publish import write_json_atomic
-from evl_cache.store.format.layout import (
-    CLIPS_NAME,
-    MANIFEST_NAME,
-    PROJECTIONS_NAME,
-    RECOVERY_NAME,
-    array_layouts,
-    mark_path,
-)
+from evl_cache.store.disk.publish import write_atomic
+from evl_cache.store.format.description import description_files
+from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path
 from evl_cache.store.format.marks import Mark, read_mark
-from evl_cache.store.objects.objects import DirectoryObjects, Objects, open_objects
-from evl_cache.store.shards.metadata import METADATA_NAME
+from evl_cache.store.objects.objects import Objects, objects_of, open_objects
 from evl_cache.untrusted.json_text import parse_json
 
 MANIFEST_VERSION = 1
@@ -34,32 +27,26 @@ class BlockNotDone(CacheError):
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Files by path relative to the cache, (size in bytes, sha256); digest of the whole."""
+    """Every file of a complete cache.
+
+    Attributes:
+        files: (size in bytes, sha256) by path relative to the cache.
+        digest: the manifest's own, which is the cache digest.
+    """
 
     files: Mapping[str, tuple[int, str]]
     digest: str
 
 
-def description_files(spec: CacheSpec) -> list[str]:
-    """Names of the files that describe the cache."""
-    return [
-        METADATA_NAME,
-        CLIPS_NAME,
-        RECOVERY_NAME,
-        *((PROJECTIONS_NAME,) if spec.recomputes_maps else ()),
-        *(f"{name}/{METADATA_NAME}" for name in array_layouts(spec)),
-    ]
-
-
-def manifest_document(root: Path, spec: CacheSpec, marks: Mapping[int, Mark]) -> dict[str, Any]:
-    """The manifest that a complete cache with these marks has. Data files are taken from their marks."""
-    files = {name: file_digest(root / name) for name in description_files(spec)}
+def manifest_document(cache_path: Path, spec: CacheSpec, marks: Mapping[int, Mark]) -> dict[str, Any]:
+    """Return the manifest that a complete cache with these marks has. Data files are taken from their marks."""
+    files = {name: file_digest(cache_path / name) for name in description_files(spec)}
     for block, mark in marks.items():
-        path = mark_path(root, block)
-        files[path.relative_to(root).as_posix()] = file_digest(path)
+        path = mark_path(cache_path, block)
+        files[path.relative_to(cache_path).as_posix()] = file_digest(path)
         for name, layout in array_layouts(spec).items():
-            shard = layout.shard(root, block).relative_to(root).as_posix()
-            files[shard] = (mark.files[name].size, mark.files[name].sha256)
+            shard = layout.shard(cache_path, block).relative_to(cache_path).as_posix()
+            files[shard] = mark.files[name].digest
     content = {
         "version": MANIFEST_VERSION,
         "feature_id": spec.feature_id,
@@ -69,48 +56,62 @@ def manifest_document(root: Path, spec: CacheSpec, marks: Mapping[int, Mark]) ->
     return {**content, "digest": digest(content)}
 
 
-def write_manifest(root: Path, spec: CacheSpec, *, before_writing: Callable[[], None] = lambda: None) -> str:
-    """Write the manifest of a complete cache. Returns the cache digest.
+def write_manifest(
+    cache_path: Path, spec: CacheSpec, *, before_writing: Callable[[], None] = lambda: None
+) -> str:
+    """Write the manifest of a complete cache.
 
-    before_writing: called when all marks are read; what it raises ends it.
+    Args:
+        before_writing: called when all marks are read; what it raises ends the work.
 
+    Returns: the cache digest.
     Raises: BlockNotDone; CacheDamaged where a mark is not intact.
     """
     marks = {}
     for block in range(spec.num_blocks):
-        mark = read_mark(root, block, spec)
+        mark = read_mark(cache_path, block, spec)
         if mark is None:
-            raise BlockNotDone(f"{root}: block {block} is not done; run the extract command again")
+            raise BlockNotDone(f"{cache_path}: block {block} is not done; run the extract command again")
         marks[block] = mark
-    document = manifest_document(root, spec, marks)
+    document = manifest_document(cache_path, spec, marks)
     before_writing()
-    write_json_atomic(root / MANIFEST_NAME, document, replace=True)
+    write_atomic(cache_path / MANIFEST_NAME, canonical_json(document))
     return str(document["digest"])
 
 
-def read_manifest(root: Path, spec: CacheSpec) -> Manifest:
-    """Raises: CacheDamaged where it is not intact, or another cache's."""
-    return read_manifest_from(DirectoryObjects(root), spec)
+def read_manifest(place: Path | Objects, spec: CacheSpec) -> Manifest:
+    """Return the manifest of a cache. Raises: CacheDamaged where it is not intact, or another cache's."""
+    objects = objects_of(place)
+    where = f"{objects.url}/{MANIFEST_NAME}"
+    try:
+        return parse_manifest(objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES), spec, where)
+    except OSError as error:
+        raise CacheDamaged(f"{where}: cannot be read as a manifest ({error!r}); repair the cache") from error
 
 
 def manifest_at(place: str | Path, spec: CacheSpec) -> Manifest | None:
-    """The manifest of the cache at a path or URL; None where it has no intact one."""
-    with contextlib.suppress(FileNotFoundError, CacheDamaged):
-        return read_manifest_from(open_objects(place), spec)
+    """Return the manifest of the cache at a path or URL; None where it has no intact one."""
+    with contextlib.suppress(CacheDamaged):
+        return read_manifest(open_objects(place), spec)
     return None
 
 
-def read_manifest_from(objects: Objects, spec: CacheSpec) -> Manifest:
-    """The manifest of a cache wherever it lies. Raises: CacheDamaged as `read_manifest`."""
-    place = f"{objects.url}/{MANIFEST_NAME}"
+def read_complete(objects: Objects, spec: CacheSpec) -> tuple[bytes, Manifest]:
+    """Return a complete cache's manifest, as written and as read.
+
+    Raises: BlockNotDone where there is none; CacheDamaged as `read_manifest`.
+    """
     try:
-        return parse_manifest(objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES), spec, place)
-    except OSError as error:
-        raise CacheDamaged(f"{place}: cannot be read as a manifest ({error!r}); repair the cache") from error
+        written = objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES)
+    except FileNotFoundError as error:
+        raise BlockNotDone(
+            f"{objects.url}: has no {MANIFEST_NAME}: it is not complete; finish extract or push, then run this again"
+        ) from error
+    return written, parse_manifest(written, spec, f"{objects.url}/{MANIFEST_NAME}")
 
 
 def parse_manifest(written: bytes, spec: CacheSpec, place: str) -> Manifest:
-    """The manifest of a file's bytes. Raises: as `read_manifest`."""
+    """Return the manifest in a file's bytes. Raises: as `read_manifest`."""
     try:
         content = parse_json(written)
         unsigned = {name: value for name, value in content.items() if name != "digest"}

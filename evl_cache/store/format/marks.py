@@ -30,8 +30,11 @@ class ClipRecord:
     Attributes:
         id: as in the clip list.
         error: why it has no features; None where it has.
-        source_bytes, source_sha256: of the video file; None where it could not be read.
-        frame_size: (height, width) in pixels; frame_count: as decoded; indices: (views, T) frame numbers.
+        source_bytes: size of the video file; None where it could not be read.
+        source_sha256: digest of the video file; None where it could not be read.
+        frame_size: (height, width) in pixels.
+        frame_count: frames of the video, as decoded.
+        indices: (views, T) frame numbers.
         decoder: library and version that served.
     """
 
@@ -45,35 +48,7 @@ class ClipRecord:
     decoder: str | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class FileRecord:
-    """One shard file: size in bytes, sha256, and of each chunk the stored size and checksum.
-
-    The chunks' numbers stay packed, little-endian uint32: a large cache has millions of them.
-    """
-
-    size: int
-    sha256: str
-    chunk_nbytes: bytes
-    chunk_checksums: bytes
-
-    @classmethod
-    def of(cls, record: ShardRecord) -> "FileRecord":
-        """The record that a mark keeps of a written shard."""
-        return cls(
-            size=record.size,
-            sha256=record.sha256,
-            chunk_nbytes=np.asarray(record.chunk_nbytes, dtype="<u4").tobytes(),
-            chunk_checksums=np.asarray(record.chunk_checksums, dtype="<u4").tobytes(),
-        )
-
-    @property
-    def checksums(self) -> np.ndarray[Any, Any]:
-        """uint32 (chunks,)."""
-        return np.frombuffer(self.chunk_checksums, dtype="<u4")
-
-
-ShardFiles = Mapping[str, FileRecord]  # by array, of one block
+ShardFiles = Mapping[str, ShardRecord]  # by array, of one block
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,14 +57,15 @@ class Mark:
 
     Attributes:
         block: its number.
-        files: array name -> record of its shard.
+        files: record of each array's shard, by the array's name.
         clips: a record for each clip of the block, in order.
         environment: batch, device, dtype, threads and versions: bytes are identical where these are equal.
-        digest: of the mark itself. file_sha256: of the file that it was read from, which the manifest names.
+        digest: of the mark itself.
+        file_sha256: digest of the file that the mark was read from, which the manifest names.
     """
 
     block: int
-    files: Mapping[str, FileRecord]
+    files: ShardFiles
     clips: tuple[ClipRecord, ...]
     environment: Mapping[str, Any]
     digest: str = ""
@@ -97,15 +73,9 @@ class Mark:
 
 
 def mark_document(mark: Mark, spec: CacheSpec) -> dict[str, Any]:
-    """The JSON of a mark, its own digest included."""
-    layouts = array_layouts(spec)
-    content = {
-        "version": MARK_VERSION,
-        "feature_id": spec.feature_id,
-        "content_id": spec.content_id,
-        "layers": list(spec.layers),
-        "block": mark.block,
-        "files": {name: _file_document(mark.files[name]) for name in layouts},
+    """Return the JSON of a mark, its own digest included."""
+    content = _head(spec, mark.block) | {
+        "files": {name: _file_document(mark.files[name]) for name in array_layouts(spec)},
         "clips": [asdict(clip) for clip in mark.clips],
         "environment": dict(mark.environment),
     }
@@ -113,53 +83,47 @@ def mark_document(mark: Mark, spec: CacheSpec) -> dict[str, Any]:
     return {**content, "digest": digest(content)}
 
 
-def read_mark(root: Path, block: int, spec: CacheSpec) -> Mark | None:
-    """The mark of a block; None where there is none.
-
-    Raises: CacheDamaged for a mark that is not intact, or belongs to another block or cache.
-    """
-    path = mark_path(root, block)
-    try:
-        check_no_links(root, path.parent)
-        written = read_limited(path, MOST_MARK_NBYTES)
-    except FileNotFoundError:
-        return None
-    except (OSError, CacheError) as error:
-        raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
-    return parse_mark(written, path, block, spec)
-
-
-def parse_mark(written: bytes, path: str | Path, block: int, spec: CacheSpec) -> Mark:
-    """The mark of a file's bytes. Raises: as `read_mark`."""
-    try:
-        content = parse_json(written)
-    except ValueError as error:
-        raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
-    if not isinstance(content, dict) or not _digest_matches(content, written):
-        raise CacheDamaged(f"{path}: the mark's own digest does not match; repair the cache")
-    return _parse(content, path, block, spec, hashlib.sha256(written).hexdigest())
-
-
-def _digest_matches(content: Mapping[str, Any], written: bytes) -> bool:
-    stored = content.get("digest")
-    # As written, the digest is that of the bytes without it: half the time of encoding the content again.
-    without = written.removesuffix(b"\n").replace(f'"digest":"{stored}",'.encode(), b"", 1)
-    if hashlib.sha256(without).hexdigest() == stored:
-        return True
-    return digest({name: value for name, value in content.items() if name != "digest"}) == stored
-
-
-def _parse(
-    content: Mapping[str, Any], path: str | Path, block: int, spec: CacheSpec, file_sha256: str
-) -> Mark:
-    expected = {
+def _head(spec: CacheSpec, block: int) -> dict[str, Any]:
+    """The fields that tie a mark to its block and cache."""
+    return {
         "version": MARK_VERSION,
         "feature_id": spec.feature_id,
         "content_id": spec.content_id,
         "layers": list(spec.layers),
         "block": block,
     }
-    for name, value in expected.items():
+
+
+def read_mark(cache_path: Path, block: int, spec: CacheSpec) -> Mark | None:
+    """Return the mark of a block; None where there is none.
+
+    Raises: CacheDamaged for a mark that is not intact, or belongs to another block or cache.
+    """
+    written = read_mark_bytes(cache_path, block)
+    return None if written is None else parse_mark(written, mark_path(cache_path, block), block, spec)
+
+
+def read_mark_bytes(cache_path: Path, block: int) -> bytes | None:
+    """Return the bytes of a block's mark; None where there is none. Raises: CacheDamaged as `read_mark`."""
+    path = mark_path(cache_path, block)
+    try:
+        check_no_links(cache_path, path.parent)
+        return read_limited(path, MOST_MARK_NBYTES)
+    except FileNotFoundError:
+        return None
+    except (OSError, CacheError) as error:
+        raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
+
+
+def parse_mark(written: bytes, path: str | Path, block: int, spec: CacheSpec) -> Mark:
+    """Return the mark in a file's bytes. Raises: as `read_mark`."""
+    try:
+        content = parse_json(written)
+    except ValueError as error:
+        raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
+    if not isinstance(content, dict) or not _digest_matches(content, written):
+        raise CacheDamaged(f"{path}: the mark's own digest does not match; repair the cache")
+    for name, value in _head(spec, block).items():
         if content.get(name) != value:
             raise CacheDamaged(
                 f"{path}: {name} is {content.get(name)!r}, expected {value!r}: "
@@ -170,7 +134,8 @@ def _parse(
         files = {name: _parse_file(content["files"][name], layout, spec) for name, layout in layouts.items()}
         clips = tuple(_parse_clip(row) for row in content["clips"])
         environment = content["environment"]
-        if not isinstance(environment, dict) or not _is_batch(environment.get("batch", 1)):
+        batch = environment.get("batch", 1)
+        if not isinstance(batch, int) or not 1 <= batch <= _MOST_BATCH:
             raise ValueError("its environment is none")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CacheDamaged(f"{path}: incomplete ({error!r}); repair the cache") from error
@@ -184,21 +149,30 @@ def _parse(
         clips=clips,
         environment=environment,
         digest=content["digest"],
-        file_sha256=file_sha256,
+        file_sha256=hashlib.sha256(written).hexdigest(),
     )
 
 
-def _file_document(record: FileRecord) -> dict[str, Any]:
+def _digest_matches(content: Mapping[str, Any], written: bytes) -> bool:
+    stored = content.get("digest")
+    # As written, the digest is that of the bytes without it: half the time of encoding the content again.
+    without = written.removesuffix(b"\n").replace(f'"digest":"{stored}",'.encode(), b"", 1)
+    if hashlib.sha256(without).hexdigest() == stored:
+        return True
+    return digest({name: value for name, value in content.items() if name != "digest"}) == stored
+
+
+def _file_document(record: ShardRecord) -> dict[str, Any]:
     # Hexadecimal: a third of the size of JSON numbers, and fast to parse.
     return {
         "size": record.size,
         "sha256": record.sha256,
-        "chunk_nbytes": record.chunk_nbytes.hex(),
-        "chunk_checksums": record.chunk_checksums.hex(),
+        "chunk_nbytes": record.packed_nbytes.hex(),
+        "chunk_checksums": record.packed_checksums.hex(),
     }
 
 
-def _parse_file(content: Mapping[str, Any], layout: ArrayLayout, spec: CacheSpec) -> FileRecord:
+def _parse_file(content: Mapping[str, Any], layout: ArrayLayout, spec: CacheSpec) -> ShardRecord:
     num_chunks = spec.block_samples * len(spec.stored_layers)
 
     def unpacked(text: str) -> bytes:
@@ -206,28 +180,24 @@ def _parse_file(content: Mapping[str, Any], layout: ArrayLayout, spec: CacheSpec
             raise ValueError(f"{len(text) // 8} chunks, expected {num_chunks}")
         return bytes.fromhex(text)
 
-    record = FileRecord(
+    record = ShardRecord(
         size=int(content["size"]),
         sha256=str(content["sha256"]),
-        chunk_nbytes=unpacked(content["chunk_nbytes"]),
-        chunk_checksums=unpacked(content["chunk_checksums"]),
+        packed_nbytes=unpacked(content["chunk_nbytes"]),
+        packed_checksums=unpacked(content["chunk_checksums"]),
     )
-    nbytes = np.frombuffer(record.chunk_nbytes, "<u4").astype(np.uint64)
+    nbytes = record.chunk_nbytes.astype(np.uint64)
     if not np.all((nbytes == 0) | layout.codec.allows_size(nbytes, layout.chunk_nbytes)):
         raise ValueError(
             f"chunks of {layout.name} have sizes that none of {layout.chunk_nbytes} bytes can have"
         )
     if int(nbytes.sum()) > record.size:
         raise ValueError(f"chunks of {layout.name} are larger than their file")
-    _check_explosion(layout, int((nbytes > 0).sum()), record.size)
+    # No feature of a video compresses so far, and memory is made for large chunks.
+    decoded = int((nbytes > 0).sum()) * layout.chunk_nbytes
+    if layout.chunk_nbytes > _LARGE_NBYTES and decoded > _MOST_EXPANSION * record.size:
+        raise ValueError(f"{record.size} bytes of {layout.name} would become {decoded}")
     return record
-
-
-def _check_explosion(layout: ArrayLayout, num_chunks: int, file_nbytes: int) -> None:
-    """Large chunks of next to no bytes: no feature of a video compresses so, and memory is made for them."""
-    decoded = num_chunks * layout.chunk_nbytes
-    if layout.chunk_nbytes > _LARGE_NBYTES and decoded > _MOST_EXPANSION * file_nbytes:
-        raise ValueError(f"{file_nbytes} bytes of {layout.name} would become {decoded}")
 
 
 def _parse_clip(row: Mapping[str, Any]) -> ClipRecord:
@@ -242,7 +212,3 @@ def _parse_clip(row: Mapping[str, Any]) -> ClipRecord:
     ):
         raise TypeError(f"of clip {str(record.id)[:40]!r}: fields of other types")
     return record
-
-
-def _is_batch(value: Any) -> bool:
-    return isinstance(value, int) and 1 <= value <= _MOST_BATCH

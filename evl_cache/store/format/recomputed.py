@@ -1,4 +1,4 @@
-"""Maps that no cache stores: made on the device that uses them, from the tokens one block below.
+"""Maps that no cache stores: made on the device that uses them, from the tokens one layer below.
 
 B samples, T frames, P patches, N = 1+P tokens, C channels.
 """
@@ -15,9 +15,9 @@ from evl_cache.attention_maps import MapProjection, maps_from_tokens
 from evl_cache.errors import CacheDamaged
 from evl_cache.quantize import QuantizedTokens, dequantize_tokens
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.publish import stage_file
+from evl_cache.store.disk.publish import write_atomic
 from evl_cache.store.format.layout import PROJECTIONS_NAME
-from evl_cache.store.objects.objects import DirectoryObjects, Objects
+from evl_cache.store.objects.objects import Objects, objects_of
 
 _TENSORS = ("norm_weight", "norm_bias", "weight", "bias")
 _MOST_HEADER_NBYTES = 1 << 20
@@ -25,13 +25,13 @@ _DEVICE_CLIPS = 8  # dequantised at a time: 80 MB for ViT-B/16; a CPU does best 
 
 
 class ProjectionOnDevices:
-    """A block's projection; copied once to each device that uses it."""
+    """The projection of a layer, copied once to each device that uses it."""
 
     def __init__(self, projection: MapProjection) -> None:
         self._copies = {torch.device("cpu"): projection}
 
     def on(self, device: torch.device) -> MapProjection:
-        """The projection on a device."""
+        """Return the projection on a device."""
         if device not in self._copies:
             self._copies[device] = self._copies[torch.device("cpu")].to(device)
         return self._copies[device]
@@ -39,13 +39,18 @@ class ProjectionOnDevices:
 
 @dataclass(frozen=True, kw_only=True)
 class RecomputedMaps:
-    """Maps of a block for B samples, not made yet: `below`, the tokens (B, T, N, C) one block below."""
+    """The maps of a layer for B samples, not made yet.
+
+    Attributes:
+        below: tokens (B, T, N, C) one layer below.
+        projection: makes maps of them.
+    """
 
     below: QuantizedTokens | torch.Tensor
     projection: ProjectionOnDevices
 
     def made(self) -> torch.Tensor:
-        """The maps, float32 (B, 2, T-1, P, P), on the device of the tokens."""
+        """Return the maps, float32 (B, 2, T-1, P, P), on the device of the tokens."""
         below = self.below
         values = below if isinstance(below, torch.Tensor) else below.codes
         projection = self.projection.on(values.device)
@@ -66,52 +71,48 @@ def _dequantized(tokens: QuantizedTokens | torch.Tensor, start: int, stop: int) 
 
 
 def projections_content(projections: Mapping[int, MapProjection]) -> bytes:
-    """The bytes of `recompute.safetensors`: tensors named `<block>.<field>`; the same for the same tensors."""
+    """Return the bytes of `recompute.safetensors`: tensors named `<layer>.<field>`; the same for the same tensors."""
     tensors: dict[str, torch.Tensor] = {}
-    for block, projection in projections.items():
-        tensors |= {f"{block}.{name}": getattr(projection, name) for name in _TENSORS}
-        tensors[f"{block}.norm_eps"] = torch.tensor(projection.norm_eps, dtype=torch.float64)
+    for layer, projection in projections.items():
+        tensors |= {f"{layer}.{name}": getattr(projection, name) for name in _TENSORS}
+        tensors[f"{layer}.norm_eps"] = torch.tensor(projection.norm_eps, dtype=torch.float64)
     return bytes(save(tensors))
 
 
-def write_projections(root: Path, content: bytes) -> None:
+def write_projections(cache_path: Path, content: bytes) -> None:
     """Write `recompute.safetensors`, whole or not at all."""
-    with stage_file(root) as staged:
-        staged.write(content)
-        staged.publish_replacing(root / PROJECTIONS_NAME)
+    write_atomic(cache_path / PROJECTIONS_NAME, content)
 
 
-def read_projections(root: Path, spec: CacheSpec, sha256: str | None) -> dict[int, MapProjection]:
-    """Projections by block. Raises: CacheDamaged where the file is not the one that was laid down."""
-    return read_projections_from(DirectoryObjects(root), spec, sha256)
+def read_projections(place: Path | Objects, spec: CacheSpec, sha256: str | None) -> dict[int, MapProjection]:
+    """Return the projections of a cache by layer.
 
-
-def read_projections_from(objects: Objects, spec: CacheSpec, sha256: str | None) -> dict[int, MapProjection]:
-    """The projections of a cache wherever it lies. Raises: as `read_projections`."""
-    place = f"{objects.url}/{PROJECTIONS_NAME}"
+    Raises: CacheDamaged where the file is not the one that was laid down.
+    """
+    objects = objects_of(place)
+    where = f"{objects.url}/{PROJECTIONS_NAME}"
+    most_nbytes = 2 * projections_nbytes(spec) + _MOST_HEADER_NBYTES
     try:
-        content = objects.get(
-            PROJECTIONS_NAME, most_nbytes=2 * projections_nbytes(spec) + _MOST_HEADER_NBYTES
-        )
+        content = objects.get(PROJECTIONS_NAME, most_nbytes=most_nbytes)
     except OSError as error:
-        raise CacheDamaged(f"{place}: cannot be read ({error}); repair the cache") from error
+        raise CacheDamaged(f"{where}: cannot be read ({error}); repair the cache") from error
     if hashlib.sha256(content).hexdigest() != sha256:
-        raise CacheDamaged(f"{place}: does not match the cache's description; repair the cache")
+        raise CacheDamaged(f"{where}: does not match the cache's description; repair the cache")
     try:
         tensors = load(content)
         return {
-            block: MapProjection(
-                norm_eps=float(tensors[f"{block}.norm_eps"]),
+            layer: MapProjection(
+                norm_eps=float(tensors[f"{layer}.norm_eps"]),
                 num_heads=spec.tower.heads,
-                **{name: tensors[f"{block}.{name}"] for name in _TENSORS},
+                **{name: tensors[f"{layer}.{name}"] for name in _TENSORS},
             )
-            for block in spec.layers
+            for layer in spec.layers
         }
     except Exception as error:  # safetensors' own error class is not part of its public interface
-        raise CacheDamaged(f"{place}: holds no projections ({error!r}); repair the cache") from error
+        raise CacheDamaged(f"{where}: holds no projections ({error!r}); repair the cache") from error
 
 
 def projections_nbytes(spec: CacheSpec) -> int:
-    """Size of `recompute.safetensors`, but for its header; 0 where there is none."""
+    """Return the size of `recompute.safetensors` without its header; 0 where there is none."""
     width = spec.tower.width
     return len(spec.layers) * (2 * width * width * 2 + 4 * width * 4 + 8) if spec.recomputes_maps else 0

@@ -4,7 +4,6 @@ Where both copies are intact but differ (a file of another cache was put there),
 decide which of them is this cache's.
 """
 
-import contextlib
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,18 +12,20 @@ from typing import Any
 from evl_cache.canonical_json import canonical_json, digest
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.disk.file_system import check_no_links
-from evl_cache.store.disk.publish import make_directories, stage_file
+from evl_cache.store.disk.publish import make_directories, write_atomic
 from evl_cache.store.format.description import (
     MOST_CLIPS_NBYTES,
     CacheDescription,
     clips_lines,
+    description_content,
+    parse_description,
     parse_group,
     read_clips,
-    read_description,
-    recovery_document,
+    read_group,
 )
-from evl_cache.store.format.layout import CLIPS_NAME, MANIFEST_NAME, RECOVERY_NAME, array_layouts
+from evl_cache.store.format.layout import MANIFEST_NAME, RECOVERY_NAME, array_layouts
 from evl_cache.store.format.manifest import read_manifest
 from evl_cache.store.format.marks import read_mark
 from evl_cache.store.objects.objects import DirectoryObjects
@@ -34,70 +35,61 @@ from evl_cache.untrusted.json_text import parse_json
 
 @dataclass(frozen=True, kw_only=True)
 class _Copy:
-    """One intact description with its clips."""
+    """An intact description with its clips."""
 
     group: dict[str, Any]
     description: CacheDescription
     clips: tuple[Clip, ...]
 
 
-def restore_description(root: Path) -> list[str]:
-    """Restore what describes the cache from its second copy, and the arrays' metadata from the spec.
+def restore_description(cache_path: Path) -> list[str]:
+    """Restore what describes a cache from its intact copy, and the arrays' metadata from the spec.
 
-    Returns: names of the files that were rewritten.
+    Returns: the names of the files that were rewritten.
     Raises: CacheError where both copies are damaged, or it is unclear which of two is this cache's.
     """
-    copy = _best_copy(root)
-    wanted = {METADATA_NAME: canonical_json(copy.group), CLIPS_NAME: clips_lines(copy.clips)}
-    wanted[RECOVERY_NAME] = canonical_json(recovery_document(copy.group, copy.clips))
-    spec = copy.description.spec
-    for name, layout in array_layouts(spec).items():
-        wanted[f"{name}/{METADATA_NAME}"] = canonical_json(layout.metadata(spec))
-    rewritten = []
-    for name, content in wanted.items():
-        path = root / name
-        check_no_links(root, path.parent)
-        if _content(root, name) != content:
+    copy, rewritten = _best_copy(cache_path), []
+    for name, content in description_content(copy.description.spec, copy.group, copy.clips).items():
+        path = cache_path / name
+        check_no_links(cache_path, path.parent)
+        if not DirectoryObjects(cache_path).holds(name, content):
             make_directories(path.parent)
-            with stage_file(path.parent) as staged:
-                staged.write(content)
-                staged.publish_replacing(path)
+            write_atomic(path, content)
             rewritten.append(name)
     return rewritten
 
 
-def check_recovery(root: Path, description: CacheDescription) -> str | None:
-    """What is wrong with the second copy, or None."""
+def check_recovery(cache_path: Path, description: CacheDescription) -> str | None:
+    """Return what is wrong with the second copy of a description, or None."""
     try:
-        copy = _second_copy(root)
+        copy = _second_copy(cache_path)
     except CacheError as error:
         return str(error)
     if copy.description != description:
-        return f"{root / RECOVERY_NAME}: is the second copy of another cache; repair the cache"
+        return f"{cache_path / RECOVERY_NAME}: is the second copy of another cache; repair the cache"
     return None
 
 
-def has_intact_recovery(root: Path) -> bool:
+def has_intact_recovery(cache_path: Path) -> bool:
     """Whether the description can be restored from its second copy alone."""
     try:
-        _second_copy(root)
+        _second_copy(cache_path)
     except CacheError:
         return False
     return True
 
 
-def _first_copy(root: Path) -> _Copy:
-    description = read_description(root)
-    clips = read_clips(root, description)
-    return _Copy(
-        group=parse_json(_content(root, METADATA_NAME) or b"{}"), description=description, clips=clips
-    )
+def _first_copy(cache_path: Path) -> _Copy:
+    objects = DirectoryObjects(cache_path)
+    written = read_group(objects)
+    description = parse_description(written, f"{objects.url}/{METADATA_NAME}")
+    return _Copy(group=parse_json(written), description=description, clips=read_clips(objects, description))
 
 
-def _second_copy(root: Path) -> _Copy:
-    path = root / RECOVERY_NAME
+def _second_copy(cache_path: Path) -> _Copy:
+    path = cache_path / RECOVERY_NAME
     try:
-        written = DirectoryObjects(root).get(RECOVERY_NAME, most_nbytes=MOST_CLIPS_NBYTES)
+        written = DirectoryObjects(cache_path).get(RECOVERY_NAME, most_nbytes=MOST_CLIPS_NBYTES)
         content = parse_json(written)
         group, rows = content["group"], content["clips"]
         if content["digest"] != digest({"group": group, "clips": rows}):
@@ -113,54 +105,47 @@ def _second_copy(root: Path) -> _Copy:
     return _Copy(group=group, description=description, clips=clips)
 
 
-def _content(root: Path, name: str) -> bytes | None:
-    """A file's bytes; None where there is none, or something else."""
-    with contextlib.suppress(OSError, CacheError):
-        return DirectoryObjects(root).get(name, most_nbytes=MOST_CLIPS_NBYTES)
-    return None
-
-
-def _best_copy(root: Path) -> _Copy:
+def _best_copy(cache_path: Path) -> _Copy:
     copies: list[_Copy] = []
     problems: list[str] = []
     for read in (_first_copy, _second_copy):
         try:
-            copies.append(read(root))
+            copies.append(read(cache_path))
         except CacheError as error:
             problems.append(str(error))
     if not copies:
         raise CacheError(
-            f"{root}: both copies of the description are damaged ({'; '.join(problems)}); "
+            f"{cache_path}: both copies of the description are damaged ({'; '.join(problems)}); "
             "run the extract command that made the cache into a new directory"
         )
     if len(copies) == 1 or copies[0] == copies[1]:
         return copies[0]
-    first, second = (_support(root, copy) for copy in copies)
+    first, second = (_support(cache_path, copy) for copy in copies)
     if first == second:
         raise CacheError(
-            f"{root}: {METADATA_NAME} and {RECOVERY_NAME} are intact but of two caches, and nothing tells "
+            f"{cache_path}: {METADATA_NAME} and {RECOVERY_NAME} are intact but of two caches, and nothing tells "
             "which is this one's; put back the right one, or extract into a new directory"
         )
     return copies[0] if first > second else copies[1]
 
 
-def _support(root: Path, copy: _Copy) -> tuple[int, int, int]:
-    """What speaks for a description: marks that fit it, the manifest, metadata of arrays."""
-    spec = copy.description.spec
-    marks = listed = arrays = 0
+def _support(cache_path: Path, copy: _Copy) -> tuple[int, int, int]:
+    """Count what speaks for a description: marks that fit it, the manifest, metadata of arrays."""
+    spec, objects = copy.description.spec, DirectoryObjects(cache_path)
+    marks = listed = 0
     for block in range(spec.num_blocks):
         try:
-            marks += read_mark(root, block, spec) is not None
+            marks += read_mark(cache_path, block, spec) is not None
         except CacheDamaged:
             continue
     try:
-        named = (
-            read_manifest(root, spec).files.get(METADATA_NAME) if (root / MANIFEST_NAME).exists() else None
-        )
-        content = canonical_json(copy.group)
-        listed = int(named == (len(content), hashlib.sha256(content).hexdigest()))
+        if (cache_path / MANIFEST_NAME).exists():
+            named = read_manifest(cache_path, spec).files.get(METADATA_NAME)
+            listed = int(named == content_digest(canonical_json(copy.group)))
     except CacheDamaged:
         pass
-    for name, layout in array_layouts(spec).items():
-        arrays += _content(root, f"{name}/{METADATA_NAME}") == canonical_json(layout.metadata(spec))
+    arrays = sum(
+        objects.holds(f"{name}/{METADATA_NAME}", canonical_json(layout.metadata(spec)))
+        for name, layout in array_layouts(spec).items()
+    )
     return marks, listed, arrays

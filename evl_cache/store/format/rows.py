@@ -31,7 +31,8 @@ def make_row(tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None
     """Quantise one sample on the device where its features are.
 
     Args:
-        tokens: (T, N, C) of each stored layer. maps: L of (2, T-1, P, P), or None where the spec stores none.
+        tokens: (T, N, C) of each stored layer.
+        maps: L of (2, T-1, P, P), or None where the spec stores none.
 
     Raises: ClipError where a feature is not finite or cannot be represented.
     """
@@ -62,7 +63,7 @@ class StoredBatch:
     Attributes:
         tokens: L of QuantizedTokens with (B, T, N, C) codes, or float16 (B, T, N, C); none where only class tokens
             were read.
-        maps: L of QuantizedMaps with (B, 2, T-1, P, P) codes, or float16, or to be made from tokens one block
+        maps: L of QuantizedMaps with (B, 2, T-1, P, P) codes, or float16, or to be made from tokens one layer
             below; None where there are none.
         class_tokens: L of float16 (B, T, 1, C); None where they were not read.
     """
@@ -72,30 +73,26 @@ class StoredBatch:
     class_tokens: list[torch.Tensor] | None = None
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "StoredBatch":
-        """The same on another device."""
-
-        def move(value: torch.Tensor) -> torch.Tensor:
-            return value.to(device, non_blocking=non_blocking)
-
-        return self._mapped(move)
+        """Return the batch on another device."""
+        return self._mapped(lambda v: v.to(device, non_blocking=non_blocking))
 
     def part(self, start: int, stop: int) -> "StoredBatch":
-        """Samples start .. stop-1, sharing memory."""
+        """Return samples start .. stop-1, which share memory with the batch."""
         return self._mapped(lambda v: v[start:stop])
 
     def repeated(self, count: int) -> "StoredBatch":
-        """A batch of `count` samples: these again and again. New memory."""
+        """Return a batch of `count` samples, these again and again, in new memory."""
         return self._mapped(lambda v: v[torch.arange(count, device=v.device) % len(v)])
 
     def with_made_maps(self) -> "StoredBatch":
-        """The same, as a head takes it: maps that are not stored are made, float32, on the features' device."""
+        """Return the batch as a head takes it: maps that are not stored are made, float32, on the features' device."""
         if self.maps is None:
             return self
         maps = [m.made() if isinstance(m, RecomputedMaps) else m for m in self.maps]
         return replace(self, maps=list(maps))
 
     def _mapped(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "StoredBatch":
-        """`function` of every tensor, once: tokens of one layer may be the source of the next one's maps."""
+        """Apply `function` to every tensor, once: tokens of one layer may be the source of the next one's maps."""
         done: dict[int, Any] = {}
 
         def once(value: StoredTokens) -> Any:
@@ -118,7 +115,7 @@ class StoredBatch:
     def dequantized(
         self, dtype: torch.dtype = torch.float32
     ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """Tokens and maps as tensors of `dtype`."""
+        """Return tokens and maps as tensors of `dtype`."""
         tokens = [
             t.to(dtype)
             if isinstance(t, torch.Tensor)
@@ -137,7 +134,7 @@ def _dequantized_maps(maps: StoredMaps, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _map(value: Any, function: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`function` of every tensor of stored tokens or maps."""
+    """Apply `function` to every tensor of stored tokens or maps."""
     if isinstance(value, QuantizedTokens):
         scale = None if value.scale is None else function(value.scale)
         return QuantizedTokens(codes=function(value.codes), affine=function(value.affine), scale=scale)

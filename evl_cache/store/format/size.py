@@ -1,4 +1,4 @@
-"""How large a cache becomes, and whether the disk has room for it."""
+"""The size that a cache will have, and whether the disk has room for it."""
 
 import math
 import shutil
@@ -6,10 +6,11 @@ from pathlib import Path
 
 from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
+from evl_cache.store.format.description import description_files
 from evl_cache.store.format.layout import array_layouts, mark_path
 from evl_cache.store.format.recomputed import projections_nbytes
 
-# Stored bytes over decoded bytes, measured (docs/rate-distortion.md). Rounded up: a full disk costs more
+# Stored bytes over decoded bytes, measured on real clips (docs/rate-distortion.md). Rounded up: a full disk costs more
 # than a warning too many.
 _STORED_SHARE = {
     ("default", "int8"): 0.85,
@@ -21,7 +22,7 @@ _MARK_BYTES_A_SAMPLE = 600  # of JSON: checksums of each chunk, and the clip's r
 
 
 def sample_nbytes(spec: CacheSpec) -> tuple[int, int]:
-    """(bytes before the codec, bytes expected after it) of one sample, all layers."""
+    """Return the bytes of one sample, all layers: before the codec, and as expected after it."""
     raw, stored = 0, 0.0
     for layout in array_layouts(spec).values():
         nbytes = layout.chunk_nbytes * len(spec.stored_layers)
@@ -31,28 +32,24 @@ def sample_nbytes(spec: CacheSpec) -> tuple[int, int]:
 
 
 def num_files(spec: CacheSpec) -> int:
-    """Files of the complete cache: shards, marks, metadata, clip list, its copy, manifest, projections."""
-    arrays = len(array_layouts(spec))
-    return spec.num_blocks * (arrays + 1) + arrays + 4 + int(spec.recomputes_maps)
+    """Return the number of files of the complete cache: shards, marks, what describes it, and the manifest."""
+    return spec.num_blocks * (len(array_layouts(spec)) + 1) + len(description_files(spec)) + 1
 
 
-def check_free_space(root: Path, spec: CacheSpec) -> None:
-    """Before work starts: is there room for the blocks that are not done?
-
-    Raises: CacheError saying how much is missing.
-    """
+def check_free_space(cache_path: Path, spec: CacheSpec) -> None:
+    """Check that there is room for the blocks that are not done. Raises: CacheError saying how much is missing."""
     left = sum(
         len(spec.clips_of_block(block)) * spec.views.per_clip
         for block in range(spec.num_blocks)
-        if not mark_path(root, block).exists()
+        if not mark_path(cache_path, block).exists()
     )
     needed = left * sample_nbytes(spec)[1] + projections_nbytes(spec)
-    existing = root
+    existing = cache_path
     while not existing.exists() and existing != existing.parent:
         existing = existing.parent
     free = shutil.disk_usage(existing).free
     if needed > free:
         raise CacheError(
-            f"{root}: {left} samples need about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, "
+            f"{cache_path}: {left} samples need about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, "
             f"{(needed - free) / 1e9:.2f} GB are missing; free space, or use another disk, fewer --layers or --maps none"
         )

@@ -15,12 +15,12 @@ def is_url(place: str | Path) -> bool:
 
 
 def as_url(place: str | Path) -> str:
-    """A URL with both its slashes."""
+    """Return a URL with both its slashes."""
     return _URL.sub(r"\1://", str(place), count=1)
 
 
 def public_url(url: str) -> str:
-    """A URL as it may be printed and stored: without user name, password and query."""
+    """Return a URL as it may be printed and stored: without user name, password and query."""
     parts = urlsplit(as_url(url))
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))

@@ -1,67 +1,73 @@
-"""Where a cache's files come from: a directory, an HTTP server, an S3 bucket. One small interface for reading all.
+"""One small interface for a cache's files, in a directory, on an HTTP server or in an S3 bucket.
 
 Names are relative to the cache (or to a place that holds several), with forward slashes.
 """
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
 
-from evl_cache.errors import UsageError
+from evl_cache.errors import CacheError, UsageError
 from evl_cache.store.disk.file_system import check_no_links, open_regular, read_limited
 from evl_cache.store.objects.address import Data, as_url, is_url, public_url
 
 
 class Objects(Protocol):
-    """Files that can be read. `url` is where, without credentials.
+    """Files that can be read.
 
     Every method raises FileNotFoundError for a file that is not there, and CacheError for what else is wrong.
+
+    Attributes:
+        url: where the files are, as it may be shown: without credentials.
     """
 
-    @property
-    def url(self) -> str:
-        """Where, as it may be shown."""
+    url: str
 
     def get(self, name: str, *, most_nbytes: int) -> bytes:
-        """A whole file. Raises: CacheError for one that is larger."""
+        """Return a whole file. Raises: CacheError for one that is larger."""
 
     def get_range(self, name: str, start: int, nbytes: int) -> Data:
-        """Bytes start .. start+nbytes-1; fewer only where the file ends."""
+        """Return bytes start .. start+nbytes-1; fewer only where the file ends."""
 
     def folders(self) -> list[str]:
-        """Names of the folders directly below, sorted."""
+        """Return the names of the folders directly below, sorted."""
 
 
 class WritableObjects(Objects, Protocol):
     """Files that can be written too, each whole or not at all."""
 
     def put(self, name: str, data: bytes | Path) -> None:
-        """Write or replace a file. Returns once the other side has confirmed its digest."""
+        """Write or replace a file, and return once the other side has confirmed its digest."""
 
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
 
 
 def open_objects(place: str | Path) -> Objects:
-    """The files of a directory or URL. Raises: UsageError for a URL that cannot be read from."""
+    """Return the files of a directory or URL. Raises: UsageError for a URL that cannot be read from."""
     if not is_url(place):
         return DirectoryObjects(Path(place))
     return _remote()(as_url(place))
 
 
+def objects_of(place: Path | Objects) -> Objects:
+    """Return the files of a cache that is given as its directory or as its files."""
+    return DirectoryObjects(place) if isinstance(place, Path) else place
+
+
 def open_writable(url: str) -> WritableObjects:
-    """The files of a bucket. Raises: UsageError for a URL that cannot be written to."""
+    """Return the files of a bucket. Raises: UsageError for a URL that cannot be written to."""
     if urlsplit(as_url(url)).scheme != "s3":
         raise UsageError(
             f"{public_url(url)}: cannot be written to; push to a directory or to s3://bucket/prefix"
         )
-    opened: WritableObjects = _remote()(as_url(url))
-    return opened
+    return _remote()(as_url(url))
 
 
-def _remote() -> "Callable[[str], WritableObjects]":
+def _remote() -> Callable[[str], WritableObjects]:
     try:
         from evl_cache.store.objects.obstore_objects import RemoteObjects
     except ImportError as error:
@@ -72,15 +78,10 @@ def _remote() -> "Callable[[str], WritableObjects]":
 
 
 class DirectoryObjects:
-    """A directory's files: regular ones inside it only, no links."""
+    """The files of a directory: regular ones inside it only, no links."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
-
-    @property
-    def url(self) -> str:
-        """The path."""
-        return str(self.root)
+        self.root, self.url = root, str(root)
 
     def get(self, name: str, *, most_nbytes: int) -> bytes:
         """See `Objects`."""
@@ -91,6 +92,12 @@ class DirectoryObjects:
         with open_regular(self._inside(name)) as file:
             file.seek(start)
             return file.read(nbytes)
+
+    def holds(self, name: str, content: bytes) -> bool:
+        """Whether a file has exactly these bytes; False where there is none, or something else."""
+        with contextlib.suppress(OSError, CacheError):
+            return self.get(name, most_nbytes=len(content)) == content
+        return False
 
     def _inside(self, name: str) -> Path:
         path = self.root / name

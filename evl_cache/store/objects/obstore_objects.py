@@ -29,6 +29,7 @@ _BACKOFF_S = (0.1, 5.0)  # first, longest
 _RETRY_TIMEOUT_S = 120.0
 _AGAIN_S = (0.1, 0.4, 1.6, 6.4)  # waits before an answer that broke off is asked for again
 _READ_TIMEOUT_S = 60  # without a byte
+_MOST_REASON_CHARACTERS = 300
 _PART_NBYTES = 8 << 20
 _LINK = re.compile(rb'href="([^"/?#]+)/"', re.IGNORECASE)
 _MOST_LISTING_NBYTES = 16 << 20
@@ -49,17 +50,14 @@ class RemoteObjects:
             )
         if parts.query or parts.fragment:
             raise UsageError(f"{public_url(url)}: give the cache's own address, without ? and #")
-        self._url = public_url(url)
+        self.url = public_url(url)
         self.is_s3 = parts.scheme == "s3"
         self._headers = {} if self.is_s3 else _login_header(url)
         self._store: Any = (
-            _s3_store(parts.netloc, parts.path) if self.is_s3 else _http_store(self._url, self._headers)
+            _s3_store(parts.netloc, parts.path)
+            if self.is_s3
+            else HTTPStore(self.url, **_options(self._headers))
         )
-
-    @property
-    def url(self) -> str:
-        """Where, without credentials."""
-        return self._url
 
     def get(self, name: str, *, most_nbytes: int) -> bytes:
         """See `Objects`."""
@@ -68,7 +66,7 @@ class RemoteObjects:
             found = obstore.get(self._store, name)
             if found.meta["size"] > most_nbytes:
                 raise CacheError(
-                    f"{self._url}/{name}: has {found.meta['size']} bytes, expected at most {most_nbytes}"
+                    f"{self.url}/{name}: has {found.meta['size']} bytes, expected at most {most_nbytes}"
                 )
             return bytes(found.bytes())
 
@@ -81,7 +79,7 @@ class RemoteObjects:
         )
 
     def folders(self) -> list[str]:
-        """See `Objects`. Of an HTTP server, what the links of its listing lead to."""
+        """See `Objects`. An HTTP server's folders are what the links of its listing lead to."""
         if self.is_s3:
             found = self._told("", lambda: obstore.list_with_delimiter(self._store))
             return sorted(str(prefix).rstrip("/").rpartition("/")[2] for prefix in found["common_prefixes"])
@@ -92,7 +90,7 @@ class RemoteObjects:
 
     def _listing_page(self) -> bytes:
         # Pages made on the fly come without a length, which obstore insists on.
-        request = urllib.request.Request(f"{self._url}/", headers=self._headers)
+        request = urllib.request.Request(f"{self.url}/", headers=self._headers)
         with urllib.request.urlopen(request, timeout=_READ_TIMEOUT_S) as answer:
             page: bytes = answer.read(_MOST_LISTING_NBYTES)
         return page
@@ -102,7 +100,7 @@ class RemoteObjects:
         try:
             self._told(name, lambda: obstore.put(self._store, name, data, chunk_size=_PART_NBYTES))
         except FileNotFoundError as error:
-            raise CacheError(f"{self._url}: no such bucket; create it, or name another one") from error
+            raise CacheError(f"{self.url}: no such bucket; create it, or name another one") from error
 
     def delete(self, name: str) -> None:
         """See `WritableObjects`."""
@@ -110,8 +108,8 @@ class RemoteObjects:
             self._told(name, lambda: obstore.delete(self._store, name))
 
     def _told(self, name: str, action: Callable[[], _T]) -> _T:
-        """What `action` returns; its errors as ours. One whose answer breaks off is done again."""
-        place = f"{self._url}/{name}".rstrip("/")
+        """Return what an action returns, and raise its errors as ours. An answer that breaks off is asked for again."""
+        place = f"{self.url}/{name}".rstrip("/")
         try:
             for wait_s in _AGAIN_S:
                 try:
@@ -142,75 +140,57 @@ class RemoteObjects:
 
 def _short(reason: str) -> str:
     # obstore's texts end in a debugging view of the error.
-    return reason.partition("Debug source")[0].strip()[:300]
+    return reason.partition("Debug source")[0].strip()[:_MOST_REASON_CHARACTERS]
 
 
-def _client_options(**more: Any) -> dict[str, Any]:
-    options: dict[str, Any] = {
+def _options(headers: dict[str, str]) -> Any:
+    client: dict[str, Any] = {
         "allow_http": True,
         "timeout": datetime.timedelta(hours=1),
         "read_timeout": datetime.timedelta(seconds=_READ_TIMEOUT_S),
         "connect_timeout": datetime.timedelta(seconds=10),
-        **more,
     }
+    if headers:
+        client["default_headers"] = headers
     certificates = os.environ.get("SSL_CERT_FILE")
     if certificates and Path(certificates).is_file():
-        options["root_certificate"] = Path(certificates).read_bytes()
-    return options
-
-
-def _retry_config() -> Any:
+        client["root_certificate"] = Path(certificates).read_bytes()
     first, longest = (datetime.timedelta(seconds=s) for s in _BACKOFF_S)
-    return {
+    retries = {
         "max_retries": RETRIES,
         "retry_timeout": datetime.timedelta(seconds=_RETRY_TIMEOUT_S),
         "backoff": {"init_backoff": first, "max_backoff": longest, "base": 2},
     }
-
-
-def _http_store(url: str, headers: dict[str, str]) -> HTTPStore:
-    options: Any = _client_options(default_headers=headers) if headers else _client_options()
-    return HTTPStore(url, client_options=options, retry_config=_retry_config())
+    return {"client_options": client, "retry_config": retries}
 
 
 def _login_header(url: str) -> dict[str, str]:
-    login = _login(url)
-    if login is None:
-        return {}
-    return {"authorization": "Basic " + base64.b64encode(":".join(login).encode()).decode("ascii")}
-
-
-def _login(url: str) -> tuple[str, str] | None:
     parts = urlsplit(url)
     if parts.username is not None:
-        return unquote(parts.username), unquote(parts.password or "")
-    try:
-        found = netrc.netrc(os.environ.get("NETRC")).authenticators(parts.hostname or "")
-    except (OSError, netrc.NetrcParseError):
-        return None
-    return None if found is None else (found[0], found[2] or "")
+        user, password = unquote(parts.username), unquote(parts.password or "")
+    else:
+        try:
+            found = netrc.netrc(os.environ.get("NETRC")).authenticators(parts.hostname or "")
+        except (OSError, netrc.NetrcParseError):
+            return {}
+        if found is None:
+            return {}
+        user, password = found[0], found[2] or ""
+    return {"authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode("ascii")}
 
 
 def _s3_store(bucket: str, path: str) -> S3Store:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    config: dict[str, Any] = {"checksum_algorithm": "SHA256", **_profile()}
+    config: Any = {"checksum_algorithm": "SHA256", **_profile()}
     if endpoint:
         config["endpoint"] = endpoint
     if not os.environ.get("AWS_REGION"):
         config["region"] = os.environ.get("AWS_DEFAULT_REGION") or config.get("region") or "us-east-1"
-    options: Any = _client_options()
-    settings: Any = config
-    return S3Store(
-        bucket,
-        prefix=path.strip("/") or None,
-        config=settings,
-        client_options=options,
-        retry_config=_retry_config(),
-    )
+    return S3Store(bucket, prefix=path.strip("/") or None, config=config, **_options({}))
 
 
 def _profile() -> dict[str, str]:
-    """Keys and region of the AWS profile in use, where the environment gives none: obstore reads no files."""
+    """Return keys and region of the AWS profile in use, where the environment gives none: obstore reads no files."""
     if os.environ.get("AWS_ACCESS_KEY_ID"):
         return {}
     home, profile = Path.home() / ".aws", os.environ.get("AWS_PROFILE") or "default"

@@ -1,4 +1,4 @@
-"""What the marks of a cache say of its blocks: which are done, what lies in them, which clips failed and why."""
+"""The blocks of a cache as its marks say: which are done, what lies in them, which clips failed and why."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -23,12 +23,12 @@ class BlocksDone:
         is_valid: bool (samples,): extracted, and the clip did not fail.
         errors: why a clip failed, by its row.
         damaged_marks: why a block whose mark is not intact does not exist, by block.
-        file_sha256s: of the marks' files, by block.
-        provenance: clips by (decoder, source (height, width)).
+        file_sha256s: digests of the marks' files, by block.
+        provenance: number of clips by (decoder, source (height, width)).
     """
 
-    def __init__(self, root: Path, spec: CacheSpec) -> None:
-        self._root, self._spec = root, spec
+    def __init__(self, cache_path: Path, spec: CacheSpec) -> None:
+        self._cache_path, self._spec = cache_path, spec
         self.files: dict[int, ShardFiles] = {}
         self.is_valid = np.zeros(spec.num_samples, dtype=bool)
         self.errors: dict[int, str] = {}
@@ -40,16 +40,16 @@ class BlocksDone:
 
     @property
     def marks_digest(self) -> str:
-        """A digest of the marks there are."""
+        """Digest of the marks there are."""
         return digest([self._digests[block] for block in sorted(self._digests)])
 
     def refresh(self) -> None:
         """See blocks that were finished since the last look."""
-        for block in sorted(marked_blocks(self._root) - self.files.keys()):
+        for block in sorted(marked_blocks(self._cache_path) - self.files.keys()):
             if block >= self._spec.num_blocks:
                 continue
             try:
-                mark = read_mark(self._root, block, self._spec)
+                mark = read_mark(self._cache_path, block, self._spec)
             except CacheDamaged as error:
                 self.damaged_marks[block] = str(error)
                 continue
@@ -57,26 +57,26 @@ class BlocksDone:
                 self._admit(mark)
 
     def check(self, blocks: Iterable[int]) -> None:
-        """Whether the marks of blocks, where they have one, are intact, and those that the manifest names.
+        """Check that the marks of blocks, where they have one, are intact, and those that the manifest names.
 
         Raises: CacheDamaged.
         """
         blocks = set(blocks)
         for block in sorted(blocks & self.damaged_marks.keys()):
             raise CacheDamaged(self.damaged_marks[block])
-        if not (self._root / MANIFEST_NAME).exists():
+        if not (self._cache_path / MANIFEST_NAME).exists():
             return
-        named = read_manifest(self._root, self._spec).files
+        named = read_manifest(self._cache_path, self._spec).files
         for block in sorted(blocks & self.file_sha256s.keys()):
             name = mark_path(Path(), block).as_posix()
             if named.get(name, (0, ""))[1] != self.file_sha256s[block]:
                 raise CacheDamaged(
-                    f"{self._root / name}: is not the mark that {MANIFEST_NAME} names; if the cache was changed just now "
+                    f"{self._cache_path / name}: is not the mark that {MANIFEST_NAME} names; if the cache was changed just now "
                     "run the same command again, else repair the cache"
                 )
 
     def why_not_served(self, sample: int, clips: Sequence[Clip], place: str) -> CacheError:
-        """The error of asking for a sample that is not valid."""
+        """Return the error of asking for a sample that is not valid."""
         row = sample // self._spec.views.per_clip
         block = row // self._spec.block_clips
         if block in self.damaged_marks:

@@ -25,11 +25,12 @@ TokensRead = Literal["all", "class", "both"]
 
 @dataclass(frozen=True, kw_only=True)
 class ProjectedMaps:
-    """Which tokens give the maps of which blocks.
+    """The tokens that give the maps of each layer, where maps are not stored.
 
     Attributes:
-        wanted: blocks whose features are asked for. held: those and the ones below, shallow to deep.
-        projections: of the wanted blocks.
+        wanted: layers whose features are asked for.
+        held: those and the ones below, shallow to deep.
+        projections: how each wanted layer's maps are made.
     """
 
     wanted: tuple[int, ...]
@@ -37,7 +38,7 @@ class ProjectedMaps:
     projections: Mapping[int, ProjectionOnDevices]
 
     def applied(self, held: StoredBatch) -> StoredBatch:
-        """Tokens of the wanted blocks, and their maps, to be made; from tokens of the held ones."""
+        """Return tokens of the wanted layers, and their maps, to be made, from tokens of the held ones."""
         tokens = dict(zip(self.held, held.tokens, strict=True))
         class_tokens = None
         if held.class_tokens is not None:
@@ -57,14 +58,16 @@ class BatchBuffers:
     """One array of B slots for each stored array and layer.
 
     Args:
-        layouts: the stored arrays to hold. num_layers: L. slots: B.
+        layouts: the stored arrays to hold.
+        num_layers: L.
+        slots: B.
         pin_memory: page-locked, so that copies to a GPU overlap its work.
         projected: how maps are made from the tokens, where they are not stored; its `held` layers are the L.
 
     Attributes:
-        arrays: name -> L numpy arrays (B, *chunk), the same memory as `tensors`.
-        tensors: name -> L tensors.
-        stacked: name -> (L, B, *chunk), the same memory.
+        arrays: L numpy arrays (B, *chunk) by name, which share memory with `tensors`.
+        tensors: L tensors by name.
+        stacked: an array (L, B, *chunk) by name, in the same memory.
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class BatchBuffers:
         return sum(array.nbytes for arrays in self.arrays.values() for array in arrays)
 
     def batch(self, count: int) -> StoredBatch:
-        """The first `count` slots as features; they share the buffers' memory."""
+        """Return the first `count` slots as features; they share the buffers' memory."""
         held = stored_batch({name: [t[:count] for t in tensors] for name, tensors in self.tensors.items()})
         return held if self.projected is None else self.projected.applied(held)
 
@@ -110,7 +113,7 @@ def _memory(shape: tuple[int, ...], dtype: str, pin_memory: bool) -> torch.Tenso
 
 
 def stored_batch(tensors: Mapping[str, Sequence[torch.Tensor]]) -> StoredBatch:
-    """Features from L tensors (B, *chunk) of each stored array."""
+    """Return features made of L tensors (B, *chunk) of each stored array."""
     tokens: list[StoredTokens] = list(tensors.get("tokens", []))
     if "token_affine" in tensors:
         parts = zip(*(tensors[name] for name in TOKEN_ARRAYS), strict=True)

@@ -1,4 +1,4 @@
-"""Where local copies of remote caches lie, how much they may take, and what is removed when they take more.
+"""The directory of local copies of remote caches: how much they may take, and what is removed when they take more.
 
 `$EVL_CACHE_COPY_ROOT` (default: `evl-cache` in the user's cache directory) and `$EVL_CACHE_COPY_GB` (default: half of
 what was free when the first copy was made there by this process). All copies there share the limit.
@@ -32,7 +32,7 @@ class CopyRoot:
         self._since_look = self.limit_nbytes  # look at once
 
     def make_room(self, nbytes: int) -> None:
-        """Before so many bytes are written: remove files until they fit, but none that is in use."""
+        """Remove files until so many bytes fit, but none that is in use. Call it before they are written."""
         with self._lock:
             self._since_look += nbytes
             if self._since_look < self.limit_nbytes // _LOOKS_PER_LIMIT:
@@ -51,7 +51,7 @@ class CopyRoot:
                     free -= size
 
     def _files(self) -> list[tuple[float, int, Path]]:
-        """(last use, bytes on the disk, path) of every shard file of every copy."""
+        """Return (last use, bytes on the disk, path) of every shard file of every copy."""
         out = []
         for directory, _, names in os.walk(self.path):
             if f"{os.sep}c{os.sep}" not in directory[len(str(self.path)) :]:
@@ -64,14 +64,14 @@ class CopyRoot:
 
 
 def default_copy_root() -> Path:
-    """As the environment says."""
+    """Return where copies lie, as the environment says."""
     if named := os.environ.get(ROOT_VARIABLE):
         return Path(named)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evl-cache"
 
 
 def default_limit(path: Path) -> int:
-    """Bytes, as the environment says. Raises: UsageError where it says no number."""
+    """Return the bytes that copies may take, as the environment says. Raises: UsageError where it says no number."""
     named = os.environ.get(LIMIT_VARIABLE)
     if not named:
         return max(1, int(shutil.disk_usage(path).free * _DEFAULT_SHARE))

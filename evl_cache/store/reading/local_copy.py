@@ -26,8 +26,8 @@ from evl_cache.store.format.layout import (
     array_layouts,
     mark_path,
 )
-from evl_cache.store.format.manifest import MOST_MANIFEST_NBYTES, Manifest, parse_manifest
-from evl_cache.store.format.marks import MOST_MARK_NBYTES, ShardFiles
+from evl_cache.store.format.manifest import MOST_MANIFEST_NBYTES, Manifest, read_complete
+from evl_cache.store.format.marks import ShardFiles
 from evl_cache.store.objects.objects import Objects, open_objects
 from evl_cache.store.reading.copy_root import CopyRoot
 from evl_cache.store.reading.sparse_shard import TOUCH_S, SparseShard
@@ -41,6 +41,7 @@ _PIECE_NBYTES = 8 << 20
 _LEAST_PIECE_SAMPLES = 2  # tokens and maps are two files: with two samples a piece, one request a sample
 _SMALL_NBYTES = 256 << 10  # of a sample in one array: not worth leaving layers out
 _DIGITS = 32  # of the cache digest, in the copy's name
+_MOST_WHOLE_NBYTES = 1 << 30  # of a file that is fetched whole
 
 Piece = tuple[str, int, int, int]  # array, block, first chunk, one past the last
 
@@ -49,11 +50,14 @@ class LocalCopy:
     """The copy of one cache. Threads may share it.
 
     Args:
-        url: of the cache. root: where copies lie.
+        url: address of the cache.
+        root: where copies lie.
 
     Attributes:
         path: the copy's directory, in which everything but the data is whole.
-        requests, nbytes: that were made, and fetched, of the data.
+        url: address of the cache, as it may be shown.
+        requests: requests made for data.
+        nbytes: bytes of data fetched.
 
     Raises: NoCacheHere where there is none; CacheError where it is not complete or cannot be read.
     """
@@ -68,11 +72,11 @@ class LocalCopy:
         self._renew()
 
     def serve(self, files: Mapping[int, ShardFiles]) -> None:
-        """From now on: shards by block and array, as their marks describe them."""
+        """Serve shards from now on, by block and array, as their marks describe them."""
         self._files = files
 
     def ensure(self, block: int, names: Iterable[str], chunks: Sequence[int]) -> None:
-        """Have chunks (ascending, of one sample) here, in each of the arrays. Waits for what has to be fetched.
+        """Have chunks (ascending, of one sample) here, in each of the arrays. Wait for what has to be fetched.
 
         Raises: CacheError where the server fails; CacheDamaged where what comes is not what was written.
         """
@@ -101,18 +105,18 @@ class LocalCopy:
                     self._fetching(piece)
 
     def refetch(self, name: str, block: int, chunks: Sequence[int]) -> None:
-        """Chunks that could not be read are looked at, and fetched again where they are damaged here."""
+        """Look at chunks that could not be read, and fetch those again that are damaged here."""
         self._whole.clear()
         self._shard(name, block).drop_damaged(chunks)
         self.ensure(block, [name], chunks)
 
     def close(self) -> None:
-        """Stop fetching, let go of files."""
+        """Stop fetching, and let go of files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._renew()
 
     def _is_whole(self, block: int, names: tuple[str, ...]) -> bool:
-        """Whether all of these was seen to be here a moment ago: a later epoch then looks at nothing else."""
+        """Whether all of these were seen to be here a moment ago: a later epoch then looks at nothing else."""
         return time.monotonic() < self._whole.get((block, names), 0.0)
 
     def _note_whole(self, block: int, names: tuple[str, ...]) -> None:
@@ -156,7 +160,7 @@ class LocalCopy:
         shard = self._shard(name, block)
         start, nbytes = int(shard.starts[first]), int(shard.starts[stop] - shard.starts[first])
         self._root.make_room(nbytes)
-        place = self._layouts[name].shard(Path(), block).as_posix()
+        file_name = self._layouts[name].shard(Path(), block).as_posix()
         wrong = None
         for attempt in range(ATTEMPTS):
             time.sleep(_BACKOFF_S * (2**attempt - 1))
@@ -164,17 +168,17 @@ class LocalCopy:
                 self.requests += 1
                 self.nbytes += nbytes
             try:
-                data = self._objects.get_range(place, start, nbytes)
+                data = self._objects.get_range(file_name, start, nbytes)
             except FileNotFoundError as error:
                 raise self._changed(f"{error}") from error
             wrong = shard.first_wrong(first, stop, data)
             if wrong is None:
                 shard.write(first, stop, data)
                 return
-        raise self._changed(f"{self.url}/{place}: chunk {wrong} arrives damaged, {ATTEMPTS} times")
+        raise self._changed(f"{self.url}/{file_name}: chunk {wrong} arrives damaged, {ATTEMPTS} times")
 
     def _changed(self, reason: str) -> CacheError:
-        """Why what the marks promise does not come: another cache is there now, or this one is damaged."""
+        """Return why what the marks promise does not come: another cache is there now, or this one is damaged."""
         try:
             written = self._objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES)
             if hashlib.sha256(written).hexdigest() == self._manifest_sha256:
@@ -207,9 +211,8 @@ class LocalCopy:
         self._in_flight: dict[Piece, Future[None]] = {}
         self._shards: OrderedDict[tuple[str, int], SparseShard] = OrderedDict()
         self._most_open = default_limit()
-        self._whole: dict[
-            tuple[int, tuple[str, ...]], float
-        ] = {}  # until when it need not be looked at again
+        # Until when it need not be looked at again.
+        self._whole: dict[tuple[int, tuple[str, ...]], float] = {}
 
     # What describes the cache
 
@@ -219,13 +222,7 @@ class LocalCopy:
         group = read_group(objects)
         spec = parse_description(group, f"{self.url}/{METADATA_NAME}").spec
         self._layouts, self._num_layers = array_layouts(spec), len(spec.stored_layers)
-        try:
-            written = objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES)
-        except FileNotFoundError as error:
-            raise CacheError(
-                f"{self.url}: has no {MANIFEST_NAME}: it is not complete; finish extract or push, then run this again"
-            ) from error
-        manifest = parse_manifest(written, spec, f"{self.url}/{MANIFEST_NAME}")
+        written, manifest = read_complete(objects, spec)
         self._manifest_sha256 = hashlib.sha256(written).hexdigest()
         path = self._root.path / manifest.digest[:_DIGITS]
         names = [CLIPS_NAME] + ([PROJECTIONS_NAME] if spec.recomputes_maps else [])
@@ -233,7 +230,7 @@ class LocalCopy:
         for directory in {(path / name).parent for name in names}:
             directory.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda name: keep_whole(objects, manifest, name, path), names))
+            list(pool.map(lambda name: _keep_whole(objects, manifest, name, path), names))
         _write(path / METADATA_NAME, group)
         _write(path / MANIFEST_NAME, written)
         return path, manifest
@@ -242,29 +239,24 @@ class LocalCopy:
         return LocalCopy, (self._given,)  # opened anew in the other process
 
 
-def keep_whole(objects: Objects, manifest: Manifest, name: str, root: Path) -> bytes:
-    """A file that the manifest names, from the copy at `root` or fetched into it.
+def _keep_whole(objects: Objects, manifest: Manifest, name: str, copy: Path) -> None:
+    """Fetch a file that the manifest names into a copy, unless it is there.
 
     Raises: CacheError where it is missing, or not what the manifest says.
     """
     size, sha256 = manifest.files.get(name, (0, ""))
     try:
-        content = (root / name).read_bytes()
-        if hashlib.sha256(content).hexdigest() == sha256:
-            return content
+        if hashlib.sha256((copy / name).read_bytes()).hexdigest() == sha256:
+            return
     except OSError:
         pass
     try:
-        content = objects.get(name, most_nbytes=min(size, MOST_WHOLE_NBYTES))
+        content = objects.get(name, most_nbytes=min(size, _MOST_WHOLE_NBYTES))
     except FileNotFoundError as error:
         raise NoCacheHere(f"{error}, though the manifest names it; push the cache again") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise CacheDamaged(f"{objects.url}/{name}: is not what the manifest says; run the same command again")
-    _write(root / name, content)
-    return content
-
-
-MOST_WHOLE_NBYTES = max(MOST_MARK_NBYTES, 1 << 30)
+    _write(copy / name, content)
 
 
 def _write(path: Path, content: bytes) -> None:

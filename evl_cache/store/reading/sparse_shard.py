@@ -1,6 +1,6 @@
 """A shard file on a local disk whose chunks arrive one after another from elsewhere.
 
-It is a Zarr v3 shard like any other, with every chunk at its final place and a whole index at the end; between
+It is a Zarr v3 shard like any other, with every chunk at its final place and a whole index at the end. Between
 both lies a byte a chunk that says whether the chunk is there yet. Where it is not, the file has a hole, which no
 reader of ours takes for a chunk: chunks of such files are always checked against their mark.
 """
@@ -20,11 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evl_cache.errors import CacheDamaged, CacheError
-from evl_cache.store.disk.checksum import crc32c
-from evl_cache.store.format.marks import FileRecord
 from evl_cache.store.objects.address import Data
 from evl_cache.store.shards.codec import CRC_NBYTES, ChunkCodec, byte_view
-from evl_cache.store.shards.shard_index import MISSING
+from evl_cache.store.shards.shard import ShardRecord
+from evl_cache.store.shards.shard_index import MISSING, index_content
 
 _HERE = b"\1"
 _REMEDY = "free space, name another disk with EVL_CACHE_COPY_ROOT, or a smaller EVL_CACHE_COPY_GB"
@@ -35,19 +34,21 @@ TOUCH_S = 10.0  # how exactly it is known when a file was last used
 
 
 class SparseShard:
-    """One such file, open. Several processes may fill one at once: what they write is the same.
+    """A shard file that is open and being filled, by several processes at once: what they write is the same.
 
     Args:
-        path: where it lies; made where it does not. record: of the shard, from its mark. codec: of its chunks.
+        path: where it lies; made where it does not.
+        record: what the shard's mark says of it.
+        codec: how its chunks are stored.
 
     Raises: CacheError where the disk refuses; CacheDamaged where the shard is not laid out as ours are.
     """
 
-    def __init__(self, path: Path, record: FileRecord, codec: ChunkCodec) -> None:
+    def __init__(self, path: Path, record: ShardRecord, codec: ChunkCodec) -> None:
         self.path, self._codec = path, codec
-        self.nbytes = np.frombuffer(record.chunk_nbytes, "<u4").astype(np.int64)
+        self.nbytes = record.chunk_nbytes.astype(np.int64)
         self.starts = _starts(self.nbytes.tolist(), codec)
-        self._checksums = record.checksums
+        self._checksums = record.chunk_checksums
         self._flags = int(self.starts[-1])
         if self._flags + 16 * len(self.nbytes) + CRC_NBYTES != record.size:
             raise CacheDamaged(f"{path}: its mark says {record.size} bytes, which its chunks do not make up")
@@ -70,7 +71,7 @@ class SparseShard:
         return os.fstat(self._descriptor).st_nlink == 0
 
     def has(self, chunks: Sequence[int]) -> bool:
-        """Whether chunks (ascending) are here."""
+        """Return whether chunks (ascending) are here."""
         first, stop = chunks[0], chunks[-1] + 1
         if self.knows(chunks):
             return True
@@ -79,21 +80,21 @@ class SparseShard:
         return self.knows(chunks)
 
     def knows(self, chunks: Sequence[int]) -> bool:
-        """Whether chunks (ascending) were seen to be here, in this file: it may have been removed since."""
+        """Return whether chunks (ascending) were seen to be here, in this file: it may have been removed since."""
         first, stop = chunks[0], chunks[-1] + 1
         if stop - first == len(chunks):
             return b"\0" not in self._known[first:stop]
         return all(self._known[chunk] for chunk in chunks)
 
     def touch(self) -> None:
-        """The file is in use: others are removed before it."""
+        """Note that the file is in use: others are removed before it."""
         if time.monotonic() - self._touched > TOUCH_S:
             self._touched = time.monotonic()
             with contextlib.suppress(OSError):
                 os.utime(self._descriptor)
 
     def first_wrong(self, first: int, stop: int, data: Data) -> int | None:
-        """The first of chunks first .. stop-1 that `data` does not hold as its mark says, or None."""
+        """Return the first of chunks first .. stop-1 that `data` does not hold as its mark says, or None."""
         view = byte_view(data) if not isinstance(data, bytearray) else byte_view(memoryview(data))
         base = int(self.starts[first])
         if view.nbytes != int(self.starts[stop]) - base:
@@ -122,7 +123,7 @@ class SparseShard:
             view, offset = view[count:], offset + count
 
     def _put_by_pages(self, view: memoryview, start: int) -> None:
-        """Pages that the data fill in part are written whole where nothing is yet: what is missing comes later."""
+        """Write pages that the data fill in part whole where nothing is yet: what is missing comes later."""
         stop = start + len(view)
         with self._alone():
             for page in range(start // _PAGE_NBYTES * _PAGE_NBYTES, stop, _PAGE_NBYTES):
@@ -135,7 +136,7 @@ class SparseShard:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """No other thread, and no process that opened the file for itself, writes pages."""
+        """Keep other threads, and processes that opened the file for themselves, from writing pages."""
         with self._writing:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX)
             try:
@@ -144,7 +145,7 @@ class SparseShard:
                 fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
     def drop_damaged(self, chunks: Sequence[int]) -> None:
-        """Say of chunks that are not as their marks want them that they are not here."""
+        """Say of those chunks that are not as their mark wants them that they are not here."""
         for chunk in chunks:
             start, stop = int(self.starts[chunk]), int(self.starts[chunk + 1])
             stored = os.pread(self._descriptor, stop - start, start)
@@ -173,12 +174,11 @@ class SparseShard:
         index = np.full((len(self.nbytes), 2), MISSING, dtype="<u8")
         there = self.nbytes > 0
         index[there, 0], index[there, 1] = self.starts[:-1][there], self.nbytes[there]
-        written = index.tobytes()
-        return written + crc32c(written).to_bytes(CRC_NBYTES, "little")
+        return index_content(index)
 
 
 def _starts(chunk_nbytes: Sequence[int], codec: ChunkCodec) -> NDArray[np.int64]:
-    """Where writers of ours put chunks, and where the last one ends."""
+    """Return where our writers put chunks, and where the last one ends."""
     starts, end = [], 0
     for nbytes in chunk_nbytes:
         start = codec.place(end, nbytes)

@@ -1,9 +1,7 @@
-"""What becomes of the bytes of one chunk: the inner codecs of our shards, and their checksums.
+"""The inner codecs of our shards, which encode and decode the bytes of one chunk, and their checksums.
 
 Both codecs carry a checksum inside the published format, so that any Zarr v3 reader notices a flipped bit.
-CRC-32C comes from awscrt: 57 GB/s on one core with AVX-512, and long buffers let go of the interpreter lock.
-google_crc32c made 22 GB/s and keeps the lock, zlib's CRC-32 2.5 GB/s.
-zstd decodes such chunks at 1.3 to 2.3 GB/s a core, without the lock; levels 1 and 3 compress alike.
+docs/architecture.md says why CRC-32C comes from awscrt.
 """
 
 from __future__ import annotations
@@ -29,7 +27,7 @@ _ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 
 
 def byte_view(data: Buffer) -> NDArray[np.uint8]:
-    """The bytes of a contiguous buffer or array as uint8 of shape (nbytes,), without a copy."""
+    """Return the bytes of a contiguous buffer or array as uint8 of shape (nbytes,), without a copy."""
     if isinstance(data, np.ndarray):
         if not data.flags.c_contiguous:  # reshape would copy, and what is written to the copy is lost
             raise UsageError(f"array of shape {data.shape} is not C-contiguous: pass a contiguous one")
@@ -38,7 +36,7 @@ def byte_view(data: Buffer) -> NDArray[np.uint8]:
 
 
 def scratch(nbytes: int) -> NDArray[np.uint8]:
-    """A buffer of this thread, kept between uses: fresh pages would cost as much as what is done in them."""
+    """Return a buffer of this thread, kept between uses: fresh pages would cost as much as what is done in them."""
     kept: NDArray[np.uint8] | None = getattr(_SCRATCH, "buffer", None)
     if kept is None or kept.nbytes < nbytes:
         kept = _SCRATCH.buffer = np.empty(nbytes, np.uint8)
@@ -60,7 +58,7 @@ class ChunkCodec:
             raise UsageError(f"zstd_level is {self.zstd_level}: use 1 to 22")
 
     def encode(self, chunk: Array | memoryview) -> bytes:
-        """The stored form of a chunk's values, little endian, in C order."""
+        """Return the stored form of a chunk's values, little endian, in C order."""
         values = np.ascontiguousarray(chunk)
         payload = byte_view(values.astype(values.dtype.newbyteorder("<"), copy=False))
         if self.name == "raw":
@@ -75,7 +73,11 @@ class ChunkCodec:
         """
         source, target = byte_view(encoded), byte_view(out)
         if self.name == "raw":
-            self._decode_raw(source, target)
+            if source.nbytes != target.nbytes + CRC_NBYTES:
+                raise CacheDamaged(f"has {source.nbytes} bytes instead of {target.nbytes + CRC_NBYTES}")
+            np.copyto(target, source[:-CRC_NBYTES])
+            if crc32c(target) != int.from_bytes(source[-CRC_NBYTES:].tobytes(), "little"):
+                raise CacheDamaged("does not match its inner CRC-32C")
             return
         _check_frame(source, target.nbytes)
         try:
@@ -84,16 +86,16 @@ class ChunkCodec:
             raise CacheDamaged(f"is no intact zstd frame ({error})") from error
 
     def checksum(self, encoded: Buffer) -> int:
-        """The checksum of a stored chunk that marks keep: CRC-32C of its bytes.
+        """Return the checksum of a stored chunk that marks keep: the CRC-32C of its bytes.
 
-        For `raw`, of the bytes without their trailing CRC-32C: with it, every intact chunk has the same
-        checksum (the residue of the code), and chunks that changed places would go unnoticed.
+        A `raw` chunk's trailing CRC-32C is left out: with it, every intact chunk has the same checksum (the
+        residue of the code), and chunks that changed places would go unnoticed.
         """
         source = byte_view(encoded)
         return crc32c(source[:-CRC_NBYTES] if self.name == "raw" else source)
 
     def allows_size(self, encoded_nbytes: NDArray[np.uint64], chunk_nbytes: int) -> NDArray[np.bool_]:
-        """For each stored size, whether a chunk of `chunk_nbytes` bytes can have it."""
+        """Return for each stored size whether a chunk of `chunk_nbytes` bytes can have it."""
         if self.name == "raw":
             return np.asarray(encoded_nbytes == np.uint64(chunk_nbytes + CRC_NBYTES))
         # zstd's own bound is 1/256 more than the input, plus 64 for short ones and the frame; this is wider.
@@ -101,26 +103,19 @@ class ChunkCodec:
         return np.asarray((encoded_nbytes > 0) & (encoded_nbytes <= largest))
 
     def place(self, end: int, encoded_nbytes: int) -> int:
-        """Where writers of ours put a chunk of so many stored bytes into a shard whose data end at `end`."""
+        """Return where our writers put a chunk of so many stored bytes into a shard whose data end at `end`."""
         if self.name == "raw" and encoded_nbytes >= _ALIGNED_NBYTES:
             return end + -end % ALIGNMENT
         return end
 
     def zarr_codecs(self, dtype: DTypeLike) -> list[dict[str, Any]]:
-        """The inner codecs as Zarr v3 metadata; `dtype` decides whether an endianness has to be stated."""
+        """Return the inner codecs as Zarr v3 metadata; `dtype` decides whether an endianness has to be stated."""
         to_bytes: dict[str, Any] = {"name": "bytes"}
         if np.dtype(dtype).itemsize > 1:
             to_bytes["configuration"] = {"endian": "little"}
         if self.name == "raw":
             return [to_bytes, {"name": "crc32c"}]
         return [to_bytes, {"name": "zstd", "configuration": {"level": self.zstd_level, "checksum": True}}]
-
-    def _decode_raw(self, source: NDArray[np.uint8], target: NDArray[np.uint8]) -> None:
-        if source.nbytes != target.nbytes + CRC_NBYTES:
-            raise CacheDamaged(f"has {source.nbytes} bytes instead of {target.nbytes + CRC_NBYTES}")
-        np.copyto(target, source[:-CRC_NBYTES])
-        if crc32c(target) != int.from_bytes(source[-CRC_NBYTES:].tobytes(), "little"):
-            raise CacheDamaged("does not match its inner CRC-32C")
 
 
 def _check_frame(frame: NDArray[np.uint8], expected_nbytes: int) -> None:

@@ -28,7 +28,7 @@ def array_metadata(
     attributes: Mapping[str, Any],
     dimension_names: Sequence[str],
 ) -> dict[str, Any]:
-    """The metadata of a sharded Zarr v3 array: a shard is one file, a chunk is what can be read alone.
+    """Return the metadata of a sharded Zarr v3 array: a shard is one file, a chunk is what can be read alone.
 
     Raises UsageError where the shapes, the names or the dtype contradict one another.
     """
@@ -44,6 +44,12 @@ def array_metadata(
         raise UsageError(
             f"shard_shape {tuple(shard_shape)} is no multiple of chunk_shape {tuple(chunk_shape)}"
         )
+    sharding = {
+        "chunk_shape": list(chunk_shape),
+        "codecs": codec.zarr_codecs(name),
+        "index_codecs": [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}],
+        "index_location": "end",
+    }
     return {
         "zarr_format": 3,
         "node_type": "array",
@@ -52,33 +58,20 @@ def array_metadata(
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard_shape)}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "fill_value": _fill_value(np.dtype(dtype), fill_value),
-        "codecs": [_sharding_codec(name, chunk_shape, codec)],
+        "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "attributes": dict(attributes),
         "dimension_names": list(dimension_names),
     }
 
 
 def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    """The metadata of a Zarr v3 group."""
+    """Return the metadata of a Zarr v3 group."""
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
 def shard_path(array_directory: Path, block: int, num_axes: int) -> Path:
-    """Where shard `block` along the first axis lies, for shards that span all other axes."""
+    """Return where shard `block` along the first axis lies, for shards that span all other axes."""
     return array_directory.joinpath("c", str(block), *["0"] * (num_axes - 1))
-
-
-def _sharding_codec(dtype: str, chunk_shape: Sequence[int], codec: ChunkCodec) -> dict[str, Any]:
-    index_codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
-    return {
-        "name": "sharding_indexed",
-        "configuration": {
-            "chunk_shape": list(chunk_shape),
-            "codecs": codec.zarr_codecs(dtype),
-            "index_codecs": index_codecs,
-            "index_location": "end",
-        },
-    }
 
 
 def _fill_value(dtype: np.dtype[Any], value: float) -> int | float | str:

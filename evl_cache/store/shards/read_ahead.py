@@ -8,7 +8,7 @@ _SAMPLES = 256  # read with read-ahead after a look at the disk; then some go wi
 
 
 class ReadAhead:
-    """Watches a mapped file's page faults: one that went to the disk says that the cache is cold.
+    """A watch over a mapped file's page faults: one that went to the disk says that the cache is cold.
 
     Asking for pages that are there already costs a tenth of copying them; not asking for those that are not
     costs half the speed of a plain sequential read. Threads may share one: it only counts.
@@ -27,7 +27,7 @@ class ReadAhead:
 
     @contextmanager
     def watching(self, samples: int) -> Iterator[None]:
-        """Around the reading of some samples."""
+        """Count the page faults of reading some samples, which is done inside."""
         if self._left > 0 or self._always:
             self._left -= samples
             yield
@@ -39,6 +39,6 @@ class ReadAhead:
 
 
 def _disk_faults() -> int:
-    """Page faults of this thread (of the process, where threads are not told apart) that went to the disk."""
+    """Count this thread's page faults that went to the disk (the process's, where threads are not told apart)."""
     who = getattr(resource, "RUSAGE_THREAD", resource.RUSAGE_SELF)
     return resource.getrusage(who).ru_majflt

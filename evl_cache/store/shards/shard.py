@@ -20,21 +20,9 @@ from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.store.disk.checksum import crc32c
 from evl_cache.store.disk.publish import StagedFile
 from evl_cache.store.shards.codec import ALIGNMENT, CRC_NBYTES, Array, ChunkCodec, byte_view, scratch
-from evl_cache.store.shards.metadata import array_metadata, group_metadata, shard_path
-from evl_cache.store.shards.raw_rows import RawRows
+from evl_cache.store.shards.raw_rows import RawRows, even_stride
 from evl_cache.store.shards.shard_file import LocalFile, ShardFile, check_size
-from evl_cache.store.shards.shard_index import MISSING, OpenShard, read_index
-
-__all__ = [
-    "ChunkCodec",
-    "ShardReader",
-    "ShardRecord",
-    "ShardWriter",
-    "array_metadata",
-    "group_metadata",
-    "read_index",
-    "shard_path",
-]
+from evl_cache.store.shards.shard_index import MISSING, OpenShard, index_content
 
 MISSING_CHECKSUM = 0  # CRC-32C of no bytes
 _MAX_RUN_CHUNKS = 256  # read by one call: two buffers each stay below the kernel's 1024
@@ -45,18 +33,38 @@ _MAX_RUN_NBYTES = 16 << 20  # and what a thread keeps for encoded chunks stays b
 class ShardRecord:
     """What a mark keeps of a shard file.
 
-    `chunk_nbytes` (0: missing) and `chunk_checksums` (`ChunkCodec.checksum`; 0 where missing) are in C order
-    of the grid; `size` in bytes and `sha256` (hexadecimal) are those of the file.
+    The chunks' numbers stay packed, little-endian uint32 in C order of the grid: a large cache has millions.
+
+    Attributes:
+        size: bytes of the file.
+        sha256: digest of the file, hexadecimal.
+        packed_nbytes: stored size of each chunk; 0 where it is missing.
+        packed_checksums: `ChunkCodec.checksum` of each chunk; 0 where it is missing.
     """
 
     size: int
     sha256: str
-    chunk_nbytes: tuple[int, ...]
-    chunk_checksums: tuple[int, ...]
+    packed_nbytes: bytes
+    packed_checksums: bytes
+
+    @property
+    def digest(self) -> tuple[int, str]:
+        """Size and sha256 of the file, as `file_digest` returns them."""
+        return self.size, self.sha256
+
+    @property
+    def chunk_nbytes(self) -> NDArray[np.uint32]:
+        """Stored sizes, (chunks,)."""
+        return np.frombuffer(self.packed_nbytes, "<u4")
+
+    @property
+    def chunk_checksums(self) -> NDArray[np.uint32]:
+        """Checksums, (chunks,)."""
+        return np.frombuffer(self.packed_checksums, "<u4")
 
 
 class ShardWriter:
-    """Appends chunks to a staged file in C order of `grid`, one in memory at once; publish after `close`."""
+    """A staged file to which chunks are appended in C order of `grid`, one in memory at once; publish after `close`."""
 
     def __init__(self, staged: StagedFile, *, grid: Sequence[int], codec: ChunkCodec) -> None:
         self.codec = codec
@@ -83,7 +91,7 @@ class ShardWriter:
         self.append_encoded(self.codec.encode(chunk), position=position)
 
     def append_encoded(self, encoded: bytes | None, *, position: int | None = None) -> None:
-        """`append` for what `codec.encode` made, so that threads may encode; still in C order."""
+        """Write the next chunk as `codec.encode` made it, so that threads may encode. Errors as `append`."""
         self._check_next(position)
         if encoded is None:
             self._checksums.append(MISSING_CHECKSUM)
@@ -101,14 +109,13 @@ class ShardWriter:
             raise UsageError("shard is closed already: close it once")
         self._closed = True
         self._checksums += [MISSING_CHECKSUM] * (self.num_chunks - len(self._checksums))
-        index = self._index.tobytes()
-        self._staged.write(index + crc32c(index).to_bytes(CRC_NBYTES, "little"))
+        self._staged.write(index_content(self._index))
         present = self._index[:, 0] != np.uint64(MISSING)
         return ShardRecord(
             size=self._staged.size,
             sha256=self._staged.sha256,
-            chunk_nbytes=tuple(np.where(present, self._index[:, 1], 0).tolist()),
-            chunk_checksums=tuple(self._checksums),
+            packed_nbytes=np.where(present, self._index[:, 1], 0).astype("<u4").tobytes(),
+            packed_checksums=np.asarray(self._checksums, "<u4").tobytes(),
         )
 
     def _check_next(self, position: int | None) -> None:
@@ -120,13 +127,19 @@ class ShardWriter:
 
 
 class ShardReader:
-    """Reads whole chunks of one shard file. Opened at first use and again after a fork; threads may share it.
+    """A shard file whose whole chunks are read. Opened at first use and again after a fork; threads may share it.
 
-    `grid` is chunks per axis of the shard, chunks are numbered in its C order and have `chunk_shape` and
-    `dtype` (little endian). `checksums` (one a chunk, from the mark) are checked at every read, beside the
-    checksums in the file. Errors of reading are CacheDamaged and name file and chunk; missing chunks are one.
-    `trust` leaves out the checks that cost a pass over the bytes (of a mark, and of `raw` chunks). `open_file`
-    opens what lies at `path`: by default a file of this computer, read by calls.
+    Errors of reading are CacheDamaged and name file and chunk. A missing chunk is one.
+
+    Args:
+        path: where the shard lies.
+        grid: chunks per axis of the shard, in whose C order chunks are numbered.
+        chunk_shape: shape of a chunk.
+        dtype: data type of the values, little endian.
+        codec: how chunks are stored.
+        checksums: one a chunk, from the mark; checked at every read beside the checksums in the file.
+        trust: leave out the checks that cost a pass over the bytes (those of the mark, and of `raw` chunks).
+        open_file: opens what lies at `path`; by default a file of this computer, read by calls.
     """
 
     def __init__(
@@ -161,7 +174,7 @@ class ShardReader:
         return present
 
     def read_chunk(self, chunk: int, out: Array | None = None) -> Array:
-        """One chunk, into `out` (C-contiguous) where given."""
+        """Return one chunk, read into `out` (C-contiguous) where given."""
         out = np.empty(self.chunk_shape, self.dtype) if out is None else out
         self.read_chunks([chunk], [out])
         return out
@@ -179,7 +192,7 @@ class ShardReader:
             self._read_run(opened, chunks[start:stop], targets[start:stop])
 
     def read_stacked(self, chunks: Sequence[int], outs: Array) -> None:
-        """`read_chunks` into one array (len(chunks), *chunk_shape) of the shard's dtype, each chunk contiguous.
+        """Read chunks into one array (len(chunks), *chunk_shape) of the shard's dtype, each chunk contiguous.
 
         A range of raw chunks of a mapped file is copied by one call. The caller answers for the arguments, and has
         not forked since the last read.
@@ -214,13 +227,15 @@ class ShardReader:
         return found
 
     def _raw_rows(self, opened: OpenShard) -> RawRows | None:
-        if self.codec.name != "raw":
+        mapped = opened.file.mapped
+        if self.codec.name != "raw" or mapped is None or (stride := even_stride(opened.index)) is None:
             return None
-        return RawRows.of(
-            opened.file,
+        return RawRows(
+            mapped,
+            opened.file.size_now,
             opened.index,
-            chunk_shape=self.chunk_shape,
-            dtype=self.dtype,
+            stride,
+            np.empty(self.chunk_shape, self.dtype),
             checksums=self.checksums,
             check=None if self._trust else self._check,
         )
@@ -234,7 +249,7 @@ class ShardReader:
         return byte_view(out)
 
     def _runs(self, index: NDArray[np.uint64], chunks: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Ranges start, stop of `chunks` that lie one after another in the file."""
+        """Yield ranges start, stop of `chunks` that lie one after another in the file."""
         start, due, run_nbytes = 0, MISSING, 0
         gap = ALIGNMENT if self.codec.name == "raw" else 1
         for k, chunk in enumerate(chunks):
@@ -274,16 +289,13 @@ class ShardReader:
             else:
                 self._decode(chunk, buffers[k], target)
 
-    def _check_size(self, opened: OpenShard, chunk: int) -> None:
-        try:
-            check_size(opened.file)
-        except CacheDamaged as error:
-            raise self._damaged(chunk, f"{error}") from error
-
     def _copy_run(self, opened: OpenShard, chunks: Sequence[int], targets: list[NDArray[np.uint8]]) -> None:
         mapped = opened.file.mapped
         assert mapped is not None
-        self._check_size(opened, chunks[0])
+        try:
+            check_size(opened.file)
+        except CacheDamaged as error:
+            raise self._damaged(chunks[0], f"{error}") from error
         for chunk, target in zip(chunks, targets, strict=True):
             offset, nbytes = opened.index[chunk].tolist()
             stored = mapped[offset : offset + nbytes]

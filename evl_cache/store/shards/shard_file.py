@@ -1,4 +1,4 @@
-"""Where the bytes of a shard come from. A shard that lies elsewhere than on a disk is another `ShardFile`."""
+"""The file that a shard's bytes come from. A shard that lies elsewhere than on a disk is another `ShardFile`."""
 
 from __future__ import annotations
 
@@ -24,20 +24,21 @@ class ShardFile(Protocol):
     """The file's bytes where they can be looked at without a call; `check_size` (below) before every look."""
 
     def size_now(self) -> int:
-        """Bytes of the file."""
+        """Return the bytes that the file has now."""
 
     def read(self, buffers: Sequence[Bytes], offset: int) -> None:
         """Fill buffers one after another from `offset`. Raises: CacheDamaged where the file ends or fails."""
 
     def will_need(self, start: int, stop: int) -> None:
-        """Hint: these bytes will be asked for soon."""
+        """Hint that these bytes will be asked for soon."""
 
 
 class LocalFile:
     """A file of this computer, mapped or read by calls. See `ShardFile`.
 
     Args:
-        path: of the file. map_file: map it; for local disks only, see `file_system`.
+        path: where the file lies.
+        map_file: map it; for local disks only, see `file_system`.
 
     Raises: OSError where it cannot be opened; CacheError where it is a link, a pipe or a device.
     """
@@ -47,7 +48,9 @@ class LocalFile:
         self.mapped: Bytes | None = None
         self._descriptor: int | None = open_descriptor(path)
         if map_file and self.size_now() > 0:
-            self._map(self._descriptor)
+            self._pages = mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ)
+            self.mapped = np.frombuffer(self._pages, np.uint8)
+            self._close()  # the map keeps a descriptor of its own
 
     def size_now(self) -> int:
         """See `ShardFile`."""
@@ -75,11 +78,6 @@ class LocalFile:
         elif hasattr(os, "posix_fadvise") and self._descriptor is not None:  # not on macOS
             os.posix_fadvise(self._descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
 
-    def _map(self, descriptor: int) -> None:
-        self._pages = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
-        self.mapped = np.frombuffer(self._pages, np.uint8)
-        self._close()  # the map keeps a descriptor of its own
-
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
@@ -91,7 +89,7 @@ class LocalFile:
 
 
 def check_size(file: ShardFile) -> None:
-    """A mapped file that was cut short would kill the process at the first touch. Raises: CacheDamaged."""
+    """Check the size of a mapped file: one that was cut short kills whoever touches it. Raises: CacheDamaged."""
     if file.mapped is not None and (size := file.size_now()) != len(file.mapped):
         raise CacheDamaged(f"changed its size from {len(file.mapped)} to {size} bytes")
 

@@ -24,8 +24,17 @@ _ENTRY_NBYTES = 16
 _DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESTALE, errno.EIO}
 
 
+def index_content(index: NDArray[np.uint64]) -> bytes:
+    """Return the bytes that end a shard with this index, (chunks, 2)."""
+    content = index.astype("<u8", copy=False).tobytes()
+    return content + crc32c(content).to_bytes(CRC_NBYTES, "little")
+
+
 def read_index(path: Path, num_chunks: int) -> NDArray[np.uint64]:
-    """Index of a shard: (num_chunks, 2) offset and size, 2^64-1 twice: missing. Raises: as `OpenShard.open`."""
+    """Return the index of a shard, (num_chunks, 2): offset and size, 2^64-1 twice for a missing chunk.
+
+    Raises: as `OpenShard.open`.
+    """
     return OpenShard.open(path, num_chunks).index
 
 
@@ -63,7 +72,7 @@ class OpenShard:
 
 
 def _index_of(file: ShardFile, num_chunks: int) -> NDArray[np.uint64]:
-    """Raises CacheDamaged unless it is intact and every chunk lies inside the file and before the index."""
+    """Return a shard's index. Raises CacheDamaged unless every chunk lies inside the file and before the index."""
     index_nbytes = num_chunks * _ENTRY_NBYTES + CRC_NBYTES
     file_nbytes = file.size_now()
     data_nbytes = file_nbytes - index_nbytes

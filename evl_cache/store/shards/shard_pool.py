@@ -1,4 +1,4 @@
-"""Open shards, the least recently used of which are let go: a large cache has more files than one may open."""
+"""Open shards, of which the least recently used are let go: a large cache has more files than one may open."""
 
 import os
 import resource
@@ -25,12 +25,12 @@ class ShardPool:
         self._renew()
 
     def renew_after_fork(self) -> None:
-        """Drop the parent's readers in a child. Before the first `get` of every piece of work."""
+        """Drop the parent's readers in a child. Call it before the first `get` of every piece of work."""
         if self._pid != os.getpid():
             self._renew()
 
     def get(self, key: ShardKey, open_shard: Callable[[ShardKey], ShardReader]) -> ShardReader:
-        """The shard's reader, from the pool or from `open_shard`.
+        """Return the shard's reader, from the pool or from `open_shard`.
 
         It stays usable when it leaves the pool: its file closes after its last read.
         """
@@ -70,7 +70,7 @@ class ShardPool:
 
 
 def default_limit() -> int:
-    """Files of one kind that a process may keep open, by its limit of open files."""
+    """Return how many files of one kind a process may keep open, by its limit of open files."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
         return _MOST_OPEN

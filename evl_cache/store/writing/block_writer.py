@@ -1,7 +1,7 @@
 """Writing one block: rows in, shards and the done mark out, whole or not at all.
 
-Order of a commit: every shard's data and fsync, its name (never replacing), fsync of its directory; then a
-second look at what lies there; then the mark; and a third look where the lock was lost meanwhile. See docs/cache-format.md.
+Order of a commit: every shard's data and fsync, its name (never replacing), fsync of its directory. Then a second
+look at what lies there, then the mark, and a third look where the lock was lost meanwhile. See docs/cache-format.md.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.quantize import frame_difference
 from evl_cache.spec import CacheSpec
@@ -25,11 +26,11 @@ from evl_cache.store.disk.publish import (
     fsync_directory,
     make_directories,
     stage_file,
-    write_json_atomic,
+    write_atomic,
 )
 from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.layout import MANIFEST_NAME, ArrayLayout, array_layouts, mark_path
-from evl_cache.store.format.marks import ClipRecord, FileRecord, Mark, mark_document, read_mark
+from evl_cache.store.format.marks import ClipRecord, Mark, ShardFiles, mark_document, read_mark
 from evl_cache.store.format.rows import Row
 from evl_cache.store.shards.codec import scratch
 from evl_cache.store.shards.shard import ShardWriter
@@ -39,20 +40,21 @@ ROWS_IN_FLIGHT = 8  # rows being compressed or waiting for the disk: what bounds
 
 
 class BlockLost(CacheError):
-    """Another job took the block over while this one was paused: its work counts, this one's is dropped."""
+    """Another job took the block over while this one was paused: that job's work counts, this one's is dropped."""
 
 
 class BlockWriter:
     """Takes the rows of a block in order, compresses them in threads, and commits. Always `close` it.
 
     Args:
-        root: the cache. spec: its spec. block: number. lock: held by this process for the block.
-        encoders: threads that compress; shared by blocks. runtime: gives the thread that appends.
+        lock: the block's lock, held by this process.
+        encoders: threads that compress, shared by blocks.
+        runtime: gives the thread that appends.
     """
 
     def __init__(
         self,
-        root: Path,
+        cache_path: Path,
         spec: CacheSpec,
         block: int,
         *,
@@ -60,12 +62,12 @@ class BlockWriter:
         encoders: Executor,
         runtime: Runtime = REAL,
     ) -> None:
-        self.root, self.spec, self.block = root, spec, block
+        self.cache_path, self.spec, self.block = cache_path, spec, block
         self._lock, self._encoders = lock, encoders
         self._layouts = array_layouts(spec)
         self._staged: dict[str, StagedFile] = {}
         self._writers: dict[str, ShardWriter] = {}
-        self._mark_before = file_identity(mark_path(root, block))
+        self._mark_before = file_identity(mark_path(cache_path, block))
         self._appender = runtime.executor("append")
         self._slots = threading.BoundedSemaphore(ROWS_IN_FLIGHT)
         self._failure: BaseException | None = None
@@ -97,14 +99,14 @@ class BlockWriter:
         """
         self._appender.shutdown(wait=True)
         self._raise_failure()
-        records = {name: FileRecord.of(writer.close()) for name, writer in self._writers.items()}
+        records = {name: writer.close() for name, writer in self._writers.items()}
         mark = Mark(block=self.block, files=records, clips=tuple(clips), environment=environment)
         self._check_lock()
         try:
             return self._publish_block(mark)
         except CacheError as error:
-            # What fails after a takeover fails because of it; and a job that wakes believing in its lock removes what
-            # the one that has the lock now has staged, as a leftover.
+            # What fails after a takeover fails because of it. And a job that was paused, and still believes that it
+            # has the lock, takes for a leftover what the job that has it now has staged, and removes it.
             is_held = self._lock.is_held()
             if is_held and not isinstance(error.__cause__, FileNotFoundError):
                 raise
@@ -119,8 +121,8 @@ class BlockWriter:
             staged.discard()
 
     def _open(self, name: str, layout: ArrayLayout) -> None:
-        directory = layout.shard(self.root, self.block).parent
-        check_no_links(self.root, directory)
+        directory = layout.shard(self.cache_path, self.block).parent
+        check_no_links(self.cache_path, directory)
         make_directories(directory)
         if self._lock.is_held():
             remove_leftovers(directory)
@@ -146,11 +148,11 @@ class BlockWriter:
         if self._is_done_meanwhile():
             raise self._lost()
         # --retry-failed and repair redo a marked block: it does not exist while its files change.
-        clear_mark(self.root, self.spec, self.block, unless=mark.files, before_each=self._check_lock)
+        clear_mark(self.cache_path, self.spec, self.block, unless=mark.files, before_each=self._check_lock)
         for name, layout in self._layouts.items():
             # A taken name: left by a job that died before its mark, or by one that took the block over.
             with contextlib.suppress(AlreadyPublished):
-                self._staged[name].publish(layout.shard(self.root, self.block))
+                self._staged[name].publish(layout.shard(self.cache_path, self.block))
         if not self._written_lies_there():
             raise self._lost()
         self._check_lock()
@@ -162,52 +164,54 @@ class BlockWriter:
         return found
 
     def _publish_mark(self, mark: Mark) -> Mark:
-        document, path = mark_document(mark, self.spec), mark_path(self.root, self.block)
+        content = canonical_json(mark_document(mark, self.spec))
+        path = mark_path(self.cache_path, self.block)
         try:
-            write_json_atomic(path, document, replace=False)
+            write_atomic(path, content, replace=False)
         except AlreadyPublished:
-            found = valid_mark(self.root, self.spec, self.block)
+            found = valid_mark(self.cache_path, self.spec, self.block)
             if found is not None and found.files == dict(mark.files):
                 return found
             if not self._lies_there(mark.files):
                 raise self._lost() from None
-            write_json_atomic(path, document, replace=True)
-        written = valid_mark(self.root, self.spec, self.block)
+            write_atomic(path, content)
+        written = valid_mark(self.cache_path, self.spec, self.block)
         if written is None:
             raise self._lost()
         return written
 
     def _is_done_meanwhile(self) -> bool:
-        """By the job that had the block before: it was paused, woke, and had little left to do."""
-        if file_identity(mark_path(self.root, self.block)) in (None, self._mark_before):
+        """Whether the job that had this block before finished it: it was paused, woke, and had little left to do."""
+        if file_identity(mark_path(self.cache_path, self.block)) in (None, self._mark_before):
             return False
-        found = valid_mark(self.root, self.spec, self.block)
+        found = valid_mark(self.cache_path, self.spec, self.block)
         return found is not None and self._lies_there(found.files)
 
     def _withdraw_if_broken(self) -> None:
-        """After changes without the lock: a mark whose files are not those it names goes, and this job redoes the block.
+        """Remove a mark whose files are not those it names: this job may have changed them without the lock.
 
-        It may be another job's, which believes the block done.
+        The mark may be another job's, which believes the block done.
         """
-        found = valid_mark(self.root, self.spec, self.block)
+        found = valid_mark(self.cache_path, self.spec, self.block)
         if found is not None and not self._lies_there(found.files):
-            _unlink_mark(self.root, self.block)
+            _unlink_mark(self.cache_path, self.block)
 
     def _written_lies_there(self) -> bool:
-        """Whether the names lead to what was written: by CRC, since no one means harm here (docs/architecture.md)."""
+        """Whether the names lead to what was written. A CRC is enough against accidents, and ten times as fast."""
         try:
             return all(
-                file_crc32c(layout.shard(self.root, self.block))
+                file_crc32c(layout.shard(self.cache_path, self.block))
                 == (self._staged[name].size, self._staged[name].crc32c)
                 for name, layout in self._layouts.items()
             )
         except CacheError:
             return False
 
-    def _lies_there(self, records: Mapping[str, FileRecord]) -> bool:
+    def _lies_there(self, records: ShardFiles) -> bool:
+        """Whether the names lead to the files of a mark."""
         try:
             return all(
-                file_digest(layout.shard(self.root, self.block)) == (records[name].size, records[name].sha256)
+                file_digest(layout.shard(self.cache_path, self.block)) == records[name].digest
                 for name, layout in self._layouts.items()
             )
         except CacheError:
@@ -219,48 +223,50 @@ class BlockWriter:
 
     def _lost(self) -> BlockLost:
         return BlockLost(
-            f"{self.root}: block {self.block} was taken over by another job; run the same command again"
+            f"{self.cache_path}: block {self.block} was taken over by another job; run the same command again"
         )
 
 
 def clear_mark(
-    root: Path,
+    cache_path: Path,
     spec: CacheSpec,
     block: int,
     *,
-    unless: Mapping[str, FileRecord] | None = None,
+    unless: ShardFiles | None = None,
     before_each: Callable[[], None] = lambda: None,
 ) -> None:
-    """Make a block not exist: its mark goes first, then its files. Nothing is done where files are `unless`.
+    """Make a block not exist: its mark goes first, then its files.
 
-    A file whose bytes are those about to be published stays, so that open readers see no change.
-    before_each: called before each change; what it raises ends it.
+    Args:
+        unless: files that are about to be published. One that is there already stays, so that open readers see no
+            change.
+        before_each: called before each change; what it raises ends the work.
     """
-    _unlink_mark(root, block, before_each=before_each)
+    _unlink_mark(cache_path, block, before_each=before_each)
     for name, layout in array_layouts(spec).items():
-        path = layout.shard(root, block)
-        check_no_links(root, path.parent)
+        path = layout.shard(cache_path, block)
+        check_no_links(cache_path, path.parent)
         if not path.exists():
             continue
-        if unless is None or file_digest(path) != (unless[name].size, unless[name].sha256):
+        if unless is None or file_digest(path) != unless[name].digest:
             before_each()
             path.unlink(missing_ok=True)
 
 
-def _unlink_mark(root: Path, block: int, *, before_each: Callable[[], None] = lambda: None) -> None:
+def _unlink_mark(cache_path: Path, block: int, *, before_each: Callable[[], None] = lambda: None) -> None:
     # The manifest names the mark, and the mark the files: each is gone for good before what it names.
-    for path in (root / MANIFEST_NAME, mark_path(root, block)):
-        check_no_links(root, path.parent)
+    for path in (cache_path / MANIFEST_NAME, mark_path(cache_path, block)):
+        check_no_links(cache_path, path.parent)
         if path.exists():
             before_each()
             path.unlink(missing_ok=True)
             fsync_directory(path.parent)
 
 
-def valid_mark(root: Path, spec: CacheSpec, block: int) -> Mark | None:
-    """The block's mark where it is intact; None otherwise."""
+def valid_mark(cache_path: Path, spec: CacheSpec, block: int) -> Mark | None:
+    """Return a block's mark where it is intact; None otherwise."""
     try:
-        return read_mark(root, block, spec)
+        return read_mark(cache_path, block, spec)
     except CacheDamaged:
         return None
 

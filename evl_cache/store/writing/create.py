@@ -12,20 +12,21 @@ from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.disk.locks import CACHE_LOCK, EXPIRY_S, LockWatcher
-from evl_cache.store.disk.publish import AlreadyPublished, make_directories, stage_file, write_json_atomic
+from evl_cache.store.disk.publish import AlreadyPublished, make_directories, write_atomic
 from evl_cache.store.format.description import (
-    _group_document,
+    CacheDescription,
     clips_lines,
+    description_content,
+    group_document,
     read_description,
-    recovery_document,
 )
-from evl_cache.store.format.layout import CLIPS_NAME, DONE_NAME, LOCKS_NAME, RECOVERY_NAME, array_layouts
+from evl_cache.store.format.layout import DONE_NAME, LOCKS_NAME, array_layouts, marked_blocks
 from evl_cache.store.format.recomputed import projections_content, write_projections
 from evl_cache.store.shards.metadata import METADATA_NAME
 
 
 def create_cache(
-    root: Path,
+    cache_path: Path,
     spec: CacheSpec,
     clips: Iterable[Clip],
     *,
@@ -37,66 +38,55 @@ def create_cache(
     """Lay a cache down, or find the same one there. Several jobs may do so at once.
 
     Args:
-        projections: of the spec's layers, where it recomputes maps.
+        origin: what the cache is made from, for `repair`.
+        created_with: versions of the software.
+        projections: projections of the spec's layers, where it recomputes maps.
+        lock_expiry_s: how long the lock of a job that stands still is waited for.
 
     Raises: UsageError naming the fields where another cache is there; CacheError where the disk refuses.
     """
     for name in (DONE_NAME, LOCKS_NAME, METADATA_NAME, *array_layouts(spec)):
-        check_no_links(root, root / name)
-    if not (root / METADATA_NAME).exists():
+        check_no_links(cache_path, cache_path / name)
+    if not (cache_path / METADATA_NAME).exists():
         # One job at a time: two with different specs would mix their files.
-        with LockWatcher(root / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK):
-            if not (root / METADATA_NAME).exists():
-                _refuse_headless(root)
-                _lay_down(
-                    root,
-                    spec,
-                    tuple(clips),
-                    origin=origin,
-                    created_with=created_with,
-                    projections=projections,
-                )
-    found = read_description(root).spec
-    differences = spec.differences(found)
+        with LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK):
+            if not (cache_path / METADATA_NAME).exists():
+                _lay_down(cache_path, spec, tuple(clips), origin, created_with, projections)
+    differences = spec.differences(read_description(cache_path).spec)
     if differences:
         raise UsageError(
-            f"{root} holds another cache ({'; '.join(differences[:6])}); "
+            f"{cache_path} holds another cache ({'; '.join(differences[:6])}); "
             "choose another --cache, or the options it was made with"
         )
 
 
 def _lay_down(
-    root: Path,
+    cache_path: Path,
     spec: CacheSpec,
     clips: tuple[Clip, ...],
-    *,
     origin: Mapping[str, Any],
     created_with: Mapping[str, str],
     projections: Mapping[int, MapProjection] | None,
 ) -> None:
+    if marked_blocks(cache_path):  # their description was lost, and another one would lose them too
+        raise CacheDamaged(f"{cache_path}: has finished blocks but no {METADATA_NAME}; repair the cache")
     assert (projections is not None) == spec.recomputes_maps, f"projections for maps {spec.maps!r}"
-    make_directories(root / DONE_NAME)
-    lines = clips_lines(clips)
-    digests = {"clips_sha256": hashlib.sha256(lines).hexdigest()}
+    make_directories(cache_path / DONE_NAME)
+    projections_sha256 = None
     if projections is not None:
         content = projections_content(projections)
-        digests["projections_sha256"] = hashlib.sha256(content).hexdigest()
-        write_projections(root, content)
-    group = _group_document(spec, digests, origin=origin, created_with=created_with)
-    with stage_file(root) as staged:
-        staged.write(lines)
-        staged.publish_replacing(root / CLIPS_NAME)
-    for name, layout in array_layouts(spec).items():
-        make_directories(root / name)
-        write_json_atomic(root / name / METADATA_NAME, layout.metadata(spec), replace=True)
-    write_json_atomic(root / RECOVERY_NAME, recovery_document(group, clips), replace=True)
-    # Last: until it is there, nothing is a cache. Where it is, this job was paused for long and another took
-    # its lock over: the caller compares.
-    with contextlib.suppress(AlreadyPublished):
-        write_json_atomic(root / METADATA_NAME, group, replace=False)
-
-
-def _refuse_headless(root: Path) -> None:
-    """Blocks without a description: it was lost, and laying another one down would lose the blocks too."""
-    if (root / DONE_NAME).is_dir() and any(path.suffix == ".json" for path in (root / DONE_NAME).iterdir()):
-        raise CacheDamaged(f"{root}: has finished blocks but no {METADATA_NAME}; repair the cache")
+        projections_sha256 = hashlib.sha256(content).hexdigest()
+        write_projections(cache_path, content)
+    description = CacheDescription(
+        spec=spec,
+        origin=origin,
+        created_with=created_with,
+        clips_sha256=hashlib.sha256(clips_lines(clips)).hexdigest(),
+        projections_sha256=projections_sha256,
+    )
+    for name, content in description_content(spec, group_document(description), clips).items():
+        make_directories((cache_path / name).parent)
+        # The last one makes it a cache. Where that is there, this job was paused for long and another took its lock
+        # over: the caller compares.
+        with contextlib.suppress(AlreadyPublished):
+            write_atomic(cache_path / name, content, replace=name != METADATA_NAME)

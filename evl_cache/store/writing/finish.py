@@ -1,4 +1,4 @@
-"""What killed jobs leave behind: staged files and locks; and the end of a job, which removes them."""
+"""The end of a job: it removes the staged files and locks that killed jobs left, and writes the manifest."""
 
 import os
 from functools import partial
@@ -17,7 +17,7 @@ _ATTEMPTS = 5  # at the manifest, by a job that is paused again and again
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove staged files: the caller knows that no live writer is in this directory."""
+    """Remove staged files. The caller knows that no live writer is in this directory."""
     if directory.is_dir():
         with os.scandir(directory) as entries:
             for entry in entries:
@@ -26,7 +26,7 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def finish_cache(
-    root: Path, spec: CacheSpec, *, lock_expiry_s: float = EXPIRY_S, runtime: Runtime = REAL
+    cache_path: Path, spec: CacheSpec, *, lock_expiry_s: float = EXPIRY_S, runtime: Runtime = REAL
 ) -> str:
     """Remove what killed jobs left, unless another job is at work; write the manifest of a complete cache.
 
@@ -37,20 +37,24 @@ def finish_cache(
 
     def clean(block: int) -> None:
         for layout in layouts:
-            remove_leftovers(layout.shard(root, block).parent)
+            remove_leftovers(layout.shard(cache_path, block).parent)
 
-    watcher = LockWatcher(root / LOCKS_NAME, expiry_s=lock_expiry_s, runtime=runtime)
-    manifest = root / MANIFEST_NAME
+    watcher = LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s, runtime=runtime)
+    manifest = cache_path / MANIFEST_NAME
     before = file_identity(manifest)
     for attempts_left in reversed(range(_ATTEMPTS)):
         with watcher.wait_for(CACHE_LOCK) as lock:
             if file_identity(manifest) not in (None, before):  # one of many jobs does this for all
-                return read_manifest(root, spec).digest
+                return read_manifest(cache_path, spec).digest
             try:
                 if watcher.sweep(own=lock, clean=clean):
-                    for directory in (root, root / DONE_NAME, *(root / layout.name for layout in layouts)):
+                    for directory in (
+                        cache_path,
+                        cache_path / DONE_NAME,
+                        *(cache_path / layout.name for layout in layouts),
+                    ):
                         remove_leftovers(directory)
-                cache_digest = write_manifest(root, spec, before_writing=partial(_check, lock))
+                cache_digest = write_manifest(cache_path, spec, before_writing=partial(_check, lock))
             except CacheError as error:
                 # Another job took this over meanwhile, or believes so, and what is staged here for a leftover.
                 if not attempts_left or (
@@ -62,7 +66,7 @@ def finish_cache(
                 return cache_digest
             before = file_identity(manifest)  # written after a long pause: it may be older than a mark
     raise CacheError(
-        f"{root}: other jobs took the manifest's lock over {_ATTEMPTS} times; run the same command again"
+        f"{cache_path}: other jobs took the manifest's lock over {_ATTEMPTS} times; run the same command again"
     )
 
 
