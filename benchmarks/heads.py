@@ -23,7 +23,7 @@ from evl_cache.processes.memory import peak_bytes, reset_peak
 from evl_cache.sweep import SWEEP_NAME, sweep
 from evl_cache.sweep.grid import SweepRun, expand
 from evl_cache.train.batch_size import training_step
-from evl_cache.train.head_reads import head_reads
+from evl_cache.train.head_reads import training_reads
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.setup import run_config
 
@@ -78,8 +78,8 @@ def step_nbytes(path: Path, options: TrainOptions) -> int | None:
     """How much the peak grows in a head's first step; None where the system does not tell. In a fresh process:
     an old one has freed memory at hand."""
     cache = FeatureCache(path)
-    reads = head_reads(options, cache)
-    probe = cache.read_stored([int(cache.is_valid.argmax())], **reads.arguments)
+    reads = training_reads(options, cache.spec)
+    probe = cache.read_stored([int(cache.is_valid.argmax())], reads)
     config = run_config(cache, {}, options, reads.layers)
     training_step(config.build(), probe, options, batch=1)  # libraries loaded
     if not reset_peak():
@@ -97,7 +97,7 @@ def table(
     for group in dict.fromkeys(run.group for run in runs):
         members = [run for run in runs if run.group == group]
         top1 = [found[run.name]["top1"] for run in members]
-        reads, options = head_reads(members[0].options, cache), members[0].options
+        reads, options = training_reads(members[0].options, cache.spec), members[0].options
         # Spawned: a process that has threads must not be forked.
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh:
             nbytes = fresh.submit(step_nbytes, cache.path, options).result()
@@ -110,7 +110,7 @@ def table(
             "ms_per_step": statistics.mean(found[run.name]["ms_per_step"] for run in members),
             "state_mb": 4 * 4 * parameters / 1e6,
             "step_mb": None if nbytes is None else nbytes / 1e6,
-            "read_kb_per_sample": cache.buffers(slots=1, **reads.arguments).nbytes / 1e3,
+            "read_kb_per_sample": cache.buffers(slots=1, reads=reads).nbytes / 1e3,
         }
     return rows
 

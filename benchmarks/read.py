@@ -23,7 +23,7 @@ from benchmarks.support.machine import interleaved_seconds, machine, medians
 from benchmarks.support.read_peers import CHECKED, Arrays, Peer, memmap, peers
 from benchmarks.support.stored_features import LAYERS, generated_rows, write_rows
 from evl_cache.quantize import frame_difference
-from evl_cache.store import FeatureCache, Row
+from evl_cache.store import FeatureCache, Reads, Row
 
 ARRAYS = ("tokens", "token_affine", "token_scale", "maps", "map_scale")
 _MORE_ROUNDS = 5  # of the sides that take no time, among themselves
@@ -113,7 +113,7 @@ def ours(root: Path, rows: list[Row], samples: int) -> dict[str, Read]:
 
 
 def _ours(cache: FeatureCache, layers: tuple[int, ...]) -> Read:
-    buffers = [cache.buffers(slots=1, layers=layers) for _ in range(8)]
+    buffers = [cache.buffers(slots=1, reads=Reads(layers=layers)) for _ in range(8)]
 
     def read(thread: int, samples: Sequence[int]) -> None:
         cache.read_into(buffers[thread], [(0, sample) for sample in samples], layers)

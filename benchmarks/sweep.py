@@ -27,6 +27,7 @@ from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.request import ExtractRequest, extract_dataset
 from evl_cache.rendered.benchmarks import RenderOptions, render
 from evl_cache.spec import ViewSpec
+from evl_cache.store import Reads
 from evl_cache.sweep import RUNS_NAME, sweep
 from evl_cache.sweep.grid import SweepRun, expand
 from evl_cache.sweep.shared_pass import OnPassStep, SweepPass
@@ -105,9 +106,9 @@ def measure(caches: tuple[FeatureCache, FeatureCache], runs: list[SweepRun], fol
         pairs = zip(losses(out), losses(folder / "sweep" / RUNS_NAME / run.name), strict=True)
         differences[run.name] = max(abs(a - b) for a, b in pairs)
     # A linear head reads class tokens in full precision, which others do not; here it is one of the sixteen.
-    layers = caches[0].spec.layers
+    probe = Reads(layers=caches[0].spec.layers, with_maps=False, tokens="class")
     samples = runs[0].options.epochs * sum(int(cache.is_valid.sum()) for cache in caches)
-    class_tokens = samples * caches[0].buffers(slots=1, layers=layers, with_maps=False, tokens="class").nbytes
+    class_tokens = samples * caches[0].buffers(slots=1, reads=probe).nbytes
     return {
         "heads": len(runs),
         "largest_loss_difference": max(differences.values()),

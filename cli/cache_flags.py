@@ -90,7 +90,9 @@ class CacheFlags:
 
     def precision_on(self, device: str) -> str:
         """The precision named, or the device's."""
-        return self.precision or ("float32" if device == "cpu" else "bfloat16")
+        from evl_cache.train.options import default_precision
+
+        return self.precision or default_precision(device)
 
     def find(self, needs: HeadNeeds, *, is_told: bool = True) -> TrainingData:
         """The caches named, or the pair there is that fits, and the rows of each side."""

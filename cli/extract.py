@@ -54,7 +54,7 @@ def command(
     from evl_cache.extract import ExtractOptions, extract_dataset
     from evl_cache.extract.failure_limit import FailureLimit
     from evl_cache.extract.request import dataset_reader
-    from evl_cache.processes import ProcessPlace, Rendezvous, local_device
+    from evl_cache.processes import ProcessPlace, Rendezvous
     from evl_cache.video import DecodeOptions
     from evl_cache.video.pool import DEFAULT_TIMEOUT_S
 
@@ -63,7 +63,7 @@ def command(
         return 0
     place = ProcessPlace.of_environment()
     rendezvous = Rendezvous.of_environment(place, on_lost=_say_lost)
-    device = default_device(local_device(default_device(device)))
+    device = default_device(place.device(default_device(device)))
     options = ExtractOptions(
         device=device,
         batch=batch or default_batch(device),

@@ -34,11 +34,11 @@ def command(**given: Any) -> int:
 
     torchrun --nproc-per-node N -m evl_cache_cli train … uses N devices.
     """
-    from evl_cache.processes import Interrupted, ToldElsewhere, local_device, processes_of_environment
+    from evl_cache.processes import Interrupted, ProcessPlace, ToldElsewhere, processes_of_environment
 
     of_videos = {option.parameter: given.pop(option.parameter) for option in options_with(Role.ONLINE)}
     flags = TrainFlags(**given, of_videos=of_videos)
-    device = default_device(local_device(default_device(flags.device)))
+    device = default_device(ProcessPlace.of_environment().device(default_device(flags.device)))
     try:
         with processes_of_environment(device, timeout_s=flags.rank_timeout) as processes:
             return _train(flags, flags.train_options(device), processes)
@@ -52,7 +52,7 @@ def command(**given: Any) -> int:
 def _train(flags: TrainFlags, options: TrainOptions, processes: Processes) -> int:
     run = _online if flags.online else _cached
     out, status, result = run(flags, options, processes)
-    if not processes.is_first:
+    if not processes.place.is_first:
         return status
     if flags.as_json:
         from dataclasses import asdict
@@ -77,7 +77,7 @@ def _cached(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
     from evl_cache.train.needs import needs_of
 
     refuse_online_options()
-    data = flags.find(needs_of([options]), is_told=processes.is_first)
+    data = flags.find(needs_of([options]), is_told=processes.place.is_first)
     out = _out(flags, data.train.name, processes)
     with _progress(flags, processes) as line:
         result = train(
@@ -122,7 +122,7 @@ def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
 
 
 def _progress(flags: TrainFlags, processes: Processes) -> AbstractContextManager[StepProgress]:
-    return step_progress(f"train {flags.head}", shown=processes.is_first)
+    return step_progress(f"train {flags.head}", shown=processes.place.is_first)
 
 
 def _out(flags: TrainFlags, name: str, processes: Processes) -> Path:
@@ -132,6 +132,6 @@ def _out(flags: TrainFlags, name: str, processes: Processes) -> Path:
     out = flags.out or processes.on_first(
         lambda: next_run_directory(name, flags.head), "while choosing the run directory"
     )
-    if processes.is_first:
+    if processes.place.is_first:
         click.echo(f"{name} -> {out}", err=True)
     return out

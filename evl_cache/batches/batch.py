@@ -1,4 +1,4 @@
-"""What stage two trains on: batches, and what gives them. A cache's are made by `dataset`, live ones by `online`.
+"""What stage two trains on: a batch, and where the time to get it went.
 
 B samples.
 """
@@ -13,10 +13,15 @@ from evl_cache.store import StoredBatch
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Features of B samples, their labels int64 (B,) and their rows in the cache int64 (B,).
+    """B samples.
 
-    The features' memory is reused: it holds until the next batch is asked for.
-    number: of the batch in its epoch. total: its samples in all processes. is_stand_in: see `BatchPart`.
+    Attributes:
+        features: in memory that is reused: they hold until the next batch is asked for.
+        labels: int64 (B,).
+        samples: rows in the cache, int64 (B,).
+        number: of the batch in its epoch.
+        total: its samples in all processes.
+        is_stand_in: see `BatchPart`.
     """
 
     features: StoredBatch
@@ -29,10 +34,12 @@ class Batch:
 
 @dataclass(kw_only=True)
 class LoaderTimes:
-    """Where the time of an epoch went, in seconds, summed over threads but for `waited`.
+    """Where the time of an epoch went, in seconds.
 
     Attributes:
-        waited: the consumer waited for a batch. cpu: threads decoded. io: threads waited for the disk.
+        waited: that the consumer waited for batches.
+        cpu: that threads decoded, summed over them.
+        io: that threads waited for the disk, summed over them.
     """
 
     waited: float = 0.0
@@ -40,7 +47,7 @@ class LoaderTimes:
     io: float = 0.0
 
     def bottleneck(self, elapsed: float) -> str:
-        """`device` where the consumer hardly waits; else `disk` or `processor`, whichever the threads wait for."""
+        """Return `device` if the consumer hardly waits, else `disk` or `processor`, which the threads wait for more."""
         if self.waited < 0.1 * elapsed:
             return "device"
         return "disk" if self.io > self.cpu else "processor"

@@ -17,7 +17,7 @@ class BatchPart:
         number: of the batch in its epoch.
         rows: int64, samples of this process, in order.
         total: samples of the batch in all processes.
-        is_stand_in: the batch is too small for a part of this process; `rows` is one sample of it, of no weight.
+        is_stand_in: the batch is too small to have a part for this process; `rows` is one sample, of no weight.
     """
 
     number: int
@@ -28,15 +28,16 @@ class BatchPart:
 
 @dataclass(frozen=True, kw_only=True)
 class EpochOrder:
-    """The order of epochs.
+    """Which samples each epoch has, in which order and in which batches.
 
     Attributes:
         samples: int64 (N,), rows of the cache.
         batch: B, of all processes together; the last batch of an epoch is smaller.
         seed: an epoch's order is drawn from (seed, epoch); None keeps the order.
-        block_samples, shuffle_blocks: 0 blocks permutes all samples; otherwise blocks of so many rows are
-            permuted, and samples shuffled within so many of them at a time.
-        views: samples of a clip that stand one after another, of which an epoch has one: each once in `views` epochs.
+        block_samples: rows of a block.
+        shuffle_blocks: 0 permutes all samples. Otherwise blocks are permuted, and samples are shuffled within so many
+            at a time.
+        views: samples of a clip, one after another, of which an epoch has one; `views` epochs have each once.
         rank, world: this process, and how many there are.
     """
 
@@ -55,11 +56,11 @@ class EpochOrder:
 
     @property
     def samples_of_epoch(self) -> int:
-        """N, or N / views."""
+        """The samples of an epoch: N / views."""
         return len(self.samples) // self.views
 
     def of(self, epoch: int) -> np.ndarray:
-        """The samples of an epoch in its order, int64 (N / views,). The same epoch gives the same order."""
+        """Return the samples of an epoch in its order, int64 (N / views,). The same epoch gives the same order."""
         if self.seed is None:
             return self.samples
         rng = np.random.default_rng([self.seed, epoch])
@@ -67,7 +68,7 @@ class EpochOrder:
         return rng.permutation(samples) if self.shuffle_blocks == 0 else self._by_blocks(rng, samples)
 
     def parts(self, epoch: int, *, start_batch: int = 0) -> Iterator[BatchPart]:
-        """This process's part of every batch: batch k is the one that a single process would have as its k-th."""
+        """Yield this process's part of every batch. Batch k is the same samples for any number of processes."""
         order = self.of(epoch)
         for number in range(start_batch, len(self)):
             whole = order[number * self.batch : (number + 1) * self.batch]
@@ -77,7 +78,7 @@ class EpochOrder:
             yield BatchPart(number=number, rows=rows, total=len(whole), is_stand_in=is_stand_in)
 
     def _one_view_each(self, seed: int, epoch: int) -> np.ndarray:
-        """A view of each clip: every clip has its own order of its views, drawn anew when they are through."""
+        """Return one view of each clip. Every clip has its own order of its views, drawn anew after the last."""
         cycle, number = divmod(epoch, self.views)
         rng = np.random.default_rng([seed, cycle, self.views])
         by_clip = self.samples.reshape(-1, self.views)

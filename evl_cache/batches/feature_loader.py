@@ -8,7 +8,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,29 +16,31 @@ from evl_cache.batches.batch import Batch, LoaderTimes
 from evl_cache.batches.epoch_order import BatchPart, EpochOrder
 from evl_cache.batches.resident import ResidentSamples
 from evl_cache.errors import UsageError
-from evl_cache.store import BatchBuffers, FeatureCache, TokensRead
+from evl_cache.store import BatchBuffers, FeatureCache, Reads, TokensRead
 
 _RING = 3  # one with the consumer, two being filled
 
 
 class FeatureLoader:
-    """Reads batches of some samples of a cache.
+    """Batches of some samples of a cache, read ahead in threads.
 
     Args:
-        cache: open for reading. samples: rows; failed ones are left out.
-        layers: blocks. with_maps: read the maps too. tokens: which ones of a frame, as `FeatureCache.buffers`.
+        cache: open for reading.
+        samples: rows; failed ones are left out.
+        reads: what is read of each.
+        layers, with_maps, tokens: the same, where `reads` is not given.
         batch: samples of a batch, in all processes; the last of an epoch is smaller.
-        shuffle_seed: order of an epoch is drawn from (seed, epoch), and with it which of a clip's augmented training
-            views the epoch has; None keeps the order, and has all.
-        shuffle_blocks: how the order is drawn: 0 permutes all samples (local disks); otherwise blocks are
-            permuted and samples shuffled within so many of them at a time, so that shards are read nearly in
-            one piece (network and spinning disks).
+        shuffle_seed: the order of an epoch is drawn from (seed, epoch), and with it which of a clip's augmented
+            training views the epoch has; None keeps the order, and has all.
+        shuffle_blocks: 0 permutes all samples (local disks). Otherwise blocks are permuted, and samples are shuffled
+            within so many of them at a time: shards are then read nearly in one piece (network and spinning disks).
         rank, world: this process reads its part of every batch.
-        threads: that read. pin_memory: page-locked buffers, for a GPU.
-        resident: keeps samples, of the same layers and maps, after they were first read.
+        threads: how many read.
+        pin_memory: page-locked buffers, for a GPU.
+        resident: keeps samples, as `reads` says, after they were first read.
 
-    Raises: UsageError where no sample is left; CacheDamaged where a mark of their blocks is not intact or another than
-        the manifest names: a run that leaves samples out, or takes others, would not be the one asked for.
+    Raises: UsageError where no sample is left. CacheDamaged where a mark of their blocks is not intact, or not the one
+        that the manifest names: the run would leave samples out, or take others.
     """
 
     def __init__(
@@ -47,8 +48,9 @@ class FeatureLoader:
         cache: FeatureCache,
         samples: Sequence[int] | np.ndarray,
         *,
-        layers: Sequence[int],
         batch: int,
+        reads: Reads | None = None,
+        layers: Sequence[int] = (),
         with_maps: bool = True,
         tokens: TokensRead = "all",
         shuffle_seed: int | None = None,
@@ -68,7 +70,10 @@ class FeatureLoader:
             )
         if batch < 1 or threads < 1:
             raise UsageError(f"batch is {batch}, threads {threads}; expected at least 1 of each")
-        self.cache, self.layers, self.batch = cache, tuple(layers), batch
+        if (reads is None) != bool(layers):
+            raise UsageError(f"layers are {list(layers)}, reads {reads}; expected one of them")
+        self.reads = reads or Reads(layers=tuple(layers), with_maps=with_maps, tokens=tokens)
+        self.cache, self.batch = cache, batch
         self.skipped_clips = len(np.unique(cache.sample_clips[rows[~cache.is_valid[rows]]]))
         self.times = LoaderTimes()
         self.order = EpochOrder(
@@ -81,8 +86,7 @@ class FeatureLoader:
             rank=rank,
             world=world,
         )
-        self._threads = threads
-        self._reads: dict[str, Any] = {"with_maps": with_maps, "tokens": tokens, "pin_memory": pin_memory}
+        self._threads, self._pin_memory = threads, pin_memory
         on_host = resident is not None and resident.device.type == "cpu"
         self._in_ram: ResidentSamples | None = resident if on_host else None
         self._on_device: ResidentSamples | None = None if on_host else resident
@@ -94,11 +98,11 @@ class FeatureLoader:
 
     @property
     def sample_nbytes(self) -> int:
-        """Bytes that are read of a sample, decompressed."""
-        return self.cache.buffers(slots=1, layers=self.layers, **self._reads).nbytes
+        """The bytes that are read of a sample, decompressed."""
+        return self.cache.buffers(slots=1, reads=self.reads).nbytes
 
     def epoch(self, number: int = 0, *, start_batch: int = 0) -> Iterator[Batch]:
-        """This process's part of every batch, from a batch on (to resume in mid-epoch)."""
+        """Yield this process's part of every batch, from batch `start_batch` on (to resume in mid-epoch)."""
         parts = self.order.parts(number, start_batch=start_batch)
         self.times = LoaderTimes()
         # Taken away while in use: a second iterator makes its own.
@@ -140,7 +144,7 @@ class FeatureLoader:
     def _grown(self, ring: list[BatchBuffers], count: int) -> list[BatchBuffers]:
         most = -(-min(self.batch, self.order.samples_of_epoch) // self.order.world)
         new = [
-            self.cache.buffers(slots=most, layers=self.layers, **self._reads)
+            self.cache.buffers(slots=most, reads=self.reads, pin_memory=self._pin_memory)
             for _ in range(count - len(ring))
         ]
         return [*ring, *new]
@@ -153,7 +157,7 @@ class FeatureLoader:
             rows = rows[~self._on_device.holds(rows)]
         pairs = list(enumerate(rows.tolist()))
         away = rows if self._in_ram is None else rows[~self._in_ram.holds(rows)]
-        self.cache.prefetch(buffers, away.tolist(), self.layers)
+        self.cache.prefetch(buffers, away.tolist(), self.reads.layers)
         return [
             pool.submit(self._read, pairs[thread :: self._threads], buffers)
             for thread in range(self._threads)
@@ -162,10 +166,10 @@ class FeatureLoader:
     def _read(self, pairs: Sequence[tuple[int, int]], buffers: BatchBuffers) -> None:
         wall, cpu = time.perf_counter(), time.thread_time()
         if self._in_ram is None:
-            self.cache.read_into(buffers, pairs, self.layers)
+            self.cache.read_into(buffers, pairs, self.reads.layers)
         else:
             away = [(s, row) for s, row in pairs if not self._in_ram.load(row, buffers.arrays, s)]
-            self.cache.read_into(buffers, away, self.layers)
+            self.cache.read_into(buffers, away, self.reads.layers)
             for slot, row in away:
                 self._in_ram.keep(row, buffers.arrays, slot)
         cpu = time.thread_time() - cpu
@@ -177,10 +181,3 @@ class FeatureLoader:
         for future in futures:
             future.result()
         self.times.waited += time.perf_counter() - started
-
-
-def samples_of_clips(cache: FeatureCache, clips: Sequence[int] | None) -> np.ndarray:
-    """Rows of the samples of some clips (all by default), int64."""
-    if clips is None:
-        return np.arange(len(cache), dtype=np.int64)
-    return np.flatnonzero(np.isin(cache.sample_clips, np.asarray(clips, dtype=np.int64)))

@@ -14,10 +14,10 @@ def split_clips(
     train_names: Sequence[str] | None,
     val_names: Sequence[str] | None,
 ) -> tuple[list[int] | None, list[int] | None]:
-    """Rows of the clips to train and to validate on; None is all of them.
+    """Return the rows of the clips to train on and of those to validate on; None is all of them.
 
-    Where both caches hold the same clips (one cache twice, or other views of it), what one side names is left
-    out of the other.
+    If both caches hold the same clips (one cache twice, or other views of it), what one side names is left out of
+    the other.
 
     Raises: UsageError for a name that is no clip's, or one that is on both sides.
     """

@@ -11,23 +11,26 @@ import numpy as np
 import torch
 
 from evl_cache.processes import available_bytes
-from evl_cache.store import BatchBuffers, FeatureCache, StoredBatch, TokensRead, stored_batch
+from evl_cache.store import BatchBuffers, FeatureCache, Reads, StoredBatch, stored_batch
 
-DEFAULT_SHARE = 0.5  # of what is available: the rest is the training's
+KEPT_SHARE = 0.5  # of the free memory: the rest is the training's
 
 Arrays = Mapping[str, Sequence[np.ndarray[Any, Any]]]  # name -> one (slots, *chunk) for each layer
 
 
 class ResidentSamples:
-    """A fixed choice of samples (the first that fit), each kept once it was read.
+    """A fixed choice of samples, the first that fit, each of which is kept after it was read.
 
     Args:
-        cache: where they are from. samples: rows that will be asked for, in the order of preference.
-        layers, with_maps, tokens: what is kept of each, as `FeatureCache.buffers`.
-        budget_bytes: at most so much. device: where.
+        cache: what they are read from.
+        samples: rows that will be asked for, in the order of preference.
+        reads: what is kept of each.
+        budget_bytes: most that they may take together.
+        device: where they are kept.
 
     Attributes:
-        capacity: samples that fit. device: as given.
+        capacity: samples that fit.
+        device: as given.
     """
 
     def __init__(
@@ -35,13 +38,11 @@ class ResidentSamples:
         cache: FeatureCache,
         samples: np.ndarray,
         *,
-        layers: Sequence[int],
-        with_maps: bool,
-        tokens: TokensRead = "all",
+        reads: Reads,
         budget_bytes: int,
         device: torch.device,
     ) -> None:
-        one = cache.buffers(slots=1, layers=layers, with_maps=with_maps, tokens=tokens)
+        one = cache.buffers(slots=1, reads=reads)
         self.device = device
         self.sample_nbytes = one.nbytes
         self.capacity = min(len(samples), budget_bytes // one.nbytes)
@@ -56,18 +57,18 @@ class ResidentSamples:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are taken once all are kept."""
+        """The bytes that are taken when all are kept."""
         return self.capacity * self.sample_nbytes
 
     def holds(self, rows: np.ndarray) -> np.ndarray:
-        """Whether each row is here already, bool."""
+        """Whether each row is kept already, bool."""
         slots = self._slot_of[rows]
         held: np.ndarray = slots >= 0
         held[held] = self._is_filled[slots[held]]
         return held
 
     def load(self, row: int, arrays: Arrays, slot: int) -> bool:
-        """Copy a row that is here into a slot of arrays. Returns: whether it is here. Only in the computer's memory."""
+        """Copy a row that is kept in the computer's memory into a slot of arrays. Returns: whether it is kept."""
         mine = int(self._slot_of[row])
         if mine < 0 or not self._is_filled[mine]:
             return False
@@ -87,9 +88,9 @@ class ResidentSamples:
         self._is_filled[mine] = True
 
     def assemble(self, rows: np.ndarray, host: BatchBuffers) -> StoredBatch:
-        """A batch on the device: rows that are here, and the others from the first slots of `host`, in order.
+        """Put a batch together on the device: rows that are kept, and the others from the first slots of `host`.
 
-        The others are kept if they are of the chosen.
+        The others, which are in the order of `rows`, are kept if they are of the chosen.
         """
         held = self.holds(rows)
         here, there = (torch.from_numpy(np.flatnonzero(x)).to(self.device) for x in (held, ~held))
@@ -115,5 +116,5 @@ class ResidentSamples:
 
 
 def default_budget(device: torch.device) -> int:
-    """Bytes to keep samples in where nobody says: a share of what is available."""
-    return int(DEFAULT_SHARE * available_bytes(device))
+    """The bytes to keep samples in by default: a share of what is available."""
+    return int(KEPT_SHARE * available_bytes(device))

@@ -9,9 +9,11 @@ from evl_cache.batches.batch import Batch, LoaderTimes
 from evl_cache.clips import Clip
 from evl_cache.spec import CacheSpec
 
+DEFAULT_BATCH = 64  # samples of a step or of a scored batch, unless told otherwise
+
 
 class Source(Protocol):
-    """What samples are of: a cache, or videos that stand in for one. Attributes as `FeatureCache`."""
+    """What samples are rows of: a cache, or live videos in its place. Attributes as `FeatureCache`."""
 
     @property
     def spec(self) -> CacheSpec:
@@ -54,7 +56,7 @@ class Loader(Protocol):
 
     @property
     def sample_nbytes(self) -> int:
-        """Bytes of a sample as it is stored, decompressed; 0 where none is stored."""
+        """The bytes of a sample as it is stored, decompressed; 0 if none is stored."""
 
     @property
     def skipped_clips(self) -> int:
@@ -64,4 +66,11 @@ class Loader(Protocol):
         """Batches of an epoch."""
 
     def epoch(self, number: int = 0, *, start_batch: int = 0) -> Iterator[Batch]:
-        """Every sample once, from a batch on."""
+        """Yield every sample once, in batches, from batch `start_batch` on."""
+
+
+def samples_of_clips(source: Source, clips: Sequence[int] | None) -> np.ndarray:
+    """Return the rows of the samples of some clips, int64; None stands for all clips."""
+    if clips is None:
+        return np.arange(len(source.sample_clips), dtype=np.int64)
+    return np.flatnonzero(np.isin(source.sample_clips, np.asarray(clips, dtype=np.int64)))

@@ -9,7 +9,7 @@ from evl_cache.store import FeatureCache
 
 
 def describe(path: str | Path) -> dict[str, Any]:
-    """A cache's spec, size, completeness, failures by reason and versions, as plain JSON values.
+    """Describe a cache as plain JSON values: spec, size, completeness, failures by reason, versions.
 
     Raises: CacheError where there is no cache; CacheDamaged where its description is not intact.
     """
@@ -42,13 +42,13 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def failures_by_reason(cache: FeatureCache) -> dict[str, int]:
-    """Failed clips by reason, most frequent first; the file's name is taken out of the reason."""
+    """Count failed clips by kind of reason, most frequent first."""
     counts = Counter(_kind(reason) for _, reason in cache.failures)
     return dict(counts.most_common())
 
 
 def failed_clips_by_reason(cache: FeatureCache) -> dict[str, list[tuple[str, str]]]:
-    """Failed clips (id, whole reason) by kind of reason, the most frequent kind first."""
+    """Group failed clips (id, whole reason) by kind of reason, the most frequent kind first."""
     found: dict[str, list[tuple[str, str]]] = {kind: [] for kind in failures_by_reason(cache)}
     for clip, reason in cache.failures:
         found[_kind(reason)].append((clip, reason))

@@ -27,10 +27,13 @@ class ListedCache:
 
     Attributes:
         place: path, or URL without credentials.
-        dataset, split, model: names. layers, frames, views: as options take them.
-        nbytes: of the data files, as far as they are there. blocks_done, blocks: finished, and in all.
-        owner: user whose files they are; None where that cannot be told (URLs). modified: of its newest mark or
-            manifest, ISO 8601 in UTC; None likewise. cache_digest: of a complete one.
+        dataset, split, model: names.
+        layers, frames, views: as options take them.
+        nbytes: size of the data files that are there.
+        blocks_done, blocks: finished, and in all.
+        owner: user whose files they are; None behind a URL.
+        modified: when the newest mark or the manifest was written, ISO 8601 in UTC; None behind a URL.
+        cache_digest: of a complete cache.
     """
 
     place: str
@@ -59,7 +62,7 @@ class ListedCache:
 
 
 def list_caches(places: Sequence[str]) -> Iterator[ListedCache]:
-    """Caches at the places, in their order. Raises: CacheError where a URL cannot be read."""
+    """Yield the caches at each place, in order. Raises: CacheError where a URL cannot be read."""
     for place in places:
         for found in find_caches(place):
             yield _listed(found)
@@ -103,7 +106,7 @@ def _size(path: Path) -> int:
 
 
 def _owner_and_time(paths: Sequence[Path]) -> tuple[str | None, str | None]:
-    """Of the first of the files that is there."""
+    """The owner and the time of the first of the files that exists, or None for both."""
     for path in paths:
         with contextlib.suppress(OSError):
             found = os.stat(path)

@@ -18,7 +18,7 @@ from evl_cache.store import (
     read_clips,
     read_description,
 )
-from evl_cache.train import HeadNeeds
+from evl_cache.train import HeadNeeds, pair_differences
 
 
 def find_pair(
@@ -85,14 +85,12 @@ def _clip_ids(found: FoundCache) -> frozenset[str]:
 
 
 def _belong_together(train: CacheSpec, val: CacheSpec) -> bool:
-    return (
-        train.dataset == val.dataset
-        and train.tower.weights_sha256 == val.tower.weights_sha256
-        and train.layers == val.layers
-        and (train.views.frames, train.views.sampling, train.views.stride)
-        == (val.views.frames, val.views.sampling, val.views.stride)
-        and (train.tokens, train.maps, train.classes) == (val.tokens, val.maps, val.classes)
-    )
+    """Whether `train` takes them as a pair and they are stored alike.
+
+    It takes caches that are stored otherwise too, but those a person has to name: else several pairs would often fit.
+    """
+    stored = ((s.dataset, s.layers, s.tokens, s.maps) for s in (train, val))
+    return len(set(stored)) == 1 and not pair_differences(train, val)
 
 
 def find_training_caches(

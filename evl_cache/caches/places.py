@@ -16,7 +16,13 @@ CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
 
 @dataclass(frozen=True, kw_only=True)
 class FoundCache:
-    """A cache's place (path or URL, which may hold credentials: show `name`) and spec; `origin` as its description has it."""
+    """A cache, by its description.
+
+    Attributes:
+        place: path or URL, which may hold credentials: show `name`.
+        spec: what it holds.
+        origin: what it was made with.
+    """
 
     place: str
     spec: CacheSpec
@@ -29,12 +35,12 @@ class FoundCache:
 
 
 def cache_places() -> tuple[str, ...]:
-    """The places that `$EVL_CACHE_ROOT` names, as PATH does: directories and URLs; `./caches` by default."""
+    """The directories and URLs that `$EVL_CACHE_ROOT` names, parted as in PATH; `./caches` by default."""
     return split_places(os.environ.get(CACHE_ROOT_VARIABLE) or "caches")
 
 
 def split_places(text: str) -> tuple[str, ...]:
-    """Places between colons; those inside URLs (scheme, password, port) do not part them."""
+    """Split a list of places at its colons, but not at those inside URLs (scheme, password, port)."""
     places: list[str] = []
     for piece in text.split(os.pathsep):
         before = places[-1] if places else ""
@@ -65,7 +71,7 @@ def cache_root() -> Path:
 
 
 def find_caches(place: str | Path) -> Iterator[FoundCache]:
-    """Caches directly under a place, by name, or the place itself. What is no cache, or damaged, is passed over.
+    """Yield the caches directly under a place, by name, or the place itself; what is damaged is passed over.
 
     Raises: CacheError where a URL cannot be read.
     """

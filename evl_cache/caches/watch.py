@@ -1,4 +1,4 @@
-"""Watching a cache grow, from any machine that sees its disk: marks count, and locks tell who is at work."""
+"""Watching a cache grow, from any machine that sees its disk: marks are counted, locks tell who is at work."""
 
 import time
 from collections import Counter, deque
@@ -16,8 +16,9 @@ class Look:
     """How far an extraction is.
 
     Attributes:
-        clips, clips_done, clips_failed, blocks, blocks_done: of the cache; failed clips are not among those done.
-        in_hand: blocks with a lock, by machine; that of a dead job stays until another takes the block over.
+        clips, clips_done, clips_failed: of the cache; failed clips are not among those done.
+        blocks, blocks_done: of the cache.
+        in_hand: locked blocks, by machine. A dead job's lock stays until another job takes the block over.
         clips_per_s, seconds_left: from what was finished while watching; None before anything was.
     """
 
@@ -43,7 +44,7 @@ def watch(
     now_s: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Iterator[Look]:
-    """A look every so many seconds, until all blocks are done. Marks are read once each.
+    """Yield a look every so many seconds, until all blocks are done. Marks are read once each.
 
     Raises: CacheError where there is no cache.
     """

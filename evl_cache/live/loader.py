@@ -57,8 +57,8 @@ class OnlineLoader:
             batch=batch,
             seed=shuffle_seed,
             views=1 if shuffle_seed is None else max(1, source.spec.views.train_views),
-            rank=processes.rank,
-            world=processes.world,
+            rank=processes.place.rank,
+            world=processes.place.world,
         )
         self._backbone, self._device = backbone, device
         self._forward = default_batch(device.type)  # samples of a pass of the backbone

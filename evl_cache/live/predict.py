@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from evl_cache.batches import samples_of_clips
 from evl_cache.clips import Clip
 from evl_cache.datasets import is_video
 from evl_cache.errors import EvlCacheError, UsageError
@@ -83,7 +84,7 @@ def predict(
     source = LiveClips(path=Path(), spec=spec, clips=clips)
     loader = OnlineLoader(
         source,
-        np.arange(spec.num_samples, dtype=np.int64),
+        samples_of_clips(source, None),
         backbone=backbone,
         device=torch.device(device),
         batch=batch,

@@ -7,20 +7,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from evl_cache.batches import split_clips
+from evl_cache.batches import samples_of_clips, split_clips
 from evl_cache.clips import TRAIN_SPLITS, VAL_SPLITS
 from evl_cache.errors import UsageError
 from evl_cache.extract import ExtractionJob, ExtractRequest, plan_extraction
 from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
-from evl_cache.heads import head_layers
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.processes import Processes
 from evl_cache.towers import Backbone
-from evl_cache.train import OnBottleneck, OnStep, TrainOptions, TrainResult, needs_maps, train_with_loaders
+from evl_cache.train import (
+    OnBottleneck,
+    OnStep,
+    TrainOptions,
+    TrainResult,
+    train_with_loaders,
+    training_reads,
+)
 
 
 def train_online(
@@ -62,7 +67,7 @@ def train_online(
     train_loader, val_loader = (
         OnlineLoader(
             source,
-            _samples(source, clips),
+            samples_of_clips(source, clips),
             backbone=backbone,
             device=torch.device(options.device),
             batch=options.global_batch,
@@ -94,27 +99,21 @@ def _live(
 ) -> tuple[tuple[int, ...], Backbone, list[LiveClips]]:
     """The layers that the head reads, the backbone cut after them, and the clips of each side."""
     tower = jobs[0].tower
-    read = head_layers(options.head, layers or tuple(range(1, tower.spec.blocks + 1)), options.head_layers)
-    with_maps = needs_maps(options, jobs[0].spec)
-    maps = "fp16" if with_maps else "none"
+    all_layers = tuple(range(1, tower.spec.blocks + 1))
+    reads = training_reads(options, replace(jobs[0].spec, layers=layers or all_layers))
+    maps = "fp16" if reads.with_maps else "none"
     dtype: torch.dtype = getattr(torch, jobs[0].spec.compute_dtype)
     visual = tower.visual.to(device=torch.device(options.device), dtype=dtype)
     sources = [
         LiveClips(
             path=job.root,
-            spec=replace(job.spec, layers=read, tokens="fp16", maps=maps),
+            spec=replace(job.spec, layers=reads.layers, tokens="fp16", maps=maps),
             clips=job.clips.clips,
             origin=job.origin,
         )
         for job in jobs
     ]
-    return read, Backbone(visual, read, with_maps=with_maps), sources
-
-
-def _samples(source: LiveClips, clips: Sequence[int] | None) -> np.ndarray:
-    if clips is None:
-        return np.arange(source.spec.num_samples, dtype=np.int64)
-    return np.flatnonzero(np.isin(source.sample_clips, np.asarray(clips, dtype=np.int64)))
+    return reads.layers, Backbone(visual, reads.layers, with_maps=reads.with_maps), sources
 
 
 def _sides(

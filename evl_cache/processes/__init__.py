@@ -1,12 +1,13 @@
-"""The processes of one run: which one this is, what they tell each other, when they are asked to stop, what memory they have."""
+"""The processes of one run: which one this is, what they tell each other, how they are stopped, what memory they have."""
 
-from evl_cache.processes.group import Processes, ToldElsewhere, local_device, processes_of_environment
-from evl_cache.processes.memory import available_bytes, peak_bytes, reset_peak
+from evl_cache.processes.group import Processes, ToldElsewhere, processes_of_environment
+from evl_cache.processes.memory import MEMORY_SHARE, available_bytes, peak_bytes, reset_peak
 from evl_cache.processes.place import ProcessPlace
 from evl_cache.processes.rendezvous import Rendezvous
 from evl_cache.processes.stop_requests import Interrupted, StopRequests
 
 __all__ = [
+    "MEMORY_SHARE",
     "Interrupted",
     "ProcessPlace",
     "Processes",
@@ -14,7 +15,6 @@ __all__ = [
     "StopRequests",
     "ToldElsewhere",
     "available_bytes",
-    "local_device",
     "peak_bytes",
     "processes_of_environment",
     "reset_peak",

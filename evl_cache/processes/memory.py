@@ -1,4 +1,4 @@
-"""How much memory there is to be had, and how much was taken at most."""
+"""How much memory is free, and how much was taken at most."""
 
 import resource
 import sys
@@ -6,21 +6,26 @@ from pathlib import Path
 
 import torch
 
+MEMORY_SHARE = 0.7  # of the free memory, that training steps may take: others want some too
+_CPU = torch.device("cpu")
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free bytes of a GPU, or of the computer, less where a container's limit is nearer."""
+    """The free bytes of a GPU, or of the computer, or of the container if its limit is nearer."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     amounts = [_meminfo("MemAvailable"), _container_bytes()]
     known = [amount for amount in amounts if amount is not None]
-    return min(known, default=4 << 30)  # where the system does not tell: what any computer of today has
+    return min(known, default=4 << 30)  # if the system does not tell: any computer has that
 
 
-def reset_peak() -> bool:
+def reset_peak(device: torch.device = _CPU) -> bool:
     """Begin to measure the peak anew. Returns: whether the system can."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return True
     try:
         (_PROC / "self" / "clear_refs").write_text("5")
     except OSError:
@@ -28,8 +33,10 @@ def reset_peak() -> bool:
     return True
 
 
-def peak_bytes() -> int:
-    """The largest resident memory of this process since it began, or since `reset_peak`."""
+def peak_bytes(device: torch.device = _CPU) -> int:
+    """The most memory that this process has taken since it began, or since `reset_peak`."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     try:
         lines = (_PROC / "self" / "status").read_text().splitlines()
     except OSError:
@@ -50,7 +57,7 @@ def _meminfo(name: str) -> int | None:
 
 
 def _container_bytes() -> int | None:
-    """Of control groups version 2: the limit, less what is used and cannot be dropped; None without a limit."""
+    """The memory that control groups version 2 leave this process, or None where they set no limit."""
     try:
         limit = (_CGROUP / "memory.max").read_text().strip()
         used = int((_CGROUP / "memory.current").read_text())

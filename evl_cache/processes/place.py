@@ -11,27 +11,40 @@ class ProcessPlace:
     """This process among those of its run; alone by default.
 
     Attributes:
-        rank: 0 for the one that talks to the user. world: how many there are. local_world: on this computer.
-        restarts: how often torchrun has started them all anew. is_supervised: torchrun ends and restarts all where
-            one ends with a status that is not 0.
+        rank: 0 for the one that writes the run directory and talks to the user.
+        world: how many there are.
+        local_rank: its number among those of its computer; None where nobody counts them.
+        local_world: how many there are on its computer.
+        restarts: how often torchrun has started them all anew.
+        is_supervised: torchrun ends and restarts all where one ends with a status that is not 0.
     """
 
     rank: int = 0
     world: int = 1
+    local_rank: int | None = None
     local_world: int = 1
     restarts: int = 0
     is_supervised: bool = False
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that talks to the user."""
+        """Whether this is the process that writes the run directory and talks to the user."""
         return self.rank == 0
+
+    def device(self, name: str) -> str:
+        """The device of this process: its own GPU of its computer's, where `name` is `cuda` without a number."""
+        return name if name != "cuda" or self.local_rank is None else f"cuda:{self.local_rank}"
 
     @classmethod
     def of_environment(cls) -> "ProcessPlace":
-        """As torchrun tells it in RANK and WORLD_SIZE. Raises: UsageError for one without the other."""
+        """Return the place that torchrun tells in RANK, WORLD_SIZE and the like.
+
+        Raises: UsageError for a WORLD_SIZE without a RANK.
+        """
+        local_rank = os.environ.get("LOCAL_RANK", "")
+        own = int(local_rank) if local_rank.isdecimal() else None
         if "WORLD_SIZE" not in os.environ:
-            return cls()
+            return cls(local_rank=own)
         try:
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -43,6 +56,7 @@ class ProcessPlace:
         return cls(
             rank=rank,
             world=world,
+            local_rank=own,
             local_world=local_world,
             restarts=restarts,
             is_supervised="TORCHELASTIC_RUN_ID" in os.environ,

@@ -1,4 +1,4 @@
-"""The processes of one run that reach each other: which one this is, and who tries which block next.
+"""Processes that reach each other share out which block each tries next.
 
 The rendezvous store is torch's TCPStore at MASTER_ADDR:MASTER_PORT: that of torchrun's agent, or else of the first
 process. It saves work and guards nothing: whoever cannot reach it goes by the locks on the disk.
@@ -18,7 +18,7 @@ PATIENCE_S = 5.0
 
 
 class NumberStore(Protocol):
-    """What is used of a rendezvous store."""
+    """The part of a rendezvous store that is used."""
 
     def add(self, key: str, amount: int, /) -> int:
         """The number under `key`, `amount` larger than before. Raises: RuntimeError where it cannot be reached."""
@@ -26,12 +26,13 @@ class NumberStore(Protocol):
 
 
 class Rendezvous:
-    """Numbers 0, 1, 2, … of which every process that reaches the store gets others.
+    """Numbers 0, 1, 2, …, each of which one of the processes that reach the store gets.
 
-    Whoever waits for an answer that does not come is let go, and has the answer when the network is back.
+    Who waits for an answer that does not come is let go, and gets it when the network is back.
 
     Args:
-        connect: opens the store; called in a thread. place: of this process.
+        connect: opens the store; called in a thread.
+        place: which process this is.
         on_lost: called once with the reason, where the store will not answer any more.
         patience_s: how long the first to ask waits for an answer.
     """
@@ -60,7 +61,7 @@ class Rendezvous:
         on_lost: Callable[[str], None] = lambda reason: None,
         patience_s: float = PATIENCE_S,
     ) -> "Rendezvous | None":
-        """The store that MASTER_ADDR and MASTER_PORT name; None where there is none, or this process is alone."""
+        """Use the store that MASTER_ADDR and MASTER_PORT name; None without them, or for a process alone."""
         address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
         if place.world == 1 or not address or not port.isdecimal():
             return None
@@ -82,7 +83,7 @@ class Rendezvous:
         return cls(connect, place=place, on_lost=on_lost, patience_s=patience_s)
 
     def next(self, name: str) -> int | None:
-        """The next number of a series; None where the store does not answer (now)."""
+        """The next number of a series, or None where the store does not answer (now)."""
         if self._is_lost:
             return None
         is_new = self._awaited is None

@@ -1,4 +1,4 @@
-"""A polite end: a run that is asked to stop finishes its step and keeps its state first."""
+"""A run that is asked to stop finishes its step and keeps its state first."""
 
 import signal
 import threading
@@ -12,7 +12,7 @@ class Interrupted(KeyboardInterrupt):
     """A run was asked to stop, and its state is kept. Not an error: whoever catches those must not go on.
 
     Attributes:
-        signal_number: that asked.
+        signal_number: of the signal that asked.
     """
 
     def __init__(self, message: str, signal_number: int) -> None:
@@ -21,10 +21,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class StopRequests:
-    """While this is entered in the main thread, SIGINT and SIGTERM are noted; a second one acts as before.
+    """Notes SIGINT and SIGTERM while it is entered in the main thread; a second one acts as it did before.
 
     Attributes:
-        signal_number: that was noted; 0 for none.
+        signal_number: of the signal that was noted; 0 for none.
     """
 
     def __init__(self) -> None:

@@ -18,8 +18,8 @@ from evl_cache.runs.directory import (
     write_json,
     write_run_config,
 )
-from evl_cache.runs.evaluate import EvalResult
-from evl_cache.runs.fit import check_features, provenance_differences
+from evl_cache.runs.evaluate import EvalResult, run_loader
+from evl_cache.runs.fit import check_features, check_maps, feature_differences, head_reads
 from evl_cache.runs.head_files import load_head, save_head
 from evl_cache.runs.log import RunLog
 from evl_cache.runs.official_checkpoint import load_official_checkpoint
@@ -44,13 +44,16 @@ __all__ = [
     "Scores",
     "ViewSums",
     "check_features",
+    "check_maps",
+    "feature_differences",
     "head_inputs",
     "head_logits",
+    "head_reads",
     "load_head",
     "load_official_checkpoint",
     "load_state",
-    "provenance_differences",
     "read_run_config",
+    "run_loader",
     "save_head",
     "save_state",
     "score",

@@ -36,12 +36,13 @@ class RunConfig:
     """What a run is, as `config.json` holds it.
 
     Attributes:
-        head: name, such as `decoder4`. head_config: arguments of the head's constructor.
-        layers: blocks it reads; None for the last ones of whatever cache it is given (imported heads).
+        head: name, such as `decoder4`.
+        head_config: arguments of the head's constructor.
+        layers: that it reads; None for the last ones of whatever cache it is given (imported heads).
         classes: names by label.
         features: the training cache's spec as JSON; None for imported heads.
         training: options of the run.
-        caches: `train` and `val`: path and fingerprint.
+        caches: path and fingerprint of `train` and `val`.
         tower: `model` and `pretrained` as extract was given them, and the `views` of validation; None where unknown.
     """
 
@@ -54,8 +55,13 @@ class RunConfig:
     caches: Mapping[str, Any]
     tower: Mapping[str, Any] | None = None
 
+    def sketch(self) -> Head:
+        """Return a head of this configuration whose parameters take no memory, to ask for their shapes."""
+        with torch.device("meta"):
+            return self.build()
+
     def build(self) -> Head:
-        """A head of this configuration, with new weights."""
+        """Return a head of this configuration, with new weights."""
         try:
             config = {**self.head_config, "grid": tuple(self.head_config["grid"])}
             return build_head(self.head, **config)
@@ -74,7 +80,7 @@ def write_run_config(run: Path, config: RunConfig) -> None:
 
 
 def read_run_config(run: Path) -> RunConfig:
-    """Raises: UsageError where there is no run."""
+    """Read a run's `config.json`. Raises: UsageError where there is no run."""
     try:
         content = read_json_object(run / CONFIG_NAME)
         if content.pop("format", None) != _FORMAT:
@@ -99,7 +105,7 @@ def save_state(run: Path, state: Mapping[str, Any]) -> None:
 
 
 def load_state(run: Path) -> dict[str, Any]:
-    """Raises: UsageError where there is none or it is not intact."""
+    """Read the resumable state. Raises: UsageError where there is none or it is not intact."""
     try:
         check_archive(run / STATE_NAME)
         state: dict[str, Any] = torch.load(run / STATE_NAME, map_location="cpu", weights_only=True)
@@ -113,7 +119,7 @@ def load_state(run: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Indented JSON for people, whole or not at all."""
+    """Write indented JSON for people, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     _publish(temporary, path)
@@ -126,7 +132,7 @@ def _publish(temporary: Path, final: Path) -> None:
 
 
 def next_run_directory(cache_name: str, head: str) -> Path:
-    """A run directory that does not exist yet: `runs/<cache>-<head>-<number>`."""
+    """Return the first of `runs/<cache>-<head>-<number>` that does not exist yet."""
     number = 1
     while (path := Path("runs") / f"{cache_name}-{head}-{number}").exists():
         number += 1

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 
-from evl_cache.batches import FeatureLoader, samples_of_clips
+from evl_cache.batches import DEFAULT_BATCH, FeatureLoader, samples_of_clips
 from evl_cache.errors import UsageError
-from evl_cache.runs.directory import read_run_config
-from evl_cache.runs.fit import check_features
+from evl_cache.heads import Head
+from evl_cache.runs.directory import RunConfig, read_run_config
+from evl_cache.runs.fit import check_features, check_maps, head_reads
 from evl_cache.runs.head_files import load_head
 from evl_cache.runs.scoring import score
 from evl_cache.store import FeatureCache
@@ -18,7 +19,13 @@ from evl_cache.store import FeatureCache
 
 @dataclass(frozen=True, kw_only=True)
 class EvalResult:
-    """top1 and top5 in percent of `val_clips`, views averaged; loss of single views; samples per second."""
+    """What a head scored on a cache.
+
+    Attributes:
+        top1, top5: percent of `val_clips`, views averaged.
+        loss: mean over single views.
+        clips_per_s: samples a second.
+    """
 
     top1: float
     top5: float
@@ -28,22 +35,39 @@ class EvalResult:
     cache_fingerprint: str
 
 
+def run_loader(
+    run: Path,
+    config: RunConfig,
+    head: Head,
+    cache: FeatureCache,
+    *,
+    clips: Sequence[int] | None,
+    batch: int = DEFAULT_BATCH,
+) -> FeatureLoader:
+    """Read some clips of a cache (all by default) as a run's head needs them.
+
+    Raises: UsageError naming both sides where the cache's features are not the head's.
+    """
+    reads = head_reads(head, check_features(config, cache.spec, run=run))
+    check_maps(reads, cache)
+    return FeatureLoader(cache, samples_of_clips(cache, clips), batch=batch, reads=reads)
+
+
 def evaluate(
     run: Path,
     cache: FeatureCache,
     *,
     clips: Sequence[int] | None = None,
-    batch: int = 64,
+    batch: int = DEFAULT_BATCH,
     device: str = "cpu",
     best: bool = False,
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> EvalResult:
-    """Score a run's head on a cache: the last one, or that of the best epoch.
+    """Score a run's head on a cache: the last one, or with `best` that of its best epoch.
 
     Raises: UsageError naming both sides where the cache's features or classes are not the head's.
     """
     config = read_run_config(run)
-    layers = check_features(config, cache.spec, run=run)
     if len(cache.spec.classes) != config.head_config["num_classes"]:
         raise UsageError(
             f"{run}: its head has {config.head_config['num_classes']} classes, {cache.place} has {len(cache.spec.classes)}"
@@ -54,18 +78,7 @@ def evaluate(
             f"{run}: its head was trained on other classes ({ours!r}) than {cache.place} has ({theirs!r})"
         )
     head = load_head(run, best=best).to(device)
-    if head.reads_maps and not cache.spec.has_maps:
-        raise UsageError(
-            f"{cache.place} holds no attention maps, which the head of {run} reads; extract with --maps"
-        )
-    loader = FeatureLoader(
-        cache,
-        samples_of_clips(cache, clips),
-        layers=layers,
-        batch=batch,
-        with_maps=head.reads_maps,
-        tokens="class" if head.class_tokens_only else "all",
-    )
+    loader = run_loader(run, config, head, cache, clips=clips, batch=batch)
     started = time.monotonic()
     scores = score(head, loader, device=torch.device(device), on_batch=on_batch)
     return EvalResult(

@@ -1,14 +1,33 @@
-"""Whether the features of a cache are those that a head was trained on."""
+"""What a head reads of a cache, and whether the cache has it: the features that the head was trained on."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from evl_cache.batches import Source
 from evl_cache.errors import UsageError
+from evl_cache.heads import Head
 from evl_cache.runs.directory import RunConfig
 from evl_cache.spec import CacheSpec
+from evl_cache.store import Reads, TokensRead
+
+
+def head_reads(head: Head, layers: Sequence[int]) -> Reads:
+    """What a head reads of each sample, given the layers that it was made for."""
+    tokens: TokensRead = "class" if head.class_tokens_only else "all"
+    return Reads(layers=tuple(layers), with_maps=head.reads_maps, tokens=tokens)
+
+
+def check_maps(reads: Reads, cache: Source) -> None:
+    """Refuse a cache without the maps that are read. Raises: UsageError."""
+    if reads.with_maps and not cache.spec.has_maps:
+        raise UsageError(
+            f"{cache.place} holds no attention maps, which the head's temporal cross attention reads; extract with "
+            "--maps, or train with --no-temporal-cross-attention"
+        )
 
 
 def check_features(config: RunConfig, spec: CacheSpec, *, run: str | Path) -> tuple[int, ...]:
-    """The blocks of a cache that a run's head reads.
+    """The layers of a cache that a run's head reads.
 
     Raises: UsageError naming both sides where the cache's features are not those the head was trained on.
     """
@@ -18,7 +37,7 @@ def check_features(config: RunConfig, spec: CacheSpec, *, run: str | Path) -> tu
     differing = [f"{name} {needs[name]}, not {got[name]}" for name in got if got[name] != needs[name]]
     if config.features is not None:
         trained = CacheSpec.from_json(config.features)
-        differing += provenance_differences(trained, spec)
+        differing += feature_differences(trained, spec)
     if differing:
         raise UsageError(
             f"{run}: its head needs {'; '.join(differing)} of the cache; extract a cache that fits"
@@ -33,8 +52,11 @@ def check_features(config: RunConfig, spec: CacheSpec, *, run: str | Path) -> tu
     return tuple(wanted)
 
 
-def provenance_differences(trained: CacheSpec, other: CacheSpec) -> list[str]:
-    """What makes features of two caches not comparable, `needed, not found`; views may differ."""
+def feature_differences(trained: CacheSpec, other: CacheSpec) -> list[str]:
+    """What makes features of two caches not comparable, as `name needed, not found`.
+
+    Which layers are stored, how, and which views of a clip there are may differ.
+    """
     pairs = {
         "weights": (trained.tower.weights_sha256[:12], other.tower.weights_sha256[:12]),
         "frames": (trained.views.frames, other.views.frames),

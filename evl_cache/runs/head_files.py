@@ -1,9 +1,7 @@
 """The weights of trained heads: safetensors files that belong to a run's configuration."""
 
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from evl_cache.errors import WeightsError
@@ -13,41 +11,21 @@ from evl_cache.untrusted.head_files import safetensors_shapes
 
 
 def load_head(run: str | Path, *, best: bool = False) -> Head:
-    """The trained head of a run directory, in eval mode on the CPU: the last one, or that of its best epoch.
+    """Return the trained head of a run directory, the last one or that of its best epoch, in eval mode on the CPU.
 
     Raises: UsageError where there is no run; WeightsError where its weights do not belong to it.
     """
     run = Path(run)
     path = run / (BEST_NAME if best else HEAD_NAME)
     config, shapes = read_run_config(run), safetensors_shapes(path)
-    with torch.device(
-        "meta"
-    ):  # of no memory: the file is as large as its tensors, the configuration may say anything
-        own = {name: tuple(value.shape) for name, value in config.build().state_dict().items()}
-    _check_shapes(own, shapes, source=path)
+    # The file is as large as its tensors, but the configuration may say anything.
+    own = {name: tuple(value.shape) for name, value in config.sketch().state_dict().items()}
+    wrong = sorted(name for name in own.keys() | shapes.keys() if own.get(name) != shapes.get(name))
+    if wrong:
+        raise WeightsError(f"{path}: does not belong to this head ({wrong[:3]} missing, extra or misshapen)")
     head = config.build()
     head.load_state_dict(load_file(path))
     return head.eval()
-
-
-def load_weights(head: Head, weights: Mapping[str, torch.Tensor], *, source: Path) -> None:
-    """Raises: WeightsError where names or shapes are not the head's."""
-    _check_shapes(
-        {name: tuple(value.shape) for name, value in head.state_dict().items()},
-        {name: tuple(value.shape) for name, value in weights.items()},
-        source=source,
-    )
-    head.load_state_dict(weights)
-
-
-def _check_shapes(
-    own: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], *, source: Path
-) -> None:
-    wrong = [name for name in own.keys() | found.keys() if own.get(name) != found.get(name)]
-    if wrong:
-        raise WeightsError(
-            f"{source}: does not belong to this head ({sorted(wrong)[:3]} missing, extra or misshapen)"
-        )
 
 
 def save_head(run: Path, head: Head, *, best: bool = False) -> None:

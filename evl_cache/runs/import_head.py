@@ -20,7 +20,7 @@ def import_head(
     """Write a run whose head gives the official model's logits.
 
     Args:
-        layers: blocks the head reads; by default the last ones of the cache it is used with, as published.
+        layers: that the head reads; by default the last ones of the cache it is used with, as published.
         classes: names; numbers by default.
 
     Raises: WeightsError where the file is no such checkpoint; UsageError where `out` holds a run, or counts

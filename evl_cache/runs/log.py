@@ -1,4 +1,4 @@
-"""What a run writes while it trains: a JSON line a step, one an epoch, and TensorBoard's files where wanted."""
+"""What a run writes while it trains: a JSON line a step, one an epoch, and TensorBoard's files if asked for."""
 
 import json
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ TENSORBOARD_NAME = "tensorboard"
 
 
 class RunLog:
-    """The lines of a run directory; nothing is written where there is none (a process that is not the first).
+    """The logs of a run directory; without a directory (in a process that is not the first) nothing is written.
 
-    A context manager. Use `keep` first.
+    A context manager, which closes them; `keep` opens them.
 
     Raises: UsageError for TensorBoard where it is not installed.
     """
@@ -26,7 +26,7 @@ class RunLog:
         self._steps: TextIO | None = None
 
     def keep(self, *, steps: int, epochs: int) -> None:
-        """Drop lines of steps and epochs after these: what a run that is continued does again."""
+        """Open the logs, and drop the lines of later steps and epochs, which a continued run does again."""
         if self._out is None:
             return
         for name, count in ((STEPS_NAME, steps), (METRICS_NAME, epochs)):
@@ -38,20 +38,20 @@ class RunLog:
             self._writer = self._writer_class(str(self._out / TENSORBOARD_NAME), purge_step=steps + 1)
 
     def step(self, number: int, values: Mapping[str, float]) -> None:
-        """A line of `steps.jsonl`; on the disk at the next `flush`."""
+        """Add a line to `steps.jsonl`; it is on the disk after the next `flush`."""
         if self._steps is not None:
             self._steps.write(json.dumps({"step": number, **values}) + "\n")
         self._write_scalars("train", number, values)
 
     def epoch(self, step: int, values: Mapping[str, Any]) -> None:
-        """A line of `metrics.jsonl`."""
+        """Add a line to `metrics.jsonl`."""
         if self._out is not None:
             with (self._out / METRICS_NAME).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         self._write_scalars("epoch", step, values)
 
     def flush(self) -> None:
-        """Have every line so far on the disk: before a state that counts on them."""
+        """Put every line so far on the disk, before a state that counts on them."""
         if self._steps is not None:
             self._steps.flush()
 

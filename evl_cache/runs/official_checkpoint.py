@@ -34,7 +34,7 @@ def load_official_checkpoint(
     num_frames: int | None = None,
     grid: tuple[int, int] | None = None,
 ) -> EVLHead:
-    """The head of a checkpoint written by the official EVL code, giving the official model's logits.
+    """Return the head of a checkpoint that the official EVL code wrote; it gives the official model's logits.
 
     Args:
         path: a file `{'model': {'module.decoder…': …, 'module.proj…': …}, …}`; a plain state dict and
@@ -95,7 +95,7 @@ def _renamed(state: Mapping[str, torch.Tensor], path: str | Path) -> dict[str, t
 
 
 def our_name(name: str) -> str | None:
-    """Our parameter for one of an official state dict (without `module.`); None for what no head has."""
+    """Our name of a parameter that an official state dict has (without `module.`), or None where no head has it."""
     if name == "decoder.cls_token":
         return "class_query"
     if match := re.fullmatch(r"decoder\.decoder_layers\.(\d+)\.(.+)\.(weight|bias)", name):
@@ -152,7 +152,7 @@ def _sizes(
 def _check_sizes(
     sizes: Mapping[str, Any], num_heads: int | None, tensors: Mapping[str, torch.Tensor], path: str | Path
 ) -> None:
-    """Whether the file's tensors are a head of these sizes: a few of them, which were looked at, may say anything."""
+    """Refuse tensors that are not a head of these sizes, which were read off a few of them. Raises: WeightsError."""
     try:
         check_head_config(sizes)
     except ValueError as error:

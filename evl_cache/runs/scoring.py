@@ -19,7 +19,13 @@ from evl_cache.store import StoredBatch
 
 @dataclass(frozen=True, kw_only=True)
 class ClassScore:
-    """One class: its clips, the percent of them found, and the class most often said instead (None if none)."""
+    """What a head says of the clips of one class.
+
+    Attributes:
+        clips: how many there are.
+        top1: percent of them whose most probable class is this one.
+        mistaken_for: the class most often said instead, or None.
+    """
 
     name: str
     clips: int
@@ -44,19 +50,19 @@ class Scores:
     loss: float
 
     def top(self, k: int) -> float:
-        """Percent of clips whose label is among the k most probable; ties count for the lower class number."""
+        """The percent of clips whose label is among the k most probable; of equals the lower class number comes first."""
         k = min(k, self.probabilities.shape[1])
         ranked = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
         return float(100.0 * np.mean(np.any(ranked == self.labels[:, None], axis=1)))
 
     def confusion(self) -> np.ndarray:
-        """Clips by (label, class said), int64 (K, K)."""
+        """Count the clips by (label, class said), int64 (K, K)."""
         K = self.probabilities.shape[1]
         said = self.probabilities.argmax(axis=1)  # the first of equals, as `top`
         return np.bincount(self.labels * K + said, minlength=K * K).reshape(K, K)
 
     def by_class(self, names: Sequence[str]) -> list[ClassScore]:
-        """Classes that have clips, in their order."""
+        """Score each class that has clips, in their order."""
         rows = []
         for label, row in enumerate(self.confusion()):
             clips, wrong = int(row.sum()), row.copy()
@@ -70,7 +76,12 @@ class Scores:
 
 @dataclass(kw_only=True)
 class ViewSums:
-    """Scores of one process, to be added up: clip row -> (sum of probabilities (K,), views)."""
+    """Scores of one process, to be added up.
+
+    Attributes:
+        clips: clip row -> (sum of probabilities (K,), views).
+        loss: sum over samples.
+    """
 
     clips: dict[int, tuple[np.ndarray, int]] = field(default_factory=dict)
     loss: float = 0.0
@@ -90,7 +101,11 @@ class ViewSums:
         loader: Loader,
         autocast_dtype: torch.dtype | None,
     ) -> None:
-        """Add what a head, whose mode is restored, says of a batch. features: the batch's, on the head's device."""
+        """Add what a head says of a batch. The head's mode is restored.
+
+        Args:
+            features: of the batch, on the head's device.
+        """
         was_training = head.training
         logits = head_logits(head.eval(), features, autocast_dtype)
         head.train(was_training)
@@ -104,7 +119,7 @@ class ViewSums:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadInputs:
-    """What a head is called with: tokens of each of its layers, shallow to deep, and maps where it reads them."""
+    """What a head is called with: tokens of each of its layers, shallow to deep, and maps if it reads them."""
 
     tokens: Sequence[Tokens]
     maps: Sequence[Maps] | None
@@ -144,7 +159,9 @@ def score(
 ) -> Scores:
     """Run a head over the loader's samples. The head's mode is restored.
 
-    gather: what every process found, where several share the samples.
+    Args:
+        on_batch: called with the samples of each batch.
+        gather: collects what every process found, where several share the samples.
     """
     mine = ViewSums()
     for batch in loader.epoch():
@@ -156,7 +173,7 @@ def score(
 
 
 def scores_of(parts: Sequence[ViewSums], loader: Loader) -> Scores:
-    """What all processes found, added up. Raises: EvlCacheError where no clip has features."""
+    """Add up what all processes found. Raises: EvlCacheError where no clip has features."""
     total = ViewSums()
     for part in parts:
         total.loss += part.loss

@@ -15,7 +15,10 @@ def write_report(run: Path, scores: Scores, classes: Sequence[str], clips: Seque
     """Write `confusion.csv`, `classes.json` and `scored.csv`.
 
     The confusion matrix has a row for each true class and a column for each class said, in clips. `scored.csv` has
-    a row for each clip: what it is, what the head said, and the probability of both. clips: all of the cache.
+    a row for each clip: what it is, what the head said, and the probability of both.
+
+    Args:
+        clips: all of the cache.
     """
     with (run / CONFUSION_NAME).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -33,7 +36,7 @@ def write_report(run: Path, scores: Scores, classes: Sequence[str], clips: Seque
 
 
 def worst_classes(run: Path, count: int = 5) -> list[ClassScore]:
-    """The classes of a finished run of which the fewest clips are found, worst first; equals by clips, then name."""
+    """The classes of a finished run with the lowest top-1, worst first; of equals the larger, then by name."""
     rows = json.loads((run / CLASSES_NAME).read_text(encoding="utf-8"))["classes"]
     scores = [ClassScore(**row) for row in rows]
     return sorted(scores, key=lambda row: (row.top1, -row.clips, row.name))[:count]

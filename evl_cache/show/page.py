@@ -7,9 +7,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evl_cache.batches import FeatureLoader, samples_of_clips
 from evl_cache.errors import CacheError
-from evl_cache.runs import Scores, check_features, score
+from evl_cache.runs import Scores, run_loader, score
 from evl_cache.show.view import ShowRun, show_cached
 from evl_cache.store import FeatureCache
 
@@ -39,11 +38,8 @@ def show_page(
 
     Raises: as `evaluate` and `show_cached` do.
     """
-    layers = check_features(run.config, cache.spec, run=run.path)
     head = run.head.to(device)
-    loader = FeatureLoader(
-        cache, samples_of_clips(cache, clips), layers=layers, batch=32, with_maps=run.head.reads_maps
-    )
+    loader = run_loader(run.path, run.config, head, cache, clips=clips)
     scores = score(head, loader, device=torch.device(device))
     head.cpu()
     wrong, right = wrongest_and_surest(scores, each)

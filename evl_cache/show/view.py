@@ -17,7 +17,7 @@ from evl_cache.runs import RunConfig, check_features, load_head, read_run_config
 from evl_cache.show.displacement import displacements
 from evl_cache.show.picture import ViewPicture, draw_view
 from evl_cache.spec import CacheSpec
-from evl_cache.store import FeatureCache
+from evl_cache.store import FeatureCache, Reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ def show_cached(
     if not 0 <= view < views:
         raise UsageError(f"--view {view}: a clip of {cache.path} has {views}; expected 0 to {views - 1}")
     layers = cache.spec.layers if run is None else check_features(run.config, cache.spec, run=run.path)
-    stored = cache.read_stored([row * views + view], layers, with_maps=cache.spec.has_maps)
+    stored = cache.read_stored([row * views + view], Reads(layers=tuple(layers)))  # maps give the arrows
     tokens, maps = stored.with_made_maps().dequantized()
     prepared = prepare_clip(
         cache.clips[row],

@@ -45,7 +45,7 @@ from evl_cache.store.format.rows import Row, StoredBatch, StoredMaps, StoredToke
 from evl_cache.store.format.size import check_free_space, num_files, sample_nbytes
 from evl_cache.store.objects.address import SCHEMES, is_url, public_url
 from evl_cache.store.objects.objects import open_objects
-from evl_cache.store.reading.buffers import BatchBuffers, TokensRead, stored_batch
+from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch
 from evl_cache.store.reading.reader import FeatureCache
 from evl_cache.store.verify import Problem, verify_cache
 from evl_cache.store.writing.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
@@ -72,6 +72,7 @@ __all__ = [
     "Mark",
     "OnBlock",
     "Problem",
+    "Reads",
     "Row",
     "Runtime",
     "StoredBatch",

@@ -45,7 +45,7 @@ class SweepRun:
 
     Attributes:
         name: its head and the options that differ between runs; a directory's name too.
-        group: the name without the seed: runs of a group are averaged.
+        group: the name without the seed; runs of a group are averaged.
         options: of the training.
     """
 
@@ -55,7 +55,10 @@ class SweepRun:
 
 
 def read_grid(path: Path) -> list[dict[str, Any]]:
-    """Grids of a TOML file: what stands above the first `[[grid]]` belongs to all. Raises: UsageError."""
+    """Read the grids of a TOML file; what stands above the first `[[grid]]` belongs to all of them.
+
+    Raises: UsageError where it is no such file.
+    """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -67,10 +70,13 @@ def read_grid(path: Path) -> list[dict[str, Any]]:
 
 
 def expand(grids: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> list[SweepRun]:
-    """Every combination of every grid, once, in order. A switch of a module that a head lacks makes no other run.
+    """Return a run for every combination of every grid, once, in order.
+
+    A switch of a module that a head lacks makes no other run.
 
     Args:
-        grids: values, or lists of values, by axis. common: options that are the same for all, such as the device.
+        grids: values, or lists of values, by axis.
+        common: options that are the same for all, such as the device.
 
     Raises: UsageError for an unknown axis or a value that cannot be.
     """
@@ -109,12 +115,12 @@ def _values(name: str, given: Any) -> list[Any]:
         raise UsageError(f"unknown axis {name!r} of a sweep; expected one of {', '.join(AXES)}")
     values = given if isinstance(given, list) else [given]
     if name == "head_layers" and values and all(isinstance(value, int) for value in values):
-        values = [values]  # one choice of blocks, written as TOML writes it
+        values = [values]  # one choice of layers, written as TOML writes it
     return [_value(name, value) for value in values]
 
 
 def _value(name: str, value: Any) -> Any:
-    """As TrainOptions takes it. Raises: UsageError for another type."""
+    """Return a value as TrainOptions takes it. Raises: UsageError for another type."""
     if name == "temporal":
         if value not in TEMPORAL:
             raise UsageError(f"temporal {value!r}; expected one of {', '.join(TEMPORAL)}")
@@ -131,7 +137,7 @@ def _value(name: str, value: Any) -> Any:
 
 
 def _named(runs: Sequence[TrainOptions]) -> list[SweepRun]:
-    """Names of what differs; seeds last."""
+    """Name each run by its head and what differs between runs, the seed last."""
     differing = [
         name
         for name in _OPTIONS

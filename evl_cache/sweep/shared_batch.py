@@ -10,20 +10,19 @@ import torch
 
 from evl_cache.heads import LayerTokens, decoded_maps
 from evl_cache.runs import HeadInputs
-from evl_cache.store import StoredBatch
-from evl_cache.train import HeadReads
+from evl_cache.store import Reads, StoredBatch
 
 
 class SharedBatch:
-    """Features on the device, decoded here; what heads make of them without parameters is made once too.
+    """A batch's features, decoded on the device; what heads make of them without parameters is made once too.
 
     Args:
-        features: of the blocks that all heads read, on the device. They must not be overwritten while this is in use.
+        features: of the layers that all heads read, on the device. They must not be overwritten while this is in use.
         reads: of all heads together.
         products: the dtype that maps are multiplied in.
     """
 
-    def __init__(self, features: StoredBatch, reads: HeadReads, *, products: torch.dtype) -> None:
+    def __init__(self, features: StoredBatch, reads: Reads, *, products: torch.dtype) -> None:
         made: Any = features.with_made_maps()
         self._tokens = [LayerTokens(stored) for stored in made.tokens]
         for layer in self._tokens:
@@ -32,7 +31,7 @@ class SharedBatch:
         self._class_tokens = [LayerTokens(stored) for stored in made.class_tokens or []]
         self._places = {layer: place for place, layer in enumerate(reads.layers)}
 
-    def inputs(self, reads: HeadReads) -> HeadInputs:
+    def inputs(self, reads: Reads) -> HeadInputs:
         """What one head takes."""
         places = [self._places[layer] for layer in reads.layers]
         tokens = self._class_tokens if reads.tokens == "class" else self._tokens

@@ -21,52 +21,68 @@ from evl_cache.runs import (
     load_state,
     scores_of,
 )
+from evl_cache.store import Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.shared_batch import SharedBatch
-from evl_cache.train import PRECISIONS, Diverged, HeadReads, Trainer, TrainOptions, prepare_run, run_config
+from evl_cache.train import PRECISIONS, Diverged, Trainer, prepare_run, run_config
 
 OnPassStep = Callable[[int, int, int], None]  # steps done, steps in all, heads that still train
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """A run, what it reads of the caches, and how many bytes of a sample that is."""
+    """A run to train.
+
+    Attributes:
+        run: its name and options.
+        reads: what its head reads of the caches.
+        sample_nbytes: bytes of a sample that this is.
+    """
 
     run: SweepRun
-    reads: HeadReads
+    reads: Reads
     sample_nbytes: int
 
 
 @dataclass(kw_only=True)
 class Member:
-    """One run of a pass: what it is, what it reads, where it is kept, and why it ended early, if it did."""
+    """One run of a pass.
+
+    Attributes:
+        run: its name and options.
+        reads: what its head reads of the caches.
+        trainer: that trains it.
+        error: why it ended early, if it did.
+        scores: of its last validation.
+    """
 
     run: SweepRun
-    reads: HeadReads
-    out: Path
+    reads: Reads
     trainer: Trainer
     error: str | None = None
     scores: Scores | None = None
 
     def has_done(self, epoch: int, batch: int) -> bool:
         """Whether a batch of an epoch is behind it: after a kill some heads are further than others."""
-        progress = self.trainer.progress
-        is_over = progress.epoch > epoch or progress.step >= self.trainer.total_steps
-        return is_over or progress.batches > batch
+        trainer = self.trainer
+        return trainer.epoch > epoch or trainer.has_all_steps or trainer.batches > batch
 
 
 class SweepPass:
-    """The training loop of several heads. Each leaves a run directory as a training of its own would.
+    """The training loop of several heads; each leaves a run directory as a training of its own would.
 
     Args:
-        runs: with the same length, batch and precision. reads: of all together.
-        train_loader, val_loader: that read so. folder: of the run directories. stop: where signals are noted.
+        runs: with the same length, batch and precision.
+        reads: of all heads together.
+        train_loader, val_loader: that read so.
+        folder: of the run directories.
+        stop: where signals are noted.
     """
 
     def __init__(
         self,
         runs: Sequence[PlannedRun],
-        reads: HeadReads,
+        reads: Reads,
         train_loader: Loader,
         val_loader: Loader,
         *,
@@ -79,25 +95,22 @@ class SweepPass:
         self.device = torch.device(options.device)
         self.autocast_dtype = PRECISIONS[options.precision]
         self.members = [self._member(planned, folder / planned.run.name) for planned in runs]
-        self._shared: dict[int, SharedBatch] = {}
         workspace = Workspace()  # heads take turns
         for member in self.members:
-            head = member.trainer.optimisation.head
-            if isinstance(head, EVLHead):
-                head.workspace = workspace
+            if isinstance(member.trainer.head, EVLHead):
+                member.trainer.head.workspace = workspace
 
     def run(self, on_step: OnPassStep) -> None:
-        """Train all to the last step. A head that diverges ends alone, and `error` says why.
+        """Train all to the last step. A head that diverges is stopped, `error` says why, and the others go on.
 
         Raises: Interrupted where a signal asks to stop, after every state was kept.
         """
         started = time.monotonic()
         with contextlib.ExitStack() as logs:
             for member in self.members:
-                logs.enter_context(member.trainer.log)
-                member.trainer.begin()
-            while waiting := [m for m in self._training() if not m.trainer.is_finished]:
-                self._epoch(min(m.trainer.progress.epoch for m in waiting), on_step)
+                logs.enter_context(member.trainer.begin())
+            while waiting := [m for m in self._training() if not m.trainer.is_done]:
+                self._epoch(min(m.trainer.epoch for m in waiting), on_step)
             unscored = [m for m in self._training() if m.scores is None]
             for member, scores in zip(unscored, self._validate(unscored), strict=True):
                 member.scores = scores
@@ -110,62 +123,50 @@ class SweepPass:
 
     def _epoch(self, epoch: int, on_step: OnPassStep) -> None:
         """Train the heads that have not finished an epoch to its end, and validate them."""
-        here = [m for m in self._training() if m.trainer.progress.epoch == epoch]
+        here = [m for m in self._training() if m.trainer.epoch == epoch]
         started = time.monotonic()
-        first = min(m.trainer.progress.batches for m in here)
-        if any(m.trainer.progress.step < m.trainer.total_steps for m in here):
+        first = min(m.trainer.batches for m in here)
+        if not all(m.trainer.has_all_steps for m in here):
             for batch in self.train_loader.epoch(epoch, start_batch=first):
-                self._decode(batch, here[0].run.options)
                 self._step(batch, epoch, here)
                 here = [m for m in here if m.error is None]
                 if not here:
                     return
-                on_step(max(m.trainer.progress.step for m in here), here[0].trainer.total_steps, len(here))
+                on_step(max(m.trainer.steps_done for m in here), here[0].trainer.total_steps, len(here))
                 self._interrupt_if_asked()
-                if all(m.trainer.progress.step >= m.trainer.total_steps for m in here):
+                if all(m.trainer.has_all_steps for m in here):
                     break
-        self._shared = {}
         bottleneck = self.train_loader.times.bottleneck(time.monotonic() - started)
         for member, scores in zip(here, self._validate(here), strict=True):
-            member.trainer.bottleneck, member.scores = bottleneck, scores
-            member.trainer.end_epoch(scores)
+            member.scores = scores
+            member.trainer.end_epoch(scores, bottleneck)
 
     def _step(self, batch: Batch, epoch: int, members: Sequence[Member]) -> None:
+        """Have every head that has not seen a batch take its step on it; the batch is decoded once."""
+        shared = [self._share(batch, part) for part in members[0].trainer.parts(batch)]
         for member in members:
             if member.has_done(epoch, batch.number):
                 continue
-            started = time.monotonic()
             try:
-                member.trainer.step(batch)
+                member.trainer.step(batch, [part.inputs(member.reads) for part in shared])
             except Diverged as error:
                 member.error = str(error)
                 continue
-            member.trainer.progress.epoch_seconds += time.monotonic() - started
-            if member.trainer.saves_now:
-                member.trainer.save()
+            member.trainer.save_if_due()
 
     def _validate(self, members: Sequence[Member]) -> list[Scores]:
-        """Scores of each on the validation clips, in one pass over them."""
+        """Score each head on the validation clips, in one pass over them."""
         sums = [ViewSums() for _ in members]
         for batch in self.val_loader.epoch() if members else ():
-            shared = self._share(batch, 0, len(batch.labels))
+            shared = self._share(batch, slice(0, len(batch.labels)))
             for member, found in zip(members, sums, strict=True):
-                head = member.trainer.optimisation.result
-                found.add_batch(
-                    head, batch, shared.inputs(member.reads), self.val_loader, self.autocast_dtype
-                )
+                inputs, head = shared.inputs(member.reads), member.trainer.result_head
+                found.add_batch(head, batch, inputs, self.val_loader, self.autocast_dtype)
             self._interrupt_if_asked()
         return [scores_of([found], self.val_loader) for found in sums]
 
-    def _decode(self, batch: Batch, options: TrainOptions) -> None:
-        """Decode a batch, in the parts that a step takes it in."""
-        part = -(-options.global_batch // options.accumulate)
-        self._shared = {}
-        for start in range(0, len(batch.labels), part):
-            self._shared[start] = self._share(batch, start, start + part)
-
-    def _share(self, batch: Batch, start: int, stop: int) -> SharedBatch:
-        features = batch.features.part(start, stop).to(self.device, non_blocking=True)
+    def _share(self, batch: Batch, part: slice) -> SharedBatch:
+        features = batch.features.part(part.start, part.stop).to(self.device, non_blocking=True)
         return SharedBatch(features, self._reads, products=self.autocast_dtype or torch.float32)
 
     def _interrupt_if_asked(self) -> None:
@@ -173,14 +174,14 @@ class SweepPass:
             return
         for member in self._training():
             member.trainer.save()
-        done = max(m.trainer.progress.step for m in self.members)
+        done = max(m.trainer.steps_done for m in self.members)
         raise Interrupted(
             f"stopped after step {done} of a pass of {len(self.members)} heads, which is kept; go on with --resume",
             self._stop.signal_number,
         )
 
     def _member(self, planned: PlannedRun, out: Path) -> Member:
-        """A trainer at the beginning, or where its run directory says that it is."""
+        """Return a run with its trainer, which goes on from the state in its run directory if there is one."""
         run, reads = planned.run, planned.reads
         config = run_config(
             self.train_loader.cache,
@@ -203,10 +204,9 @@ class SweepPass:
             self.train_loader,
             self.val_loader,
             out=out,
-            take=lambda batch, start, stop: self._shared[start].inputs(reads),
             stop=self._stop,
         )
         if resume:
             trainer.load(load_state(out))
         (out / RESULT_NAME).unlink(missing_ok=True)
-        return Member(run=run, reads=reads, out=out, trainer=trainer)
+        return Member(run=run, reads=reads, trainer=trainer)

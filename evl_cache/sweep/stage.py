@@ -15,20 +15,19 @@ from evl_cache.batches import samples_of_clips
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.processes import Processes, StopRequests
-from evl_cache.runs import CONFIG_NAME, RESULT_NAME, write_json
-from evl_cache.store import FeatureCache
+from evl_cache.runs import CONFIG_NAME, RESULT_NAME, check_maps, write_json
+from evl_cache.store import FeatureCache, Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.memory import HeadMemory, available_room, head_memory, split_passes
 from evl_cache.sweep.shared_pass import OnPassStep, PlannedRun, SweepPass
 from evl_cache.train import (
     OPERATIONAL,
-    HeadReads,
     all_reads,
     check_pair,
-    head_reads,
     make_loaders,
     run_config,
     shuffle_blocks,
+    training_reads,
 )
 
 SWEEP_NAME = "sweep.json"
@@ -41,9 +40,14 @@ ProgressOfPass = Callable[[str], AbstractContextManager[OnPassStep]]
 
 @dataclass(frozen=True, kw_only=True)
 class SweepRow:
-    """One run of a sweep. status: `done`, `diverged` (error says how) or `waiting`; figures are of a run that is done.
+    """One run of a sweep, as `sweep.json` has it.
 
-    ms_per_step: forward, backward and optimiser of this head alone, without reading and decoding.
+    Attributes:
+        name, group, options: as `SweepRun`.
+        status: `done`, `diverged` or `waiting`.
+        error: how it diverged.
+        top1, top5, parameters: figures of a run that is done, as `TrainResult`.
+        ms_per_step: forward, backward and optimiser of this head alone, without reading and decoding.
     """
 
     name: str
@@ -59,7 +63,11 @@ class SweepRow:
 
 @dataclass(frozen=True, kw_only=True)
 class SweepGroup:
-    """Runs that differ in their seed alone: mean and standard deviation (of a sample; None of one run), in percent."""
+    """Means over runs that differ in their seed alone.
+
+    Attributes:
+        deviation: standard deviation of top1, as of a sample; None for one run.
+    """
 
     group: str
     runs: int
@@ -74,8 +82,11 @@ class SweepGroup:
 class SweepResult:
     """What `sweep.json` holds.
 
-    groups: the best first. passes: names of the runs that were trained together, of this call. seconds: of it.
-    sample_nbytes: bytes read of a sample, decompressed, by pass.
+    Attributes:
+        groups: the best first.
+        passes: names of the runs that this call trained together.
+        sample_nbytes: bytes read of a sample, decompressed, by pass.
+        seconds: that this call took.
     """
 
     runs: tuple[SweepRow, ...]
@@ -109,9 +120,11 @@ def sweep(
     """Train every run and leave a run directory for each under `out`/runs, and `out`/sweep.json.
 
     Args:
-        runs: from `sweep.grid.expand`. train_clips, val_clips: rows of the clip lists; all by default.
+        runs: from `sweep.grid.expand`.
+        out: directory of the sweep.
+        train_clips, val_clips: rows of the clip lists; all by default.
         resume: go on with a sweep of the same runs.
-        memory_bytes: heads and a batch's features may take together; more heads are trained in later passes.
+        memory_bytes: most that heads and a batch's features may take together; other heads wait for a later pass.
         progress: opens the progress line of a pass.
 
     Raises: UsageError where caches, heads and options do not fit each other, or where `out` holds a sweep;
@@ -121,7 +134,7 @@ def sweep(
     check_pair(train_cache, val_cache)
     samples = samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips)
     data = _Data(caches=(train_cache, val_cache), samples=samples, folder=out / RUNS_NAME)
-    planned = [_planned(run, train_cache) for run in runs]
+    planned = [_planned(run, train_cache, val_cache) for run in runs]
     errors = _begin(out, runs, resume=resume)
     waiting = [p for p in planned if p.run.name not in errors and not _is_done(data.folder / p.run.name)]
     passes = _plan(waiting, data, memory_bytes)
@@ -141,7 +154,7 @@ def sweep(
     with StopRequests() as stop:
         for number, part in enumerate(passes, start=1):
             together = all_reads([p.reads for p in part])
-            nbytes.append(train_cache.buffers(slots=1, **together.arguments).nbytes)
+            nbytes.append(train_cache.buffers(slots=1, reads=together).nbytes)
             with progress(f"sweep pass {number}/{len(passes)}, {len(part)} heads") as on_step:
                 errors |= _train(part, together, data, stop=stop, on_step=on_step)
             found = _write(out, result())
@@ -149,7 +162,7 @@ def sweep(
 
 
 def read_sweep(out: Path) -> SweepResult:
-    """What a sweep came to, so far. Raises: UsageError where there is none."""
+    """Read what a sweep came to, so far. Raises: UsageError where there is none."""
     try:
         content = json.loads((out / SWEEP_NAME).read_text(encoding="utf-8"))
         if content.pop("format") != _FORMAT:
@@ -168,7 +181,7 @@ def read_sweep(out: Path) -> SweepResult:
 
 
 def _begin(out: Path, runs: Sequence[SweepRun], *, resume: bool) -> dict[str, str]:
-    """Why runs of the sweep to go on with ended early, by name. Raises: UsageError where it is another sweep."""
+    """Say why runs of the sweep to go on with ended early, by name. Raises: UsageError where it is another sweep."""
     if not resume:
         if (out / SWEEP_NAME).exists():
             raise UsageError(f"{out} holds a sweep already; use --resume, or another --out")
@@ -192,16 +205,19 @@ def _is_done(folder: Path) -> bool:
     return (folder / RESULT_NAME).exists() and (folder / CONFIG_NAME).exists()
 
 
-def _planned(run: SweepRun, cache: FeatureCache) -> PlannedRun:
-    """Raises: UsageError for a head that cannot be: before anything is trained."""
-    reads = head_reads(run.options, cache)
-    run_config(cache, {}, run.options, reads.layers)
-    nbytes = cache.buffers(slots=1, **reads.arguments).nbytes
+def _planned(run: SweepRun, train_cache: FeatureCache, val_cache: FeatureCache) -> PlannedRun:
+    """Add what a run reads. Raises: UsageError, before anything is trained, for a head that the caches do not fit."""
+    blocks = shuffle_blocks(run.options, train_cache, resumed=None)
+    run = replace(run, options=replace(run.options, shuffle_blocks=blocks))
+    reads = training_reads(run.options, train_cache.spec)
+    for cache in (train_cache, val_cache):
+        check_maps(reads, cache)
+    nbytes = train_cache.buffers(slots=1, reads=reads).nbytes
     return PlannedRun(run=run, reads=reads, sample_nbytes=nbytes)
 
 
 def _plan(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) -> list[list[PlannedRun]]:
-    """Passes: runs that see the same batches, as many at once as memory holds."""
+    """Split runs into passes: those that see the same batches, as many at once as memory holds."""
     alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
     for planned in runs:
         alike.setdefault(tuple(getattr(planned.run.options, name) for name in _OF_A_PASS), []).append(planned)
@@ -220,35 +236,27 @@ def _fitting(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) 
         key = digest([options.head, config.layers, config.head_config, options.ema])
         if key not in known:  # runs that differ in their learning rate are measured once
             served = rows[cache.is_valid[rows]][:1].tolist()
-            probe = cache.read_stored(served, **planned.reads.arguments)
+            probe = cache.read_stored(served, planned.reads)
             known[key] = head_memory(config.build, probe, options, batch=batch)
         return known[key]
 
     # Decoded to four bytes, and once more where heads normalise it; three batches as they are stored.
-    one = cache.buffers(slots=1, **all_reads([p.reads for p in runs]).arguments).nbytes
+    one = cache.buffers(slots=1, reads=all_reads([p.reads for p in runs])).nbytes
     return split_passes(runs, memory, room=room, shared=batch * one * (2 * 4 + 3))
 
 
 def _train(
-    runs: Sequence[PlannedRun], together: HeadReads, data: _Data, *, stop: StopRequests, on_step: OnPassStep
+    runs: Sequence[PlannedRun], together: Reads, data: _Data, *, stop: StopRequests, on_step: OnPassStep
 ) -> dict[str, str]:
-    """One pass. Returns: why runs ended early, by name."""
-    options = runs[0].run.options
-    blocks = shuffle_blocks(options, data.caches[0], resumed=None)
-    runs = [_with_blocks(planned, blocks) for planned in runs]
+    """Train the runs of one pass. Returns: why runs ended early, by name."""
     loaders = make_loaders(data.caches, data.samples, together, runs[0].run.options, Processes())
     one_pass = SweepPass(runs, together, *loaders, folder=data.folder, stop=stop)
     one_pass.run(on_step)
     return {member.run.name: member.error for member in one_pass.members if member.error is not None}
 
 
-def _with_blocks(planned: PlannedRun, blocks: int) -> PlannedRun:
-    options = replace(planned.run.options, shuffle_blocks=blocks)
-    return replace(planned, run=replace(planned.run, options=options))
-
-
 def _row(run: SweepRun, folder: Path, error: str | None) -> SweepRow:
-    """What a run's directory says of it."""
+    """Return the row of a run, from what its directory says."""
     figures: dict[str, Any] = {}
     if error is None and _is_done(folder):
         found = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
@@ -259,7 +267,7 @@ def _row(run: SweepRun, folder: Path, error: str | None) -> SweepRow:
 
 
 def _groups(rows: Sequence[SweepRow]) -> list[SweepGroup]:
-    """Runs that are done, averaged over seeds, the best first; equals by name."""
+    """Average the runs that are done over seeds; the best group comes first, equals by name."""
     by_group: dict[str, list[SweepRow]] = {}
     for row in rows:
         if row.status == "done":

@@ -1,12 +1,12 @@
 """Stage two: a head trained from a cache, without a video or the backbone."""
 
-from evl_cache.train.batch_size import training_step
-from evl_cache.train.head_reads import HeadReads, all_reads, head_reads, needs_maps
+from evl_cache.train.batch_size import step_nbytes
+from evl_cache.train.head_reads import all_reads, training_reads
 from evl_cache.train.loaders import make_loaders, shuffle_blocks
 from evl_cache.train.needs import HeadNeeds
 from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, PRECISIONS, TrainOptions, options_of
 from evl_cache.train.result import TrainResult
-from evl_cache.train.setup import check_pair, prepare_run, run_config
+from evl_cache.train.setup import check_pair, pair_differences, prepare_run, run_config
 from evl_cache.train.stage import train, train_with_loaders
 from evl_cache.train.trainer import Diverged, OnBottleneck, OnStep, Trainer
 
@@ -16,7 +16,6 @@ __all__ = [
     "PRECISIONS",
     "Diverged",
     "HeadNeeds",
-    "HeadReads",
     "OnBottleneck",
     "OnStep",
     "TrainOptions",
@@ -24,14 +23,14 @@ __all__ = [
     "Trainer",
     "all_reads",
     "check_pair",
-    "head_reads",
     "make_loaders",
-    "needs_maps",
     "options_of",
+    "pair_differences",
     "prepare_run",
     "run_config",
     "shuffle_blocks",
+    "step_nbytes",
     "train",
     "train_with_loaders",
-    "training_step",
+    "training_reads",
 ]

@@ -6,19 +6,18 @@ from typing import Any
 
 import torch
 
+from evl_cache.batches import DEFAULT_BATCH
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head
-from evl_cache.processes import Processes, available_bytes, peak_bytes, reset_peak
+from evl_cache.processes import MEMORY_SHARE, Processes, available_bytes, peak_bytes, reset_peak
 from evl_cache.runs import head_logits
 from evl_cache.store import StoredBatch
 from evl_cache.train.optimisation import Optimisation
 from evl_cache.train.options import PRECISIONS, TrainOptions
 
 GPU_SHARE = 0.9  # of the largest that fits: memory is fragmented differently in every step
-CPU_SHARE = 0.7  # of what is available: others want memory too
 _CPU_SIZES = (4, 16)
 _LOADED_AHEAD = 3  # batches that the loader holds beside the one in use
-_UNMEASURED = 64
 
 
 def resolve_batch(
@@ -31,12 +30,14 @@ def resolve_batch(
     recorded: Callable[[], Any] | None,
     processes: Processes,
 ) -> TrainOptions:
-    """Options with the batch known.
+    """Return the options with a number for the batch, where they say `auto`.
 
     Args:
-        build: makes a head as it will be trained. probe: a few samples as they will be loaded.
-        num_samples: of the training; no batch is larger. sample_nbytes: that a loader holds of each.
-        recorded: the batch of the run that is resumed, which keeps it; None for a new one.
+        build: makes a head as it will be trained.
+        probe: reads a few samples as they will be loaded.
+        num_samples: of the training; no batch is larger.
+        sample_nbytes: bytes that a loader holds of each.
+        recorded: reads the batch of the run that is resumed, which keeps it; None for a new run.
         processes: that share a batch; the one with the least memory decides.
 
     Raises: UsageError where not even one sample fits, or nothing is recorded.
@@ -49,7 +50,7 @@ def resolve_batch(
         if not isinstance(found, int):
             raise UsageError(f"the run to resume has batch {found!r}; give its --batch")
         return replace(options, batch=found)
-    shared = processes.world * options.accumulate
+    shared = processes.place.world * options.accumulate
     device = torch.device(options.device)
     cap = num_samples // shared
     if cap < 2:
@@ -57,7 +58,7 @@ def resolve_batch(
     if device.type == "cuda":
         mine = largest_on_gpu(build, probe(), options, cap=cap)
     else:
-        loaded, sharing = _LOADED_AHEAD * sample_nbytes, processes.local_world
+        loaded, sharing = _LOADED_AHEAD * sample_nbytes, processes.place.local_world
         mine = largest_on_cpu(build, probe(), options, cap=cap, loaded_nbytes=loaded, sharing=sharing)
     passed = min(processes.gather(mine, when))
     if passed < 1:
@@ -70,7 +71,7 @@ def resolve_batch(
 def largest_on_gpu(
     build: Callable[[], Head], features: StoredBatch, options: TrainOptions, *, cap: int
 ) -> int:
-    """Samples of a pass, at most `cap`: tried until memory is out, less a margin."""
+    """The most samples, up to `cap`, that a pass has memory for: sizes are tried until it runs out; less a margin."""
 
     def fits(batch: int) -> bool:
         try:
@@ -86,7 +87,10 @@ def largest_on_gpu(
 
 
 def largest_that(fits: Callable[[int], bool], *, cap: int) -> int:
-    """The largest of 1 .. cap that fits, within a sixteenth; 0 where not even 1 does. Doubles, then bisects."""
+    """The largest number of 1 .. cap that fits, to within a sixteenth, or 0 where 1 does not.
+
+    It is doubled while it fits, then bisected.
+    """
     good, bad = 0, cap + 1
     while good < cap:
         size = min(max(1, 2 * good), cap)
@@ -109,29 +113,43 @@ def largest_on_cpu(
     loaded_nbytes: int = 0,
     sharing: int = 1,
 ) -> int:
-    """Samples of a pass, at most `cap`: from what two small batches take of the memory.
+    """The most samples, up to `cap`, that a pass has memory for, reckoned from what two small batches take.
 
-    loaded_nbytes: held for each by the loader. sharing: processes that share the memory.
+    Args:
+        loaded_nbytes: bytes that the loader holds for each.
+        sharing: processes that share the memory.
     """
-    sizes = [min(size, cap) for size in _CPU_SIZES]
+    sizes = min(_CPU_SIZES[0], cap), min(_CPU_SIZES[1], cap)
     if sizes[0] == sizes[1]:
         return cap
-    taken = []
+    taken = step_nbytes(build, features, options, sizes=sizes)
+    if taken is None:
+        return min(cap, DEFAULT_BATCH)
+    fixed, each = taken
+    room = MEMORY_SHARE * available_bytes(torch.device("cpu")) / sharing - fixed
+    return max(0, min(cap, int(room / (max(each, 1.0) + loaded_nbytes))))
+
+
+def step_nbytes(
+    build: Callable[[], Head], features: StoredBatch, options: TrainOptions, *, sizes: tuple[int, int]
+) -> tuple[float, float] | None:
+    """Measure a step with each of two batches: the bytes that it takes by itself, and those for each sample.
+
+    None where the system does not tell.
+    """
+    device, taken = torch.device(options.device), []
     for size in sizes:
-        if not reset_peak():
-            return min(cap, _UNMEASURED)
-        before = peak_bytes()
+        if not reset_peak(device):
+            return None
+        before = peak_bytes(device)
         training_step(build(), features, options, batch=size)
-        taken.append(peak_bytes() - before)
-    each = max((taken[1] - taken[0]) / (sizes[1] - sizes[0]), 1.0)
-    fixed = max(0.0, taken[0] - each * sizes[0])
-    each += loaded_nbytes
-    room = CPU_SHARE * available_bytes(torch.device("cpu")) / sharing - fixed
-    return max(0, min(cap, int(room / each)))
+        taken.append(peak_bytes(device) - before)
+    each = max(0.0, (taken[1] - taken[0]) / (sizes[1] - sizes[0]))
+    return max(0.0, taken[0] - each * sizes[0]), each
 
 
 def training_step(head: Head, features: StoredBatch, options: TrainOptions, *, batch: int) -> None:
-    """One optimiser step of a head on `batch` samples: these again and again."""
+    """Take one optimiser step of a head on a batch of `batch` samples, which are the given ones repeated."""
     device = torch.device(options.device)
     head = head.to(device).train()
     optimisation = Optimisation(head, options, total_steps=1)

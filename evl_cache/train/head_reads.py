@@ -1,57 +1,33 @@
-"""What a head reads of a cache: blocks, which tokens of a frame, and whether maps."""
+"""What the head of a training reads of a cache, and what several read together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-from evl_cache.errors import UsageError
-from evl_cache.heads import has_module, head_class, head_layers
+import torch
+
+from evl_cache.heads import build_head, head_layers
+from evl_cache.runs import head_reads
 from evl_cache.spec import CacheSpec
-from evl_cache.store import FeatureCache, TokensRead
+from evl_cache.store import Reads, TokensRead
 from evl_cache.train.options import TrainOptions
+from evl_cache.train.setup import head_config
 
 
-@dataclass(frozen=True, kw_only=True)
-class HeadReads:
-    """layers: blocks, shallow to deep. with_maps: their maps too. tokens: of a frame, as `FeatureCache.buffers`."""
+def training_reads(options: TrainOptions, spec: CacheSpec) -> Reads:
+    """What the head of a training reads of a cache.
 
-    layers: tuple[int, ...]
-    with_maps: bool
-    tokens: TokensRead
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """As a `FeatureLoader` and a `FeatureCache` take them."""
-        return {"layers": self.layers, "with_maps": self.with_maps, "tokens": self.tokens}
-
-
-def head_reads(options: TrainOptions, cache: FeatureCache) -> HeadReads:
-    """What the head of a training reads.
-
-    Raises: UsageError for an unknown head, or where the cache does not hold what it reads.
+    Raises: UsageError for an unknown head, or one that the cache's layers do not fit.
     """
-    layers = head_layers(options.head, cache.spec.layers, options.head_layers)
-    with_maps = needs_maps(options, cache.spec)
-    if with_maps and not cache.spec.has_maps:
-        raise UsageError(
-            f"{cache.place} holds no attention maps, which temporal cross attention reads; "
-            "use --no-temporal-cross-attention, or extract with --maps"
-        )
-    tokens: TokensRead = "class" if head_class(options.head).class_tokens_only else "all"
-    return HeadReads(layers=layers, with_maps=with_maps, tokens=tokens)
+    layers = head_layers(options.head, spec.layers, options.head_layers)
+    with torch.device("meta"):  # asked what it reads, and no more
+        head = build_head(options.head, **head_config(spec, options, layers))
+    return head_reads(head, layers)
 
 
-def needs_maps(options: TrainOptions, spec: CacheSpec) -> bool:
-    """Whether the head reads adjacent-frame maps."""
-    has = has_module(options.head, "temporal_cross_attention")
-    return has and options.temporal_cross_attention and spec.views.frames > 1
-
-
-def all_reads(reads: Sequence[HeadReads]) -> HeadReads:
-    """What several heads read together: every block that one of them reads, with maps where one reads maps."""
+def all_reads(reads: Sequence[Reads]) -> Reads:
+    """What several heads read together: every layer that one of them reads, with maps if one reads maps."""
     kinds = {r.tokens for r in reads}
     tokens: TokensRead = reads[0].tokens if len(kinds) == 1 else "both"
-    return HeadReads(
+    return Reads(
         layers=tuple(sorted({layer for r in reads for layer in r.layers})),
         with_maps=any(r.with_maps for r in reads),
         tokens=tokens,

@@ -20,10 +20,12 @@ class Optimisation:
     """Everything that changes a head's parameters from step to step.
 
     Args:
-        head: on its device. options: of the run. total_steps: of the run; the schedule ends there.
+        head: on its device.
+        options: of the run.
+        total_steps: of the run; the schedule ends there.
 
     Attributes:
-        averaged: a head of the moving averages, where options ask for it.
+        averaged: a head of the parameters' moving averages, or None.
     """
 
     def __init__(self, head: Head, options: TrainOptions, *, total_steps: int) -> None:
@@ -45,7 +47,7 @@ class Optimisation:
         return self.head if self.averaged is None else self.averaged
 
     def begin(self, step: int) -> None:
-        """Before the passes of a step (counted from 0): its learning rate, and no gradients."""
+        """Set the learning rate of a step (counted from 0) and clear the gradients, before its passes."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr(step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -82,7 +84,7 @@ class Optimisation:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """The inverse of `state`."""
+        """Go on from what `state` returned."""
         self.head.load_state_dict(state["head"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["ema"])
@@ -100,7 +102,7 @@ def lr_factor(step: int, *, warmup: int, total: int) -> float:
 def parameter_groups(
     head: nn.Module, weight_decay: float, *, decay_norms_and_biases: bool
 ) -> list[dict[str, Any]]:
-    """AdamW's groups: all alike, as published, or norms and biases without decay."""
+    """Return AdamW's parameter groups: one that decays, as published, or another without decay for norms and biases."""
     free: list[nn.Parameter] = []
     if not decay_norms_and_biases:
         for module in head.modules():
@@ -118,10 +120,9 @@ def parameter_groups(
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what is random in a step (dropout) by what it is a step of.
+    """Seed what is random in a step (dropout) from the run's seed, the step and the rank.
 
-    A continued run then draws what an uninterrupted one would, wherever it was cut and by however many processes
-    it is continued.
+    A continued run then draws what an uninterrupted one would, wherever it was cut.
     """
     drawn = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(drawn) >> 1)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 
+from evl_cache.batches import DEFAULT_BATCH
 from evl_cache.errors import UsageError
 
 PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -33,29 +34,35 @@ OPERATIONAL = frozenset({"device", "save_every_steps", "keep_in", "keep_bytes", 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """How to train.
+    """How to train a head.
 
     Attributes:
-        head: name; head_layers: blocks it reads, by default the last cached ones.
-        temporal_conv, temporal_pos_embed, temporal_cross_attention: modules of the head.
-        num_heads: decoder heads; channels / 64 by default.
-        epochs, steps: length; one of them.
+        head: name.
+        head_layers: layers that it reads, by default the last cached ones.
+        temporal_conv, temporal_pos_embed, temporal_cross_attention: modules of the head that are on.
+        num_heads: attention heads; channels / 64 by default.
+        epochs, steps: length; exactly one of them.
         batch: samples of an optimiser step, in all processes; `auto` is the largest that fits.
-        accumulate: forward passes it is split into.
-        lr: peak; warmup_steps: linear from zero.
-        weight_decay: of every parameter, as published, or without those of norms and biases.
+        accumulate: forward passes that a step is split into.
+        lr: its peak; from there it falls to zero as a cosine.
+        warmup_steps: steps in which it rises linearly from zero.
+        weight_decay: of AdamW.
+        decay_norms_and_biases: whether norms and biases decay too, as published.
         grad_clip: largest norm of all gradients together; None does not clip.
-        dropout: in the MLP and before the classifier. label_smoothing: share given to all classes.
-        ema: decay of the parameters' moving average, which is then what is validated and saved.
+        dropout: in the MLP and before the classifier.
+        label_smoothing: share of a label that is spread over all classes.
+        ema: decay of the parameters' moving average, which is then validated and saved.
         precision: autocast of the forward pass.
+        seed: of initialisation and dropout.
+        order_seed: of the order of the clips; `seed` by default. Runs with one order and several seeds differ in
+            initialisation and dropout alone, and a sweep can train them together.
+        device: where to train.
         save_every_steps: how often the state to resume from is written; every epoch by default.
-        keep_in: `ram` or `device`: keep samples there after their first read; keep_bytes: at most so many, by
-            default a share of what is available.
-        order_seed: what the order of the clips is drawn from; the seed by default. Runs with one order and several seeds
-            differ in initialisation and dropout alone, and a sweep can train them together.
+        keep_in: `ram` or `device`, where samples stay after their first read; None does not keep them.
+        keep_bytes: most that they may take there; a share of what is free by default.
         tensorboard: also write TensorBoard's event files.
-        shuffle_blocks: 0 draws an epoch's order from all samples; otherwise blocks are permuted and samples shuffled
-            within so many at a time. By default what the cache's disk wants; a continuation keeps it.
+        shuffle_blocks: 0 draws an epoch's order from all samples. Otherwise blocks are permuted, and samples are
+            shuffled within so many at a time. By default what suits the cache's disk; a continuation keeps it.
     """
 
     head: str = "decoder4"
@@ -66,7 +73,7 @@ class TrainOptions:
     num_heads: int | None = None
     epochs: int | None = None
     steps: int | None = None
-    batch: int | Literal["auto"] = 64
+    batch: int | Literal["auto"] = DEFAULT_BATCH
     accumulate: int = 1
     lr: float = 4e-4
     warmup_steps: int = 0
@@ -126,18 +133,23 @@ class TrainOptions:
 
     @property
     def clip_order_seed(self) -> int:
-        """What an epoch's order is drawn from."""
+        """The seed that an epoch's order is drawn from."""
         return self.seed if self.order_seed is None else self.order_seed
 
     @property
     def global_batch(self) -> int:
-        """Samples of a step, once it is known."""
+        """The samples of a step, once `batch` is a number."""
         assert self.batch != "auto", "resolved before training begins"
         return self.batch
 
 
+def default_precision(device: str) -> str:
+    """The precision of the forward pass that suits a device."""
+    return "float32" if torch.device(device).type == "cpu" else "bfloat16"
+
+
 def options_of(recipe: str | None, given: Mapping[str, Any]) -> TrainOptions:
-    """Options of a recipe, or the defaults, with those that are given (not None) in their place.
+    """Return the options of a recipe, or the defaults; what is given (not None) wins.
 
     Raises: UsageError for an unknown recipe, or options that contradict each other.
     """

@@ -1,15 +1,20 @@
-"""How far a run is, and what it came to."""
+"""What a run has done so far, and what it came to."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """Figures of a finished run; top1 and top5 in percent of `val_clips`; clips_per_s of training steps.
+    """Figures of a finished run.
 
-    best_top1, best_epoch: of `best.safetensors`; chosen by the validation clips, so no unbiased figure of them.
-    skipped_clips: asked for but without features, training and validation. batch: samples of a step.
-    parameters: of the head. ms_per_step: of a training step; in a sweep without reading and decoding, which are shared.
+    Attributes:
+        top1, top5: percent of `val_clips`.
+        clips_per_s: of training steps.
+        best_top1, best_epoch: of `best.safetensors`. The validation clips chose it, so they do not judge it fairly.
+        batch: samples of a step.
+        skipped_clips: clips for training and validation that have no features.
+        parameters: of the head.
+        ms_per_step: of a training step; in a sweep without reading and decoding, which are shared.
     """
 
     top1: float
@@ -29,8 +34,16 @@ class TrainResult:
 
 
 @dataclass(kw_only=True)
-class Progress:
-    """How far a run is. `epoch`: epochs finished; `batches`: of the one begun, as the epoch_ sums are."""
+class RunState:
+    """What a run has done so far.
+
+    Attributes:
+        step: steps done.
+        epoch: epochs finished.
+        batches: batches done of the epoch that is begun; sums that begin with `epoch_` are of it too.
+        samples, seconds: sums over the epochs finished.
+        best_top1, best_epoch: of the epoch with the highest top-1 so far.
+    """
 
     step: int = 0
     epoch: int = 0

@@ -1,9 +1,10 @@
-"""Before a run: do its caches belong together, what is it, and may its directory be written."""
+"""What is settled before a run: whether its caches belong together, what it is, and that its directory is free."""
 
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from evl_cache.batches import Loader, Source
 from evl_cache.canonical_json import digest
@@ -16,20 +17,25 @@ from evl_cache.runs import (
     STEPS_NAME,
     TOWER_NAME,
     RunConfig,
-    provenance_differences,
+    feature_differences,
     read_run_config,
     write_run_config,
 )
+from evl_cache.spec import CacheSpec
 from evl_cache.train.options import OPERATIONAL, TrainOptions
 
 
+def pair_differences(train: CacheSpec, val: CacheSpec) -> list[str]:
+    """Why a head that is trained on one cache cannot be validated on the other; empty where it can."""
+    differing = feature_differences(train, val)
+    if train.classes != val.classes:
+        differing.append(f"{len(train.classes)} classes, not {len(val.classes)}, or others")
+    return differing
+
+
 def check_pair(train_cache: Source, val_cache: Source) -> None:
-    """Raises: UsageError where features or classes of the two caches are not comparable."""
-    differing = provenance_differences(train_cache.spec, val_cache.spec)
-    if train_cache.spec.classes != val_cache.spec.classes:
-        differing.append(
-            f"{len(train_cache.spec.classes)} classes, not {len(val_cache.spec.classes)}, or others"
-        )
+    """Refuse two caches that do not belong together. Raises: UsageError that says why."""
+    differing = pair_differences(train_cache.spec, val_cache.spec)
     if differing:
         raise UsageError(
             f"{train_cache.place} and {val_cache.place} do not belong together: {'; '.join(differing)}"
@@ -39,27 +45,14 @@ def check_pair(train_cache: Source, val_cache: Source) -> None:
 def run_config(
     cache: Source, loaders: Mapping[str, Loader], options: TrainOptions, layers: tuple[int, ...]
 ) -> RunConfig:
-    """What a run on this cache with these options is. loaders: by side, `train` and `val`.
+    """Return what a run on this cache with these options is.
 
-    Raises: UsageError where a module is switched off that the head does not have.
+    Args:
+        loaders: by side, `train` and `val`.
+
+    Raises: as `head_config`.
     """
-    spec, has = cache.spec, head_class(options.head).temporal_modules
-    foreign = [name for name in MODULES if not getattr(options, name) and name not in has]
-    if foreign:
-        raise UsageError(
-            f"{options.head} has no {', '.join(foreign)} to switch off; it has {', '.join(has) or 'no such module'}"
-        )
-    modules = {name: getattr(options, name) for name in has}
-    head_config = {
-        "num_layers": len(layers),
-        "width": spec.tower.width,
-        "num_frames": spec.views.frames,
-        "grid": list(spec.tower.grid),
-        "num_classes": len(spec.classes),
-        "num_heads": options.num_heads,
-        "dropout": options.dropout,
-        **modules,
-    }
+    spec = cache.spec
     caches = {
         name: {
             "path": loader.cache.place,
@@ -72,7 +65,7 @@ def run_config(
     }
     return RunConfig(
         head=options.head,
-        head_config=head_config,
+        head_config=head_config(spec, options, layers),
         layers=layers,
         classes=spec.classes,
         features=spec.to_json(),
@@ -80,6 +73,29 @@ def run_config(
         caches=caches,
         tower=_tower(cache, loaders["val"].cache if "val" in loaders else cache),
     )
+
+
+def head_config(spec: CacheSpec, options: TrainOptions, layers: tuple[int, ...]) -> dict[str, Any]:
+    """Return the arguments of a head that reads these layers of a cache.
+
+    Raises: UsageError where a module is switched off that the head does not have.
+    """
+    has = head_class(options.head).temporal_modules
+    foreign = [name for name in MODULES if not getattr(options, name) and name not in has]
+    if foreign:
+        raise UsageError(
+            f"{options.head} has no {', '.join(foreign)} to switch off; it has {', '.join(has) or 'no such module'}"
+        )
+    return {
+        "num_layers": len(layers),
+        "width": spec.tower.width,
+        "num_frames": spec.views.frames,
+        "grid": spec.tower.grid,
+        "num_classes": len(spec.classes),
+        "num_heads": options.num_heads,
+        "dropout": options.dropout,
+        **{name: getattr(options, name) for name in has},
+    }
 
 
 def _tower(cache: Source, val: Source) -> dict[str, object] | None:
@@ -106,7 +122,7 @@ def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
     mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (config, before))
     for side in (mine, theirs):
         side["training"] = {k: v for k, v in side["training"].items() if k not in OPERATIONAL}
-    theirs["training"].setdefault("order_seed", None)  # runs of before it was an option
+    theirs["training"].setdefault("order_seed", None)  # runs from before it was an option
     fields = [name for name in ("head", "head_config", "layers", "training") if mine[name] != theirs[name]]
     detail = [n for n in mine["training"] if mine["training"][n] != theirs["training"].get(n)]
     sides = [

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from evl_cache.batches import Loader, samples_of_clips
 from evl_cache.processes import Processes
-from evl_cache.runs import load_state, read_run_config
+from evl_cache.runs import check_maps, load_state, read_run_config
 from evl_cache.store import FeatureCache
 from evl_cache.train.batch_size import resolve_batch
-from evl_cache.train.head_reads import head_reads
+from evl_cache.train.head_reads import training_reads
 from evl_cache.train.loaders import make_loaders, shuffle_blocks
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.result import TrainResult
@@ -35,9 +35,10 @@ def train(
     """Train a head and leave a run directory.
 
     Args:
-        train_clips, val_clips: rows of the clip lists; all by default.
+        options: how to train.
         out: the run directory.
-        resume: go on from its last state.
+        train_clips, val_clips: rows of the clip lists; all by default.
+        resume: go on from the last state in `out`.
         on_step: called with (steps done, steps in all, loss).
         on_bottleneck: called after each step with what training waits for: `device`, `disk` or `processor`.
         processes: that train together; this one alone by default.
@@ -47,15 +48,17 @@ def train(
     """
     processes = processes or Processes()
     check_pair(train_cache, val_cache)
-    reads = head_reads(options, train_cache)
+    reads = training_reads(options, train_cache.spec)
+    for cache in (train_cache, val_cache):
+        check_maps(reads, cache)
     samples = (samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips))
     served = samples[0][train_cache.is_valid[samples[0]]]
     options = resolve_batch(
         options,
         build=lambda: run_config(train_cache, {}, options, reads.layers).build(),
-        probe=lambda: train_cache.read_stored(served[:1].tolist(), **reads.arguments),
+        probe=lambda: train_cache.read_stored(served[:1].tolist(), reads),
         num_samples=len(served) // max(1, train_cache.spec.views.train_views),
-        sample_nbytes=train_cache.buffers(slots=1, **reads.arguments).nbytes,
+        sample_nbytes=train_cache.buffers(slots=1, reads=reads).nbytes,
         recorded=(lambda: read_run_config(out).training.get("batch")) if resume else None,
         processes=processes,
     )
@@ -87,9 +90,11 @@ def train_with_loaders(
     on_bottleneck: OnBottleneck,
     processes: Processes,
 ) -> TrainResult:
-    """Train on whatever batches the loaders give, of this process's part. Arguments and errors as `train`.
+    """Train on the batches that loaders give of this process's part. Other arguments and errors as `train`.
 
-    layers: blocks that the loaders read. options: with the batch known.
+    Args:
+        layers: what the loaders read.
+        options: with a number for the batch.
     """
     config = run_config(train_loader.cache, {"train": train_loader, "val": val_loader}, options, layers)
     when = "while preparing the run"

@@ -6,8 +6,8 @@ A step is the same in both: batch k of an epoch holds the same samples, and its 
 import math
 import signal
 import time
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -35,28 +35,33 @@ from evl_cache.runs import (
 )
 from evl_cache.train.optimisation import Optimisation, seed_step
 from evl_cache.train.options import PRECISIONS, TrainOptions
-from evl_cache.train.result import Progress, TrainResult
+from evl_cache.train.result import RunState, TrainResult
 
 OnStep = Callable[[int, int, float], None]
 OnBottleneck = Callable[[str], None]
-Take = Callable[[Batch, int, int], HeadInputs]
 
 
 class Diverged(UsageError):
-    """The loss of a run is no number any more."""
+    """The loss of a run has become NaN or infinite."""
 
 
 class Trainer:
     """The training of one run: steps, metrics, last state.
 
-    `run` does all of it. A sweep drives several instead, batch by batch: `begin`, `step`, `end_epoch`, `finish`.
+    `run` does all of it. A sweep drives several instead, batch by batch: `begin`, `parts` and `step`, `end_epoch`,
+    `finish`.
 
     Args:
-        config: of the run. options: with the batch known. train_loader, val_loader: of this process's part.
-        out: the run directory; the first process writes it. processes: that train together.
-        take: gives what the head reads of samples start .. stop-1 of a batch, on the device; by default they are
-            moved there.
+        config: of the run.
+        options: with a number for the batch.
+        train_loader, val_loader: of this process's part.
+        out: the run directory; the first process writes it.
+        processes: that train together.
         stop: where signals are noted; its own by default.
+
+    Attributes:
+        head: that is trained.
+        total_steps: of the whole run.
     """
 
     def __init__(
@@ -68,7 +73,6 @@ class Trainer:
         *,
         out: Path,
         processes: Processes | None = None,
-        take: Take | None = None,
         stop: StopRequests | None = None,
     ) -> None:
         self.config, self.options, self.out = config, options, out
@@ -76,211 +80,257 @@ class Trainer:
         self.train_loader, self.val_loader = train_loader, val_loader
         self.device = torch.device(options.device)
         torch.manual_seed(options.seed)
-        head: Head = config.build().to(self.device)
+        self.head: Head = config.build().to(self.device)
         self.total_steps = options.steps or (options.epochs or 0) * len(train_loader)
-        self.model = self.processes.wrap(head, some_unused=head.has_idle_parameters)
-        self.optimisation = Optimisation(head, options, total_steps=self.total_steps)
-        self.autocast_dtype = PRECISIONS[options.precision]
-        self.progress = Progress()
-        self.bottleneck = "device"
-        self._take = take or self._moved
+        self._model = self.processes.wrap(self.head, some_unused=self.head.has_idle_parameters)
+        self._optimisation = Optimisation(self.head, options, total_steps=self.total_steps)
+        self._autocast_dtype = PRECISIONS[options.precision]
+        self._state = RunState()
         self._stop = stop or StopRequests()
-        self.log = RunLog(out if self.processes.is_first else None, tensorboard=options.tensorboard)
+        is_first = self.processes.place.is_first
+        self._log = RunLog(out if is_first else None, tensorboard=options.tensorboard)
 
     @property
-    def is_finished(self) -> bool:
+    def result_head(self) -> Head:
+        """The head that is validated and saved: the one trained, or its moving average."""
+        return self._optimisation.result
+
+    @property
+    def steps_done(self) -> int:
+        """The optimiser steps done."""
+        return self._state.step
+
+    @property
+    def epoch(self) -> int:
+        """The epochs finished, which is the number of the one to go on with."""
+        return self._state.epoch
+
+    @property
+    def batches(self) -> int:
+        """The batches done of the epoch to go on with."""
+        return self._state.batches
+
+    @property
+    def has_all_steps(self) -> bool:
+        """Whether the last step is done."""
+        return self._state.step >= self.total_steps
+
+    @property
+    def is_done(self) -> bool:
         """Whether the last step is done, and the epoch it ended."""
-        return self.progress.step >= self.total_steps and not self.progress.batches
+        return self.has_all_steps and not self._state.batches
 
     def run(self, on_step: OnStep, on_bottleneck: OnBottleneck = lambda name: None) -> TrainResult:
         """Train to the last step.
 
-        Raises: Interrupted where a signal asks to stop, after the state was kept; Diverged where the loss is no
-            number any more; EvlCacheError where another process is lost.
+        Raises: Interrupted where a signal asks to stop, after the state was kept; Diverged where the loss becomes
+            NaN or infinite; EvlCacheError where another process is lost.
         """
         started = time.monotonic()
         scores: Scores | None = None
-        with self._stop, self.log:
-            self.begin()
-            while not self.is_finished:
-                self._train_epoch(on_step, on_bottleneck)
+        with self._stop, self.begin():
+            while not self.is_done:
+                bottleneck = self._train_epoch(on_step, on_bottleneck)
                 scores = self.validate()
-                self.end_epoch(scores)
+                self.end_epoch(scores, bottleneck)
             return self.finish(scores or self.validate(), time.monotonic() - started)
 
-    def begin(self) -> None:
-        """Before the first step: what a run that is continued does again is dropped from its logs."""
-        self.log.keep(steps=self.progress.step, epochs=self.progress.epoch)
+    def begin(self) -> AbstractContextManager[RunLog]:
+        """Open the logs, without the lines of what a continued run does again. Returns: what closes them."""
+        self._log.keep(steps=self._state.step, epochs=self._state.epoch)
+        return self._log
 
     def validate(self) -> Scores:
-        """Scores of the validation clips."""
+        """Score the validation clips."""
 
         def on_batch(samples: int) -> None:
             # With several processes they would disagree: those stop at their next step.
-            if self._stop.signal_number and self.processes.world == 1:
+            if self._stop.signal_number and self.processes.place.world == 1:
                 self._interrupt(self._stop.signal_number)
 
         return score(
-            self.optimisation.result,
+            self.result_head,
             self.val_loader,
             device=self.device,
-            autocast_dtype=self.autocast_dtype,
+            autocast_dtype=self._autocast_dtype,
             on_batch=on_batch,
             gather=lambda sums: self.processes.gather(sums, "in validation"),
         )
 
-    def _train_epoch(self, on_step: OnStep, on_bottleneck: OnBottleneck) -> None:
-        """The rest of the epoch, or of the run."""
-        progress = self.progress
+    def _train_epoch(self, on_step: OnStep, on_bottleneck: OnBottleneck) -> str:
+        """Train the rest of the epoch, or of the run. Returns: what it waited for."""
+        state, loader = self._state, self.train_loader
+        if state.step >= self.total_steps:
+            return "device"
         started = before = time.monotonic()
-        if progress.step == self.total_steps:
-            return
-        for batch in self.train_loader.epoch(progress.epoch, start_batch=progress.batches):
+        for batch in loader.epoch(state.epoch, start_batch=state.batches):
+            state.epoch_seconds += time.monotonic() - before  # a step counts its own
             loss, stop = self.step(batch)
-            now = time.monotonic()
-            progress.epoch_seconds, before = progress.epoch_seconds + now - before, now
-            on_bottleneck(self.train_loader.times.bottleneck(now - started))
-            on_step(progress.step, self.total_steps, loss)
+            before = time.monotonic()
+            on_bottleneck(loader.times.bottleneck(before - started))
+            on_step(state.step, self.total_steps, loss)
             if stop:
                 self._interrupt(stop)
-            if self.saves_now:
-                self.save()
-            if progress.step == self.total_steps:
+            self.save_if_due()
+            if self.has_all_steps:
                 break
-        if not progress.batches:
-            raise EvlCacheError(f"{self.train_loader.cache.place}: none of the clips to train on can be used")
-        self.bottleneck = self.train_loader.times.bottleneck(time.monotonic() - started)
+        if not state.batches:
+            raise EvlCacheError(f"{loader.cache.place}: none of the clips to train on can be used")
+        return loader.times.bottleneck(time.monotonic() - started)
 
-    @property
-    def saves_now(self) -> bool:
-        """Whether the state is to be kept after the step just done."""
-        every = self.options.save_every_steps
-        return bool(every) and self.progress.step % (every or 1) == 0
+    def save_if_due(self) -> None:
+        """Keep the state, where options ask for it after so many steps."""
+        if self.options.save_every_steps and self._state.step % self.options.save_every_steps == 0:
+            self.save()
 
-    def step(self, batch: Batch) -> tuple[float, int]:
-        """One optimiser step. Returns: the mean loss, and the signal that asked a process to stop, or 0.
+    def parts(self, batch: Batch) -> list[slice]:
+        """Split a batch into the samples of each forward pass."""
+        shared = self.processes.place.world * self.options.accumulate
+        size = -(-self.options.global_batch // shared)
+        return [slice(start, start + size) for start in range(0, len(batch.labels), size)]
 
-        Raises: Diverged where the loss is no number any more.
+    def step(self, batch: Batch, inputs: Iterable[HeadInputs] | None = None) -> tuple[float, int]:
+        """Take one optimiser step.
+
+        Args:
+            inputs: what the head reads of each of the batch's parts, on the device; by default they are moved there.
+
+        Returns: the mean loss, and the signal that asked a process to stop, or 0.
+        Raises: Diverged where the loss becomes NaN or infinite.
         """
-        progress, when = self.progress, f"at step {self.progress.step + 1}"
-        self.model.train()
-        seed_step(self.options.seed, progress.step, self.processes.rank)
-        self.optimisation.begin(progress.step)
+        started = time.monotonic()
+        state, place, when = self._state, self.processes.place, f"at step {self._state.step + 1}"
+        self._model.train()
+        seed_step(self.options.seed, state.step, place.rank)
+        self._optimisation.begin(state.step)
         with self.processes.watched(when):
-            total = self._passes(batch)
-        self.optimisation.finish(progress.step)
+            total = self._passes(batch, iter(self._moved(batch) if inputs is None else inputs))
+        self._optimisation.finish(state.step)
         sums = torch.tensor([float(total), float(self._stop.signal_number)], dtype=torch.float64)
         loss, stop = self.processes.add(sums, when).tolist()
-        progress.step += 1
+        state.step += 1
         if not math.isfinite(loss):
             raise Diverged(
-                f"loss is {loss} at step {progress.step}: training diverged; use a lower --lr or --precision float32"
+                f"loss is {loss} at step {state.step}: training diverged; use a lower --lr or --precision float32"
             )
-        progress.batches, progress.epoch_steps = batch.number + 1, progress.epoch_steps + 1
-        progress.epoch_loss += loss
-        progress.epoch_samples += batch.total
-        self.log.step(progress.step, {"loss": loss, "lr": self.optimisation.lr(progress.step - 1)})
+        state.batches, state.epoch_steps = batch.number + 1, state.epoch_steps + 1
+        state.epoch_loss += loss
+        state.epoch_samples += batch.total
+        self._log.step(state.step, {"loss": loss, "lr": self._optimisation.lr(state.step - 1)})
+        state.epoch_seconds += time.monotonic() - started
         return loss, self._stop.signal_number or (signal.SIGTERM if stop else 0)
 
-    def _passes(self, batch: Batch) -> torch.Tensor:
-        """Forward and backward over this process's part, in as many passes as options say. Returns: its loss."""
-        world, samples = self.processes.world, len(batch.labels)
-        part = -(-self.options.global_batch // (world * self.options.accumulate))
+    def _passes(self, batch: Batch, inputs: Iterator[HeadInputs]) -> torch.Tensor:
+        """Forward and backward over this process's part. Returns: its loss."""
+        parts, world = self.parts(batch), self.processes.place.world
         total = torch.zeros((), device=self.device)
-        for start in range(0, samples, part):
-            labels = batch.labels[start : start + part].to(self.device)
-            is_last = start + part >= samples
-            with self._unsynchronised() if not is_last else nullcontext():
-                logits = head_logits(self.model, self._take(batch, start, start + part), self.autocast_dtype)
+        for part in parts:
+            labels = batch.labels[part].to(self.device)
+            with nullcontext() if part is parts[-1] else self._unsynchronised():
+                # Inputs are not held: the next ones are made where these were.
+                logits = head_logits(self._model, next(inputs), self._autocast_dtype)
                 loss = torch.nn.functional.cross_entropy(
                     logits, labels, reduction="sum", label_smoothing=self.options.label_smoothing
                 )
                 loss = loss / batch.total * (0.0 if batch.is_stand_in else 1.0)
                 # Gradients are averaged over processes; those of a batch are to be added.
-                self.optimisation.backward(loss * world)
+                self._optimisation.backward(loss * world)
             total = total + loss.detach()
         return total
 
-    def _moved(self, batch: Batch, start: int, stop: int) -> HeadInputs:
-        features = batch.features.part(start, stop).to(self.device, non_blocking=True)
-        return head_inputs(self.model, features)
+    def _moved(self, batch: Batch) -> Iterator[HeadInputs]:
+        for part in self.parts(batch):
+            # No name for the features: they must not live on while the next ones are moved.
+            yield head_inputs(
+                self._model, batch.features.part(part.start, part.stop).to(self.device, non_blocking=True)
+            )
 
     def _unsynchronised(self) -> Any:
-        return self.model.no_sync() if isinstance(self.model, DistributedDataParallel) else nullcontext()
+        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
 
-    def end_epoch(self, scores: Scores) -> None:
-        """Log an epoch and keep the state. scores: of the validation after it."""
-        progress = self.progress
-        rate = progress.epoch_samples / progress.epoch_seconds if progress.epoch_seconds else 0.0
-        progress.epoch += 1
+    def end_epoch(self, scores: Scores, bottleneck: str) -> None:
+        """Log an epoch and keep the state.
+
+        Args:
+            scores: of the validation after it.
+            bottleneck: what its training waited for.
+        """
+        state = self._state
+        rate = state.epoch_samples / state.epoch_seconds if state.epoch_seconds else 0.0
+        state.epoch += 1
         row = {
-            "epoch": progress.epoch,
-            "step": progress.step,
-            "train_loss": progress.epoch_loss / max(1, progress.epoch_steps),
+            "epoch": state.epoch,
+            "step": state.step,
+            "train_loss": state.epoch_loss / max(1, state.epoch_steps),
             "val_loss": scores.loss,
             "top1": scores.top(1),
             "top5": scores.top(5),
-            "lr": self.optimisation.lr(progress.step - 1),
+            "lr": self._optimisation.lr(state.step - 1),
             "clips_per_s": rate,
-            "bottleneck": self.bottleneck,
+            "bottleneck": bottleneck,
         }
-        self.log.epoch(progress.step, row)
-        progress.samples += progress.epoch_samples
-        progress.seconds += progress.epoch_seconds
-        progress.batches, progress.epoch_steps, progress.epoch_samples = 0, 0, 0
-        progress.epoch_loss, progress.epoch_seconds = 0.0, 0.0
-        is_best = scores.top(1) > progress.best_top1
+        self._log.epoch(state.step, row)
+        state.samples += state.epoch_samples
+        state.seconds += state.epoch_seconds
+        state.batches, state.epoch_steps, state.epoch_samples = 0, 0, 0
+        state.epoch_loss, state.epoch_seconds = 0.0, 0.0
+        is_best = scores.top(1) > state.best_top1
         if is_best:
-            progress.best_top1, progress.best_epoch = scores.top(1), progress.epoch
-        if self.processes.is_first:
-            save_head(self.out, self.optimisation.result)
+            state.best_top1, state.best_epoch = scores.top(1), state.epoch
+        if self.processes.place.is_first:
+            save_head(self.out, self.result_head)
             if is_best:
-                save_head(self.out, self.optimisation.result, best=True)
+                save_head(self.out, self.result_head, best=True)
         self.save()
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to give the same losses; what is random is drawn step by step."""
-        return {**self.optimisation.state(), "progress": asdict(self.progress)}
+        return {**self._optimisation.state(), "progress": asdict(self._state)}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
-        self.optimisation.load(state)
-        self.progress = Progress(**state["progress"])
+        self._optimisation.load(state)
+        self._state = RunState(**state["progress"])
 
     def save(self) -> None:
         """Write the state that the run can be continued from."""
-        if self.processes.is_first:
-            self.log.flush()
+        if self.processes.place.is_first:
+            self._log.flush()
             save_state(self.out, self.state())
 
     def _interrupt(self, signal_number: int) -> None:
         self.save()
         raise Interrupted(
-            f"stopped after step {self.progress.step} of {self.total_steps}, which is kept; go on with "
+            f"stopped after step {self._state.step} of {self.total_steps}, which is kept; go on with "
             f"--out {self.out} --resume",
             signal_number,
         )
 
     def finish(self, scores: Scores, seconds: float) -> TrainResult:
-        """Write what the run came to. scores: of the last validation; seconds: that it took."""
-        progress = self.progress
+        """Write what the run came to.
+
+        Args:
+            scores: of the last validation.
+            seconds: that the run took.
+        """
+        state = self._state
         result = TrainResult(
             top1=scores.top(1),
             top5=scores.top(5),
             val_clips=len(scores.clips),
-            clips_per_s=progress.samples / progress.seconds if progress.seconds else 0.0,
+            clips_per_s=state.samples / state.seconds if state.seconds else 0.0,
             cache_fingerprint=self.train_loader.cache.fingerprint,
-            epochs=progress.epoch,
-            steps=progress.step,
+            epochs=state.epoch,
+            steps=state.step,
             seconds=seconds,
-            best_top1=progress.best_top1,
-            best_epoch=progress.best_epoch,
+            best_top1=state.best_top1,
+            best_epoch=state.best_epoch,
             batch=self.options.global_batch,
             skipped_clips=self.train_loader.skipped_clips + self.val_loader.skipped_clips,
-            parameters=sum(p.numel() for p in self.optimisation.head.parameters()),
-            ms_per_step=1e3 * progress.seconds / max(1, progress.step),
+            parameters=sum(p.numel() for p in self.head.parameters()),
+            ms_per_step=1e3 * state.seconds / max(1, state.step),
         )
-        if self.processes.is_first:
+        if self.processes.place.is_first:
             write_report(self.out, scores, self.config.classes, self.val_loader.cache.clips)
             write_json(self.out / RESULT_NAME, asdict(result))
         return result

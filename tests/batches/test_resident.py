@@ -9,11 +9,12 @@ import torch
 from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.batches.resident import ResidentSamples
 from evl_cache.errors import UsageError
-from evl_cache.store import FeatureCache
+from evl_cache.store import FeatureCache, Reads
 from evl_cache.train.stage import TrainOptions, train
 from tests.support.feature_caches import write_cache
 
 LAYERS = (3, 4)
+READS = Reads(layers=LAYERS)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -44,12 +45,11 @@ def reads(cache, monkeypatch):
 
 def resident_loader(cache, samples_kept, *, device="cpu", batch=4, world=1):
     valid = np.flatnonzero(cache.is_valid)
-    one = cache.buffers(slots=1, layers=LAYERS).nbytes
+    one = cache.buffers(slots=1, reads=READS).nbytes
     resident = ResidentSamples(
         cache,
         valid,
-        layers=LAYERS,
-        with_maps=True,
+        reads=READS,
         budget_bytes=samples_kept * one + one // 2,
         device=torch.device(device),
     )
@@ -114,7 +114,7 @@ def test_an_epoch_cut_short_keeps_what_was_read(written, cache, reads):
 def test_assembled_on_the_device_or_in_the_ring_a_batch_is_the_same(cache, device):
     """The path for GPUs, on whatever device: rows kept and rows read in any mixture."""
     _, resident = resident_loader(cache, 6, device=device)
-    host = cache.buffers(slots=4, layers=LAYERS)
+    host = cache.buffers(slots=4, reads=READS)
     rng = np.random.default_rng(0)
     for _ in range(16):
         rows = rng.permutation(np.flatnonzero(cache.is_valid))[:4]

@@ -5,6 +5,7 @@ import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -14,6 +15,7 @@ from evl_cache.caches.places import cache_root, find_caches, split_places
 from evl_cache.errors import UsageError
 from evl_cache.notation import format_layers, parse_layers
 from evl_cache.train.needs import HeadNeeds
+from evl_cache.train.options import TrainOptions
 from evl_cache_cli.main import cli
 from tests.support.feature_caches import TOWER, write_cache
 
@@ -42,6 +44,10 @@ def test_new_caches_go_to_the_first_directory(monkeypatch: pytest.MonkeyPatch) -
         cache_root()
 
 
+def needs_of(head: str, **more: Any) -> HeadNeeds:
+    return HeadNeeds((TrainOptions(head=head, epochs=1, **more),))
+
+
 @pytest.mark.parametrize("text", ["8-12", "9,11,12", "4", "1-2"])
 def test_layers_are_written_as_they_are_read(text: str) -> None:
     assert format_layers(parse_layers(text)) == text
@@ -58,7 +64,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_pair_is_found_across_places_and_a_place_may_be_a_cache(pair: Path, tmp_path: Path) -> None:
     shutil.copytree(pair / "b", tmp_path / "elsewhere" / "val")
-    needs = HeadNeeds(head="decoder3")
+    needs = needs_of("decoder3")
     for places in ([pair / "a", tmp_path / "elsewhere"], [pair / "a", tmp_path / "elsewhere" / "val"]):
         found = find_pair("test", places=places, needs=needs)
         assert [c.name for c in found] == ["a", "val"]
@@ -66,10 +72,30 @@ def test_a_pair_is_found_across_places_and_a_place_may_be_a_cache(pair: Path, tm
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"tower": replace(TOWER, mean=(0.1, 0.2, 0.3))},
+        {"tower": replace(TOWER, quick_gelu=False)},
+        {"pixels": "nvdec"},
+        {"classes": 4},
+        {"maps": "fp16"},
+    ],
+)
+def test_caches_that_train_would_refuse_or_of_other_extractions_are_no_pair(
+    pair: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    write_cache(tmp_path / "b", layers=(2, 3, 4), split="val", prefix="v", **change)
+    with pytest.raises(UsageError, match="a fits, but its validation cache is missing"):
+        find_pair("test", places=[pair / "a", tmp_path], needs=needs_of("decoder3"))
+    found = find_pair("test", places=[pair, tmp_path], needs=needs_of("decoder3"))
+    assert [cache.place for cache in found] == [str(pair / "a"), str(pair / "b")]
+
+
+@pytest.mark.parametrize(
     ("needs", "command"),
     [
-        (HeadNeeds(head="decoder4"), "--layers 1-4 --frames 3 --stride 2"),
-        (HeadNeeds(head="decoder2", head_layers=(1, 3)), "--layers 1,3 --frames 3"),
+        (needs_of("decoder4"), "--layers 1-4 --frames 3 --stride 2"),
+        (needs_of("decoder2", head_layers=(1, 3)), "--layers 1,3 --frames 3"),
     ],
 )
 def test_what_is_missing_is_told_with_the_command_that_makes_it(
@@ -83,16 +109,16 @@ def test_what_is_missing_is_told_with_the_command_that_makes_it(
 def test_missing_maps_and_a_missing_side_are_told_with_their_commands(tmp_path: Path) -> None:
     write_cache(tmp_path / "a", maps="none")
     with pytest.raises(UsageError, match=r"a fits, but its validation cache .* --split val .* --maps none;?"):
-        find_pair("test", places=[tmp_path], needs=HeadNeeds(head="decoder3", maps=False))
+        find_pair("test", places=[tmp_path], needs=needs_of("decoder3", temporal_cross_attention=False))
     with pytest.raises(UsageError, match="holds no attention maps; run evl-cache extract") as raised:
-        find_pair("test", places=[tmp_path], needs=HeadNeeds(head="decoder3"))
+        find_pair("test", places=[tmp_path], needs=needs_of("decoder3"))
     assert "--maps" not in str(raised.value)  # uint8 is extract's default
     other = tmp_path / "other"
     write_cache(other / "b", split="val", tower=replace(TOWER, model="ViT x"))
     with pytest.raises(UsageError, match=r"training cache is missing; .* --split train --model 'ViT x'"):
-        find_pair("test", places=[other], needs=HeadNeeds(head="decoder3"))
+        find_pair("test", places=[other], needs=needs_of("decoder3"))
     with pytest.raises(UsageError, match="extract --dataset k400 --layers 9-12"):
-        find_pair("k400", places=[other], needs=HeadNeeds(head="decoder4"))
+        find_pair("k400", places=[other], needs=needs_of("decoder4"))
 
 
 def test_ls_lists_what_there_is_with_owner_size_and_completeness(

@@ -167,6 +167,17 @@ def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
         ProcessPlace.of_environment()
 
 
+def test_a_process_has_its_own_gpu_of_its_computer_where_none_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    place = ProcessPlace.of_environment()
+    assert (place.rank, place.world, place.local_world, place.is_first) == (5, 8, 4, False)
+    assert [place.device(name) for name in ("cuda", "cuda:0", "cpu")] == ["cuda:1", "cuda:0", "cpu"]
+    assert ProcessPlace().device("cuda") == "cuda"
+
+
 # How far it is, from anywhere
 
 

@@ -21,7 +21,7 @@ from evl_cache.extract.repair import repair
 from evl_cache.heads import build_head
 from evl_cache.runs.scoring import head_logits
 from evl_cache.spec import CacheSpec
-from evl_cache.store import PROJECTIONS_NAME, FeatureCache, verify_cache
+from evl_cache.store import PROJECTIONS_NAME, FeatureCache, Reads, verify_cache
 from evl_cache.store.format.size import num_files, sample_nbytes
 from evl_cache.towers.backbone import Backbone, map_projections
 from evl_cache_cli.main import cli
@@ -168,9 +168,11 @@ def test_tokens_below_are_moved_once_and_parts_keep_their_maps(caches: dict[str,
 
 def test_without_maps_the_layers_below_are_not_read(caches: dict[str, Path]) -> None:
     cache = FeatureCache(caches["recompute"])
-    without, with_maps = (cache.buffers(slots=1, layers=(3,), with_maps=w) for w in (False, True))
+    without, with_maps = (
+        cache.buffers(slots=1, reads=Reads(layers=(3,), with_maps=w)) for w in (False, True)
+    )
     assert len(without.arrays["tokens"]) == 1 and len(with_maps.arrays["tokens"]) == 2
-    assert cache.read_stored([0], with_maps=False).maps is None
+    assert cache.read_stored([0], Reads(layers=(3,), with_maps=False)).maps is None
 
 
 def test_a_pickled_cache_makes_maps_too(caches: dict[str, Path]) -> None:
@@ -244,7 +246,9 @@ def test_damaged_projections_are_found_and_repaired(copied: Path, motions: Path,
     cache = FeatureCache(copied)
     with pytest.raises(CacheDamaged, match=PROJECTIONS_NAME):
         cache.read([0])
-    assert cache.read_stored([0], with_maps=False).tokens  # tokens are still there
+    assert cache.read_stored(
+        [0], Reads(layers=cache.spec.layers, with_maps=False)
+    ).tokens  # tokens are still there
     problems = verify_cache(copied).problems
     assert len(problems) == 1 and problems[0].block is None and PROJECTIONS_NAME in problems[0].reason
     result = repair(

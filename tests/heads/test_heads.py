@@ -16,7 +16,7 @@ from evl_cache.heads import HEADS, EVLHead, build_head, head_class, head_layers
 from evl_cache.heads.layer_tokens import LayerTokens
 from evl_cache.quantize import quantize_tokens
 from evl_cache.runs.evaluate import evaluate
-from evl_cache.store import StoredBatch
+from evl_cache.store import Reads, StoredBatch
 from evl_cache.store.reading.sample_reader import SampleReader
 from evl_cache.train.stage import TrainOptions, train
 from tests.support.feature_caches import write_pair
@@ -146,9 +146,9 @@ def test_a_linear_head_reads_class_tokens_and_nothing_else(caches, tmp_path, mon
 def test_class_tokens_alone_give_a_linear_head_what_whole_tokens_give(caches):
     cache, _ = caches
     head = build_head("linear", **{**SIZES, "grid": (2, 2), "num_layers": 2}).eval()
-    alone: StoredBatch = cache.read_stored([0, 7], (3, 4), with_maps=False, tokens="class")
+    alone: StoredBatch = cache.read_stored([0, 7], Reads(layers=(3, 4), with_maps=False, tokens="class"))
     assert alone.tokens == [] and alone.class_tokens is not None
-    both = cache.read_stored([0, 7], (3, 4), tokens="both")
+    both = cache.read_stored([0, 7], Reads(layers=(3, 4), tokens="both"))
     whole, _ = cache.read([0, 7], (3, 4))
     for a, b, t in zip(alone.class_tokens, both.class_tokens, whole, strict=True):
         assert torch.equal(a, b) and a.shape == (2, 3, 1, 16)

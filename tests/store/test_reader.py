@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
-from evl_cache.store import FeatureCache
+from evl_cache.store import FeatureCache, Reads
 from evl_cache.store.format.layout import mark_path
 from evl_cache.store.reading import sample_reader
 from tests.support.feature_caches import TOWER, write_cache
@@ -83,7 +83,7 @@ def test_raw_and_compressed_mapped_and_read_by_calls_give_the_same(
 def test_buffers_of_other_layers_are_refused(tmp_path: Path, codec: str) -> None:
     cache = write(tmp_path / "cache", codec)
     with pytest.raises(UsageError, match="buffer of tokens"):
-        cache.read_into(cache.buffers(slots=1, layers=(2, 3)), [(0, 0)], (2, 3, 4))
+        cache.read_into(cache.buffers(slots=1, reads=Reads(layers=(2, 3))), [(0, 0)], (2, 3, 4))
 
 
 def test_a_spawned_process_reads_with_a_cache_that_was_read_here(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from evl_cache.clips import Clip, ClipList
-from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
+from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import (
     LOCKS_NAME,
     BlockWriter,
@@ -59,6 +59,7 @@ def write_cache(
     prefix: str = "c",
     dataset: str = "test",
     split: str = "train",
+    pixels: str = SOFTWARE_PIXELS,
     seed: int = 0,
 ) -> FeatureCache:
     """Write a finished cache whose tokens carry their clip's label among noise. `failed`: rows of failed clips."""
@@ -74,6 +75,7 @@ def write_cache(
         maps=maps,
         codec=codec,
         compute_dtype="float32",
+        pixels=pixels,
         num_clips=len(clips.clips),
         content_id=clips.content_id,
         block_clips=block_clips,

@@ -18,10 +18,11 @@ from evl_cache.heads.layer_tokens import LayerTokens, decoded_maps
 from evl_cache.processes.stop_requests import Interrupted
 from evl_cache.quantize import quantize_maps, quantize_tokens
 from evl_cache.runs.evaluate import evaluate
+from evl_cache.store import Reads
 from evl_cache.sweep import read_sweep, sweep
 from evl_cache.sweep.grid import expand, read_grid
 from evl_cache.sweep.memory import HeadMemory, split_passes
-from evl_cache.train.head_reads import HeadReads, all_reads
+from evl_cache.train.head_reads import all_reads
 from evl_cache.train.stage import TrainOptions, train
 from evl_cache_cli.main import cli
 from tests.support.feature_caches import write_pair
@@ -113,7 +114,7 @@ def test_sixteen_heads_read_and_decode_what_one_does(caches, tmp_path, monkeypat
     with counted() as shared:
         sweep(*caches, runs=runs, out=together)
     samples = 13 + 5
-    probed = caches[0].read_stored([0], (1, 2, 3, 4))  # one sample, to measure how much memory a head takes
+    probed = caches[0].read_stored([0])  # one sample, to measure how much memory a head takes
     values = sum(t.codes[0].numel() for t in probed.tokens) + sum(m.codes[0].numel() for m in probed.maps)
     assert shared.decoded == samples * values  # once each; a head alone decodes in its backward pass too
     assert one.decoded >= shared.decoded
@@ -396,10 +397,10 @@ def test_what_cannot_be_is_refused_before_anything_is_trained(caches, tmp_path):
 
 
 def test_what_heads_read_together():
-    decoder = HeadReads(layers=(3, 4), with_maps=True, tokens="all")
-    probe = HeadReads(layers=(2,), with_maps=False, tokens="class")
+    decoder = Reads(layers=(3, 4), with_maps=True, tokens="all")
+    probe = Reads(layers=(2,), with_maps=False, tokens="class")
     assert all_reads([decoder]) == decoder and all_reads([probe, probe]) == probe
-    assert all_reads([decoder, probe]) == HeadReads(layers=(2, 3, 4), with_maps=True, tokens="both")
+    assert all_reads([decoder, probe]) == Reads(layers=(2, 3, 4), with_maps=True, tokens="both")
 
 
 # The command

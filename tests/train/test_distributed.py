@@ -45,7 +45,7 @@ def run(job, processes):
 
     def on_step(done, total, loss):
         losses.append(loss)
-        if [done, processes.rank] == job.get("dies"):
+        if [done, processes.place.rank] == job.get("dies"):
             os._exit(9)
 
     options = TrainOptions(**job["options"])
@@ -60,7 +60,7 @@ with processes_of_environment(timeout_s=60) as processes:
             report = run(job, processes)
         except EvlCacheError as error:
             report = {"error": f"{type(error).__name__}: {error}"}
-        Path(sys.argv[3], f"report-{number}-{processes.rank}").write_text(json.dumps(report))
+        Path(sys.argv[3], f"report-{number}-{processes.place.rank}").write_text(json.dumps(report))
         if "lost another one" in report.get("error", ""):
             os._exit(1)
 """

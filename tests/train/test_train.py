@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from evl_cache import load_head
-from evl_cache.batches.feature_loader import FeatureLoader, samples_of_clips
+from evl_cache.batches import FeatureLoader, samples_of_clips
 from evl_cache.batches.folds import split_clips
 from evl_cache.caches.pairing import find_training_caches
 from evl_cache.errors import EvlCacheError, UsageError, WeightsError
@@ -237,6 +237,13 @@ def test_a_head_without_modules_needs_no_maps(tmp_path):
         (cache, cache), tmp_path / "run", options=replace(OPTIONS, temporal_cross_attention=False)
     )
     assert evaluate(tmp_path / "run", cache).top1 == result.top1
+
+
+def test_a_validation_cache_without_maps_is_refused_before_anything_is_trained(caches, tmp_path):
+    val = write_cache(tmp_path / "val", labels=(0, 1), prefix="o", maps="none")
+    with pytest.raises(UsageError, match=r"val holds no attention maps.*extract with --maps"):
+        run((caches[0], val), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_single_frame_needs_no_maps(tmp_path):

@@ -3,30 +3,36 @@
 import csv
 import json
 import os
+import re
 import signal
 import sys
 import types
 from dataclasses import replace
+from inspect import signature
 
 import numpy as np
 import pytest
 import torch
 
 from evl_cache import load_head
-from evl_cache.batches.feature_loader import FeatureLoader
+from evl_cache.batches import DEFAULT_BATCH, FeatureLoader
+from evl_cache.batches.resident import KEPT_SHARE
 from evl_cache.caches.pairing import find_training_caches
 from evl_cache.errors import UsageError
 from evl_cache.heads import build_head
-from evl_cache.processes.stop_requests import Interrupted
+from evl_cache.live.predict import predict as live_predict
+from evl_cache.processes import MEMORY_SHARE, Interrupted
+from evl_cache.processes.group import DEFAULT_TIMEOUT_S
 from evl_cache.runs.directory import load_state, read_run_config
 from evl_cache.runs.evaluate import evaluate
 from evl_cache.runs.scoring import Scores
 from evl_cache.runs.tables import worst_classes
 from evl_cache.store import FeatureCache
 from evl_cache.train.batch_size import largest_on_cpu, largest_that
+from evl_cache.train.loaders import BLOCKS_AT_A_TIME
 from evl_cache.train.needs import needs_of
 from evl_cache.train.optimisation import Optimisation, parameter_groups
-from evl_cache.train.options import options_of
+from evl_cache.train.options import DEFAULT_EPOCHS, default_precision, options_of
 from evl_cache.train.stage import TrainOptions, train
 from tests.support.feature_caches import write_cache, write_pair
 
@@ -64,6 +70,40 @@ def small_head(**changes):
     config = {"width": 8, "num_frames": 3, "grid": (2, 2), "num_classes": 3, "num_heads": 2, **changes}
     torch.manual_seed(0)
     return build_head("decoder2", **config)
+
+
+def test_the_command_line_shows_the_defaults_of_the_package():
+    from evl_cache_cli import evaluate, predict, sweep, train
+
+    shown = {
+        module: {option.name: option for option in module.command.params}
+        for module in (evaluate, predict, sweep, train)
+    }
+    assert shown[evaluate]["batch"].default == DEFAULT_BATCH == TrainOptions.batch
+    assert shown[predict]["batch"].default == signature(live_predict).parameters["batch"].default
+    assert shown[predict]["decode_workers"].default == signature(live_predict).parameters["workers"].default
+    assert shown[train]["rank_timeout"].default == DEFAULT_TIMEOUT_S
+    for module in (train, sweep):
+        numbers = {
+            name: float(match[1])
+            for name, option in shown[module].items()
+            if name in TrainOptions.__annotations__ and (match := re.search(r"\[([\d.e-]+)[],]", option.help))
+        }
+        assert {"batch", "lr", "weight_decay", "dropout", "warmup_steps", "epochs"} <= numbers.keys()
+        assert numbers.pop("epochs") == DEFAULT_EPOCHS
+        assert numbers == {name: getattr(TrainOptions, name) for name in numbers}
+        assert f"[{TrainOptions.head}]" in shown[module]["head"].help
+    assert f"[{MEMORY_SHARE} of what is free]" in shown[sweep]["memory"].help
+    assert KEPT_SHARE == 0.5 and "[half of what is free]" in shown[train]["cache_in_ram"].help
+    assert f"else {BLOCKS_AT_A_TIME}]" in shown[train]["shuffle_blocks"].help
+
+
+def test_a_gpu_trains_in_bfloat16_where_nobody_says():
+    assert [default_precision(device) for device in ("cpu", "cuda", "cuda:1")] == [
+        "float32",
+        *["bfloat16"] * 2,
+    ]
+    assert TrainOptions(epochs=1).precision == default_precision(TrainOptions.device)
 
 
 # Recipes
@@ -188,8 +228,10 @@ def test_on_a_cpu_the_batch_follows_the_memory_there_is(monkeypatch):
 
     step, fixed, each = {}, 1000, 10
     monkeypatch.setattr(module, "training_step", lambda *args, batch: step.update(batch=batch))
-    monkeypatch.setattr(module, "reset_peak", lambda: step.pop("batch", True) is not None)
-    monkeypatch.setattr(module, "peak_bytes", lambda: 5000 + (fixed + each * step["batch"] if step else 0))
+    monkeypatch.setattr(module, "reset_peak", lambda device: step.pop("batch", True) is not None)
+    monkeypatch.setattr(
+        module, "peak_bytes", lambda device: 5000 + (fixed + each * step["batch"] if step else 0)
+    )
     monkeypatch.setattr(module, "available_bytes", lambda device: 20_000)
 
     def found(**more):

@@ -24,6 +24,24 @@ TokensRead = Literal["all", "class", "both"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Reads:
+    """What is read of each sample.
+
+    Attributes:
+        layers: of the tower, shallow to deep.
+        with_maps: their maps too, where the cache has some.
+        tokens: all of a frame, its class token alone (without maps), or `both`: all, and class tokens in float16.
+    """
+
+    layers: tuple[int, ...]
+    with_maps: bool = True
+    tokens: TokensRead = "all"
+
+    def __post_init__(self) -> None:
+        assert self.tokens != "class" or not self.with_maps, "maps come with all tokens"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ProjectedMaps:
     """The tokens that give the maps of each layer, where maps are not stored.
 

@@ -25,7 +25,7 @@ from evl_cache.store.reading.buffers import (
     TOKEN_ARRAYS,
     BatchBuffers,
     ProjectedMaps,
-    TokensRead,
+    Reads,
 )
 from evl_cache.store.reading.local_copy import LocalCopy
 from evl_cache.store.reading.sample_reader import SampleReader
@@ -160,53 +160,39 @@ class FeatureCache:
         Raises: CacheError for a sample that failed or is not extracted yet; CacheDamaged where bytes are not
             those that were written; UsageError for a sample or layer that does not exist.
         """
-        return self.read_stored(samples, layers).dequantized()
+        return self.read_stored(
+            samples, None if layers is None else Reads(layers=tuple(layers))
+        ).dequantized()
 
-    def read_stored(
-        self,
-        samples: Sequence[int],
-        layers: Sequence[int] | None = None,
-        *,
-        with_maps: bool = True,
-        tokens: TokensRead = "all",
-    ) -> StoredBatch:
-        """Features as they are stored. Arguments and errors as `read` and `buffers`; maps only where asked for."""
-        buffers = self.buffers(slots=len(samples), layers=layers, with_maps=with_maps, tokens=tokens)
-        self.read_into(buffers, enumerate(samples), layers)
+    def read_stored(self, samples: Sequence[int], reads: Reads | None = None) -> StoredBatch:
+        """Features as they are stored: all that are, or what `reads` says. Errors as `read`."""
+        reads = reads or Reads(layers=self.spec.layers)
+        buffers = self.buffers(slots=len(samples), reads=reads)
+        self.read_into(buffers, enumerate(samples), reads.layers)
         return buffers.batch(len(samples))
 
-    def buffers(
-        self,
-        *,
-        slots: int,
-        layers: Sequence[int] | None = None,
-        with_maps: bool = True,
-        tokens: TokensRead = "all",
-        pin_memory: bool = False,
-    ) -> BatchBuffers:
-        """Buffers for `read_into`.
-
-        tokens: all of a frame, its class token alone (without maps), or `both`: all, and class tokens in float16.
+    def buffers(self, *, slots: int, reads: Reads | None = None, pin_memory: bool = False) -> BatchBuffers:
+        """Buffers for `read_into`, of all that is stored or of what `reads` says.
 
         Raises: UsageError for a layer that is not stored.
         """
-        assert tokens != "class" or not with_maps, "maps come with all tokens"
-        names: tuple[str, ...] = () if tokens == "class" else TOKEN_ARRAYS
-        names += (MAP_ARRAYS if with_maps else ()) + (() if tokens == "all" else CLASS_ARRAYS)
+        reads = reads or Reads(layers=self.spec.layers)
+        names: tuple[str, ...] = () if reads.tokens == "class" else TOKEN_ARRAYS
+        names += (MAP_ARRAYS if reads.with_maps else ()) + (() if reads.tokens == "all" else CLASS_ARRAYS)
         layouts = [layout for name, layout in self._layouts.items() if name in names]
-        projected = self._projected_maps(layers) if with_maps and self.spec.recomputes_maps else None
-        count = len(self.layer_positions(layers) if projected is None else projected.held)
+        needs_projections = reads.with_maps and self.spec.recomputes_maps
+        projected = self._projected_maps(reads.layers) if needs_projections else None
+        count = len(self.layer_positions(reads.layers) if projected is None else projected.held)
         return BatchBuffers(
             layouts, num_layers=count, slots=slots, pin_memory=pin_memory, projected=projected
         )
 
-    def _projected_maps(self, layers: Sequence[int] | None) -> ProjectedMaps:
+    def _projected_maps(self, wanted: tuple[int, ...]) -> ProjectedMaps:
         """Return how maps that are not stored are made. Raises: as `layer_positions`; CacheDamaged."""
-        self.layer_positions(layers)
+        self.layer_positions(wanted)
         if self._projections is None:
             found = read_projections(self.path, self.spec, self.description.projections_sha256)
             self._projections = {layer: ProjectionOnDevices(value) for layer, value in found.items()}
-        wanted = self.spec.layers if layers is None else tuple(layers)
         held = tuple(sorted({layer - 1 for layer in wanted}.union(wanted)))
         return ProjectedMaps(wanted=wanted, held=held, projections=self._projections)
 
@@ -261,10 +247,9 @@ class FeatureCache:
         self, samples: Sequence[int], layers: Sequence[int] | None = None
     ) -> list[torch.Tensor]:
         """Return class tokens alone, float32, a (B, T, C) for each layer. Errors as `read`."""
-        count = len(self.layer_positions(layers))
-        buffers = BatchBuffers([self._layouts["class_tokens"]], num_layers=count, slots=len(samples))
-        self.read_into(buffers, enumerate(samples), layers)
-        return [tensor.float() for tensor in buffers.tensors["class_tokens"]]
+        wanted = self.spec.layers if layers is None else tuple(layers)
+        stored = self.read_stored(samples, Reads(layers=wanted, with_maps=False, tokens="class"))
+        return [tokens[:, :, 0].float() for tokens in stored.class_tokens or ()]
 
     def _checked_sample(self, sample: int) -> int:
         sample = int(sample)
