@@ -179,7 +179,7 @@ def to_float16(values: Tensor, *, what: str = "tokens") -> Tensor:
 def frame_difference(codes: CodesT, out: npt.NDArray[Any] | None = None) -> CodesT:
     """Return codes (..., T, A, B) as differences to the frame before, modulo 256; frame 0 stays as it is.
 
-    Neighbouring frames are similar, so differences compress better. `frame_sum` is the exact inverse.
+    Neighbouring frames are similar, so differences compress better. `frame_sum_` is the exact inverse.
 
     Args:
         codes: int8 tokens (..., T, N, C) or uint8 maps (..., T-1, P, P), as a numpy array or a tensor.
@@ -196,17 +196,8 @@ def frame_difference(codes: CodesT, out: npt.NDArray[Any] | None = None) -> Code
     return result
 
 
-def frame_sum(differences: CodesT) -> CodesT:
-    """Return new codes (..., T, A, B) from their `frame_difference`: the running sum over T, modulo 256."""
-    _check_codes(differences)
-    result = _copy(differences)
-    for frame in range(1, result.shape[-3]):
-        result[..., frame, :, :] += result[..., frame - 1, :, :]
-    return result
-
-
 def frame_sum_(codes: npt.NDArray[Any]) -> None:
-    """Replace differences in a numpy array by their `frame_sum`, in place: for buffers that are reused."""
+    """Replace differences in a numpy array (..., T, A, B) by their running sum over T, modulo 256."""
     _check_codes(codes)
     frames = codes.shape[-3]
     for frame in range(1, frames):

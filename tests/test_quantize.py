@@ -17,7 +17,7 @@ from evl_cache.quantize import (
     dequantize_maps,
     dequantize_tokens,
     frame_difference,
-    frame_sum,
+    frame_sum_,
     quantize_maps,
     quantize_tokens,
     to_float16,
@@ -156,7 +156,7 @@ def test_arguments_are_not_changed_and_strides_do_not_matter() -> None:
     codes = stored.codes.clone()
     decode(stored)
     dequantize_maps(stored_maps.codes, stored_maps.row_max)
-    frame_sum(frame_difference(stored.codes))
+    frame_difference(stored.codes)
     assert torch.equal(tokens, kept) and torch.equal(maps, kept_maps) and torch.equal(stored.codes, codes)
     strided = tokens.transpose(0, 1).contiguous().transpose(0, 1)
     assert torch.equal(quantize_tokens(strided).codes, stored.codes)
@@ -333,6 +333,12 @@ def test_float16_storage_keeps_the_largest_numbers() -> None:
     assert torch.equal(to_float16(values[:1].repeat(100_000)), values[:1].repeat(100_000).half())
 
 
+def summed(differences: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    result = differences.copy()
+    frame_sum_(result)
+    return result
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8])
 def test_frame_differences_wrap_around_and_sum_back_exactly(dtype: type[np.int8 | np.uint8]) -> None:
     info = np.iinfo(dtype)
@@ -345,12 +351,11 @@ def test_frame_differences_wrap_around_and_sum_back_exactly(dtype: type[np.int8 
     assert np.array_equal(difference[:, 0], codes[:, 0])
     naive = np.diff(codes.astype(int), axis=1) % 256
     assert np.array_equal(difference[:, 1:].astype(int) % 256, naive)
-    assert np.array_equal(frame_sum(difference), codes)
+    assert np.array_equal(summed(difference), codes)
     foreign = np.cumsum(difference.astype(int), axis=1) % 256  # what a foreign reader does
     assert np.array_equal(foreign, codes.astype(int) % 256)
     tensors = torch.from_numpy(codes)
     assert torch.equal(frame_difference(tensors), torch.from_numpy(difference))
-    assert torch.equal(frame_sum(frame_difference(tensors)), tensors)
     assert np.array_equal(codes, before)
 
 
@@ -358,14 +363,14 @@ def test_frame_differences_of_one_frame_and_of_none_change_nothing() -> None:
     for frames in (1, 0):
         codes: npt.NDArray[np.int8] = np.full((2, frames, 3, 4), -128, np.int8)
         assert np.array_equal(frame_difference(codes), codes)
-        assert np.array_equal(frame_sum(codes), codes)
+        assert np.array_equal(summed(codes), codes)
 
 
 def test_frame_differences_of_other_dtypes_are_a_usage_error() -> None:
     with pytest.raises(UsageError, match="only 8-bit storage"):
         frame_difference(np.zeros((2, 3, 4), np.float16))
     with pytest.raises(UsageError, match="need int8 or uint8"):
-        frame_sum(torch.zeros(3, 4, dtype=torch.int8))
+        frame_sum_(np.zeros((3, 4), np.int8))
 
 
 def test_generator_has_the_statistics_it_promises() -> None:

@@ -17,8 +17,8 @@ from evl_cache.store import (
     Row,
     create_cache,
     make_row,
-    write_manifest,
 )
+from evl_cache.store.format.manifest import write_manifest
 
 LAYERS = (8, 9, 10, 11, 12)
 VIT_B_16 = TowerSpec(

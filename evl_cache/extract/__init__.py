@@ -3,7 +3,7 @@
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.prepare import PreparedClip, prepare_clip
 from evl_cache.extract.request import ExtractRequest, Progress, extract_dataset, plan_extraction
-from evl_cache.extract.stage import ExtractResult, extract, make_spec
+from evl_cache.extract.stage import ExtractResult, extract
 
 __all__ = [
     "ExtractOptions",
@@ -14,7 +14,6 @@ __all__ = [
     "Progress",
     "extract",
     "extract_dataset",
-    "make_spec",
     "plan_extraction",
     "prepare_clip",
 ]

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from evl_cache.errors import UsageError, WeightsError
-from evl_cache.runs import TOWER_NAME, RunConfig
+from evl_cache.runs import RunConfig, RunFile
 from evl_cache.spec import CacheSpec, ViewSpec
 from evl_cache.towers import Backbone, build_tower
 
@@ -47,7 +47,7 @@ def run_backbone(
     Raises: UsageError where the run does not name one; WeightsError where this is another one.
     """
     names: Mapping[str, str] = config.tower or {}
-    kept = run / TOWER_NAME
+    kept = run / RunFile.TOWER
     model = model or (str(kept) if kept.exists() else names.get("model"))
     pretrained = pretrained or names.get("pretrained")
     if model is None or pretrained is None:

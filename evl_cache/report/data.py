@@ -12,7 +12,7 @@ import numpy as np
 
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
-from evl_cache.runs import CONFUSION_NAME, METRICS_NAME, RESULT_NAME, SCORED_NAME, RunConfig, read_run_config
+from evl_cache.runs import RunConfig, RunFile, read_run_config
 from evl_cache.sweep import RUNS_NAME, SWEEP_NAME, read_sweep
 from evl_cache.train import OPERATIONAL
 
@@ -168,11 +168,13 @@ def read_account(path: Path, *, name: str | None = None, group: str | None = Non
     """
     config = read_run_config(path)
     try:
-        result = json.loads((path / RESULT_NAME).read_text(encoding="utf-8"))
-        epochs = [json.loads(line) for line in (path / METRICS_NAME).read_text(encoding="utf-8").splitlines()]
-        with (path / CONFUSION_NAME).open(encoding="utf-8", newline="") as file:
+        result = json.loads((path / RunFile.RESULT).read_text(encoding="utf-8"))
+        epochs = [
+            json.loads(line) for line in (path / RunFile.METRICS).read_text(encoding="utf-8").splitlines()
+        ]
+        with (path / RunFile.CONFUSION).open(encoding="utf-8", newline="") as file:
             confusion = np.asarray([row[1:] for row in list(csv.reader(file))[1:]], dtype=np.int64)
-        scored = _read_scored(path / SCORED_NAME)
+        scored = _read_scored(path / RunFile.SCORED)
     except OSError as error:
         raise UsageError(
             f"{path}: {error.filename} cannot be read ({error.strerror}); train it to its end first"
@@ -180,7 +182,7 @@ def read_account(path: Path, *, name: str | None = None, group: str | None = Non
     except (ValueError, KeyError) as error:
         raise UsageError(f"{path}: not what train writes ({error}); train it again") from error
     if not epochs:
-        raise UsageError(f"{path}: no epoch in {METRICS_NAME}; train it to its end first")
+        raise UsageError(f"{path}: no epoch in {RunFile.METRICS}; train it to its end first")
     return RunAccount(
         path=path,
         name=name or path.resolve().name,

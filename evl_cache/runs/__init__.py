@@ -1,24 +1,15 @@
 """Run directories of trained heads: written, read, scored; imported from the official code."""
 
 from evl_cache.runs.directory import (
-    BEST_NAME,
-    CONFIG_NAME,
-    CONFUSION_NAME,
-    HEAD_NAME,
-    METRICS_NAME,
-    RESULT_NAME,
-    SCORED_NAME,
-    STATE_NAME,
-    STEPS_NAME,
-    TOWER_NAME,
     RunConfig,
+    RunFile,
     load_state,
     read_run_config,
     save_state,
     write_json,
     write_run_config,
 )
-from evl_cache.runs.evaluate import EvalResult, run_loader
+from evl_cache.runs.evaluate import run_loader
 from evl_cache.runs.fit import check_features, check_maps, feature_differences, head_reads
 from evl_cache.runs.head_files import load_head, save_head
 from evl_cache.runs.log import RunLog
@@ -27,19 +18,9 @@ from evl_cache.runs.scoring import HeadInputs, Scores, ViewSums, head_inputs, he
 from evl_cache.runs.tables import write_report
 
 __all__ = [
-    "BEST_NAME",
-    "CONFIG_NAME",
-    "CONFUSION_NAME",
-    "HEAD_NAME",
-    "METRICS_NAME",
-    "RESULT_NAME",
-    "SCORED_NAME",
-    "STATE_NAME",
-    "STEPS_NAME",
-    "TOWER_NAME",
-    "EvalResult",
     "HeadInputs",
     "RunConfig",
+    "RunFile",
     "RunLog",
     "Scores",
     "ViewSums",

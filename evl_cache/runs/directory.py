@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +18,23 @@ from evl_cache.untrusted.head_files import (
     read_json_object,
 )
 
-CONFIG_NAME = "config.json"
-HEAD_NAME = "head.safetensors"
-BEST_NAME = "best.safetensors"
-STATE_NAME = "last.pt"
-METRICS_NAME = "metrics.jsonl"
-STEPS_NAME = "steps.jsonl"
-RESULT_NAME = "result.json"
-CONFUSION_NAME = "confusion.csv"
-TOWER_NAME = "tower.json"
-CLASSES_NAME = "classes.json"
-SCORED_NAME = "scored.csv"
 _FORMAT = 1
+
+
+class RunFile(StrEnum):
+    """The files of a run directory."""
+
+    CONFIG = "config.json"
+    HEAD = "head.safetensors"
+    BEST = "best.safetensors"
+    STATE = "last.pt"
+    METRICS = "metrics.jsonl"
+    STEPS = "steps.jsonl"
+    RESULT = "result.json"
+    CONFUSION = "confusion.csv"
+    TOWER = "tower.json"
+    CLASSES = "classes.json"
+    SCORED = "scored.csv"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +75,24 @@ class RunConfig:
             if isinstance(error, UsageError):
                 raise
             raise UsageError(
-                f"{CONFIG_NAME}: no head {str(self.head)[:40]!r} can be built of it ({error!r})"
+                f"{RunFile.CONFIG}: no head {str(self.head)[:40]!r} can be built of it ({error!r})"
             ) from error
 
 
 def write_run_config(run: Path, config: RunConfig) -> None:
     """Create the run directory and its `config.json`."""
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / CONFIG_NAME, {"format": _FORMAT, **asdict(config)})
+    write_json(run / RunFile.CONFIG, {"format": _FORMAT, **asdict(config)})
 
 
 def read_run_config(run: Path) -> RunConfig:
     """Read a run's `config.json`. Raises: UsageError where there is no run."""
     try:
-        content = read_json_object(run / CONFIG_NAME)
+        content = read_json_object(run / RunFile.CONFIG)
         if content.pop("format", None) != _FORMAT:
-            raise UsageError(f"{run / CONFIG_NAME}: of another format; this evl-cache reads format {_FORMAT}")
+            raise UsageError(
+                f"{run / RunFile.CONFIG}: of another format; this evl-cache reads format {_FORMAT}"
+            )
         layers = content.pop("layers")
         classes = tuple(content.pop("classes"))
         check_head_config(content["head_config"])
@@ -94,27 +102,29 @@ def read_run_config(run: Path) -> RunConfig:
             f"{run}: no run there ({error.strerror}); expected a directory that train or import-head wrote"
         ) from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{run / CONFIG_NAME}: not a run's configuration ({error})") from error
+        raise UsageError(f"{run / RunFile.CONFIG}: not a run's configuration ({error})") from error
 
 
 def save_state(run: Path, state: Mapping[str, Any]) -> None:
     """Write the resumable state: tensors and plain values only, whole or not at all."""
-    temporary = run / f".{STATE_NAME}.tmp"
+    temporary = run / f".{RunFile.STATE}.tmp"
     torch.save(dict(state), temporary)
-    _publish(temporary, run / STATE_NAME)
+    _publish(temporary, run / RunFile.STATE)
 
 
 def load_state(run: Path) -> dict[str, Any]:
     """Read the resumable state. Raises: UsageError where there is none or it is not intact."""
     try:
-        check_archive(run / STATE_NAME)
-        state: dict[str, Any] = torch.load(run / STATE_NAME, map_location="cpu", weights_only=True)
+        check_archive(run / RunFile.STATE)
+        state: dict[str, Any] = torch.load(run / RunFile.STATE, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UsageError(
-            f"{run}: nothing to resume ({STATE_NAME} is missing); train without --resume"
+            f"{run}: nothing to resume ({RunFile.STATE} is missing); train without --resume"
         ) from error
     except Exception as error:  # torch raises many kinds for a damaged file
-        raise UsageError(f"{run / STATE_NAME}: cannot be read ({error}); train without --resume") from error
+        raise UsageError(
+            f"{run / RunFile.STATE}: cannot be read ({error}); train without --resume"
+        ) from error
     return state
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from evl_cache.errors import WeightsError
 from evl_cache.heads import Head
-from evl_cache.runs.directory import BEST_NAME, HEAD_NAME, _publish, read_run_config
+from evl_cache.runs.directory import RunFile, _publish, read_run_config
 from evl_cache.untrusted.head_files import safetensors_shapes
 
 
@@ -16,7 +16,7 @@ def load_head(run: str | Path, *, best: bool = False) -> Head:
     Raises: UsageError where there is no run; WeightsError where its weights do not belong to it.
     """
     run = Path(run)
-    path = run / (BEST_NAME if best else HEAD_NAME)
+    path = run / (RunFile.BEST if best else RunFile.HEAD)
     config, shapes = read_run_config(run), safetensors_shapes(path)
     # The file is as large as its tensors, but the configuration may say anything.
     own = {name: tuple(value.shape) for name, value in config.sketch().state_dict().items()}
@@ -30,7 +30,7 @@ def load_head(run: str | Path, *, best: bool = False) -> Head:
 
 def save_head(run: Path, head: Head, *, best: bool = False) -> None:
     """Write `head.safetensors`, or `best.safetensors`, whole or not at all."""
-    name = BEST_NAME if best else HEAD_NAME
+    name = RunFile.BEST if best else RunFile.HEAD
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     temporary = run / f".{name}.tmp"
     save_file(tensors, temporary)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Self, TextIO
 
 from evl_cache.errors import UsageError
-from evl_cache.runs.directory import METRICS_NAME, STEPS_NAME
+from evl_cache.runs.directory import RunFile
 
 TENSORBOARD_NAME = "tensorboard"
 
@@ -29,11 +29,11 @@ class RunLog:
         """Open the logs, and drop the lines of later steps and epochs, which a continued run does again."""
         if self._out is None:
             return
-        for name, count in ((STEPS_NAME, steps), (METRICS_NAME, epochs)):
+        for name, count in ((RunFile.STEPS, steps), (RunFile.METRICS, epochs)):
             path = self._out / name
             lines = path.read_text(encoding="utf-8").splitlines()[:count] if path.exists() else []
             path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        self._steps = (self._out / STEPS_NAME).open("a", encoding="utf-8")
+        self._steps = (self._out / RunFile.STEPS).open("a", encoding="utf-8")
         if self._writer_class is not None:
             self._writer = self._writer_class(str(self._out / TENSORBOARD_NAME), purge_step=steps + 1)
 
@@ -46,7 +46,7 @@ class RunLog:
     def epoch(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a line to `metrics.jsonl`."""
         if self._out is not None:
-            with (self._out / METRICS_NAME).open("a", encoding="utf-8") as file:
+            with (self._out / RunFile.METRICS).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         self._write_scalars("epoch", step, values)
 

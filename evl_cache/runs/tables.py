@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from evl_cache.clips import Clip
-from evl_cache.runs.directory import CLASSES_NAME, CONFUSION_NAME, SCORED_NAME, write_json
+from evl_cache.runs.directory import RunFile, write_json
 from evl_cache.runs.scoring import ClassScore, Scores
 
 
@@ -20,13 +20,13 @@ def write_report(run: Path, scores: Scores, classes: Sequence[str], clips: Seque
     Args:
         clips: all of the cache.
     """
-    with (run / CONFUSION_NAME).open("w", encoding="utf-8", newline="") as file:
+    with (run / RunFile.CONFUSION).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["class", *classes])
         for name, row in zip(classes, scores.confusion().tolist(), strict=True):
             writer.writerow([name, *row])
-    write_json(run / CLASSES_NAME, {"classes": [asdict(row) for row in scores.by_class(classes)]})
-    with (run / SCORED_NAME).open("w", encoding="utf-8", newline="") as file:
+    write_json(run / RunFile.CLASSES, {"classes": [asdict(row) for row in scores.by_class(classes)]})
+    with (run / RunFile.SCORED).open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["clip", "class", "said", "p_class", "p_said"])
         said = scores.probabilities.argmax(axis=1)
@@ -37,6 +37,6 @@ def write_report(run: Path, scores: Scores, classes: Sequence[str], clips: Seque
 
 def worst_classes(run: Path, count: int = 5) -> list[ClassScore]:
     """The classes of a finished run with the lowest top-1, worst first; of equals the larger, then by name."""
-    rows = json.loads((run / CLASSES_NAME).read_text(encoding="utf-8"))["classes"]
+    rows = json.loads((run / RunFile.CLASSES).read_text(encoding="utf-8"))["classes"]
     scores = [ClassScore(**row) for row in rows]
     return sorted(scores, key=lambda row: (row.top1, -row.clips, row.name))[:count]

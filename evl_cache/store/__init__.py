@@ -32,8 +32,8 @@ from evl_cache.store.format.layout import (
     mark_path,
     marked_blocks,
 )
-from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at, write_manifest
-from evl_cache.store.format.marks import ClipRecord, Mark
+from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at
+from evl_cache.store.format.marks import ClipRecord
 from evl_cache.store.format.recomputed import (
     projections_content,
     projections_nbytes,
@@ -48,7 +48,7 @@ from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch
 from evl_cache.store.reading.reader import FeatureCache
 from evl_cache.store.verify import Problem, verify_cache
-from evl_cache.store.writing.block_writer import BlockLost, BlockWriter, clear_mark, valid_mark
+from evl_cache.store.writing.block_writer import BlockLost, BlockWriter, valid_mark
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
 
@@ -69,7 +69,6 @@ __all__ = [
     "FeatureCache",
     "LockWatcher",
     "Manifest",
-    "Mark",
     "OnBlock",
     "Problem",
     "Reads",
@@ -82,7 +81,6 @@ __all__ = [
     "TransferResult",
     "array_layouts",
     "check_free_space",
-    "clear_mark",
     "copy_part",
     "copy_to_bucket",
     "copy_to_directory",
@@ -111,6 +109,5 @@ __all__ = [
     "valid_mark",
     "verify_cache",
     "write_card",
-    "write_manifest",
     "write_projections",
 ]

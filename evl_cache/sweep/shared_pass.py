@@ -11,16 +11,7 @@ import torch
 from evl_cache.batches import Batch, Loader
 from evl_cache.heads import EVLHead, Workspace
 from evl_cache.processes import Interrupted, StopRequests
-from evl_cache.runs import (
-    BEST_NAME,
-    HEAD_NAME,
-    RESULT_NAME,
-    STATE_NAME,
-    Scores,
-    ViewSums,
-    load_state,
-    scores_of,
-)
+from evl_cache.runs import RunFile, Scores, ViewSums, load_state, scores_of
 from evl_cache.store import Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.shared_batch import SharedBatch
@@ -193,9 +184,9 @@ class SweepPass:
             side: {**cache, "sample_nbytes": planned.sample_nbytes} for side, cache in config.caches.items()
         }
         config = replace(config, caches=caches)
-        resume = (out / STATE_NAME).exists()
+        resume = (out / RunFile.STATE).exists()
         if not resume:  # a head whose state was not kept any more begins anew
-            for name in (HEAD_NAME, BEST_NAME):
+            for name in (RunFile.HEAD, RunFile.BEST):
                 (out / name).unlink(missing_ok=True)
         prepare_run(out, config, resume=resume)
         trainer = Trainer(
@@ -208,5 +199,5 @@ class SweepPass:
         )
         if resume:
             trainer.load(load_state(out))
-        (out / RESULT_NAME).unlink(missing_ok=True)
+        (out / RunFile.RESULT).unlink(missing_ok=True)
         return Member(run=run, reads=reads, trainer=trainer)

@@ -15,7 +15,7 @@ from evl_cache.batches import samples_of_clips
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.processes import Processes, StopRequests
-from evl_cache.runs import CONFIG_NAME, RESULT_NAME, check_maps, write_json
+from evl_cache.runs import RunFile, check_maps, write_json
 from evl_cache.store import FeatureCache, Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.memory import HeadMemory, available_room, head_memory, split_passes
@@ -202,7 +202,7 @@ def _lasting(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _is_done(folder: Path) -> bool:
-    return (folder / RESULT_NAME).exists() and (folder / CONFIG_NAME).exists()
+    return (folder / RunFile.RESULT).exists() and (folder / RunFile.CONFIG).exists()
 
 
 def _planned(run: SweepRun, train_cache: FeatureCache, val_cache: FeatureCache) -> PlannedRun:
@@ -259,7 +259,7 @@ def _row(run: SweepRun, folder: Path, error: str | None) -> SweepRow:
     """Return the row of a run, from what its directory says."""
     figures: dict[str, Any] = {}
     if error is None and _is_done(folder):
-        found = json.loads((folder / RESULT_NAME).read_text(encoding="utf-8"))
+        found = json.loads((folder / RunFile.RESULT).read_text(encoding="utf-8"))
         figures = {name: found[name] for name in ("top1", "top5", "parameters", "ms_per_step")}
     status = "diverged" if error is not None else "done" if figures else "waiting"
     options = asdict(run.options)

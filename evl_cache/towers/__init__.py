@@ -1,6 +1,5 @@
 """Frozen image towers: build one by name, and read its tokens, queries and keys through its family's adapter."""
 
-from evl_cache.towers.adapter import TowerAdapter
 from evl_cache.towers.backbone import Backbone, Features, check_layers, map_projections
 from evl_cache.towers.build import build_tower
 from evl_cache.towers.families import adapter_of
@@ -11,7 +10,6 @@ __all__ = [
     "Backbone",
     "Features",
     "Tower",
-    "TowerAdapter",
     "adapter_of",
     "build_tower",
     "check_layers",

@@ -10,17 +10,7 @@ from evl_cache.batches import Loader, Source
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.heads import MODULES, head_class
-from evl_cache.runs import (
-    HEAD_NAME,
-    METRICS_NAME,
-    STATE_NAME,
-    STEPS_NAME,
-    TOWER_NAME,
-    RunConfig,
-    feature_differences,
-    read_run_config,
-    write_run_config,
-)
+from evl_cache.runs import RunConfig, RunFile, feature_differences, read_run_config, write_run_config
 from evl_cache.spec import CacheSpec
 from evl_cache.train.options import OPERATIONAL, TrainOptions
 
@@ -109,14 +99,14 @@ def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
     Raises: UsageError where a run is there already, or another one is to be resumed.
     """
     if not resume:
-        if (out / STATE_NAME).exists() or (out / HEAD_NAME).exists():
+        if (out / RunFile.STATE).exists() or (out / RunFile.HEAD).exists():
             raise UsageError(f"{out} holds a run already; use --resume, or another --out")
-        for name in (METRICS_NAME, STEPS_NAME):
+        for name in (RunFile.METRICS, RunFile.STEPS):
             (out / name).unlink(missing_ok=True)
         write_run_config(out, config)
         model = Path(str((config.tower or {}).get("model", "")))
         if model.suffix == ".json" and model.is_file():
-            (out / TOWER_NAME).write_bytes(model.read_bytes())  # a run is whole without the file's place
+            (out / RunFile.TOWER).write_bytes(model.read_bytes())  # a run is whole without the file's place
         return
     before = read_run_config(out)
     mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (config, before))

@@ -20,9 +20,9 @@ from evl_cache.errors import EvlCacheError, UsageError
 from evl_cache.heads import Head
 from evl_cache.processes import Interrupted, Processes, StopRequests
 from evl_cache.runs import (
-    RESULT_NAME,
     HeadInputs,
     RunConfig,
+    RunFile,
     RunLog,
     Scores,
     head_inputs,
@@ -332,5 +332,5 @@ class Trainer:
         )
         if self.processes.place.is_first:
             write_report(self.out, scores, self.config.classes, self.val_loader.cache.clips)
-            write_json(self.out / RESULT_NAME, asdict(result))
+            write_json(self.out / RunFile.RESULT, asdict(result))
         return result

@@ -13,7 +13,6 @@ import numpy as np
 
 from evl_cache.errors import ClipError
 from evl_cache.video.frames import Choose, ClipHeader, DecodedClip, DecodeOptions, FrameEvent, has_decord
-from evl_cache.video.native_messages import own_stderr
 from evl_cache.video.with_decord import decord_frames
 from evl_cache.video.with_pyav import pyav_frames
 from evl_cache.video.with_torchcodec import torchcodec_frames
@@ -27,7 +26,6 @@ __all__ = [
     "collect",
     "decode_clip",
     "decode_frames",
-    "own_stderr",
 ]
 
 

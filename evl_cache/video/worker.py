@@ -28,6 +28,7 @@ import numpy as np
 
 from evl_cache import video
 from evl_cache.errors import ClipError, EvlCacheError
+from evl_cache.video.native_messages import own_stderr
 
 _MOST_ADDRESS_SPACE = 16 << 30  # a file with a false frame size must not fill the machine's memory
 _PR_SET_PDEATHSIG = 1
@@ -50,7 +51,7 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
     else:  # not with torchcodec, as a GPU's driver takes any amount of address space
         limit = resource.getrlimit(resource.RLIMIT_AS)[1]
         resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESS_SPACE, limit))
-        video.own_stderr()
+        own_stderr()
     with socket.socket(fileno=socket_fd) as channel, channel.makefile("rw", encoding="utf-8") as lines:
         connection = _Connection(lines, frames_fd)
         connection.say({"ready": True})

@@ -14,15 +14,10 @@ import torch
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.repair import RepairResult, repair
-from evl_cache.store import (
-    CacheDescription,
-    FeatureCache,
-    clear_mark,
-    restore_description,
-    verify_cache,
-    write_manifest,
-)
+from evl_cache.store import CacheDescription, FeatureCache, restore_description, verify_cache
+from evl_cache.store.format.manifest import write_manifest
 from evl_cache.store.reading import sample_reader
+from evl_cache.store.writing.block_writer import clear_mark
 from evl_cache.towers.tower import Tower
 from tests.support.store_helpers import (
     differences,

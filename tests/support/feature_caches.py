@@ -17,8 +17,8 @@ from evl_cache.store import (
     LockWatcher,
     create_cache,
     make_row,
-    write_manifest,
 )
+from evl_cache.store.format.manifest import write_manifest
 
 TOWER = TowerSpec(
     model="tiny",
