@@ -37,7 +37,7 @@ _MODULES = ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")
 
 
 class TrainCommand(Command):
-    """With the options of extract that --online takes: they work, and are listed in one line of the help."""
+    """A command that also takes the options of extract for --online; its help lists them in one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -61,7 +61,7 @@ def find_pair(
 
 
 def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:
-    """Of the caches that come nearest: what they lack, and the command that makes it."""
+    """Return what the caches that come nearest lack, and the command that makes it."""
     train = [c for c in found if c.spec.split in TRAIN_SPLITS]
     fitting = [c for c in train if needs.objection(c.spec) is None]
     if fitting:
