@@ -109,7 +109,7 @@ def save_state(run: Path, state: Mapping[str, Any]) -> None:
     """Write the resumable state: tensors and plain values only, whole or not at all."""
     temporary = run / f".{RunFile.STATE}.tmp"
     torch.save(dict(state), temporary)
-    _publish(temporary, run / RunFile.STATE)
+    publish(temporary, run / RunFile.STATE)
 
 
 def load_state(run: Path) -> dict[str, Any]:
@@ -132,10 +132,10 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write indented JSON for people, whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    _publish(temporary, path)
+    publish(temporary, path)
 
 
-def _publish(temporary: Path, final: Path) -> None:
+def publish(temporary: Path, final: Path) -> None:
     with temporary.open("rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, final)

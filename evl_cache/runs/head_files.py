@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from evl_cache.errors import WeightsError
 from evl_cache.heads import Head
-from evl_cache.runs.directory import RunFile, _publish, read_run_config
+from evl_cache.runs.directory import RunFile, publish, read_run_config
 from evl_cache.untrusted.head_files import safetensors_shapes
 
 
@@ -34,4 +34,4 @@ def save_head(run: Path, head: Head, *, best: bool = False) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
     temporary = run / f".{name}.tmp"
     save_file(tensors, temporary)
-    _publish(temporary, run / name)
+    publish(temporary, run / name)
