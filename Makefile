@@ -2,7 +2,7 @@
 #
 # Variables: PYTHON      the interpreter to build .venv with (3.11 or newer)
 #            VENV_FLAGS  e.g. --system-site-packages: use the torch (2.8 or newer) that PYTHON already has
-#            PYTEST_FLAGS, DEMO_FLAGS  e.g. PYTEST_FLAGS="-m 'not slow' -x"
+#            PYTEST_FLAGS, DEMO_FLAGS  e.g. PYTEST_FLAGS="-x -k store"
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -14,10 +14,16 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench clean
+.PHONY: help setup demo test soak lint bench clean
 
 help:
-	@echo "make setup | demo | test | lint | bench | clean"
+	@echo "make setup   the environment .venv, which the others make where it is missing"
+	@echo "make demo    train on rendered clips, from videos to accuracy"
+	@echo "make lint    ruff and mypy"
+	@echo "make test    lint, and the tests: minutes"
+	@echo "make soak    the tests that take longer: more schedules of failures, whole benchmarks"
+	@echo "make bench   measurements; the last line of each is JSON"
+	@echo "make clean   remove what was built, but .venv, caches and runs"
 
 setup: $(STAMP)
 
@@ -40,6 +46,10 @@ lint: setup
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+# What `make test` leaves out.
+soak: setup
+	$(BIN)/python -m pytest -m soak $(PYTEST_FLAGS)
 
 # Every module that needs no argument of its own; the last line of each is one JSON object of ratios.
 bench: setup

@@ -410,6 +410,7 @@ def test_examples_parse(name, work):
 def test_every_example_runs(work, run, monkeypatch):
     monkeypatch.setenv("EVL_CACHE_EXTRACT_STRIDE", "1")
     monkeypatch.setenv("EVL_CACHE_TRAIN_EPOCHS", "2")
+    monkeypatch.setenv("EVL_CACHE_SWEEP_EPOCHS", "2")
     ran = 0
     # In this order each finds what the one before it made. The demo takes minutes: `make demo` runs it.
     order = ["extract", *(name for name in COMMANDS if name not in ("extract", "demo"))]
@@ -418,6 +419,8 @@ def test_every_example_runs(work, run, monkeypatch):
             # tests/caches/test_sharing.py has servers of its own; tests/report/test_report.py has runs to compare.
             if name == "report" or any(word.startswith(ELSEWHERE) for word in line):
                 continue
+            if name == "render":  # whole benchmarks: below
+                line = [*line, "--train-clips", "1", "--val-clips", "1"]
             with monkeypatch.context() as local:
                 if {"8-12", "9-12"} & set(line):
                     local.setenv(f"EVL_CACHE_{name.upper()}_MODEL", "deep-tower.json")
@@ -427,3 +430,12 @@ def test_every_example_runs(work, run, monkeypatch):
             assert result[0] == 0, (line, result)
             ran += 1
     assert ran >= 10
+
+
+@pytest.mark.soak
+def test_the_examples_of_render_draw_whole_benchmarks(work, run):
+    for line in examples("render"):
+        status, out, _ = run(*line[1:])
+        assert status == 0
+        root = Path(line[line.index("--root") + 1])
+        assert out.startswith(f"{root}: {len(list(root.rglob('*.mp4')))} clips of ")

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from tests.support.doc_blocks import blocks
 from tests.support.example_data import DEEP_TOWER
 from tests.support.servers import free_port
 from tests.support.store_helpers import differences, one_thread, tree
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "cluster.md"
@@ -63,9 +63,9 @@ def data(motions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SLURM's commands, torchrun and evl-cache of this interpreter."""
+    """SLURM's commands, torchrun and evl-cache."""
     folder = tmp_path_factory.mktemp("bin")
-    python = f'#!/bin/sh\nexec "{sys.executable}" -m'
+    python = f'#!/bin/sh\nexec "{warm_python()}" -m'
     for name, text in (
         ("srun", SRUN),
         ("scontrol", SCONTROL),
@@ -85,6 +85,7 @@ def environment(data: Path, tools: Path, tmp_path_factory: pytest.TempPathFactor
     return {
         "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
+        "PYTHON_EXEC": warm_python(),  # of torchrun's ranks
         "EVL_DATA_ROOT": str(data),
         "EVL_CACHE_EXTRACT_MODEL": str(tower),
         "EVL_CACHE_EXTRACT_PRETRAINED": "none",

@@ -1,8 +1,9 @@
 """Many processes on one cache while it grows: what is written is what one process writes, what is read is right.
 
-EVL_CACHE_CONCURRENT_S: go on for so many seconds, a cache after another (one cache by default).
+The suite fills one cache, `make soak` one after another for EVL_CACHE_CONCURRENT_S seconds.
 """
 
+import itertools
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ from tests.support.store_helpers import differences, make_clips, tree
 
 CLIPS, EXTRACTORS, READERS = 16, 4, 8
 CLIP_S, KILL_EVERY_S, EXPIRY_S = 0.3, 0.8, 0.5
+SOAK_S = float(os.environ.get("EVL_CACHE_CONCURRENT_S", "60"))
 JOB = {"spec": {"block_clips": 2}, "options": {"lock_expiry_s": EXPIRY_S}}
 
 
@@ -54,12 +56,15 @@ def grow(server: Server, cache: Path, rng: random.Random) -> int:
     return kills
 
 
+@pytest.mark.parametrize(
+    "seconds", [0.0, pytest.param(SOAK_S, marks=pytest.mark.soak)], ids=["suite", "soak"]
+)
 def test_readers_and_extractors_that_are_killed_share_a_growing_cache(
-    server: Server, alone: Path, tmp_path: Path
+    server: Server, alone: Path, tmp_path: Path, seconds: float
 ) -> None:
     write_expected(FeatureCache(alone), tmp_path / "expected.npz")
-    until = time.monotonic() + float(os.environ.get("EVL_CACHE_CONCURRENT_S", "0"))
-    for number in range(1_000_000):
+    until = time.monotonic() + seconds
+    for number in itertools.count():
         cache, folder = tmp_path / f"cache{number}", tmp_path / f"readers{number}"
         folder.mkdir()
         readers = Readers(cache, tmp_path / "expected.npz", folder, count=READERS)  # wait until it is there

@@ -1,13 +1,13 @@
 """Thousands of schedules of deaths, pauses, slow disks and duplicate takers: every block done, none doubled, none lost.
 
-A failure names its seed: `EVL_CACHE_SIMULATION=SEED pytest tests/extract/test_simulation.py` runs that schedule alone, and
-`EVL_CACHE_SIMULATIONS=100000` more of them.
+The suite runs the first thousand, `make soak` those after them. A failure names its seed:
+`EVL_CACHE_SIMULATION=SEED pytest tests/extract/test_simulation.py` runs that schedule alone, and
+`EVL_CACHE_SIMULATIONS=100000` so many of them.
 """
 
 import json
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.store.disk import locks, publish
 from evl_cache.store.writing import block_writer
 from tests.support.simulation import first_failure, simulate
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEDULES = int(os.environ.get("EVL_CACHE_SIMULATIONS", "5000"))
+SCHEDULES = int(os.environ.get("EVL_CACHE_SIMULATIONS", "1000"))
+SOAK_SCHEDULES = 5000
 FIRST = int(os.environ.get("EVL_CACHE_SIMULATION_FIRST", "0"))
 PROCESSES = min(4, os.cpu_count() or 1)
 MUTANT_SCHEDULES = 2000
@@ -29,14 +31,19 @@ MUTANT_SCHEDULES = 2000
 pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
-def test_every_block_is_done_none_doubled_none_lost_in_thousands_of_schedules() -> None:
+@pytest.mark.parametrize(
+    ("first", "count"),
+    [(FIRST, SCHEDULES), pytest.param(FIRST + SCHEDULES, SOAK_SCHEDULES, marks=pytest.mark.soak)],
+    ids=["suite", "soak"],
+)
+def test_every_block_is_done_none_doubled_none_lost_in_thousands_of_schedules(first: int, count: int) -> None:
     if alone := os.environ.get("EVL_CACHE_SIMULATION"):
         simulate(int(alone))
         return
     children = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.support.simulation"]
-            + [str(number) for number in (FIRST + part, FIRST + SCHEDULES, PROCESSES)],
+            [warm_python(), "-m", "tests.support.simulation"]
+            + [str(number) for number in (first + part, first + count, PROCESSES)],
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -44,7 +51,7 @@ def test_every_block_is_done_none_doubled_none_lost_in_thousands_of_schedules() 
         for part in range(PROCESSES)
     ]
     for child in children:
-        told, _ = child.communicate(timeout=SCHEDULES)
+        told, _ = child.communicate(timeout=count)
         assert child.returncode == 0
         failed = json.loads(told)
         assert failed is None, f"EVL_CACHE_SIMULATION={failed[0]}: {failed[1]}"

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 
 import evl_cache
 from evl_cache_cli.main import COMMANDS
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = "import sys; from setuptools import build_meta as b; getattr(b, sys.argv[1])(sys.argv[2])"
@@ -38,7 +39,7 @@ def installed(tmp_path_factory) -> Path:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     run(sys.executable, "-c", BUILD, "build_sdist", folder, cwd=source)
     (sdist,) = folder.glob("evl_cache-*.tar.gz")
-    shutil.unpack_archive(sdist, folder / "unpacked")
+    shutil.unpack_archive(sdist, folder / "unpacked", filter="data")
     unpacked = folder / "unpacked" / sdist.name.removesuffix(".tar.gz")
     run(sys.executable, "-c", BUILD, "build_wheel", folder, cwd=unpacked)
     (wheel,) = folder.glob("evl_cache-*.whl")
@@ -99,7 +100,7 @@ def test_help_answers_at_once():
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts_are_clicks(shell):
     made = run(
-        sys.executable, "-m", "evl_cache_cli", env=os.environ | {"_EVL_CACHE_COMPLETE": f"{shell}_source"}
+        warm_python(), "-m", "evl_cache_cli", env=os.environ | {"_EVL_CACHE_COMPLETE": f"{shell}_source"}
     )
     assert f"_EVL_CACHE_COMPLETE={shell}_complete" in made.stdout
 
@@ -120,7 +121,7 @@ def test_the_shell_completes_commands_options_and_choices(typed, expected):
         "COMP_CWORD": str(words.count(" ")),
         "_EVL_CACHE_COMPLETE": "bash_complete",
     }
-    found = run(sys.executable, "-m", "evl_cache_cli", env=os.environ | asked).stdout.split()
+    found = run(warm_python(), "-m", "evl_cache_cli", env=os.environ | asked).stdout.split()
     assert {line.partition(",")[2] for line in found} == expected
 
 

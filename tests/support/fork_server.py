@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests.support.warm_python import warm_python
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -26,7 +28,7 @@ class ForkServer:
 
     def __init__(self, script: str, *arguments: str, host: Sequence[str] = ()) -> None:
         self._process = subprocess.Popen(
-            [*host, sys.executable, script, *arguments],
+            [*host, sys.executable if host else warm_python(), script, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

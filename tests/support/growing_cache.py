@@ -20,6 +20,7 @@ import torch
 
 from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.store import FeatureCache
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,10 +54,10 @@ class Readers:
         self._stop, self._folder, self._count = folder / "stop", folder, count
         self._stop.unlink(missing_ok=True)
         self._process = subprocess.Popen(
-            [sys.executable, __file__, str(cache), str(expected), str(folder), str(count)],
+            [warm_python(), __file__, str(cache), str(expected), str(folder), str(count)],
             stdout=subprocess.PIPE,
             text=True,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
         )
         assert self._process.stdout is not None
         assert self._process.stdout.readline().strip() == "ready"

@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +17,7 @@ from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.runs.directory import load_state
 from evl_cache.train.stage import TrainOptions, train
 from tests.support.feature_caches import VIEWS, write_cache
+from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 # 13 samples in batches of 4: the last batch is one sample, of which one of two processes has no part
@@ -84,12 +84,11 @@ def start(world, caches, jobs, folder):
         "MASTER_PORT": str(port),
         "WORLD_SIZE": str(world),
         "PYTHONPATH": str(ROOT),
-        "OMP_WAIT_POLICY": "PASSIVE",
     }
     paths = json.dumps([str(cache.path) for cache in caches])
     children = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, paths, json.dumps(jobs), str(folder)],
+            [warm_python(), "-c", WORKER, paths, json.dumps(jobs), str(folder)],
             env=os.environ | common | {"RANK": str(rank)},
             stderr=subprocess.PIPE,
             text=True,
@@ -214,9 +213,8 @@ def test_another_number_of_processes_goes_on_after_a_kill_with_the_same_losses(r
     check_same_weights(runs["folder"] / "one", runs["folder"] / out)
 
 
-@pytest.mark.slow
 def test_torchrun_starts_the_command(caches, tmp_path):
-    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    run = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     args = [
         "-m",
         "evl_cache_cli",
@@ -230,7 +228,7 @@ def test_torchrun_starts_the_command(caches, tmp_path):
     done = subprocess.run(
         [*run, *args, *options],
         cwd=tmp_path,
-        env=os.environ | {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHON_EXEC": warm_python(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=90,
