@@ -37,7 +37,7 @@ def servers(
     hosts: list[Host], motions: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[list[Server]]:
     with ThreadPoolExecutor(len(hosts)) as starts:
-        started = list(starts.map(lambda host: Server(motions, host.words), hosts))
+        started = list(starts.map(lambda host: Server(motions, host), hosts))
         yield started
         list(starts.map(Server.close, started))
 

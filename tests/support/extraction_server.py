@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from evl_cache.processes.rendezvous import PATIENCE_S, Rendezvous
 from evl_cache.store.writing import block_writer
 from evl_cache.towers.tower import Tower
 from tests.support.fork_server import ForkServer, serve
+from tests.support.network_hosts import Host
 from tests.support.store_helpers import extract_small, load_clips, small_spec, small_tower, watched_changes
 
 
@@ -35,13 +36,14 @@ class Ended:
 class Server(ForkServer):
     """Extracts the clips of a folder that `make_clips` filled. `start` and `wait`, or `run`.
 
-    `host`: as `ForkServer`.
+    `host`: where; its pids are those of there.
     """
 
-    def __init__(self, folder: Path, host: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, host: Host | None = None) -> None:
         self.folder, self._jobs = folder, 0
         self._reports: dict[int, Path] = {}
-        super().__init__(__file__, str(folder), host=host)
+        where = () if host is None else (host.name, host.address, host.namespace)
+        super().__init__(__file__, str(folder), *where)
 
     def start(self, cache: Path, **job: Any) -> int:
         """Start a child that extracts into `cache`; see `_run_job` for what a job may hold."""
@@ -164,4 +166,7 @@ def _serve(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    _serve(Path(sys.argv[1]))
+    folder, *where = sys.argv[1:]
+    if where:
+        Host(*where).enter()
+    _serve(Path(folder))

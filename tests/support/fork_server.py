@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ class ForkServer:
 
     Args:
         script: a file that calls `serve`. arguments: of it.
-        host: words of a command that starts it elsewhere, in name spaces of its own say; pids are those of there.
     """
 
-    def __init__(self, script: str, *arguments: str, host: Sequence[str] = ()) -> None:
+    def __init__(self, script: str, *arguments: str) -> None:
         self._process = subprocess.Popen(
-            [*host, sys.executable if host else warm_python(), script, *arguments],
+            [warm_python(), script, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
