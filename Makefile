@@ -3,12 +3,14 @@
 # Variables: PYTHON      the interpreter to build .venv with (3.11 or newer)
 #            VENV_FLAGS  e.g. --system-site-packages: use the torch (2.8 or newer) that PYTHON already has
 #            PYTEST_FLAGS, DEMO_FLAGS  e.g. PYTEST_FLAGS="-x -k store"
+#            TEST_PROCESSES  files of tests that run at a time
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV_FLAGS ?=
 PYTEST_FLAGS ?=
 DEMO_FLAGS ?=
+TEST_PROCESSES ?= 2
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -45,7 +47,7 @@ lint: setup
 	$(BIN)/python -m mypy
 
 test: lint
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_FLAGS)
 
 # What `make test` leaves out.
 soak: setup
