@@ -6,7 +6,6 @@ import os
 import pickle
 import re
 import subprocess
-import sys
 import threading
 import tracemalloc
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from evl_cache.store.shards.shard import (
 )
 from evl_cache.store.shards.shard_file import LocalFile
 from evl_cache.store.shards.shard_index import read_index
+from tests.support.warm_python import warm_python
 
 Array = NDArray[Any]
 DTYPES = ("int8", "uint8", "float16", "float32")
@@ -468,7 +468,7 @@ assert np.array_equal(shard.read_chunk(0), first) and shard._open is opened
 """
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, check=False
+        [warm_python(), "-c", script], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -5,7 +5,6 @@ import os
 import pickle
 import resource
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import torch
 from evl_cache.store import FeatureCache
 from evl_cache.store.shards.shard_pool import ShardPool
 from tests.support.store_helpers import extract_small, load_clips, small_spec, small_tower
+from tests.support.warm_python import warm_python
 
 FORKING = """
 import os, sys, threading, time
@@ -118,7 +118,7 @@ def test_a_cache_that_was_read_can_be_pickled(cache: Path) -> None:
 
 def test_children_forked_while_threads_read_get_right_values(cache: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FORKING, str(cache)],
+        [warm_python(), "-W", "ignore", "-c", FORKING, str(cache)],
         capture_output=True,
         text=True,
         check=False,

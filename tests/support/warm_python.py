@@ -23,6 +23,7 @@ import warnings
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,7 +188,8 @@ def _run(job: dict[str, Any]) -> None:
         if option == "-m":
             runpy.run_module(what, run_name="__main__", alter_sys=True)
         else:
-            exec(compile(what, "<string>", "exec"), vars(sys.modules["__main__"]))
+            sys.modules["__main__"] = fresh = ModuleType("__main__")
+            exec(compile(what, "<string>", "exec"), vars(fresh))
     else:
         sys.argv = arguments
         sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
