@@ -93,7 +93,7 @@ def test_a_host_that_comes_late_takes_its_share(
     servers: list[Server], alone: dict[str, bytes], tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    first = start(servers, cache, 0, clip_s=0.4)
+    first = start(servers, cache, 0, clip_s=0.8)
     wait_until(lambda: len(list(cache.glob("done/*.json"))) >= 1, what="a block is done")
     late = start(servers, cache, 1)
     found = servers[1].wait(late).report["here"], servers[0].wait(first).report["here"]
