@@ -50,7 +50,7 @@ class UniFormerV2Head(Head):
     """Each tap refines one query in turn; a learned balance mixes it with the last tap's class tokens.
 
     Args, beside those of `Head`:
-        temporal_conv: whether the blocks convolve their patches.
+        temporal_conv: whether the global blocks convolve their patches.
     """
 
     default_depth = 4
