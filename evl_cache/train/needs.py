@@ -33,10 +33,10 @@ class HeadNeeds:
         try:
             for t in self.trainings:
                 head_layers(t.head, spec.layers, t.head_layers)
-        except UsageError as error:
+            if not spec.has_maps and any(training_reads(t, spec).with_maps for t in self.trainings):
+                return "it holds no attention maps"
+        except UsageError as error:  # also where no head can be built for such features
             return str(error).partition(";")[0]
-        if not spec.has_maps and any(training_reads(t, spec).with_maps for t in self.trainings):
-            return "it holds no attention maps"
         return None
 
     def layers(self, depth: int) -> str:

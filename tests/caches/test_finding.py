@@ -71,6 +71,13 @@ def test_a_pair_is_found_across_places_and_a_place_may_be_a_cache(pair: Path, tm
     assert list(find_caches(tmp_path / "nowhere")) == []
 
 
+def test_a_cache_that_no_such_head_can_read_does_not_hide_the_pair(pair: Path, tmp_path: Path) -> None:
+    """Its features have a width that the head's attention heads do not divide, and no maps, so that a head is asked."""
+    write_cache(tmp_path / "odd", layers=(2, 3, 4), maps="none", tower=replace(TOWER, width=224))
+    found = find_pair("test", places=[tmp_path, pair], needs=needs_of("decoder3"))
+    assert [cache.name for cache in found] == ["a", "b"]
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -412,3 +412,7 @@ def test_wrong_features_are_told_what_was_expected() -> None:
 def test_heads_that_do_not_divide_the_decoders_width_are_an_error() -> None:
     with pytest.raises(UsageError, match="5 heads do not divide the decoder's width of 16"):
         EVLHead(num_layers=1, width=16, num_frames=2, grid=(2, 2), num_classes=2, num_heads=5)
+
+
+def test_a_switch_belongs_to_each_head_and_the_class_has_it_too() -> None:
+    assert all(hasattr(EVLHead, name) for name in MODULES)

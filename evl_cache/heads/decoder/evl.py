@@ -5,6 +5,7 @@ Source: sections 3.2 and 3.3 of arXiv 2208.03550.
 """
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,12 @@ class _Switch:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, head: "EVLHead", owner: type) -> bool:
-        return head._enabled[self._name]
+    @overload
+    def __get__(self, head: None, owner: type) -> "_Switch": ...
+    @overload
+    def __get__(self, head: "EVLHead", owner: type) -> bool: ...
+    def __get__(self, head: "EVLHead | None", owner: type) -> "bool | _Switch":
+        return self if head is None else head._enabled[self._name]
 
     def __set__(self, head: "EVLHead", on: bool) -> None:
         if on and not head.config[self._name]:
