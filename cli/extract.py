@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from evl_cache.extract_options import EXTRACT_OPTIONS, Role, default_batch, options_with
+from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
 from .common import Command, default_device, human_bytes, print_json
@@ -92,7 +93,7 @@ def command(
             click.echo(f"failed: {clip}: {reason}", err=True)
     if as_json and place.is_first:
         print_json({"caches": reports})
-    return _status(place, sum(report["failed"] for report in reports))
+    return _status(place, [report for report in reports if report["failed"]])
 
 
 def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
@@ -129,20 +130,20 @@ def _say_lost(reason: str) -> None:
     click.echo(f"the rendezvous is lost ({reason}); going on by the locks on the disk", err=True)
 
 
-def _status(place: ProcessPlace, failed: int) -> int:
+def _status(place: ProcessPlace, failed: list[dict[str, Any]]) -> int:
     """Return the exit status: 3 where clips failed, unless torchrun would take that for a crash and start anew."""
     if not failed:
         return 0
+    looks = [command_line(("evl-cache", "info", "--failures"), report["cache"]) for report in failed]
     click.echo(
-        f"{failed} clips failed; see evl-cache info --failures, mend them and use --retry-failed",
+        f"{sum(report['failed'] for report in failed)} clips failed; see {', '.join(filter(None, looks)) or 'the failures'}, "
+        "mend them and use --retry-failed",
         err=True,
     )
     return 0 if place.is_supervised else 3
 
 
 def _say_job(job: ExtractionJob) -> None:
-    from evl_cache.notation import format_layers
-
     t = job.tower.spec
     click.echo(
         f"{t.model} ({t.pretrained}), {t.image_size} pixels, patch {t.patch_size}, "

@@ -193,7 +193,7 @@ def _report(out: Path, result: SweepResult) -> str:
     if not result.groups:
         return "no run is done: no report"
     if find_spec("matplotlib") is None:
-        command = command_line(("evl-cache", "report", str(out))) or "evl-cache report on it"
+        command = command_line(("evl-cache", "report"), str(out)) or "evl-cache report on it"
         return f"for a page with plots: pip install 'evl-cache[report]', then {command}"
     return f"{write_report_page(gather([out]), out / 'report').page}: open it in a browser"
 

@@ -1,7 +1,8 @@
 """Clips and their labels: the list whose order every cache keeps. The room `datasets` reads lists from disks."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from evl_cache.canonical_json import digest
@@ -9,7 +10,17 @@ from evl_cache.errors import CacheError, UsageError
 
 TRAIN_SPLITS = ("train",)
 VAL_SPLITS = ("val", "validation", "test")
+SPLIT_NAMES: Mapping[str, str] = {
+    "train": "train",
+    "training": "train",
+    "val": "val",
+    "valid": "val",
+    "validate": "val",
+    "validation": "val",
+    "test": "test",
+}
 MAX_CLASSES = 100_000  # a larger number in a list is a number of frames or an id, not a class
+_NUMBERED = re.compile(r"(?P<name>[a-z]*)(?:[ _-]?0?(?P<fold>[1-3]))?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +69,7 @@ class ClipList:
         clips: in order.
         classes: names by label.
         source: where they were read, for messages.
+        is_undivided: whether what was read holds no other split: a folder without splits, an annotation file of one.
 
     Raises: UsageError for an empty list, or for an id that occurs twice, with both line numbers.
     """
@@ -65,6 +77,7 @@ class ClipList:
     clips: tuple[Clip, ...]
     classes: tuple[str, ...]
     source: str
+    is_undivided: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.clips:
@@ -134,6 +147,37 @@ def number_labels(
     classes = tuple(sorted(set(labels)))
     index = {name: i for i, name in enumerate(classes)}
     return [index[label] for label in labels], classes
+
+
+def normal_split(split: str) -> str:
+    """Return `train`, `val` or `test` for what publishers and users write.
+
+    Raises: UsageError for any other name.
+    """
+    name = SPLIT_NAMES.get(split.strip().lower())
+    if name is None:
+        raise UsageError(f"--split {split!r} is unknown; expected train, val (validate, validation) or test")
+    return name
+
+
+def numbered_split(split: str | None) -> tuple[tuple[str, ...], int]:
+    """Return splits and fold of UCF101 and HMDB51, which have three folds of train and test, and no validation.
+
+    None is train and val of fold 1, `2` or `split2` both of fold 2, `train3` train of fold 3. `test` is called val, as
+    everywhere in this package where heads are evaluated on it.
+
+    Raises: UsageError for any other name.
+    """
+    match = _NUMBERED.fullmatch("1" if split is None else split.strip().lower())
+    name, fold = (match["name"], match["fold"]) if match else ("", None)
+    if name in ("", "split") and fold is not None:
+        return ("train", "val"), int(fold)
+    if name not in SPLIT_NAMES:
+        raise UsageError(
+            f"--split {split!r} is unknown; expected train or val, with the fold 1 to 3 after it (train2), "
+            "or a fold alone"
+        )
+    return ("train" if SPLIT_NAMES[name] == "train" else "val",), int(fold or 1)
 
 
 def select(clips: Sequence[Clip], wanted: Iterable[str], *, source: str) -> list[int]:

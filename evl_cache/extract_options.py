@@ -89,6 +89,11 @@ class ExtractOption:
         object.__setattr__(self, "parameter", name)
         object.__setattr__(self, "field", self.field or name)
 
+    @property
+    def variable(self) -> str:
+        """The variable of the environment that sets it for `extract`."""
+        return f"EVL_CACHE_EXTRACT_{self.parameter.upper()}"
+
     def accepts(self, value: object) -> bool:
         """Whether a value, of a cache that a stranger may have written, is one that the option takes."""
         if self.choices:

@@ -37,10 +37,14 @@ def parse_views(text: str) -> tuple[int, int]:
     return int(temporal), int(spatial)
 
 
-def command_line(words: Iterable[str]) -> str | None:
+def command_line(words: Iterable[str], *places: str) -> str | None:
     """Return one line that a shell reads as these words and nothing else.
 
     None where a word holds what no line can show: line ends, control characters, marks that change the direction of text.
+
+    Args:
+        places: words at the end that are no options, even where they begin with a dash.
     """
-    line = shlex.join(words)
+    dashes = ("--",) if any(place.startswith("-") for place in places) else ()
+    line = shlex.join([*words, *dashes, *places])
     return line if line.isprintable() else None

@@ -12,7 +12,7 @@ from evl_cache.caches.extract_command import extract_command
 from evl_cache.caches.places import FoundCache
 from evl_cache.clips import VAL_SPLITS
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.notation import format_layers
+from evl_cache.notation import command_line, format_layers
 from evl_cache.spec import CacheSpec
 from evl_cache.store import CARD_NAME, FeatureCache, Manifest, is_url, manifest_at, write_card
 
@@ -160,16 +160,20 @@ def _how_made(cache: FeatureCache) -> str:
     origin = {
         name: Path(value).name if isinstance(value, str) and value.startswith("/") else value
         for name, value in cache.origin.items()
-        if name != "root"
     }
+    if "root" in origin:
+        origin["root"] = "VIDEOS"
     command = extract_command(
-        FoundCache(place=cache.place, spec=spec, origin=origin),
+        FoundCache(address=cache.place, spec=spec, origin=origin),
         split=spec.split,
         layers=format_layers(spec.layers),
     )
+    shown = _code("bash", command) if command else "By what no command line can show."
+    if origin.get("is_whole") is not True:
+        shown += "\n\nAn older version made it, which did not record list, annotations, limit, fold and training views."
     versions = ", ".join(f"{name} {version}" for name, version in cache.description.created_with.items())
     return (
-        f"## How it was made\n\n{_code('bash', command) if command else 'By a command with names that cannot be shown.'}\n\n"
+        f"## How it was made\n\n{shown}\n\n"
         f"Computed in {spec.compute_dtype}, preprocessing {_plain(spec.preprocessing)}; decoded by "
         f"{_plain(', '.join(decoders) or 'an unknown decoder')}. Versions: {_plain(versions)}."
     )
@@ -196,8 +200,8 @@ def _how_to_use(cache: FeatureCache, address: str | None) -> str:
     if cache.spec.split in VAL_SPLITS:
         side, other = "--val-cache", ("--cache", "TRAIN_CACHE")
     train = ("train", side, shown, *other, "--head", f"decoder{len(layers)}")
-    commands = [("pull", shown), train] if address else [train]
-    lines = ["pip install evl-cache", *(shlex.join(("evl-cache", *words)) for words in commands)]
+    pull = [command_line(("evl-cache", "pull"), shown)] if address else []
+    lines = ["pip install evl-cache", *map(str, pull), shlex.join(("evl-cache", *train))]
     python = (
         f"from evl_cache import FeatureCache\n\ncache = FeatureCache({json.dumps(place)})\n"
         f"tokens, maps = cache.read([0, 1], layers={layers})  # float32, a tensor a layer\nlabels = cache.labels"

@@ -1,11 +1,12 @@
 """The extract command that makes a cache like another one."""
 
-import re
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from evl_cache.caches.places import FoundCache
-from evl_cache.clips import TRAIN_SPLITS
-from evl_cache.extract_options import EXTRACT_OPTIONS, kept_values
+from evl_cache.clips import TRAIN_SPLITS, numbered_split
+from evl_cache.errors import UsageError
+from evl_cache.extract_options import EXTRACT_OPTIONS, Role, kept_values
 from evl_cache.notation import command_line
 from evl_cache.spec import CacheSpec
 
@@ -13,7 +14,12 @@ _UNDIVIDED = "all"  # the split of a data set without splits, which no option na
 
 
 def extract_command(
-    cache: FoundCache, *, split: str | None, layers: str, maps: str | None = None
+    cache: FoundCache,
+    *,
+    split: str | None,
+    layers: str,
+    maps: str | None = None,
+    environ: Mapping[str, str] = MappingProxyType({}),
 ) -> str | None:
     """Return the extract command that makes a cache like another one, of another split, other layers or maps.
 
@@ -22,17 +28,20 @@ def extract_command(
 
     Args:
         split: as a spec has it; None makes all there are.
+        environ: of the shell it is for; its variables for options that the command does not name are unset.
 
-    Returns: None where a name in it cannot be shown.
+    Returns: None where a name in it cannot be shown, or no option says what the cache holds.
     """
     spec, kept = cache.spec, kept_values(cache.origin)
-    if "list_path" in kept:  # a list is of one split: that of another one is a file that only the user knows
+    if is_undivided(cache):
         split = split or spec.split
-        kept |= {} if split == spec.split else {"list_path": "FILE"}
+    if not _options_tell(cache, split):
+        return None
     values = {
         "model": spec.tower.model,
         "pretrained": spec.tower.pretrained,
         **kept,
+        **_places(cache, kept, split),
         "dataset": spec.dataset,
         "split": _split(split, asked=kept.get("split")),
         "layers": layers,
@@ -43,25 +52,52 @@ def extract_command(
         "compute_dtype": spec.compute_dtype,
         **_decoder(spec.pixels),
     }
-    words = ["evl-cache", "extract"]
+    words, unset = ["evl-cache", "extract"], []
     for option in EXTRACT_OPTIONS:
         value = values.get(option.field)
-        # The tower is always named: $EVL_CACHE_EXTRACT_MODEL may name another one.
-        if value != option.default or option.field == "model":
-            words += option.words(value)
-    return command_line(words)
+        # What the spec tells is named even where it is the default, as a variable may hold another one.
+        if told := option.words(value):
+            words += told
+        elif (option.role & Role.REQUEST or option.field == "decoder") and environ.get(option.variable):
+            unset += ["-u", option.variable]
+    return command_line(["env", *unset, *words] if unset else words)
 
 
 def run_command(command: str | None) -> str:
-    """Return the remedy of an error: to run the command, or what to do where it cannot be shown."""
-    return f"run {command}" if command else "extract it: the command holds names that cannot be shown"
+    """Return the remedy of an error: to run the command, or what to do where there is none to show."""
+    return f"run {command}" if command else "extract it: no command line can show how"
+
+
+def is_undivided(cache: FoundCache) -> bool:
+    """Whether what a cache was made from holds no other split: a list, a folder without splits, a file of one split."""
+    is_alone = cache.spec.dataset == "list" or cache.spec.split == _UNDIVIDED
+    return is_alone or cache.origin.get("is_undivided") is True
+
+
+def _options_tell(cache: FoundCache, split: str | None) -> bool:
+    """Whether options give the views of a split; some that Python gives they do not."""
+    if cache.origin.get("is_apart") is True and split != cache.spec.split:
+        return False
+    return not cache.spec.views.train_views or cache.spec.split in TRAIN_SPLITS
+
+
+def _places(cache: FoundCache, kept: Mapping[str, object], split: str | None) -> dict[str, object]:
+    """Return the file or folder that only the user knows, if any: of another split, or not kept by older versions."""
+    is_list, is_other = cache.spec.dataset == "list", is_undivided(cache) and split != cache.spec.split
+    if is_list:
+        return {} if "list_path" in kept and not is_other else {"list_path": "FILE"}
+    if is_other:
+        return {"annotations": "FILE"} if "annotations" in kept else {"root": "FOLDER"}
+    return {}
 
 
 def _split(split: str | None, *, asked: object) -> str | None:
     """The split to name; with the fold that was asked for, of data sets that have several: `train2`, or `2` for both."""
-    fold = re.search(r"[1-3]$", asked) if isinstance(asked, str) else None
-    name = "" if split in (None, _UNDIVIDED) else split
-    return f"{name}{fold[0] if fold else ''}" or None
+    try:
+        fold = numbered_split(asked)[1] if isinstance(asked, str) else 1
+    except UsageError:
+        fold = 1
+    return f"{'' if split in (None, _UNDIVIDED) else split}{fold if fold > 1 else ''}" or None
 
 
 def _views(spec: CacheSpec, kept: Mapping[str, object], split: str | None) -> dict[str, object]:
@@ -84,9 +120,9 @@ def _views(spec: CacheSpec, kept: Mapping[str, object], split: str | None) -> di
     return {
         "recipe": recipe,
         "frames": views.frames,
-        "sampling": views.sampling if recipe or views.stride is None else None,
+        "sampling": views.sampling,
         "stride": views.stride,
-        "views": crops if recipe or crops != "1x1" else None,
+        "views": crops,
         **{name: value if is_augmented and value else None for name, value in augmented.items()},
     }
 

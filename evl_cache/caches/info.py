@@ -1,4 +1,4 @@
-"""What a cache holds and how far it is: the account that `info` gives."""
+"""What a cache holds and how far it is: what `info` prints."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""What caches there are at the places one looks in: the account that `ls` gives."""
+"""What caches there are at the places one looks in: what `ls` prints."""
 
 import contextlib
 import os
@@ -17,7 +17,6 @@ from evl_cache.store import (
     is_url,
     manifest_at,
     mark_path,
-    public_url,
 )
 
 
@@ -70,19 +69,19 @@ def list_caches(places: Sequence[str]) -> Iterator[ListedCache]:
 
 def _listed(found: FoundCache) -> ListedCache:
     spec, views = found.spec, found.spec.views
-    manifest = manifest_at(found.place, spec)
-    if is_url(found.place):
+    manifest = manifest_at(found.address, spec)
+    if is_url(found.address):
         nbytes = sum(size for size, _ in manifest.files.values()) if manifest else 0
         done, owner, modified = (spec.num_blocks if manifest else 0), None, None
     else:
-        root = Path(found.place)
+        root = Path(found.address)
         marked = [block for block in range(spec.num_blocks) if mark_path(root, block).is_file()]
         layouts = array_layouts(spec).values()
         nbytes = sum(_size(layout.shard(root, block)) for layout in layouts for block in marked)
         done = len(marked)
         owner, modified = _owner_and_time([root / MANIFEST_NAME, root / "done", root / "zarr.json"])
     return ListedCache(
-        place=public_url(found.place) if is_url(found.place) else found.place,
+        place=found.place,
         dataset=spec.dataset,
         split=spec.split,
         model=spec.tower.model,

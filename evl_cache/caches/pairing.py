@@ -1,14 +1,17 @@
 """Finding caches by what they hold, where a command does not name one."""
 
+import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
-from evl_cache.caches.extract_command import extract_command, run_command
+from evl_cache.caches.extract_command import extract_command, is_undivided, run_command
 from evl_cache.caches.places import CACHE_ROOT_VARIABLE, FoundCache, cache_places, find_caches
 from evl_cache.clips import TRAIN_SPLITS, VAL_SPLITS
 from evl_cache.errors import UsageError
-from evl_cache.extract_options import DEFAULT_MODEL_LAYERS
-from evl_cache.notation import command_line, format_layers
+from evl_cache.extract_options import DEFAULT_MODEL, DEFAULT_MODEL_LAYERS
+from evl_cache.notation import command_line, format_layers, parse_layers
 from evl_cache.spec import CacheSpec
 from evl_cache.store import (
     FeatureCache,
@@ -32,20 +35,24 @@ def find_pair(
     wanted = "caches" if dataset is None else f"caches of {dataset}"
     under = ", ".join(public_url(str(p)) if is_url(p) else str(p) for p in places)
     if not found:
+        layers = range(1, DEFAULT_MODEL_LAYERS + 1)
         words = ("--dataset", dataset or "NAME", "--layers", needs.layers(DEFAULT_MODEL_LAYERS))
-        raise UsageError(
-            f"no {wanted} under {under}; {run_command(command_line(('evl-cache', 'extract', *words)))}, "
-            f"or set {CACHE_ROOT_VARIABLE}"
+        remedy = _no_command(DEFAULT_MODEL, needs.lacking(layers)) or run_command(
+            command_line(("evl-cache", "extract", *words))
         )
+        raise UsageError(f"no {wanted} under {under}; {remedy}, or set {CACHE_ROOT_VARIABLE}")
+    clip_ids = lru_cache(maxsize=None)(_clip_ids)
     pairs = [
         (t, v)
         for t in found
         if t.spec.split in TRAIN_SPLITS and needs.objection(t.spec) is None
         for v in found
-        if v.spec.split in VAL_SPLITS and _belong_together(t.spec, v.spec)
+        if v.spec.split in VAL_SPLITS
+        and _belong_together(t.spec, v.spec)
+        and t.spec.content_id != v.spec.content_id
+        # Folds of one data set: what one trains on, another validates on.
+        and clip_ids(t.address).isdisjoint(clip_ids(v.address))
     ]
-    if len(pairs) > 1:  # folds of one data set: what one trains on, another validates on
-        pairs = [(t, v) for t, v in pairs if _clip_ids(t).isdisjoint(_clip_ids(v))]
     if len(pairs) == 1:
         return pairs[0]
     listed = "; ".join(
@@ -61,26 +68,60 @@ def find_pair(
 
 
 def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:
-    """Return what the caches that come nearest lack, and the command that makes it."""
+    """Return what the caches that come nearest lack, and how to make it."""
     train = [c for c in found if c.spec.split in TRAIN_SPLITS]
     fitting = [c for c in train if needs.objection(c.spec) is None]
     if fitting:
-        cache = fitting[0]
-        command = extract_command(cache, split="val", layers=format_layers(cache.spec.layers))
-        return f"{cache.name} fits, but its validation cache is missing; {run_command(command)}"
-    if train:
-        cache = train[-1]
-        layers = needs.layers(cache.spec.tower.blocks)
-        maps = "uint8" if needs.some_maps and cache.spec.maps == "none" else cache.spec.maps
-        command = extract_command(cache, split=None, layers=layers, maps=maps)
-        return f"{cache.name}: {needs.objection(cache.spec)}; {run_command(command)}"
-    cache = found[0]
-    command = extract_command(cache, split="train", layers=format_layers(cache.spec.layers))
-    return f"the training cache is missing; {run_command(command)}"
+        nearest = fitting[0]
+        same = [
+            c
+            for c in found
+            if c.spec.split in VAL_SPLITS
+            and _belong_together(nearest.spec, c.spec)
+            and c.spec.content_id == nearest.spec.content_id
+        ]
+        if not same:
+            return f"{nearest.name} fits, but its validation cache is missing; {_other_side(nearest, 'val')}"
+        whole = replace(nearest, origin={**nearest.origin, "is_undivided": True})
+        return (
+            f"{nearest.name} fits, but {same[0].name} has the same clips, by their names (of other videos, name both: "
+            f"--cache, --val-cache); {_other_side(whole, 'val')}"
+        )
+    if not train:
+        return f"the training cache is missing; {_other_side(found[0], 'train')}"
+    nearest, spec = train[-1], train[-1].spec
+    layers = needs.layers(spec.tower.blocks)
+    maps = "uint8" if needs.some_maps and spec.maps == "none" else spec.maps
+    remedy = _no_command(spec.tower.model, needs.lacking(range(1, spec.tower.blocks + 1)))
+    if remedy is None:
+        try:
+            replace(spec, layers=parse_layers(layers), maps=maps)
+            command = extract_command(nearest, split=None, layers=layers, maps=maps, environ=os.environ)
+            remedy = run_command(command)
+        except UsageError as error:  # no cache is of those layers and maps together
+            remedy = str(error)
+    return f"{nearest.name}: {needs.objection(spec)}; {remedy}"
 
 
-def _clip_ids(found: FoundCache) -> frozenset[str]:
-    objects = open_objects(found.place)
+def _no_command(model: str, lacking: str | None) -> str | None:
+    """Return what to do where heads read what not even all layers of a model are; None where they are."""
+    if lacking is None:
+        return None
+    return f"not even all layers of {model} would do ({lacking}): choose another head, or extract with another --model"
+
+
+def _other_side(found: FoundCache, split: str) -> str:
+    """Return how to make the cache of another split, or to do without it."""
+    command = extract_command(found, split=split, layers=format_layers(found.spec.layers), environ=os.environ)
+    if not is_undivided(found):
+        return run_command(command)
+    return (
+        f"hold clips of it out (--cache {found.place} --val-clips FILE), or for others {run_command(command)}"
+    )
+
+
+def _clip_ids(address: str) -> frozenset[str]:
+    objects = open_objects(address)
     return frozenset(clip.id for clip in read_clips(objects, read_description(objects)))
 
 
@@ -124,6 +165,9 @@ def find_training_caches(
         return train, train if val_cache is None else FeatureCache(val_cache, trust=trust)
 
     pair = find_pair(dataset, places=cache_places(), needs=needs)
-    opened = FeatureCache(pair[0].place, trust=trust), FeatureCache(val_cache or pair[1].place, trust=trust)
+    opened = (
+        FeatureCache(pair[0].address, trust=trust),
+        FeatureCache(val_cache or pair[1].address, trust=trust),
+    )
     on_found(*opened)
     return opened

@@ -9,7 +9,7 @@ from typing import Any
 
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
 from evl_cache.spec import CacheSpec
-from evl_cache.store import SCHEMES, is_url, open_objects, read_description
+from evl_cache.store import SCHEMES, is_url, open_objects, public_url, read_description
 
 CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
 
@@ -19,19 +19,24 @@ class FoundCache:
     """A cache, by its description.
 
     Attributes:
-        place: path or URL, which may hold credentials: show `name`.
+        address: path or URL, which may hold credentials: show `place` or `name`.
         spec: what it holds.
         origin: what it was made with.
     """
 
-    place: str
+    address: str
     spec: CacheSpec
     origin: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def place(self) -> str:
+        """Where it lies, as it may be shown."""
+        return public_url(self.address) if is_url(self.address) else self.address
+
+    @property
     def name(self) -> str:
-        """The last part of the place."""
-        return self.place.rstrip("/").rpartition("/")[2]
+        """The last part of the address."""
+        return self.address.rstrip("/").rpartition("/")[2]
 
 
 def cache_places() -> tuple[str, ...]:
@@ -85,4 +90,4 @@ def find_caches(place: str | Path) -> Iterator[FoundCache]:
 
 def _look_at(place: str) -> FoundCache:
     found = read_description(open_objects(place))
-    return FoundCache(place=place, spec=found.spec, origin=found.origin)
+    return FoundCache(address=place, spec=found.spec, origin=found.origin)

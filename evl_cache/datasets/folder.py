@@ -3,8 +3,8 @@
 from dataclasses import replace
 from pathlib import Path
 
-from evl_cache.clips import Clip, ClipList
-from evl_cache.datasets.places import SPLIT_NAMES, VIDEO_SUFFIXES, is_video, normal_split
+from evl_cache.clips import SPLIT_NAMES, Clip, ClipList, normal_split
+from evl_cache.datasets.places import VIDEO_SUFFIXES, is_video
 from evl_cache.errors import UsageError
 
 
@@ -71,7 +71,7 @@ def _one_split(root: Path, part: Path, split: str, classes: tuple[str, ...]) -> 
             if is_video(video):
                 relative = video.relative_to(root).as_posix()
                 clips.append(Clip(id=relative, path=relative, label=label, split=split))
-    return ClipList(clips=tuple(clips), classes=classes, source=str(part))
+    return ClipList(clips=tuple(clips), classes=classes, source=str(part), is_undivided=split == "all")
 
 
 def _has_video(directory: Path) -> bool:

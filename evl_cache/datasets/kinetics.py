@@ -4,18 +4,16 @@ import csv
 import io
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from evl_cache.clips import Clip, ClipList
+from evl_cache.clips import SPLIT_NAMES, Clip, ClipList, normal_split
 from evl_cache.datasets.places import (
-    SPLIT_NAMES,
     VideoTree,
     annotation_folders,
     find_annotation,
     find_annotation_if_any,
     join,
-    normal_split,
     require_root,
 )
 from evl_cache.datasets.text_file import read_text
@@ -86,7 +84,11 @@ def read_kinetics(
         tables = {name: _checked(_read_table(_find(folders, release, name)), name) for name in wanted}
     train = _train_table(tables, folders, release)
     tree = VideoTree(root, suffix=".mp4")
-    return {name: _clip_list(tree, table, train or table, name) for name, table in tables.items()}
+    is_undivided = annotations is not None and annotations.is_file() and len(given.splits) == 1
+    return {
+        name: replace(_clip_list(tree, table, train or table, name), is_undivided=is_undivided)
+        for name, table in tables.items()
+    }
 
 
 def _usual_folders(release: int) -> list[str]:

@@ -29,7 +29,7 @@ def read_list_file(path: Path, *, split: str) -> ClipList:
         Clip(id=row.path, path=row.path, label=label, split=split, line=row.line)
         for row, label in zip(rows, labels, strict=True)
     )
-    return ClipList(clips=clips, classes=classes, source=str(path))
+    return ClipList(clips=clips, classes=classes, source=str(path), is_undivided=True)
 
 
 def _refuse_frame_folders(rows: Sequence[ListLine], *, source: str) -> None:

@@ -1,7 +1,6 @@
 """Find annotation files, folders and videos under a data set's root, listing each folder once."""
 
 import os
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -10,47 +9,6 @@ from evl_cache.errors import UsageError
 VIDEO_SUFFIXES = frozenset((
     ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv", ".3gp", ".mts",
 ))  # fmt: skip
-SPLIT_NAMES: Mapping[str, str] = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validate": "val",
-    "validation": "val",
-    "test": "test",
-}
-_NUMBERED = re.compile(r"(?P<name>[a-z]*)(?:[ _-]?0?(?P<fold>[1-3]))?")
-
-
-def normal_split(split: str) -> str:
-    """Return `train`, `val` or `test` for what publishers and users write.
-
-    Raises: UsageError for any other name.
-    """
-    name = SPLIT_NAMES.get(split.strip().lower())
-    if name is None:
-        raise UsageError(f"--split {split!r} is unknown; expected train, val (validate, validation) or test")
-    return name
-
-
-def numbered_split(split: str | None) -> tuple[tuple[str, ...], int]:
-    """Return splits and fold of UCF101 and HMDB51, which have three folds of train and test, and no validation.
-
-    None is train and val of fold 1, `2` or `split2` both of fold 2, `train3` train of fold 3. `test` is called val, as
-    everywhere in this package where heads are evaluated on it.
-
-    Raises: UsageError for any other name.
-    """
-    match = _NUMBERED.fullmatch("1" if split is None else split.strip().lower())
-    name, fold = (match["name"], match["fold"]) if match else ("", None)
-    if name in ("", "split") and fold is not None:
-        return ("train", "val"), int(fold)
-    if name not in SPLIT_NAMES:
-        raise UsageError(
-            f"--split {split!r} is unknown; expected train or val, with the fold 1 to 3 after it (train2), "
-            "or a fold alone"
-        )
-    return ("train" if SPLIT_NAMES[name] == "train" else "val",), int(fold or 1)
 
 
 def require_root(root: Path, *, dataset: str) -> None:

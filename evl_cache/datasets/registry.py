@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evl_cache.clips import ClipList
+from evl_cache.clips import ClipList, normal_split
 from evl_cache.datasets.folder import read_class_folders
 from evl_cache.datasets.hmdb51 import read_hmdb51
 from evl_cache.datasets.kinetics import read_kinetics
 from evl_cache.datasets.list_file import read_list_file
-from evl_cache.datasets.places import normal_split
 from evl_cache.datasets.rendered_clips import RENDERED_VIEWS, read_rendered
 from evl_cache.datasets.something import read_something
 from evl_cache.datasets.ucf101 import read_ucf101

@@ -4,13 +4,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from evl_cache.clips import Clip, ClipList
+from evl_cache.clips import Clip, ClipList, normal_split
 from evl_cache.datasets.places import (
     VideoTree,
     annotation_folders,
     find_annotation,
     join,
-    normal_split,
     require_root,
 )
 from evl_cache.datasets.text_file import read_json_entries, read_json_object

@@ -2,13 +2,12 @@
 
 from pathlib import Path
 
-from evl_cache.clips import Clip, ClipList
+from evl_cache.clips import Clip, ClipList, numbered_split
 from evl_cache.datasets.places import (
     VideoTree,
     annotation_folders,
     find_annotation,
     find_in_class_folder,
-    numbered_split,
     require_root,
 )
 from evl_cache.datasets.text_file import numbered_lines, read_text

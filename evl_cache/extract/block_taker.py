@@ -180,7 +180,7 @@ class BlockTaker:
         self._clips_failed += len(failures)
         limit = self._most_failures
         if limit is not None and limit.is_exceeded(self._clips_failed, of=self._clips_seen):
-            look = command_line(("evl-cache", "info", "--failures", str(self._cache_path))) or "the failures"
+            look = command_line(("evl-cache", "info", "--failures"), str(self._cache_path)) or "the failures"
             raise TooManyFailures(
                 f"{self._clips_failed} of {self._clips_seen} clips failed, more than --max-failures {limit}; the last: "
                 f"{failures[-1] if failures else 'found failed'}; see {look}, mend them and use --retry-failed"

@@ -12,14 +12,14 @@ import torch
 from evl_cache.caches.places import cache_root
 from evl_cache.clips import TRAIN_SPLITS
 from evl_cache.datasets import DATASETS, DatasetReader, check_missing
-from evl_cache.errors import UsageError
+from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
 from evl_cache.extract.recipes import ViewChoice
 from evl_cache.extract.stage import ExtractResult, extract, make_spec
 from evl_cache.extract_options import DEFAULT_LAYERS, DEFAULT_MODEL, Role, options_with
 from evl_cache.processes import Rendezvous
 from evl_cache.spec import CODECS, MAP_STORAGE, SOFTWARE_PIXELS, TOKEN_STORAGE, CacheSpec, ViewSpec
-from evl_cache.towers import build_tower, default_pretrained
+from evl_cache.towers import build_tower, default_pretrained, is_model_file, is_weights_file
 
 DATA_ROOT_VARIABLE = "EVL_DATA_ROOT"
 
@@ -66,10 +66,15 @@ class ExtractRequest(ViewChoice):
         """`pretrained`, or the model's own."""
         return self.pretrained or default_pretrained(self.model)
 
-    def origin(self, root: Path) -> dict[str, Any]:
+    def origin(self, root: Path, *, is_undivided: bool = False) -> dict[str, Any]:
         """Return what the spec does not tell of a cache's making: `repair` and the command that is printed need it.
 
-        Files stand by their whole path; options left at their default are left out, but for the tower.
+        Files stand by their whole path, links by their own names; options left at their default are left out, but for
+        the tower.
+
+        Args:
+            root: folder of the videos.
+            is_undivided: as `ClipList` has it.
         """
         told = {option.field: getattr(self, option.field) for option in options_with(Role.KEPT)}
         views, of_train = self.chosen_views()
@@ -77,10 +82,21 @@ class ExtractRequest(ViewChoice):
         if of_train is not None:  # each of the two caches tells of the other
             augmented = ("train_views", "augment_seed", "flip")
             told |= {"views": views.crops, **{name: getattr(of_train, name) for name in augmented}}
-        for name in ("model", "pretrained"):
-            if Path(told[name]).is_file():
-                told[name] = Path(told[name])
-        return {n: str(v.resolve()) if isinstance(v, Path) else v for n, v in told.items() if v}
+        if is_model_file(self.model):
+            told["model"] = Path(self.model)
+        if is_weights_file(self.weights):
+            told["pretrained"] = Path(self.weights)
+        told |= {"is_undivided": is_undivided, "is_apart": not self._options_tell(views, of_train)}
+        kept = {n: str(v.absolute()) if isinstance(v, Path) else v for n, v in told.items() if v}
+        return kept | {"is_whole": True}  # older versions kept the root and the tower only
+
+    def _options_tell(self, views: ViewSpec, of_train: ViewSpec | None) -> bool:
+        """Whether options of one command give these views; some that Python gives they do not."""
+        if of_train in (None, views):
+            return not views.train_views
+        plain = replace(of_train, train_views=0, augment_seed=0, flip=False)
+        same = replace(views, temporal_views=1, spatial_views=1, train_views=0, augment_seed=0, flip=False)
+        return not views.train_views and plain == same and bool(of_train.train_views or self.recipe)
 
     def chosen_views(self) -> tuple[ViewSpec, ViewSpec | None]:
         """Return the views of validation, and those of the train split where they are others (None: the same).
@@ -131,6 +147,10 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
             compute_dtype=request.compute_dtype
             or ("float32" if torch.device(device).type == "cpu" else "float16"),
         )
+        try:
+            CacheSpec.from_json(spec.to_json())
+        except CacheError as error:
+            raise UsageError(f"no cache of this could be read again: {error}") from error
         jobs.append(
             ExtractionJob(
                 clips=clips,
@@ -138,7 +158,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
                 cache_path=request.cache or cache_root() / spec.name,
                 spec=spec,
                 tower=tower,
-                origin=request.origin(root),
+                origin=request.origin(root, is_undivided=clips.is_undivided),
             )
         )
     return jobs

@@ -177,7 +177,7 @@ def read_sweep(out: Path) -> SweepResult:
     except OSError as error:
         raise UsageError(f"{out}: no sweep there ({error.strerror}); expected what sweep wrote") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{out / SWEEP_NAME}: not a sweep's account ({error})") from error
+        raise UsageError(f"{out / SWEEP_NAME}: not what sweep writes ({error})") from error
 
 
 def _begin(out: Path, runs: Sequence[SweepRun], *, resume: bool) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from evl_cache.towers.backbone import Backbone, Features, check_layers, map_projections
 from evl_cache.towers.build import build_tower
 from evl_cache.towers.families import adapter_of
-from evl_cache.towers.names import default_pretrained
+from evl_cache.towers.names import default_pretrained, is_model_file, is_weights_file
 from evl_cache.towers.tower import Tower
 
 __all__ = [
@@ -14,5 +14,7 @@ __all__ = [
     "build_tower",
     "check_layers",
     "default_pretrained",
+    "is_model_file",
+    "is_weights_file",
     "map_projections",
 ]

@@ -11,7 +11,7 @@ from torch import nn
 from evl_cache.errors import UsageError
 from evl_cache.spec import TowerSpec
 from evl_cache.towers.families import adapter_of
-from evl_cache.towers.names import TIMM_PREFIX, TINY_TOWER
+from evl_cache.towers.names import TIMM_PREFIX, TINY_TOWER, is_model_file, is_weights_file
 from evl_cache.towers.pretrained import bundled, find_weights, load_weights
 from evl_cache.towers.timm_names import build_timm
 from evl_cache.towers.tower import Tower
@@ -43,8 +43,8 @@ def build_tower(model: str, pretrained: str) -> Tower:
         preprocess = {**preprocess, **tag_preprocess}
     spec = _describe(
         visual,
-        Path(model).stem if model.endswith(".json") else model,
-        Path(pretrained).name if Path(pretrained).is_file() else pretrained,
+        Path(model).stem if is_model_file(model) else model,
+        Path(pretrained).name if is_weights_file(pretrained) else pretrained,
         preprocess,
         quick_gelu=bool(config.get("quick_gelu", False)),
     )
@@ -85,7 +85,7 @@ def _model_config(model: str) -> tuple[dict[str, Any], dict[str, Any]]:
     preprocess = {"mean": defaults.mean, "std": defaults.std}
     if model == TINY_TOWER:
         return json.loads(bundled(f"{TINY_TOWER}.json").read_text(encoding="utf-8")), preprocess
-    if not model.endswith(".json"):
+    if not is_model_file(model):
         config = open_clip.get_model_config(model) if model in open_clip.list_models() else None
         if config is None:
             near = [name for name in open_clip.list_models() if name.startswith("ViT-")]

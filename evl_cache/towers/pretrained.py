@@ -13,7 +13,7 @@ from urllib.request import getproxies
 from torch import nn
 
 from evl_cache.errors import WeightsError, WeightsUnavailable, first_line
-from evl_cache.towers.names import TINY_PRETRAINED, TINY_TOWER
+from evl_cache.towers.names import TINY_PRETRAINED, TINY_TOWER, is_model_file, is_weights_file
 from evl_cache.towers.weights import TowerWeights, read_tower_weights
 
 
@@ -31,7 +31,7 @@ def find_weights(model: str, pretrained: str, config: dict[str, Any]) -> tuple[T
     from open_clip.pretrained import get_pretrained_cfg, list_pretrained_tags_by_model
 
     quick_gelu = bool(config.get("quick_gelu", False))
-    if Path(pretrained).is_file():
+    if is_weights_file(pretrained):
         weights = read_tower_weights(Path(pretrained))
         _check_activation(model, pretrained, needed=weights.is_openai_archive or None, has=quick_gelu)
         return weights, {}
@@ -68,7 +68,7 @@ def _check_activation(model: str, pretrained: str, *, needed: bool | None, has: 
     if needed is None or needed == has:
         return
     remedy = f"--model {model}-quickgelu" if needed else f"--model {model.removesuffix('-quickgelu')}"
-    if model.endswith(".json"):
+    if is_model_file(model):
         remedy = f'"quick_gelu": {str(needed).lower()} in that file'
     raise WeightsError(
         f"QuickGELU mismatch: weights {pretrained!r} were trained {'with' if needed else 'without'} it, "

@@ -10,7 +10,7 @@ from torch import nn
 
 from evl_cache.errors import UsageError, WeightsError, first_line
 from evl_cache.towers.families import adapter_of
-from evl_cache.towers.names import TIMM_DEFAULT, TIMM_PREFIX
+from evl_cache.towers.names import TIMM_DEFAULT, TIMM_PREFIX, is_weights_file
 from evl_cache.towers.pretrained import downloading, load_weights
 from evl_cache.towers.weights import TowerWeights, read_tower_weights
 
@@ -35,7 +35,7 @@ def build_timm(model: str, pretrained: str, *, seed: int) -> tuple[nn.Module, di
         )
     if pretrained == TIMM_DEFAULT:
         pretrained = tag or str(_told(name).tag or "none")
-    is_file = Path(pretrained).is_file()
+    is_file = is_weights_file(pretrained)
     tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{name}.*")]
     if pretrained != "none" and not is_file and pretrained not in tags:
         raise WeightsError(

@@ -1,6 +1,6 @@
 """What the heads of some trainings ask of a cache, before one is chosen."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from evl_cache.errors import UsageError
@@ -30,12 +30,21 @@ class HeadNeeds:
 
     def objection(self, spec: CacheSpec) -> str | None:
         """Why a cache does not fit, or None."""
+        if lacking := self.lacking(spec.layers):
+            return lacking
         try:
-            for t in self.trainings:
-                head_layers(t.head, spec.layers, t.head_layers)
             if not spec.has_maps and any(training_reads(t, spec).with_maps for t in self.trainings):
                 return "it holds no attention maps"
-        except UsageError as error:  # also where no head can be built for such features
+        except UsageError as error:  # no head can be built for such features
+            return str(error).partition(";")[0]
+        return None
+
+    def lacking(self, layers: Sequence[int]) -> str | None:
+        """Why these layers are not what the heads read, or None."""
+        try:
+            for t in self.trainings:
+                head_layers(t.head, tuple(layers), t.head_layers)
+        except UsageError as error:
             return str(error).partition(";")[0]
         return None
 

@@ -119,5 +119,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _wrong(name: str, value: Any, expected: str) -> CacheError:
-    shown = f"{len(value)} entries" if isinstance(value, Sequence) and len(value) > 20 else repr(value)
+    shown = repr(value)
+    if isinstance(value, Sequence) and len(value) > 20:
+        shown = f"{len(value)} {'characters' if isinstance(value, str) else 'entries'}"
     return CacheError(f"the cache's description: {name} is {shown[:80]}; expected {expected}")

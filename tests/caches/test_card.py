@@ -54,7 +54,7 @@ def test_the_card_states_what_info_and_the_manifest_state(cache: Path) -> None:
     ):  # fmt: skip
         assert stated in text, stated
     command = re.search(r"^evl-cache extract .*", text, re.MULTILINE)
-    assert command is not None and "--layers 2-4 --frames 3 --stride 2" in command[0]
+    assert command is not None and "--layers 2-4 --frames 3 --sampling strided --stride 2" in command[0]
 
 
 def test_its_python_example_runs(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ from evl_cache.errors import UsageError
 from evl_cache.extract import ExtractionJob, ExtractRequest, plan_extraction
 from evl_cache.extract import request as request_module
 from evl_cache.extract_options import EXTRACT_OPTIONS, VIEW_RECIPES, Role, options_with
-from evl_cache.notation import format_layers
-from evl_cache.spec import CODECS, MAP_STORAGE, TOKEN_STORAGE
+from evl_cache.notation import command_line, format_layers
+from evl_cache.spec import CODECS, MAP_STORAGE, TOKEN_STORAGE, ViewSpec
 from evl_cache_cli.common import printable
 from evl_cache_cli.extract_flags import make_request
 from evl_cache_cli.main import cli
@@ -151,7 +151,7 @@ def parsed(words: list[str]) -> ExtractRequest:
 
 def found(job: ExtractionJob) -> FoundCache:
     """The cache as its description has it once it is written and read."""
-    return FoundCache(place="x", spec=job.spec, origin=json.loads(json.dumps(job.origin)))
+    return FoundCache(address="x", spec=job.spec, origin=json.loads(json.dumps(job.origin)))
 
 
 def test_what_is_drawn_is_every_option_that_says_what_is_extracted() -> None:
@@ -173,7 +173,7 @@ def test_the_command_read_by_a_shell_and_by_click_asks_for_the_same_caches(
             continue  # they contradict each other
         done, fields = done + 1, fields | options.keys()
         caches = {job.spec.split: found(job) for job in jobs}
-        whole_root = jobs[0].root.resolve()
+        whole_root = jobs[0].root.absolute()
         monkeypatch.chdir(tmp_path)
         for cache in caches.values():
             for wanted in {*caches, *([None] if len(caches) == 2 else [])}:
@@ -181,8 +181,7 @@ def test_the_command_read_by_a_shell_and_by_click_asks_for_the_same_caches(
                 assert command is not None and command == printable(command) == shlex.join(
                     shlex.split(command)
                 )
-                again = parsed(shlex.split(command))
-                jobs_again = plan_extraction(again, device="cpu")
+                jobs_again = plan_extraction(parsed(shlex.split(command)), device="cpu")
                 assert {job.root for job in jobs_again} == {whole_root}
                 made = {job.spec.split: job for job in jobs_again}
                 assert wanted is not None or made.keys() == caches.keys(), command
@@ -278,7 +277,209 @@ def test_a_card_names_files_and_not_where_they_lay(tmp_path: Path) -> None:
     }
     forge.group(lambda own: own.update(recipe=origin))
     text = CliRunner().invoke(cli, ["card", "--print", str(forge.cache)]).output
-    assert "--list 'my list.txt' --model tower.json" in text and "--limit 13" in text and "secret" not in text
+    assert (
+        "--root VIDEOS --split train --list 'my list.txt' --model tower.json" in text
+        and "--limit 13" in text
+        and "secret" not in text
+    )
+
+
+def planned(*words: object) -> dict[str, FoundCache]:
+    """The caches of a command, by split."""
+    jobs = plan_extraction(parsed(["evl-cache", "extract", *map(str, words)]), device="cpu")
+    return {job.spec.split: found(job) for job in jobs}
+
+
+def again(command: str | None) -> dict[str, FoundCache]:
+    """The caches of a printed command, read as a shell reads it where `env` takes variables away."""
+    words = shlex.split(str(command))
+    start = words.index("evl-cache")
+    for name in words[2:start:2]:
+        assert os.environ.pop(name)
+    return planned(*words[start + 2 :])
+
+
+def unsplit(cache: FoundCache) -> FoundCache:
+    """The cache, as if no split had been asked for."""
+    return replace(cache, origin={name: value for name, value in cache.origin.items() if name != "split"})
+
+
+def like(cache: FoundCache, *, split: str | None) -> str | None:
+    return extract_command(
+        cache, split=split, layers=format_layers(cache.spec.layers), environ=dict(os.environ)
+    )
+
+
+FOLDER = ("--dataset", "folder", "--root", "clips")
+TOWER_WORDS = ("--model", f"tower {AWKWARD}.json", "--pretrained", "none")
+
+
+@pytest.mark.parametrize("asked", [None, "train", "val"])
+def test_other_clips_of_a_set_without_splits_are_left_to_the_user(
+    data: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None
+) -> None:
+    monkeypatch.chdir(data)
+    split = [] if asked is None else ["--split", asked]
+    (cache,) = planned("--dataset", "folder", "--root", "clips/train", *split, *TOWER_WORDS).values()
+    other = "val" if asked == "train" else "train"
+    assert f"--root FOLDER --split {other} " in str(like(cache, split=other))
+    assert again(like(cache, split=None)) == again(like(cache, split=cache.spec.split))
+    assert again(like(cache, split=None)).keys() == {asked or "all"}
+
+
+def test_the_annotation_file_of_another_split_is_left_to_the_user(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data)
+    k400 = ("--dataset", "k400", "--root", "k400", *TOWER_WORDS)
+    folder = f"-labels of {AWKWARD}"
+    (cache,) = planned(*k400, "--annotations", f"{folder}/train.csv", "--split", "train").values()
+    assert "--split val --annotations FILE " in str(like(cache, split="val"))
+    assert again(like(cache, split=None)) == {"train": cache}
+    lines = [(data / folder / f"{split}.csv").read_text().splitlines() for split in ("train", "val")]
+    _touch(tmp_path / "both.csv", "\n".join(lines[0] + lines[1][1:]) + "\n")
+    for place in (folder, tmp_path / "both.csv"):
+        caches = planned(*k400, "--annotations", place)
+        (cache,) = planned(*k400, "--annotations", place, "--split", "train").values()
+        assert again(like(cache, split="val"))["val"].spec == caches["val"].spec
+
+
+@pytest.mark.parametrize("asked", ["2 ", "train2 ", " Train_02", "split3", "val-3", "1"])
+def test_a_fold_is_kept_as_its_reader_reads_it(
+    data: Path, monkeypatch: pytest.MonkeyPatch, asked: str
+) -> None:
+    monkeypatch.chdir(data)
+    ucf = ("--dataset", "ucf101", "--root", "ucf", "--annotations", "ucfTrainTestlist", "--split", asked)
+    for split, cache in planned(*ucf, *TOWER_WORDS).items():
+        assert again(like(cache, split=split))[split].spec == cache.spec
+
+
+def test_links_are_named_and_not_what_they_lead_to(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blobs of a hub's client have no endings, and no siblings."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blobs").mkdir()
+    weights = Path(request_module.__file__).parent.parent / "data" / "evl-tiny.safetensors"
+    targets = {
+        "mine.json": data / f"tower {AWKWARD}.json",
+        "hub.safetensors": weights,
+        "ann/val.csv": data / f"-labels of {AWKWARD}" / "val.csv",
+        "lists/val.txt": data / f"list {AWKWARD}.txt",
+    }
+    for i, (link, target) in enumerate(targets.items()):
+        (tmp_path / "blobs" / str(i)).write_bytes(target.read_bytes())
+        (tmp_path / link).parent.mkdir(exist_ok=True)
+        (tmp_path / link).symlink_to(tmp_path / "blobs" / str(i))
+    _touch(tmp_path / "ann" / "train.csv", (data / f"-labels of {AWKWARD}" / "train.csv").read_text())
+    (tmp_path / "lists" / "train").symlink_to(data / "clips" / "train")
+    mine = ("--model", "mine.json", "--pretrained", "none")
+    for words in (
+        (*mine, "--dataset", "folder", "--root", data / "clips"),
+        ("--model", "evl-tiny", "--pretrained", "hub.safetensors", "--dataset", "folder", "--root", data / "clips"),
+        (*mine, "--dataset", "k400", "--root", data / "k400", "--annotations", "ann/val.csv", "--split", "val"),
+        (*mine, "--dataset", "list", "--list", "lists/val.txt", "--split", "val"),
+    ):  # fmt: skip
+        monkeypatch.chdir(tmp_path)
+        caches = planned(*words)
+        monkeypatch.chdir("/")
+        for split, cache in caches.items():
+            assert unsplit(again(like(cache, split=split))[split]) == unsplit(cache)
+
+
+def test_a_file_that_has_the_name_of_a_model_is_not_taken_for_it(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("none", "evl-tiny"):
+        _touch(tmp_path / name, "x")
+    tower = ("--model", "evl-tiny", "--pretrained", "none")
+    cache = planned("--dataset", "folder", "--root", data / "clips", *tower)["val"]
+    assert "--model evl-tiny --pretrained none" in str(like(cache, split="val"))
+
+
+def test_no_variable_of_the_environment_changes_what_the_command_makes(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(data)
+    rng = random.Random(1)
+    other = {name: str(draw(rng)) for name, draw in DRAWS.items()}
+    other |= {"views": "2x3", "sampling": "tsn", "decoder": "torchcodec"} | dict.fromkeys(PLACES, "/x")
+    caches = planned(*FOLDER, *TOWER_WORDS)
+    for option in EXTRACT_OPTIONS:
+        if option.field in other:
+            monkeypatch.setenv(option.variable, other[option.field])
+            for split in ("train", "val", None):
+                made = again(like(caches["train"], split=split))
+                assert made.keys() == ({split} if split else caches.keys())
+                assert all(unsplit(cache) == caches[name] for name, cache in made.items()), option.flag
+                monkeypatch.setenv(option.variable, other[option.field])
+            monkeypatch.delenv(option.variable)
+    monkeypatch.setenv("EVL_CACHE_EXTRACT_DECODER", "torchcodec")
+    assert str(like(caches["val"], split="val")).startswith(
+        "env -u EVL_CACHE_EXTRACT_DECODER evl-cache extract "
+    )
+
+
+VIEWS = ViewSpec(temporal_views=3)
+
+
+@pytest.mark.parametrize(
+    ("views", "of_train", "is_told"),
+    [
+        (VIEWS, None, True),
+        (VIEWS, replace(VIEWS, temporal_views=1, train_views=2, augment_seed=5), True),
+        (VIEWS, replace(VIEWS, temporal_views=1), False),
+        (VIEWS, ViewSpec(frames=4), False),
+        (VIEWS, ViewSpec(stride=4, train_views=2), False),
+        (ViewSpec(train_views=3), None, False),
+    ],
+)
+def test_views_that_no_option_gives_have_no_command(
+    data: Path, monkeypatch: pytest.MonkeyPatch, views: ViewSpec, of_train: ViewSpec | None, is_told: bool
+) -> None:
+    monkeypatch.chdir(data)
+    request = parsed(["evl-cache", "extract", *FOLDER, *TOWER_WORDS])
+    request = replace(request, views=views, train_split_views=of_train)
+    caches = {job.spec.split: found(job) for job in plan_extraction(request, device="cpu")}
+    for own, cache in caches.items():
+        for split in ("train", "val", None):
+            command = like(cache, split=split)
+            assert command is not None or not is_told
+            if command is not None:
+                made = again(command)
+                assert all(made[name].spec == caches[name].spec for name in ([split] if split else caches))
+        is_own_told = own == "train" or not views.train_views
+        assert (like(cache, split=own) is not None) == is_own_told
+
+
+@pytest.mark.parametrize(
+    "words", [("--train-views", 1, "--augment-seed", 2**63 + 1), ("--train-views", 1001), ("--frames", 5000)]
+)
+def test_what_could_not_be_read_again_is_refused_before_anything_is_written(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[object, ...]
+) -> None:
+    monkeypatch.chdir(data)
+    split = ("--split", "train", "--cache", tmp_path / "cache")
+    done = CliRunner().invoke(cli, ["extract", *map(str, (*FOLDER, *TOWER_WORDS, *split, *words))])
+    assert "could be read again: the cache's description: views." in str(done.exception)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_words_that_begin_with_a_dash_are_no_options() -> None:
+    assert command_line(("evl-cache", "info"), "-mine") == "evl-cache info -- -mine"
+    assert command_line(("evl-cache", "info"), "m i") == "evl-cache info 'm i'"
+    assert command_line(("evl-cache", "info"), "a\nb") is None
+
+
+def test_the_card_of_an_older_origin_says_what_it_does_not_tell(tmp_path: Path) -> None:
+    forge = Forge(write_cache(tmp_path / "good", dataset="list").path, tmp_path)
+    origin = {"root": "/secret/videos", "model": "evl-tiny", "pretrained": "none"}
+    for more, lists, is_said in (({}, "FILE", True), ({"is_whole": True, "list_path": "/a/b"}, "b", False)):
+        forge.group(lambda own, more=more: own.update(recipe=origin | more))
+        text = CliRunner().invoke(cli, ["card", "--print", str(forge.cache)]).output
+        assert f"--dataset list --root VIDEOS --split train --list {lists} --model evl-tiny" in text
+        assert ("An older version made it, which did not record list" in text) == is_said
 
 
 def test_the_list_of_another_split_is_left_to_the_user(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from evl_cache.caches import pairing
 from evl_cache.caches.pairing import find_pair
 from evl_cache.caches.places import cache_root, find_caches, split_places
 from evl_cache.errors import UsageError
@@ -101,7 +102,7 @@ def test_caches_that_train_would_refuse_or_of_other_extractions_are_no_pair(
 @pytest.mark.parametrize(
     ("needs", "command"),
     [
-        (needs_of("decoder4"), "--layers 1-4 --frames 3 --stride 2"),
+        (needs_of("decoder4"), "--layers 1-4 --frames 3 --sampling strided --stride 2"),
         (needs_of("decoder2", head_layers=(1, 3)), "--layers 1,3 --frames 3"),
     ],
 )
@@ -119,13 +120,54 @@ def test_missing_maps_and_a_missing_side_are_told_with_their_commands(tmp_path: 
         find_pair("test", places=[tmp_path], needs=needs_of("decoder3", temporal_cross_attention=False))
     with pytest.raises(UsageError, match="holds no attention maps; run evl-cache extract") as raised:
         find_pair("test", places=[tmp_path], needs=needs_of("decoder3"))
-    assert "--maps" not in str(raised.value)  # uint8 is extract's default
+    assert "--maps uint8" in str(raised.value)
     other = tmp_path / "other"
     write_cache(other / "b", split="val", tower=replace(TOWER, model="ViT x"))
     with pytest.raises(UsageError, match=r"training cache is missing; .* --split train --model 'ViT x'"):
         find_pair("test", places=[other], needs=needs_of("decoder3"))
     with pytest.raises(UsageError, match="extract --dataset k400 --layers 9-12"):
         find_pair("k400", places=[other], needs=needs_of("decoder4"))
+
+
+def test_caches_of_the_same_clips_are_no_pair(tmp_path: Path) -> None:
+    train = write_cache(tmp_path / "a")
+    write_cache(tmp_path / "b", split="val")
+    with pytest.raises(UsageError, match="a fits, but b has the same clips, by their names") as raised:
+        find_pair("test", places=[tmp_path], needs=needs_of("decoder3"))
+    assert f"hold clips of it out (--cache {train.path} --val-clips FILE)" in str(raised.value)
+    assert "run evl-cache extract --dataset test --root FOLDER --split val" in str(raised.value)
+    shutil.rmtree(tmp_path / "b")
+    write_cache(tmp_path / "b", split="val", labels=[0, 1, 2])
+    with pytest.raises(UsageError, match="a fits, but its validation cache is missing; run evl-cache"):
+        find_pair("test", places=[tmp_path], needs=needs_of("decoder3"))
+    write_cache(tmp_path / "c", split="val", prefix="v")
+    assert [c.name for c in find_pair("test", places=[tmp_path], needs=needs_of("decoder3"))] == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("needs", "maps", "said"),
+    [
+        (needs_of("decoder4"), "recompute", "layer 1 has no layer below .* use --maps uint8"),
+        (needs_of("decoder20"), "uint8", "all layers of tiny would do .decoder20 reads 20 layers, the cache has 4 "),
+        (needs_of("decoder2", head_layers=(7, 9)), "uint8", r"all layers of tiny .*\[7, 9\] are not cached"),
+    ],
+)
+def test_what_no_extraction_can_give_is_told_without_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: HeadNeeds, maps: str, said: str
+) -> None:
+    write_cache(tmp_path / "a", layers=(3, 4))
+    (cache,) = find_caches(tmp_path)
+    cache = replace(cache, spec=replace(cache.spec, maps=maps))
+    monkeypatch.setattr(pairing, "find_caches", lambda place: [cache])
+    with pytest.raises(UsageError, match=said) as raised:
+        find_pair("test", places=[tmp_path], needs=needs)
+    assert "evl-cache extract" not in str(raised.value)
+
+
+def test_a_head_deeper_than_the_usual_model_has_no_command_either(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="not even all layers of ViT-B-16-quickgelu would do") as raised:
+        find_pair("test", places=[tmp_path], needs=needs_of("decoder20"))
+    assert "evl-cache extract" not in str(raised.value)
 
 
 def test_ls_lists_what_there_is_with_owner_size_and_completeness(
