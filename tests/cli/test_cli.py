@@ -190,7 +190,7 @@ def test_a_clip_that_cannot_be_decoded_is_recorded_and_the_run_goes_on(work, run
     status, out, err = run(*args)
     assert status == 3 and "3 clips, 1 failed" in out
     assert "failed: 1.mp4: " in err and "cannot be decoded" in err
-    assert "1 clips failed" in err.splitlines()[-1]
+    assert "1 clips failed; see evl-cache info --failures caches/mixed, mend" in err.splitlines()[-1]
 
     found = json.loads(run("info", "caches/mixed", "--json")[1])
     assert (found["clips_done"], found["clips_failed"], found["is_complete"]) == (2, 1, True)
