@@ -148,7 +148,11 @@ def test_caches_of_the_same_clips_are_no_pair(tmp_path: Path) -> None:
     ("needs", "maps", "said"),
     [
         (needs_of("decoder4"), "recompute", "layer 1 has no layer below .* use --maps uint8"),
-        (needs_of("decoder20"), "uint8", "all layers of tiny would do .decoder20 reads 20 layers, the cache has 4 "),
+        (
+            needs_of("decoder20"),
+            "uint8",
+            "all layers of tiny would do .decoder20 reads 20 layers, the cache has 4 ",
+        ),
         (needs_of("decoder2", head_layers=(7, 9)), "uint8", r"all layers of tiny .*\[7, 9\] are not cached"),
     ],
 )
