@@ -149,6 +149,14 @@ def number_labels(
     return [index[label] for label in labels], classes
 
 
+def fold_of(split: object) -> int:
+    """Return the fold that a split's name asks for; 1 for any other name, and for what is none."""
+    try:
+        return numbered_split(split)[1] if isinstance(split, str) else 1
+    except UsageError:
+        return 1
+
+
 def normal_split(split: str) -> str:
     """Return `train`, `val` or `test` for what publishers and users write.
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from evl_cache.caches.places import FoundCache
-from evl_cache.clips import TRAIN_SPLITS, numbered_split
-from evl_cache.errors import UsageError
+from evl_cache.clips import TRAIN_SPLITS, fold_of
 from evl_cache.extract_options import EXTRACT_OPTIONS, Role, kept_values
 from evl_cache.notation import command_line
 from evl_cache.spec import CacheSpec
@@ -93,10 +92,7 @@ def _places(cache: FoundCache, kept: Mapping[str, object], split: str | None) ->
 
 def _split(split: str | None, *, asked: object) -> str | None:
     """The split to name; with the fold that was asked for, of data sets that have several: `train2`, or `2` for both."""
-    try:
-        fold = numbered_split(asked)[1] if isinstance(asked, str) else 1
-    except UsageError:
-        fold = 1
+    fold = fold_of(asked)
     return f"{'' if split in (None, _UNDIVIDED) else split}{fold if fold > 1 else ''}" or None
 
 

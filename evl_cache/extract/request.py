@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from evl_cache.caches.places import cache_root
-from evl_cache.clips import TRAIN_SPLITS
+from evl_cache.clips import TRAIN_SPLITS, fold_of
 from evl_cache.datasets import DATASETS, DatasetReader, check_missing
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
@@ -82,6 +82,8 @@ class ExtractRequest(ViewChoice):
         if of_train is not None:  # each of the two caches tells of the other
             augmented = ("train_views", "augment_seed", "flip")
             told |= {"views": views.crops, **{name: getattr(of_train, name) for name in augmented}}
+        if fold_of(self.split) == 1:  # the spec tells the split
+            del told["split"]
         if is_model_file(self.model):
             told["model"] = Path(self.model)
         if is_weights_file(self.weights):
