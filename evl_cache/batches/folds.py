@@ -8,11 +8,7 @@ from evl_cache.errors import UsageError
 
 
 def split_clips(
-    train: Source,
-    val: Source,
-    *,
-    train_names: Sequence[str] | None,
-    val_names: Sequence[str] | None,
+    train: Source, val: Source, *, train_names: Sequence[str] | None, val_names: Sequence[str] | None
 ) -> tuple[list[int] | None, list[int] | None]:
     """Return the rows of the clips to train on and of those to validate on; None is all of them.
 

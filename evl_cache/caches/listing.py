@@ -11,13 +11,7 @@ from typing import Any
 
 from evl_cache.caches.places import FoundCache, find_caches
 from evl_cache.notation import format_layers
-from evl_cache.store import (
-    MANIFEST_NAME,
-    array_layouts,
-    is_url,
-    manifest_at,
-    mark_path,
-)
+from evl_cache.store import MANIFEST_NAME, array_layouts, is_url, manifest_at, mark_path
 
 
 @dataclass(frozen=True, kw_only=True)

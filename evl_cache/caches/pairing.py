@@ -13,14 +13,7 @@ from evl_cache.errors import UsageError
 from evl_cache.extract_options import DEFAULT_MODEL, DEFAULT_MODEL_LAYERS
 from evl_cache.notation import command_line, format_layers, parse_layers
 from evl_cache.spec import CacheSpec
-from evl_cache.store import (
-    FeatureCache,
-    is_url,
-    open_objects,
-    public_url,
-    read_clips,
-    read_description,
-)
+from evl_cache.store import FeatureCache, is_url, open_objects, public_url, read_clips, read_description
 from evl_cache.train import HeadNeeds, pair_differences
 
 

@@ -3,10 +3,3 @@
 from evl_cache.datasets.missing import check_missing
 from evl_cache.datasets.places import is_video
 from evl_cache.datasets.registry import DATASETS, DatasetReader
-
-__all__ = [
-    "DATASETS",
-    "DatasetReader",
-    "check_missing",
-    "is_video",
-]

@@ -140,9 +140,7 @@ A list of videos, --list FILE, with --root for what its paths are relative to:
 _READERS = (
     *(
         DatasetReader(
-            name=f"k{n}",
-            description=_KINETICS.format(n=n),
-            reader=partial(read_kinetics, release=n),
+            name=f"k{n}", description=_KINETICS.format(n=n), reader=partial(read_kinetics, release=n)
         )
         for n in (400, 600, 700)
     ),

@@ -5,13 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from evl_cache.clips import Clip, ClipList, normal_split
-from evl_cache.datasets.places import (
-    VideoTree,
-    annotation_folders,
-    find_annotation,
-    join,
-    require_root,
-)
+from evl_cache.datasets.places import VideoTree, annotation_folders, find_annotation, join, require_root
 from evl_cache.datasets.text_file import read_json_entries, read_json_object
 from evl_cache.errors import UsageError
 

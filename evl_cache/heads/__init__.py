@@ -16,24 +16,6 @@ from evl_cache.heads.meanpool import MeanPoolHead
 from evl_cache.heads.mlap import MLAPHead
 from evl_cache.heads.uniformerv2 import UniFormerV2Head
 
-__all__ = [
-    "HEADS",
-    "MODULES",
-    "EVLHead",
-    "Head",
-    "LayerTokens",
-    "Maps",
-    "PlainHead",
-    "Tokens",
-    "Workspace",
-    "build_head",
-    "decoded_maps",
-    "has_module",
-    "head_class",
-    "head_depth",
-    "head_layers",
-]
-
 # A new head is one file and one line here: docs/heads.md. A name that ends in N takes a number, the layers it reads.
 HEADS: dict[str, type[Head]] = {
     "decoderN": EVLHead,

@@ -5,17 +5,3 @@ from evl_cache.processes.memory import MEMORY_SHARE, available_bytes, peak_bytes
 from evl_cache.processes.place import ProcessPlace
 from evl_cache.processes.rendezvous import Rendezvous
 from evl_cache.processes.stop_requests import Interrupted, StopRequests
-
-__all__ = [
-    "MEMORY_SHARE",
-    "Interrupted",
-    "ProcessPlace",
-    "Processes",
-    "Rendezvous",
-    "StopRequests",
-    "ToldElsewhere",
-    "available_bytes",
-    "peak_bytes",
-    "processes_of_environment",
-    "reset_peak",
-]

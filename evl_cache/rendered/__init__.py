@@ -9,16 +9,3 @@ from evl_cache.rendered.demo_motions import (
     render_demo_motions,
 )
 from evl_cache.rendered.files import write_video
-
-__all__ = [
-    "BENCHMARKS",
-    "DEFAULT_CLIPS_PER_CLASS",
-    "DEMO_CLASSES",
-    "REVERSED_PAIRS",
-    "begun_options",
-    "demo_motion_frames",
-    "is_rendered",
-    "render",
-    "render_demo_motions",
-    "write_video",
-]

@@ -12,11 +12,7 @@ import torch
 
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head, build_head
-from evl_cache.untrusted.head_files import (
-    check_archive,
-    check_head_config,
-    read_json_object,
-)
+from evl_cache.untrusted.head_files import check_archive, check_head_config, read_json_object
 
 _FORMAT = 1
 

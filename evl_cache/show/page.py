@@ -83,10 +83,7 @@ def _page(
     scores: Scores,
     sections: Sequence[tuple[str, Sequence[tuple[str, str, str]]]],
 ) -> str:
-    heading = {
-        "wrongest": "Mistakes, the least probable label first",
-        "surest": "Found, the surest first",
-    }
+    heading = {"wrongest": "Mistakes, the least probable label first", "surest": "Found, the surest first"}
     out = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
         f"<title>{html.escape(str(run))}</title>",

@@ -19,11 +19,7 @@ from evl_cache.store.disk.file_system import file_identity
 from evl_cache.store.disk.locks import BlockLock, LockWatcher, lock_holders
 from evl_cache.store.disk.permissions import set_file_mode
 from evl_cache.store.disk.runtime import REAL, Runtime
-from evl_cache.store.format.description import (
-    CacheDescription,
-    read_clips,
-    read_description,
-)
+from evl_cache.store.format.description import CacheDescription, read_clips, read_description
 from evl_cache.store.format.layout import (
     LOCKS_NAME,
     MANIFEST_NAME,
@@ -51,63 +47,3 @@ from evl_cache.store.verify import Problem, verify_cache
 from evl_cache.store.writing.block_writer import BlockLost, BlockWriter, valid_mark
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
-
-__all__ = [
-    "CARD_NAME",
-    "LOCKS_NAME",
-    "MANIFEST_NAME",
-    "PROJECTIONS_NAME",
-    "REAL",
-    "SCHEMES",
-    "BatchBuffers",
-    "BlockLock",
-    "BlockLost",
-    "BlockNotDone",
-    "BlockWriter",
-    "CacheDescription",
-    "ClipRecord",
-    "FeatureCache",
-    "LockWatcher",
-    "Manifest",
-    "OnBlock",
-    "Problem",
-    "Reads",
-    "Row",
-    "Runtime",
-    "StoredBatch",
-    "StoredMaps",
-    "StoredTokens",
-    "TokensRead",
-    "TransferResult",
-    "array_layouts",
-    "check_free_space",
-    "copy_part",
-    "copy_to_bucket",
-    "copy_to_directory",
-    "create_cache",
-    "file_identity",
-    "finish_cache",
-    "is_url",
-    "lock_holders",
-    "make_row",
-    "manifest_at",
-    "mark_path",
-    "marked_blocks",
-    "num_files",
-    "open_objects",
-    "part_spec",
-    "projections_content",
-    "projections_nbytes",
-    "public_url",
-    "read_clips",
-    "read_description",
-    "read_projections",
-    "restore_description",
-    "sample_nbytes",
-    "set_file_mode",
-    "stored_batch",
-    "valid_mark",
-    "verify_cache",
-    "write_card",
-    "write_projections",
-]

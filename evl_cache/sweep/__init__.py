@@ -1,5 +1,3 @@
 """Many heads trained from one reading of a cache: `grid` makes the trainings, `stage` runs them in passes."""
 
 from evl_cache.sweep.stage import RUNS_NAME, SWEEP_NAME, read_sweep, sweep
-
-__all__ = ["RUNS_NAME", "SWEEP_NAME", "read_sweep", "sweep"]

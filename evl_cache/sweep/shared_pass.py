@@ -189,14 +189,7 @@ class SweepPass:
             for name in (RunFile.HEAD, RunFile.BEST):
                 (out / name).unlink(missing_ok=True)
         prepare_run(out, config, resume=resume)
-        trainer = Trainer(
-            config,
-            run.options,
-            self.train_loader,
-            self.val_loader,
-            out=out,
-            stop=self._stop,
-        )
+        trainer = Trainer(config, run.options, self.train_loader, self.val_loader, out=out, stop=self._stop)
         if resume:
             trainer.load(load_state(out))
         (out / RunFile.RESULT).unlink(missing_ok=True)

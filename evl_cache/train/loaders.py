@@ -73,11 +73,7 @@ def _residents(
     residents: list[ResidentSamples | None] = []
     for cache, rows in zip(caches, samples, strict=True):
         resident = ResidentSamples(
-            cache,
-            rows[cache.is_valid[rows]],
-            reads=reads,
-            budget_bytes=budget,
-            device=device,
+            cache, rows[cache.is_valid[rows]], reads=reads, budget_bytes=budget, device=device
         )
         budget -= resident.nbytes
         residents.append(resident)

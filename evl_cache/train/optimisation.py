@@ -110,12 +110,7 @@ def parameter_groups(
             own = module.named_parameters(recurse=False)
             free += [parameter for name, parameter in own if is_norm or name == "bias"]
     names = {id(parameter) for parameter in free}
-    groups = [
-        {
-            "params": [p for p in head.parameters() if id(p) not in names],
-            "weight_decay": weight_decay,
-        }
-    ]
+    groups = [{"params": [p for p in head.parameters() if id(p) not in names], "weight_decay": weight_decay}]
     return groups + ([{"params": free, "weight_decay": 0.0}] if free else [])
 
 

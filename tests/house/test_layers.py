@@ -154,7 +154,7 @@ def _objection_to_room(room: str, name: str) -> str | None:
 def _objection_to_drawer(target: str, name: str) -> str | None:
     """A room whose `__init__` gives names out is entered through it; one that gives none is a corridor of doors."""
     path = PACKAGE / target
-    gives = path.is_dir() and "__all__" in (path / "__init__.py").read_text(encoding="utf-8")
+    gives = path.is_dir() and "\nfrom evl_cache." in (path / "__init__.py").read_text(encoding="utf-8")
     inside = name.split(".")[2 + target.count("/") :]
     is_drawer = len(inside) > 1 or (
         inside and any((path / f"{inside[0]}{end}").exists() for end in ("", ".py"))
