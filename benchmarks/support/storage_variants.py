@@ -18,7 +18,7 @@ from evl_cache.quantize import (
     dequantize_maps,
     dequantize_tokens,
     frame_difference,
-    frame_sum,
+    frame_sum_,
     quantize_maps,
     quantize_tokens,
 )
@@ -82,9 +82,10 @@ def affine_tokens(tokens: Tensor, *, bits: int = 8, difference: bool) -> Coded:
         codes = frame_difference(codes)
 
     def decode(arrays: Sequence[np.ndarray]) -> Tensor:
-        differences, affine, scale = (torch.from_numpy(np.array(array)) for array in arrays)
-        found = frame_sum(differences) if difference else differences
-        return dequantize_tokens(found, affine, scale)
+        found, affine, scale = map(np.array, arrays)
+        if difference:
+            frame_sum_(found)
+        return dequantize_tokens(*map(torch.from_numpy, (found, affine, scale)))
 
     small = (stored.affine.numpy(), stored.scale.numpy())
     raw = codes.size * bits // 8 + sum(array.nbytes for array in small)
@@ -106,7 +107,10 @@ def grouped_int4(tokens: Tensor, *, difference: bool) -> Coded:
 
     def decode(arrays: Sequence[np.ndarray]) -> Tensor:
         nibbles, scale, calibration = arrays
-        found = _signed(frame_sum(nibbles)) if difference else np.array(nibbles)
+        found = np.array(nibbles)
+        if difference:
+            frame_sum_(found)
+            found = _signed(found)
         steps = torch.from_numpy(found).float().unflatten(-1, (-1, GROUP))
         values = (steps / 7 * torch.from_numpy(np.array(scale)).float()).flatten(-2)
         return values * torch.from_numpy(calibration[0].copy()) + torch.from_numpy(calibration[1].copy())
