@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,13 +90,22 @@ def objects_of(url: str, like: Path) -> dict[str, bytes]:
     return {name: objects.get(name, most_nbytes=1 << 30) for name in files_of(like)}
 
 
+def _stopped_with(pid: int, objects, name: str) -> bool:  # type: ignore[no-untyped-def]
+    """Whether an object is there; the process stands still meanwhile, and goes on only where it is not."""
+    os.kill(pid, signal.SIGSTOP)
+    if _has(objects, name):
+        return True
+    os.kill(pid, signal.SIGCONT)
+    return False
+
+
 def test_push_to_a_bucket_killed_on_the_way_goes_on_and_pull_brings_back_the_same_bytes(
     commands: Commands, caches: Path, bucket: str, s3: dict[str, str], tmp_path: Path
 ) -> None:
     url, source = f"{bucket}/pushed/a", caches / "a"
     pid = commands.start("push", source, url, "--threads", 1, **s3)
     third = open_objects(f"{url}/done")
-    wait_until(lambda: _has(third, "000002.json"), what="the third mark in the bucket")
+    wait_until(lambda: _stopped_with(pid, third, "000002.json"), what="the third mark in the bucket")
     commands.kill(pid)
     assert not _has(open_objects(url), "manifest.json")
     with pytest.raises(CacheError, match="not complete; finish extract or push"):
