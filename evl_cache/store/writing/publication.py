@@ -46,8 +46,9 @@ def check_nothing_lost(clips: Sequence[ClipRecord], there: Sequence[bool], *, pl
     if lost:
         told = "; ".join(f"{clip.id}: {clip.error}" for clip in lost[:_MOST_NAMED])
         raise RowsAtStake(
-            f"{place}: block {block} stays as it is: it has features of {len(lost)} clips that cannot be made again "
-            f"({told}{'; …' if len(lost) > _MOST_NAMED else ''}); bring back what these need, then run the same command again"
+            f"{place}: block {block} stays as it is: {len(lost)} of its clips would lose their features "
+            f"({told}{'; …' if len(lost) > _MOST_NAMED else ''}); bring back what they need where they are made, then run "
+            "the same command again"
         )
 
 
