@@ -43,6 +43,7 @@ def command(
     clip_timeout: float | None,
     max_failures: str | None,
     retry_failed: bool,
+    check_sources: bool,
     reuse: Path | None,
     as_json: bool,
     **given: Any,
@@ -73,10 +74,11 @@ def command(
         clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
         most_failures=None if max_failures is None else FailureLimit.parse(max_failures),
         retry_failed=retry_failed,
+        check_sources=check_sources,
         reuse=reuse,
     )
     reports: list[dict[str, Any]] = []
-    not_redone: list[str] = []
+    wrong: list[str] = []
     for job, result in extract_dataset(
         make_request(given, pixels=options.decoding.pixels),
         options=options,
@@ -84,7 +86,11 @@ def command(
         on_job=_say_job if place.is_first else lambda job: None,
         rendezvous=rendezvous,
     ):
-        not_redone += result.not_redone
+        wrong += [*result.not_redone, *filter(None, [result.sources_changed])]
+        if result.sources_in_doubt and check_sources:
+            wrong.append(result.sources_in_doubt)
+        elif result.sources_in_doubt and place.is_first:
+            click.echo(shown(result.sources_in_doubt), err=True)
         if not place.is_first:
             _say_share(place, job, result)
             continue
@@ -95,9 +101,9 @@ def command(
             click.echo(f"failed: {clip}: {reason}", err=True)
     if as_json and place.is_first:
         print_json({"caches": reports})
-    for reason in not_redone:
+    for reason in wrong:
         click.echo(shown(reason), err=True)
-    return 1 if not_redone else _status(place, [report for report in reports if report["failed"]])
+    return 1 if wrong else _status(place, [report for report in reports if report["failed"]])
 
 
 def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
@@ -106,8 +112,11 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
         "split": job.spec.split,
         "clips": result.clips,
         "clips_here": result.clips_done_here,
+        "was_done": result.was_done,
         "failed": len(result.failures),
         "not_redone": result.not_redone,
+        "sources_changed": result.sources_changed,
+        "sources_in_doubt": result.sources_in_doubt,
         "bytes": sum(file.stat().st_size for file in job.cache_path.rglob("*") if file.is_file()),
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
@@ -116,8 +125,9 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
 
 
 def _say_result(report: dict[str, Any]) -> None:
+    nothing = "nothing to do, " if report["was_done"] else ""
     click.echo(
-        f"{report['cache']}: {report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
+        f"{report['cache']}: {nothing}{report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
         f"{report['seconds']:.1f} s, digest {report['cache_digest'][:16]}"
     )
 

@@ -100,7 +100,7 @@ def repair(
     differs: tuple[str, ...] = ()
     if broken:
         job = _job_of(cache_path, tower, root)
-        did, differs = _redo(job, broken, options=replace(options, retry_failed=False), on_clip=on_clip)
+        did, differs = _redo(job, broken, options=options, on_clip=on_clip)
     is_complete = FeatureCache(cache_path).is_complete
     return RepairResult(
         problems=tuple(problems),

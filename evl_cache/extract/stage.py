@@ -19,10 +19,18 @@ from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.environment import package_versions
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
-from evl_cache.extract.redo import BlockRedo, redo_of_failures
+from evl_cache.extract.redo import BlockRedo, failed_rows, rows_by_block
+from evl_cache.extract.sources import SourceCheck, check_sources
 from evl_cache.processes import Rendezvous
 from evl_cache.spec import CODECS, MAP_STORAGE, SOFTWARE_PIXELS, TOKEN_STORAGE, CacheSpec, TowerSpec, ViewSpec
-from evl_cache.store import BlockNotDone, FeatureCache, check_free_space, create_cache, finish_cache
+from evl_cache.store import (
+    BlockNotDone,
+    FeatureCache,
+    check_free_space,
+    create_cache,
+    finish_cache,
+    finished_blocks,
+)
 from evl_cache.towers import Tower, check_layers, map_projections
 
 SHARD_SAMPLES = 64
@@ -38,7 +46,10 @@ class ExtractResult:
         failures: (clip id, reason) of each failed clip of the cache.
         seconds: duration of this run.
         cache_digest: digest of the finished cache.
+        was_done: whether there was nothing to do.
         not_redone: why features that were to be made again stay as they are: of blocks, and of single clips.
+        sources_changed: what is known of videos that are not those the features were made of.
+        sources_in_doubt: what is not known of videos that may be others.
     """
 
     clips: int
@@ -46,7 +57,10 @@ class ExtractResult:
     failures: tuple[tuple[str, str], ...]
     seconds: float
     cache_digest: str
+    was_done: bool = False
     not_redone: tuple[str, ...] = ()
+    sources_changed: str | None = None
+    sources_in_doubt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +150,9 @@ def extract(
         lock_expiry_s=options.lock_expiry_s,
     )
     done_here, not_redone = 0, list[str]()
-    redo = redo_of_failures(job) if options.retry_failed else {}
+    sources = check_sources(job.cache_path, job.spec, job.clips.clips, job.root, prove=options.check_sources)
+    redo = _redo_of(job, sources, options)
+    was_done = not redo and len(finished_blocks(job.cache_path)) == job.spec.num_blocks
     while True:
         did = extract_blocks(
             job,
@@ -163,8 +179,20 @@ def extract(
         failures=tuple(FeatureCache(job.cache_path).failures),
         seconds=time.monotonic() - started,
         cache_digest=cache_digest,
+        was_done=was_done,
         not_redone=tuple(not_redone),
+        sources_changed=None if options.check_sources else sources.told_of_changed,
+        sources_in_doubt=sources.told_of_unproved,
     )
+
+
+def _redo_of(job: ExtractionJob, sources: SourceCheck, options: ExtractOptions) -> dict[int, BlockRedo]:
+    """Which clips that are done are made again, by block."""
+    rows = [
+        *(failed_rows(job) if options.retry_failed else ()),
+        *(sources.changed if options.check_sources else ()),
+    ]
+    return {block: BlockRedo(again=again) for block, again in rows_by_block(job.spec, rows).items()}
 
 
 def tower_projections(tower: Tower, spec: CacheSpec) -> dict[int, MapProjection] | None:

@@ -15,6 +15,7 @@ from evl_cache.store.copying.part import copy_part, part_spec
 from evl_cache.store.copying.source import OnBlock, TransferResult
 from evl_cache.store.copying.to_bucket import copy_to_bucket
 from evl_cache.store.copying.to_directory import copy_to_directory
+from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.file_system import file_identity
 from evl_cache.store.disk.locks import BlockLock, LockWatcher, lock_holders
 from evl_cache.store.disk.permissions import set_file_mode
