@@ -114,9 +114,9 @@ class BlockExtractor:
         except BaseException:
             writer.close()
             raise
-        return ExtractedBlock(
-            writer=writer, records=records, kept=kept, environment=self._environment_of(records, kept)
-        )
+        environment = self._environment_of(records, kept)
+        self._kept = None  # closes its files: what is open cannot be replaced on some network disks
+        return ExtractedBlock(writer=writer, records=records, kept=kept, environment=environment)
 
     def _tries(self, kept: KeptRows) -> bool:
         """Whether one of the clips that are to be made again can be: else nothing need be read or written."""
