@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from evl_cache import video
@@ -22,9 +23,13 @@ from evl_cache.errors import ClipError, Outage, WorkerError
 from evl_cache.extract import outages
 from evl_cache.extract.outages import Surroundings
 from evl_cache.extract.prepare import PreparedClip, prepare_clip
+from evl_cache.live.clips import LiveClips
+from evl_cache.live.loader import OnlineLoader
+from evl_cache.processes import Processes
 from evl_cache.rendered import demo_motion_frames, write_video
 from evl_cache.spec import TowerSpec, ViewSpec
 from evl_cache.store import FeatureCache
+from evl_cache.towers import Backbone
 from evl_cache.video import Choose, FrameEvent, decode_clip, decode_frames
 from evl_cache.video import process as decode_process
 from evl_cache.video.pool import DecodePool
@@ -36,14 +41,17 @@ from tests.support.store_helpers import (
     differences,
     extract_small,
     load_clips,
+    small_spec,
     small_tower,
     tree,
     wait_until,
 )
+from tests.support.warm_python import warm_python
 
 ERRNOS = ("ENOTCONN", "ESTALE", "EIO", "EACCES", "EPERM", "ENODEV", "EMFILE", "ENFILE", "ENOMEM", "ETIMEDOUT", "EHOSTDOWN",
           "EREMOTEIO", "EUCLEAN")  # fmt: skip
 NAMED = (*ERRNOS[:4], "ENODEV", "EMFILE")  # by those who lost clips
+CALLS = {"open": 34, "read": 64, "getattr": 220, "any": 380}  # of an extraction of eight clips, about
 VIEWS = ViewSpec(frames=4, stride=2)
 WANTED = np.array([[0, 2, 4, 6]])
 
@@ -459,21 +467,22 @@ def test_ctrl_c_ends_a_run_that_waits(disk: LyingDisk, motions: Path, tmp_path: 
     assert time.monotonic() - started < 20
 
 
-def extract_with_an_outage(seed: int, disk: LyingDisk, motions: Path, cache: Path) -> None:
-    """Extract, and let the disk fail at a moment, for a while, in a way, by seed."""
+def extract_with_an_outage(seed: int, disk: LyingDisk, motions: Path, cache: Path) -> bool:
+    """Extract, and let the disk fail at a moment, for a while, in a way, by seed. Return whether it failed in time."""
     draw = random.Random(seed)
-    call = draw.choice(("open", "read", "getattr", "any"))
+    call = draw.choice(tuple(CALLS))
     number = getattr(errno, draw.choice(ERRNOS[:5]))
-    fault = Fault(call, number, at=draw.randint(1, {"open": 30, "getattr": 60}.get(call, 120)), times=None)
+    fault = Fault(call, number, at=draw.randint(1, CALLS[call]), times=None)
     disk.set(fault, no_mmap=True)
 
     def mend() -> None:
         while disk.faults_met() == 0 and not is_done.wait(0.01):
             pass
+        met.extend([True] * disk.faults_met())
         is_done.wait(draw.uniform(0.0, 0.4))
         disk.set(no_mmap=True)
 
-    is_done = threading.Event()
+    is_done, met = threading.Event(), list[bool]()
     mender = threading.Thread(target=mend)
     mender.start()
     try:
@@ -481,14 +490,17 @@ def extract_with_an_outage(seed: int, disk: LyingDisk, motions: Path, cache: Pat
     finally:
         is_done.set()
         mender.join()
+    return bool(met)
 
 
 def check_outages(seeds: range, disk: LyingDisk, motions: Path, tmp_path: Path) -> None:
     extract_from(disk, motions, tmp_path / "whole")
     whole = tree(tmp_path / "whole")
+    met = 0
     for seed in seeds:
-        extract_with_an_outage(seed, disk, motions, tmp_path / f"{seed}")
+        met += extract_with_an_outage(seed, disk, motions, tmp_path / f"{seed}")
         assert differences(tree(tmp_path / f"{seed}"), whole) == [], f"seed {seed}"
+    assert met > len(seeds) / 2
 
 
 def test_after_an_outage_at_any_moment_the_cache_is_the_same_to_the_byte(
@@ -502,3 +514,96 @@ def test_after_many_outages_the_cache_is_the_same_to_the_byte(
     disk: LyingDisk, motions: Path, tmp_path: Path
 ) -> None:
     check_outages(range(4, 150), disk, motions, tmp_path)
+
+
+# Several processes, and those who look at videos without a cache
+
+
+def torchrun(work: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """`evl-cache extract` in two processes."""
+    run = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.run(
+        [*run, "-m", "evl_cache_cli", "extract", "--dataset", "list", *arguments],
+        cwd=work,
+        env=os.environ | {"PYTHON_EXEC": warm_python(), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def options_of(work: Path, videos: Path, motions: Path, count: int) -> tuple[str, ...]:
+    (work / "list.txt").write_text("".join(f"{number:02d}.mp4 0\n" for number in range(count)))
+    tower = ("--model", str(motions / "tower.json"), "--pretrained", "none", "--layers", "3", "--frames", "4")
+    return (
+        "--list",
+        "list.txt",
+        "--root",
+        str(videos),
+        *tower,
+        "--stride",
+        "2",
+        "--cache",
+        "cache",
+        "--device",
+        "cpu",
+    )
+
+
+def test_torchrun_is_told_of_an_outage(disk: LyingDisk, motions: Path, tmp_path: Path) -> None:
+    disk.set(Fault("open", errno.ESTALE, times=None))
+    options = options_of(tmp_path, disk.path, motions, 8)
+    ended = torchrun(tmp_path, *options, "--outage-patience", "0.5")
+    assert ended.returncode == 1 and os.strerror(errno.ESTALE) in ended.stderr
+    assert FeatureCache(tmp_path / "cache").failures == []
+    disk.clear()
+    assert (
+        torchrun(tmp_path, *options).returncode == 0
+    )  # though one clip is broken: it would be taken for a crash
+    assert [name for name, _ in FeatureCache(tmp_path / "cache").failures] == [BROKEN]
+
+
+def test_torchrun_is_told_of_too_many_failures(motions: Path, tmp_path: Path) -> None:
+    for number in range(60):
+        (tmp_path / f"{number:02d}.mp4").write_bytes(b"no video")
+    ended = torchrun(tmp_path, *options_of(tmp_path, tmp_path, motions, 60))
+    assert ended.returncode == 1 and "60 in a row" in ended.stderr
+    assert FeatureCache(tmp_path / "cache").failures == []
+
+
+def loader_of(folder: Path, **more: Any) -> OnlineLoader:
+    clips = load_clips(folder).clips
+    tower = small_tower(folder)
+    job_spec = small_spec(load_clips(folder), tower)
+    return OnlineLoader(
+        LiveClips(path=folder, spec=job_spec, clips=clips),
+        np.arange(len(clips)),
+        backbone=Backbone(tower.visual, job_spec.layers, with_maps=True),
+        device=torch.device("cpu"),
+        batch=4,
+        shuffle_seed=None,
+        workers=2,
+        processes=Processes(),
+        **more,
+    )
+
+
+def test_live_features_wait_for_a_disk(videos: Path) -> None:
+    def come_back(message: str) -> None:
+        said.append(message)
+        if len(said) == 1:
+            elsewhere.rename(videos)
+
+    said: list[str] = []
+    loader = loader_of(videos, on_outage=come_back)
+    elsewhere = videos.rename(videos.with_name("elsewhere"))
+    assert sum(len(batch.labels) for batch in loader.epoch()) == 7
+    assert len(said) == 2 and set(loader.failures) == {5}
+
+
+def test_live_features_end_with_an_outage_that_lasts(videos: Path) -> None:
+    loader = loader_of(videos, patience_s=0.1)
+    videos.rename(videos.with_name("elsewhere"))
+    with pytest.raises(Outage, match="is not there"):
+        next(loader.epoch())
+    assert loader.failures == {}
