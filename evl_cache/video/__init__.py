@@ -48,8 +48,8 @@ def decode_frames(
             a second decoder counts differently.
         options: how to decode.
 
-    Raises: ClipError with the reason where the file cannot be read or frames are damaged; frames that were yielded
-        before must not be used then.
+    Raises: ClipError with the reason where the file cannot be decoded or frames are damaged, Outage where something else
+        than the file is at fault; frames that were yielded before must not be used then.
     """
     options = options or DecodeOptions()
     if options.decoder == "torchcodec":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evl_cache.errors import ClipError, UsageError
+from evl_cache.errors import NO_SUCH_FILE, Outage, UsageError
 from evl_cache.spec import DECODERS, SOFTWARE_PIXELS
 
 # Frames are passed on in pieces of about this size, so that memory does not grow with their number.
@@ -156,10 +156,11 @@ def reason_of(error: BaseException) -> str:
 
 
 def read_through(path: str | Path) -> None:
-    """Read a file to its end. Raises: ClipError where that fails, which is no decoder's word on what is in it."""
+    """Read a file to its end, if there is one. Raises: Outage where that fails, whatever a decoder said of it."""
     try:
         with open(path, "rb", buffering=0) as file:
             while file.read(1 << 20):
                 pass
     except OSError as error:
-        raise ClipError(f"{path}: cannot be read ({error.strerror})") from error
+        if error.errno not in NO_SUCH_FILE:
+            raise Outage.of(f"{path}: cannot be read", error, remedy="bring the disk back") from error
