@@ -4,6 +4,7 @@ T frames asked for, H and W source pixels.
 """
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from evl_cache.spec import DECODERS, SOFTWARE_PIXELS
 
 # Frames are passed on in pieces of about this size, so that memory does not grow with their number.
 PIECE_BYTES = 8 << 20
+
+_TIME_OF_DAY = re.compile(r"\[\d\d:\d\d:\d\d\] ")  # in decord's messages: a record must not depend on it
 
 Choose = Callable[[int], np.ndarray]
 
@@ -152,7 +155,7 @@ def reason_of(error: BaseException) -> str:
     """Return the first line of a decoder's message that says something; decord's ends with a C++ stack trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    return text.split("] ", 1)[-1][:200]
+    return _TIME_OF_DAY.sub("", text.split("] ", 1)[-1][:200])
 
 
 def read_through(path: str | Path) -> None:

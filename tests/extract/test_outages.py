@@ -352,6 +352,19 @@ def test_which_decoder_read_a_clip_does_not_depend_on_a_moment(
     assert decoders_of(motions / "00.mp4").startswith("PyAV")
 
 
+def test_damage_that_decord_does_not_always_report_is_left_to_pyav(
+    motions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path, choose: Choose, options: video.DecodeOptions) -> Iterator[FrameEvent]:
+        yield from real(path, choose, options)
+        if next(reports):
+            raise ClipError(f"{path}: has damaged frames")
+
+    real, reports = video.decord_frames, iter([True, False, True])
+    monkeypatch.setattr(video, "decord_frames", fails)
+    assert decoders_of(motions / "00.mp4").startswith("PyAV")
+
+
 def test_a_file_that_cannot_be_read_where_decord_failed_is_an_outage(
     motions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
