@@ -273,13 +273,14 @@ def _work(process: Process, spec: CacheSpec, *, repairs: bool = False) -> None:
 def _needs_another_run(world: World, spec: CacheSpec) -> bool:
     """Where one took a block back that it had no lock for any more, and died before it redid the block.
 
-    That is seen: there is no mark or no manifest then, and the same command again does the rest; or a block's files are
-    not those of its mark, and repair does it.
+    That is seen: there is no mark or no manifest then, and the same command again does the rest. In a redo a block may be
+    left with files that are not those of its mark; repair mends it.
     """
     if all(process.is_alive for process in world.processes):
         return False
     marked = all(valid_mark(world.root, spec, block) for block in range(spec.num_blocks))
-    return not marked or not (world.root / MANIFEST_NAME).exists() or bool(_broken(world.root, spec))
+    is_mixed = spec.block_clips > 1 and bool(_broken(world.root, spec))
+    return is_mixed or not marked or not (world.root / MANIFEST_NAME).exists()
 
 
 def _broken(root: Path, spec: CacheSpec) -> list[int]:
