@@ -11,7 +11,7 @@ from evl_cache.extract_options import EXTRACT_OPTIONS, Role, default_batch, opti
 from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
-from .common import Command, default_device, human_bytes, print_json
+from .common import Command, default_device, human_bytes, print_json, shown
 from .extract_flags import extract_flags, make_request
 from .mode_option import mode_option
 
@@ -76,6 +76,7 @@ def command(
         reuse=reuse,
     )
     reports: list[dict[str, Any]] = []
+    not_redone: list[str] = []
     for job, result in extract_dataset(
         make_request(given, pixels=options.decoding.pixels),
         options=options,
@@ -83,6 +84,7 @@ def command(
         on_job=_say_job if place.is_first else lambda job: None,
         rendezvous=rendezvous,
     ):
+        not_redone += result.not_redone
         if not place.is_first:
             _say_share(place, job, result)
             continue
@@ -93,7 +95,9 @@ def command(
             click.echo(f"failed: {clip}: {reason}", err=True)
     if as_json and place.is_first:
         print_json({"caches": reports})
-    return _status(place, [report for report in reports if report["failed"]])
+    for reason in not_redone:
+        click.echo(shown(reason), err=True)
+    return 1 if not_redone else _status(place, [report for report in reports if report["failed"]])
 
 
 def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
@@ -103,6 +107,7 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
         "clips": result.clips,
         "clips_here": result.clips_done_here,
         "failed": len(result.failures),
+        "not_redone": result.not_redone,
         "bytes": sum(file.stat().st_size for file in job.cache_path.rglob("*") if file.is_file()),
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,

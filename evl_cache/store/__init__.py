@@ -25,11 +25,14 @@ from evl_cache.store.format.layout import (
     MANIFEST_NAME,
     PROJECTIONS_NAME,
     array_layouts,
+    blocks_in_redo,
+    finished_blocks,
+    is_in_redo,
     mark_path,
     marked_blocks,
 )
 from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at
-from evl_cache.store.format.marks import ClipRecord
+from evl_cache.store.format.marks import ClipRecord, Mark, mark_file_digest
 from evl_cache.store.format.recomputed import (
     projections_content,
     projections_nbytes,
@@ -44,6 +47,8 @@ from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch
 from evl_cache.store.reading.reader import FeatureCache
 from evl_cache.store.verify import Problem, verify_cache
-from evl_cache.store.writing.block_writer import BlockLost, BlockWriter, valid_mark
+from evl_cache.store.writing.block_writer import BlockWriter
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
+from evl_cache.store.writing.publication import BlockLost, RowsAtStake, valid_mark
+from evl_cache.store.writing.stored_rows import StoredRow, StoredRows

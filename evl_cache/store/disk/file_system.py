@@ -133,6 +133,25 @@ def again_if_stale(read: Callable[[], Found]) -> Found:
         return read()
 
 
+def is_there(path: Path) -> bool:
+    """Whether something lies at a path. Raises: CacheError where the disk refuses to tell."""
+    try:
+        path.stat()
+    except OSError as error:
+        if is_refusal(error):
+            raise disk_error("look at", path, error) from error
+        return False
+    return True
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file that may be gone already. Raises: CacheError where the disk refuses."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error("remove", path, error) from error
+
+
 def file_identity(path: Path) -> tuple[int, int] | None:
     """Return what tells the file under a name from any other that is published there; None where there is none."""
     try:
@@ -182,9 +201,16 @@ def read_limited(path: Path, most_nbytes: int) -> bytes:
 
 
 def check_no_links(root: Path, path: Path) -> None:
-    """Check that a path below a cache stays in it. Raises: CacheError where a part of it, below `root`, is a link."""
+    """Check that a path below a cache stays in it.
+
+    Raises: CacheError where a part of it, below `root`, is a link; where the disk refuses to tell.
+    """
     while path != root:
-        if path.is_symlink():
+        try:
+            is_link = path.is_symlink()
+        except OSError as error:
+            raise disk_error("look at", path, error) from error
+        if is_link:
             raise link_error(path)
         path = path.parent
 
@@ -205,6 +231,14 @@ _REMEDIES = {
     errno.ESTALE: "another machine replaced it meanwhile: run the same command again",
     errno.ENOENT: "something removed it meanwhile: run the same command again",
 }
+
+
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+def is_refusal(error: OSError) -> bool:
+    """Whether an error tells of a disk, a permission or a limit, and nothing of what lies at the path."""
+    return error.errno not in _NOT_THERE
 
 
 def disk_error(action: str, path: Path, error: OSError) -> CacheError:

@@ -29,6 +29,7 @@ from evl_cache.store.disk.file_system import (
     again_if_stale,
     disk_error,
     give_second_name,
+    is_there,
     open_regular,
     remove_leftover,
     start_writeback,
@@ -255,7 +256,7 @@ def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> bool:
 def make_directories(path: Path) -> None:
     """Create `path` and its missing parents, each made durable. Several writers may do so at once."""
     missing = [path]
-    while not missing[-1].is_dir() and missing[-1] != missing[-1].parent:
+    while not is_there(missing[-1]) and missing[-1] != missing[-1].parent:
         missing.append(missing[-1].parent)
     for directory in reversed(missing[:-1]):
         try:

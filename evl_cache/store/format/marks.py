@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from evl_cache.canonical_json import digest
+from evl_cache.canonical_json import canonical_json, digest
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.file_system import check_no_links, read_limited
+from evl_cache.store.disk.checksum import content_digest
+from evl_cache.store.disk.file_system import check_no_links, disk_error, is_refusal, read_limited
 from evl_cache.store.format.layout import ArrayLayout, array_layouts, mark_path
 from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.untrusted.json_text import parse_json
@@ -83,6 +84,11 @@ def mark_document(mark: Mark, spec: CacheSpec) -> dict[str, Any]:
     return {**content, "digest": digest(content)}
 
 
+def mark_file_digest(mark: Mark, spec: CacheSpec) -> tuple[int, str]:
+    """Return size and sha256 of the file that a mark is written to."""
+    return content_digest(canonical_json(mark_document(mark, spec)))
+
+
 def _head(spec: CacheSpec, block: int) -> dict[str, Any]:
     """The fields that tie a mark to its block and cache."""
     return {
@@ -104,7 +110,10 @@ def read_mark(cache_path: Path, block: int, spec: CacheSpec) -> Mark | None:
 
 
 def read_mark_bytes(cache_path: Path, block: int) -> bytes | None:
-    """Return the bytes of a block's mark; None where there is none. Raises: CacheDamaged as `read_mark`."""
+    """Return the bytes of a block's mark; None where there is none.
+
+    Raises: CacheDamaged as `read_mark`; CacheError where the disk refuses: a block is not taken for undone then.
+    """
     path = mark_path(cache_path, block)
     try:
         check_no_links(cache_path, path.parent)
@@ -112,6 +121,9 @@ def read_mark_bytes(cache_path: Path, block: int) -> bytes | None:
     except FileNotFoundError:
         return None
     except (OSError, CacheError) as error:
+        refused = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(refused, OSError) and is_refusal(refused):
+            raise disk_error("read", path, refused) from refused
         raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
 
 
