@@ -167,11 +167,7 @@ class LockWatcher:
         Returns: whether no other job may be at work.
         """
         is_idle = True
-        try:
-            entries = sorted(self.directory.iterdir())
-        except OSError as error:
-            raise disk_error("read", self.directory, error) from error
-        for entry in entries:
+        for entry in _listed(self.directory):
             if ASIDE_NAME.fullmatch(entry.name):
                 remove_leftover(entry)  # left by a taker that died; a living one tries again
             elif LOCK_NAME.fullmatch(entry.name) and entry != own.path:
@@ -255,14 +251,26 @@ def process_start(pid: int) -> str:
 
 
 def lock_holders(directory: Path) -> dict[int, str]:
-    """Return the host that has each block's lock, alive or not; `?` for a lock that cannot be read."""
+    """Return the host that has each block's lock, alive or not; `?` for a lock that cannot be read.
+
+    Raises: CacheError where the disk refuses.
+    """
     found = {}
-    for path in directory.glob(f"[0-9]*{SUFFIX}"):
-        content = read_lock(path)
+    for path in _listed(directory):
+        content = read_lock(path) if LOCK_NAME.fullmatch(path.name) else None
         if path.stem.isdecimal() and content is not None:
             holder = _parse(content)
             found[int(path.stem)] = "?" if holder is None else holder.host
     return found
+
+
+def _listed(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise disk_error("read", directory, error) from error
 
 
 def _parse(content: bytes) -> _Holder | None:
