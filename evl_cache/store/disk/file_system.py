@@ -185,14 +185,23 @@ def open_descriptor(path: Path) -> int:
 
 
 def read_limited(path: Path, most_nbytes: int) -> bytes:
-    """Return a regular file's bytes. Raises: as `open_descriptor`; CacheError where it is larger."""
+    """Return a regular file's bytes.
+
+    Raises: OSError where there is none; CacheError where it is something else, or larger, or the disk refuses: what
+        cannot be read for now is not taken for missing or damaged.
+    """
 
     def read() -> tuple[int, bytes]:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             return size, b"" if size > most_nbytes else file.read(most_nbytes + 1)
 
-    size, content = again_if_stale(read)
+    try:
+        size, content = again_if_stale(read)
+    except OSError as error:
+        if is_refusal(error):
+            raise disk_error("read", path, error) from error
+        raise
     if size > most_nbytes or len(content) > most_nbytes:
         raise CacheError(
             f"{path}: has {size} bytes, expected at most {most_nbytes}; it is no file of a cache"

@@ -13,7 +13,7 @@ from evl_cache.canonical_json import canonical_json, digest
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest
-from evl_cache.store.disk.file_system import check_no_links, disk_error, is_refusal, read_limited
+from evl_cache.store.disk.file_system import check_no_links, is_refusal, read_limited
 from evl_cache.store.format.layout import ArrayLayout, array_layouts, mark_path
 from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.untrusted.json_text import parse_json
@@ -121,9 +121,8 @@ def read_mark_bytes(cache_path: Path, block: int) -> bytes | None:
     except FileNotFoundError:
         return None
     except (OSError, CacheError) as error:
-        refused = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(refused, OSError) and is_refusal(refused):
-            raise disk_error("read", path, refused) from refused
+        if isinstance(error.__cause__, OSError) and is_refusal(error.__cause__):
+            raise
         raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
 
 
