@@ -21,6 +21,7 @@ from tests.support.lying_disk import NO_HARD_LINKS, SLOW_CLOSE, LyingDisk, needs
 from tests.support.store_helpers import one_thread, small_tower
 
 IN_THE_SUITE, ALL = 20, 200
+ONLY = int(os.environ["EVL_CACHE_DISK_SCHEDULE"]) if "EVL_CACHE_DISK_SCHEDULE" in os.environ else None
 SWITCHES: dict[str, tuple[tuple[Any, ...], dict[str, bool]]] = {
     "silly renames": ((), {"silly_rename": True}),
     "stale handles": ((), {"stale": True}),
@@ -105,7 +106,7 @@ def test_caches_are_written_and_trained_on_into_the_same_disk(
 
 
 def test_schedules_of_faults_kills_and_jobs(bench: Bench) -> None:
-    for seed in range(IN_THE_SUITE):
+    for seed in [ONLY] if ONLY is not None else range(IN_THE_SUITE):
         run_seed(bench, seed)
 
 
