@@ -13,7 +13,7 @@ from evl_cache.canonical_json import canonical_json, digest
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store.disk.checksum import content_digest
-from evl_cache.store.disk.file_system import check_no_links
+from evl_cache.store.disk.file_system import check_no_links, is_there
 from evl_cache.store.disk.publish import make_directories, write_atomic
 from evl_cache.store.format.description import (
     MOST_CLIPS_NBYTES,
@@ -139,7 +139,7 @@ def _support(cache_path: Path, copy: _Copy) -> tuple[int, int, int]:
         except CacheDamaged:
             continue
     try:
-        if (cache_path / MANIFEST_NAME).exists():
+        if is_there(cache_path / MANIFEST_NAME):
             named = read_manifest(cache_path, spec).files.get(METADATA_NAME)
             listed = int(named == content_digest(canonical_json(copy.group)))
     except CacheDamaged:
