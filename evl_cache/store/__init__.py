@@ -28,11 +28,11 @@ from evl_cache.store.format.layout import (
     mark_path,
     marked_blocks,
 )
+from evl_cache.store.format.limits import projections_nbytes
 from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at
 from evl_cache.store.format.marks import ClipRecord
 from evl_cache.store.format.recomputed import (
     projections_content,
-    projections_nbytes,
     read_projections,
     write_projections,
 )

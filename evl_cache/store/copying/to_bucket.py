@@ -15,10 +15,9 @@ from evl_cache.store.copying.source import (
 )
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.file_system import check_no_links, file_identity
-from evl_cache.store.format.description import MOST_CLIPS_NBYTES, description_files, read_description
+from evl_cache.store.format.description import description_files, read_description
 from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path
-from evl_cache.store.format.manifest import MOST_MANIFEST_NBYTES
-from evl_cache.store.format.marks import MOST_MARK_NBYTES
+from evl_cache.store.format.limits import file_limit, manifest_limit, mark_limit
 from evl_cache.store.objects.objects import WritableObjects, open_writable
 
 
@@ -35,18 +34,18 @@ def copy_to_bucket(
     if (card := read_card(source.objects)) is not None and card != read_card(target):
         target.put(CARD_NAME, card)
     manifest = source.written_manifest
-    is_there = manifest is not None and _get(target, MANIFEST_NAME, MOST_MANIFEST_NBYTES) == manifest
+    is_there = manifest is not None and _get(target, MANIFEST_NAME, manifest_limit(source.spec)) == manifest
     if not is_there:
         target.delete(MANIFEST_NAME)
         for name in description_files(source.spec):
-            target.put(name, source.objects.get(name, most_nbytes=MOST_CLIPS_NBYTES))
+            target.put(name, source.objects.get(name, most_nbytes=file_limit(name, source.spec)))
 
     def send(block: int) -> int | None:
         return None if is_there else _send_block(source, cache_path, target, block)
 
     result = source.copy_blocks(send, place=target.url, threads=threads, on_block=on_block)
     if manifest is not None and not is_there:
-        if source.objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES) != manifest:
+        if source.objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(source.spec)) != manifest:
             raise CacheError(f"{cache_path}: changed while it was sent; run the same command again")
         target.put(MANIFEST_NAME, manifest)
     return result
@@ -67,7 +66,7 @@ def _send_block(source: SourceCache, cache_path: Path, target: WritableObjects, 
     """Send a block. Returns: bytes sent, or None where the same block is there."""
     written, mark = read_source_mark(source, block)
     name = mark_path(Path(), block).as_posix()
-    there = _get(target, name, MOST_MARK_NBYTES)
+    there = _get(target, name, mark_limit(source.spec))
     if there == written:
         return None
     if there is not None:

@@ -4,21 +4,20 @@ import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from evl_cache.canonical_json import canonical_json, digest
+from evl_cache.canonical_json import canonical_json, digest, digest_matches
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.publish import write_atomic
 from evl_cache.store.format.description import description_files
 from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path
+from evl_cache.store.format.limits import manifest_limit
 from evl_cache.store.format.marks import Mark, read_mark
 from evl_cache.store.objects.objects import Objects, objects_of, open_objects
 from evl_cache.untrusted.json_text import parse_json
 
 MANIFEST_VERSION = 1
-MOST_MANIFEST_NBYTES = 64 << 20
 
 
 class BlockNotDone(CacheError):
@@ -38,22 +37,27 @@ class Manifest:
     digest: str
 
 
-def manifest_document(cache_path: Path, spec: CacheSpec, marks: Mapping[int, Mark]) -> dict[str, Any]:
-    """Return the manifest that a complete cache with these marks has. Data files are taken from their marks."""
-    files = {name: file_digest(cache_path / name) for name in description_files(spec)}
-    for block, mark in marks.items():
-        path = mark_path(cache_path, block)
-        files[path.relative_to(cache_path).as_posix()] = file_digest(path)
-        for name, layout in array_layouts(spec).items():
-            shard = layout.shard(cache_path, block).relative_to(cache_path).as_posix()
-            files[shard] = mark.files[name].digest
+def block_files(mark: Mark, spec: CacheSpec) -> dict[str, tuple[int, str]]:
+    """Return what a manifest says of a block: size and sha256 of its mark and shards, by their paths."""
+    files = {mark_path(Path(), mark.block).as_posix(): mark.file_digest}
+    for name, layout in array_layouts(spec).items():
+        files[layout.shard(Path(), mark.block).as_posix()] = mark.files[name].digest
+    return files
+
+
+def manifest_content(
+    cache_path: Path, spec: CacheSpec, files: Mapping[str, tuple[int, str]]
+) -> tuple[bytes, Manifest]:
+    """Return the manifest of a complete cache whose blocks have these `block_files`: as written, and as read."""
+    files = {name: file_digest(cache_path / name) for name in description_files(spec)} | dict(files)
     content = {
         "version": MANIFEST_VERSION,
         "feature_id": spec.feature_id,
         "content_id": spec.content_id,
         "files": {name: {"size": size, "sha256": sha256} for name, (size, sha256) in files.items()},
     }
-    return {**content, "digest": digest(content)}
+    own = digest(content)
+    return canonical_json({**content, "digest": own}), Manifest(files=files, digest=own)
 
 
 def write_manifest(
@@ -67,16 +71,16 @@ def write_manifest(
     Returns: the cache digest.
     Raises: BlockNotDone; CacheDamaged where a mark is not intact.
     """
-    marks = {}
+    files: dict[str, tuple[int, str]] = {}  # and not the marks, which take gigabytes for a large cache
     for block in range(spec.num_blocks):
         mark = read_mark(cache_path, block, spec)
         if mark is None:
             raise BlockNotDone(f"{cache_path}: block {block} is not done; run the extract command again")
-        marks[block] = mark
-    document = manifest_document(cache_path, spec, marks)
+        files |= block_files(mark, spec)
+    content, manifest = manifest_content(cache_path, spec, files)
     before_writing()
-    write_atomic(cache_path / MANIFEST_NAME, canonical_json(document))
-    return str(document["digest"])
+    write_atomic(cache_path / MANIFEST_NAME, content)
+    return manifest.digest
 
 
 def read_manifest(place: Path | Objects, spec: CacheSpec) -> Manifest:
@@ -84,7 +88,7 @@ def read_manifest(place: Path | Objects, spec: CacheSpec) -> Manifest:
     objects = objects_of(place)
     where = f"{objects.url}/{MANIFEST_NAME}"
     try:
-        return parse_manifest(objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES), spec, where)
+        return parse_manifest(objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(spec)), spec, where)
     except OSError as error:
         raise CacheDamaged(f"{where}: cannot be read as a manifest ({error!r}); repair the cache") from error
 
@@ -102,7 +106,7 @@ def read_complete(objects: Objects, spec: CacheSpec) -> tuple[bytes, Manifest]:
     Raises: BlockNotDone where there is none; CacheDamaged as `read_manifest`.
     """
     try:
-        written = objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES)
+        written = objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(spec))
     except FileNotFoundError as error:
         raise BlockNotDone(
             f"{objects.url}: has no {MANIFEST_NAME}: it is not complete; finish extract or push, then run this again"
@@ -114,8 +118,7 @@ def parse_manifest(written: bytes, spec: CacheSpec, place: str) -> Manifest:
     """Return the manifest in a file's bytes. Raises: as `read_manifest`."""
     try:
         content = parse_json(written)
-        unsigned = {name: value for name, value in content.items() if name != "digest"}
-        if content["digest"] != digest(unsigned):
+        if not isinstance(content, dict) or not digest_matches(content, written):
             raise CacheDamaged(f"{place}: its digest does not match; repair the cache")
         if (content["feature_id"], content["content_id"]) != (spec.feature_id, spec.content_id):
             raise CacheDamaged(f"{place}: is the manifest of another cache; repair the cache")

@@ -16,7 +16,6 @@ from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.disk.publish import make_directories, write_atomic
 from evl_cache.store.format.description import (
-    MOST_CLIPS_NBYTES,
     CacheDescription,
     clips_lines,
     description_content,
@@ -26,6 +25,7 @@ from evl_cache.store.format.description import (
     read_group,
 )
 from evl_cache.store.format.layout import MANIFEST_NAME, RECOVERY_NAME, array_layouts
+from evl_cache.store.format.limits import MOST_CLIPS_NBYTES, clips_limit
 from evl_cache.store.format.manifest import read_manifest
 from evl_cache.store.format.marks import read_mark
 from evl_cache.store.objects.objects import DirectoryObjects
@@ -62,7 +62,7 @@ def restore_description(cache_path: Path) -> list[str]:
 def check_recovery(cache_path: Path, description: CacheDescription) -> str | None:
     """Return what is wrong with the second copy of a description, or None."""
     try:
-        copy = _second_copy(cache_path)
+        copy = _second_copy(cache_path, most_nbytes=clips_limit(description.spec))
     except CacheError as error:
         return str(error)
     if copy.description != description:
@@ -86,10 +86,10 @@ def _first_copy(cache_path: Path) -> _Copy:
     return _Copy(group=parse_json(written), description=description, clips=read_clips(objects, description))
 
 
-def _second_copy(cache_path: Path) -> _Copy:
+def _second_copy(cache_path: Path, *, most_nbytes: int = MOST_CLIPS_NBYTES) -> _Copy:
     path = cache_path / RECOVERY_NAME
     try:
-        written = DirectoryObjects(cache_path).get(RECOVERY_NAME, most_nbytes=MOST_CLIPS_NBYTES)
+        written = DirectoryObjects(cache_path).get(RECOVERY_NAME, most_nbytes=most_nbytes)
         content = parse_json(written)
         group, rows = content["group"], content["clips"]
         if content["digest"] != digest({"group": group, "clips": rows}):

@@ -7,8 +7,8 @@ from pathlib import Path
 from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.description import description_files
-from evl_cache.store.format.layout import array_layouts, mark_path
-from evl_cache.store.format.recomputed import projections_nbytes
+from evl_cache.store.format.layout import array_layouts, marked_blocks
+from evl_cache.store.format.limits import projections_nbytes
 
 # Stored bytes over decoded bytes, measured on real clips (docs/rate-distortion.md). Rounded up: a full disk costs more
 # than a warning too many.
@@ -38,10 +38,11 @@ def num_files(spec: CacheSpec) -> int:
 
 def check_free_space(cache_path: Path, spec: CacheSpec) -> None:
     """Check that there is room for the blocks that are not done. Raises: CacheError saying how much is missing."""
+    done = marked_blocks(cache_path)
     left = sum(
         len(spec.clips_of_block(block)) * spec.views.per_clip
         for block in range(spec.num_blocks)
-        if not mark_path(cache_path, block).exists()
+        if block not in done
     )
     needed = left * sample_nbytes(spec)[1] + projections_nbytes(spec)
     existing = cache_path

@@ -92,7 +92,7 @@ class BlocksDone:
     def _admit(self, mark: Mark) -> None:
         self.damaged_marks.pop(mark.block, None)
         self.files[mark.block], self._digests[mark.block] = mark.files, mark.digest
-        self.file_sha256s[mark.block] = mark.file_sha256
+        self.file_sha256s[mark.block] = mark.file_digest[1]
         views = self._spec.views.per_clip
         for row, clip in zip(self._spec.clips_of_block(mark.block), mark.clips, strict=True):
             if clip.error is not None:
