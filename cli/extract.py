@@ -97,13 +97,15 @@ def command(
 
 
 def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
+    from evl_cache.store import size_on_disk
+
     return {
         "cache": str(job.cache_path),
         "split": job.spec.split,
         "clips": result.clips,
         "clips_here": result.clips_done_here,
         "failed": len(result.failures),
-        "bytes": sum(file.stat().st_size for file in job.cache_path.rglob("*") if file.is_file()),
+        "bytes": size_on_disk(job.cache_path)[0],
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
         "cache_digest": result.cache_digest,
@@ -111,6 +113,8 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
 
 
 def _say_result(report: dict[str, Any]) -> None:
+    if not report["clips_here"]:
+        click.echo(f"{report['cache']}: every clip is there, nothing was left to do", err=True)
     click.echo(
         f"{report['cache']}: {report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
         f"{report['seconds']:.1f} s, digest {report['cache_digest'][:16]}"

@@ -17,6 +17,7 @@ from evl_cache.clips import ClipList
 from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.block_taker import BlockTaker, blocks_with_failures
 from evl_cache.extract.environment import package_versions
+from evl_cache.extract.finished import found_finished
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
 from evl_cache.processes import Rendezvous
 from evl_cache.spec import CODECS, MAP_STORAGE, SOFTWARE_PIXELS, TOKEN_STORAGE, CacheSpec, TowerSpec, ViewSpec
@@ -107,6 +108,8 @@ def extract(
         projections=tower_projections(job.tower, job.spec),
         lock_expiry_s=options.lock_expiry_s,
     )
+    if (finished := found_finished(job, options)) is not None:
+        return _nothing_to_do(finished, on_clip, started)
     done_here, redo = 0, blocks_with_failures(job) if options.retry_failed else set()
     while True:
         done_here += extract_blocks(
@@ -129,6 +132,20 @@ def extract(
         failures=tuple(FeatureCache(job.cache_path).failures),
         seconds=time.monotonic() - started,
         cache_digest=cache_digest,
+    )
+
+
+def _nothing_to_do(cache: FeatureCache, on_clip: OnClip, started: float) -> ExtractResult:
+    """Return the result of a run that found everything done."""
+    failures = tuple(cache.failures)
+    for row in range(cache.spec.num_clips):
+        on_clip(row < len(failures))
+    return ExtractResult(
+        clips=cache.spec.num_clips,
+        clips_done_here=0,
+        failures=failures,
+        seconds=time.monotonic() - started,
+        cache_digest=cache.fingerprint,
     )
 
 

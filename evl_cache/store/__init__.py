@@ -38,7 +38,7 @@ from evl_cache.store.format.recomputed import (
 )
 from evl_cache.store.format.recovery import restore_description
 from evl_cache.store.format.rows import Row, StoredBatch, StoredMaps, StoredTokens, make_row
-from evl_cache.store.format.size import check_free_space, num_files, sample_nbytes
+from evl_cache.store.format.size import check_free_space, num_files, sample_nbytes, size_on_disk
 from evl_cache.store.objects.address import SCHEMES, is_url, public_url
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch

@@ -13,16 +13,16 @@ from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
-from evl_cache.store.disk.file_system import check_no_links, read_limited
+from evl_cache.store.disk.file_system import check_no_links, files_below, read_limited
 from evl_cache.store.disk.publish import is_staging_name
 from evl_cache.store.format.description import (
     CacheDescription,
     read_clips,
     read_description,
 )
-from evl_cache.store.format.layout import DONE_NAME, MANIFEST_NAME, array_layouts, mark_path
+from evl_cache.store.format.layout import DONE_NAME, MANIFEST_NAME, array_layouts, mark_name, mark_path
 from evl_cache.store.format.limits import MOST_DESCRIPTION_NBYTES
-from evl_cache.store.format.manifest import Manifest, block_files, manifest_content, read_manifest
+from evl_cache.store.format.manifest import Manifest, block_files, find_manifest, manifest_content
 from evl_cache.store.format.marks import parse_mark, read_mark_bytes
 from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.format.recovery import check_recovery, has_intact_recovery
@@ -167,13 +167,13 @@ def _check_manifest(
     cache_path: Path, spec: CacheSpec, done: Mapping[int, BlockFiles], *, intact: bool
 ) -> tuple[str | None, list[Problem]]:
     path, is_complete = cache_path / MANIFEST_NAME, len(done) == spec.num_blocks
-    if not path.exists():
-        missing = f"{path}: missing, though every block is done; repair the cache"
-        return None, _problems([missing] if is_complete and intact else [])
     try:
-        manifest = read_manifest(cache_path, spec)
+        manifest = find_manifest(cache_path, spec)
     except CacheDamaged as error:
         return None, _problems([str(error)])
+    if manifest is None:
+        missing = f"{path}: missing, though every block is done; repair the cache"
+        return None, _problems([missing] if is_complete and intact else [])
     if not is_complete:
         reason = "in the manifest, but not a valid mark; repair the cache"
         absent = [block for block in range(spec.num_blocks) if block not in done]
@@ -189,7 +189,7 @@ def _check_manifest(
 
 def _disagreements(cache_path: Path, spec: CacheSpec, manifest: Manifest, found: Manifest) -> list[Problem]:
     """Name the blocks that are whole but not those of the manifest, or the manifest where these are most."""
-    names = {block: mark_path(Path(), block).as_posix() for block in range(spec.num_blocks)}
+    names = {block: mark_name(block) for block in range(spec.num_blocks)}
     others = [block for block, name in names.items() if manifest.files.get(name) != found.files[name]]
     if 0 < len(others) <= spec.num_blocks // 2:
         return _blamed(cache_path, others, "is not the mark that the manifest names; repair the cache")
@@ -212,17 +212,10 @@ def _holds(cache_path: Path, path: Path, content: bytes) -> bool:
 
 
 def _strays(cache_path: Path, spec: CacheSpec) -> list[str]:
-    known = {mark_path(cache_path, block) for block in range(spec.num_blocks)}
-    out = (
-        [p for p in (cache_path / DONE_NAME).iterdir() if p not in known]
-        if (cache_path / DONE_NAME).is_dir()
-        else []
-    )
-    for name, layout in array_layouts(spec).items():
-        shards = {layout.shard(cache_path, block) for block in range(spec.num_blocks)}
-        out += [
-            p
-            for p in (cache_path / name).rglob("*")
-            if p.is_file() and p not in shards and p.name != METADATA_NAME
-        ]
-    return sorted(p.relative_to(cache_path).as_posix() for p in out if not is_staging_name(p.name))
+    names_of = {DONE_NAME: mark_name}
+    names_of |= {name: layout.shard_name for name, layout in array_layouts(spec).items()}
+    out: list[str] = []
+    for directory, name_of in names_of.items():
+        known = {name_of(block) for block in range(spec.num_blocks)} | {f"{directory}/{METADATA_NAME}"}
+        out += [name for name, _ in files_below(cache_path, directory) if name not in known]
+    return sorted(name for name in out if not is_staging_name(name.rpartition("/")[2]))

@@ -99,6 +99,10 @@ class ArrayLayout:
         """Return where a block's shard lies."""
         return shard_path(cache_path / self.name, block, 2 + len(self.chunk_shape))
 
+    def shard_name(self, block: int) -> str:
+        """Return the same as a manifest names it: relative to the cache, and much faster for a million files."""
+        return f"{self.name}/c/{block}{'/0' * (1 + len(self.chunk_shape))}"
+
 
 def array_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
     """Return the arrays by name, in the order in which a block's files are published."""
@@ -138,6 +142,11 @@ def array_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
 def mark_path(cache_path: Path, block: int) -> Path:
     """Return where a block's done mark lies."""
     return cache_path / DONE_NAME / f"{block:06d}.json"
+
+
+def mark_name(block: int) -> str:
+    """Return the same as a manifest names it: relative to the cache."""
+    return f"{DONE_NAME}/{block:06d}.json"
 
 
 def marked_blocks(cache_path: Path) -> set[int]:

@@ -7,7 +7,6 @@ before anything is written of it: writer and reader take their numbers from here
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.spec import CacheSpec
@@ -17,7 +16,7 @@ from evl_cache.store.format.layout import (
     PROJECTIONS_NAME,
     RECOVERY_NAME,
     array_layouts,
-    mark_path,
+    mark_name,
 )
 from evl_cache.store.shards.metadata import METADATA_NAME
 
@@ -130,11 +129,8 @@ def shortened_reason(reason: str) -> str:
 def _manifest_nbytes(spec: CacheSpec) -> int:
     """Return what a manifest has at most."""
     last = spec.num_blocks - 1
-    paths = [
-        mark_path(Path(), last),
-        *(layout.shard(Path(), last) for layout in array_layouts(spec).values()),
-    ]
-    return _HEAD_NBYTES + spec.num_blocks * sum(len(path.as_posix()) + _ROW_NBYTES for path in paths)
+    names = [mark_name(last), *(layout.shard_name(last) for layout in array_layouts(spec).values())]
+    return _HEAD_NBYTES + spec.num_blocks * sum(len(name) + _ROW_NBYTES for name in names)
 
 
 def _mark_nbytes(spec: CacheSpec, names_nbytes: int) -> int:

@@ -11,7 +11,7 @@ from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.publish import write_atomic
 from evl_cache.store.format.description import description_files
-from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path
+from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_name
 from evl_cache.store.format.limits import manifest_limit
 from evl_cache.store.format.marks import Mark, read_mark
 from evl_cache.store.objects.objects import Objects, objects_of, open_objects
@@ -39,9 +39,9 @@ class Manifest:
 
 def block_files(mark: Mark, spec: CacheSpec) -> dict[str, tuple[int, str]]:
     """Return what a manifest says of a block: size and sha256 of its mark and shards, by their paths."""
-    files = {mark_path(Path(), mark.block).as_posix(): mark.file_digest}
+    files = {mark_name(mark.block): mark.file_digest}
     for name, layout in array_layouts(spec).items():
-        files[layout.shard(Path(), mark.block).as_posix()] = mark.files[name].digest
+        files[layout.shard_name(mark.block)] = mark.files[name].digest
     return files
 
 
@@ -84,13 +84,27 @@ def write_manifest(
 
 
 def read_manifest(place: Path | Objects, spec: CacheSpec) -> Manifest:
-    """Return the manifest of a cache. Raises: CacheDamaged where it is not intact, or another cache's."""
+    """Return the manifest of a cache. Raises: CacheDamaged where it is missing, not intact, or another cache's."""
+    found = find_manifest(place, spec)
+    if found is None:
+        raise CacheDamaged(f"{objects_of(place).url}/{MANIFEST_NAME}: is missing; repair the cache")
+    return found
+
+
+def find_manifest(place: Path | Objects, spec: CacheSpec) -> Manifest | None:
+    """Return the manifest of a cache; None where there is none: it goes whenever a block is done again.
+
+    Raises: CacheDamaged where it is not intact, or another cache's.
+    """
     objects = objects_of(place)
     where = f"{objects.url}/{MANIFEST_NAME}"
     try:
-        return parse_manifest(objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(spec)), spec, where)
+        written = objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(spec))
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise CacheDamaged(f"{where}: cannot be read as a manifest ({error!r}); repair the cache") from error
+    return parse_manifest(written, spec, where)
 
 
 def manifest_at(place: str | Path, spec: CacheSpec) -> Manifest | None:

@@ -24,9 +24,9 @@ from evl_cache.store.format.description import (
     read_clips,
     read_group,
 )
-from evl_cache.store.format.layout import MANIFEST_NAME, RECOVERY_NAME, array_layouts
+from evl_cache.store.format.layout import RECOVERY_NAME, array_layouts
 from evl_cache.store.format.limits import MOST_CLIPS_NBYTES, clips_limit
-from evl_cache.store.format.manifest import read_manifest
+from evl_cache.store.format.manifest import find_manifest
 from evl_cache.store.format.marks import read_mark
 from evl_cache.store.objects.objects import DirectoryObjects
 from evl_cache.store.shards.metadata import METADATA_NAME
@@ -139,8 +139,8 @@ def _support(cache_path: Path, copy: _Copy) -> tuple[int, int, int]:
         except CacheDamaged:
             continue
     try:
-        if (cache_path / MANIFEST_NAME).exists():
-            named = read_manifest(cache_path, spec).files.get(METADATA_NAME)
+        if (manifest := find_manifest(cache_path, spec)) is not None:
+            named = manifest.files.get(METADATA_NAME)
             listed = int(named == content_digest(canonical_json(copy.group)))
     except CacheDamaged:
         pass

@@ -26,7 +26,7 @@ from evl_cache.store.format.layout import (
     MANIFEST_NAME,
     PROJECTIONS_NAME,
     array_layouts,
-    mark_path,
+    mark_name,
 )
 from evl_cache.store.format.limits import file_limit, manifest_limit
 from evl_cache.store.format.manifest import Manifest, read_complete
@@ -163,7 +163,7 @@ class LocalCopy:
             return  # it came between the look of whoever asks and this call
         start, nbytes = int(shard.starts[first]), int(shard.starts[stop] - shard.starts[first])
         self._root.make_room(nbytes)
-        file_name = self._layouts[name].shard(Path(), block).as_posix()
+        file_name = self._layouts[name].shard_name(block)
         wrong = None
         for attempt in range(ATTEMPTS):
             time.sleep(_BACKOFF_S * (2**attempt - 1))
@@ -231,7 +231,7 @@ class LocalCopy:
         self._manifest_sha256 = hashlib.sha256(written).hexdigest()
         path = self._root.claim(manifest.digest)
         names = [CLIPS_NAME] + ([PROJECTIONS_NAME] if spec.recomputes_maps else [])
-        names += [mark_path(Path(), block).as_posix() for block in range(spec.num_blocks)]
+        names += [mark_name(block) for block in range(spec.num_blocks)]
         for directory in {(path / name).parent for name in names}:
             check_no_links(path, directory)
             directory.mkdir(parents=True, exist_ok=True)
