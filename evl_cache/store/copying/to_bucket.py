@@ -4,7 +4,7 @@ import contextlib
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
-from evl_cache.store.copying.card_file import CARD_NAME, read_card
+from evl_cache.store.copying.card_file import CARD_NAME, may_replace_card, read_card
 from evl_cache.store.copying.source import (
     THREADS,
     OnBlock,
@@ -31,7 +31,8 @@ def copy_to_bucket(
     """
     source, target = open_source(cache_path), open_writable(url)
     _check_target(source, target)
-    if (card := read_card(source.objects)) is not None and card != read_card(target):
+    card = read_card(source.objects)
+    if card is not None and card != read_card(target) and may_replace_card(target):
         target.put(CARD_NAME, card)
     manifest = source.written_manifest
     is_there = manifest is not None and _get(target, MANIFEST_NAME, manifest_limit(source.spec)) == manifest

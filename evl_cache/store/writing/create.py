@@ -28,6 +28,7 @@ from evl_cache.store.format.layout import (
     marked_blocks,
 )
 from evl_cache.store.format.limits import check_limits
+from evl_cache.store.format.occupied import check_place
 from evl_cache.store.format.recomputed import projections_content, write_projections
 from evl_cache.store.shards.metadata import METADATA_NAME
 
@@ -50,8 +51,8 @@ def create_cache(
         projections: projections of the spec's layers, where it recomputes maps.
         lock_expiry_s: how long the lock of a job that stands still is waited for.
 
-    Raises: UsageError naming the fields where another cache is there, or what of this one no reader would take;
-        CacheError where the disk refuses.
+    Raises: UsageError naming the fields where another cache is there, or what of this one no reader would take,
+        or a file of others that would be written over; CacheError where the disk refuses.
     """
     for name in (DONE_NAME, LOCKS_NAME, METADATA_NAME, *array_layouts(spec)):
         check_no_links(cache_path, cache_path / name)
@@ -92,6 +93,7 @@ def _lay_down(
     )
     files = description_content(spec, group_document(description), clips)
     check_limits(spec, clip_lines=lines.splitlines(), files=files | projected)
+    check_place(cache_path, spec, files | projected)
     make_directories(cache_path / DONE_NAME)
     for content in projected.values():
         write_projections(cache_path, content)
