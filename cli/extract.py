@@ -11,7 +11,7 @@ from evl_cache.extract_options import EXTRACT_OPTIONS, Role, default_batch, opti
 from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
-from .common import Command, default_device, human_bytes, print_json
+from .common import Command, default_device, human_bytes, print_json, shown
 from .extract_flags import extract_flags, make_request
 from .mode_option import mode_option
 
@@ -43,6 +43,7 @@ def command(
     clip_timeout: float | None,
     max_failures: str | None,
     retry_failed: bool,
+    check_sources: bool,
     reuse: Path | None,
     as_json: bool,
     **given: Any,
@@ -73,9 +74,11 @@ def command(
         clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
         most_failures=None if max_failures is None else FailureLimit.parse(max_failures),
         retry_failed=retry_failed,
+        check_sources=check_sources,
         reuse=reuse,
     )
     reports: list[dict[str, Any]] = []
+    wrong: list[str] = []
     for job, result in extract_dataset(
         make_request(given, pixels=options.decoding.pixels),
         options=options,
@@ -83,6 +86,11 @@ def command(
         on_job=_say_job if place.is_first else lambda job: None,
         rendezvous=rendezvous,
     ):
+        wrong += [*result.not_redone, *filter(None, [result.sources_changed])]
+        if result.sources_in_doubt and check_sources:
+            wrong.append(result.sources_in_doubt)
+        elif result.sources_in_doubt and place.is_first:
+            click.echo(shown(result.sources_in_doubt), err=True)
         if not place.is_first:
             _say_share(place, job, result)
             continue
@@ -93,7 +101,9 @@ def command(
             click.echo(f"failed: {clip}: {reason}", err=True)
     if as_json and place.is_first:
         print_json({"caches": reports})
-    return _status(place, [report for report in reports if report["failed"]])
+    for reason in wrong:
+        click.echo(shown(reason), err=True)
+    return 1 if wrong else _status(place, [report for report in reports if report["failed"]])
 
 
 def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
@@ -104,7 +114,11 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
         "split": job.spec.split,
         "clips": result.clips,
         "clips_here": result.clips_done_here,
+        "was_done": result.was_done,
         "failed": len(result.failures),
+        "not_redone": result.not_redone,
+        "sources_changed": result.sources_changed,
+        "sources_in_doubt": result.sources_in_doubt,
         "bytes": size_on_disk(job.cache_path)[0],
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
@@ -113,10 +127,9 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
 
 
 def _say_result(report: dict[str, Any]) -> None:
-    if not report["clips_here"]:
-        click.echo(f"{report['cache']}: every clip is there, nothing was left to do", err=True)
+    nothing = "nothing to do, " if report["was_done"] else ""
     click.echo(
-        f"{report['cache']}: {report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
+        f"{report['cache']}: {nothing}{report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
         f"{report['seconds']:.1f} s, digest {report['cache_digest'][:16]}"
     )
 

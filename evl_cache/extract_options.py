@@ -164,7 +164,8 @@ EXTRACT_OPTIONS = (
     ExtractOption("--tolerate-bad-frames", _RUN, "Keep clips with damaged frames.", kind=bool),
     ExtractOption("--clip-timeout", _RUN, "For decoding a clip [120].", kind=float, metavar="SECONDS"),
     ExtractOption("--max-failures", _RUN, "Stop when more clips fail: 20, 5% [never].", metavar="N%"),
-    ExtractOption("--retry-failed", _RUN, "Redo the blocks of failed clips.", kind=bool),
+    ExtractOption("--retry-failed", _RUN, "Try the clips that failed again.", kind=bool),
+    ExtractOption("--check-sources", _RUN, "Redo clips whose video was replaced.", kind=bool),
     ExtractOption("--reuse", _RUN, "Copy rows of equal features and files.", kind=Path),
 )
 # fmt: on

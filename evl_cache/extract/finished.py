@@ -5,15 +5,15 @@ import os
 import numpy as np
 
 from evl_cache.errors import CacheDamaged
-from evl_cache.extract.job import ExtractionJob, ExtractOptions
+from evl_cache.extract.job import ExtractionJob
 from evl_cache.store import LOCKS_NAME, FeatureCache
 
 
-def found_finished(job: ExtractionJob, options: ExtractOptions) -> FeatureCache | None:
+def found_finished(job: ExtractionJob) -> FeatureCache | None:
     """Return the job's cache where it cannot be written and need not be; None where the job has to go on.
 
-    It need not be where every block has the mark that the manifest names, and no failed clip is to be tried again. What
-    has to be written and cannot be, fails later, with the reason.
+    It need not be where every block has the mark that the manifest names. What has to be written and cannot be, fails
+    later, with the reason.
     """
     directories = (job.cache_path, job.cache_path / LOCKS_NAME)
     if all(os.access(directory, os.W_OK) for directory in directories if directory.is_dir()):
@@ -23,6 +23,4 @@ def found_finished(job: ExtractionJob, options: ExtractOptions) -> FeatureCache 
         cache.check_marks(np.arange(len(cache)))
     except CacheDamaged:
         return None
-    if not cache.is_complete or not cache.has_manifest or (options.retry_failed and cache.failures):
-        return None
-    return cache
+    return cache if cache.is_complete and cache.has_manifest else None

@@ -20,7 +20,16 @@ from evl_cache.store.format.description import (
     read_clips,
     read_description,
 )
-from evl_cache.store.format.layout import DONE_NAME, MANIFEST_NAME, array_layouts, mark_name, mark_path
+from evl_cache.store.format.layout import (
+    DONE_NAME,
+    MANIFEST_NAME,
+    array_layouts,
+    blocks_in_redo,
+    is_in_redo,
+    mark_name,
+    mark_path,
+    redo_path,
+)
 from evl_cache.store.format.limits import MOST_DESCRIPTION_NBYTES
 from evl_cache.store.format.manifest import Manifest, block_files, find_manifest, manifest_content
 from evl_cache.store.format.marks import parse_mark, read_mark_bytes
@@ -150,6 +159,8 @@ def _check_block(cache_path: Path, spec: CacheSpec, block: int) -> tuple[BlockFi
     except CacheDamaged as error:
         return {}, [str(error)]
     reasons = _not_canonical(marked, written)
+    if is_in_redo(cache_path, block):
+        reasons.append(f"{redo_path(cache_path, block)}: a redo was begun and not ended; repair the cache")
     for name, layout in array_layouts(spec).items():
         path, record = layout.shard(cache_path, block), mark.files[name]
         try:
@@ -218,4 +229,6 @@ def _strays(cache_path: Path, spec: CacheSpec) -> list[str]:
     for directory, name_of in names_of.items():
         known = {name_of(block) for block in range(spec.num_blocks)} | {f"{directory}/{METADATA_NAME}"}
         out += [name for name, _ in files_below(cache_path, directory) if name not in known]
-    return sorted(name for name in out if not is_staging_name(name.rpartition("/")[2]))
+    out = [name for name in out if not is_staging_name(name.rpartition("/")[2])]
+    redone = {redo_path(Path(), block).as_posix() for block in blocks_in_redo(cache_path)}
+    return sorted(set(out) - redone)

@@ -16,7 +16,7 @@ import pytest
 
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.store.disk import locks, publish
-from evl_cache.store.writing import block_writer
+from evl_cache.store.writing import publication
 from tests.support.simulation import first_failure, simulate
 from tests.support.warm_python import warm_python
 
@@ -93,12 +93,12 @@ def _a_lock_once_held_is_believed_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _what_was_written_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_writer.BlockWriter, "_written_lies_there", lambda self: True)
-    monkeypatch.setattr(block_writer.BlockWriter, "_lies_there", lambda self, records: True)
+    monkeypatch.setattr(publication.BlockPublication, "_written_lies_there", lambda self, staged: True)
+    monkeypatch.setattr(publication.BlockPublication, "_lies_there", lambda self, records: True)
 
 
 def _broken_marks_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_writer.BlockWriter, "_withdraw_if_broken", lambda self: None)
+    monkeypatch.setattr(publication.BlockPublication, "_withdraw_if_broken", lambda self: None)
 
 
 def _nothing_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,14 +108,13 @@ def _nothing_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _the_mark_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = block_writer.BlockWriter._publish_block
+    real = publication.BlockPublication._publish_block
 
-    def publish_block(self: Any, mark: Any) -> Any:
-        self._publish_mark(mark)
-        return real(self, mark)
+    def publish_block(self: Any, mark: Any, content: Any, staged: Any) -> Any:
+        self.publish_mark(mark, content)
+        return real(self, mark, content, staged)
 
-    monkeypatch.setattr(block_writer, "clear_mark", lambda *args, **kwargs: None)
-    monkeypatch.setattr(block_writer.BlockWriter, "_publish_block", publish_block)
+    monkeypatch.setattr(publication.BlockPublication, "_publish_block", publish_block)
 
 
 def _lost_blocks_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,7 @@ from evl_cache.errors import EvlCacheError
 from evl_cache.extract.block import ExtractedBlock, StageSeconds
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
+from evl_cache.extract.redo import BlockRedo
 from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import (
     BlockLock,
@@ -66,7 +67,7 @@ class SimulatedExtractor:
         self.waited = StageSeconds()
         self._process, self._spec, self._runtime = process, spec, runtime
 
-    def extract(self, block: int, lock: BlockLock) -> ExtractedBlock:
+    def extract(self, block: int, lock: BlockLock, redo: BlockRedo | None = None) -> ExtractedBlock:
         self._process.extracted.append(block)
         writer = BlockWriter(
             self._process.world.root,
@@ -82,7 +83,10 @@ class SimulatedExtractor:
             writer.append(_row(row, self._process.plan.kind))
             records.append(ClipRecord(id=str(row)))
         return ExtractedBlock(
-            writer=writer, records=tuple(records), environment={"kind": self._process.plan.kind}
+            writer=writer,
+            records=tuple(records),
+            kept=(False,) * len(records),
+            environment={"kind": self._process.plan.kind},
         )
 
 

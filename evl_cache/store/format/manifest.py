@@ -11,7 +11,7 @@ from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.publish import write_atomic
 from evl_cache.store.format.description import description_files
-from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_name
+from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, blocks_in_redo, mark_name
 from evl_cache.store.format.limits import manifest_limit
 from evl_cache.store.format.marks import Mark, read_mark
 from evl_cache.store.objects.objects import Objects, objects_of, open_objects
@@ -72,7 +72,10 @@ def write_manifest(
     Raises: BlockNotDone; CacheDamaged where a mark is not intact.
     """
     files: dict[str, tuple[int, str]] = {}  # and not the marks, which take gigabytes for a large cache
+    in_redo = blocks_in_redo(cache_path)
     for block in range(spec.num_blocks):
+        if block in in_redo:
+            raise BlockNotDone(f"{cache_path}: block {block} is being redone; run the same command again")
         mark = read_mark(cache_path, block, spec)
         if mark is None:
             raise BlockNotDone(f"{cache_path}: block {block} is not done; run the extract command again")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evl_cache.canonical_json import digest, digest_matches
+from evl_cache.canonical_json import canonical_json, digest, digest_matches
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.extract_options import MOST_BATCH
 from evl_cache.spec import CacheSpec
@@ -81,6 +81,11 @@ def mark_document(mark: Mark, spec: CacheSpec) -> dict[str, Any]:
     }
     content = json.loads(json.dumps(content))
     return {**content, "digest": digest(content)}
+
+
+def mark_file_digest(mark: Mark, spec: CacheSpec) -> tuple[int, str]:
+    """Return size and sha256 of the file that a mark is written to."""
+    return content_digest(canonical_json(mark_document(mark, spec)))
 
 
 def _head(spec: CacheSpec, block: int) -> dict[str, Any]:
