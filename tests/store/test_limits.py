@@ -10,7 +10,7 @@ import pytest
 
 from evl_cache.canonical_json import canonical_json
 from evl_cache.clips import Clip, ClipList
-from evl_cache.errors import UsageError
+from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract_options import MOST_BATCH
 from evl_cache.spec import CacheSpec, ViewSpec
@@ -20,9 +20,10 @@ from evl_cache.store.format import limits
 from evl_cache.store.format import manifest as manifest_module
 from evl_cache.store.format.layout import array_layouts, mark_path, marked_blocks
 from evl_cache.store.format.manifest import read_manifest, write_manifest
-from evl_cache.store.format.marks import Mark, mark_document, read_mark
+from evl_cache.store.format.marks import Mark, mark_content, mark_document, read_mark
 from evl_cache.store.shards.shard import ShardRecord
 from evl_cache_cli.main import main
+from tests.support.feature_caches import write_cache
 from tools import scale_tables
 
 LAYERS = (8, 9, 10, 11, 12)
@@ -40,7 +41,7 @@ def large_spec(clips: int, per_clip: int, /, **changes: Any) -> CacheSpec:
 def clips_of(spec: CacheSpec) -> list[Clip]:
     """Names as Kinetics has them."""
     return [
-        Clip(id=f"v_{i:08d}_000010_000020", path=f"train/some class/v_{i:08d}_000010_000020.mp4", label=i % 400, split="train")
+        Clip(id=f"v_{i:08d}_000010_000020", path=f"train/some class/v_{i:08d}_000010_000020.mp4", label=0, split="train")
         for i in range(spec.num_clips)
     ]  # fmt: skip
 
@@ -215,6 +216,53 @@ def test_class_names_that_no_reader_takes_are_refused_when_the_cache_is_begun(tm
         begin(tmp_path, large_spec(3, 1, classes=classes))
     with pytest.raises(UsageError, match=r"could be read again: .* classes"):
         begin(tmp_path, large_spec(3, 1, classes=("x" * 1001,)))
+
+
+def test_labels_that_no_reader_takes_are_refused_when_the_cache_is_begun(tmp_path: Path) -> None:
+    many = large_spec(3, 1, classes=tuple(f"{i}" for i in range(100_002)))
+    for label in (-1, 100_000):
+        with pytest.raises(UsageError, match=f"has label {label}; expected 0 to 99999"):
+            begin(tmp_path, many, [replace(clip, label=label) for clip in clips_of(many)])
+    assert not (tmp_path / "zarr.json").exists()
+
+
+def test_a_mark_that_no_reader_would_take_is_not_written(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache", failed=(2,))
+    spec = cache.spec
+    mark = read_mark(cache.path, 0, spec)
+    assert mark is not None and mark_content(mark, spec) == (cache.path / "done" / "000000.json").read_bytes()
+    with pytest.raises(CacheError, match="no reader would take the mark"):
+        mark_content(replace(mark, environment={"batch": MOST_BATCH + 1}), spec)
+    with pytest.raises(CacheError, match="no reader would take the mark"):
+        mark_content(replace(mark, clips=mark.clips[:-1]), spec)
+
+
+def test_a_manifest_that_no_reader_would_take_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = write_cache(tmp_path / "cache")
+    (cache.path / "manifest.json").unlink()
+    monkeypatch.setattr(limits, "_MANIFEST_NBYTES", (1000, 1000))
+    with pytest.raises(UsageError, match="its manifest would have"):
+        write_manifest(cache.path, cache.spec)
+    assert not (cache.path / "manifest.json").exists()
+
+
+def test_videos_that_stand_still_are_no_damage() -> None:
+    """All their frames but the first compress to nothing; a chunk is large where there are many frames."""
+    tower = replace(large_spec(1, 1).tower, image_size=64, width=1024)
+    spec = large_spec(1, 1, views=ViewSpec(frames=4096), tower=tower, maps="none", block_clips=1)
+    records = records_of(spec)
+    layout = array_layouts(spec)["tokens"]
+    assert layout.chunk_nbytes > 16 << 20
+    chunks = len(spec.stored_layers)
+    nbytes = np.full(chunks, layout.chunk_nbytes // 2000, "<u4")
+    still = replace(
+        records["tokens"], size=int(nbytes.sum()) + 16 * chunks + 4, packed_nbytes=nbytes.tobytes()
+    )
+    mark_content(
+        Mark(block=0, files=records | {"tokens": still}, clips=clip_records(spec, 0), environment={}), spec
+    )
 
 
 def test_more_blocks_than_a_manifest_holds_are_refused_when_the_cache_is_begun(tmp_path: Path) -> None:

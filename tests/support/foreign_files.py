@@ -48,7 +48,8 @@ NAMES_BESIDE = (
     "README.txt", "12", "notes", "train.py", "recovery.json.old", "clips.jsonl.gz",
 )  # fmt: skip
 NAMES_OF_MARKS = (
-    "000000.json.bak", ".000000.json.swp", "7.json", "7.redo", "000000.redo.bak", "0000001.json", "999999.json", "notes.json", "thesis.txt",
+    "000000.json.bak", ".000000.json.swp", "7.json", "7.redo", "000000.redo.bak", "0000001.json",
+    "999999.json", "notes.json", "thesis.txt",
     ".nfs000000000a1b2c3d00000002", ".tmp-mine", "000001.lock", "cache.lock",
 )  # fmt: skip
 NAMES_OF_SHARDS = (

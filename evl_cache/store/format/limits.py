@@ -8,6 +8,7 @@ before anything is written of it: writer and reader take their numbers from here
 import json
 from collections.abc import Mapping, Sequence
 
+from evl_cache.clips import MAX_CLASSES, Clip
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.layout import (
@@ -113,6 +114,17 @@ def check_limits(spec: CacheSpec, *, clip_lines: Sequence[bytes], files: Mapping
             f"the mark of a block of {count} clips with {spec.views.per_clip} views of {spec.views.frames} frames may "
             f"have {nbytes} bytes, and no reader takes more than {limit}: take fewer views, frames or layers, or shorten "
             "the clips' names"
+        )
+
+
+def check_labels(spec: CacheSpec, clips: Sequence[Clip]) -> None:
+    """Check that readers will take the labels of a list. Raises: UsageError."""
+    classes = min(len(spec.classes), MAX_CLASSES)
+    wrong = next((clip for clip in clips if not 0 <= clip.label < classes), None)
+    if wrong is not None:
+        raise UsageError(
+            f"clip {wrong.id[:100]!r} has label {wrong.label}; expected 0 to {classes - 1}: the list has "
+            f"{len(spec.classes)} classes, of which readers take {MAX_CLASSES} at most"
         )
 
 

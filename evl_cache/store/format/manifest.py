@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from evl_cache.canonical_json import canonical_json, digest, digest_matches
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.publish import write_atomic
@@ -69,7 +69,7 @@ def write_manifest(
         before_writing: called when all marks are read; what it raises ends the work.
 
     Returns: the cache digest.
-    Raises: BlockNotDone; CacheDamaged where a mark is not intact.
+    Raises: BlockNotDone; CacheDamaged where a mark is not intact; UsageError for a manifest that no reader takes.
     """
     files: dict[str, tuple[int, str]] = {}  # and not the marks, which take gigabytes for a large cache
     in_redo = blocks_in_redo(cache_path)
@@ -81,6 +81,11 @@ def write_manifest(
             raise BlockNotDone(f"{cache_path}: block {block} is not done; run the extract command again")
         files |= block_files(mark, spec)
     content, manifest = manifest_content(cache_path, spec, files)
+    if len(content) > manifest_limit(spec):  # the cache was begun before this was checked then
+        raise UsageError(
+            f"{cache_path}: its manifest would have {len(content)} bytes, and no reader takes more than "
+            f"{manifest_limit(spec)}; split the list of clips into several caches, and copy features with --reuse"
+        )
     before_writing()
     write_atomic(cache_path / MANIFEST_NAME, content)
     return manifest.digest

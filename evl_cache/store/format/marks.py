@@ -21,6 +21,7 @@ from evl_cache.untrusted.json_text import parse_json
 
 MARK_VERSION = 1
 _LARGE_NBYTES, _MOST_EXPANSION = 16 << 20, 1000
+_EXPANSION_OF_A_FRAME = 4  # of a video that stands still all frames after the first are the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +82,20 @@ def mark_document(mark: Mark, spec: CacheSpec) -> dict[str, Any]:
     }
     content = json.loads(json.dumps(content))
     return {**content, "digest": digest(content)}
+
+
+def mark_content(mark: Mark, spec: CacheSpec) -> bytes:
+    """Return the bytes of a mark. Raises: CacheError for one that no reader would take: it must not be written."""
+    content = canonical_json(mark_document(mark, spec))
+    try:
+        parse_mark(content, "its mark", mark.block, spec)
+        if len(content) > mark_limit(spec):
+            raise CacheDamaged(f"{len(content)} bytes, readers take {mark_limit(spec)}")
+    except CacheDamaged as error:
+        raise CacheError(
+            f"block {mark.block} cannot be marked as done: no reader would take the mark ({error}); please report this"
+        ) from error
+    return content
 
 
 def mark_file_digest(mark: Mark, spec: CacheSpec) -> tuple[int, str]:
@@ -195,7 +210,8 @@ def _parse_file(content: Mapping[str, Any], layout: ArrayLayout, spec: CacheSpec
         raise ValueError(f"chunks of {layout.name} are larger than their file")
     # No feature of a video compresses so far, and memory is made for large chunks.
     decoded = int((nbytes > 0).sum()) * layout.chunk_nbytes
-    if layout.chunk_nbytes > _LARGE_NBYTES and decoded > _MOST_EXPANSION * record.size:
+    most = max(_MOST_EXPANSION, _EXPANSION_OF_A_FRAME * spec.views.frames)
+    if layout.chunk_nbytes > _LARGE_NBYTES and decoded > most * record.size:
         raise ValueError(f"{record.size} bytes of {layout.name} would become {decoded}")
     return record
 

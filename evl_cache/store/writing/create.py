@@ -27,7 +27,7 @@ from evl_cache.store.format.layout import (
     array_layouts,
     marked_blocks,
 )
-from evl_cache.store.format.limits import check_limits
+from evl_cache.store.format.limits import check_labels, check_limits
 from evl_cache.store.format.occupied import check_place
 from evl_cache.store.format.recomputed import projections_content, write_projections
 from evl_cache.store.shards.metadata import METADATA_NAME
@@ -93,6 +93,7 @@ def _lay_down(
     )
     files = description_content(spec, group_document(description), clips)
     check_limits(spec, clip_lines=lines.splitlines(), files=files | projected)
+    check_labels(spec, clips)
     check_place(cache_path, spec, files | projected)
     make_directories(cache_path / DONE_NAME)
     for content in projected.values():

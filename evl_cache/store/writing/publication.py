@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest, file_crc32c, file_digest
@@ -18,7 +17,7 @@ from evl_cache.store.disk.file_system import check_no_links, file_identity
 from evl_cache.store.disk.locks import BlockLock
 from evl_cache.store.disk.publish import AlreadyPublished, StagedFile, fsync_directory, write_atomic
 from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path, redo_path
-from evl_cache.store.format.marks import ClipRecord, Mark, ShardFiles, mark_document, read_mark
+from evl_cache.store.format.marks import ClipRecord, Mark, ShardFiles, mark_content, read_mark
 from evl_cache.store.shards.shard_index import MISSING, read_index
 
 _MOST_NAMED = 3  # clips in an error
@@ -98,7 +97,7 @@ class BlockPublication:
         Raises: RowsAtStake; BlockLost where another job holds the block now; CacheError where the disk refuses.
         """
         self.check_lock()
-        content = written or canonical_json(mark_document(mark, self._spec))
+        content = written or mark_content(mark, self._spec)
         try:
             if self._is_done_meanwhile():
                 raise self._lost()
