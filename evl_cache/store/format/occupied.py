@@ -7,7 +7,7 @@ from pathlib import Path
 from evl_cache.canonical_json import digest_matches
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.file_system import read_limited
+from evl_cache.store.disk.file_system import check_no_links, read_limited
 from evl_cache.store.format.description import clips_lines, parse_clips
 from evl_cache.store.format.layout import (
     ATTRIBUTE,
@@ -31,7 +31,7 @@ def check_place(cache_path: Path, spec: CacheSpec, files: Mapping[str, bytes]) -
     Args:
         files: content of the files to be written, by name.
 
-    Raises: UsageError naming what lies there.
+    Raises: UsageError naming what lies there; CacheError for a link.
     """
     for name in (*files, MANIFEST_NAME):
         if not _may_be_replaced(cache_path, name, spec, files.get(name)):
@@ -40,6 +40,7 @@ def check_place(cache_path: Path, spec: CacheSpec, files: Mapping[str, bytes]) -
                 "directory for the cache (--cache)"
             )
     for name in array_layouts(spec):
+        check_no_links(cache_path, cache_path / name / "c")
         if (cache_path / name / "c").exists() and not (cache_path / name / METADATA_NAME).exists():
             raise UsageError(
                 f"{cache_path / name}/c is there, and no {METADATA_NAME} says of what array; move it away, or choose "
