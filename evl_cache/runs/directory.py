@@ -102,6 +102,22 @@ def _check_readable(path: Path, content: Mapping[str, Any]) -> None:
         raise UsageError(f"{path}: no head of this could be read again ({error})") from error
 
 
+def check_no_others_files(out: Path) -> None:
+    """Check that a directory where a run is to be written has no file of others under a run's names.
+
+    Raises: UsageError naming one.
+    """
+    found = [name for name in RunFile if (out / name).exists()]
+    if not found:
+        return
+    try:
+        read_run_config(out)  # left by a run that was killed at its start
+    except UsageError as error:
+        raise UsageError(
+            f"{out / found[0]} is there, and is no file of a run; choose another --out"
+        ) from error
+
+
 def read_run_config(run: Path) -> RunConfig:
     """Read a run's `config.json`. Raises: UsageError where there is no run."""
     try:

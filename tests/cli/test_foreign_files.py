@@ -15,7 +15,7 @@ import pytest
 from evl_cache.store import FeatureCache
 from evl_cache.store.reading import copy_root
 from evl_cache_cli.main import main
-from tests.support.example_data import DEMO_TOWER
+from tests.support.example_data import DEMO_TOWER, OFFICIAL
 from tests.support.foreign_files import ARRAYS, Found, link, look, plant_in_cache, touched, write
 from tests.support.servers import faulty_server
 
@@ -206,6 +206,35 @@ def test_a_file_of_others_under_a_name_of_ours_is_not_written_over(
     assert run(*words) == 2
     assert "elsewhere" in capsys.readouterr().err
     assert touched(before, home) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "metrics.jsonl", "result.json", "classes.json", "tower.json"]
+)
+@pytest.mark.parametrize("command", ["train", "import-head"])
+def test_a_run_is_not_written_over_files_of_others(
+    name: str, command: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(home / "project" / name, '{"a": 1}')
+    before = look(home)
+    words = {
+        "train": ["train", "--cache", MINE, "--val-cache", "caches/val", *TRAIN],
+        "import-head": ["import-head", str(OFFICIAL)],
+    }[command]
+    assert run(*words, "--out", "project") == 2
+    assert "choose another --out" in capsys.readouterr().err
+    assert touched(before, home) == []
+
+
+@pytest.mark.parametrize("name", ["report.html", "confusion.png"])
+def test_a_report_is_not_written_over_files_of_others(
+    name: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(home / "figures" / name)
+    before = look(home)
+    assert run("report", "runs/mine", "--out", "figures") == 2
+    assert "choose another --out" in capsys.readouterr().err and touched(before, home) == []
+    assert run("report", "runs/mine") == run("report", "runs/mine") == 0  # over its own
 
 
 @pytest.mark.parametrize("content", ["# My thesis\n", '---\ntitle: mine\n---\n"evl-cache" is used\n'])
