@@ -111,6 +111,8 @@ def command(
 
 
 def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
+    from evl_cache.store import size_on_disk
+
     return {
         "cache": str(job.cache_path),
         "split": job.spec.split,
@@ -121,7 +123,7 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
         "not_redone": result.not_redone,
         "sources_changed": result.sources_changed,
         "sources_in_doubt": result.sources_in_doubt,
-        "bytes": sum(file.stat().st_size for file in job.cache_path.rglob("*") if file.is_file()),
+        "bytes": size_on_disk(job.cache_path)[0],
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
         "cache_digest": result.cache_digest,

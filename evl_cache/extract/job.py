@@ -9,7 +9,7 @@ from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract.failure_limit import FailureLimit
 from evl_cache.extract.outages import OUTAGE_PATIENCE_S
-from evl_cache.extract_options import CPU_BATCH, DEFAULT_DECODE_WORKERS
+from evl_cache.extract_options import CPU_BATCH, DEFAULT_DECODE_WORKERS, MOST_BATCH
 from evl_cache.spec import CacheSpec
 from evl_cache.towers import Tower
 from evl_cache.video import DecodeOptions
@@ -107,6 +107,8 @@ class ExtractOptions:
         for name in ("batch", "decode_workers"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.batch > MOST_BATCH:
+            raise UsageError(f"batch is {self.batch}; expected at most {MOST_BATCH}")
         if self.clip_timeout_s <= 0:
             raise UsageError(f"clip_timeout_s is {self.clip_timeout_s}; expected more than 0 seconds")
         if not self.outage_patience_s >= 0:

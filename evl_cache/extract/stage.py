@@ -18,6 +18,7 @@ from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.environment import package_versions
+from evl_cache.extract.finished import found_finished
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
 from evl_cache.extract.outages import OnOutage
 from evl_cache.extract.redo import BlockRedo, failed_rows, rows_by_block
@@ -156,6 +157,8 @@ def extract(
     done_here, not_redone = 0, list[str]()
     sources = check_sources(job.cache_path, job.spec, job.clips.clips, job.root, prove=options.check_sources)
     redo = _redo_of(job, sources, options)
+    if not redo and (finished := found_finished(job)) is not None:
+        return _nothing_to_do(finished, sources, on_clip, started)
     was_done = not redo and len(finished_blocks(job.cache_path)) == job.spec.num_blocks
     while True:
         did = extract_blocks(
@@ -187,6 +190,25 @@ def extract(
         was_done=was_done,
         not_redone=tuple(not_redone),
         sources_changed=None if options.check_sources else sources.told_of_changed,
+        sources_in_doubt=sources.told_of_unproved,
+    )
+
+
+def _nothing_to_do(
+    cache: FeatureCache, sources: SourceCheck, on_clip: OnClip, started: float
+) -> ExtractResult:
+    """Return the result of a run that found everything done."""
+    failures = tuple(cache.failures)
+    for row in range(cache.spec.num_clips):
+        on_clip(row < len(failures))
+    return ExtractResult(
+        clips=cache.spec.num_clips,
+        clips_done_here=0,
+        failures=failures,
+        seconds=time.monotonic() - started,
+        cache_digest=cache.fingerprint,
+        was_done=True,
+        sources_changed=sources.told_of_changed,
         sources_in_doubt=sources.told_of_unproved,
     )
 

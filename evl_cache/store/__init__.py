@@ -32,17 +32,17 @@ from evl_cache.store.format.layout import (
     mark_path,
     marked_blocks,
 )
+from evl_cache.store.format.limits import projections_nbytes
 from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at
 from evl_cache.store.format.marks import ClipRecord, Mark, mark_file_digest
 from evl_cache.store.format.recomputed import (
     projections_content,
-    projections_nbytes,
     read_projections,
     write_projections,
 )
 from evl_cache.store.format.recovery import restore_description
 from evl_cache.store.format.rows import Row, StoredBatch, StoredMaps, StoredTokens, make_row
-from evl_cache.store.format.size import check_free_space, num_files, sample_nbytes
+from evl_cache.store.format.size import check_free_space, num_files, sample_nbytes, size_on_disk
 from evl_cache.store.objects.address import SCHEMES, is_url, public_url
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch

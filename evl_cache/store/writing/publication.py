@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest, file_crc32c, file_digest
@@ -24,7 +23,7 @@ from evl_cache.store.disk.publish import (
     write_atomic,
 )
 from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path, redo_path
-from evl_cache.store.format.marks import ClipRecord, Mark, ShardFiles, mark_document, read_mark
+from evl_cache.store.format.marks import ClipRecord, Mark, ShardFiles, mark_content, read_mark
 from evl_cache.store.shards.shard_index import MISSING, read_index
 
 _MOST_NAMED = 3  # clips in an error
@@ -104,7 +103,7 @@ class BlockPublication:
         Raises: RowsAtStake; BlockLost where another job holds the block now; CacheError where the disk refuses.
         """
         self.check_lock()
-        content = written or canonical_json(mark_document(mark, self._spec))
+        content = written or mark_content(mark, self._spec)
         try:
             if self._is_done_meanwhile():
                 raise self._lost()
