@@ -114,6 +114,11 @@ def show_transfer(result: TransferResult, as_json: bool) -> None:
     )
 
 
+def tell(message: str) -> None:
+    """A line for the user on stderr, beside what the command prints."""
+    click.echo(printable(message), err=True)
+
+
 def print_json(content: Mapping[str, object]) -> None:
     """One JSON object on stdout."""
     click.echo(json.dumps(content, indent=2))

@@ -7,6 +7,7 @@ from typing import Any, Self, TextIO
 
 from evl_cache.errors import UsageError
 from evl_cache.runs.directory import RunFile
+from evl_cache.runs.whole_files import write_text
 
 TENSORBOARD_NAME = "tensorboard"
 
@@ -32,7 +33,8 @@ class RunLog:
         for name, count in ((RunFile.STEPS, steps), (RunFile.METRICS, epochs)):
             path = self._out / name
             lines = path.read_text(encoding="utf-8").splitlines()[:count] if path.exists() else []
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+            # A new file: a writer that was taken for dead, and is not, still writes to the old one.
+            write_text(path, "".join(f"{line}\n" for line in lines))
         self._steps = (self._out / RunFile.STEPS).open("a", encoding="utf-8")
         if self._writer_class is not None:
             self._writer = self._writer_class(str(self._out / TENSORBOARD_NAME), purge_step=steps + 1)
