@@ -82,10 +82,16 @@ def existing_lines(path: Path) -> list[str]:
 
 
 def default_device(name: str | None) -> str:
-    """The device asked for, or the GPU where there is one. Raises: UsageError for one that is not there."""
+    """The device asked for, or the GPU where there is one. Raises: UsageError for one that is not there.
+
+    Every command that computes begins here, so torch's threads are limited here too.
+    """
     import torch
 
     from evl_cache.errors import UsageError
+    from evl_cache.processes import limit_torch_threads
+
+    limit_torch_threads()
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
