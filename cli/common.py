@@ -120,11 +120,6 @@ def show_transfer(result: TransferResult, as_json: bool) -> None:
     )
 
 
-def tell(message: str) -> None:
-    """A line for the user on stderr, beside what the command prints."""
-    click.echo(printable(message), err=True)
-
-
 def print_json(content: Mapping[str, object]) -> None:
     """One JSON object on stdout."""
     click.echo(json.dumps(content, indent=2))
@@ -147,6 +142,11 @@ def human_seconds(seconds: float) -> str:
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
+
+
+def say_outage(message: str) -> None:
+    """Say a line on stderr beside what the command prints: that an outage began, or what is waited for."""
+    click.echo(printable(message), err=True)
 
 
 def tell_found(*caches: FeatureCache) -> None:

@@ -27,7 +27,7 @@ from .cache_flags import (
     precision_flag,
     trust_flag,
 )
-from .common import Command, Function, default_device, print_json, tell
+from .common import Command, Function, default_device, print_json, say_outage
 
 if TYPE_CHECKING:
     from evl_cache.sweep.grid import SweepRun
@@ -164,7 +164,7 @@ def _sweep(flags: SweepFlags, runs: Sequence[SweepRun]) -> int:
             resume=flags.resume,
             memory_bytes=None if flags.memory is None else int(flags.memory * 1e9),
             progress=_progress,
-            on_wait=tell,
+            on_wait=say_outage,
         )
     page = _report(out, result)
     if flags.as_json:

@@ -14,6 +14,7 @@ from evl_cache.extract.clips_ahead import ClipsAhead
 from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
 from evl_cache.extract.environment import run_environment
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
+from evl_cache.extract.outages import OnOutage, Surroundings
 from evl_cache.extract.prepare import PreparedClip, prepare_clip
 from evl_cache.extract.reuse import ReusableRows
 from evl_cache.extract.stage_seconds import StageSeconds
@@ -41,6 +42,7 @@ class BlockExtractor:
         options: how; the last batch of a block is padded to `batch` samples.
         on_clip: called with whether it failed, after each clip.
         on_bottleneck: called with the stage that takes most (see `StageSeconds`), after each clip.
+        on_outage: called when an outage begins, and when it is over.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class BlockExtractor:
         options: ExtractOptions,
         on_clip: OnClip = lambda failed: None,
         on_bottleneck: OnBottleneck = lambda name: None,
+        on_outage: OnOutage = lambda message: None,
     ) -> None:
         self.waited = StageSeconds()
         self._job, self._on_clip, self._on_bottleneck = job, on_clip, on_bottleneck
@@ -62,6 +65,7 @@ class BlockExtractor:
         )
         self._reusable = None if options.reuse is None else ReusableRows(options.reuse, spec)
         self._decode_pool = DecodePool(workers, options=options.decoding, timeout_s=options.clip_timeout_s)
+        self._surroundings = Surroundings(job.root, patience_s=options.outage_patience_s, on_outage=on_outage)
         # A thread for each process, and one that crops meanwhile.
         self._ahead = ClipsAhead(
             lambda row: self._prepare(job.clips.clips[row]),
@@ -75,7 +79,7 @@ class BlockExtractor:
     def extract(self, block: int, lock: BlockLock) -> ExtractedBlock:
         """Hand every row of a block to a new writer, which the caller commits and closes.
 
-        Raises: CacheError where the disk refuses.
+        Raises: CacheError where the disk refuses; Outage where the videos cannot be read.
         """
         self._my_locks.append(lock.path)
         writer = BlockWriter(self._job.cache_path, self._job.spec, block, lock=lock, encoders=self._encoders)
@@ -111,6 +115,8 @@ class BlockExtractor:
             views=self._job.spec.views,
             is_known=is_known,
             decode=self._decode_pool.frames,
+            surroundings=self._surroundings,
+            may_be_missing=clip.id in self._job.known_missing,
         )
 
     def _finish(self, clip: ClipRows, writer: BlockWriter) -> ClipRecord:
@@ -128,6 +134,7 @@ class BlockExtractor:
     def close(self) -> None:
         """Stop the threads and processes."""
         self._ahead.close(wait=False)
+        self._surroundings.close()
         self._decode_pool.close()  # threads that wait for a worker hear that it is gone
         self._pipeline.close()
         self._ahead.close(wait=True)

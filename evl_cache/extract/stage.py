@@ -18,6 +18,7 @@ from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.block_taker import BlockTaker, blocks_with_failures
 from evl_cache.extract.environment import package_versions
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
+from evl_cache.extract.outages import OnOutage
 from evl_cache.processes import Rendezvous
 from evl_cache.spec import CODECS, MAP_STORAGE, SOFTWARE_PIXELS, TOKEN_STORAGE, CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import BlockNotDone, FeatureCache, check_free_space, create_cache, finish_cache
@@ -84,6 +85,7 @@ def extract(
     options: ExtractOptions,
     on_clip: OnClip = lambda failed: None,
     on_bottleneck: OnBottleneck = lambda name: None,
+    on_outage: OnOutage = lambda message: None,
     rendezvous: Rendezvous | None = None,
 ) -> ExtractResult:
     """Extract every clip that is not in the cache yet; run again after a kill, it goes on.
@@ -91,10 +93,12 @@ def extract(
     Args:
         on_clip: called with whether it failed, after each clip, also for those found done.
         on_bottleneck: called with what the run waits for most: `decoding`, `transfer`, `device` or `writing`.
+        on_outage: called with a line when a disk, say, is away, and with one when it is back; from any thread.
         rendezvous: shared by the processes of one run, which then try no block twice; None for a process that
             goes by the locks alone.
 
-    Raises: UsageError where another cache is there; CacheError where the disk refuses; TooManyFailures.
+    Raises: UsageError where another cache is there; CacheError where the disk refuses; Outage where the videos cannot be
+        read, and no clip is to blame; TooManyFailures.
     """
     started = time.monotonic()
     check_free_space(job.cache_path, job.spec)
@@ -116,6 +120,7 @@ def extract(
             options=options,
             on_clip=on_clip,
             on_bottleneck=on_bottleneck,
+            on_outage=on_outage,
             rendezvous=rendezvous,
         )
         try:
@@ -147,12 +152,14 @@ def extract_blocks(
     options: ExtractOptions,
     on_clip: OnClip,
     on_bottleneck: OnBottleneck = lambda name: None,
+    on_outage: OnOutage = lambda message: None,
     rendezvous: Rendezvous | None = None,
 ) -> int:
     """Extract the blocks that are not done or are in `redo`; the cache's description is there already.
 
     Returns: clips done by this process; others may have been done by other jobs meanwhile.
-    Raises: CacheError where the disk refuses; UsageError for a decoder whose pixels are not the cache's.
+    Raises: CacheError where the disk refuses; UsageError for a decoder whose pixels are not the cache's; Outage and
+        TooManyFailures as `extract`.
     """
 
     def on_own_clip(failed: bool) -> None:
@@ -160,7 +167,9 @@ def extract_blocks(
         taker.look_around_at_times()  # so that a progress line counts the clips of all jobs
 
     job.check_pixels(options.decoding)
-    extractor = BlockExtractor(job, options=options, on_clip=on_own_clip, on_bottleneck=on_bottleneck)
+    extractor = BlockExtractor(
+        job, options=options, on_clip=on_own_clip, on_bottleneck=on_bottleneck, on_outage=on_outage
+    )
     with closing(extractor):
         taker = BlockTaker(
             job,

@@ -12,8 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from evl_cache.errors import ClipError
-from evl_cache.video.frames import Choose, ClipHeader, DecodedClip, DecodeOptions, FrameEvent, has_decord
-from evl_cache.video.with_decord import decord_frames
+from evl_cache.video.frames import (
+    Choose,
+    ClipHeader,
+    DecodedClip,
+    DecodeOptions,
+    FrameEvent,
+    has_decord,
+    read_through,
+)
+from evl_cache.video.with_decord import NotForDecord, decord_frames
 from evl_cache.video.with_pyav import pyav_frames
 from evl_cache.video.with_torchcodec import torchcodec_frames
 
@@ -50,13 +58,19 @@ def decode_frames(
     if options.decoder == "pyav" or not has_decord():
         yield from pyav_frames(path, choose, options)
         return
-    try:
+    if options.decoder == "decord":
         yield from decord_frames(path, choose, options)
         return
-    except ClipError as error:
-        if options.decoder == "decord":
-            raise
-        refused = error
+    # Its disk may have failed for a moment: which decoder read a clip is recorded, and must not depend on that.
+    for _ in range(2):
+        try:
+            yield from decord_frames(path, choose, options)
+            return
+        except ClipError as error:
+            refused = error
+        if isinstance(refused, NotForDecord):
+            break
+        read_through(path)
     try:
         yield from pyav_frames(path, choose, options)
     except ClipError as error:

@@ -6,10 +6,11 @@ T frames asked for, H and W source pixels.
 import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from evl_cache.errors import UsageError
+from evl_cache.errors import ClipError, UsageError
 from evl_cache.spec import DECODERS, SOFTWARE_PIXELS
 
 # Frames are passed on in pieces of about this size, so that memory does not grow with their number.
@@ -27,12 +28,14 @@ class ClipHeader:
         num_frames_in_file: as the decoder counts them.
         frame_size: (H, W), upright.
         decoder: library that decodes, with its version.
+        complaint: what another decoder, which was tried before, failed of; None where that is known to be the file's.
     """
 
     indices: np.ndarray
     num_frames_in_file: int
     frame_size: tuple[int, int]
     decoder: str
+    complaint: str | None = None
 
     @property
     def distinct(self) -> np.ndarray:
@@ -150,3 +153,13 @@ def reason_of(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return text.split("] ", 1)[-1][:200]
+
+
+def read_through(path: str | Path) -> None:
+    """Read a file to its end. Raises: ClipError where that fails, which is no decoder's word on what is in it."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(1 << 20):
+                pass
+    except OSError as error:
+        raise ClipError(f"{path}: cannot be read ({error.strerror})") from error
