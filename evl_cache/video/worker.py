@@ -10,7 +10,8 @@ imports torch for torchcodec only, and nothing of the cache, so that it starts f
     worker   {"indices", "count", "size", "decoder"}: a header; frames before it must be dropped
     worker   {"frames"}: so many frames are in the file
     parent   {"taken"}: the next frames may be written
-    worker   {"growth_bytes"} of resident memory since the first clip, and {"error"} if the clip failed: it is finished
+    worker   {"growth_bytes"} of resident memory since the first clip, and {"error"} if the clip failed: it is finished;
+             with {"remedy"} too, a limit of the user's is at fault, not the clip
 """
 
 import ctypes
@@ -29,8 +30,8 @@ import numpy as np
 from evl_cache import video
 from evl_cache.errors import ClipError, EvlCacheError
 from evl_cache.video.native_messages import own_stderr
+from evl_cache.video.user_limits import limit_address_space, refused, said_of_memory
 
-_MOST_ADDRESS_SPACE = 16 << 30  # a file with a false frame size must not fill the machine's memory
 _PR_SET_PDEATHSIG = 1
 _GROWTH_TO_TRIM = 32 << 20  # bytes of growth after which glibc's free memory is returned to the system
 
@@ -49,8 +50,7 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
             "torchcodec.decoders"
         )  # imports torch, which must come before the other decoders
     else:  # not with torchcodec, as a GPU's driver takes any amount of address space
-        limit = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESS_SPACE, limit))
+        limit_address_space()
         own_stderr()
     with socket.socket(fileno=socket_fd) as channel, channel.makefile("rw", encoding="utf-8") as lines:
         connection = _Connection(lines, frames_fd)
@@ -116,15 +116,19 @@ class _Connection:
 
 
 def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str]:
-    """Decode one clip, and return `{"error": …}` if it failed."""
+    """Decode one clip, and return `{"error": …}` if it failed, with `{"remedy": …}` where the clip is not at fault."""
     path = os.fsdecode(bytes.fromhex(request.pop("path")))
     try:
         for event in video.decode_frames(path, connection.ask, options=video.DecodeOptions(**request)):
             connection.give(event)
-    except EvlCacheError as error:
-        return {"error": str(error)}
-    except MemoryError:
-        return {"error": f"{path}: needs more memory than a decoder may take"}
+    except (EvlCacheError, MemoryError, OSError, ImportError, RuntimeError) as error:
+        if (found := refused(error)) is not None:
+            return {"error": f"{path}: {found[0]}", "remedy": found[1]}
+        if isinstance(error, MemoryError):
+            return {"error": f"{path}: needs more memory than a decoder may take"}
+        if not isinstance(error, EvlCacheError):
+            raise
+        return {"error": f"{error}{said_of_memory()}"}
     return {}
 
 
