@@ -19,7 +19,7 @@ from typing import TypeVar
 from evl_cache.errors import ClipError, Outage
 
 OUTAGE_PATIENCE_S = 600.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 _MOST_FOLDERS = 10_000  # that are remembered
 # What the system says of a path that leads to no file. It is the file's own fault where its folders are in order. (A
 # mount that an automounter cannot make is a circle of links, too.)
@@ -62,7 +62,7 @@ class Surroundings:
         Raises: Outage where it lasts longer than patience, or the run is closed.
         """
         began_s: float | None = None
-        pause_s = _FIRST_PAUSE_S
+        pause_s = FIRST_PAUSE_S
         while True:
             try:
                 result = attempt()
@@ -72,7 +72,7 @@ class Surroundings:
                     began_s = time.monotonic()
                     self._join(outage)
                 self._wait(outage, time.monotonic() - began_s, pause_s)
-                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+                pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         if began_s is not None:
             self._leave()
         return result
@@ -123,11 +123,7 @@ class Surroundings:
         """
         folders = self._folders_of(path)
         try:
-            if not stat.S_ISREG(path.stat().st_mode):
-                raise ClipError(f"{path}: is not a regular file")
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-                size = file.tell()
+            found = sha256_of(path)
         except OSError as error:
             if error.errno not in _NO_SUCH_FILE:
                 raise _outage(path, error) from error
@@ -136,7 +132,7 @@ class Surroundings:
             raise ClipError(f"{path}: cannot be opened ({error.strerror})") from error
         if len(self._known) < _MOST_FOLDERS:
             self._known |= folders
-        return size, found
+        return found
 
     def check_unchanged(self, path: Path, source: tuple[int, str]) -> None:
         """Read a clip's file again, of which a decoder complained. Raises: Outage where it is not what it was."""
@@ -183,6 +179,15 @@ class Surroundings:
                     nearest = folder
             if nearest is not None and _is_empty(nearest):
                 raise Outage(f"{nearest}: is empty, as where a disk is away", remedy=_BACK)
+
+
+def sha256_of(path: Path) -> tuple[int, str]:
+    """Return size and sha256 of a regular file. Raises: ClipError for another; OSError."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ClipError(f"{path}: is not a regular file")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+        return file.tell(), found
 
 
 def _lasting(outage: Outage, waited_s: float) -> Outage:
