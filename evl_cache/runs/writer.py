@@ -62,7 +62,7 @@ def writing(
         watchers = {place: LockWatcher(place, expiry_s=expiry_s, runtime=runtime) for place in (out, *others)}
         lock = _take_all(watchers, on_wait, runtime)[out]
         kept.enter_context(lock)
-        for left in [path for path in out.iterdir() if is_staging_name(path.name)]:
+        for left in [path for path in out.iterdir() if _is_leftover(path.name)]:
             left.unlink(missing_ok=True)  # a killed writer's: nobody else writes here
         yield RunWriter(out, lock)
 
@@ -90,6 +90,10 @@ def new_run_directory(cache_name: str, head: str) -> Path:
             number += 1
         else:
             return path
+
+
+def _is_leftover(name: str) -> bool:
+    return is_staging_name(name) or name.startswith(f".{_LOCK}.lock-")
 
 
 def _around(out: Path) -> list[Path]:

@@ -152,10 +152,12 @@ def test_a_killed_training_is_resumed_at_once_on_its_machine(caches, tmp_path):
     process.communicate(timeout=60)
     holder = lock_holder(run, "writer")
     assert holder is not None and holder.is_alive is False
-    (run / f".tmp-node7-12-{'a' * 16}").write_bytes(b"left by a writer that was killed while it wrote")
+    for left in (f".tmp-node7-12-{'a' * 16}", f".writer.lock-{'a' * 16}"):
+        (run / left).write_bytes(b"left by a writer that was killed while it wrote")
+    (run / ".mine").write_bytes(b"somebody else's")
     waited = []
     with writing(run, on_wait=waited.append):
-        assert not list(run.glob(".tmp-*"))
+        assert [path.name for path in run.glob(".*")] == [".mine"]
     assert read_run_config(run).head == "linear" and not waited
 
 
