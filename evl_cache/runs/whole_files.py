@@ -18,9 +18,15 @@ def whole_file(path: Path) -> Iterator[Path]:
 
     Raises: EvlCacheError where the disk refuses; what was there stays.
     """
+    with refusals_named(path), replacing(path) as staging:
+        yield staging
+
+
+@contextmanager
+def refusals_named(path: Path) -> Iterator[None]:
+    """Name the file, and what to do, where it cannot be written. Raises: EvlCacheError."""
     try:
-        with replacing(path) as staging:
-            yield staging
+        yield
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have kinds of their own
         raise EvlCacheError(
             f"cannot write {path}: {_reason(error)}; free space or check the disk, then run it again "

@@ -1,11 +1,13 @@
 """A run directory has one writer: begun together, killed, on another machine, paused, beside a sweep."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from evl_cache.sweep.grid import expand
 from evl_cache.train.stage import TrainOptions, train
 from tests.support.example_data import OFFICIAL, ROOT
 from tests.support.feature_caches import write_pair
+from tests.support.lying_disk import NO_HARD_LINKS, Fault, lying_disk, needs_lying_disks
 from tests.support.warm_python import warm_python
 
 OPTIONS = TrainOptions(head="linear", epochs=2, batch=4)
@@ -80,12 +83,12 @@ def steps(run):
 
 
 def test_of_two_trainings_with_one_directory_exactly_one_wins(caches, tmp_path):
-    started = [start_training(caches, "--out", "run", "--epochs", "40", cwd=tmp_path) for _ in range(2)]
+    started = [start_training(caches, "--out", "run", "--epochs", "20", cwd=tmp_path) for _ in range(2)]
     ended = [(*process.communicate(timeout=100), process.returncode) for process in started]
     assert sorted(status for *_, status in ended) == [0, 2], ended
     (error,) = [err.splitlines()[-1] for _, err, status in ended if status == 2]
     assert "is writing there; wait for its end" in error or "holds a run already" in error
-    assert steps(tmp_path / "run") == list(range(1, 161))
+    assert steps(tmp_path / "run") == list(range(1, 81))
     assert not list((tmp_path / "run").glob(".*")) and not (tmp_path / "run" / "writer.lock").exists()
 
 
@@ -261,3 +264,37 @@ assert [path.name for path in out.iterdir()] == ["last.pt"]
         check=False,
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", ["silly names", "no hard links", "slow attributes"])
+def test_a_run_on_a_network_disk_has_one_writer_and_leaves_nothing(caches, tmp_path, kind):
+    needs_lying_disks()
+    seconds = 5 if kind == "slow attributes" else 0
+    with lying_disk(tmp_path / "backing", tmp_path / "disk", attributes_s=seconds) as disk:
+        disk.set(*[NO_HARD_LINKS] * (kind == "no hard links"), silly_rename=kind == "silly names")
+        run = disk.path / "run"
+        train(*caches, options=OPTIONS, out=run)
+        with writing(run), pytest.raises(UsageError, match=HERE):
+            train(*caches, options=OPTIONS, out=run, resume=True)
+        train(*caches, options=OPTIONS, out=run, resume=True)
+        assert steps(run) == list(range(1, 9))
+        assert not list(run.glob(".*")) and not list(run.glob("*.lock"))
+
+
+def test_a_disk_that_fails_while_the_state_is_kept_ends_the_run_which_goes_on_later(caches, tmp_path):
+    needs_lying_disks()
+    with lying_disk(tmp_path / "backing", tmp_path / "disk") as disk:
+        run, options = disk.path / "run", replace(OPTIONS, save_every_steps=3)
+
+        def on_step(done, total, loss):
+            if done == 5:
+                disk.set(Fault("write", errno.ENOSPC, times=None, under="run"))
+
+        with pytest.raises(
+            EvlCacheError,
+            match=r"cannot write .*(last.pt|steps.jsonl): No space left on device; free space or check",
+        ):
+            train(*caches, options=options, out=run, on_step=on_step)
+        disk.clear()
+        train(*caches, options=options, out=run, resume=True)
+        assert steps(run) == list(range(1, 9))
