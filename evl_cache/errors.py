@@ -5,6 +5,11 @@ Every message says in one line what was got, what was expected and what to do; t
 
 import errno
 
+# What the system says of a path that leads to no file: that may be the file's own fault. (A mount that an automounter
+# cannot make is a circle of links, too.)
+NO_SUCH_FILE = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ}
+)
 _LIMITS = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the system's limit of open files (fs.file-max)",

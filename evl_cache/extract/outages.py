@@ -16,16 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from evl_cache.errors import ClipError, Outage
+from evl_cache.errors import NO_SUCH_FILE, ClipError, Outage
 
 OUTAGE_PATIENCE_S = 600.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 _MOST_FOLDERS = 10_000  # that are remembered
-# What the system says of a path that leads to no file. It is the file's own fault where its folders are in order. (A
-# mount that an automounter cannot make is a circle of links, too.)
-_NO_SUCH_FILE = frozenset(
-    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ}
-)
 _BACK = "bring the disk back"
 _AWAY = "bring the disk back, or move the file away and use --allow-missing if it alone is at fault"
 _CLOSED = "make it readable (chmod), or move it away and use --allow-missing"
@@ -125,7 +120,7 @@ class Surroundings:
         try:
             found = sha256_of(path)
         except OSError as error:
-            if error.errno not in _NO_SUCH_FILE:
+            if error.errno not in NO_SUCH_FILE:
                 raise _outage(path, error) from error
             if not may_be_missing:
                 self._check_absent(path)
@@ -158,7 +153,7 @@ class Surroundings:
         try:
             path.stat()
         except OSError as error:
-            if error.errno not in _NO_SUCH_FILE:
+            if error.errno not in NO_SUCH_FILE:
                 raise _outage(path, error) from error
             self._check_folders(path)
             return
@@ -208,7 +203,7 @@ def _device(folder: Path) -> int | None:
     try:
         found = folder.stat()
     except OSError as error:
-        if error.errno in _NO_SUCH_FILE:
+        if error.errno in NO_SUCH_FILE:
             return None
         raise _outage(folder, error) from error
     return found.st_dev if stat.S_ISDIR(found.st_mode) else None
@@ -221,6 +216,6 @@ def _is_empty(folder: Path) -> bool:
     except PermissionError:  # files in it may be read all the same
         return False
     except OSError as error:
-        if error.errno in _NO_SUCH_FILE:
+        if error.errno in NO_SUCH_FILE:
             return True
         raise _outage(folder, error) from error

@@ -1,6 +1,7 @@
 """A clip's video made ready for the backbone: hashed, decoded, cropped; with a record of where it came from."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from evl_cache.store import ClipRecord
 from evl_cache.video import Choose, ClipHeader, FrameEvent, decode_frames
 
 Decode = Callable[[Path, Choose], Iterator[FrameEvent]]
-_MOST_DECODES = 4  # of a clip whose decoder says something else each time
+_MOST_DECODES = 5  # of a clip whose decoder says something else each time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +93,9 @@ def prepare_clip(
 def _believed(
     decoded: Callable[[], tuple[PreparedClip, str | None]], check_unchanged: Callable[[], None]
 ) -> PreparedClip:
-    """Decode a clip, and once more where a decoder complained: it does so too where a disk failed beneath it.
+    """Decode a clip, and where a decoder complained, until it did twice, or was content twice.
+
+    It complains of a disk that fails beneath it, too, and of real damage not always.
 
     Args:
         decoded: returns the clip, and what a decoder complained of.
@@ -100,15 +103,16 @@ def _believed(
 
     Raises: Outage as `check_unchanged` does.
     """
-    complaints: set[str] = set()
+    outcomes: Counter[str | None] = Counter()
     while True:
         prepared, complaint = decoded()
-        if complaint is None:
+        if complaint is None and not outcomes:
             return prepared
-        check_unchanged()
-        if complaint in complaints or len(complaints) == _MOST_DECODES - 1:
+        if complaint is not None:
+            check_unchanged()
+        outcomes[complaint] += 1
+        if outcomes[complaint] == 2 or outcomes.total() == _MOST_DECODES:
             return prepared
-        complaints.add(complaint)
 
 
 def _decoded(

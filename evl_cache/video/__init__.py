@@ -48,8 +48,8 @@ def decode_frames(
             a second decoder counts differently.
         options: how to decode.
 
-    Raises: ClipError with the reason where the file cannot be read or frames are damaged; frames that were yielded
-        before must not be used then.
+    Raises: ClipError with the reason where the file cannot be decoded or frames are damaged, Outage where something else
+        than the file is at fault; frames that were yielded before must not be used then.
     """
     options = options or DecodeOptions()
     if options.decoder == "torchcodec":
@@ -61,16 +61,22 @@ def decode_frames(
     if options.decoder == "decord":
         yield from decord_frames(path, choose, options)
         return
-    # Its disk may have failed for a moment: which decoder read a clip is recorded, and must not depend on that.
-    for _ in range(2):
+    # A disk that fails for a moment looks like damage, and of real damage decord does not always tell. Which decoder read
+    # a clip is recorded, so a complaint decides only when it is made twice of three times.
+    complaints = successes = 0
+    while complaints < 2:
         try:
             yield from decord_frames(path, choose, options)
-            return
+            successes += 1
+            if complaints == 0 or successes == 2:
+                return
+        except NotForDecord as error:
+            refused: ClipError = error
+            break
         except ClipError as error:
             refused = error
-        if isinstance(refused, NotForDecord):
-            break
-        read_through(path)
+            complaints += 1
+            read_through(path)
     try:
         yield from pyav_frames(path, choose, options)
     except ClipError as error:

@@ -94,7 +94,8 @@ class DecodeProcess:
         """Yield what `video.decode_frames` yields; the caller's own time does not count towards the timeout.
 
         Raises: ClipError for a clip that cannot be decoded; WorkerLost where the process died or was too slow;
-            WorkerError where the process cannot start; Outage where another one than we killed it.
+            WorkerError where the process cannot start; Outage where no clip is to blame, as where it
+            was killed by another than us.
         """
         self._wait_until_ready()
         deadline = time.monotonic() + timeout_s
@@ -121,8 +122,8 @@ class DecodeProcess:
             yield event
             deadline += time.monotonic() - given
         self.growth_bytes = said["growth_bytes"]
-        if "remedy" in said:
-            raise Outage(said["error"], remedy=said["remedy"])
+        if "outage" in said:
+            raise Outage(said["outage"], remedy=said["remedy"])
         if "error" in said:
             raise ClipError(said["error"])
 

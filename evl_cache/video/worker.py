@@ -10,8 +10,8 @@ imports torch for torchcodec only, and nothing of the cache, so that it starts f
     worker   {"indices", "count", "size", "decoder"}: a header; frames before it must be dropped
     worker   {"frames"}: so many frames are in the file
     parent   {"taken"}: the next frames may be written
-    worker   {"growth_bytes"} of resident memory since the first clip, and {"error"} if the clip failed: it is finished;
-             with {"remedy"} too, a limit of the user's is at fault, not the clip
+    worker   {"growth_bytes"} of resident memory since the first clip, and {"error"} if the clip failed, or {"outage",
+             "remedy"} where it is not to blame: it is finished
 """
 
 import ctypes
@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from evl_cache import video
-from evl_cache.errors import ClipError, EvlCacheError
+from evl_cache.errors import ClipError, EvlCacheError, Outage
 from evl_cache.video.native_messages import own_stderr
 from evl_cache.video.user_limits import limit_address_space, refused, said_of_memory
 
@@ -116,20 +116,30 @@ class _Connection:
 
 
 def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str]:
-    """Decode one clip, and return `{"error": …}` if it failed, with `{"remedy": …}` where the clip is not at fault."""
+    """Decode one clip, and return what the last message says of it."""
     path = os.fsdecode(bytes.fromhex(request.pop("path")))
     try:
         for event in video.decode_frames(path, connection.ask, options=video.DecodeOptions(**request)):
             connection.give(event)
-    except (EvlCacheError, MemoryError, OSError, ImportError, RuntimeError) as error:
-        if (found := refused(error)) is not None:
-            return {"error": f"{path}: {found[0]}", "remedy": found[1]}
-        if isinstance(error, MemoryError):
-            return {"error": f"{path}: needs more memory than a decoder may take"}
-        if not isinstance(error, EvlCacheError):
-            raise
-        return {"error": f"{error}{said_of_memory()}"}
+    except Outage as outage:
+        return {"outage": outage.trouble, "remedy": outage.remedy}
+    except (EvlCacheError, OSError, MemoryError, ImportError, RuntimeError) as error:
+        return _failure(path, error)
     return {}
+
+
+def _failure(path: str, error: Exception) -> dict[str, str]:
+    """Return what the last message says of an error. Raises: the error, where no message of ours says it better."""
+    if (found := refused(error)) is not None:
+        return {"outage": f"{path}: {found[0]}", "remedy": found[1]}
+    if isinstance(error, EvlCacheError):
+        return {"error": f"{error}{said_of_memory()}"}
+    if isinstance(error, MemoryError):
+        return {"error": f"{path}: needs more memory than a decoder may take"}
+    if isinstance(error, OSError):  # of the file of frames: those of the clip's file are errors of ours
+        wanting = Outage.of("decoded frames cannot be passed on", error, remedy="give the run more memory")
+        return {"outage": wanting.trouble, "remedy": wanting.remedy}
+    raise error
 
 
 def _trim() -> None:

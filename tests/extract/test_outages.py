@@ -6,10 +6,12 @@ import random
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,9 +32,10 @@ from evl_cache.rendered import demo_motion_frames, write_video
 from evl_cache.spec import TowerSpec, ViewSpec
 from evl_cache.store import FeatureCache
 from evl_cache.towers import Backbone
-from evl_cache.video import Choose, FrameEvent, decode_clip, decode_frames
+from evl_cache.video import Choose, DecodeOptions, FrameEvent, decode_clip, decode_frames, frames
 from evl_cache.video import process as decode_process
 from evl_cache.video.pool import DecodePool
+from evl_cache.video.with_torchcodec import torchcodec_frames
 from evl_cache_cli.main import cli
 from tests.support.example_data import ROOT
 from tests.support.lying_disk import Fault, LyingDisk, lying_disk, needs_lying_disks
@@ -349,6 +352,50 @@ def test_which_decoder_read_a_clip_does_not_depend_on_a_moment(
     assert decoders_of(motions / "00.mp4").startswith("PyAV")
 
 
+def test_damage_that_decord_does_not_always_report_is_left_to_pyav(
+    motions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path, choose: Choose, options: video.DecodeOptions) -> Iterator[FrameEvent]:
+        yield from real(path, choose, options)
+        if next(reports):
+            raise ClipError(f"{path}: has damaged frames")
+
+    real, reports = video.decord_frames, iter([True, False, True])
+    monkeypatch.setattr(video, "decord_frames", fails)
+    assert decoders_of(motions / "00.mp4").startswith("PyAV")
+
+
+def test_a_file_that_cannot_be_read_where_decord_failed_is_an_outage(
+    motions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(path: Path, choose: Choose, options: video.DecodeOptions) -> Iterator[FrameEvent]:
+        raise ClipError(f"{path}: cannot be decoded (Input/output error)")
+        yield
+
+    def cannot_open(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(video, "decord_frames", fails)
+    monkeypatch.setattr(frames, "open", cannot_open, raising=False)
+    with pytest.raises(Outage, match=os.strerror(errno.EIO)):
+        decoders_of(motions / "00.mp4")
+
+
+def test_a_gpu_without_memory_for_its_decoder_is_an_outage(
+    motions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wants(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    decoders = ModuleType("torchcodec.decoders")
+    monkeypatch.setattr(decoders, "VideoDecoder", wants, raising=False)
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    with pytest.raises(Outage, match=r"cuda cannot decode \(CUDA out of memory\); free the GPU"):
+        options = DecodeOptions(device="cuda")
+        list(torchcodec_frames(motions / "00.mp4", lambda count: WANTED, options))
+
+
 def test_a_crash_of_decord_is_believed_when_it_repeats(faulty: None, tmp_path: Path, motions: Path) -> None:
     decoders = []
     for name in ("decord once.mp4", "decord always.mp4"):
@@ -406,6 +453,13 @@ def test_a_process_that_cannot_be_started_for_want_of_something_is_an_outage(
         found = prepared(motions / "00.mp4", motions, decode=pool.frames, surroundings=around)
     assert found.record.error is None and "ulimit -n" in said[0]
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_process_that_cannot_pass_frames_on_is_an_outage(faulty: None, videos: Path) -> None:
+    path = videos / "no memory.mp4"
+    path.write_bytes((videos / "00.mp4").read_bytes())
+    with DecodePool(1) as pool, pytest.raises(Outage, match="cannot be passed on"):
+        list(pool.frames(path, lambda count: WANTED))
 
 
 def test_once_a_process_has_started_the_installation_is_not_to_blame(

@@ -1,5 +1,6 @@
 """A worker whose decoders hang, crash and leak on clips whose names say so; on others it is the real one."""
 
+import errno
 import os
 import signal
 import time
@@ -33,6 +34,8 @@ def _decode_frames(path, choose, *, options=None):
         os.kill(os.getpid(), signal.SIGKILL)
     if "aborts" in name:
         os.abort()
+    if "no memory" in name:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if "leaks" in name:
         _leaked.append(b"x" * (64 << 20))
     if name.startswith("decord ") and options.decoder != "pyav" and _is_due(path):
