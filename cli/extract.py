@@ -11,7 +11,7 @@ from evl_cache.extract_options import EXTRACT_OPTIONS, Role, default_batch, opti
 from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
-from .common import Command, default_device, human_bytes, print_json, say_outage
+from .common import Command, default_device, human_bytes, print_json, say_outage, shown
 from .extract_flags import extract_flags, make_request
 from .mode_option import mode_option
 
@@ -44,6 +44,7 @@ def command(
     max_failures: str | None,
     outage_patience: float | None,
     retry_failed: bool,
+    check_sources: bool,
     reuse: Path | None,
     as_json: bool,
     **given: Any,
@@ -76,9 +77,11 @@ def command(
         most_failures=None if max_failures is None else FailureLimit.parse(max_failures),
         outage_patience_s=OUTAGE_PATIENCE_S if outage_patience is None else outage_patience,
         retry_failed=retry_failed,
+        check_sources=check_sources,
         reuse=reuse,
     )
     reports: list[dict[str, Any]] = []
+    wrong: list[str] = []
     for job, result in extract_dataset(
         make_request(given, pixels=options.decoding.pixels),
         options=options,
@@ -87,6 +90,11 @@ def command(
         on_outage=say_outage,
         rendezvous=rendezvous,
     ):
+        wrong += [*result.not_redone, *filter(None, [result.sources_changed])]
+        if result.sources_in_doubt and check_sources:
+            wrong.append(result.sources_in_doubt)
+        elif result.sources_in_doubt and place.is_first:
+            click.echo(shown(result.sources_in_doubt), err=True)
         if not place.is_first:
             _say_share(place, job, result)
             continue
@@ -97,7 +105,9 @@ def command(
             click.echo(f"failed: {clip}: {reason}", err=True)
     if as_json and place.is_first:
         print_json({"caches": reports})
-    return _status(place, [report for report in reports if report["failed"]])
+    for reason in wrong:
+        click.echo(shown(reason), err=True)
+    return 1 if wrong else _status(place, [report for report in reports if report["failed"]])
 
 
 def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
@@ -106,7 +116,11 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
         "split": job.spec.split,
         "clips": result.clips,
         "clips_here": result.clips_done_here,
+        "was_done": result.was_done,
         "failed": len(result.failures),
+        "not_redone": result.not_redone,
+        "sources_changed": result.sources_changed,
+        "sources_in_doubt": result.sources_in_doubt,
         "bytes": sum(file.stat().st_size for file in job.cache_path.rglob("*") if file.is_file()),
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
@@ -115,8 +129,9 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
 
 
 def _say_result(report: dict[str, Any]) -> None:
+    nothing = "nothing to do, " if report["was_done"] else ""
     click.echo(
-        f"{report['cache']}: {report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
+        f"{report['cache']}: {nothing}{report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
         f"{report['seconds']:.1f} s, digest {report['cache_digest'][:16]}"
     )
 

@@ -11,7 +11,7 @@ import click
 
 from evl_cache.progress_lines import clip_progress
 
-from .common import Command, decode_workers_flag, default_device, print_json
+from .common import Command, decode_workers_flag, default_device, print_json, shown
 
 if TYPE_CHECKING:
     from evl_cache.extract.repair import RepairResult
@@ -54,9 +54,11 @@ def command(
         )
     if as_json:
         print_json({"cache": str(cache), **asdict(result)})
-        return 0
-    _render(cache, result)
-    return 0
+    else:
+        _render(cache, result)
+    for reason in result.not_redone:
+        click.echo(shown(reason), err=True)
+    return 1 if result.not_redone else 0
 
 
 def _render(cache: Path, result: RepairResult) -> None:

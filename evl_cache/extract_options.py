@@ -117,7 +117,7 @@ _STORED = Role.REQUEST | Role.ESTIMATE  # nor is it of videos that are not store
 _RUN = Role.NONE
 _V = ViewSpec()
 _DATASETS = "k400, ssv2, ucf101, hmdb51, folder, list, scenes, motions, …"
-_BATCH = f"Samples of a forward pass [{CPU_BATCH} on a CPU, {GPU_BATCH} on a GPU]."
+_BATCH = f"Samples a pass [CPU: {CPU_BATCH}, GPU: {GPU_BATCH}]."
 _LAYERS = f"Counted from 1, also 9,11,12 [the last {DEFAULT_LAYERS}]."
 _PRETRAINED = "Tag, file, or none (seeded random) [openai; evl-tiny's own]."
 _DECODER = "auto: PyAV where decord fails; torchcodec: on the GPU."
@@ -154,7 +154,7 @@ EXTRACT_OPTIONS = (
     ExtractOption("--limit", _ALL, "Only the first N clips.", kind=int, least=1),
     ExtractOption("--allow-missing", _ALL, "Of files that are not there [0].", kind=float, default=0.0,
                   metavar="PERCENT", field="allow_missing_percent"),
-    ExtractOption("--device", Role.ESTIMATE, "cpu, cuda, cuda:N [the GPU where there is one]."),
+    ExtractOption("--device", Role.ESTIMATE, "cpu, cuda, cuda:N [a GPU if any]."),
     ExtractOption("--batch", Role.ESTIMATE, _BATCH, kind=int, least=1),
     ExtractOption("--decode-workers", Role.ESTIMATE | Role.ONLINE, "Processes that decode.", kind=int, least=1,
                   default=DEFAULT_DECODE_WORKERS, shows_default=True),
@@ -163,7 +163,8 @@ EXTRACT_OPTIONS = (
     ExtractOption("--clip-timeout", _RUN, "For decoding a clip [120].", kind=float, metavar="SECONDS"),
     ExtractOption("--max-failures", _RUN, "More end the run: 20, 5% [5% of 100, 50 in a row].", metavar="N%"),
     ExtractOption("--outage-patience", _RUN, "For a disk that is away [600].", kind=float, metavar="SECONDS"),
-    ExtractOption("--retry-failed", _RUN, "Redo the blocks of failed clips.", kind=bool),
+    ExtractOption("--retry-failed", _RUN, "Try the clips that failed again.", kind=bool),
+    ExtractOption("--check-sources", _RUN, "Redo clips whose video was replaced.", kind=bool),
     ExtractOption("--reuse", _RUN, "Copy rows of equal features and files.", kind=Path),
 )
 # fmt: on

@@ -2,13 +2,15 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
+from evl_cache.errors import CacheError
 from evl_cache.extract.block import ExtractedBlock
 from evl_cache.extract.failure_limit import FailureCount
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip
+from evl_cache.extract.redo import BlockRedo
 from evl_cache.extract.stage_seconds import StageSeconds
 from evl_cache.store import (
     LOCKS_NAME,
@@ -17,10 +19,12 @@ from evl_cache.store import (
     BlockLost,
     ClipRecord,
     LockWatcher,
+    RowsAtStake,
     Runtime,
     file_identity,
+    finished_blocks,
+    is_in_redo,
     mark_path,
-    marked_blocks,
     valid_mark,
 )
 
@@ -35,8 +39,8 @@ class Extractor(Protocol):
 
     waited: StageSeconds
 
-    def extract(self, block: int, lock: BlockLock) -> ExtractedBlock:
-        """Hand every row of a block to a new writer, which the caller commits and closes."""
+    def extract(self, block: int, lock: BlockLock, redo: BlockRedo | None = None) -> ExtractedBlock | None:
+        """Hand every row of a block to a new writer, which the caller commits and closes; None where the block stays."""
         ...
 
 
@@ -46,7 +50,7 @@ class _Commit(NamedTuple):
     block: int
     records: Sequence[ClipRecord]
     failed_before: Collection[str]
-    future: "Future[BlockLost | None]"
+    future: "Future[CacheError | None]"
 
 
 class BlockTaker:
@@ -59,10 +63,13 @@ class BlockTaker:
         job: the cache.
         extractor: does the work.
         options: of which `lock_expiry_s` and `most_failures` count here.
-        redo: blocks to extract again although they are done.
+        redo: why blocks are done again although they are done, by block.
         on_clip: called with whether it failed, for each clip of a block found done.
         next_number: gives numbers, each to one process of the run only; None where there are none.
         runtime: clock and threads.
+
+    Attributes:
+        stayed: why a block stays as it is, though it was to be redone: it has features that cannot be made again.
     """
 
     def __init__(
@@ -71,7 +78,7 @@ class BlockTaker:
         extractor: Extractor,
         *,
         options: ExtractOptions,
-        redo: Collection[int] = (),
+        redo: Mapping[int, BlockRedo] | None = None,
         on_clip: OnClip = lambda failed: None,
         next_number: Callable[[], int | None] = lambda: None,
         runtime: Runtime = REAL,
@@ -85,7 +92,11 @@ class BlockTaker:
         expiry_s = options.lock_expiry_s
         self._locks = LockWatcher(self._cache_path / LOCKS_NAME, expiry_s=expiry_s, runtime=runtime)
         self._longest_wait_s = max(_LEAST_WAIT_S, min(_LONGEST_WAIT_S, expiry_s / _LOOKS_PER_EXPIRY))
-        self._redo = {block: file_identity(mark_path(self._cache_path, block)) for block in redo}
+        self._redo = dict(redo or {})
+        self._marks_before = {
+            block: file_identity(mark_path(self._cache_path, block)) for block in self._redo
+        }
+        self.stayed: dict[int, str] = {}
         self._todo: set[int] = set()
         self._losses: Counter[int] = Counter()
         self._committer = runtime.executor("commit")
@@ -115,7 +126,7 @@ class BlockTaker:
     def look_around(self) -> None:
         """Report what other jobs have done, and take it off the list. Only a mark says that a block is done."""
         self._looked_s = self._runtime.now_s()
-        for block in sorted(self._todo & marked_blocks(self._cache_path)):
+        for block in sorted(self._todo & finished_blocks(self._cache_path)):
             if self._found_done(block):
                 self._todo.discard(block)
 
@@ -126,7 +137,7 @@ class BlockTaker:
 
     def _reopen(self, blocks: Collection[int]) -> bool:
         """Whether blocks are to be done again, because a job that had been paused withdrew its mark, say."""
-        self._todo = set(blocks) - marked_blocks(self._cache_path)
+        self._todo = set(blocks) - finished_blocks(self._cache_path) - self.stayed.keys()
         return bool(self._todo)
 
     def _take_one(self) -> tuple[int, BlockLock] | None:
@@ -147,25 +158,32 @@ class BlockTaker:
             lock.release()
             return
         extracted: ExtractedBlock | None = None
+        redo = self._redo.get(block)
+        if is_in_redo(self._cache_path, block):  # begun by a job that died, or that was paused for long
+            redo = BlockRedo(again=redo.again if redo else frozenset(), rewrite=True)
         try:
-            extracted = self._extractor.extract(block, lock)
+            extracted = self._extractor.extract(block, lock, redo)
             self._wait_for_commit()
-            if self._found_done(block):  # meanwhile, by a job that had been taken for dead
-                extracted.writer.close()
+            if extracted is None:
+                self._redo.pop(block, None)  # nothing is to be changed: it counts as found done
+            # The block may have been done meanwhile, by a job that had been taken for dead.
+            if self._found_done(block) or extracted is None:
+                self._redo.pop(block, None)
+                if extracted is not None:
+                    extracted.writer.close()
                 lock.release()
                 return
             # Before the commit, so that what went wrong is not recorded.
             failed_before = self._failed_before(block)
-            self._failures.after(extracted.records, expected=failed_before).check(self._cache_path)
+            self._failures.after(extracted.made, expected=failed_before).check(self._cache_path)
         except BaseException:
             if extracted is not None:
                 extracted.writer.close()
             lock.release()
             raise
-        self._redo.pop(block, None)
         # In the background: the next block's forward pass overlaps this one's fsync.
         commit = self._committer.submit(_commit, extracted, lock)
-        self._committing = _Commit(block, extracted.records, failed_before, commit)
+        self._committing = _Commit(block, extracted.made, failed_before, commit)
 
     def _wait_for_commit(self) -> None:
         """Wait for the block being committed; where another job had taken it over, it is to be done again."""
@@ -175,7 +193,11 @@ class BlockTaker:
         block, records = committing.block, committing.records
         with self._extractor.waited.of("writing"):
             lost = committing.future.result()
+        if isinstance(lost, RowsAtStake):
+            self.stayed[block] = str(lost)
+            return
         if lost is None:
+            self._redo.pop(block, None)
             self._clips_done += len(records)
             self._failures = self._failures.after(records, expected=committing.failed_before)
             return
@@ -190,8 +212,11 @@ class BlockTaker:
         return () if mark is None else {clip.id for clip in mark.clips if clip.error is not None}
 
     def _found_done(self, block: int) -> bool:
-        if block in self._redo and self._redo[block] == file_identity(mark_path(self._cache_path, block)):
+        before = self._marks_before.get(block) if block in self._redo else None
+        if before is not None and before == file_identity(mark_path(self._cache_path, block)):
             return False  # the mark that is to be replaced
+        if is_in_redo(self._cache_path, block):
+            return False
         mark = valid_mark(self._cache_path, self._spec, block)
         if mark is None:
             return False
@@ -202,18 +227,12 @@ class BlockTaker:
         return True
 
 
-def blocks_with_failures(job: ExtractionJob) -> set[int]:
-    """The blocks that are done, but hold clips that failed."""
-    marks = ((block, valid_mark(job.cache_path, job.spec, block)) for block in range(job.spec.num_blocks))
-    return {block for block, mark in marks if mark is not None and any(clip.error for clip in mark.clips)}
-
-
-def _commit(extracted: ExtractedBlock, lock: BlockLock) -> BlockLost | None:
-    """Publish a block. Return the error where another job had taken it over."""
+def _commit(extracted: ExtractedBlock, lock: BlockLock) -> CacheError | None:
+    """Publish a block. Return the error where another job had taken it over, or where features would be lost."""
     try:
         extracted.writer.commit(extracted.records, extracted.environment)
-    except BlockLost as lost:
-        return lost
+    except (BlockLost, RowsAtStake) as error:
+        return error
     finally:
         extracted.writer.close()
         lock.release()

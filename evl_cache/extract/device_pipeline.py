@@ -23,7 +23,7 @@ class ClipRows:
     """A clip in the pipeline: its samples until they have run, then its rows as they are made."""
 
     def __init__(self, prepared: PreparedClip, slots: int) -> None:
-        self.record, self.samples = prepared.record, prepared.samples
+        self.record, self.samples, self.is_kept = prepared.record, prepared.samples, prepared.is_kept
         self.slots_left = slots
         self.rows: list[Row] = []
 

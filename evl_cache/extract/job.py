@@ -79,7 +79,8 @@ class ExtractOptions:
         device: where the tower runs.
         batch: samples of one forward pass; part of what makes bytes identical.
         decode_workers: processes that decode, and as many threads that crop and that compress.
-        retry_failed: redo the blocks that hold failed clips.
+        retry_failed: try the clips that failed again.
+        check_sources: hash the video of every clip that is done, and extract those again whose video is another now.
         reuse: directory of a cache whose rows of equal features and video files are copied.
         decoding: which decoder, and what to do with damaged frames; a clip's mark names the decoder that read it.
         clip_timeout_s: longest time for decoding one clip.
@@ -94,6 +95,7 @@ class ExtractOptions:
     batch: int = CPU_BATCH
     decode_workers: int = DEFAULT_DECODE_WORKERS
     retry_failed: bool = False
+    check_sources: bool = False
     reuse: Path | None = None
     decoding: DecodeOptions = field(default_factory=DecodeOptions)
     clip_timeout_s: float = DEFAULT_TIMEOUT_S

@@ -31,10 +31,12 @@ class PreparedClip:
         record: where it came from, or why it failed.
         samples: float32 (samples of the clip, T, 3, S, S), spatial views first, temporal within, or training views
             by number; None where it failed or need not be decoded.
+        is_kept: what the cache holds of it stays.
     """
 
     record: ClipRecord
     samples: torch.Tensor | None
+    is_kept: bool = False
 
 
 def prepare_clip(

@@ -1,6 +1,6 @@
 """Repair: what `verify` finds is restored from its second copy, or extracted again; nothing else is touched.
 
-A broken block is extracted again by the code that made it.
+A broken block is redone by the code that made it, which keeps of the block what passes its checksums.
 """
 
 import hashlib
@@ -14,13 +14,17 @@ from evl_cache.clips import ClipList
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract.environment import run_environment
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip, check_tower
-from evl_cache.extract.stage import extract_blocks, tower_projections
+from evl_cache.extract.redo import KEPT_ENVIRONMENTS, BlockRedo
+from evl_cache.extract.stage import BlocksResult, extract_blocks, tower_projections
 from evl_cache.store import (
     PROJECTIONS_NAME,
     CacheDescription,
     FeatureCache,
     Problem,
     finish_cache,
+    manifest_at,
+    mark_file_digest,
+    mark_path,
     projections_content,
     read_description,
     read_projections,
@@ -41,7 +45,8 @@ class RepairResult:
     Attributes:
         problems: what `verify` found.
         files_restored: files of the description that were written again.
-        blocks_redone: blocks that were extracted again.
+        blocks_redone: blocks that are whole again; what passed its checksums was kept, the rest extracted.
+        not_redone: why features that are damaged stay as they are: what they were made of is not there now.
         is_complete: whether every block is done now; an unfinished cache stays one.
         cache_digest_before: None where it had no intact manifest.
         cache_digest_after: None where the cache is unfinished.
@@ -53,6 +58,7 @@ class RepairResult:
     problems: tuple[Problem, ...]
     files_restored: tuple[str, ...]
     blocks_redone: tuple[int, ...]
+    not_redone: tuple[str, ...]
     is_complete: bool
     cache_digest_before: str | None
     cache_digest_after: str | None
@@ -90,15 +96,17 @@ def repair(
     description = read_description(cache_path)
     restored += _restore_projections(cache_path, description, tower)
     broken = sorted({problem.block for problem in problems if problem.block is not None})
+    did = BlocksResult(clips=0, stayed={}, kept_instead={})
     differs: tuple[str, ...] = ()
     if broken:
         job = _job_of(cache_path, tower, root)
-        differs = _redo(job, broken, options=replace(options, retry_failed=False), on_clip=on_clip)
+        did, differs = _redo(job, broken, options=options, on_clip=on_clip)
     is_complete = FeatureCache(cache_path).is_complete
     return RepairResult(
         problems=tuple(problems),
         files_restored=tuple(restored),
-        blocks_redone=tuple(broken),
+        blocks_redone=tuple(block for block in broken if block not in did.stayed),
+        not_redone=did.not_redone,
         is_complete=is_complete,
         cache_digest_before=found.cache_digest,
         cache_digest_after=(
@@ -128,15 +136,29 @@ def _job_of(cache_path: Path, tower: LoadTower, root: Path | None) -> Extraction
 
 def _redo(
     job: ExtractionJob, broken: Sequence[int], *, options: ExtractOptions, on_clip: OnClip
-) -> tuple[str, ...]:
-    """Extract blocks again, in batches as then. Return how the environment differs from the one in the marks."""
+) -> tuple[BlocksResult, tuple[str, ...]]:
+    """Redo blocks, in batches as then. Return what was done, and how the environment differs from the one in the marks."""
     then = _environment_then(job, broken)
     options = replace(options, batch=int(then.get("batch", options.batch)))
     if job.spec.pixels != options.decoding.pixels:  # only torchcodec has its own
         decoding = replace(options.decoding, decoder="torchcodec", device=options.device)
         options = replace(options, decoding=decoding)
-    extract_blocks(job, broken, redo=broken, options=options, on_clip=on_clip)
-    return _differences(run_environment(options, job.spec), then)
+    did = extract_blocks(job, broken, redo=_why_redone(job, broken), options=options, on_clip=on_clip)
+    now = run_environment(options, job.spec) if did.clips else then
+    return did, _differences(now, then)
+
+
+def _why_redone(job: ExtractionJob, broken: Sequence[int]) -> dict[int, BlockRedo]:
+    """For each broken block its redo: all of it is made again where the manifest names another mark than lies there."""
+    manifest, spec = manifest_at(job.cache_path, job.spec), job.spec
+    found = {}
+    for block in broken:
+        mark = valid_mark(job.cache_path, spec, block)
+        named = manifest.files.get(mark_path(Path(), block).as_posix()) if manifest else None
+        is_other = mark is not None and named not in (None, mark_file_digest(mark, spec))
+        rows = frozenset(spec.clips_of_block(block)) if is_other else frozenset[int]()
+        found[block] = BlockRedo(again=rows, rewrite=True)
+    return found
 
 
 def _restore_projections(cache_path: Path, description: CacheDescription, tower: LoadTower) -> list[str]:
@@ -165,7 +187,7 @@ def _environment_then(job: ExtractionJob, broken: Sequence[int]) -> Mapping[str,
     """What the broken blocks were made with, as their own marks say, else the marks of other blocks."""
     for block in [*broken, *(set(range(job.spec.num_blocks)) - set(broken))]:
         if (mark := valid_mark(job.cache_path, job.spec, block)) is not None:
-            return mark.environment
+            return {name: value for name, value in mark.environment.items() if name != KEPT_ENVIRONMENTS}
     return {}
 
 

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from evl_cache.errors import UsageError
+from evl_cache.errors import CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store import ClipRecord, FeatureCache, Row, valid_mark
 
@@ -27,6 +28,7 @@ class ReusableRows:
                 f"--reuse {cache_path}: its features are not those asked for ({'; '.join(features[:6])})"
             )
         self._positions = [theirs.stored_layers.index(layer) for layer in spec.stored_layers]
+        self._fetched: dict[str, tuple[ClipRecord, list[dict[str, Any]]]] = {}
         self._found: dict[tuple[str, str], tuple[int, ClipRecord]] = {}
         for block in range(theirs.num_blocks):
             mark = valid_mark(cache_path, theirs, block)
@@ -34,25 +36,28 @@ class ReusableRows:
                 if clip.error is None and clip.source_sha256 is not None:
                     self._found[self._key(clip.id, clip.source_sha256)] = row, clip
 
-    def has(self, clip_id: str, sha256: str) -> bool:
-        """Whether there are rows of a clip whose file has this sha256."""
-        return self._key(clip_id, sha256) in self._found
+    def fetch(self, clip_id: str, sha256: str) -> bool:
+        """Read the rows of a clip whose file has this sha256, to be taken. Return whether there are any that are intact."""
+        if (found := self._found.get(self._key(clip_id, sha256))) is None:
+            return False
+        row, record = found
+        views = self._cache.spec.views.per_clip
+        try:
+            rows = [self._cache.read_row(sample) for sample in range(row * views, (row + 1) * views)]
+        except CacheError:
+            return False  # the clip is extracted as if it were in no other cache
+        kept = [{name: array[self._positions] for name, array in stored.items()} for stored in rows]
+        self._fetched[clip_id] = replace(record, id=clip_id), kept
+        return True
+
+    def take(self, record: ClipRecord) -> tuple[ClipRecord, list[Row]]:
+        """The record of a clip that was fetched, under its new id, and a row for each of its samples."""
+        found, rows = self._fetched.pop(record.id)
+        return found, list(rows)
 
     def _key(self, clip_id: str, sha256: str) -> tuple[str, str]:
         # Augmented views are drawn from the clip's id; other features follow from the file alone.
         return clip_id if self._cache.spec.views.train_views else "", sha256
-
-    def fetch(self, record: ClipRecord) -> tuple[ClipRecord, list[Row]]:
-        """The clip's record under its new id, and a row for each of its samples.
-
-        Raises: CacheDamaged where the older cache's bytes are not what its marks promise.
-        """
-        assert record.source_sha256 is not None
-        row, found = self._found[self._key(record.id, record.source_sha256)]
-        views = self._cache.spec.views.per_clip
-        rows = [self._cache.read_row(sample) for sample in range(row * views, (row + 1) * views)]
-        kept = [{name: array[self._positions] for name, array in stored.items()} for stored in rows]
-        return replace(found, id=record.id), list(kept)
 
 
 _NOT_FEATURES = ("content_id", "num_clips", "classes", "block_clips", "codec", "feature_id")

@@ -5,7 +5,7 @@ block writes the same bytes, because its batches follow from the block alone.
 """
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
@@ -14,14 +14,24 @@ import torch
 from evl_cache.attention_maps import MapProjection
 from evl_cache.canonical_json import digest
 from evl_cache.clips import ClipList
+from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.extract.block import BlockExtractor
-from evl_cache.extract.block_taker import BlockTaker, blocks_with_failures
+from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.environment import package_versions
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
 from evl_cache.extract.outages import OnOutage
+from evl_cache.extract.redo import BlockRedo, failed_rows, rows_by_block
+from evl_cache.extract.sources import SourceCheck, check_sources
 from evl_cache.processes import Rendezvous
 from evl_cache.spec import CODECS, MAP_STORAGE, SOFTWARE_PIXELS, TOKEN_STORAGE, CacheSpec, TowerSpec, ViewSpec
-from evl_cache.store import BlockNotDone, FeatureCache, check_free_space, create_cache, finish_cache
+from evl_cache.store import (
+    BlockNotDone,
+    FeatureCache,
+    check_free_space,
+    create_cache,
+    finish_cache,
+    finished_blocks,
+)
 from evl_cache.towers import Tower, check_layers, map_projections
 
 SHARD_SAMPLES = 64
@@ -37,6 +47,10 @@ class ExtractResult:
         failures: (clip id, reason) of each failed clip of the cache.
         seconds: duration of this run.
         cache_digest: digest of the finished cache.
+        was_done: whether there was nothing to do.
+        not_redone: why features that were to be made again stay as they are: of blocks, and of single clips.
+        sources_changed: what is known of videos that are not those the features were made of.
+        sources_in_doubt: what is not known of videos that may be others.
     """
 
     clips: int
@@ -44,6 +58,34 @@ class ExtractResult:
     failures: tuple[tuple[str, str], ...]
     seconds: float
     cache_digest: str
+    was_done: bool = False
+    not_redone: tuple[str, ...] = ()
+    sources_changed: str | None = None
+    sources_in_doubt: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlocksResult:
+    """What a process did of the blocks of a cache.
+
+    Attributes:
+        clips: that it extracted.
+        stayed: why a block stays as it is though it was to be redone, by block.
+        kept_instead: why a clip's features stay though they were to be made again, by clip id.
+    """
+
+    clips: int
+    stayed: Mapping[int, str]
+    kept_instead: Mapping[str, str]
+
+    @property
+    def not_redone(self) -> tuple[str, ...]:
+        """The reasons, for people."""
+        kept = (
+            f"the features of {clip} stay as they are ({reason})"
+            for clip, reason in self.kept_instead.items()
+        )
+        return (*self.stayed.values(), *kept)
 
 
 def make_spec(
@@ -111,9 +153,12 @@ def extract(
         projections=tower_projections(job.tower, job.spec),
         lock_expiry_s=options.lock_expiry_s,
     )
-    done_here, redo = 0, blocks_with_failures(job) if options.retry_failed else set()
+    done_here, not_redone = 0, list[str]()
+    sources = check_sources(job.cache_path, job.spec, job.clips.clips, job.root, prove=options.check_sources)
+    redo = _redo_of(job, sources, options)
+    was_done = not redo and len(finished_blocks(job.cache_path)) == job.spec.num_blocks
     while True:
-        done_here += extract_blocks(
+        did = extract_blocks(
             job,
             range(job.spec.num_blocks),
             redo=redo,
@@ -123,18 +168,36 @@ def extract(
             on_outage=on_outage,
             rendezvous=rendezvous,
         )
+        done_here, not_redone = done_here + did.clips, [*not_redone, *did.not_redone]
         try:
             cache_digest = finish_cache(job.cache_path, job.spec, lock_expiry_s=options.lock_expiry_s)
             break
-        except BlockNotDone:  # a job that had been paused withdrew a block meanwhile: extract what is missing
-            redo = set()
+        except (BlockNotDone, CacheDamaged) as error:
+            if did.stayed:  # a block that has no intact mark, and whose features cannot all be made again
+                raise CacheError("; ".join(not_redone)) from error
+            if not isinstance(error, BlockNotDone):
+                raise
+            redo = {}  # a job that had been paused withdrew a block meanwhile: extract what is missing
     return ExtractResult(
         clips=job.spec.num_clips,
         clips_done_here=done_here,
         failures=tuple(FeatureCache(job.cache_path).failures),
         seconds=time.monotonic() - started,
         cache_digest=cache_digest,
+        was_done=was_done,
+        not_redone=tuple(not_redone),
+        sources_changed=None if options.check_sources else sources.told_of_changed,
+        sources_in_doubt=sources.told_of_unproved,
     )
+
+
+def _redo_of(job: ExtractionJob, sources: SourceCheck, options: ExtractOptions) -> dict[int, BlockRedo]:
+    """Which clips that are done are made again, by block."""
+    rows = [
+        *(failed_rows(job) if options.retry_failed else ()),
+        *(sources.changed if options.check_sources else ()),
+    ]
+    return {block: BlockRedo(again=again) for block, again in rows_by_block(job.spec, rows).items()}
 
 
 def tower_projections(tower: Tower, spec: CacheSpec) -> dict[int, MapProjection] | None:
@@ -148,16 +211,16 @@ def extract_blocks(
     job: ExtractionJob,
     blocks: Collection[int],
     *,
-    redo: Collection[int],
+    redo: Mapping[int, BlockRedo],
     options: ExtractOptions,
     on_clip: OnClip,
     on_bottleneck: OnBottleneck = lambda name: None,
     on_outage: OnOutage = lambda message: None,
     rendezvous: Rendezvous | None = None,
-) -> int:
+) -> BlocksResult:
     """Extract the blocks that are not done or are in `redo`; the cache's description is there already.
 
-    Returns: clips done by this process; others may have been done by other jobs meanwhile.
+    Returns: what this process did; other jobs may have done others meanwhile.
     Raises: CacheError where the disk refuses; UsageError for a decoder whose pixels are not the cache's; Outage and
         TooManyFailures as `extract`.
     """
@@ -179,7 +242,8 @@ def extract_blocks(
             on_clip=on_clip,
             next_number=_block_numbers(rendezvous, job.spec),
         )
-        return taker.run(blocks)
+        clips = taker.run(blocks)
+    return BlocksResult(clips=clips, stayed=taker.stayed, kept_instead=extractor.kept_instead)
 
 
 def _block_numbers(rendezvous: Rendezvous | None, spec: CacheSpec) -> Callable[[], int | None]:

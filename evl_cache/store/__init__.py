@@ -15,6 +15,7 @@ from evl_cache.store.copying.part import copy_part, part_spec
 from evl_cache.store.copying.source import OnBlock, TransferResult
 from evl_cache.store.copying.to_bucket import copy_to_bucket
 from evl_cache.store.copying.to_directory import copy_to_directory
+from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.file_system import file_identity
 from evl_cache.store.disk.locks import (
     EXPIRY_S,
@@ -33,11 +34,14 @@ from evl_cache.store.format.layout import (
     MANIFEST_NAME,
     PROJECTIONS_NAME,
     array_layouts,
+    blocks_in_redo,
+    finished_blocks,
+    is_in_redo,
     mark_path,
     marked_blocks,
 )
 from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at
-from evl_cache.store.format.marks import ClipRecord
+from evl_cache.store.format.marks import ClipRecord, Mark, mark_file_digest
 from evl_cache.store.format.recomputed import (
     projections_content,
     projections_nbytes,
@@ -52,6 +56,8 @@ from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch
 from evl_cache.store.reading.reader import FeatureCache
 from evl_cache.store.verify import Problem, verify_cache
-from evl_cache.store.writing.block_writer import BlockLost, BlockWriter, valid_mark
+from evl_cache.store.writing.block_writer import BlockWriter
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
+from evl_cache.store.writing.publication import BlockLost, RowsAtStake, valid_mark
+from evl_cache.store.writing.stored_rows import StoredRow, StoredRows

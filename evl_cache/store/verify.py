@@ -22,7 +22,14 @@ from evl_cache.store.format.description import (
     read_clips,
     read_description,
 )
-from evl_cache.store.format.layout import DONE_NAME, MANIFEST_NAME, array_layouts, mark_path
+from evl_cache.store.format.layout import (
+    DONE_NAME,
+    MANIFEST_NAME,
+    array_layouts,
+    is_in_redo,
+    mark_path,
+    redo_path,
+)
 from evl_cache.store.format.manifest import Manifest, manifest_document, read_manifest
 from evl_cache.store.format.marks import Mark, parse_mark, read_mark_bytes
 from evl_cache.store.format.recomputed import read_projections
@@ -148,6 +155,8 @@ def _check_block(cache_path: Path, spec: CacheSpec, block: int) -> tuple[Mark | 
     except CacheDamaged as error:
         return None, [str(error)]
     reasons = _not_canonical(marked, written)
+    if is_in_redo(cache_path, block):
+        reasons.append(f"{redo_path(cache_path, block)}: a redo was begun and not ended; repair the cache")
     for name, layout in array_layouts(spec).items():
         path, record = layout.shard(cache_path, block), mark.files[name]
         try:
@@ -212,7 +221,7 @@ def _holds(cache_path: Path, path: Path, content: bytes) -> bool:
 
 
 def _strays(cache_path: Path, spec: CacheSpec) -> list[str]:
-    known = {mark_path(cache_path, block) for block in range(spec.num_blocks)}
+    known = {path(cache_path, block) for block in range(spec.num_blocks) for path in (mark_path, redo_path)}
     out = (
         [p for p in (cache_path / DONE_NAME).iterdir() if p not in known]
         if (cache_path / DONE_NAME).is_dir()

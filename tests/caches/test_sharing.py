@@ -15,6 +15,7 @@ from tests.support.forked_commands import Commands, Ended
 from tests.support.servers import KEYS, PASSWORD, USER, Nginx, nginx, s3_server
 from tests.support.store_helpers import (
     BROKEN,
+    clear_mark,
     differences,
     extract_small,
     load_clips,
@@ -128,6 +129,26 @@ def test_push_to_a_bucket_killed_on_the_way_goes_on_and_pull_brings_back_the_sam
     assert pulled["cache_digest"] == FeatureCache(source).fingerprint
     assert differences(files_of(tmp_path / "pulled"), files_of(source)) == []
     assert verify_cache(tmp_path / "pulled").strays == ()
+
+
+def test_a_push_that_would_take_something_away_is_refused_and_changes_nothing(
+    bucket: str, tmp_path: Path
+) -> None:
+    url = f"{bucket}/kept/a"
+    whole, worse, begun = (
+        write_cache(tmp_path / n, failed=f).path for n, f in (("whole", ()), ("worse", (0,)), ("begun", ()))
+    )
+    clear_mark(begun, FeatureCache(begun).spec, 2)
+    push(whole, url)
+    before = objects_of(url, whole)
+    with pytest.raises(CacheError, match=r"holds a complete cache, .* has 2 of 3 blocks done"):
+        push(begun, url)
+    with pytest.raises(CacheError, match="block 0 stays as it is: 1 of its clips would lose"):
+        push(worse, url)
+    assert differences(objects_of(url, whole), before) == []
+    push(worse, f"{bucket}/kept/b")
+    push(whole, f"{bucket}/kept/b")  # the other way round it is welcome
+    assert differences(objects_of(f"{bucket}/kept/b", whole), files_of(whole)) == []
 
 
 def _has(objects, name: str) -> bool:  # type: ignore[no-untyped-def]

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from evl_cache.spec import CODECS
 from evl_cache.store import FeatureCache, array_layouts
-from evl_cache.store.writing.block_writer import clear_mark
-from tests.support.store_helpers import BROKEN, extract_small, load_clips, small_spec, small_tower
+from tests.support.store_helpers import BROKEN, clear_mark, extract_small, load_clips, small_spec, small_tower
 
 tensorstore = pytest.importorskip("tensorstore")
 

@@ -9,8 +9,7 @@ import torch
 
 from evl_cache.spec import CODECS
 from evl_cache.store import FeatureCache
-from evl_cache.store.writing.block_writer import clear_mark
-from tests.support.store_helpers import extract_small, load_clips, small_spec, small_tower
+from tests.support.store_helpers import clear_mark, extract_small, load_clips, small_spec, small_tower
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "cache-format.md"
 MAX_LINES = 40

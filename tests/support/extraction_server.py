@@ -18,7 +18,7 @@ from evl_cache.clips import ClipList
 from evl_cache.errors import EvlCacheError
 from evl_cache.processes.place import ProcessPlace
 from evl_cache.processes.rendezvous import PATIENCE_S, Rendezvous
-from evl_cache.store.writing import block_writer
+from evl_cache.store.writing.publication import BlockPublication
 from evl_cache.towers.tower import Tower
 from tests.support.fork_server import ForkServer, serve
 from tests.support.network_hosts import Host
@@ -70,12 +70,12 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     kill_at: SIGKILL at this change (see CHANGES); kill_after: behind it, not before.
     file_limit: bytes of the largest file. polite: SIGTERM raises SystemExit. clip_s: pause after each clip.
     stop_before_link: SIGSTOP before the link whose target's name contains this, once.
-    stop_before_clearing: SIGSTOP in the first commit, between the look at the lock and the first change.
+    stop_before_publishing: SIGSTOP in the first commit, between the look at the lock and the first change.
     environment: as torchrun would set it. patience_s: with its rendezvous store.
     """
     os.environ.update(job.get("environment", {}))
-    if job.get("stop_before_clearing"):
-        _stop_before_clearing()
+    if job.get("stop_before_publishing"):
+        _stop_before_publishing()
     if job.get("file_limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], resource.RLIM_INFINITY))
     if job.get("polite"):
@@ -107,15 +107,15 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     Path(job["report"]).write_text(json.dumps(report))
 
 
-def _stop_before_clearing() -> None:
-    real = block_writer.clear_mark
+def _stop_before_publishing() -> None:
+    real = BlockPublication.publish_file
 
-    def clear_mark(*args: Any, **kwargs: Any) -> None:
-        block_writer.clear_mark = real
+    def publish_file(self: BlockPublication, *args: Any) -> None:
+        BlockPublication.publish_file = real  # type: ignore[method-assign]
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
-        real(*args, **kwargs)
+        real(self, *args)
 
-    block_writer.clear_mark = clear_mark
+    BlockPublication.publish_file = publish_file  # type: ignore[method-assign]
 
 
 class _Counter:

@@ -18,6 +18,8 @@ from evl_cache.extract.stage import ExtractResult, extract, make_spec
 from evl_cache.processes.rendezvous import Rendezvous
 from evl_cache.rendered import DEMO_CLASSES, demo_motion_frames, write_video
 from evl_cache.spec import CacheSpec, ViewSpec
+from evl_cache.store import array_layouts, mark_path
+from evl_cache.store.format.layout import MANIFEST_NAME
 from evl_cache.towers import Tower, build_tower
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -130,6 +132,17 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def clear_mark(cache: Path, spec: CacheSpec, block: int) -> None:
+    """Make a block not exist: no manifest, no mark, no files."""
+    names = [
+        MANIFEST_NAME,
+        mark_path(Path(), block),
+        *(a.shard(Path(), block) for a in array_layouts(spec).values()),
+    ]
+    for name in names:
+        (cache / name).unlink(missing_ok=True)
 
 
 def tree(cache: Path) -> dict[str, bytes]:

@@ -13,13 +13,14 @@ from evl_cache.errors import UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.copying.source import OnBlock, TransferResult
 from evl_cache.store.disk.locks import LockWatcher
-from evl_cache.store.format.layout import LOCKS_NAME, array_layouts
+from evl_cache.store.format.layout import LOCKS_NAME, array_layouts, is_in_redo
 from evl_cache.store.format.marks import Mark
 from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.reading.reader import FeatureCache
-from evl_cache.store.writing.block_writer import BlockWriter, valid_mark
+from evl_cache.store.writing.block_writer import BlockWriter
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
+from evl_cache.store.writing.publication import valid_mark
 
 
 def part_spec(spec: CacheSpec, *, layers: Sequence[int] | None, codec: str | None) -> CacheSpec:
@@ -74,6 +75,8 @@ def copy_part(
                 continue
             with locks.wait_for(f"{block:06d}") as lock:
                 there = valid_mark(target, spec, block)
+                if is_in_redo(target, block):
+                    there = None
                 if there is None or (there.clips, there.environment) != (mark.clips, mark.environment):
                     writer = BlockWriter(target, spec, block, lock=lock, encoders=encoders)
                     moved.append(_copy_rows(cache, writer, mark))

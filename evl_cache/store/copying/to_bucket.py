@@ -1,6 +1,8 @@
 """A cache sent to a bucket: blocks that differ, each one's mark after its data, the manifest last."""
 
 import contextlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
@@ -18,8 +20,9 @@ from evl_cache.store.disk.file_system import check_no_links, file_identity
 from evl_cache.store.format.description import MOST_CLIPS_NBYTES, description_files, read_description
 from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path
 from evl_cache.store.format.manifest import MOST_MANIFEST_NBYTES
-from evl_cache.store.format.marks import MOST_MARK_NBYTES
+from evl_cache.store.format.marks import MOST_MARK_NBYTES, parse_mark
 from evl_cache.store.objects.objects import WritableObjects, open_writable
+from evl_cache.store.writing.publication import check_nothing_lost
 
 
 def copy_to_bucket(
@@ -35,17 +38,28 @@ def copy_to_bucket(
     if (card := read_card(source.objects)) is not None and card != read_card(target):
         target.put(CARD_NAME, card)
     manifest = source.written_manifest
-    is_there = manifest is not None and _get(target, MANIFEST_NAME, MOST_MANIFEST_NBYTES) == manifest
-    if not is_there:
-        target.delete(MANIFEST_NAME)
-        for name in description_files(source.spec):
-            target.put(name, source.objects.get(name, most_nbytes=MOST_CLIPS_NBYTES))
+    there = _get(target, MANIFEST_NAME, MOST_MANIFEST_NBYTES)
+    if manifest is None and there is not None:
+        raise CacheError(
+            f"{target.url} holds a complete cache, {cache_path} has {len(source.blocks)} of {source.spec.num_blocks} "
+            "blocks done; nothing was changed: finish extract, then push"
+        )
+    if manifest is not None and there == manifest:
+        return source.copy_blocks(lambda block: None, place=target.url, threads=threads, on_block=on_block)
+    # Looked at before anything is removed: what is refused leaves the cache there as it is.
+    with ThreadPoolExecutor(threads) as pool:
+        differs = dict(
+            zip(source.blocks, pool.map(partial(_differs, source, target), source.blocks), strict=True)
+        )
+    target.delete(MANIFEST_NAME)
+    for name in description_files(source.spec):
+        target.put(name, source.objects.get(name, most_nbytes=MOST_CLIPS_NBYTES))
 
     def send(block: int) -> int | None:
-        return None if is_there else _send_block(source, cache_path, target, block)
+        return _send_block(source, cache_path, target, block) if differs[block] else None
 
     result = source.copy_blocks(send, place=target.url, threads=threads, on_block=on_block)
-    if manifest is not None and not is_there:
+    if manifest is not None:
         if source.objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES) != manifest:
             raise CacheError(f"{cache_path}: changed while it was sent; run the same command again")
         target.put(MANIFEST_NAME, manifest)
@@ -63,15 +77,26 @@ def _check_target(source: SourceCache, target: WritableObjects) -> None:
         raise UsageError(f"{target.url} holds another cache{reason}; push to another prefix")
 
 
-def _send_block(source: SourceCache, cache_path: Path, target: WritableObjects, block: int) -> int | None:
-    """Send a block. Returns: bytes sent, or None where the same block is there."""
+def _differs(source: SourceCache, target: WritableObjects, block: int) -> bool:
+    """Whether another block, or none, is there. Raises: RowsAtStake where it has features that would be lost."""
     written, mark = read_source_mark(source, block)
     name = mark_path(Path(), block).as_posix()
     there = _get(target, name, MOST_MARK_NBYTES)
     if there == written:
-        return None
-    if there is not None:
-        target.delete(name)
+        return False
+    with contextlib.suppress(CacheDamaged):  # what is no mark of this block promises nothing
+        found = parse_mark(there or b"", f"{target.url}/{name}", block, source.spec)
+        check_nothing_lost(
+            mark.clips, [clip.error is None for clip in found.clips], place=target.url, block=block
+        )
+    return True
+
+
+def _send_block(source: SourceCache, cache_path: Path, target: WritableObjects, block: int) -> int:
+    """Send a block. Returns: bytes sent."""
+    written, mark = read_source_mark(source, block)
+    name = mark_path(Path(), block).as_posix()
+    target.delete(name)
     for array, layout in array_layouts(source.spec).items():
         _send_shard(cache_path, layout.shard(Path(), block), mark.files[array].digest, target)
     target.put(name, written)

@@ -18,22 +18,22 @@ from evl_cache.store.copying.source import (
     read_source_mark,
 )
 from evl_cache.store.disk.file_system import check_no_links
-from evl_cache.store.disk.locks import LockWatcher
-from evl_cache.store.disk.publish import (
-    AlreadyPublished,
-    StagedFile,
-    fsync_directory,
-    make_directories,
-    stage_file,
-    write_atomic,
-)
+from evl_cache.store.disk.locks import BlockLock, LockWatcher
+from evl_cache.store.disk.publish import StagedFile, make_directories, stage_file
 from evl_cache.store.format.description import read_description
-from evl_cache.store.format.layout import LOCKS_NAME, MANIFEST_NAME, ArrayLayout, array_layouts, mark_path
+from evl_cache.store.format.layout import (
+    LOCKS_NAME,
+    MANIFEST_NAME,
+    array_layouts,
+    finished_blocks,
+    is_in_redo,
+    mark_path,
+)
 from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.objects.objects import DirectoryObjects, Objects
-from evl_cache.store.writing.block_writer import clear_mark
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache, remove_leftovers
+from evl_cache.store.writing.publication import BlockPublication, has_digest
 
 _PART_NBYTES = 16 << 20
 
@@ -75,13 +75,16 @@ def copy_to_directory(
     locks = LockWatcher(target / LOCKS_NAME)
 
     def copy(block: int) -> int | None:
-        with locks.wait_for(f"{block:06d}"):
-            return _copy_block(source, target, block)
+        with locks.wait_for(f"{block:06d}") as lock:
+            return _copy_block(source, target, block, lock)
 
     result = source.copy_blocks(copy, place=str(target), threads=threads, on_block=on_block)
     if (card := read_card(source.objects)) is not None and card != read_card(DirectoryObjects(target)):
         write_card(target, card)
-    if source.manifest is not None and finish_cache(target, source.spec) != source.cache_digest:
+    if source.manifest is None:
+        if len(finished_blocks(target)) == source.spec.num_blocks:  # it was complete before, and is so again
+            finish_cache(target, source.spec)
+    elif finish_cache(target, source.spec) != source.cache_digest:
         (target / MANIFEST_NAME).unlink(missing_ok=True)
         raise CacheDamaged(
             f"{source.objects.url}: its files do not make up the cache that its manifest names; verify it there"
@@ -89,40 +92,39 @@ def copy_to_directory(
     return result
 
 
-def _copy_block(source: SourceCache, target: Path, block: int) -> int | None:
+def _copy_block(source: SourceCache, target: Path, block: int, lock: BlockLock) -> int | None:
     """Copy a block. Returns: bytes copied, or None where the same block is there."""
     written, mark = read_source_mark(source, block)
     path, layouts = mark_path(target, block), array_layouts(source.spec)
-    if DirectoryObjects(target).holds(path.relative_to(target).as_posix(), written) and all(
-        _has_size(layout.shard(target, block), mark.files[name].size) for name, layout in layouts.items()
+    if (
+        not is_in_redo(target, block)
+        and DirectoryObjects(target).holds(path.relative_to(target).as_posix(), written)
+        and all(
+            _has_size(layout.shard(target, block), mark.files[name].size) for name, layout in layouts.items()
+        )
     ):
         return None
-    clear_mark(target, source.spec, block, unless=mark.files)
-    nbytes = sum(
-        _copy_shard(source.objects, layout, mark.files[name].digest, target, block)
-        for name, layout in layouts.items()
-    )
-    write_atomic(path, written)
+    publication, nbytes = BlockPublication(target, source.spec, block, lock=lock), 0
+    publication.check_nothing_lost(mark)
+    with contextlib.ExitStack() as staging:
+        staged: dict[str, StagedFile] = {}
+        for name, layout in layouts.items():
+            shard, promised = layout.shard(target, block), mark.files[name].digest
+            check_no_links(target, shard.parent)
+            if has_digest(shard, promised):
+                continue
+            make_directories(shard.parent)
+            remove_leftovers(shard.parent)
+            staged[name] = staging.enter_context(stage_file(shard.parent))
+            _receive(source.objects, layout.shard(Path(), block).as_posix(), promised, staged[name])
+            nbytes += promised[0]
+            if not publication.is_redo:  # so that a copy that is killed goes on behind this file
+                publication.publish_file(name, staged[name])
+        if publication.is_redo:
+            publication.publish(mark, staged, written=written)
+        else:
+            publication.publish_mark(mark, written)
     return nbytes
-
-
-def _copy_shard(
-    objects: Objects, layout: ArrayLayout, promised: tuple[int, str], target: Path, block: int
-) -> int:
-    """Copy a shard. Returns: bytes copied; 0 where the file is there already, which `clear_mark` has compared."""
-    path = layout.shard(target, block)
-    check_no_links(target, path.parent)
-    if path.exists():
-        return 0
-    make_directories(path.parent)
-    remove_leftovers(path.parent)
-    name = layout.shard(Path(), block).as_posix()
-    with stage_file(path.parent) as staged:
-        _receive(objects, name, promised, staged)
-        with contextlib.suppress(AlreadyPublished):
-            staged.publish(path)
-    fsync_directory(path.parent)
-    return promised[0]
 
 
 def _receive(objects: Objects, name: str, promised: tuple[int, str], staged: StagedFile) -> None:

@@ -27,6 +27,7 @@ LOCKS_NAME = "locks"
 MANIFEST_NAME = "manifest.json"
 PROJECTIONS_NAME = "recompute.safetensors"
 RECOVERY_NAME = "recovery.json"
+_REDO_SUFFIX = ".redo"
 
 # Measured (docs/rate-distortion.md): level 3 saves 0 to 1 % over 1 for twice the time; 12 saves nothing over 9.
 _PROFILES = {
@@ -138,11 +139,37 @@ def mark_path(cache_path: Path, block: int) -> Path:
     return cache_path / DONE_NAME / f"{block:06d}.json"
 
 
+def redo_path(cache_path: Path, block: int) -> Path:
+    """Return where it stands that a block with a mark is being redone: its files may be of two attempts."""
+    return cache_path / DONE_NAME / f"{block:06d}{_REDO_SUFFIX}"
+
+
+def is_in_redo(cache_path: Path, block: int) -> bool:
+    """Whether a redo of a block was begun and not ended. Readers have what its old mark promises."""
+    return redo_path(cache_path, block).exists()
+
+
 def marked_blocks(cache_path: Path) -> set[int]:
     """Return the blocks that have a done mark, intact or not: one look at the directory for all of them."""
+    return _blocks_named(cache_path, ".json")
+
+
+def blocks_in_redo(cache_path: Path) -> set[int]:
+    """Return the blocks whose redo was begun and not ended."""
+    return _blocks_named(cache_path, _REDO_SUFFIX)
+
+
+def finished_blocks(cache_path: Path) -> set[int]:
+    """Return the blocks with which writers have nothing to do: marked, and not in the midst of a redo."""
+    return marked_blocks(cache_path) - blocks_in_redo(cache_path)
+
+
+def _blocks_named(cache_path: Path, suffix: str) -> set[int]:
     with contextlib.suppress(OSError):
-        names = os.listdir(cache_path / DONE_NAME)
-        return {int(name[:-5]) for name in names if name.endswith(".json") and name[:-5].isdecimal()}
+        stems = [
+            name.removesuffix(suffix) for name in os.listdir(cache_path / DONE_NAME) if name.endswith(suffix)
+        ]
+        return {int(stem) for stem in stems if stem.isdecimal()}
     return set()
 
 

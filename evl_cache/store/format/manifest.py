@@ -12,7 +12,7 @@ from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.publish import write_atomic
 from evl_cache.store.format.description import description_files
-from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path
+from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, blocks_in_redo, mark_path
 from evl_cache.store.format.marks import Mark, read_mark
 from evl_cache.store.objects.objects import Objects, objects_of, open_objects
 from evl_cache.untrusted.json_text import parse_json
@@ -67,8 +67,10 @@ def write_manifest(
     Returns: the cache digest.
     Raises: BlockNotDone; CacheDamaged where a mark is not intact.
     """
-    marks = {}
+    marks, in_redo = {}, blocks_in_redo(cache_path)
     for block in range(spec.num_blocks):
+        if block in in_redo:
+            raise BlockNotDone(f"{cache_path}: block {block} is being redone; run the same command again")
         mark = read_mark(cache_path, block, spec)
         if mark is None:
             raise BlockNotDone(f"{cache_path}: block {block} is not done; run the extract command again")

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from evl_cache.canonical_json import digest
+from evl_cache.canonical_json import canonical_json, digest
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
+from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.disk.file_system import check_no_links, read_limited
 from evl_cache.store.format.layout import ArrayLayout, array_layouts, mark_path
 from evl_cache.store.shards.shard import ShardRecord
@@ -81,6 +82,11 @@ def mark_document(mark: Mark, spec: CacheSpec) -> dict[str, Any]:
     }
     content = json.loads(json.dumps(content))
     return {**content, "digest": digest(content)}
+
+
+def mark_file_digest(mark: Mark, spec: CacheSpec) -> tuple[int, str]:
+    """Return size and sha256 of the file that a mark is written to."""
+    return content_digest(canonical_json(mark_document(mark, spec)))
 
 
 def _head(spec: CacheSpec, block: int) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store.objects.address import Data
@@ -47,7 +46,7 @@ class SparseShard:
     def __init__(self, path: Path, record: ShardRecord, codec: ChunkCodec) -> None:
         self.path, self._codec = path, codec
         self.nbytes = record.chunk_nbytes.astype(np.int64)
-        self.starts = _starts(self.nbytes.tolist(), codec)
+        self.starts = codec.starts(self.nbytes.tolist())
         self._checksums = record.chunk_checksums
         self._flags = int(self.starts[-1])
         if self._flags + 16 * len(self.nbytes) + CRC_NBYTES != record.size:
@@ -175,13 +174,3 @@ class SparseShard:
         there = self.nbytes > 0
         index[there, 0], index[there, 1] = self.starts[:-1][there], self.nbytes[there]
         return index_content(index)
-
-
-def _starts(chunk_nbytes: Sequence[int], codec: ChunkCodec) -> NDArray[np.int64]:
-    """Return where our writers put chunks, and where the last one ends."""
-    starts, end = [], 0
-    for nbytes in chunk_nbytes:
-        start = codec.place(end, nbytes)
-        starts.append(start)
-        end = start + nbytes
-    return np.array([*starts, end], dtype=np.int64)

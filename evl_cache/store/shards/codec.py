@@ -7,6 +7,7 @@ docs/architecture.md says why CRC-32C comes from awscrt.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
@@ -107,6 +108,15 @@ class ChunkCodec:
         if self.name == "raw" and encoded_nbytes >= _ALIGNED_NBYTES:
             return end + -end % ALIGNMENT
         return end
+
+    def starts(self, encoded_nbytes: Sequence[int]) -> NDArray[np.int64]:
+        """Return where our writers put chunks of these stored sizes, and where the last one ends, (chunks+1,)."""
+        starts, end = [], 0
+        for nbytes in encoded_nbytes:
+            start = self.place(end, nbytes)
+            starts.append(start)
+            end = start + nbytes
+        return np.array([*starts, end], dtype=np.int64)
 
     def zarr_codecs(self, dtype: DTypeLike) -> list[dict[str, Any]]:
         """Return the inner codecs as Zarr v3 metadata; `dtype` decides whether an endianness has to be stated."""
