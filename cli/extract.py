@@ -11,7 +11,7 @@ from evl_cache.extract_options import EXTRACT_OPTIONS, Role, default_batch, opti
 from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
-from .common import Command, default_device, human_bytes, print_json, shown
+from .common import Command, default_device, human_bytes, print_json, say_outage, shown
 from .extract_flags import extract_flags, make_request
 from .mode_option import mode_option
 
@@ -42,7 +42,9 @@ def command(
     tolerate_bad_frames: bool,
     clip_timeout: float | None,
     max_failures: str | None,
+    outage_patience: float | None,
     retry_failed: bool,
+    check_sources: bool,
     reuse: Path | None,
     as_json: bool,
     **given: Any,
@@ -54,6 +56,7 @@ def command(
     """
     from evl_cache.extract import ExtractOptions, extract_dataset
     from evl_cache.extract.failure_limit import FailureLimit
+    from evl_cache.extract.outages import OUTAGE_PATIENCE_S
     from evl_cache.extract.request import dataset_reader
     from evl_cache.processes import ProcessPlace, Rendezvous
     from evl_cache.video import DecodeOptions
@@ -72,19 +75,26 @@ def command(
         decoding=DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames, device=device),
         clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
         most_failures=None if max_failures is None else FailureLimit.parse(max_failures),
+        outage_patience_s=OUTAGE_PATIENCE_S if outage_patience is None else outage_patience,
         retry_failed=retry_failed,
+        check_sources=check_sources,
         reuse=reuse,
     )
     reports: list[dict[str, Any]] = []
-    not_redone: list[str] = []
+    wrong: list[str] = []
     for job, result in extract_dataset(
         make_request(given, pixels=options.decoding.pixels),
         options=options,
         progress=lambda spec: extract_progress(spec.num_clips, spec.split, shown=place.is_first),
         on_job=_say_job if place.is_first else lambda job: None,
+        on_outage=say_outage,
         rendezvous=rendezvous,
     ):
-        not_redone += result.not_redone
+        wrong += [*result.not_redone, *filter(None, [result.sources_changed])]
+        if result.sources_in_doubt and check_sources:
+            wrong.append(result.sources_in_doubt)
+        elif result.sources_in_doubt and place.is_first:
+            click.echo(shown(result.sources_in_doubt), err=True)
         if not place.is_first:
             _say_share(place, job, result)
             continue
@@ -95,20 +105,25 @@ def command(
             click.echo(f"failed: {clip}: {reason}", err=True)
     if as_json and place.is_first:
         print_json({"caches": reports})
-    for reason in not_redone:
+    for reason in wrong:
         click.echo(shown(reason), err=True)
-    return 1 if not_redone else _status(place, [report for report in reports if report["failed"]])
+    return 1 if wrong else _status(place, [report for report in reports if report["failed"]])
 
 
 def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
+    from evl_cache.store import size_on_disk
+
     return {
         "cache": str(job.cache_path),
         "split": job.spec.split,
         "clips": result.clips,
         "clips_here": result.clips_done_here,
+        "was_done": result.was_done,
         "failed": len(result.failures),
         "not_redone": result.not_redone,
-        "bytes": sum(file.stat().st_size for file in job.cache_path.rglob("*") if file.is_file()),
+        "sources_changed": result.sources_changed,
+        "sources_in_doubt": result.sources_in_doubt,
+        "bytes": size_on_disk(job.cache_path)[0],
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
         "cache_digest": result.cache_digest,
@@ -116,8 +131,9 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
 
 
 def _say_result(report: dict[str, Any]) -> None:
+    nothing = "nothing to do, " if report["was_done"] else ""
     click.echo(
-        f"{report['cache']}: {report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
+        f"{report['cache']}: {nothing}{report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
         f"{report['seconds']:.1f} s, digest {report['cache_digest'][:16]}"
     )
 

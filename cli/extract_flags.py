@@ -50,7 +50,9 @@ def _settings(option: ExtractOption) -> dict[str, Any]:
         return settings | {"type": click.Choice(option.choices)}
     if option.kind is Path:
         return settings | {"type": click.Path(path_type=Path)}
-    return settings | {"type": option.kind if option.least is None else click.IntRange(option.least)}
+    return settings | {
+        "type": option.kind if option.least is None else click.IntRange(option.least, option.most)
+    }
 
 
 def make_request(given: Mapping[str, Any], *, pixels: str = SOFTWARE_PIXELS) -> ExtractRequest:

@@ -17,6 +17,7 @@ DEFAULT_MODEL_LAYERS = 12  # that it has
 DEFAULT_LAYERS = 4  # that are kept, the last ones
 DEFAULT_DECODE_WORKERS = 2
 CPU_BATCH, GPU_BATCH = 8, 32
+MOST_BATCH = 1 << 16  # a mark names the batch, and `repair` of a stranger's cache runs it
 # Views of the published test recipes (section 4 of arXiv 2208.03550 and its supplement), by data set and frames.
 VIEW_RECIPES: Mapping[str, Mapping[str, object]] = {
     "k400-8": {"frames": 8, "sampling": "strided", "stride": 16, "views": "3x1"},
@@ -61,7 +62,7 @@ class ExtractOption:
         help: for people.
         kind: type of its value; a `bool` is a switch.
         choices: the only values there are; any where empty.
-        least: smallest number that the command line takes; the package checks others.
+        least, most: smallest and largest number that the command line takes; the package checks others.
         default: value where none is given; None where it depends on other things.
         shows_default: whether the help says it.
         is_required: whether there must be a value.
@@ -77,6 +78,7 @@ class ExtractOption:
     kind: type[str | Path | int | float | bool] = str
     choices: tuple[str, ...] = ()
     least: int | None = None
+    most: int | None = None
     default: str | int | float | None = None
     shows_default: bool = False
     is_required: bool = False
@@ -101,7 +103,7 @@ class ExtractOption:
         if self.kind is bool or isinstance(value, bool):
             return self.kind is bool and isinstance(value, bool)
         if isinstance(value, int) or (isinstance(value, float) and self.kind is float):
-            return self.kind in (int, float) and (self.least or 0) <= value <= _MOST
+            return self.kind in (int, float) and (self.least or 0) <= value <= (self.most or _MOST)
         return isinstance(value, str) and value != "" and self.kind in (str, Path)
 
     def words(self, value: object) -> tuple[str, ...]:
@@ -117,7 +119,7 @@ _STORED = Role.REQUEST | Role.ESTIMATE  # nor is it of videos that are not store
 _RUN = Role.NONE
 _V = ViewSpec()
 _DATASETS = "k400, ssv2, ucf101, hmdb51, folder, list, scenes, motions, …"
-_BATCH = f"Samples of a forward pass [{CPU_BATCH} on a CPU, {GPU_BATCH} on a GPU]."
+_BATCH = f"Samples at once [{CPU_BATCH}; GPU {GPU_BATCH}]."
 _LAYERS = f"Counted from 1, also 9,11,12 [the last {DEFAULT_LAYERS}]."
 _PRETRAINED = "Tag, file, or none (seeded random) [openai; evl-tiny's own]."
 _DECODER = "auto: PyAV where decord fails; torchcodec: on the GPU."
@@ -154,15 +156,17 @@ EXTRACT_OPTIONS = (
     ExtractOption("--limit", _ALL, "Only the first N clips.", kind=int, least=1),
     ExtractOption("--allow-missing", _ALL, "Of files that are not there [0].", kind=float, default=0.0,
                   metavar="PERCENT", field="allow_missing_percent"),
-    ExtractOption("--device", Role.ESTIMATE, "cpu, cuda, cuda:N [the GPU where there is one]."),
-    ExtractOption("--batch", Role.ESTIMATE, _BATCH, kind=int, least=1),
+    ExtractOption("--device", Role.ESTIMATE, "cpu, cuda, cuda:N [a GPU if any]."),
+    ExtractOption("--batch", Role.ESTIMATE, _BATCH, kind=int, least=1, most=MOST_BATCH),
     ExtractOption("--decode-workers", Role.ESTIMATE | Role.ONLINE, "Processes that decode.", kind=int, least=1,
                   default=DEFAULT_DECODE_WORKERS, shows_default=True),
     ExtractOption("--decoder", _RUN, _DECODER, choices=DECODERS, default=DECODERS[0], shows_default=True),
     ExtractOption("--tolerate-bad-frames", _RUN, "Keep clips with damaged frames.", kind=bool),
     ExtractOption("--clip-timeout", _RUN, "For decoding a clip [120].", kind=float, metavar="SECONDS"),
-    ExtractOption("--max-failures", _RUN, "Stop when more clips fail: 20, 5% [never].", metavar="N%"),
-    ExtractOption("--retry-failed", _RUN, "Redo the blocks of failed clips.", kind=bool),
+    ExtractOption("--max-failures", _RUN, "Stop beyond 20, 5%, … [5%; 50 in a row].", metavar="N%"),
+    ExtractOption("--outage-patience", _RUN, "For a disk that is away [600].", kind=float, metavar="SECONDS"),
+    ExtractOption("--retry-failed", _RUN, "Try the clips that failed again.", kind=bool),
+    ExtractOption("--check-sources", _RUN, "Redo clips whose video was replaced.", kind=bool),
     ExtractOption("--reuse", _RUN, "Copy rows of equal features and files.", kind=Path),
 )
 # fmt: on

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from evl_cache.store import FeatureCache
+from evl_cache.store import FeatureCache, size_on_disk
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -15,9 +15,10 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     cache = FeatureCache(path)
     if cache.copy is None:
-        sizes = [file.stat().st_size for file in cache.path.rglob("*") if file.is_file()]
+        nbytes, files = size_on_disk(cache.path)
     else:
-        sizes = [size for size, _ in cache.copy.manifest.files.values()]
+        rows = cache.copy.manifest.files.values()
+        nbytes, files = sum(size for size, _ in rows), len(rows)
     done = int(cache.is_valid.reshape(-1, cache.spec.views.per_clip).all(axis=1).sum())
     return {
         "path": cache.place,
@@ -25,8 +26,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         "stored_layers": list(cache.spec.stored_layers),
         "grid": list(cache.spec.tower.grid),
         "content_id": cache.spec.content_id,
-        "bytes": sum(sizes),
-        "files": len(sizes),
+        "bytes": nbytes,
+        "files": files,
         "blocks": cache.spec.num_blocks,
         "blocks_done": cache.num_blocks_done,
         "is_complete": cache.is_complete,

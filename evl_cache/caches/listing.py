@@ -11,7 +11,7 @@ from typing import Any
 
 from evl_cache.caches.places import FoundCache, find_caches
 from evl_cache.notation import format_layers
-from evl_cache.store import MANIFEST_NAME, array_layouts, is_url, manifest_at, mark_path
+from evl_cache.store import MANIFEST_NAME, array_layouts, is_url, manifest_at, marked_blocks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +69,7 @@ def _listed(found: FoundCache) -> ListedCache:
         done, owner, modified = (spec.num_blocks if manifest else 0), None, None
     else:
         root = Path(found.address)
-        marked = [block for block in range(spec.num_blocks) if mark_path(root, block).is_file()]
+        marked = [block for block in marked_blocks(root) if block < spec.num_blocks]
         layouts = array_layouts(spec).values()
         nbytes = sum(_size(layout.shard(root, block)) for layout in layouts for block in marked)
         done = len(marked)

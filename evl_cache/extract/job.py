@@ -8,7 +8,8 @@ from typing import Any
 from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract.failure_limit import FailureLimit
-from evl_cache.extract_options import CPU_BATCH, DEFAULT_DECODE_WORKERS
+from evl_cache.extract.outages import OUTAGE_PATIENCE_S
+from evl_cache.extract_options import CPU_BATCH, DEFAULT_DECODE_WORKERS, MOST_BATCH
 from evl_cache.spec import CacheSpec
 from evl_cache.towers import Tower
 from evl_cache.video import DecodeOptions
@@ -29,6 +30,7 @@ class ExtractionJob:
         spec: what is stored of each clip.
         tower: makes the features.
         origin: names of the tower and the videos' folder, stored so that `repair` and `predict` find them again.
+        known_missing: ids of clips without a file, which is allowed: they fail, and count for no limit of failures.
 
     Raises: UsageError where the clips or the tower are not those of the spec.
     """
@@ -39,6 +41,7 @@ class ExtractionJob:
     spec: CacheSpec
     tower: Tower
     origin: Mapping[str, Any] = field(default_factory=dict)
+    known_missing: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         clips, spec = self.clips, self.spec
@@ -76,11 +79,15 @@ class ExtractOptions:
         device: where the tower runs.
         batch: samples of one forward pass; part of what makes bytes identical.
         decode_workers: processes that decode, and as many threads that crop and that compress.
-        retry_failed: redo the blocks that hold failed clips.
+        retry_failed: try the clips that failed again.
+        check_sources: hash the video of every clip that is done, and extract those again whose video is another now.
         reuse: directory of a cache whose rows of equal features and video files are copied.
         decoding: which decoder, and what to do with damaged frames; a clip's mark names the decoder that read it.
         clip_timeout_s: longest time for decoding one clip.
-        most_failures: how many clips may fail before the run is stopped; compared after each block.
+        most_failures: how many clips may fail before the run is stopped; compared before a block is written. By default
+            5 % from the hundredth clip on, and 49 in a row.
+        outage_patience_s: how long a disk that is away, or another want of the system's, is waited for before the run is
+            stopped.
         lock_expiry_s: how long a lock stands without a sign of life; see `store.disk.locks`.
     """
 
@@ -88,15 +95,21 @@ class ExtractOptions:
     batch: int = CPU_BATCH
     decode_workers: int = DEFAULT_DECODE_WORKERS
     retry_failed: bool = False
+    check_sources: bool = False
     reuse: Path | None = None
     decoding: DecodeOptions = field(default_factory=DecodeOptions)
     clip_timeout_s: float = DEFAULT_TIMEOUT_S
     most_failures: FailureLimit | None = None
+    outage_patience_s: float = OUTAGE_PATIENCE_S
     lock_expiry_s: float = 60.0
 
     def __post_init__(self) -> None:
         for name in ("batch", "decode_workers"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
+        if self.batch > MOST_BATCH:
+            raise UsageError(f"batch is {self.batch}; expected at most {MOST_BATCH}")
         if self.clip_timeout_s <= 0:
             raise UsageError(f"clip_timeout_s is {self.clip_timeout_s}; expected more than 0 seconds")
+        if not self.outage_patience_s >= 0:
+            raise UsageError(f"outage_patience_s is {self.outage_patience_s}; expected 0 seconds or more")

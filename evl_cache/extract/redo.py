@@ -1,6 +1,6 @@
 """What a block that is done keeps when it is redone: every row that passes its checksums; the rest is made again."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,24 +83,18 @@ class KeptRows:
         return range(first, first + self._views)
 
 
-def redo_of_failures(job: ExtractionJob) -> dict[int, BlockRedo]:
-    """For each block that is done and holds clips that failed, the redo of those clips."""
-    found = {}
+def failed_rows(job: ExtractionJob) -> Iterator[int]:
+    """Yield the rows of clips that failed, of the blocks that are done."""
     for block in range(job.spec.num_blocks):
         mark = valid_mark(job.cache_path, job.spec, block)
-        if mark is not None and (failed := _failed_rows(job.spec, mark)):
-            found[block] = BlockRedo(again=failed)
-    return found
+        if mark is not None:
+            rows = zip(job.spec.clips_of_block(block), mark.clips, strict=True)
+            yield from (row for row, clip in rows if clip.error is not None)
 
 
 def rows_by_block(spec: CacheSpec, rows: Iterable[int]) -> dict[int, frozenset[int]]:
-    """Rows of clips, by the block they are in."""
+    """Return rows of clips by the block they are in."""
     found: dict[int, set[int]] = {}
     for row in rows:
         found.setdefault(row // spec.block_clips, set()).add(row)
     return {block: frozenset(them) for block, them in found.items()}
-
-
-def _failed_rows(spec: CacheSpec, mark: Mark) -> frozenset[int]:
-    rows = zip(spec.clips_of_block(mark.block), mark.clips, strict=True)
-    return frozenset(row for row, clip in rows if clip.error is not None)

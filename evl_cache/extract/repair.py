@@ -100,7 +100,7 @@ def repair(
     differs: tuple[str, ...] = ()
     if broken:
         job = _job_of(cache_path, tower, root)
-        did, differs = _redo(job, broken, options=replace(options, retry_failed=False), on_clip=on_clip)
+        did, differs = _redo(job, broken, options=options, on_clip=on_clip)
     is_complete = FeatureCache(cache_path).is_complete
     return RepairResult(
         problems=tuple(problems),
@@ -155,7 +155,7 @@ def _why_redone(job: ExtractionJob, broken: Sequence[int]) -> dict[int, BlockRed
     for block in broken:
         mark = valid_mark(job.cache_path, spec, block)
         named = manifest.files.get(mark_path(Path(), block).as_posix()) if manifest else None
-        is_other = mark is not None and named not in (None, mark_file_digest(mark, spec))
+        is_other = mark is not None and named not in (None, mark.file_digest, mark_file_digest(mark, spec))
         rows = frozenset(spec.clips_of_block(block)) if is_other else frozenset[int]()
         found[block] = BlockRedo(again=rows, rewrite=True)
     return found

@@ -18,11 +18,21 @@ from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.environment import package_versions
+from evl_cache.extract.finished import found_finished
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
-from evl_cache.extract.redo import BlockRedo, redo_of_failures
+from evl_cache.extract.outages import OnOutage
+from evl_cache.extract.redo import BlockRedo, failed_rows, rows_by_block
+from evl_cache.extract.sources import SourceCheck, check_sources
 from evl_cache.processes import Rendezvous
 from evl_cache.spec import CODECS, MAP_STORAGE, SOFTWARE_PIXELS, TOKEN_STORAGE, CacheSpec, TowerSpec, ViewSpec
-from evl_cache.store import BlockNotDone, FeatureCache, check_free_space, create_cache, finish_cache
+from evl_cache.store import (
+    BlockNotDone,
+    FeatureCache,
+    check_free_space,
+    create_cache,
+    finish_cache,
+    finished_blocks,
+)
 from evl_cache.towers import Tower, check_layers, map_projections
 
 SHARD_SAMPLES = 64
@@ -38,7 +48,10 @@ class ExtractResult:
         failures: (clip id, reason) of each failed clip of the cache.
         seconds: duration of this run.
         cache_digest: digest of the finished cache.
+        was_done: whether there was nothing to do.
         not_redone: why features that were to be made again stay as they are: of blocks, and of single clips.
+        sources_changed: what is known of videos that are not those the features were made of.
+        sources_in_doubt: what is not known of videos that may be others.
     """
 
     clips: int
@@ -46,7 +59,10 @@ class ExtractResult:
     failures: tuple[tuple[str, str], ...]
     seconds: float
     cache_digest: str
+    was_done: bool = False
     not_redone: tuple[str, ...] = ()
+    sources_changed: str | None = None
+    sources_in_doubt: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +128,7 @@ def extract(
     options: ExtractOptions,
     on_clip: OnClip = lambda failed: None,
     on_bottleneck: OnBottleneck = lambda name: None,
+    on_outage: OnOutage = lambda message: None,
     rendezvous: Rendezvous | None = None,
 ) -> ExtractResult:
     """Extract every clip that is not in the cache yet; run again after a kill, it goes on.
@@ -119,10 +136,12 @@ def extract(
     Args:
         on_clip: called with whether it failed, after each clip, also for those found done.
         on_bottleneck: called with what the run waits for most: `decoding`, `transfer`, `device` or `writing`.
+        on_outage: called with a line when a disk, say, is away, and with one when it is back; from any thread.
         rendezvous: shared by the processes of one run, which then try no block twice; None for a process that
             goes by the locks alone.
 
-    Raises: UsageError where another cache is there; CacheError where the disk refuses; TooManyFailures.
+    Raises: UsageError where another cache is there; CacheError where the disk refuses; Outage where the videos cannot be
+        read, and no clip is to blame; TooManyFailures.
     """
     started = time.monotonic()
     check_free_space(job.cache_path, job.spec)
@@ -136,7 +155,11 @@ def extract(
         lock_expiry_s=options.lock_expiry_s,
     )
     done_here, not_redone = 0, list[str]()
-    redo = redo_of_failures(job) if options.retry_failed else {}
+    sources = check_sources(job.cache_path, job.spec, job.clips.clips, job.root, prove=options.check_sources)
+    redo = _redo_of(job, sources, options)
+    if not redo and (finished := found_finished(job)) is not None:
+        return _nothing_to_do(finished, sources, on_clip, started)
+    was_done = not redo and len(finished_blocks(job.cache_path)) == job.spec.num_blocks
     while True:
         did = extract_blocks(
             job,
@@ -145,6 +168,7 @@ def extract(
             options=options,
             on_clip=on_clip,
             on_bottleneck=on_bottleneck,
+            on_outage=on_outage,
             rendezvous=rendezvous,
         )
         done_here, not_redone = done_here + did.clips, [*not_redone, *did.not_redone]
@@ -163,8 +187,39 @@ def extract(
         failures=tuple(FeatureCache(job.cache_path).failures),
         seconds=time.monotonic() - started,
         cache_digest=cache_digest,
+        was_done=was_done,
         not_redone=tuple(not_redone),
+        sources_changed=None if options.check_sources else sources.told_of_changed,
+        sources_in_doubt=sources.told_of_unproved,
     )
+
+
+def _nothing_to_do(
+    cache: FeatureCache, sources: SourceCheck, on_clip: OnClip, started: float
+) -> ExtractResult:
+    """Return the result of a run that found everything done."""
+    failures = tuple(cache.failures)
+    for row in range(cache.spec.num_clips):
+        on_clip(row < len(failures))
+    return ExtractResult(
+        clips=cache.spec.num_clips,
+        clips_done_here=0,
+        failures=failures,
+        seconds=time.monotonic() - started,
+        cache_digest=cache.fingerprint,
+        was_done=True,
+        sources_changed=sources.told_of_changed,
+        sources_in_doubt=sources.told_of_unproved,
+    )
+
+
+def _redo_of(job: ExtractionJob, sources: SourceCheck, options: ExtractOptions) -> dict[int, BlockRedo]:
+    """Which clips that are done are made again, by block."""
+    rows = [
+        *(failed_rows(job) if options.retry_failed else ()),
+        *(sources.changed if options.check_sources else ()),
+    ]
+    return {block: BlockRedo(again=again) for block, again in rows_by_block(job.spec, rows).items()}
 
 
 def tower_projections(tower: Tower, spec: CacheSpec) -> dict[int, MapProjection] | None:
@@ -182,12 +237,14 @@ def extract_blocks(
     options: ExtractOptions,
     on_clip: OnClip,
     on_bottleneck: OnBottleneck = lambda name: None,
+    on_outage: OnOutage = lambda message: None,
     rendezvous: Rendezvous | None = None,
 ) -> BlocksResult:
     """Extract the blocks that are not done or are in `redo`; the cache's description is there already.
 
     Returns: what this process did; other jobs may have done others meanwhile.
-    Raises: CacheError where the disk refuses; UsageError for a decoder whose pixels are not the cache's.
+    Raises: CacheError where the disk refuses; UsageError for a decoder whose pixels are not the cache's; Outage and
+        TooManyFailures as `extract`.
     """
 
     def on_own_clip(failed: bool) -> None:
@@ -195,7 +252,9 @@ def extract_blocks(
         taker.look_around_at_times()  # so that a progress line counts the clips of all jobs
 
     job.check_pixels(options.decoding)
-    extractor = BlockExtractor(job, options=options, on_clip=on_own_clip, on_bottleneck=on_bottleneck)
+    extractor = BlockExtractor(
+        job, options=options, on_clip=on_own_clip, on_bottleneck=on_bottleneck, on_outage=on_outage
+    )
     with closing(extractor):
         taker = BlockTaker(
             job,

@@ -2,10 +2,11 @@
 
 import base64
 import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from evl_cache.errors import UsageError
 from evl_cache.report.data import Group, ReportData, RunAccount
 from evl_cache.report.plots import CURVES, as_bytes, draw_plots
 
@@ -58,8 +59,12 @@ class Report:
 
 
 def write_report_page(data: ReportData, out: Path) -> Report:
-    """Write `report.html` and the PNG files into a directory, which is made. Raises: UsageError without matplotlib."""
+    """Write `report.html` and the PNG files into a directory, which is made.
+
+    Raises: UsageError without matplotlib, or where files of others would be written over.
+    """
     plots = draw_plots(data)
+    _check_place(out, [PAGE_NAME, *(f"{name}.png" for name in plots)])
     out.mkdir(parents=True, exist_ok=True)
     pictures = []
     for name, figure in plots.items():
@@ -70,6 +75,14 @@ def write_report_page(data: ReportData, out: Path) -> Report:
     page = out / PAGE_NAME
     page.write_text(render(data, images), encoding="utf-8")
     return Report(page=page, pictures=tuple(pictures))
+
+
+def _check_place(out: Path, names: Sequence[str]) -> None:
+    """Check that files of a report are written over where they are a report's. Raises: UsageError."""
+    page, taken = out / PAGE_NAME, [name for name in names if (out / name).exists()]
+    is_report = page.is_file() and _POLICY in page.read_text(encoding="utf-8", errors="replace")
+    if taken and not is_report:
+        raise UsageError(f"{out / taken[0]} is there, and is no file of a report; choose another --out")
 
 
 def render(data: ReportData, images: Mapping[str, bytes]) -> str:

@@ -3,6 +3,7 @@
 from evl_cache.runs.directory import (
     RunConfig,
     RunFile,
+    check_no_others_files,
     load_state,
     read_run_config,
     save_state,
@@ -26,6 +27,7 @@ __all__ = [
     "ViewSums",
     "check_features",
     "check_maps",
+    "check_no_others_files",
     "feature_differences",
     "head_inputs",
     "head_logits",

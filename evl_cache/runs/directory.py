@@ -12,7 +12,12 @@ import torch
 
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head, build_head
-from evl_cache.untrusted.head_files import check_archive, check_head_config, read_json_object
+from evl_cache.untrusted.head_files import (
+    MOST_JSON_NBYTES,
+    check_archive,
+    check_head_config,
+    read_json_object,
+)
 
 _FORMAT = 1
 
@@ -78,7 +83,39 @@ class RunConfig:
 def write_run_config(run: Path, config: RunConfig) -> None:
     """Create the run directory and its `config.json`."""
     run.mkdir(parents=True, exist_ok=True)
-    write_json(run / RunFile.CONFIG, {"format": _FORMAT, **asdict(config)})
+    content = {"format": _FORMAT, **asdict(config)}
+    _check_readable(run / RunFile.CONFIG, content)
+    write_json(run / RunFile.CONFIG, content)
+
+
+def _check_readable(path: Path, content: Mapping[str, Any]) -> None:
+    """Check that a configuration will be read again. Raises: UsageError, before a run is trained."""
+    nbytes = len(json.dumps(content, indent=2)) + 1
+    if nbytes > MOST_JSON_NBYTES:
+        raise UsageError(
+            f"{path} would have {nbytes} bytes, and no reader takes more than {MOST_JSON_NBYTES}: its classes have long "
+            "names, or are many"
+        )
+    try:
+        check_head_config(content["head_config"])
+    except (ValueError, KeyError) as error:
+        raise UsageError(f"{path}: no head of this could be read again ({error})") from error
+
+
+def check_no_others_files(out: Path) -> None:
+    """Check that a directory where a run is to be written has no file of others under a run's names.
+
+    Raises: UsageError naming one.
+    """
+    found = [name for name in RunFile if (out / name).exists()]
+    if not found:
+        return
+    try:
+        read_run_config(out)  # left by a run that was killed at its start
+    except UsageError as error:
+        raise UsageError(
+            f"{out / found[0]} is there, and is no file of a run; choose another --out"
+        ) from error
 
 
 def read_run_config(run: Path) -> RunConfig:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from evl_cache.errors import UsageError
 from evl_cache.heads import EVLHead
-from evl_cache.runs.directory import RunConfig, RunFile, write_run_config
+from evl_cache.runs.directory import RunConfig, RunFile, check_no_others_files, write_run_config
 from evl_cache.runs.head_files import save_head
 from evl_cache.runs.official_checkpoint import load_official_checkpoint
 
@@ -28,6 +28,7 @@ def import_head(
     """
     if (out / RunFile.CONFIG).exists():
         raise UsageError(f"{out} holds a run already; choose another --out")
+    check_no_others_files(out)
     head = load_official_checkpoint(checkpoint, num_heads)
     depth, num_classes = len(head.layers), head.classifier.out_features
     if layers is not None and len(layers) != depth:

@@ -15,6 +15,7 @@ from evl_cache.store.copying.part import copy_part, part_spec
 from evl_cache.store.copying.source import OnBlock, TransferResult
 from evl_cache.store.copying.to_bucket import copy_to_bucket
 from evl_cache.store.copying.to_directory import copy_to_directory
+from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.file_system import file_identity
 from evl_cache.store.disk.locks import BlockLock, LockWatcher, lock_holders
 from evl_cache.store.disk.permissions import set_file_mode
@@ -31,17 +32,17 @@ from evl_cache.store.format.layout import (
     mark_path,
     marked_blocks,
 )
+from evl_cache.store.format.limits import projections_nbytes
 from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at
 from evl_cache.store.format.marks import ClipRecord, Mark, mark_file_digest
 from evl_cache.store.format.recomputed import (
     projections_content,
-    projections_nbytes,
     read_projections,
     write_projections,
 )
 from evl_cache.store.format.recovery import restore_description
 from evl_cache.store.format.rows import Row, StoredBatch, StoredMaps, StoredTokens, make_row
-from evl_cache.store.format.size import check_free_space, num_files, sample_nbytes
+from evl_cache.store.format.size import check_free_space, num_files, sample_nbytes, size_on_disk
 from evl_cache.store.objects.address import SCHEMES, is_url, public_url
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch

@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
-from evl_cache.store.disk.file_system import check_no_links, read_limited
+from evl_cache.store.disk.file_system import check_no_links, files_below, read_limited
 from evl_cache.store.disk.publish import is_staging_name
 from evl_cache.store.format.description import (
-    MOST_DESCRIPTION_NBYTES,
     CacheDescription,
     read_clips,
     read_description,
@@ -26,18 +24,23 @@ from evl_cache.store.format.layout import (
     DONE_NAME,
     MANIFEST_NAME,
     array_layouts,
+    blocks_in_redo,
     is_in_redo,
+    mark_name,
     mark_path,
     redo_path,
 )
-from evl_cache.store.format.manifest import Manifest, manifest_document, read_manifest
-from evl_cache.store.format.marks import Mark, parse_mark, read_mark_bytes
+from evl_cache.store.format.limits import MOST_DESCRIPTION_NBYTES
+from evl_cache.store.format.manifest import Manifest, block_files, find_manifest, manifest_content
+from evl_cache.store.format.marks import parse_mark, read_mark_bytes
 from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.format.recovery import check_recovery, has_intact_recovery
 from evl_cache.store.objects.objects import DirectoryObjects
 from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.store.shards.shard_index import read_index
 from evl_cache.untrusted.json_text import parse_json
+
+BlockFiles = Mapping[str, tuple[int, str]]  # as `block_files` returns them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +99,7 @@ def verify_cache(
     spec = description.spec
     problems = _check_description(cache_path, description)
 
-    def check(block: int) -> tuple[Mark | None, list[str]]:
+    def check(block: int) -> tuple[BlockFiles, list[str]]:
         result = _check_block(cache_path, spec, block)
         on_block()
         return result
@@ -105,11 +108,11 @@ def verify_cache(
         results = list(pool.map(check, range(spec.num_blocks)))
     for block, (_, reasons) in enumerate(results):
         problems += _problems(reasons, block)
-    marks = {block: mark for block, (mark, reasons) in enumerate(results) if mark is not None and not reasons}
-    cache_digest, more = _check_manifest(cache_path, spec, marks, intact=not problems)
+    done = {block: files for block, (files, reasons) in enumerate(results) if files and not reasons}
+    cache_digest, more = _check_manifest(cache_path, spec, done, intact=not problems)
     return Verification(
         problems=tuple(problems + more),
-        blocks_done=len(marks),
+        blocks_done=len(done),
         blocks=spec.num_blocks,
         strays=tuple(_strays(cache_path, spec)),
         cache_digest=cache_digest,
@@ -145,15 +148,16 @@ def _check_description(cache_path: Path, description: CacheDescription) -> list[
     return _problems(reasons)
 
 
-def _check_block(cache_path: Path, spec: CacheSpec, block: int) -> tuple[Mark | None, list[str]]:
+def _check_block(cache_path: Path, spec: CacheSpec, block: int) -> tuple[BlockFiles, list[str]]:
+    """Return what the manifest should say of a block, nothing where it is not done, and what is wrong with it."""
     marked = mark_path(cache_path, block)
     try:
-        written = read_mark_bytes(cache_path, block)
+        written = read_mark_bytes(cache_path, block, spec)
         if written is None:
-            return None, []
+            return {}, []
         mark = parse_mark(written, marked, block, spec)
     except CacheDamaged as error:
-        return None, [str(error)]
+        return {}, [str(error)]
     reasons = _not_canonical(marked, written)
     if is_in_redo(cache_path, block):
         reasons.append(f"{redo_path(cache_path, block)}: a redo was begun and not ended; repair the cache")
@@ -167,39 +171,37 @@ def _check_block(cache_path: Path, spec: CacheSpec, block: int) -> tuple[Mark | 
                 read_index(path, len(record.chunk_checksums))
         except CacheError as error:
             reasons.append(str(error))
-    return mark, reasons
+    return block_files(mark, spec), reasons
 
 
 def _check_manifest(
-    cache_path: Path, spec: CacheSpec, marks: dict[int, Mark], *, intact: bool
+    cache_path: Path, spec: CacheSpec, done: Mapping[int, BlockFiles], *, intact: bool
 ) -> tuple[str | None, list[Problem]]:
-    path, is_complete = cache_path / MANIFEST_NAME, len(marks) == spec.num_blocks
-    if not path.exists():
-        missing = f"{path}: missing, though every block is done; repair the cache"
-        return None, _problems([missing] if is_complete and intact else [])
+    path, is_complete = cache_path / MANIFEST_NAME, len(done) == spec.num_blocks
     try:
-        manifest = read_manifest(cache_path, spec)
+        manifest = find_manifest(cache_path, spec)
     except CacheDamaged as error:
         return None, _problems([str(error)])
+    if manifest is None:
+        missing = f"{path}: missing, though every block is done; repair the cache"
+        return None, _problems([missing] if is_complete and intact else [])
     if not is_complete:
         reason = "in the manifest, but not a valid mark; repair the cache"
-        absent = [block for block in range(spec.num_blocks) if block not in marks]
+        absent = [block for block in range(spec.num_blocks) if block not in done]
         return manifest.digest, _blamed(cache_path, absent, reason)
     if not intact:
         return manifest.digest, []
-    document = manifest_document(cache_path, spec, marks)
-    if _holds(cache_path, path, canonical_json(document)):
+    files = {name: digest for block in done.values() for name, digest in block.items()}
+    content, found = manifest_content(cache_path, spec, files)
+    if _holds(cache_path, path, content):
         return manifest.digest, []
-    return None, _disagreements(cache_path, spec, manifest, document)
+    return None, _disagreements(cache_path, spec, manifest, found)
 
 
-def _disagreements(
-    cache_path: Path, spec: CacheSpec, manifest: Manifest, document: Mapping[str, Any]
-) -> list[Problem]:
+def _disagreements(cache_path: Path, spec: CacheSpec, manifest: Manifest, found: Manifest) -> list[Problem]:
     """Name the blocks that are whole but not those of the manifest, or the manifest where these are most."""
-    found = {name: (row["size"], row["sha256"]) for name, row in document["files"].items()}
-    names = {block: mark_path(Path(), block).as_posix() for block in range(spec.num_blocks)}
-    others = [block for block, name in names.items() if manifest.files.get(name) != found[name]]
+    names = {block: mark_name(block) for block in range(spec.num_blocks)}
+    others = [block for block, name in names.items() if manifest.files.get(name) != found.files[name]]
     if 0 < len(others) <= spec.num_blocks // 2:
         return _blamed(cache_path, others, "is not the mark that the manifest names; repair the cache")
     return _problems([f"{cache_path / MANIFEST_NAME}: does not agree with the files; repair the cache"])
@@ -221,17 +223,12 @@ def _holds(cache_path: Path, path: Path, content: bytes) -> bool:
 
 
 def _strays(cache_path: Path, spec: CacheSpec) -> list[str]:
-    known = {path(cache_path, block) for block in range(spec.num_blocks) for path in (mark_path, redo_path)}
-    out = (
-        [p for p in (cache_path / DONE_NAME).iterdir() if p not in known]
-        if (cache_path / DONE_NAME).is_dir()
-        else []
-    )
-    for name, layout in array_layouts(spec).items():
-        shards = {layout.shard(cache_path, block) for block in range(spec.num_blocks)}
-        out += [
-            p
-            for p in (cache_path / name).rglob("*")
-            if p.is_file() and p not in shards and p.name != METADATA_NAME
-        ]
-    return sorted(p.relative_to(cache_path).as_posix() for p in out if not is_staging_name(p.name))
+    names_of = {DONE_NAME: mark_name}
+    names_of |= {name: layout.shard_name for name, layout in array_layouts(spec).items()}
+    out: list[str] = []
+    for directory, name_of in names_of.items():
+        known = {name_of(block) for block in range(spec.num_blocks)} | {f"{directory}/{METADATA_NAME}"}
+        out += [name for name, _ in files_below(cache_path, directory) if name not in known]
+    out = [name for name in out if not is_staging_name(name.rpartition("/")[2])]
+    redone = {redo_path(Path(), block).as_posix() for block in blocks_in_redo(cache_path)}
+    return sorted(set(out) - redone)

@@ -10,7 +10,14 @@ from evl_cache.batches import Loader, Source
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.heads import MODULES, head_class
-from evl_cache.runs import RunConfig, RunFile, feature_differences, read_run_config, write_run_config
+from evl_cache.runs import (
+    RunConfig,
+    RunFile,
+    check_no_others_files,
+    feature_differences,
+    read_run_config,
+    write_run_config,
+)
 from evl_cache.spec import CacheSpec
 from evl_cache.train.options import OPERATIONAL, TrainOptions
 
@@ -101,6 +108,7 @@ def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
     if not resume:
         if (out / RunFile.STATE).exists() or (out / RunFile.HEAD).exists():
             raise UsageError(f"{out} holds a run already; use --resume, or another --out")
+        check_no_others_files(out)
         for name in (RunFile.METRICS, RunFile.STEPS):
             (out / name).unlink(missing_ok=True)
         write_run_config(out, config)

@@ -1,6 +1,8 @@
 """A redo keeps what is good: repair, --retry-failed and --reuse never end with fewer valid clips than they found."""
 
+import hashlib
 import json
+import os
 import random
 import shutil
 from collections.abc import Iterator
@@ -227,13 +229,13 @@ def test_a_damaged_row_of_the_cache_that_is_reused_is_extracted_instead(
 def test_a_redo_that_was_begun_is_a_problem_until_repair_or_the_same_command_ends_it(
     made: Path, cache: Path, motions: Path, decoded: list[str]
 ) -> None:
-    redo_path(cache, 0).write_bytes(b"{}\n")
+    redo_path(cache, 0).touch()
     (cache / "manifest.json").unlink()
     assert [problem.block for problem in verify_cache(cache).problems] == [0]
     assert FeatureCache(cache).is_valid[:3].all()  # readers have what the mark promises
     repaired(cache, motions, motions)
     assert differences(tree(cache), tree(made)) == []
-    redo_path(cache, 2).write_bytes(b"{}\n")
+    redo_path(cache, 2).touch()
     extract_small(load_clips(motions), cache)
     assert differences(tree(cache), tree(made)) == []
     assert decoded == []
@@ -257,3 +259,61 @@ def test_damage_at_random_places_with_random_videos_gone_never_costs_a_valid_cli
         shutil.copy(motions / name, videos / name)
     assert repaired(cache, motions, videos).not_redone == ()
     assert differences(tree(cache), tree(made)) == []
+
+
+def replace_video(videos: Path, name: str, seed: int = 7) -> None:
+    """Another film of the same size in bytes, so that only its time and its bytes tell."""
+    other = make_clips(videos.parent / "others", count=2, seed=seed).source
+    content, was = (Path(other) / "00.mp4").read_bytes(), (videos / name).stat().st_size
+    (videos / name).write_bytes((content + bytes(was))[: max(was, len(content))])
+
+
+def test_a_replaced_video_is_noticed_and_made_again_when_asked(
+    cache: Path, videos: Path, tmp_path: Path, decoded: list[str]
+) -> None:
+    clips = load_clips(videos)
+    assert extract_small(clips, cache).was_done
+    replace_video(videos, "01.mp4")
+    result = extract_small(clips, cache)
+    assert result.sources_changed is not None and "01.mp4" in result.sources_changed
+    assert "1 videos are not those that the features were made of" in result.sources_changed
+    decoded.clear()
+    result = extract_small(clips, cache, check_sources=True)
+    assert (result.clips_done_here, result.sources_changed, set(decoded)) == (1, None, {"01.mp4"})
+    assert extract_small(clips, cache).sources_changed is None
+    extract_small(clips, tmp_path / "fresh")
+    # The reason of the broken clip names the folder of the first extraction.
+    assert differences(tree(cache), tree(tmp_path / "fresh")) == ["done/000001.json", "manifest.json"]
+
+
+def test_a_video_replaced_with_its_time_kept_is_proved_another_by_its_bytes_alone(
+    cache: Path, videos: Path
+) -> None:
+    clips, path = load_clips(videos), videos / "00.mp4"
+    times, content = path.stat(), path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert extract_small(clips, cache).sources_changed is None
+    extract_small(clips, cache, check_sources=True)
+    mark = json.loads((cache / "done/000000.json").read_bytes())
+    assert mark["clips"][0]["source_sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_features_stay_where_the_new_video_cannot_be_used(made: Path, cache: Path, videos: Path) -> None:
+    (videos / "01.mp4").write_bytes(b"no video")
+    result = extract_small(load_clips(videos), cache, check_sources=True)
+    assert len(result.not_redone) == 1
+    assert result.not_redone[0].startswith("the features of 01.mp4 stay as they are (")
+    assert differences(tree(cache), tree(made)) == []
+
+
+def test_touched_videos_are_the_same_and_videos_elsewhere_are_no_fault(cache: Path, videos: Path) -> None:
+    clips = load_clips(videos)
+    for path in videos.glob("*.mp4"):
+        path.touch()
+    result = extract_small(clips, cache)
+    assert (result.sources_changed, result.sources_in_doubt, result.was_done) == (None, None, True)
+    without(videos, "00.mp4")
+    assert extract_small(clips, cache).sources_in_doubt is None
+    proof = extract_small(clips, cache, check_sources=True).sources_in_doubt
+    assert proof is not None and "00.mp4 is not there" in proof

@@ -18,6 +18,17 @@ def read_card(objects: Objects) -> bytes | None:
     return None
 
 
+def may_replace_card(objects: Objects) -> bool:
+    """Whether a cache has no README.md, or one that is a card: a person's own text stays."""
+    try:
+        found = objects.get(CARD_NAME, most_nbytes=_MOST_NBYTES)
+    except FileNotFoundError:
+        return True
+    except CacheError:
+        return False
+    return found.startswith(b"---\n") and b'"evl-cache"' in found.partition(b"\n---")[0]
+
+
 def write_card(cache_path: Path, content: bytes) -> None:
     """Write or replace the card of a cache, whole or not at all. Raises: CacheError where the disk refuses."""
     write_atomic(cache_path / CARD_NAME, content)

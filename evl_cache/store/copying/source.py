@@ -11,8 +11,9 @@ from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.format.description import CacheDescription, read_clips, read_description
 from evl_cache.store.format.layout import mark_path, marked_blocks
+from evl_cache.store.format.limits import mark_limit
 from evl_cache.store.format.manifest import BlockNotDone, Manifest, read_complete
-from evl_cache.store.format.marks import MOST_MARK_NBYTES, Mark, parse_mark
+from evl_cache.store.format.marks import Mark, parse_mark
 from evl_cache.store.objects.objects import DirectoryObjects, Objects, open_objects
 
 THREADS = 4
@@ -131,7 +132,7 @@ def read_source_mark(source: SourceCache, block: int) -> tuple[bytes, Mark]:
     """Return a block's mark, as written and as read. Raises: CacheError where it is not what the manifest names."""
     objects, name = source.objects, mark_path(Path(), block).as_posix()
     try:
-        written = objects.get(name, most_nbytes=MOST_MARK_NBYTES)
+        written = objects.get(name, most_nbytes=mark_limit(source.spec))
     except FileNotFoundError as error:
         raise CacheError(f"{error}: the source changed; run the same command again") from error
     if source.manifest is not None and source.manifest.files.get(name) != content_digest(written):

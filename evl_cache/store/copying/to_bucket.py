@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
-from evl_cache.store.copying.card_file import CARD_NAME, read_card
+from evl_cache.store.copying.card_file import CARD_NAME, may_replace_card, read_card
 from evl_cache.store.copying.source import (
     THREADS,
     OnBlock,
@@ -17,10 +17,10 @@ from evl_cache.store.copying.source import (
 )
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.file_system import check_no_links, file_identity
-from evl_cache.store.format.description import MOST_CLIPS_NBYTES, description_files, read_description
+from evl_cache.store.format.description import description_files, read_description
 from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path
-from evl_cache.store.format.manifest import MOST_MANIFEST_NBYTES
-from evl_cache.store.format.marks import MOST_MARK_NBYTES, parse_mark
+from evl_cache.store.format.limits import file_limit, manifest_limit, mark_limit
+from evl_cache.store.format.marks import parse_mark
 from evl_cache.store.objects.objects import WritableObjects, open_writable
 from evl_cache.store.writing.publication import check_nothing_lost
 
@@ -35,10 +35,11 @@ def copy_to_bucket(
     """
     source, target = open_source(cache_path), open_writable(url)
     _check_target(source, target)
-    if (card := read_card(source.objects)) is not None and card != read_card(target):
+    card = read_card(source.objects)
+    if card is not None and card != read_card(target) and may_replace_card(target):
         target.put(CARD_NAME, card)
     manifest = source.written_manifest
-    there = _get(target, MANIFEST_NAME, MOST_MANIFEST_NBYTES)
+    there = _get(target, MANIFEST_NAME, manifest_limit(source.spec))
     if manifest is None and there is not None:
         raise CacheError(
             f"{target.url} holds a complete cache, {cache_path} has {len(source.blocks)} of {source.spec.num_blocks} "
@@ -53,14 +54,14 @@ def copy_to_bucket(
         )
     target.delete(MANIFEST_NAME)
     for name in description_files(source.spec):
-        target.put(name, source.objects.get(name, most_nbytes=MOST_CLIPS_NBYTES))
+        target.put(name, source.objects.get(name, most_nbytes=file_limit(name, source.spec)))
 
     def send(block: int) -> int | None:
         return _send_block(source, cache_path, target, block) if differs[block] else None
 
     result = source.copy_blocks(send, place=target.url, threads=threads, on_block=on_block)
     if manifest is not None:
-        if source.objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES) != manifest:
+        if source.objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(source.spec)) != manifest:
             raise CacheError(f"{cache_path}: changed while it was sent; run the same command again")
         target.put(MANIFEST_NAME, manifest)
     return result
@@ -81,7 +82,7 @@ def _differs(source: SourceCache, target: WritableObjects, block: int) -> bool:
     """Whether another block, or none, is there. Raises: RowsAtStake where it has features that would be lost."""
     written, mark = read_source_mark(source, block)
     name = mark_path(Path(), block).as_posix()
-    there = _get(target, name, MOST_MARK_NBYTES)
+    there = _get(target, name, mark_limit(source.spec))
     if there == written:
         return False
     with contextlib.suppress(CacheDamaged):  # what is no mark of this block promises nothing

@@ -8,7 +8,7 @@ import contextlib
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
-from evl_cache.store.copying.card_file import read_card, write_card
+from evl_cache.store.copying.card_file import may_replace_card, read_card, write_card
 from evl_cache.store.copying.source import (
     THREADS,
     OnBlock,
@@ -79,7 +79,8 @@ def copy_to_directory(
             return _copy_block(source, target, block, lock)
 
     result = source.copy_blocks(copy, place=str(target), threads=threads, on_block=on_block)
-    if (card := read_card(source.objects)) is not None and card != read_card(DirectoryObjects(target)):
+    card, there = read_card(source.objects), DirectoryObjects(target)
+    if card is not None and card != read_card(there) and may_replace_card(there):
         write_card(target, card)
     if source.manifest is None:
         if len(finished_blocks(target)) == source.spec.num_blocks:  # it was complete before, and is so again

@@ -7,7 +7,7 @@ import io
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
@@ -207,6 +207,25 @@ def read_limited(path: Path, most_nbytes: int) -> bytes:
             f"{path}: has {size} bytes, expected at most {most_nbytes}; it is no file of a cache"
         )
     return content
+
+
+def files_below(root: Path, directory: str = "") -> Iterator[tuple[str, int]]:
+    """Yield the name, relative to `root`, and the size of every file below a directory of it.
+
+    Links are files, and are not followed. Other jobs may be at work: what vanishes during the look, or cannot be looked
+    at, is left out.
+    """
+    waiting = [directory]
+    while waiting:
+        current = waiting.pop()
+        prefix = f"{current}/" if current else ""
+        with contextlib.suppress(OSError), os.scandir(root / current) as entries:
+            for entry in entries:
+                with contextlib.suppress(OSError):
+                    if entry.is_dir(follow_symlinks=False):
+                        waiting.append(prefix + entry.name)
+                    else:
+                        yield prefix + entry.name, entry.stat(follow_symlinks=False).st_size
 
 
 def check_no_links(root: Path, path: Path) -> None:

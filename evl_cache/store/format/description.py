@@ -21,13 +21,11 @@ from evl_cache.store.format.layout import (
     RECOVERY_NAME,
     array_layouts,
 )
+from evl_cache.store.format.limits import MOST_DESCRIPTION_NBYTES, clips_limit
 from evl_cache.store.objects.objects import Objects, objects_of
 from evl_cache.store.shards.metadata import METADATA_NAME, group_metadata
 from evl_cache.untrusted.json_text import parse_json
 
-# Read whole and parsed: far more than the largest data sets need, far less than a computer's memory.
-MOST_DESCRIPTION_NBYTES = 16 << 20
-MOST_CLIPS_NBYTES = 256 << 20
 _CLIPS_AT_A_TIME = 10_000
 
 
@@ -126,7 +124,7 @@ def read_clips(place: Path | Objects, description: CacheDescription) -> tuple[Cl
     objects = objects_of(place)
     where = f"{objects.url}/{CLIPS_NAME}"
     try:
-        lines = objects.get(CLIPS_NAME, most_nbytes=MOST_CLIPS_NBYTES)
+        lines = objects.get(CLIPS_NAME, most_nbytes=clips_limit(description.spec))
     except OSError as error:
         raise CacheDamaged(f"{where}: cannot be read ({error}); repair the cache") from error
     if hashlib.sha256(lines).hexdigest() != description.clips_sha256:

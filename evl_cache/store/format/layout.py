@@ -7,6 +7,7 @@ samples x all layers.
 import contextlib
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ MANIFEST_NAME = "manifest.json"
 PROJECTIONS_NAME = "recompute.safetensors"
 RECOVERY_NAME = "recovery.json"
 _REDO_SUFFIX = ".redo"
+_BLOCK_NUMBER = re.compile("[0-9]{6}|[1-9][0-9]{6,11}")  # as marks are named, and no other
 
 # Measured (docs/rate-distortion.md): level 3 saves 0 to 1 % over 1 for twice the time; 12 saves nothing over 9.
 _PROFILES = {
@@ -99,6 +101,10 @@ class ArrayLayout:
         """Return where a block's shard lies."""
         return shard_path(cache_path / self.name, block, 2 + len(self.chunk_shape))
 
+    def shard_name(self, block: int) -> str:
+        """Return the same as a manifest names it: relative to the cache, and much faster for a million files."""
+        return f"{self.name}/c/{block}{'/0' * (1 + len(self.chunk_shape))}"
+
 
 def array_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
     """Return the arrays by name, in the order in which a block's files are published."""
@@ -140,6 +146,11 @@ def mark_path(cache_path: Path, block: int) -> Path:
     return cache_path / DONE_NAME / f"{block:06d}.json"
 
 
+def mark_name(block: int) -> str:
+    """Return the same as a manifest names it: relative to the cache."""
+    return f"{DONE_NAME}/{block:06d}.json"
+
+
 def redo_path(cache_path: Path, block: int) -> Path:
     """Return where it stands that a block with a mark is being redone: its files may be of two attempts."""
     return cache_path / DONE_NAME / f"{block:06d}{_REDO_SUFFIX}"
@@ -167,10 +178,9 @@ def finished_blocks(cache_path: Path) -> set[int]:
 
 def _blocks_named(cache_path: Path, suffix: str) -> set[int]:
     with contextlib.suppress(OSError):
-        stems = [
-            name.removesuffix(suffix) for name in os.listdir(cache_path / DONE_NAME) if name.endswith(suffix)
-        ]
-        return {int(stem) for stem in stems if stem.isdecimal()}
+        names = os.listdir(cache_path / DONE_NAME)
+        stems = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
+        return {int(stem) for stem in stems if _BLOCK_NUMBER.fullmatch(stem)}
     return set()
 
 

@@ -4,21 +4,20 @@ import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from evl_cache.canonical_json import canonical_json, digest
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.canonical_json import canonical_json, digest, digest_matches
+from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.publish import write_atomic
 from evl_cache.store.format.description import description_files
-from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, blocks_in_redo, mark_path
+from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, blocks_in_redo, mark_name
+from evl_cache.store.format.limits import manifest_limit
 from evl_cache.store.format.marks import Mark, read_mark
 from evl_cache.store.objects.objects import Objects, objects_of, open_objects
 from evl_cache.untrusted.json_text import parse_json
 
 MANIFEST_VERSION = 1
-MOST_MANIFEST_NBYTES = 64 << 20
 
 
 class BlockNotDone(CacheError):
@@ -38,22 +37,27 @@ class Manifest:
     digest: str
 
 
-def manifest_document(cache_path: Path, spec: CacheSpec, marks: Mapping[int, Mark]) -> dict[str, Any]:
-    """Return the manifest that a complete cache with these marks has. Data files are taken from their marks."""
-    files = {name: file_digest(cache_path / name) for name in description_files(spec)}
-    for block, mark in marks.items():
-        path = mark_path(cache_path, block)
-        files[path.relative_to(cache_path).as_posix()] = file_digest(path)
-        for name, layout in array_layouts(spec).items():
-            shard = layout.shard(cache_path, block).relative_to(cache_path).as_posix()
-            files[shard] = mark.files[name].digest
+def block_files(mark: Mark, spec: CacheSpec) -> dict[str, tuple[int, str]]:
+    """Return what a manifest says of a block: size and sha256 of its mark and shards, by their paths."""
+    files = {mark_name(mark.block): mark.file_digest}
+    for name, layout in array_layouts(spec).items():
+        files[layout.shard_name(mark.block)] = mark.files[name].digest
+    return files
+
+
+def manifest_content(
+    cache_path: Path, spec: CacheSpec, files: Mapping[str, tuple[int, str]]
+) -> tuple[bytes, Manifest]:
+    """Return the manifest of a complete cache whose blocks have these `block_files`: as written, and as read."""
+    files = {name: file_digest(cache_path / name) for name in description_files(spec)} | dict(files)
     content = {
         "version": MANIFEST_VERSION,
         "feature_id": spec.feature_id,
         "content_id": spec.content_id,
         "files": {name: {"size": size, "sha256": sha256} for name, (size, sha256) in files.items()},
     }
-    return {**content, "digest": digest(content)}
+    own = digest(content)
+    return canonical_json({**content, "digest": own}), Manifest(files=files, digest=own)
 
 
 def write_manifest(
@@ -65,30 +69,50 @@ def write_manifest(
         before_writing: called when all marks are read; what it raises ends the work.
 
     Returns: the cache digest.
-    Raises: BlockNotDone; CacheDamaged where a mark is not intact.
+    Raises: BlockNotDone; CacheDamaged where a mark is not intact; UsageError for a manifest that no reader takes.
     """
-    marks, in_redo = {}, blocks_in_redo(cache_path)
+    files: dict[str, tuple[int, str]] = {}  # and not the marks, which take gigabytes for a large cache
+    in_redo = blocks_in_redo(cache_path)
     for block in range(spec.num_blocks):
         if block in in_redo:
             raise BlockNotDone(f"{cache_path}: block {block} is being redone; run the same command again")
         mark = read_mark(cache_path, block, spec)
         if mark is None:
             raise BlockNotDone(f"{cache_path}: block {block} is not done; run the extract command again")
-        marks[block] = mark
-    document = manifest_document(cache_path, spec, marks)
+        files |= block_files(mark, spec)
+    content, manifest = manifest_content(cache_path, spec, files)
+    if len(content) > manifest_limit(spec):  # the cache was begun before this was checked then
+        raise UsageError(
+            f"{cache_path}: its manifest would have {len(content)} bytes, and no reader takes more than "
+            f"{manifest_limit(spec)}; split the list of clips into several caches, and copy features with --reuse"
+        )
     before_writing()
-    write_atomic(cache_path / MANIFEST_NAME, canonical_json(document))
-    return str(document["digest"])
+    write_atomic(cache_path / MANIFEST_NAME, content)
+    return manifest.digest
 
 
 def read_manifest(place: Path | Objects, spec: CacheSpec) -> Manifest:
-    """Return the manifest of a cache. Raises: CacheDamaged where it is not intact, or another cache's."""
+    """Return the manifest of a cache. Raises: CacheDamaged where it is missing, not intact, or another cache's."""
+    found = find_manifest(place, spec)
+    if found is None:
+        raise CacheDamaged(f"{objects_of(place).url}/{MANIFEST_NAME}: is missing; repair the cache")
+    return found
+
+
+def find_manifest(place: Path | Objects, spec: CacheSpec) -> Manifest | None:
+    """Return the manifest of a cache; None where there is none: it goes whenever a block is done again.
+
+    Raises: CacheDamaged where it is not intact, or another cache's.
+    """
     objects = objects_of(place)
     where = f"{objects.url}/{MANIFEST_NAME}"
     try:
-        return parse_manifest(objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES), spec, where)
+        written = objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(spec))
+    except FileNotFoundError:
+        return None
     except OSError as error:
         raise CacheDamaged(f"{where}: cannot be read as a manifest ({error!r}); repair the cache") from error
+    return parse_manifest(written, spec, where)
 
 
 def manifest_at(place: str | Path, spec: CacheSpec) -> Manifest | None:
@@ -104,7 +128,7 @@ def read_complete(objects: Objects, spec: CacheSpec) -> tuple[bytes, Manifest]:
     Raises: BlockNotDone where there is none; CacheDamaged as `read_manifest`.
     """
     try:
-        written = objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES)
+        written = objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(spec))
     except FileNotFoundError as error:
         raise BlockNotDone(
             f"{objects.url}: has no {MANIFEST_NAME}: it is not complete; finish extract or push, then run this again"
@@ -116,8 +140,7 @@ def parse_manifest(written: bytes, spec: CacheSpec, place: str) -> Manifest:
     """Return the manifest in a file's bytes. Raises: as `read_manifest`."""
     try:
         content = parse_json(written)
-        unsigned = {name: value for name, value in content.items() if name != "digest"}
-        if content["digest"] != digest(unsigned):
+        if not isinstance(content, dict) or not digest_matches(content, written):
             raise CacheDamaged(f"{place}: its digest does not match; repair the cache")
         if (content["feature_id"], content["content_id"]) != (spec.feature_id, spec.content_id):
             raise CacheDamaged(f"{place}: is the manifest of another cache; repair the cache")

@@ -1,6 +1,5 @@
 """The done mark of a block binds position, bytes and sources. Without a valid one a block does not exist."""
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -9,19 +8,20 @@ from typing import Any
 
 import numpy as np
 
-from evl_cache.canonical_json import canonical_json, digest
+from evl_cache.canonical_json import canonical_json, digest, digest_matches
 from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.extract_options import MOST_BATCH
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.disk.file_system import check_no_links, is_refusal, read_limited
 from evl_cache.store.format.layout import ArrayLayout, array_layouts, mark_path
+from evl_cache.store.format.limits import mark_limit, shortened_reason
 from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.untrusted.json_text import parse_json
 
 MARK_VERSION = 1
 _LARGE_NBYTES, _MOST_EXPANSION = 16 << 20, 1000
-_MOST_BATCH = 1 << 16
-MOST_MARK_NBYTES = 64 << 20
+_EXPANSION_OF_A_FRAME = 4  # of a video that stands still all frames after the first are the same
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class Mark:
         clips: a record for each clip of the block, in order.
         environment: batch, device, dtype, threads and versions: bytes are identical where these are equal.
         digest: of the mark itself.
-        file_sha256: digest of the file that the mark was read from, which the manifest names.
+        file_digest: size and sha256 of the file that the mark was read from, which the manifest names.
     """
 
     block: int
@@ -70,18 +70,32 @@ class Mark:
     clips: tuple[ClipRecord, ...]
     environment: Mapping[str, Any]
     digest: str = ""
-    file_sha256: str = ""
+    file_digest: tuple[int, str] = (0, "")
 
 
 def mark_document(mark: Mark, spec: CacheSpec) -> dict[str, Any]:
     """Return the JSON of a mark, its own digest included."""
     content = _head(spec, mark.block) | {
         "files": {name: _file_document(mark.files[name]) for name in array_layouts(spec)},
-        "clips": [asdict(clip) for clip in mark.clips],
+        "clips": [_clip_document(clip) for clip in mark.clips],
         "environment": dict(mark.environment),
     }
     content = json.loads(json.dumps(content))
     return {**content, "digest": digest(content)}
+
+
+def mark_content(mark: Mark, spec: CacheSpec) -> bytes:
+    """Return the bytes of a mark. Raises: CacheError for one that no reader would take: it must not be written."""
+    content = canonical_json(mark_document(mark, spec))
+    try:
+        parse_mark(content, "its mark", mark.block, spec)
+        if len(content) > mark_limit(spec):
+            raise CacheDamaged(f"{len(content)} bytes, readers take {mark_limit(spec)}")
+    except CacheDamaged as error:
+        raise CacheError(
+            f"block {mark.block} cannot be marked as done: no reader would take the mark ({error}); please report this"
+        ) from error
+    return content
 
 
 def mark_file_digest(mark: Mark, spec: CacheSpec) -> tuple[int, str]:
@@ -105,11 +119,11 @@ def read_mark(cache_path: Path, block: int, spec: CacheSpec) -> Mark | None:
 
     Raises: CacheDamaged for a mark that is not intact, or belongs to another block or cache.
     """
-    written = read_mark_bytes(cache_path, block)
+    written = read_mark_bytes(cache_path, block, spec)
     return None if written is None else parse_mark(written, mark_path(cache_path, block), block, spec)
 
 
-def read_mark_bytes(cache_path: Path, block: int) -> bytes | None:
+def read_mark_bytes(cache_path: Path, block: int, spec: CacheSpec) -> bytes | None:
     """Return the bytes of a block's mark; None where there is none.
 
     Raises: CacheDamaged as `read_mark`; CacheError where the disk refuses: a block is not taken for undone then.
@@ -117,7 +131,7 @@ def read_mark_bytes(cache_path: Path, block: int) -> bytes | None:
     path = mark_path(cache_path, block)
     try:
         check_no_links(cache_path, path.parent)
-        return read_limited(path, MOST_MARK_NBYTES)
+        return read_limited(path, mark_limit(spec))
     except FileNotFoundError:
         return None
     except (OSError, CacheError) as error:
@@ -132,7 +146,7 @@ def parse_mark(written: bytes, path: str | Path, block: int, spec: CacheSpec) ->
         content = parse_json(written)
     except ValueError as error:
         raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
-    if not isinstance(content, dict) or not _digest_matches(content, written):
+    if not isinstance(content, dict) or not digest_matches(content, written):
         raise CacheDamaged(f"{path}: the mark's own digest does not match; repair the cache")
     for name, value in _head(spec, block).items():
         if content.get(name) != value:
@@ -146,7 +160,7 @@ def parse_mark(written: bytes, path: str | Path, block: int, spec: CacheSpec) ->
         clips = tuple(_parse_clip(row) for row in content["clips"])
         environment = content["environment"]
         batch = environment.get("batch", 1)
-        if not isinstance(batch, int) or not 1 <= batch <= _MOST_BATCH:
+        if not isinstance(batch, int) or not 1 <= batch <= MOST_BATCH:
             raise ValueError("its environment is none")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CacheDamaged(f"{path}: incomplete ({error!r}); repair the cache") from error
@@ -160,17 +174,12 @@ def parse_mark(written: bytes, path: str | Path, block: int, spec: CacheSpec) ->
         clips=clips,
         environment=environment,
         digest=content["digest"],
-        file_sha256=hashlib.sha256(written).hexdigest(),
+        file_digest=content_digest(written),
     )
 
 
-def _digest_matches(content: Mapping[str, Any], written: bytes) -> bool:
-    stored = content.get("digest")
-    # As written, the digest is that of the bytes without it: half the time of encoding the content again.
-    without = written.removesuffix(b"\n").replace(f'"digest":"{stored}",'.encode(), b"", 1)
-    if hashlib.sha256(without).hexdigest() == stored:
-        return True
-    return digest({name: value for name, value in content.items() if name != "digest"}) == stored
+def _clip_document(clip: ClipRecord) -> dict[str, Any]:
+    return asdict(clip) | {"error": None if clip.error is None else shortened_reason(clip.error)}
 
 
 def _file_document(record: ShardRecord) -> dict[str, Any]:
@@ -206,7 +215,8 @@ def _parse_file(content: Mapping[str, Any], layout: ArrayLayout, spec: CacheSpec
         raise ValueError(f"chunks of {layout.name} are larger than their file")
     # No feature of a video compresses so far, and memory is made for large chunks.
     decoded = int((nbytes > 0).sum()) * layout.chunk_nbytes
-    if layout.chunk_nbytes > _LARGE_NBYTES and decoded > _MOST_EXPANSION * record.size:
+    most = max(_MOST_EXPANSION, _EXPANSION_OF_A_FRAME * spec.views.frames)
+    if layout.chunk_nbytes > _LARGE_NBYTES and decoded > most * record.size:
         raise ValueError(f"{record.size} bytes of {layout.name} would become {decoded}")
     return record
 

@@ -17,10 +17,10 @@ from evl_cache.quantize import QuantizedTokens, dequantize_tokens
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.publish import write_atomic
 from evl_cache.store.format.layout import PROJECTIONS_NAME
+from evl_cache.store.format.limits import projections_limit
 from evl_cache.store.objects.objects import Objects, objects_of
 
 _TENSORS = ("norm_weight", "norm_bias", "weight", "bias")
-_MOST_HEADER_NBYTES = 1 << 20
 _DEVICE_CLIPS = 8  # dequantised at a time: 80 MB for ViT-B/16; a CPU does best with one
 
 
@@ -91,9 +91,8 @@ def read_projections(place: Path | Objects, spec: CacheSpec, sha256: str | None)
     """
     objects = objects_of(place)
     where = f"{objects.url}/{PROJECTIONS_NAME}"
-    most_nbytes = 2 * projections_nbytes(spec) + _MOST_HEADER_NBYTES
     try:
-        content = objects.get(PROJECTIONS_NAME, most_nbytes=most_nbytes)
+        content = objects.get(PROJECTIONS_NAME, most_nbytes=projections_limit(spec))
     except OSError as error:
         raise CacheDamaged(f"{where}: cannot be read ({error}); repair the cache") from error
     if hashlib.sha256(content).hexdigest() != sha256:
@@ -110,9 +109,3 @@ def read_projections(place: Path | Objects, spec: CacheSpec, sha256: str | None)
         }
     except Exception as error:  # safetensors' own error class is not part of its public interface
         raise CacheDamaged(f"{where}: holds no projections ({error!r}); repair the cache") from error
-
-
-def projections_nbytes(spec: CacheSpec) -> int:
-    """Return the size of `recompute.safetensors` without its header; 0 where there is none."""
-    width = spec.tower.width
-    return len(spec.layers) * (2 * width * width * 2 + 4 * width * 4 + 8) if spec.recomputes_maps else 0

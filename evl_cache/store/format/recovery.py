@@ -13,10 +13,9 @@ from evl_cache.canonical_json import canonical_json, digest
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store.disk.checksum import content_digest
-from evl_cache.store.disk.file_system import check_no_links, is_there
+from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.disk.publish import make_directories, write_atomic
 from evl_cache.store.format.description import (
-    MOST_CLIPS_NBYTES,
     CacheDescription,
     clips_lines,
     description_content,
@@ -25,8 +24,9 @@ from evl_cache.store.format.description import (
     read_clips,
     read_group,
 )
-from evl_cache.store.format.layout import MANIFEST_NAME, RECOVERY_NAME, array_layouts
-from evl_cache.store.format.manifest import read_manifest
+from evl_cache.store.format.layout import RECOVERY_NAME, array_layouts
+from evl_cache.store.format.limits import MOST_CLIPS_NBYTES, clips_limit
+from evl_cache.store.format.manifest import find_manifest
 from evl_cache.store.format.marks import read_mark
 from evl_cache.store.objects.objects import DirectoryObjects
 from evl_cache.store.shards.metadata import METADATA_NAME
@@ -62,7 +62,7 @@ def restore_description(cache_path: Path) -> list[str]:
 def check_recovery(cache_path: Path, description: CacheDescription) -> str | None:
     """Return what is wrong with the second copy of a description, or None."""
     try:
-        copy = _second_copy(cache_path)
+        copy = _second_copy(cache_path, most_nbytes=clips_limit(description.spec))
     except CacheError as error:
         return str(error)
     if copy.description != description:
@@ -86,10 +86,10 @@ def _first_copy(cache_path: Path) -> _Copy:
     return _Copy(group=parse_json(written), description=description, clips=read_clips(objects, description))
 
 
-def _second_copy(cache_path: Path) -> _Copy:
+def _second_copy(cache_path: Path, *, most_nbytes: int = MOST_CLIPS_NBYTES) -> _Copy:
     path = cache_path / RECOVERY_NAME
     try:
-        written = DirectoryObjects(cache_path).get(RECOVERY_NAME, most_nbytes=MOST_CLIPS_NBYTES)
+        written = DirectoryObjects(cache_path).get(RECOVERY_NAME, most_nbytes=most_nbytes)
         content = parse_json(written)
         group, rows = content["group"], content["clips"]
         if content["digest"] != digest({"group": group, "clips": rows}):
@@ -139,8 +139,8 @@ def _support(cache_path: Path, copy: _Copy) -> tuple[int, int, int]:
         except CacheDamaged:
             continue
     try:
-        if is_there(cache_path / MANIFEST_NAME):
-            named = read_manifest(cache_path, spec).files.get(METADATA_NAME)
+        if (manifest := find_manifest(cache_path, spec)) is not None:
+            named = manifest.files.get(METADATA_NAME)
             listed = int(named == content_digest(canonical_json(copy.group)))
     except CacheDamaged:
         pass

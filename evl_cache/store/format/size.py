@@ -6,10 +6,10 @@ from pathlib import Path
 
 from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.file_system import is_there
+from evl_cache.store.disk.file_system import files_below, is_there
 from evl_cache.store.format.description import description_files
-from evl_cache.store.format.layout import array_layouts, mark_path
-from evl_cache.store.format.recomputed import projections_nbytes
+from evl_cache.store.format.layout import PROJECTIONS_NAME, array_layouts, marked_blocks
+from evl_cache.store.format.limits import projections_nbytes
 
 # Stored bytes over decoded bytes, measured on real clips (docs/rate-distortion.md). Rounded up: a full disk costs more
 # than a warning too many.
@@ -37,14 +37,23 @@ def num_files(spec: CacheSpec) -> int:
     return spec.num_blocks * (len(array_layouts(spec)) + 1) + len(description_files(spec)) + 1
 
 
+def size_on_disk(cache_path: Path) -> tuple[int, int]:
+    """Return bytes and number of a cache's files, as they are found: other jobs may be at work."""
+    sizes = [size for _, size in files_below(cache_path)]
+    return sum(sizes), len(sizes)
+
+
 def check_free_space(cache_path: Path, spec: CacheSpec) -> None:
     """Check that there is room for the blocks that are not done. Raises: CacheError saying how much is missing."""
+    done = marked_blocks(cache_path)
     left = sum(
         len(spec.clips_of_block(block)) * spec.views.per_clip
         for block in range(spec.num_blocks)
-        if not mark_path(cache_path, block).exists()
+        if block not in done
     )
-    needed = left * sample_nbytes(spec)[1] + projections_nbytes(spec)
+    needed = left * sample_nbytes(spec)[1]
+    if not (cache_path / PROJECTIONS_NAME).exists():
+        needed += projections_nbytes(spec)
     existing = cache_path
     while not is_there(existing) and existing != existing.parent:
         existing = existing.parent

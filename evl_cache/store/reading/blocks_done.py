@@ -10,8 +10,8 @@ from evl_cache.canonical_json import digest
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.format.layout import MANIFEST_NAME, mark_path, marked_blocks
-from evl_cache.store.format.manifest import read_manifest
+from evl_cache.store.format.layout import MANIFEST_NAME, mark_name, marked_blocks
+from evl_cache.store.format.manifest import find_manifest
 from evl_cache.store.format.marks import Mark, ShardFiles, read_mark
 
 
@@ -64,12 +64,12 @@ class BlocksDone:
         blocks = set(blocks)
         for block in sorted(blocks & self.damaged_marks.keys()):
             raise CacheDamaged(self.damaged_marks[block])
-        if not (self._cache_path / MANIFEST_NAME).exists():
+        manifest = find_manifest(self._cache_path, self._spec)
+        if manifest is None:
             return
-        named = read_manifest(self._cache_path, self._spec).files
         for block in sorted(blocks & self.file_sha256s.keys()):
-            name = mark_path(Path(), block).as_posix()
-            if named.get(name, (0, ""))[1] != self.file_sha256s[block]:
+            name = mark_name(block)
+            if manifest.files.get(name, (0, ""))[1] != self.file_sha256s[block]:
                 raise CacheDamaged(
                     f"{self._cache_path / name}: is not the mark that {MANIFEST_NAME} names; if the cache was changed just now "
                     "run the same command again, else repair the cache"
@@ -92,7 +92,7 @@ class BlocksDone:
     def _admit(self, mark: Mark) -> None:
         self.damaged_marks.pop(mark.block, None)
         self.files[mark.block], self._digests[mark.block] = mark.files, mark.digest
-        self.file_sha256s[mark.block] = mark.file_sha256
+        self.file_sha256s[mark.block] = mark.file_digest[1]
         views = self._spec.views.per_clip
         for row, clip in zip(self._spec.clips_of_block(mark.block), mark.clips, strict=True):
             if clip.error is not None:

@@ -18,18 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere
+from evl_cache.spec import CacheSpec
+from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.format.description import parse_description, read_group
 from evl_cache.store.format.layout import (
     CLIPS_NAME,
     MANIFEST_NAME,
     PROJECTIONS_NAME,
     array_layouts,
-    mark_path,
+    mark_name,
 )
-from evl_cache.store.format.manifest import MOST_MANIFEST_NBYTES, Manifest, read_complete
+from evl_cache.store.format.limits import file_limit, manifest_limit
+from evl_cache.store.format.manifest import Manifest, read_complete
 from evl_cache.store.format.marks import ShardFiles
 from evl_cache.store.objects.objects import Objects, open_objects
-from evl_cache.store.reading.copy_root import CopyRoot
+from evl_cache.store.reading.copy_root import CopyRoot, write_in_copy
 from evl_cache.store.reading.sparse_shard import TOUCH_S, SparseShard
 from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.store.shards.shard_pool import default_limit
@@ -40,8 +43,6 @@ _BACKOFF_S = 0.1
 _PIECE_NBYTES = 8 << 20
 _LEAST_PIECE_SAMPLES = 2  # tokens and maps are two files: with two samples a piece, one request a sample
 _SMALL_NBYTES = 256 << 10  # of a sample in one array: not worth leaving layers out
-_DIGITS = 32  # of the cache digest, in the copy's name
-_MOST_WHOLE_NBYTES = 1 << 30  # of a file that is fetched whole
 
 Piece = tuple[str, int, int, int]  # array, block, first chunk, one past the last
 
@@ -162,7 +163,7 @@ class LocalCopy:
             return  # it came between the look of whoever asks and this call
         start, nbytes = int(shard.starts[first]), int(shard.starts[stop] - shard.starts[first])
         self._root.make_room(nbytes)
-        file_name = self._layouts[name].shard(Path(), block).as_posix()
+        file_name = self._layouts[name].shard_name(block)
         wrong = None
         for attempt in range(ATTEMPTS):
             time.sleep(_BACKOFF_S * (2**attempt - 1))
@@ -182,7 +183,7 @@ class LocalCopy:
     def _changed(self, reason: str) -> CacheError:
         """Return why what the marks promise does not come: another cache is there now, or this one is damaged."""
         try:
-            written = self._objects.get(MANIFEST_NAME, most_nbytes=MOST_MANIFEST_NBYTES)
+            written = self._objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(self._spec))
             if hashlib.sha256(written).hexdigest() == self._manifest_sha256:
                 return CacheDamaged(f"{reason}; verify the cache where it lies")
         except (FileNotFoundError, CacheError):
@@ -198,7 +199,9 @@ class LocalCopy:
             shard = self._shards.get(key)
             if shard is None or shard.is_gone:
                 layout = self._layouts[name]
-                shard = SparseShard(layout.shard(self.path, block), self._files[block][name], layout.codec)
+                path = layout.shard(self.path, block)
+                check_no_links(self.path, path.parent)
+                shard = SparseShard(path, self._files[block][name], layout.codec)
                 self._shards[key] = shard
             self._shards.move_to_end(key)
             while len(self._shards) > self._most_open:
@@ -222,26 +225,27 @@ class LocalCopy:
         """Fetch what describes the cache, as far as it is not here."""
         objects = self._objects
         group = read_group(objects)
-        spec = parse_description(group, f"{self.url}/{METADATA_NAME}").spec
+        self._spec = spec = parse_description(group, f"{self.url}/{METADATA_NAME}").spec
         self._layouts, self._num_layers = array_layouts(spec), len(spec.stored_layers)
         written, manifest = read_complete(objects, spec)
         self._manifest_sha256 = hashlib.sha256(written).hexdigest()
-        path = self._root.path / manifest.digest[:_DIGITS]
+        path = self._root.claim(manifest.digest)
         names = [CLIPS_NAME] + ([PROJECTIONS_NAME] if spec.recomputes_maps else [])
-        names += [mark_path(Path(), block).as_posix() for block in range(spec.num_blocks)]
+        names += [mark_name(block) for block in range(spec.num_blocks)]
         for directory in {(path / name).parent for name in names}:
+            check_no_links(path, directory)
             directory.mkdir(parents=True, exist_ok=True)
         with ThreadPoolExecutor(THREADS) as pool:
-            list(pool.map(lambda name: _keep_whole(objects, manifest, name, path), names))
-        _write(path / METADATA_NAME, group)
-        _write(path / MANIFEST_NAME, written)
+            list(pool.map(lambda name: _keep_whole(objects, manifest, spec, name, path), names))
+        write_in_copy(path / METADATA_NAME, group)
+        write_in_copy(path / MANIFEST_NAME, written)
         return path, manifest
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalCopy, (self._given,)  # opened anew in the other process
 
 
-def _keep_whole(objects: Objects, manifest: Manifest, name: str, copy: Path) -> None:
+def _keep_whole(objects: Objects, manifest: Manifest, spec: CacheSpec, name: str, copy: Path) -> None:
     """Fetch a file that the manifest names into a copy, unless it is there.
 
     Raises: CacheError where it is missing, or not what the manifest says.
@@ -253,15 +257,9 @@ def _keep_whole(objects: Objects, manifest: Manifest, name: str, copy: Path) -> 
     except OSError:
         pass
     try:
-        content = objects.get(name, most_nbytes=min(size, _MOST_WHOLE_NBYTES))
+        content = objects.get(name, most_nbytes=min(size, file_limit(name, spec)))
     except FileNotFoundError as error:
         raise NoCacheHere(f"{error}, though the manifest names it; push the cache again") from error
     if hashlib.sha256(content).hexdigest() != sha256:
         raise CacheDamaged(f"{objects.url}/{name}: is not what the manifest says; run the same command again")
-    _write(copy / name, content)
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".tmp-{os.getpid()}-{threading.get_ident()}-{path.name}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    write_in_copy(copy / name, content)

@@ -13,8 +13,8 @@ import torch
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.description import read_clips, read_description
-from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, as_range
-from evl_cache.store.format.manifest import read_manifest
+from evl_cache.store.format.layout import array_layouts, as_range
+from evl_cache.store.format.manifest import find_manifest, manifest_at
 from evl_cache.store.format.recomputed import ProjectionOnDevices, read_projections
 from evl_cache.store.format.rows import Row, StoredBatch
 from evl_cache.store.objects.address import is_url
@@ -105,9 +105,13 @@ class FeatureCache:
     @property
     def fingerprint(self) -> str:
         """The cache digest: the manifest's once complete; before that, a digest of the marks there are."""
-        if (self.path / MANIFEST_NAME).exists():
-            return read_manifest(self.path, self.spec).digest
-        return self._done.marks_digest
+        manifest = find_manifest(self.path, self.spec)
+        return self._done.marks_digest if manifest is None else manifest.digest
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether the manifest is written, intact and this cache's."""
+        return manifest_at(self.path, self.spec) is not None
 
     @property
     def origin(self) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.store.shards.shard_index import MISSING, index_content
 
 _HERE = b"\1"
-_REMEDY = "free space, name another disk with EVL_CACHE_COPY_ROOT, or a smaller EVL_CACHE_COPY_GB"
+_REMEDY = "free space, set EVL_CACHE_COPY_ROOT to an empty directory on another disk, or a smaller EVL_CACHE_COPY_GB"
 # Files are written by huge pages, and so mapped by them: raw reads are then as fast as those of a cache's own files.
 _PAGE_NBYTES = 2 << 20
 _LEAST_BY_PAGES = 2 * _PAGE_NBYTES  # of smaller pieces, whole pages would take much more room than data

@@ -21,7 +21,15 @@ from evl_cache.store.format.description import (
     group_document,
     read_description,
 )
-from evl_cache.store.format.layout import DONE_NAME, LOCKS_NAME, array_layouts, marked_blocks
+from evl_cache.store.format.layout import (
+    DONE_NAME,
+    LOCKS_NAME,
+    PROJECTIONS_NAME,
+    array_layouts,
+    marked_blocks,
+)
+from evl_cache.store.format.limits import check_labels, check_limits
+from evl_cache.store.format.occupied import check_place
 from evl_cache.store.format.recomputed import projections_content, write_projections
 from evl_cache.store.shards.metadata import METADATA_NAME
 
@@ -44,7 +52,8 @@ def create_cache(
         projections: projections of the spec's layers, where it recomputes maps.
         lock_expiry_s: how long the lock of a job that stands still is waited for.
 
-    Raises: UsageError naming the fields where another cache is there; CacheError where the disk refuses.
+    Raises: UsageError naming the fields where another cache is there, or what of this one no reader would take,
+        or a file of others that would be written over; CacheError where the disk refuses.
     """
     for name in (DONE_NAME, LOCKS_NAME, METADATA_NAME, *array_layouts(spec)):
         check_no_links(cache_path, cache_path / name)
@@ -72,20 +81,25 @@ def _lay_down(
     if marked_blocks(cache_path):  # their description was lost, and another one would lose them too
         raise CacheDamaged(f"{cache_path}: has finished blocks but no {METADATA_NAME}; repair the cache")
     assert (projections is not None) == spec.recomputes_maps, f"projections for maps {spec.maps!r}"
-    make_directories(cache_path / DONE_NAME)
-    projections_sha256 = None
-    if projections is not None:
-        content = projections_content(projections)
-        projections_sha256 = hashlib.sha256(content).hexdigest()
-        write_projections(cache_path, content)
+    projected = {} if projections is None else {PROJECTIONS_NAME: projections_content(projections)}
+    lines = clips_lines(clips)
     description = CacheDescription(
         spec=spec,
         origin=origin,
         created_with=created_with,
-        clips_sha256=hashlib.sha256(clips_lines(clips)).hexdigest(),
-        projections_sha256=projections_sha256,
+        clips_sha256=hashlib.sha256(lines).hexdigest(),
+        projections_sha256=next(
+            (hashlib.sha256(content).hexdigest() for content in projected.values()), None
+        ),
     )
-    for name, content in description_content(spec, group_document(description), clips).items():
+    files = description_content(spec, group_document(description), clips)
+    check_limits(spec, clip_lines=lines.splitlines(), files=files | projected)
+    check_labels(spec, clips)
+    check_place(cache_path, spec, files | projected)
+    make_directories(cache_path / DONE_NAME)
+    for content in projected.values():
+        write_projections(cache_path, content)
+    for name, content in files.items():
         make_directories((cache_path / name).parent)
         # The last one makes it a cache. Where that is there, this job was paused for long and another took its lock
         # over: the caller compares.

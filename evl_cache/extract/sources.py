@@ -1,0 +1,141 @@
+"""Videos that are others now than those the features of a cache were made of.
+
+Marks hold the size and sha256 of each video. Sizes and times cost one look at each folder; a file that is newer than
+its features is hashed. Only hashes of all videos prove that they are the same.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from evl_cache.clips import Clip
+from evl_cache.errors import CacheError
+from evl_cache.spec import CacheSpec
+from evl_cache.store import ClipRecord, file_digest, mark_path, marked_blocks, valid_mark
+
+_THREADS = 8
+# Files copied anew are all newer than their features: so many are hashed unasked, and no whole data set.
+_MOST_HASHED = 100
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceCheck:
+    """What became of the videos of clips that have features.
+
+    Attributes:
+        changed: what differs, by the clip's row in the cache.
+        unproved: clips whose video may be another: it is newer than the features, or cannot be read.
+    """
+
+    changed: dict[int, str]
+    unproved: tuple[str, ...]
+
+    @property
+    def told_of_changed(self) -> str | None:
+        """What a user is told of videos that were replaced."""
+        if not self.changed:
+            return None
+        return (
+            f"{len(self.changed)} videos are not those that the features were made of "
+            f"({_few(list(self.changed.values()))}); extract these again with --check-sources, or put the old ones back"
+        )
+
+    @property
+    def told_of_unproved(self) -> str | None:
+        """What a user is told of videos that may have been replaced."""
+        if not self.unproved:
+            return None
+        return (
+            f"{len(self.unproved)} videos may have been replaced ({_few(self.unproved)}); bring back those that are not "
+            "there, and compare the bytes of all with --check-sources"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Made:
+    """A clip that has features."""
+
+    row: int
+    record: ClipRecord
+    path: Path
+    marked_ns: int
+
+
+def check_sources(
+    cache_path: Path, spec: CacheSpec, clips: Sequence[Clip], root: Path, *, prove: bool
+) -> SourceCheck:
+    """Compare the videos of all clips that have features with what their marks say.
+
+    Args:
+        root: folder of the videos.
+        prove: hash them all. Else sizes and times decide, and videos that are not there are let pass: a cache is
+            often used where they are not.
+    """
+    changed: dict[int, str] = {}
+    to_hash: list[_Made] = []
+    unproved: list[str] = []
+    sizes = _FileLooks()
+    for made in _clips_made(cache_path, spec, clips, root):
+        look = sizes.of(made.path)
+        if look is None:
+            if prove:
+                unproved.append(f"{made.record.id}: {made.path} is not there")
+            continue
+        size, modified_ns = look
+        if size != made.record.source_bytes:
+            changed[made.row] = f"{made.path} has {size} bytes, {made.record.source_bytes} then"
+        elif prove or modified_ns > made.marked_ns:
+            to_hash.append(made)
+    if not prove and len(to_hash) > _MOST_HASHED:
+        newer = (f"{made.record.id}: {made.path} is newer than its features" for made in to_hash)
+        return SourceCheck(changed=changed, unproved=tuple(newer))
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as threads:
+        for made, sha256 in zip(to_hash, threads.map(_sha256, to_hash), strict=True):
+            if sha256 is None:
+                unproved.append(f"{made.record.id}: {made.path} cannot be read")
+            elif sha256 != made.record.source_sha256:
+                changed[made.row] = f"{made.path} holds other bytes than then"
+    return SourceCheck(changed=changed, unproved=tuple(unproved))
+
+
+def _clips_made(cache_path: Path, spec: CacheSpec, clips: Sequence[Clip], root: Path) -> Iterator[_Made]:
+    for block in sorted(marked_blocks(cache_path)):
+        if block >= spec.num_blocks or (mark := valid_mark(cache_path, spec, block)) is None:
+            continue
+        marked_ns = mark_path(cache_path, block).stat().st_mtime_ns
+        for row, record in zip(spec.clips_of_block(block), mark.clips, strict=True):
+            if record.error is None and record.source_sha256 is not None:
+                path = root / clips[row].path
+                yield _Made(row=row, record=record, path=path, marked_ns=marked_ns)
+
+
+class _FileLooks:
+    """Size and time of files; each folder is listed once, as a request for each file is slow on network disks."""
+
+    def __init__(self) -> None:
+        self._folders: dict[str, dict[str, os.DirEntry[str]]] = {}
+
+    def of(self, path: Path) -> tuple[int, int] | None:
+        """Bytes and time of the last change, in ns; None where the file is not there, or cannot be looked at."""
+        folder, name = os.path.split(path)
+        try:
+            if folder not in self._folders:
+                with os.scandir(folder) as entries:
+                    self._folders[folder] = {entry.name: entry for entry in entries}
+            found = self._folders[folder][name].stat()
+        except (OSError, KeyError):
+            return None
+        return found.st_size, found.st_mtime_ns
+
+
+def _sha256(made: _Made) -> str | None:
+    try:
+        return file_digest(made.path.resolve())[1]
+    except (OSError, CacheError):
+        return None
+
+
+def _few(what: Sequence[str], *, most: int = 3) -> str:
+    return "; ".join(what[:most]) + ("; …" if len(what) > most else "")

@@ -1,0 +1,111 @@
+"""Looking at a cache while jobs change it: files that vanish during the look do not end it."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from evl_cache.caches.info import describe
+from evl_cache.caches.listing import list_caches
+from evl_cache.store import FeatureCache, size_on_disk, verify_cache
+from evl_cache.store.format import manifest as manifest_module
+from tests.support.feature_caches import write_cache
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("finished") / "cache"
+    write_cache(path)
+    return path
+
+
+@pytest.fixture
+def cache(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished, tmp_path / "cache"))
+
+
+class Vanishing:
+    """Gives a directory's entries, after something was done behind the reader's back."""
+
+    def __init__(self, entries: "Iterator[os.DirEntry[str]]", action: Callable[[], None]) -> None:
+        self.entries, self.action = list(entries), action
+
+    def __enter__(self) -> "Iterator[os.DirEntry[str]]":
+        self.action()
+        return iter(self.entries)
+
+    def __exit__(self, *exc: object) -> None:
+        pass
+
+
+@pytest.fixture
+def when_listed(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path, Callable[[], None]], None]:
+    """`when_listed(directory, action)`: once the names of a directory are known, before they are looked at."""
+    real = os.scandir
+
+    def arrange(directory: Path, action: Callable[[], None]) -> None:
+        def scandir(path: str | Path | int) -> object:  # a number: as `rmtree` lists
+            return Vanishing(real(path), action) if path in (directory, str(directory)) else real(path)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+
+    return arrange
+
+
+def looks(cache: Path) -> dict[str, Callable[[], object]]:
+    return {
+        "info": lambda: describe(cache),
+        "ls": lambda: list(list_caches([str(cache)])),
+        "verify": lambda: verify_cache(cache),
+        "the report of extract": lambda: size_on_disk(cache),
+    }
+
+
+@pytest.mark.parametrize("name", ["info", "ls", "verify", "the report of extract"])
+def test_a_file_that_vanishes_during_the_look_does_not_end_it(
+    name: str, cache: Path, when_listed: Callable[[Path, Callable[[], None]], None]
+) -> None:
+    lock = cache / "locks" / "000001.lock"
+    lock.write_text("held")
+    staged = cache / "done" / ".tmp-host-1-0123456789abcdef"
+    staged.write_text("on its way")
+    for file in (lock, staged):
+        when_listed(file.parent, lambda file=file: file.unlink(missing_ok=True))  # type: ignore[misc]
+        assert looks(cache)[name]()
+
+
+@pytest.mark.parametrize("name", ["info", "ls", "verify", "the report of extract"])
+def test_a_folder_that_vanishes_during_the_look_does_not_end_it(
+    name: str, cache: Path, when_listed: Callable[[Path, Callable[[], None]], None]
+) -> None:
+    when_listed(cache, lambda: shutil.rmtree(cache / "locks", ignore_errors=True))
+    assert looks(cache)[name]()
+    when_listed(cache / "maps" / "c", lambda: shutil.rmtree(cache / "maps" / "c" / "1", ignore_errors=True))
+    assert looks(cache)[name]()
+
+
+def test_a_manifest_that_goes_during_the_look_is_a_cache_that_is_not_complete(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = FeatureCache(cache)
+    complete, real = opened.fingerprint, manifest_module.objects_of
+
+    def gone(place: Path) -> object:
+        (cache / "manifest.json").unlink(missing_ok=True)
+        return real(place)
+
+    monkeypatch.setattr(manifest_module, "objects_of", gone)
+    assert describe(cache)["cache_digest"] != complete
+    assert opened.check_marks(opened.sample_clips) is None
+
+
+def test_bytes_and_files_are_those_that_lie_there(cache: Path, tmp_path: Path) -> None:
+    files = [path for path in cache.rglob("*") if path.is_file()]
+    assert size_on_disk(cache) == (sum(path.stat().st_size for path in files), len(files))
+    big = tmp_path / "big"
+    big.write_bytes(bytes(10**6))
+    (cache / "link").symlink_to(big)  # not of this cache
+    assert size_on_disk(cache)[0] < sum(path.stat().st_size for path in files) + 10**5
+    assert size_on_disk(tmp_path / "nowhere") == (0, 0)
