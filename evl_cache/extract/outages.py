@@ -120,8 +120,8 @@ class Surroundings:
 
         Raises: ClipError for a file that is not there, or none; Outage where it cannot be read for another reason.
         """
-        folders = self._folders_of(path)
         try:
+            folders = self._folders_of(path)
             found = sha256_of(path)
         except OSError as error:
             if error.errno not in NO_SUCH_FILE:
@@ -129,6 +129,8 @@ class Surroundings:
             if not may_be_missing:
                 self._check_absent(path)
             raise ClipError(f"{path}: cannot be opened ({error.strerror})") from error
+        except ValueError as error:
+            raise ClipError(f"{str(path)!r}: cannot be opened (no file has such a name)") from error
         self._patience_s = self._patience_once_read_s
         if len(self._known) < _MOST_FOLDERS:
             self._known |= folders

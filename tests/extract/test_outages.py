@@ -124,7 +124,8 @@ def test_an_error_of_the_system_is_no_clips_fault(
 
 
 @pytest.mark.parametrize(
-    "relative", ["gone.mp4", "00.mp4/gone.mp4", "circle.mp4", "nowhere.mp4", "n" * 300, "a folder"]
+    "relative",
+    ["gone.mp4", "00.mp4/gone.mp4", "circle.mp4", "nowhere.mp4", "n" * 300, "a folder", "a\0b", "\ud800"],
 )
 def test_a_path_that_leads_to_no_file_fails_the_clip(relative: str, videos: Path) -> None:
     (videos / "circle.mp4").symlink_to("circle.mp4")
