@@ -138,6 +138,11 @@ def human_seconds(seconds: float) -> str:
     return f"{minutes} min" if minutes >= 2 else f"{seconds:.0f} s"
 
 
+def say_outage(message: str) -> None:
+    """Say on stderr that an outage began, or that it is over."""
+    click.echo(printable(message), err=True)
+
+
 def tell_found(*caches: FeatureCache) -> None:
     """Say on stderr which training and validation cache were found."""
     for side, cache in zip(("train", "val"), caches, strict=True):

@@ -11,7 +11,7 @@ from evl_cache.extract_options import EXTRACT_OPTIONS, Role, default_batch, opti
 from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
-from .common import Command, default_device, human_bytes, print_json, shown
+from .common import Command, default_device, human_bytes, print_json, say_outage, shown
 from .extract_flags import extract_flags, make_request
 from .mode_option import mode_option
 
@@ -42,6 +42,7 @@ def command(
     tolerate_bad_frames: bool,
     clip_timeout: float | None,
     max_failures: str | None,
+    outage_patience: float | None,
     retry_failed: bool,
     check_sources: bool,
     reuse: Path | None,
@@ -55,6 +56,7 @@ def command(
     """
     from evl_cache.extract import ExtractOptions, extract_dataset
     from evl_cache.extract.failure_limit import FailureLimit
+    from evl_cache.extract.outages import OUTAGE_PATIENCE_S
     from evl_cache.extract.request import dataset_reader
     from evl_cache.processes import ProcessPlace, Rendezvous
     from evl_cache.video import DecodeOptions
@@ -73,6 +75,7 @@ def command(
         decoding=DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames, device=device),
         clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
         most_failures=None if max_failures is None else FailureLimit.parse(max_failures),
+        outage_patience_s=OUTAGE_PATIENCE_S if outage_patience is None else outage_patience,
         retry_failed=retry_failed,
         check_sources=check_sources,
         reuse=reuse,
@@ -84,6 +87,7 @@ def command(
         options=options,
         progress=lambda spec: extract_progress(spec.num_clips, spec.split, shown=place.is_first),
         on_job=_say_job if place.is_first else lambda job: None,
+        on_outage=say_outage,
         rendezvous=rendezvous,
     ):
         wrong += [*result.not_redone, *filter(None, [result.sources_changed])]

@@ -30,5 +30,5 @@ def mode_option(function: Function) -> Function:
         metavar="640",
         expose_value=False,
         callback=_set_mode,
-        help="Permissions of new files [by umask, and group-readable].",
+        help="Of new files [umask, group-readable].",
     )(function)

@@ -7,7 +7,7 @@ from typing import TextIO
 
 import click
 
-from .common import Command, decode_workers_flag, default_device, print_json
+from .common import Command, decode_workers_flag, default_device, print_json, say_outage
 
 EXAMPLES = """
 evl-cache predict "videos/clip 3.mp4" --run runs/fold1
@@ -56,6 +56,7 @@ def command(
         batch=batch,
         workers=decode_workers,
         best=best,
+        on_outage=say_outage,
     )
     labelled = list(zip(map(str, found.videos), found.top(topk), strict=True))
     if csv_path is not None:

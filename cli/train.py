@@ -12,7 +12,7 @@ from evl_cache.errors import UsageError
 from evl_cache.extract_options import Role, options_with
 from evl_cache.progress_lines import StepProgress, step_progress
 
-from .common import default_device, print_json
+from .common import default_device, print_json, say_outage
 from .extract_flags import make_request
 from .training_flags import TrainCommand, TrainFlags, refuse_online_options, train_flags
 
@@ -114,6 +114,7 @@ def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
             on_step=line,
             on_bottleneck=line.note_bottleneck,
             on_failure=lambda clip, reason: failed.append((clip, reason)),
+            on_outage=say_outage,
             processes=processes,
         )
     for clip, reason in failed[:5]:

@@ -3,6 +3,20 @@
 Every message says in one line what was got, what was expected and what to do; the command line prints it unchanged.
 """
 
+import errno
+
+# What the system says of a path that leads to no file: that may be the file's own fault. (A mount that an automounter
+# cannot make is a circle of links, too.)
+NO_SUCH_FILE = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ}
+)
+_LIMITS = {
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the system's limit of open files (fs.file-max)",
+    errno.ENOMEM: "use fewer --decode-workers, or give the run more memory",
+    errno.EAGAIN: "use fewer --decode-workers, or raise the limit of processes (ulimit -u)",
+}
+
 
 class EvlCacheError(Exception):
     """The base of all errors that evl-cache raises on purpose."""
@@ -18,6 +32,25 @@ class UsageError(EvlCacheError, ValueError):
 
 class ClipError(EvlCacheError):
     """One clip cannot be used (decoding, sampling, non-finite features). The run goes on without it."""
+
+
+class Outage(EvlCacheError):
+    """A disk, a permission or a limit of the system keeps videos from being read: no clip's fault, and it may pass.
+
+    Attributes:
+        trouble: what happened.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, trouble: str, *, remedy: str) -> None:
+        super().__init__(f"{trouble}; {remedy}")
+        self.trouble, self.remedy = trouble, remedy
+
+    @classmethod
+    def of(cls, what: str, error: OSError, *, remedy: str) -> "Outage":
+        """Return the outage that an error of the system tells of; where it is a limit, the remedy is to raise it."""
+        reason = error.strerror or str(error)
+        return cls(f"{what} ({reason})", remedy=_LIMITS.get(error.errno or 0, remedy))
 
 
 class WeightsError(EvlCacheError):
@@ -45,7 +78,7 @@ class WorkerError(EvlCacheError):
 
 
 class TooManyFailures(EvlCacheError):
-    """More clips failed than the user allows, so the run is stopped early."""
+    """More clips failed than the user, or the default, allows: the run is stopped before they are recorded."""
 
 
 def first_line(error: BaseException) -> str:

@@ -34,8 +34,8 @@ def missing_clips(clips: ClipList, root: Path) -> list[Clip]:
     return missing
 
 
-def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> ClipList:
-    """Return the list unchanged if at most `allow_percent` (0 to 100) of its clips are missing.
+def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> list[Clip]:
+    """Return the clips that are missing, in list order, if they are at most `allow_percent` (0 to 100) of all.
 
     Raises: UsageError otherwise, with count, percentage, the first files with their lines, and the remedy.
     """
@@ -44,7 +44,7 @@ def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> ClipL
     missing = missing_clips(clips, root)
     percent = 100 * len(missing) / len(clips.clips)
     if percent <= allow_percent:
-        return clips
+        return missing
     shown = ", ".join(_named(clip) for clip in missing[:_SHOWN])
     more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
     if len(missing) == len(clips.clips):

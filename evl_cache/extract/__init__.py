@@ -1,6 +1,7 @@
 """Stage one: the frozen tower runs once per clip, and its features are written to a cache."""
 
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
+from evl_cache.extract.outages import OnOutage, Surroundings
 from evl_cache.extract.prepare import PreparedClip, prepare_clip
 from evl_cache.extract.request import ExtractRequest, Progress, extract_dataset, plan_extraction
 from evl_cache.extract.stage import ExtractResult, extract
@@ -10,8 +11,10 @@ __all__ = [
     "ExtractRequest",
     "ExtractResult",
     "ExtractionJob",
+    "OnOutage",
     "PreparedClip",
     "Progress",
+    "Surroundings",
     "extract",
     "extract_dataset",
     "plan_extraction",

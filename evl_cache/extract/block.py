@@ -13,6 +13,7 @@ from evl_cache.extract.clips_ahead import ClipsAhead
 from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
 from evl_cache.extract.environment import run_environment
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
+from evl_cache.extract.outages import OnOutage, Surroundings
 from evl_cache.extract.prepare import PreparedClip, prepare_clip
 from evl_cache.extract.redo import BlockRedo, KeptRows
 from evl_cache.extract.reuse import ReusableRows
@@ -52,6 +53,7 @@ class BlockExtractor:
         options: how; the last batch of a block is padded to `batch` samples.
         on_clip: called with whether it failed, after each clip.
         on_bottleneck: called with the stage that takes most (see `StageSeconds`), after each clip.
+        on_outage: called when an outage begins, and when it is over.
 
     Attributes:
         kept_instead: why clips that have features could not be made again, by clip id.
@@ -64,6 +66,7 @@ class BlockExtractor:
         options: ExtractOptions,
         on_clip: OnClip = lambda failed: None,
         on_bottleneck: OnBottleneck = lambda name: None,
+        on_outage: OnOutage = lambda message: None,
     ) -> None:
         self.waited = StageSeconds()
         self.kept_instead: dict[str, str] = {}
@@ -78,6 +81,7 @@ class BlockExtractor:
         )
         self._reusable = None if options.reuse is None else ReusableRows(options.reuse, spec)
         self._decode_pool = DecodePool(workers, options=options.decoding, timeout_s=options.clip_timeout_s)
+        self._surroundings = Surroundings(job.root, patience_s=options.outage_patience_s, on_outage=on_outage)
         # A thread for each process, and one that crops meanwhile.
         self._threads = workers + 1
         self._ahead = ClipsAhead(
@@ -96,7 +100,7 @@ class BlockExtractor:
             redo: why the block is done again, if it is.
 
         Returns: None where the block stays as it is.
-        Raises: CacheError where the disk refuses.
+        Raises: CacheError where the disk refuses; Outage where the videos cannot be read.
         """
         self._my_locks.append(lock.path)
         cache_path, spec = self._job.cache_path, self._job.spec
@@ -114,9 +118,9 @@ class BlockExtractor:
         except BaseException:
             writer.close()
             raise
-        return ExtractedBlock(
-            writer=writer, records=records, kept=kept, environment=self._environment_of(records, kept)
-        )
+        environment = self._environment_of(records, kept)
+        self._kept = None  # closes its files: what is open cannot be replaced on some network disks
+        return ExtractedBlock(writer=writer, records=records, kept=kept, environment=environment)
 
     def _tries(self, kept: KeptRows) -> bool:
         """Whether one of the clips that are to be made again can be: else nothing need be read or written."""
@@ -159,14 +163,17 @@ class BlockExtractor:
         kept = self._kept
         if kept is not None and row in kept.rows and (found := kept.take(row)) is not None:
             return found
+        clip = self._job.clips.clips[row]
         is_known = (lambda clip_id, sha256: False) if self._reusable is None else self._reusable.fetch
         return prepare_clip(
-            self._job.clips.clips[row],
+            clip,
             self._job.root,
             tower=self._job.spec.tower,
             views=self._job.spec.views,
             is_known=is_known,
             decode=self._decode_pool.frames,
+            surroundings=self._surroundings,
+            may_be_missing=clip.id in self._job.known_missing,
         )
 
     def _finish(self, row: int, clip: ClipRows, writer: BlockWriter) -> tuple[ClipRecord, bool]:
@@ -193,6 +200,7 @@ class BlockExtractor:
     def close(self) -> None:
         """Stop the threads and processes."""
         self._ahead.close(wait=False)
+        self._surroundings.close()
         self._decode_pool.close()  # threads that wait for a worker hear that it is gone
         self._pipeline.close()
         self._ahead.close(wait=True)

@@ -4,14 +4,14 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
-from evl_cache.errors import CacheError, TooManyFailures
+from evl_cache.errors import CacheError
 from evl_cache.extract.block import ExtractedBlock
+from evl_cache.extract.failure_limit import FailureCount
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip
 from evl_cache.extract.redo import BlockRedo
 from evl_cache.extract.stage_seconds import StageSeconds
-from evl_cache.notation import command_line
 from evl_cache.store import (
     LOCKS_NAME,
     REAL,
@@ -42,6 +42,15 @@ class Extractor(Protocol):
     def extract(self, block: int, lock: BlockLock, redo: BlockRedo | None = None) -> ExtractedBlock | None:
         """Hand every row of a block to a new writer, which the caller commits and closes; None where the block stays."""
         ...
+
+
+class _Commit(NamedTuple):
+    """A block that is being committed; `failed_before`: ids of clips that had failed in the block it replaces."""
+
+    block: int
+    records: Sequence[ClipRecord]
+    failed_before: Collection[str]
+    future: "Future[CacheError | None]"
 
 
 class BlockTaker:
@@ -76,8 +85,8 @@ class BlockTaker:
     ) -> None:
         self._cache_path, self._spec = job.cache_path, job.spec
         self._extractor, self._on_clip, self._runtime = extractor, on_clip, runtime
-        self._most_failures = options.most_failures
-        self._clips_seen = self._clips_failed = self._clips_done = 0
+        self._failures = FailureCount(limit=options.most_failures, uncounted=job.known_missing)
+        self._clips_done = 0
         self._next_number, self._numbers_are_through = next_number, False
         self._looked_s = -math.inf
         expiry_s = options.lock_expiry_s
@@ -91,7 +100,7 @@ class BlockTaker:
         self._todo: set[int] = set()
         self._losses: Counter[int] = Counter()
         self._committer = runtime.executor("commit")
-        self._committing: tuple[int, Sequence[ClipRecord], Future[CacheError | None]] | None = None
+        self._committing: _Commit | None = None
 
     def run(self, blocks: Collection[int]) -> int:
         """Work until all of these blocks are done, by whomever. Return the clips done by this process.
@@ -155,57 +164,52 @@ class BlockTaker:
         try:
             extracted = self._extractor.extract(block, lock, redo)
             self._wait_for_commit()
+            if extracted is None:
+                self._redo.pop(block, None)  # nothing is to be changed: it counts as found done
+            # The block may have been done meanwhile, by a job that had been taken for dead.
+            if self._found_done(block) or extracted is None:
+                self._redo.pop(block, None)
+                if extracted is not None:
+                    extracted.writer.close()
+                lock.release()
+                return
+            # Before the commit, so that what went wrong is not recorded.
+            failed_before = self._failed_before(block)
+            self._failures.after(extracted.made, expected=failed_before).check(self._cache_path)
         except BaseException:
             if extracted is not None:
                 extracted.writer.close()
             lock.release()
             raise
-        # The block may have been done meanwhile, by a job that had been taken for dead.
-        if extracted is None:
-            del self._redo[block]  # nothing is to be changed: it counts as found done
-        if self._found_done(block) or extracted is None:
-            self._redo.pop(block, None)
-            if extracted is not None:
-                extracted.writer.close()
-            lock.release()
-            return
         # In the background: the next block's forward pass overlaps this one's fsync.
         commit = self._committer.submit(_commit, extracted, lock)
-        self._committing = block, extracted.made, commit
+        self._committing = _Commit(block, extracted.made, failed_before, commit)
 
     def _wait_for_commit(self) -> None:
         """Wait for the block being committed; where another job had taken it over, it is to be done again."""
         committing, self._committing = self._committing, None
         if committing is None:
             return
-        block, records, commit = committing
+        block, records = committing.block, committing.records
         with self._extractor.waited.of("writing"):
-            lost = commit.result()
+            lost = committing.future.result()
         if isinstance(lost, RowsAtStake):
             self.stayed[block] = str(lost)
             return
         if lost is None:
             self._redo.pop(block, None)
             self._clips_done += len(records)
-            self._count_failures(records)
+            self._failures = self._failures.after(records, expected=committing.failed_before)
             return
         self._todo.add(block)
         self._losses[block] += 1
         if self._losses[block] >= _MOST_LOSSES:
             raise lost
 
-    def _count_failures(self, clips: Sequence[ClipRecord]) -> None:
-        """Count a block's failures when its mark, which names them, is written. Raises: TooManyFailures."""
-        failures = [clip.error for clip in clips if clip.error is not None]
-        self._clips_seen += len(clips)
-        self._clips_failed += len(failures)
-        limit = self._most_failures
-        if limit is not None and limit.is_exceeded(self._clips_failed, of=self._clips_seen):
-            look = command_line(("evl-cache", "info", "--failures"), str(self._cache_path)) or "the failures"
-            raise TooManyFailures(
-                f"{self._clips_failed} of {self._clips_seen} clips failed, more than --max-failures {limit}; the last: "
-                f"{failures[-1] if failures else 'found failed'}; see {look}, mend them and use --retry-failed"
-            )
+    def _failed_before(self, block: int) -> Collection[str]:
+        """The clips that failed in the block that is replaced: that was accepted then."""
+        mark = valid_mark(self._cache_path, self._spec, block) if block in self._redo else None
+        return () if mark is None else {clip.id for clip in mark.clips if clip.error is not None}
 
     def _found_done(self, block: int) -> bool:
         before = self._marks_before.get(block) if block in self._redo else None
@@ -218,7 +222,8 @@ class BlockTaker:
             return False
         for clip in mark.clips:
             self._on_clip(clip.error is not None)
-        self._count_failures(mark.clips)
+        self._failures = self._failures.after_others(mark.clips)
+        self._failures.check(self._cache_path, is_written=True)
         return True
 
 

@@ -1,8 +1,15 @@
 """How many clips may fail before an extraction is stopped."""
 
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from evl_cache.errors import UsageError
+from evl_cache.errors import TooManyFailures, UsageError
+from evl_cache.notation import command_line
+from evl_cache.store import ClipRecord
+
+# Without --max-failures. Real lists have one or two bad files in a hundred; more is a fault of something else.
+DEFAULT_PERCENT, DEFAULT_FROM_CLIPS, DEFAULT_IN_A_ROW = 5.0, 100, 50
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +38,73 @@ class FailureLimit:
 
     def __str__(self) -> str:
         return str(self.count) if self.count is not None else f"{self.percent:g}%"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailureCount:
+    """Clips that a run has seen, and how many failed.
+
+    Attributes:
+        limit: of the user; None for the default, which counts the clips of this run only.
+        uncounted: ids of clips that are expected to fail.
+        seen: clips counted.
+        failed: those that failed.
+        in_a_row: those that failed since the last that did not.
+        most_in_a_row: the most that failed without one between them.
+        last_reason: of the last that failed.
+    """
+
+    limit: FailureLimit | None = None
+    uncounted: Collection[str] = frozenset()
+    seen: int = 0
+    failed: int = 0
+    in_a_row: int = 0
+    most_in_a_row: int = 0
+    last_reason: str = ""
+
+    def after(self, clips: Sequence[ClipRecord], *, expected: Collection[str] = ()) -> "FailureCount":
+        """The count with these clips, in the order of the list; `expected`: failed before, and were accepted."""
+        seen, failed, in_a_row = self.seen, self.failed, self.in_a_row
+        most, reason = self.most_in_a_row, self.last_reason
+        for clip in clips:
+            if clip.error is not None and (clip.id in self.uncounted or clip.id in expected):
+                continue
+            seen += 1
+            in_a_row = 0 if clip.error is None else in_a_row + 1
+            if clip.error is not None:
+                failed, reason, most = failed + 1, clip.error, max(most, in_a_row)
+        return replace(
+            self, seen=seen, failed=failed, in_a_row=in_a_row, most_in_a_row=most, last_reason=reason
+        )
+
+    def after_others(self, clips: Sequence[ClipRecord]) -> "FailureCount":
+        """The count with clips of a block found done. Those of the default limit are this run's own."""
+        return self if self.limit is None else self.after(clips)
+
+    def check(self, cache_path: Path, *, is_written: bool = False) -> None:
+        """Raises: TooManyFailures where these are too many.
+
+        Args:
+            is_written: the last block is in the cache.
+        """
+        if (excess := self._excess()) is None:
+            return
+        look = command_line(("evl-cache", "info", "--failures"), str(cache_path)) or "the failures"
+        raise TooManyFailures(
+            f"{excess}; the last: {self.last_reason or 'found failed'}; "
+            f"{f'see {look}' if is_written else f'its block was not written, see {look} for those before'}; mend what is "
+            "wrong and run the same command again, or accept them with "
+            f"{'--max-failures 100%' if self.limit is None else 'a higher --max-failures'}"
+        )
+
+    def _excess(self) -> str | None:
+        """What is too much; None where nothing is."""
+        told = f"{self.failed} of {self.seen} clips failed"
+        if self.limit is not None:
+            is_exceeded = self.limit.is_exceeded(self.failed, of=self.seen)
+            return f"{told}, more than --max-failures {self.limit}" if is_exceeded else None
+        if self.most_in_a_row >= DEFAULT_IN_A_ROW:
+            return f"{told}, {self.most_in_a_row} in a row"
+        if self.seen >= DEFAULT_FROM_CLIPS and 100.0 * self.failed > DEFAULT_PERCENT * self.seen:
+            return f"{told}, more than {DEFAULT_PERCENT:g} %"
+        return None

@@ -8,6 +8,7 @@ from typing import Any
 from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract.failure_limit import FailureLimit
+from evl_cache.extract.outages import OUTAGE_PATIENCE_S
 from evl_cache.extract_options import CPU_BATCH, DEFAULT_DECODE_WORKERS, MOST_BATCH
 from evl_cache.spec import CacheSpec
 from evl_cache.towers import Tower
@@ -29,6 +30,7 @@ class ExtractionJob:
         spec: what is stored of each clip.
         tower: makes the features.
         origin: names of the tower and the videos' folder, stored so that `repair` and `predict` find them again.
+        known_missing: ids of clips without a file, which is allowed: they fail, and count for no limit of failures.
 
     Raises: UsageError where the clips or the tower are not those of the spec.
     """
@@ -39,6 +41,7 @@ class ExtractionJob:
     spec: CacheSpec
     tower: Tower
     origin: Mapping[str, Any] = field(default_factory=dict)
+    known_missing: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         clips, spec = self.clips, self.spec
@@ -81,7 +84,10 @@ class ExtractOptions:
         reuse: directory of a cache whose rows of equal features and video files are copied.
         decoding: which decoder, and what to do with damaged frames; a clip's mark names the decoder that read it.
         clip_timeout_s: longest time for decoding one clip.
-        most_failures: how many clips may fail before the run is stopped; compared after each block.
+        most_failures: how many clips may fail before the run is stopped; compared before a block is written. By default
+            5 % from the hundredth clip on, and 49 in a row.
+        outage_patience_s: how long a disk that is away, or another want of the system's, is waited for before the run is
+            stopped.
         lock_expiry_s: how long a lock stands without a sign of life; see `store.disk.locks`.
     """
 
@@ -94,6 +100,7 @@ class ExtractOptions:
     decoding: DecodeOptions = field(default_factory=DecodeOptions)
     clip_timeout_s: float = DEFAULT_TIMEOUT_S
     most_failures: FailureLimit | None = None
+    outage_patience_s: float = OUTAGE_PATIENCE_S
     lock_expiry_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -104,3 +111,5 @@ class ExtractOptions:
             raise UsageError(f"batch is {self.batch}; expected at most {MOST_BATCH}")
         if self.clip_timeout_s <= 0:
             raise UsageError(f"clip_timeout_s is {self.clip_timeout_s}; expected more than 0 seconds")
+        if not self.outage_patience_s >= 0:
+            raise UsageError(f"outage_patience_s is {self.outage_patience_s}; expected 0 seconds or more")

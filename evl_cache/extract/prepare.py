@@ -1,8 +1,7 @@
 """A clip's video made ready for the backbone: hashed, decoded, cropped; with a record of where it came from."""
 
 import contextlib
-import hashlib
-import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch  # before anything that decodes: see video
 from evl_cache.clips import Clip
 from evl_cache.errors import ClipError
 from evl_cache.extract.augmentation import ViewAugmentation, view_generator
+from evl_cache.extract.outages import Surroundings
 from evl_cache.preprocess import spatial_crops
 from evl_cache.sampling import strided_test_views, strided_train_view, tsn_test_views, tsn_train_view
 from evl_cache.spec import TowerSpec, ViewSpec
@@ -20,6 +20,7 @@ from evl_cache.store import ClipRecord
 from evl_cache.video import Choose, ClipHeader, FrameEvent, decode_frames
 
 Decode = Callable[[Path, Choose], Iterator[FrameEvent]]
+_MOST_DECODES = 5  # of a clip whose decoder says something else each time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ def prepare_clip(
     is_known: Callable[[str, str], bool] = lambda clip_id, sha256: False,
     decode: Decode = decode_frames,
     train_view: int | None = None,
+    surroundings: Surroundings | None = None,
+    may_be_missing: bool = False,
 ) -> PreparedClip:
     """Hash, decode and crop one clip. A clip that fails gives a record that says why, not an error.
 
@@ -57,22 +60,76 @@ def prepare_clip(
         is_known: whether features of a clip (id, sha256 of its file) are at hand; such a clip is not decoded.
         decode: gives the frames chosen of a file; `video.pool` does it in another process.
         train_view: only this one of the augmented training views.
+        surroundings: of all clips of the run, with its patience; none is had by default.
+        may_be_missing: the file was missing before the run began, and that was allowed.
+
+    Raises: Outage where the clip cannot be read, and is not to blame.
     """
     drawn = range(views.train_views) if train_view is None else (train_view,)
     path = root / clip.path
-    try:
-        size, sha256 = _hash_source(path)
-    except ClipError as error:
-        return PreparedClip(record=ClipRecord(id=clip.id, error=str(error)), samples=None)
-    source = ClipRecord(id=clip.id, source_bytes=size, source_sha256=sha256)
-    if is_known(clip.id, sha256):
-        return PreparedClip(record=source, samples=None)
-    try:
-        header, samples = _crop(
-            decode(path, lambda count: choose_frames(count, views, clip.id, drawn)), clip, tower, views, drawn
+    around = surroundings or Surroundings(root)
+
+    def attempt() -> PreparedClip:
+        try:
+            size, sha256 = around.hash_file(path, may_be_missing=may_be_missing)
+        except ClipError as error:
+            return PreparedClip(record=ClipRecord(id=clip.id, error=str(error)), samples=None)
+        source = ClipRecord(id=clip.id, source_bytes=size, source_sha256=sha256)
+        if is_known(clip.id, sha256):
+            return PreparedClip(record=source, samples=None)
+        return _believed(
+            lambda: _decoded(
+                decode(path, lambda count: choose_frames(count, views, clip.id, drawn)),
+                clip,
+                source,
+                tower,
+                views,
+                drawn,
+            ),
+            lambda: around.check_unchanged(path, (size, sha256)),
         )
+
+    return around.patiently(attempt)
+
+
+def _believed(
+    decoded: Callable[[], tuple[PreparedClip, str | None]], check_unchanged: Callable[[], None]
+) -> PreparedClip:
+    """Decode a clip, and where a decoder complained, until it did twice, or was content twice.
+
+    It complains of a disk that fails beneath it, too, and of real damage not always.
+
+    Args:
+        decoded: returns the clip, and what a decoder complained of.
+        check_unchanged: reads the file again.
+
+    Raises: Outage as `check_unchanged` does.
+    """
+    outcomes: Counter[str | None] = Counter()
+    while True:
+        prepared, complaint = decoded()
+        if complaint is None and not outcomes:
+            return prepared
+        if complaint is not None:
+            check_unchanged()
+        outcomes[complaint] += 1
+        if outcomes[complaint] == 2 or outcomes.total() == _MOST_DECODES:
+            return prepared
+
+
+def _decoded(
+    events: Iterator[FrameEvent],
+    clip: Clip,
+    source: ClipRecord,
+    tower: TowerSpec,
+    views: ViewSpec,
+    drawn: Sequence[int],
+) -> tuple[PreparedClip, str | None]:
+    """A clip decoded once, and what a decoder complained of, whether or not another one could decode it."""
+    try:
+        header, samples = _crop(events, clip, tower, views, drawn)
     except ClipError as error:
-        return PreparedClip(record=replace(source, error=str(error)), samples=None)
+        return PreparedClip(record=replace(source, error=str(error)), samples=None), str(error)
     record = replace(
         source,
         frame_size=header.frame_size,
@@ -80,7 +137,7 @@ def prepare_clip(
         indices=tuple(tuple(int(i) for i in view) for view in header.indices),
         decoder=header.decoder,
     )
-    return PreparedClip(record=record, samples=samples)
+    return PreparedClip(record=record, samples=samples), header.complaint
 
 
 def _crop(
@@ -183,14 +240,3 @@ def choose_frames(
     return strided_test_views(
         num_frames_in_file, frames=views.frames, stride=views.stride, views=views.temporal_views
     )
-
-
-def _hash_source(path: Path) -> tuple[int, str]:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise ClipError(f"{path}: is not a regular file")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return file.tell(), digest
-    except OSError as error:
-        raise ClipError(f"{path}: cannot be opened ({error.strerror})") from error

@@ -14,6 +14,7 @@ from evl_cache.clips import TRAIN_SPLITS, fold_of
 from evl_cache.datasets import DATASETS, DatasetReader, check_missing
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
+from evl_cache.extract.outages import OnOutage
 from evl_cache.extract.recipes import ViewChoice
 from evl_cache.extract.stage import ExtractResult, extract, make_spec
 from evl_cache.extract_options import DEFAULT_LAYERS, DEFAULT_MODEL, Role, options_with
@@ -134,7 +135,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
     for split, clips in lists.items():
         if request.limit is not None:
             clips = replace(clips, clips=clips.clips[: request.limit])
-        check_missing(clips, root, allow_percent=request.allow_missing_percent)
+        missing = check_missing(clips, root, allow_percent=request.allow_missing_percent)
         spec = make_spec(
             clips,
             dataset=request.dataset,
@@ -161,6 +162,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
                 spec=spec,
                 tower=tower,
                 origin=request.origin(root, is_undivided=clips.is_undivided),
+                known_missing=frozenset(clip.id for clip in missing),
             )
         )
     return jobs
@@ -179,6 +181,7 @@ def extract_dataset(
     options: ExtractOptions,
     progress: Progress = lambda spec: nullcontext((lambda failed: None, lambda name: None)),
     on_job: Callable[[ExtractionJob], None] = lambda job: None,
+    on_outage: OnOutage = lambda message: None,
     rendezvous: Rendezvous | None = None,
 ) -> Iterator[tuple[ExtractionJob, ExtractResult]]:
     """Extract every split of a request, one after another.
@@ -186,13 +189,19 @@ def extract_dataset(
     Args:
         progress: opens the progress line of a cache, which is told of clips and of the bottleneck.
         on_job: called before each cache is begun.
+        on_outage: as `extract` takes it.
         rendezvous: shared by the processes of one run.
     """
     for job in plan_extraction(request, device=options.device):
         on_job(job)
         with progress(job.spec) as (on_clip, on_bottleneck):
             result = extract(
-                job, options=options, on_clip=on_clip, on_bottleneck=on_bottleneck, rendezvous=rendezvous
+                job,
+                options=options,
+                on_clip=on_clip,
+                on_bottleneck=on_bottleneck,
+                on_outage=on_outage,
+                rendezvous=rendezvous,
             )
         yield job, result
 

@@ -20,6 +20,7 @@ from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.environment import package_versions
 from evl_cache.extract.finished import found_finished
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
+from evl_cache.extract.outages import OnOutage
 from evl_cache.extract.redo import BlockRedo, failed_rows, rows_by_block
 from evl_cache.extract.sources import SourceCheck, check_sources
 from evl_cache.processes import Rendezvous
@@ -127,6 +128,7 @@ def extract(
     options: ExtractOptions,
     on_clip: OnClip = lambda failed: None,
     on_bottleneck: OnBottleneck = lambda name: None,
+    on_outage: OnOutage = lambda message: None,
     rendezvous: Rendezvous | None = None,
 ) -> ExtractResult:
     """Extract every clip that is not in the cache yet; run again after a kill, it goes on.
@@ -134,10 +136,12 @@ def extract(
     Args:
         on_clip: called with whether it failed, after each clip, also for those found done.
         on_bottleneck: called with what the run waits for most: `decoding`, `transfer`, `device` or `writing`.
+        on_outage: called with a line when a disk, say, is away, and with one when it is back; from any thread.
         rendezvous: shared by the processes of one run, which then try no block twice; None for a process that
             goes by the locks alone.
 
-    Raises: UsageError where another cache is there; CacheError where the disk refuses; TooManyFailures.
+    Raises: UsageError where another cache is there; CacheError where the disk refuses; Outage where the videos cannot be
+        read, and no clip is to blame; TooManyFailures.
     """
     started = time.monotonic()
     check_free_space(job.cache_path, job.spec)
@@ -164,6 +168,7 @@ def extract(
             options=options,
             on_clip=on_clip,
             on_bottleneck=on_bottleneck,
+            on_outage=on_outage,
             rendezvous=rendezvous,
         )
         done_here, not_redone = done_here + did.clips, [*not_redone, *did.not_redone]
@@ -232,12 +237,14 @@ def extract_blocks(
     options: ExtractOptions,
     on_clip: OnClip,
     on_bottleneck: OnBottleneck = lambda name: None,
+    on_outage: OnOutage = lambda message: None,
     rendezvous: Rendezvous | None = None,
 ) -> BlocksResult:
     """Extract the blocks that are not done or are in `redo`; the cache's description is there already.
 
     Returns: what this process did; other jobs may have done others meanwhile.
-    Raises: CacheError where the disk refuses; UsageError for a decoder whose pixels are not the cache's.
+    Raises: CacheError where the disk refuses; UsageError for a decoder whose pixels are not the cache's; Outage and
+        TooManyFailures as `extract`.
     """
 
     def on_own_clip(failed: bool) -> None:
@@ -245,7 +252,9 @@ def extract_blocks(
         taker.look_around_at_times()  # so that a progress line counts the clips of all jobs
 
     job.check_pixels(options.decoding)
-    extractor = BlockExtractor(job, options=options, on_clip=on_own_clip, on_bottleneck=on_bottleneck)
+    extractor = BlockExtractor(
+        job, options=options, on_clip=on_own_clip, on_bottleneck=on_bottleneck, on_outage=on_outage
+    )
     with closing(extractor):
         taker = BlockTaker(
             job,

@@ -15,12 +15,16 @@ from evl_cache.spec import CacheSpec
 
 @dataclass(frozen=True, kw_only=True)
 class LiveClips:
-    """Videos in the place of a cache. Attributes as `FeatureCache`; `path` is the videos' root."""
+    """Videos in the place of a cache. Attributes as `FeatureCache`; `path` is the videos' root.
+
+    `known_missing`: as `ExtractionJob`.
+    """
 
     path: Path
     spec: CacheSpec
     clips: tuple[Clip, ...]
     origin: Mapping[str, Any] = field(default_factory=dict)
+    known_missing: frozenset[str] = frozenset()
 
     @cached_property
     def sample_clips(self) -> np.ndarray:

@@ -12,20 +12,24 @@ import numpy as np
 import torch
 
 from evl_cache.batches import Batch, BatchPart, EpochOrder, LoaderTimes
-from evl_cache.extract import PreparedClip, prepare_clip
+from evl_cache.extract import OnOutage, PreparedClip, Surroundings, prepare_clip
 from evl_cache.extract_options import default_batch
 from evl_cache.live.clips import LiveClips
 from evl_cache.processes import Processes
 from evl_cache.store import StoredBatch, StoredMaps, StoredTokens
 from evl_cache.towers import Backbone
 
+PATIENCE_S = (
+    300.0  # with an outage: half of the time after which processes that train together take one for lost
+)
 _BATCHES_AHEAD = 2  # decoded, or being decoded, while one is used
 
 
 class OnlineLoader:
     """Batches of live features, float32, in the order that a `FeatureLoader` would give.
 
-    A clip that cannot be decoded is left out of its batch, and counted.
+    A clip that cannot be decoded is left out of its batch, and counted. Where videos cannot be read, and no clip is to
+    blame, an epoch waits, and ends with Outage where that lasts.
 
     Args:
         source: the clips.
@@ -35,6 +39,8 @@ class OnlineLoader:
         shuffle_seed: as `FeatureLoader`.
         workers: threads that decode.
         processes: the processes that share the batches.
+        patience_s: how long an outage is waited for.
+        on_outage: called when one begins, and when it is over.
     """
 
     def __init__(
@@ -48,6 +54,8 @@ class OnlineLoader:
         shuffle_seed: int | None,
         workers: int,
         processes: Processes,
+        patience_s: float = PATIENCE_S,
+        on_outage: OnOutage = lambda message: None,
     ) -> None:
         self.cache, self.samples = source, samples
         self.times = LoaderTimes()
@@ -63,6 +71,7 @@ class OnlineLoader:
         self._backbone, self._device = backbone, device
         self._forward = default_batch(device.type)  # samples of a pass of the backbone
         self._workers, self._processes = workers, processes
+        self._patience_s, self._on_outage = patience_s, on_outage
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -84,6 +93,7 @@ class OnlineLoader:
         self.times = LoaderTimes()
         ahead: deque[tuple[BatchPart, Mapping[int, Future[PreparedClip]]]] = deque()
         pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
+        around = Surroundings(self.cache.path, patience_s=self._patience_s, on_outage=self._on_outage)
         try:
             while True:
                 while len(ahead) <= _BATCHES_AHEAD and (part := next(parts, None)) is not None:
@@ -92,7 +102,13 @@ class OnlineLoader:
                         zip(self.cache.sample_clips[part.rows].tolist(), self._views(part.rows), strict=True)
                     )
                     ahead.append(
-                        (part, {row: pool.submit(self._prepare, row, view) for row, view in views.items()})
+                        (
+                            part,
+                            {
+                                row: pool.submit(self._prepare, row, view, around)
+                                for row, view in views.items()
+                            },
+                        )
                     )
                 if not ahead:
                     return
@@ -100,6 +116,7 @@ class OnlineLoader:
                 if batch.total:
                     yield batch
         finally:
+            around.close()
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _views(self, samples: np.ndarray) -> list[int | None]:
@@ -107,11 +124,17 @@ class OnlineLoader:
         views = self.cache.spec.views
         return [sample % views.per_clip if views.train_views else None for sample in samples.tolist()]
 
-    def _prepare(self, row: int, train_view: int | None) -> PreparedClip:
+    def _prepare(self, row: int, train_view: int | None, around: Surroundings) -> PreparedClip:
         started = time.thread_time()
         spec = self.cache.spec
         prepared = prepare_clip(
-            self.cache.clips[row], self.cache.path, tower=spec.tower, views=spec.views, train_view=train_view
+            self.cache.clips[row],
+            self.cache.path,
+            tower=spec.tower,
+            views=spec.views,
+            train_view=train_view,
+            surroundings=around,
+            may_be_missing=self.cache.clips[row].id in self.cache.known_missing,
         )
         self.times.cpu += time.thread_time() - started
         return prepared

@@ -14,13 +14,16 @@ import torch
 from evl_cache.batches import samples_of_clips
 from evl_cache.clips import Clip
 from evl_cache.datasets import is_video
-from evl_cache.errors import EvlCacheError, UsageError
+from evl_cache.errors import EvlCacheError, Outage, UsageError
+from evl_cache.extract import OnOutage
 from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.live.run_tower import live_spec, run_backbone
 from evl_cache.processes import Processes
 from evl_cache.runs import load_head, read_run_config, score
+
+PATIENCE_S = 60.0  # with an outage: a person waits
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +61,8 @@ def predict(
     batch: int = 8,
     workers: int = DEFAULT_DECODE_WORKERS,
     best: bool = False,
+    patience_s: float = PATIENCE_S,
+    on_outage: OnOutage = lambda message: None,
 ) -> Predictions:
     """Label videos with a run's head, with the views that the run was validated with.
 
@@ -70,8 +75,11 @@ def predict(
         batch: samples of a pass.
         workers: threads that decode.
         best: use the head of the best epoch.
+        patience_s: how long a disk that is away, say, is waited for.
+        on_outage: called with a line when one is away, and with one when it is back.
 
-    Raises: UsageError where there is no such run or no video, WeightsError where the tower is another one.
+    Raises: UsageError where there is no such run or no video, WeightsError where the tower is another one; Outage
+        where videos cannot be read, and are not to blame.
     """
     files = find_videos(videos)
     config = read_run_config(run)
@@ -91,10 +99,14 @@ def predict(
         shuffle_seed=None,
         workers=workers,
         processes=Processes(),
+        patience_s=patience_s,
+        on_outage=on_outage,
     )
     try:
         scores = score(head, loader, device=torch.device(device))
         scored, probabilities = scores.clips.tolist(), scores.probabilities
+    except Outage:
+        raise
     except EvlCacheError:
         if len(loader.failures) < len(files):
             raise

@@ -12,7 +12,7 @@ import torch
 from evl_cache.batches import samples_of_clips, split_clips
 from evl_cache.clips import TRAIN_SPLITS, VAL_SPLITS
 from evl_cache.errors import UsageError
-from evl_cache.extract import ExtractionJob, ExtractRequest, plan_extraction
+from evl_cache.extract import ExtractionJob, ExtractRequest, OnOutage, plan_extraction
 from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
@@ -40,6 +40,7 @@ def train_online(
     on_step: OnStep = lambda done, total, loss: None,
     on_bottleneck: OnBottleneck = lambda name: None,
     on_failure: Callable[[str, str], None] = lambda clip, reason: None,
+    on_outage: OnOutage = lambda message: None,
     processes: Processes | None = None,
 ) -> TrainResult:
     """Train a head on features made anew in every epoch, and leave a run directory as `train` does.
@@ -50,8 +51,10 @@ def train_online(
         val_names: ids or paths of clips to validate on; all by default.
         workers: threads that decode.
         on_failure: called at the end with each clip that could not be decoded, and why.
+        on_outage: called with a line when a disk, say, is away, and with one when it is back.
 
-    Raises: as `plan_extraction` and `train`; UsageError for options that need a cache.
+    Raises: as `plan_extraction` and `train`; UsageError for options that need a cache; Outage where
+        the videos cannot be read, and no clip is to blame: `resume` goes on.
     """
     processes = processes or Processes()
     if options.batch == "auto" or options.keep_in is not None:
@@ -74,6 +77,7 @@ def train_online(
             shuffle_seed=seed,
             workers=workers,
             processes=processes,
+            on_outage=on_outage,
         )
         for source, clips, seed in zip(sources, chosen, (options.clip_order_seed, None), strict=True)
     )
@@ -110,6 +114,7 @@ def _live(
             spec=replace(job.spec, layers=reads.layers, tokens="fp16", maps=maps),
             clips=job.clips.clips,
             origin=job.origin,
+            known_missing=job.known_missing,
         )
         for job in jobs
     ]

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from evl_cache.clips import Clip, select
-from evl_cache.errors import ClipError, UsageError
+from evl_cache.errors import ClipError, Outage, UsageError
 from evl_cache.extract import PreparedClip, prepare_clip
 from evl_cache.heads import EVLHead, Head, PlainHead
 from evl_cache.live.run_tower import live_spec, run_backbone
@@ -17,7 +17,7 @@ from evl_cache.runs import RunConfig, check_features, load_head, read_run_config
 from evl_cache.show.displacement import displacements
 from evl_cache.show.picture import ViewPicture, draw_view
 from evl_cache.spec import CacheSpec
-from evl_cache.store import FeatureCache, Reads
+from evl_cache.store import ClipRecord, FeatureCache, Reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +62,11 @@ def show_cached(
     layers = cache.spec.layers if run is None else check_features(run.config, cache.spec, run=run.path)
     stored = cache.read_stored([row * views + view], Reads(layers=tuple(layers)))  # maps give the arrows
     tokens, maps = stored.with_made_maps().dequantized()
-    prepared = prepare_clip(
-        cache.clips[row],
-        Path(str(cache.origin.get("root") or ".")),
-        tower=cache.spec.tower,
-        views=cache.spec.views,
-    )
+    root = Path(str(cache.origin.get("root") or "."))
+    try:
+        prepared = prepare_clip(cache.clips[row], root, tower=cache.spec.tower, views=cache.spec.views)
+    except Outage as outage:
+        prepared = PreparedClip(record=ClipRecord(id=cache.clips[row].id, error=outage.trouble), samples=None)
     features = _Features(spec=cache.spec, layers=tuple(layers), tokens=tokens, maps=maps)
     label = cache.spec.classes[cache.clips[row].label]
     draw_view(_picture(cache.clips[row].id, label, features, prepared, view, run, layer), out)

@@ -12,8 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from evl_cache.errors import ClipError
-from evl_cache.video.frames import Choose, ClipHeader, DecodedClip, DecodeOptions, FrameEvent, has_decord
-from evl_cache.video.with_decord import decord_frames
+from evl_cache.video.frames import (
+    Choose,
+    ClipHeader,
+    DecodedClip,
+    DecodeOptions,
+    FrameEvent,
+    has_decord,
+    read_through,
+)
+from evl_cache.video.with_decord import NotForDecord, decord_frames
 from evl_cache.video.with_pyav import pyav_frames
 from evl_cache.video.with_torchcodec import torchcodec_frames
 
@@ -40,8 +48,8 @@ def decode_frames(
             a second decoder counts differently.
         options: how to decode.
 
-    Raises: ClipError with the reason where the file cannot be read or frames are damaged; frames that were yielded
-        before must not be used then.
+    Raises: ClipError with the reason where the file cannot be decoded or frames are damaged, Outage where something else
+        than the file is at fault; frames that were yielded before must not be used then.
     """
     options = options or DecodeOptions()
     if options.decoder == "torchcodec":
@@ -50,13 +58,25 @@ def decode_frames(
     if options.decoder == "pyav" or not has_decord():
         yield from pyav_frames(path, choose, options)
         return
-    try:
+    if options.decoder == "decord":
         yield from decord_frames(path, choose, options)
         return
-    except ClipError as error:
-        if options.decoder == "decord":
-            raise
-        refused = error
+    # A disk that fails for a moment looks like damage, and of real damage decord does not always tell. Which decoder read
+    # a clip is recorded, so a complaint decides only when it is made twice of three times.
+    complaints = successes = 0
+    while complaints < 2:
+        try:
+            yield from decord_frames(path, choose, options)
+            successes += 1
+            if complaints == 0 or successes == 2:
+                return
+        except NotForDecord as error:
+            refused: ClipError = error
+            break
+        except ClipError as error:
+            refused = error
+            complaints += 1
+            read_through(path)
     try:
         yield from pyav_frames(path, choose, options)
     except ClipError as error:

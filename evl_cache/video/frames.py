@@ -4,16 +4,20 @@ T frames asked for, H and W source pixels.
 """
 
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
-from evl_cache.errors import UsageError
+from evl_cache.errors import NO_SUCH_FILE, Outage, UsageError
 from evl_cache.spec import DECODERS, SOFTWARE_PIXELS
 
 # Frames are passed on in pieces of about this size, so that memory does not grow with their number.
 PIECE_BYTES = 8 << 20
+
+_TIME_OF_DAY = re.compile(r"\[\d\d:\d\d:\d\d\] ")  # in decord's messages: a record must not depend on it
 
 Choose = Callable[[int], np.ndarray]
 
@@ -27,12 +31,14 @@ class ClipHeader:
         num_frames_in_file: as the decoder counts them.
         frame_size: (H, W), upright.
         decoder: library that decodes, with its version.
+        complaint: what another decoder, which was tried before, failed of; None where that is known to be the file's.
     """
 
     indices: np.ndarray
     num_frames_in_file: int
     frame_size: tuple[int, int]
     decoder: str
+    complaint: str | None = None
 
     @property
     def distinct(self) -> np.ndarray:
@@ -149,4 +155,15 @@ def reason_of(error: BaseException) -> str:
     """Return the first line of a decoder's message that says something; decord's ends with a C++ stack trace."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    return text.split("] ", 1)[-1][:200]
+    return _TIME_OF_DAY.sub("", text.split("] ", 1)[-1][:200])
+
+
+def read_through(path: str | Path) -> None:
+    """Read a file to its end, if there is one. Raises: Outage where that fails, whatever a decoder said of it."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            while file.read(1 << 20):
+                pass
+    except OSError as error:
+        if error.errno not in NO_SUCH_FILE:
+            raise Outage.of(f"{path}: cannot be read", error, remedy="bring the disk back") from error

@@ -3,23 +3,26 @@
 T frames asked for, H and W source pixels.
 """
 
+import errno
 import queue
 import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from evl_cache.errors import ClipError
+from evl_cache.errors import ClipError, Outage, WorkerError
 from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 from evl_cache.video.process import DecodeProcess, WorkerLost
 
 DEFAULT_TIMEOUT_S = 120.0
 MOST_GROWTH_BYTES = 64 << 20  # a process that has grown by more is replaced
 HELD_BYTES = 64 << 20  # of one clip's frames, taken from a process before the caller asks for them
+_START_REMEDY = "look whether the disk of this Python and the system's limits are in order"
 
 
 class DecodePool:
@@ -44,6 +47,7 @@ class DecodePool:
         # Linux ends these processes with the thread that started them, so one long-lived thread starts all.
         self._starter = ThreadPoolExecutor(1, thread_name_prefix="decode-start")
         self._closed = False
+        self._has_started = False  # whether any process has
         for _ in range(workers):
             self._free.put(None)
 
@@ -53,9 +57,11 @@ class DecodePool:
         Up to `HELD_BYTES` of a clip's frames are held here, and once its last ones are, the process is free again. A
         longer clip waits for the caller, so memory does not grow with clips.
 
-        With decoder `auto`, a crash or timeout of decord only means that PyAV is tried, with the same time.
+        With decoder `auto`, a crash or timeout of decord only means that PyAV is tried, with the same time; the header
+        tells of it.
 
-        Raises: ClipError also where the process crashes or takes too long.
+        Raises: ClipError also where the process crashes or takes too long; Outage where a process is killed from
+            outside or cannot be started now; WorkerError where none ever could.
         """
         try:
             yield from self._frames(path, choose, self._options.decoder)
@@ -65,17 +71,20 @@ class DecodePool:
                 raise ClipError(f"{path}: {lost}") from lost
             reason = str(lost)
         try:
-            yield from self._frames(path, choose, "pyav")
+            yield from self._frames(path, choose, "pyav", complaint=reason)
         except (WorkerLost, ClipError) as error:
             told = str(error).removeprefix(f"{path}: ")
             raise ClipError(f"{path}: {reason}; PyAV: {told}") from error
 
-    def _frames(self, path: str | Path, choose: Choose, decoder: str) -> Iterator[FrameEvent]:
+    def _frames(
+        self, path: str | Path, choose: Choose, decoder: str, *, complaint: str | None = None
+    ) -> Iterator[FrameEvent]:
         held: deque[FrameEvent] = deque()
         num_bytes = 0
         with self._free_worker() as worker:
             for event in worker.frames(path, choose, decoder, self._timeout_s):
                 if isinstance(event, ClipHeader):
+                    event = replace(event, complaint=complaint)
                     held.clear()  # frames of a decoder that gave up
                     num_bytes = 0
                 held.append(event)
@@ -94,22 +103,34 @@ class DecodePool:
                 worker = self._start()
             yield worker
         except BaseException as error:
+            self._note_start(worker)
             if not isinstance(error, ClipError):
                 self._end(worker)
                 worker = None
+            if self._closed and isinstance(error, WorkerLost):
+                raise _stopped() from error
+            if isinstance(error, WorkerError) and self._has_started:  # then the installation is in order
+                raise Outage(str(error).partition(";")[0], remedy=_START_REMEDY) from error
             raise
         else:
+            self._note_start(worker)
             if worker.growth_bytes > MOST_GROWTH_BYTES:
                 self._end(worker)
                 worker = None
         finally:
             self._free.put(worker)
 
+    def _note_start(self, worker: DecodeProcess | None) -> None:
+        self._has_started = self._has_started or (worker is not None and worker.is_ready)
+
     def _start(self) -> DecodeProcess:
         with self._changing:
             if self._closed:
-                raise ClipError("decoding was stopped")
-            worker = self._starter.submit(DecodeProcess, self._options).result()
+                raise _stopped()
+            try:
+                worker = self._starter.submit(DecodeProcess, self._options).result()
+            except (OSError, RuntimeError) as error:  # RuntimeError: no thread either
+                raise _cannot_start(error) from error
             self._all.add(worker)
             return worker
 
@@ -134,6 +155,16 @@ class DecodePool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _stopped() -> Outage:
+    return Outage("decoding was stopped", remedy="run the same command again")
+
+
+def _cannot_start(error: OSError | RuntimeError) -> Outage:
+    if not isinstance(error, OSError):
+        error = BlockingIOError(errno.EAGAIN, str(error))
+    return Outage.of("a process that decodes cannot be started", error, remedy=_START_REMEDY)
 
 
 def _nbytes(event: FrameEvent) -> int:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from evl_cache.errors import ClipError, WorkerError
+from evl_cache.errors import ClipError, Outage, WorkerError
 from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 
 WORKER = "evl_cache.video.worker"
@@ -32,6 +32,19 @@ _START = (
     "import importlib, json, sys; sys.path[:] = json.loads(sys.argv[1]); importlib.import_module(sys.argv[2])"
 )
 _START += ".main(*map(int, sys.argv[3:6]), sys.argv[6])"
+# By these a process ends itself; others come from outside, such as SIGKILL where the system is out of memory.
+_CRASHES = frozenset(
+    {
+        signal.SIGABRT,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGSEGV,
+        signal.SIGSYS,
+        signal.SIGTRAP,
+    }
+)
+_ENDED = "use fewer --decode-workers, or give the run more memory; move the file away if it alone is at fault"
 
 
 class WorkerLost(Exception):
@@ -46,14 +59,18 @@ class DecodeProcess:
 
     Attributes:
         growth_bytes: bytes by which its resident memory has grown since its first clip.
+        is_ready: whether it has started.
+
+    Raises: OSError where the system has no process, descriptor or memory left.
     """
 
     def __init__(self, options: DecodeOptions) -> None:
         self._options = options
         self._channel, theirs = socket.socketpair()
-        self._frames_fd = _file_in_memory()
+        self._frames_fd = -1
         command = [sys.executable, "-c", _START, json.dumps(sys.path), WORKER]
         try:
+            self._frames_fd = _file_in_memory()
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno()), str(self._frames_fd), str(os.getpid()), options.decoder],
                 pass_fds=(theirs.fileno(), self._frames_fd),
@@ -61,9 +78,12 @@ class DecodeProcess:
                 stdout=subprocess.DEVNULL,
                 env=_KEEPS_MEMORY | os.environ | _ONE_THREAD,
             )
+        except BaseException:
+            self._close()
+            raise
         finally:
             theirs.close()
-        self._is_ready = False
+        self.is_ready = self._is_killed = False
         self._unread = b""
         self.growth_bytes = 0
 
@@ -73,7 +93,8 @@ class DecodeProcess:
         """Yield what `video.decode_frames` yields; the caller's own time does not count towards the timeout.
 
         Raises: ClipError for a clip that cannot be decoded; WorkerLost where the process died or was too slow;
-            WorkerError where the process cannot start.
+            WorkerError where the process cannot start; Outage where no clip is to blame, as where it
+            was killed by another than us.
         """
         self._wait_until_ready()
         deadline = time.monotonic() + timeout_s
@@ -100,20 +121,26 @@ class DecodeProcess:
             yield event
             deadline += time.monotonic() - given
         self.growth_bytes = said["growth_bytes"]
+        if "outage" in said:
+            raise Outage(said["outage"], remedy=said["remedy"])
         if "error" in said:
             raise ClipError(said["error"])
 
     def kill(self) -> None:
         """End the process, whatever it is doing."""
+        self._is_killed = True
         self._process.kill()
         self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
         self._channel.close()
         if self._frames_fd >= 0:
             os.close(self._frames_fd)
             self._frames_fd = -1
 
     def _wait_until_ready(self) -> None:
-        if self._is_ready:
+        if self.is_ready:
             return
         try:
             self._receive(time.monotonic() + _START_TIMEOUT_S, _START_TIMEOUT_S)
@@ -122,13 +149,13 @@ class DecodeProcess:
                 f"the process that decodes cannot start ({self._cause_of_death()}; its own message is above); "
                 "check that av, and decord where it is used, can be imported by this Python"
             ) from error
-        self._is_ready = True
+        self.is_ready = True
 
     def _send(self, message: dict[str, Any]) -> None:
         try:
             self._channel.sendall(json.dumps(message).encode() + b"\n")
         except OSError as error:
-            raise WorkerLost(self._cause_of_death()) from error
+            raise self._loss() from error
 
     def _receive(self, deadline: float, timeout_s: float) -> dict[str, Any]:
         while b"\n" not in self._unread:
@@ -162,18 +189,34 @@ class DecodeProcess:
         except TimeoutError as error:
             raise WorkerLost(f"decoding took longer than {timeout_s:g} s and was stopped") from error
         except OSError as error:
-            raise WorkerLost(self._cause_of_death()) from error
+            raise self._loss() from error
         if not count:
-            raise WorkerLost(self._cause_of_death())
+            raise self._loss()
         return count
+
+    def _loss(self) -> WorkerLost | Outage:
+        """Return the error that tells how the process ended."""
+        cause = self._cause_of_death()
+        status = self._process.returncode
+        if self._is_killed or status is None or status >= 0 or -status in _CRASHES:
+            return WorkerLost(cause)
+        return Outage(
+            f"a process that decodes was ended from outside ({_how_ended(status)}), as for want of memory",
+            remedy=_ENDED,
+        )
 
     def _cause_of_death(self) -> str:
         try:
             status = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return "the decoder's process stopped answering"
-        name = signal.Signals(-status).name if status < 0 else f"exit status {status}"
-        return f"the decoder crashed ({name})"
+        return f"the decoder crashed ({_how_ended(status)})"
+
+
+def _how_ended(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    return signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
 
 
 def _file_in_memory() -> int:

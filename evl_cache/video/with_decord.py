@@ -19,6 +19,10 @@ MOST_FILE_BYTES = 256 << 20
 MOST_DECODED_BYTES = 1 << 30
 
 
+class NotForDecord(ClipError):
+    """The file is of a kind that decord is not given: that is no complaint of its bytes."""
+
+
 def decord_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
     """Yield what `video.decode_frames` yields, decoded by decord."""
     import av
@@ -26,7 +30,7 @@ def decord_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> I
 
     try:
         if options.decoder == "auto" and Path(path).stat().st_size > MOST_FILE_BYTES:
-            raise ClipError(f"{path}: is large, and decord would keep it in memory")
+            raise NotForDecord(f"{path}: is large, and decord would keep it in memory")
         with native_messages.heard() as complaints:
             yield from _read(path, choose, options)
     except av.FFmpegError as error:
@@ -76,15 +80,15 @@ def _check(path: str | Path, count: int, options: DecodeOptions) -> int | None:
             return None
         if isinstance(error, ClipError):
             raise
-        raise ClipError(
+        raise NotForDecord(
             f"{path}: its packets do not tell which frame is which, on which decord relies"
         ) from error
     if options.decoder == "auto" and count * coded.frame_bytes > MOST_DECODED_BYTES:
-        raise ClipError(f"{path}: is large, and decord would keep it in memory")
+        raise NotForDecord(f"{path}: is large, and decord would keep it in memory")
     if options.tolerate_bad_frames:
         return coded.frame_bytes
     if options.decoder == "auto" and coded.codec in _OVERLOOKS_DAMAGE:
-        raise ClipError(f"{path}: decord may overlook damage of {coded.codec}")
+        raise NotForDecord(f"{path}: decord may overlook damage of {coded.codec}")
     if coded.count != count:
         raise ClipError(f"{path}: decord counts {count} frames, {coded.count} are coded")
     return coded.frame_bytes

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from evl_cache.errors import ClipError
+from evl_cache.errors import ClipError, Outage
 from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
 
 
@@ -14,6 +14,7 @@ def torchcodec_frames(path: str | Path, choose: Choose, options: DecodeOptions) 
 
     Damaged frames that its decoder conceals are not noticed; others are errors.
     """
+    import torch
     import torchcodec
     from torchcodec.decoders import VideoDecoder
 
@@ -33,5 +34,10 @@ def torchcodec_frames(path: str | Path, choose: Choose, options: DecodeOptions) 
             frame_bytes=None,
             decoder=f"torchcodec {torchcodec.__version__} on {options.device}",
         )
+    except (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError)) as error:
+        raise Outage(
+            f"{options.device} cannot decode ({reason_of(error)})",
+            remedy="free the GPU, or use fewer --decode-workers",
+        ) from error
     except (RuntimeError, ValueError, IndexError, OSError) as error:
         raise ClipError(f"{path}: cannot be decoded ({reason_of(error)})") from error

@@ -10,7 +10,8 @@ imports torch for torchcodec only, and nothing of the cache, so that it starts f
     worker   {"indices", "count", "size", "decoder"}: a header; frames before it must be dropped
     worker   {"frames"}: so many frames are in the file
     parent   {"taken"}: the next frames may be written
-    worker   {"growth_bytes"} of resident memory since the first clip, and {"error"} if the clip failed: it is finished
+    worker   {"growth_bytes"} of resident memory since the first clip, and {"error"} if the clip failed, or {"outage",
+             "remedy"} where it is not to blame: it is finished
 """
 
 import ctypes
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from evl_cache import video
-from evl_cache.errors import ClipError, EvlCacheError
+from evl_cache.errors import ClipError, EvlCacheError, Outage
 from evl_cache.video.native_messages import own_stderr
 
 _MOST_ADDRESS_SPACE = 16 << 30  # a file with a false frame size must not fill the machine's memory
@@ -116,13 +117,18 @@ class _Connection:
 
 
 def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str]:
-    """Decode one clip, and return `{"error": …}` if it failed."""
+    """Decode one clip, and return what the last message says of it."""
     path = os.fsdecode(bytes.fromhex(request.pop("path")))
     try:
         for event in video.decode_frames(path, connection.ask, options=video.DecodeOptions(**request)):
             connection.give(event)
+    except Outage as outage:
+        return {"outage": outage.trouble, "remedy": outage.remedy}
     except EvlCacheError as error:
         return {"error": str(error)}
+    except OSError as error:  # of the file of frames: those of the clip's file are among the former
+        wanting = Outage.of("decoded frames cannot be passed on", error, remedy="give the run more memory")
+        return {"outage": wanting.trouble, "remedy": wanting.remedy}
     except MemoryError:
         return {"error": f"{path}: needs more memory than a decoder may take"}
     return {}

@@ -655,7 +655,7 @@ def test_missing_clips_are_counted_listed_and_allowed_by_share(tmp_path: Path) -
         "14.mp4 (line 16) and 1 more; expected at most 24.9 %; fetch them, or go on without them by "
         "--allow-missing 25"
     )
-    assert check_missing(clips, tmp_path, allow_percent=25) is clips
+    assert check_missing(clips, tmp_path, allow_percent=25) == missing_clips(clips, tmp_path)
 
 
 def test_the_share_that_the_error_offers_is_enough(tmp_path: Path) -> None:
@@ -663,7 +663,8 @@ def test_the_share_that_the_error_offers_is_enough(tmp_path: Path) -> None:
     clips = clip_list([f"{i}.mp4" for i in range(3)])  # 33.33… %
     with pytest.raises(UsageError, match=r"--allow-missing 33\.34") as caught:
         check_missing(clips, tmp_path, allow_percent=0)
-    assert check_missing(clips, tmp_path, allow_percent=float(str(caught.value).rsplit(" ", 1)[1])) is clips
+    offered = float(str(caught.value).rsplit(" ", 1)[1])
+    assert len(check_missing(clips, tmp_path, allow_percent=offered)) == 1
 
 
 def test_where_everything_is_missing_the_root_is_wrong(tmp_path: Path) -> None:

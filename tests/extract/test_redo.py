@@ -229,13 +229,13 @@ def test_a_damaged_row_of_the_cache_that_is_reused_is_extracted_instead(
 def test_a_redo_that_was_begun_is_a_problem_until_repair_or_the_same_command_ends_it(
     made: Path, cache: Path, motions: Path, decoded: list[str]
 ) -> None:
-    redo_path(cache, 0).write_bytes(b"{}\n")
+    redo_path(cache, 0).touch()
     (cache / "manifest.json").unlink()
     assert [problem.block for problem in verify_cache(cache).problems] == [0]
     assert FeatureCache(cache).is_valid[:3].all()  # readers have what the mark promises
     repaired(cache, motions, motions)
     assert differences(tree(cache), tree(made)) == []
-    redo_path(cache, 2).write_bytes(b"{}\n")
+    redo_path(cache, 2).touch()
     extract_small(load_clips(motions), cache)
     assert differences(tree(cache), tree(made)) == []
     assert decoded == []

@@ -17,7 +17,8 @@ import pytest
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.store.disk import locks, publish
 from evl_cache.store.writing import publication
-from tests.support.simulation import first_failure, simulate
+from evl_cache.store.writing.stored_rows import StoredRows
+from tests.support.simulation import first_failure, simulate, simulate_redo
 from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,6 +116,40 @@ def _the_mark_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(self, mark, content, staged)
 
     monkeypatch.setattr(publication.BlockPublication, "_publish_block", publish_block)
+
+
+def _a_redo_is_published_whatever_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publication, "check_nothing_lost", lambda *args, **kwargs: None)
+    monkeypatch.setattr(StoredRows, "is_intact", lambda self, row: False)
+
+
+def _a_redo_that_was_begun_is_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(publication.BlockPublication, "_note_redo", lambda self: None)
+
+
+def _the_old_mark_goes_before_the_new_files_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = publication.BlockPublication._begin_redo
+
+    def begin_redo(self: Any) -> None:
+        real(self)
+        os.unlink(self._mark_path)
+
+    monkeypatch.setattr(publication.BlockPublication, "_begin_redo", begin_redo)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "first"),
+    [
+        (_a_redo_is_published_whatever_it_lacks, 0),
+        (_a_redo_that_was_begun_is_not_noted, 555),
+        (_the_old_mark_goes_before_the_new_files_come, 0),
+    ],
+)
+def test_a_broken_rule_of_redoes_is_noticed(
+    mutate: Callable[[pytest.MonkeyPatch], None], first: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mutate(monkeypatch)
+    assert first_failure(range(first, first + MUTANT_SCHEDULES), simulate_redo) is not None
 
 
 def _lost_blocks_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """A worker whose decoders hang, crash and leak on clips whose names say so; on others it is the real one."""
 
+import errno
 import os
 import signal
 import time
@@ -11,19 +12,33 @@ _real = video.decode_frames
 _leaked = []
 
 
+def _is_due(path):
+    """Whether to do what the name says: always, or for the first time, of which a file is left as a sign."""
+    sign = os.fsdecode(path) + ".sign"
+    if " once" not in os.path.basename(path):
+        return True
+    try:
+        os.close(os.open(sign, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
 def _decode_frames(path, choose, *, options=None):
     name = os.path.basename(os.fsdecode(path))
     if "hangs" in name:
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # deaf to everything but a kill
         while True:
             time.sleep(3600)
-    if "killed" in name:
+    if "killed" in name and _is_due(path):
         os.kill(os.getpid(), signal.SIGKILL)
     if "aborts" in name:
         os.abort()
+    if "no memory" in name:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     if "leaks" in name:
         _leaked.append(b"x" * (64 << 20))
-    if name.startswith("decord ") and options.decoder != "pyav":
+    if name.startswith("decord ") and options.decoder != "pyav" and _is_due(path):
         os.abort()
     yield from _real(path, choose, options=options)
 

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -27,17 +27,20 @@ from evl_cache.errors import EvlCacheError
 from evl_cache.extract.block import ExtractedBlock, StageSeconds
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
-from evl_cache.extract.redo import BlockRedo
+from evl_cache.extract.redo import BlockRedo, KeptRows, failed_rows, rows_by_block
 from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import (
+    LOCKS_NAME,
     BlockLock,
     BlockNotDone,
     BlockWriter,
     ClipRecord,
+    LockWatcher,
     array_layouts,
     create_cache,
     finish_cache,
     valid_mark,
+    verify_cache,
 )
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.runtime import Runtime
@@ -77,24 +80,43 @@ class SimulatedExtractor:
             encoders=Inline(),  # type: ignore[arg-type]
             runtime=self._runtime,
         )
-        records = []
+        kept = None
+        if redo is not None and (mark := valid_mark(self._process.world.root, self._spec, block)) is not None:
+            kept = KeptRows(self._process.world.root, self._spec, mark, redo)
+        records, are_kept = [], []
         for row in self._spec.clips_of_block(block):
             self._runtime.sleep(self._process.world.rng.random() * 6.0)
-            writer.append(_row(row, self._process.plan.kind))
-            records.append(ClipRecord(id=str(row)))
+            is_kept = kept is not None and kept.is_intact(row)
+            if kept is not None and is_kept:
+                writer.append_stored(kept.stored(row)[0])
+            elif _is_gone(row, self._spec):
+                writer.append(None)
+            else:
+                writer.append(_row(row, self._process.plan.kind))
+            error = "its video is gone" if _is_gone(row, self._spec) and not is_kept else None
+            records.append(ClipRecord(id=str(row), error=error))
+            are_kept.append(is_kept)
+        environment = {"kind": self._process.plan.kind}
+        if kept is not None:
+            made = [not is_kept for clip, is_kept in zip(records, are_kept, strict=True) if not clip.error]
+            environment = kept.environment(environment, are_new=True in made, are_kept=False in made)
         return ExtractedBlock(
-            writer=writer,
-            records=tuple(records),
-            kept=(False,) * len(records),
-            environment={"kind": self._process.plan.kind},
+            writer=writer, records=tuple(records), kept=tuple(are_kept), environment=environment
         )
 
 
+def _is_gone(row: int, spec: CacheSpec) -> bool:
+    """Whether a clip cannot be made again: in caches to be redone, the first one of each block."""
+    return spec.block_clips > 1 and row % spec.block_clips == 0
+
+
 @lru_cache(maxsize=64)
-def _job(root: Path, blocks: int) -> ExtractionJob:
-    spec = simulated_spec(blocks)
+def _job(root: Path, blocks: int, block_clips: int) -> ExtractionJob:
+    spec = simulated_spec(blocks, block_clips)
     tower = Tower(visual=torch.nn.Identity(), spec=spec.tower)
-    return ExtractionJob(clips=simulated_clips(blocks), root=root, cache_path=root, spec=spec, tower=tower)
+    return ExtractionJob(
+        clips=simulated_clips(spec.num_clips), root=root, cache_path=root, spec=spec, tower=tower
+    )
 
 
 @lru_cache(maxsize=64)
@@ -105,14 +127,14 @@ def _row(row: int, kind: int) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def simulated_clips(blocks: int) -> ClipList:
-    """A clip a block."""
-    clips = [Clip(id=str(row), path=str(row), label=0, split="train") for row in range(blocks)]
+def simulated_clips(count: int) -> ClipList:
+    """The list of so many clips."""
+    clips = [Clip(id=str(row), path=str(row), label=0, split="train") for row in range(count)]
     return ClipList(clips=tuple(clips), classes=("only",), source="simulated")
 
 
 @lru_cache(maxsize=64)
-def simulated_spec(blocks: int) -> CacheSpec:
+def simulated_spec(blocks: int, block_clips: int = 1) -> CacheSpec:
     """The smallest features there are: two arrays of one layer."""
     tower = TowerSpec(
         model="none", pretrained="none", weights_sha256="0" * 64, image_size=2, patch_size=2, width=2, blocks=1,
@@ -120,9 +142,9 @@ def simulated_spec(blocks: int) -> CacheSpec:
     )  # fmt: skip
     return CacheSpec(
         dataset="simulated", split="train", classes=("only",), tower=tower, views=ViewSpec(frames=1), layers=(1,),
-        tokens="fp16", maps="none", codec="raw", compute_dtype="float32", num_clips=blocks,
-        content_id=simulated_clips(blocks).content_id,
-        block_clips=1,
+        tokens="fp16", maps="none", codec="raw", compute_dtype="float32", num_clips=blocks * block_clips,
+        content_id=simulated_clips(blocks * block_clips).content_id,
+        block_clips=block_clips,
     )  # fmt: skip
 
 
@@ -135,13 +157,18 @@ class Outcome:
     has_run_again: bool
 
 
-def run_schedule(plans: list[Plan], *, blocks: int, seed: int) -> Outcome:
+def run_schedule(plans: list[Plan], *, blocks: int, seed: int, redo: bool = False) -> Outcome:
     """Run processes to their end, and check that every block is done, none doubled, none lost.
+
+    Args:
+        redo: the blocks are done before, each with one good clip that cannot be made again and one that failed.
 
     Raises: Failed.
     """
-    rng, spec = random.Random(seed), simulated_spec(blocks)
-    with _laid_down(blocks) as root:
+    rng, spec = random.Random(seed), simulated_spec(blocks, 2 if redo else 1)
+    with _laid_down(spec) as root:
+        if redo:
+            _write_with_failures(root, spec)
         world = World(rng, root)
         with patched(world):
             try:
@@ -154,7 +181,7 @@ def run_schedule(plans: list[Plan], *, blocks: int, seed: int) -> Outcome:
                 if has_run_again:
                     process = Process(world, Plan(host="again"), len(plans) + 1)
                     world.processes.append(process)
-                    world.spawn(process, lambda process=process: _work(process, spec))
+                    world.spawn(process, lambda process=process: _work(process, spec, repairs=True))
                     world.run()
                 survivors = [process for process in world.processes if process.is_alive]
             finally:
@@ -168,31 +195,50 @@ def run_schedule(plans: list[Plan], *, blocks: int, seed: int) -> Outcome:
 
 
 _DESCRIPTION = ("zarr.json", "clips.jsonl", "recovery.json")
-_FOLDERS: dict[int, Path] = {}  # by blocks: making and removing directories would take a third of the time
+_FOLDERS: dict[tuple[int, int], Path] = {}  # making and removing directories would take a third of the time
 
 
 @contextmanager
-def _laid_down(blocks: int) -> Iterator[Path]:
+def _laid_down(spec: CacheSpec) -> Iterator[Path]:
     """A cache's directory without a block, a lock or a leftover."""
-    if blocks not in _FOLDERS:
+    key = (spec.num_blocks, spec.block_clips)
+    if key not in _FOLDERS:
         folder = Path(tempfile.mkdtemp(prefix="evl-simulation-", dir=_SCRATCH))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        spec = simulated_spec(blocks)
-        create_cache(folder / "cache", spec, simulated_clips(blocks).clips, origin={}, created_with={})
+        create_cache(
+            folder / "cache", spec, simulated_clips(spec.num_clips).clips, origin={}, created_with={}
+        )
         for layout in array_layouts(spec).values():
-            for block in range(blocks):
+            for block in range(spec.num_blocks):
                 os.makedirs(layout.shard(folder / "cache", block).parent)
-        _FOLDERS[blocks] = folder / "cache"
+        _FOLDERS[key] = folder / "cache"
     try:
-        yield _FOLDERS[blocks]
+        yield _FOLDERS[key]
     finally:
-        for directory, _, names in os.walk(_FOLDERS[blocks]):
+        for directory, _, names in os.walk(_FOLDERS[key]):
             for name in names:
                 if name not in _DESCRIPTION:
                     os.unlink(os.path.join(directory, name))
 
 
-def _work(process: Process, spec: CacheSpec) -> None:
+def _write_with_failures(root: Path, spec: CacheSpec) -> None:
+    """Write every block with the clips that cannot be made again, as they were made; the others failed."""
+    locks = LockWatcher(root / LOCKS_NAME)
+    for block in range(spec.num_blocks):
+        lock = locks.take(block)
+        assert lock is not None
+        writer = BlockWriter(root, spec, block, lock=lock, encoders=Inline())  # type: ignore[arg-type]
+        records = []
+        for row in spec.clips_of_block(block):
+            writer.append(_row(row, 0) if _is_gone(row, spec) else None)
+            records.append(ClipRecord(id=str(row), error=None if _is_gone(row, spec) else "broken"))
+        writer.commit(records, {"kind": 0})
+        writer.close()
+        lock.release()
+    finish_cache(root, spec)
+
+
+def _work(process: Process, spec: CacheSpec, *, repairs: bool = False) -> None:
     world, runtime = process.world, SimulatedRuntime(process)
 
     def next_number() -> int | None:
@@ -202,9 +248,15 @@ def _work(process: Process, spec: CacheSpec) -> None:
         return world.numbers - 1
 
     try:
+        job = _job(world.root, spec.num_blocks, spec.block_clips)
+        rows = rows_by_block(spec, failed_rows(job)) if spec.block_clips > 1 else {}
+        redo = {block: BlockRedo(again=again) for block, again in rows.items()}
+        if repairs:
+            redo |= {block: BlockRedo(rewrite=True) for block in _broken(world.root, spec)}
         taker = BlockTaker(
-            _job(world.root, spec.num_blocks),
+            job,
             SimulatedExtractor(process, spec, runtime),
+            redo=redo,
             options=ExtractOptions(lock_expiry_s=EXPIRY_S),
             next_number=next_number,
             runtime=runtime,
@@ -221,12 +273,19 @@ def _work(process: Process, spec: CacheSpec) -> None:
 def _needs_another_run(world: World, spec: CacheSpec) -> bool:
     """Where one took a block back that it had no lock for any more, and died before it redid the block.
 
-    That is seen: there is no mark or no manifest then, and the same command again does the rest.
+    That is seen: there is no mark or no manifest then, and the same command again does the rest. In a redo a block may be
+    left with files that are not those of its mark; repair mends it.
     """
     if all(process.is_alive for process in world.processes):
         return False
     marked = all(valid_mark(world.root, spec, block) for block in range(spec.num_blocks))
-    return not marked or not (world.root / MANIFEST_NAME).exists()
+    is_mixed = spec.block_clips > 1 and bool(_broken(world.root, spec))
+    return is_mixed or not marked or not (world.root / MANIFEST_NAME).exists()
+
+
+def _broken(root: Path, spec: CacheSpec) -> list[int]:
+    """Blocks that `verify` blames."""
+    return [problem.block for problem in verify_cache(root).problems if problem.block is not None]
 
 
 def _check(root: Path, spec: CacheSpec, processes: list[Process], survivors: list[Process]) -> None:
@@ -244,16 +303,23 @@ def _check(root: Path, spec: CacheSpec, processes: list[Process], survivors: lis
         mark = valid_mark(root, spec, block)
         if mark is None:
             raise Failed(f"block {block} has no valid mark")
+        if any(clip.error for clip in mark.clips):
+            raise Failed(f"block {block} has failed clips: {mark.clips}")
         for name, layout in array_layouts(spec).items():
             _check_file(layout.shard(root, block), mark.files[name], manifest, root)
-            values = _row(block, int(mark.environment["kind"]))[
-                name
-            ].tobytes()  # the raw codec stores them as they are
-            if layout.shard(root, block).read_bytes()[: len(values)] != values:
-                raise Failed(f"block {block}: {name} holds other values than its mark's processor makes")
+            stored = layout.shard(root, block).read_bytes()
+            for number, row in enumerate(spec.clips_of_block(block)):
+                kind = 0 if _is_gone(row, spec) else int(mark.environment["kind"])
+                values = _row(row, kind)[
+                    name
+                ].tobytes()  # the raw codec stores them as they are, and four bytes more
+                if stored[number * (len(values) + 4) :][: len(values)] != values:
+                    raise Failed(f"block {block}: {name} holds other values than its mark's processor makes")
     disturbances = sum(process.disturbances for process in processes)
     count = sum(len(process.extracted) for process in processes)
-    if count > spec.num_blocks + 2 * disturbances:  # a process holds two: one it extracts, one it commits
+    # A process holds two: one it extracts, one it commits. What it changed of a redo after it had lost it is redone.
+    most = spec.num_blocks + (2 if spec.block_clips == 1 else 4) * disturbances
+    if count > most:
         raise Failed(f"{count} extractions of {spec.num_blocks} blocks, {disturbances} disturbances")
 
 
@@ -299,10 +365,19 @@ def simulate(seed: int) -> Outcome:
     return run_schedule(plans, blocks=blocks, seed=seed)
 
 
-def first_failure(seeds: range) -> tuple[int, str] | None:
+def simulate_redo(seed: int) -> Outcome:
+    """The schedule of a seed in which processes try again what failed in one or two blocks."""
+    rng = random.Random(seed)
+    count = rng.choice((2, 2, 2, 3))
+    plans = [random_plan(rng, number) for number in range(count)]
+    return run_schedule(plans, blocks=rng.choice((1, 1, 2)), seed=seed, redo=True)
+
+
+def first_failure(seeds: range, simulate_one: Callable[[int], Outcome] = simulate) -> tuple[int, str] | None:
+    """The first seed whose schedule breaks a rule, and how; None where none does."""
     for seed in seeds:
         try:
-            simulate(seed)
+            simulate_one(seed)
         except Exception as failure:
             return seed, repr(failure)
     return None
@@ -311,7 +386,9 @@ def first_failure(seeds: range) -> tuple[int, str] | None:
 def main() -> None:
     """Seeds FIRST to LAST, one of every STEP."""
     first, last, step = (int(word) for word in sys.argv[1:4])
-    failed = first_failure(range(first, last, step))
+    failed = first_failure(range(first, last, step)) or first_failure(
+        range(first, last, 4 * step), simulate_redo
+    )
     sys.stdout.write(json.dumps(failed))
 
 

@@ -252,6 +252,19 @@ def make_directories(path: Path) -> None:
         fsync_directory(directory.parent)
 
 
+def make_empty_file(path: Path) -> None:
+    """Make a file that says something by being there, durably; one that is there stays. Raises CacheError."""
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
+        try:
+            give_file_mode(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise disk_error("create", path, error) from error
+    fsync_directory(path.parent)
+
+
 def fsync_directory(path: Path) -> None:
     """Make the names in a directory durable, where the file system can. Raises CacheError where it fails."""
     try:

@@ -15,7 +15,13 @@ from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest, file_crc32c, file_digest
 from evl_cache.store.disk.file_system import check_no_links, file_identity
 from evl_cache.store.disk.locks import BlockLock
-from evl_cache.store.disk.publish import AlreadyPublished, StagedFile, fsync_directory, write_atomic
+from evl_cache.store.disk.publish import (
+    AlreadyPublished,
+    StagedFile,
+    fsync_directory,
+    make_empty_file,
+    write_atomic,
+)
 from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path, redo_path
 from evl_cache.store.format.marks import ClipRecord, Mark, ShardFiles, mark_content, read_mark
 from evl_cache.store.shards.shard_index import MISSING, read_index
@@ -183,16 +189,18 @@ class BlockPublication:
         found = self._written_mark()
         if not self._lock.is_held() and not self._lies_there(found.files):
             raise self._lost()
-        self.end_redo()
+        self._end_redo()
         return found
 
     def _begin_redo(self) -> None:
-        write_atomic(redo_path(self._cache_path, self._block), b"{}\n")
+        self._note_redo()
         self.check_lock()
         _unlink_for_good(self._cache_path, self._cache_path / MANIFEST_NAME)  # it names the old mark
 
-    def end_redo(self) -> None:
-        """Note that the block's files and its mark are those of one attempt. Raises: BlockLost."""
+    def _note_redo(self) -> None:
+        make_empty_file(redo_path(self._cache_path, self._block))
+
+    def _end_redo(self) -> None:
         self.check_lock()
         _unlink_for_good(self._cache_path, redo_path(self._cache_path, self._block))
 
@@ -219,7 +227,7 @@ class BlockPublication:
         if found is None or self._lies_there(found.files):
             return
         if self.is_redo:
-            write_atomic(redo_path(self._cache_path, self._block), b"{}\n")
+            self._note_redo()
         _unlink_for_good(self._cache_path, self._cache_path / MANIFEST_NAME)
         if not self.is_redo:
             _unlink_for_good(self._cache_path, self._mark_path)
