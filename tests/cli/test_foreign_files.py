@@ -237,6 +237,18 @@ def test_a_report_is_not_written_over_files_of_others(
     assert run("report", "runs/mine") == run("report", "runs/mine") == 0  # over its own
 
 
+@pytest.mark.parametrize("name", ["index.html", "surest-01.png"])
+def test_a_page_of_clips_is_not_written_over_files_of_others(
+    name: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(home / "public" / name)
+    before = look(home)
+    words = ("show", "--cache", MINE, "--run", "runs/mine", "--clips-each", "1", "--device", "cpu")
+    assert run(*words, "--page", "public") == 2
+    assert "choose another --page" in capsys.readouterr().err and touched(before, home) == []
+    assert run(*words, "--page", "own") == run(*words, "--page", "own") == 0  # over its own
+
+
 @pytest.mark.parametrize("content", ["# My thesis\n", '---\ntitle: mine\n---\n"evl-cache" is used\n'])
 def test_a_readme_of_others_is_not_written_over_by_a_card(content: str, home: Path) -> None:
     assert run("card", MINE, "--license", "mit") == 0
