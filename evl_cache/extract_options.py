@@ -163,7 +163,7 @@ EXTRACT_OPTIONS = (
     ExtractOption("--decoder", _RUN, _DECODER, choices=DECODERS, default=DECODERS[0], shows_default=True),
     ExtractOption("--tolerate-bad-frames", _RUN, "Keep clips with damaged frames.", kind=bool),
     ExtractOption("--clip-timeout", _RUN, "For decoding a clip [120].", kind=float, metavar="SECONDS"),
-    ExtractOption("--max-failures", _RUN, "More end the run: 20, 5% [5% of 100, 50 in a row].", metavar="N%"),
+    ExtractOption("--max-failures", _RUN, "Stop beyond 20, 5%, … [5%; 50 in a row].", metavar="N%"),
     ExtractOption("--outage-patience", _RUN, "For a disk that is away [600].", kind=float, metavar="SECONDS"),
     ExtractOption("--retry-failed", _RUN, "Try the clips that failed again.", kind=bool),
     ExtractOption("--check-sources", _RUN, "Redo clips whose video was replaced.", kind=bool),

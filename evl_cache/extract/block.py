@@ -119,7 +119,7 @@ class BlockExtractor:
             writer.close()
             raise
         environment = self._environment_of(records, kept)
-        self._kept = None  # closes its files: what is open cannot be replaced on some network disks
+        self._kept = None  # closed before the commit puts other files in the place of these
         return ExtractedBlock(writer=writer, records=records, kept=kept, environment=environment)
 
     def _tries(self, kept: KeptRows) -> bool:
@@ -151,7 +151,10 @@ class BlockExtractor:
 
     def _likely_next(self, block: int) -> Sequence[int]:
         """Clips of the next block that is not done; none where other jobs are at work, which may take it."""
-        locks = set(self._my_locks[-1].parent.glob(f"*{self._my_locks[-1].suffix}"))
+        try:
+            locks = set(self._my_locks[-1].parent.glob(f"*{self._my_locks[-1].suffix}"))
+        except OSError:
+            return ()  # a disk that refuses to list them: what matters is read elsewhere, and says so
         if {path for path in locks if path.stem.isdecimal()} - set(self._my_locks):
             return ()
         done = finished_blocks(self._job.cache_path)

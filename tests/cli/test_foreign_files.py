@@ -19,8 +19,6 @@ from tests.support.example_data import DEMO_TOWER, OFFICIAL
 from tests.support.foreign_files import ARRAYS, Found, link, look, plant_in_cache, touched, write
 from tests.support.servers import faulty_server
 
-# Names in `locks/`: TODO of the change that lets `LockWatcher.sweep` remove its own files only; then True.
-SWEEP_KEEPS_FOREIGN_LOCKS = False
 EXTRACT = "extract --dataset list --list clips.txt --root videos --frames 4 --stride 2 --layers 2-3 --views 3x1".split()
 TRAIN = "--head linear --steps 2 --batch 4 --device cpu".split()
 MINE = "caches/mine"
@@ -73,13 +71,13 @@ def plant(home: Path) -> dict[str, Found]:
     ours = {f"{MINE}/{name}" for name in look(home / MINE)} | {
         f"runs/mine/{name}" for name in look(home / "runs/mine")
     }
-    plant_in_cache(home / MINE, home.parent / "outside", with_locks=SWEEP_KEEPS_FOREIGN_LOCKS)
+    plant_in_cache(home / MINE, home.parent / "outside")
     for place in (home, home / "caches", home / "runs" / "mine"):
-        plant_in_cache(place, home.parent / f"outside-{place.name}", with_locks=True)
+        plant_in_cache(place, home.parent / f"outside-{place.name}")
     elsewhere = (
         home / "elsewhere"
     )  # where a cache may be begun: marks and arrays without a description are refused
-    plant_in_cache(elsewhere, home.parent / "outside-elsewhere", with_locks=SWEEP_KEEPS_FOREIGN_LOCKS)
+    plant_in_cache(elsewhere, home.parent / "outside-elsewhere")
     for name in ("999999.json", "888888.json"):
         (elsewhere / "done" / name).unlink()
     for array in ARRAYS:

@@ -8,7 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
+from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.store import FeatureCache, valid_mark
+from evl_cache.store.format.manifest import read_manifest
+from evl_cache.store.reading import sample_reader
+from tests.support.feature_caches import write_cache
 from tests.support.lying_disk import NO_HARD_LINKS, Fault, LyingDisk, lying_disk, needs_lying_disks
 
 
@@ -104,3 +110,27 @@ def test_a_second_client_sees_sizes_late_and_contents_when_it_opens(tmp_path: Pa
         (one.path / "a").write_bytes(b"12345")
         assert (two.path / "a").stat().st_size == 1
         assert (two.path / "a").read_bytes() == b"12345"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOTCONN, errno.ESTALE, errno.EACCES, errno.EMFILE])
+@pytest.mark.parametrize("name", ["done", "zarr.json", "manifest.json", "clips.jsonl"])
+def test_what_the_disk_refuses_to_read_is_not_taken_for_missing_or_damaged(
+    disk: LyingDisk, number: int, name: str
+) -> None:
+    cache = write_cache(disk.path / "cache", labels=(0, 1, 2))
+    disk.set(Fault("open", number, times=None, under=f"cache/{name}"))
+    with pytest.raises(CacheError, match=rf"cannot read .*{name}.*{os.strerror(number)}; ") as caught:
+        if name == "done":
+            valid_mark(cache.path, cache.spec, 0)
+        FeatureCache(cache.path)
+        read_manifest(cache.path, cache.spec)
+    assert not isinstance(caught.value, CacheDamaged)
+
+
+def test_a_disk_that_maps_no_files_is_read_by_calls(disk: LyingDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_reader, "is_local", lambda path: True)
+    cache = write_cache(disk.path / "cache", codec="raw")
+    expected, _ = FeatureCache(cache.path).read([0])
+    disk.set(no_mmap=True)
+    found, _ = FeatureCache(cache.path).read([0])
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

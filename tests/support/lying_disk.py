@@ -49,7 +49,7 @@ class Fault:
 
 
 NO_HARD_LINKS = Fault("link", errno.EPERM, times=None)
-SLOW_CLOSE = Fault("flush", sleep_s=0.02, times=None)
+SLOW_CLOSE = Fault("flush", sleep_s=0.005, times=None)
 
 
 @dataclass(frozen=True, kw_only=True)

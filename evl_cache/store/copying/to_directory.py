@@ -17,7 +17,7 @@ from evl_cache.store.copying.source import (
     open_source,
     read_source_mark,
 )
-from evl_cache.store.disk.file_system import check_no_links
+from evl_cache.store.disk.file_system import check_no_links, remove_file
 from evl_cache.store.disk.locks import BlockLock, LockWatcher
 from evl_cache.store.disk.publish import StagedFile, make_directories, stage_file
 from evl_cache.store.format.description import read_description
@@ -86,7 +86,7 @@ def copy_to_directory(
         if len(finished_blocks(target)) == source.spec.num_blocks:  # it was complete before, and is so again
             finish_cache(target, source.spec)
     elif finish_cache(target, source.spec) != source.cache_digest:
-        (target / MANIFEST_NAME).unlink(missing_ok=True)
+        remove_file(target / MANIFEST_NAME)
         raise CacheDamaged(
             f"{source.objects.url}: its files do not make up the cache that its manifest names; verify it there"
         )

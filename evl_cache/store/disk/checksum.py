@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from awscrt.checksums import crc32c as _crc32c
 
-from evl_cache.store.disk.file_system import disk_error, open_regular
+from evl_cache.store.disk.file_system import again_if_stale, disk_error, open_regular
 
 Buffer = bytes | bytearray | memoryview | np.ndarray[Any, Any]
 _PART_NBYTES = 1 << 20  # read and checked while it is in the processor's cache
@@ -20,10 +20,14 @@ def content_digest(content: bytes) -> tuple[int, str]:
 
 def file_digest(path: Path) -> tuple[int, str]:
     """Return size in bytes and sha256 (hexadecimal) of a file. Raises CacheError where it cannot be read."""
-    try:
+
+    def digest() -> tuple[int, str]:
         with open_regular(path) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return file.tell(), digest
+
+    try:
+        return again_if_stale(digest)
     except OSError as error:
         raise disk_error("read", path, error) from error
 
@@ -33,16 +37,20 @@ def file_crc32c(path: Path) -> tuple[int, int]:
 
     Raises CacheError where it cannot be read.
     """
-    size = checksum = 0
-    part = np.empty(_PART_NBYTES, np.uint8)
-    try:
+
+    def check() -> tuple[int, int]:
+        size = checksum = 0
+        part = np.empty(_PART_NBYTES, np.uint8)
         with open_regular(path) as file:
             while count := file.readinto(part.data):
                 size += count
                 checksum = crc32c(part[:count], checksum)
+        return size, checksum
+
+    try:
+        return again_if_stale(check)
     except OSError as error:
         raise disk_error("read", path, error) from error
-    return size, checksum
 
 
 def crc32c(data: Buffer, previous: int = 0) -> int:

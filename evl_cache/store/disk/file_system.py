@@ -5,12 +5,16 @@ import ctypes
 import errno
 import io
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 
 from evl_cache.errors import CacheError
+
+Found = TypeVar("Found")
 
 # Kinds whose pages the kernel itself reads. A mapped file of any other (NFS, Lustre, FUSE, SMB, 9p, …) that is
 # changed or lost elsewhere kills the process that touches it.
@@ -32,20 +36,41 @@ _MOUNTS = Path("/proc/self/mounts")
 _SYNC_FILE_RANGE_WRITE = 2  # of Linux's fcntl.h
 
 
+class NoHardLinks(OSError):
+    """The file system gives no file a second name: FAT, exFAT, some FUSE and SMB mounts."""
+
+
+# EXDEV: some unions of disks answer so within one directory.
+_NO_HARD_LINKS = {
+    errno.EPERM,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EMLINK,
+    errno.EXDEV,
+}
+
+
 @lru_cache(maxsize=256)
 def is_local(directory: Path) -> bool:
     """Whether a directory is on a local disk; False where that cannot be told."""
     try:
-        lines = _MOUNTS.read_text().splitlines()
+        lines = _MOUNTS.read_bytes().split(b"\n")
         resolved = directory.resolve(strict=True)
     except OSError:
         return False
     kinds: dict[Path, str] = {}
-    for line in lines:
-        _, mount, kind, *_ = line.split(" ")
-        kinds[Path(mount.encode().decode("unicode_escape"))] = kind  # a later mount hides an earlier one
+    for line in filter(None, lines):
+        _, mount, kind, *_ = line.split(b" ")
+        kinds[_mount_point(mount)] = os.fsdecode(kind)  # a later mount hides an earlier one
     nearest = next((place for place in (resolved, *resolved.parents) if place in kinds), None)
     return nearest is not None and kinds[nearest] in _LOCAL
+
+
+def _mount_point(written: bytes) -> Path:
+    """The path of a mount as the kernel writes it: white space and backslashes in octal, all other bytes as they are."""
+    plain = re.sub(rb"\\([0-7]{3})", lambda found: bytes([int(found[1], 8) & 0xFF]), written)
+    return Path(os.fsdecode(plain))
 
 
 def start_writeback(descriptor: int, start: int, end: int) -> None:
@@ -67,6 +92,64 @@ def _sync_file_range() -> Callable[[int, int, int, int], int] | None:
     function.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
     result: Callable[[int, int, int, int], int] = function
     return result
+
+
+def give_second_name(path: Path, name: Path) -> None:
+    """Give a file a second name in its directory, never replacing what has it.
+
+    Raises: FileExistsError where another file has it; NoHardLinks; OSError as linking does.
+    """
+    try:
+        os.link(path, name)
+    except FileExistsError:
+        # NFS repeats a request whose answer was lost, and the repeat finds our own link there.
+        if not os.path.samefile(path, name):
+            raise
+    except OSError as error:
+        if error.errno in _NO_HARD_LINKS:
+            raise NoHardLinks(error.errno, error.strerror) from error
+        raise
+
+
+def remove_leftover(path: Path) -> None:
+    """Remove a file that nobody needs; what cannot be removed does no harm and stays.
+
+    Close it first: NFS keeps a file that is open under a name `.nfs…`, which nobody can remove before it is closed.
+    """
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def again_if_stale(read: Callable[[], Found]) -> Found:
+    """Return what `read` returns, which opens a file and reads it; once more where it is gone meanwhile.
+
+    NFS says ESTALE of an open file that another machine removed or replaced; its name may lead to the next one.
+    """
+    try:
+        return read()
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        return read()
+
+
+def is_there(path: Path) -> bool:
+    """Whether something lies at a path. Raises: CacheError where the disk refuses to tell."""
+    try:
+        path.stat()
+    except OSError as error:
+        if is_refusal(error):
+            raise disk_error("look at", path, error) from error
+        return False
+    return True
+
+
+def remove_file(path: Path) -> None:
+    """Remove a file that may be gone already. Raises: CacheError where the disk refuses."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise disk_error("remove", path, error) from error
 
 
 def file_identity(path: Path) -> tuple[int, int] | None:
@@ -102,10 +185,23 @@ def open_descriptor(path: Path) -> int:
 
 
 def read_limited(path: Path, most_nbytes: int) -> bytes:
-    """Return a regular file's bytes. Raises: as `open_descriptor`; CacheError where it is larger."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        content = b"" if size > most_nbytes else file.read(most_nbytes + 1)
+    """Return a regular file's bytes.
+
+    Raises: OSError where there is none; CacheError where it is something else, or larger, or the disk refuses: what
+        cannot be read for now is not taken for missing or damaged.
+    """
+
+    def read() -> tuple[int, bytes]:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            return size, b"" if size > most_nbytes else file.read(most_nbytes + 1)
+
+    try:
+        size, content = again_if_stale(read)
+    except OSError as error:
+        if is_refusal(error):
+            raise disk_error("read", path, error) from error
+        raise
     if size > most_nbytes or len(content) > most_nbytes:
         raise CacheError(
             f"{path}: has {size} bytes, expected at most {most_nbytes}; it is no file of a cache"
@@ -133,9 +229,16 @@ def files_below(root: Path, directory: str = "") -> Iterator[tuple[str, int]]:
 
 
 def check_no_links(root: Path, path: Path) -> None:
-    """Check that a path below a cache stays in it. Raises: CacheError where a part of it, below `root`, is a link."""
+    """Check that a path below a cache stays in it.
+
+    Raises: CacheError where a part of it, below `root`, is a link; where the disk refuses to tell.
+    """
     while path != root:
-        if path.is_symlink():
+        try:
+            is_link = path.is_symlink()
+        except OSError as error:
+            raise disk_error("look at", path, error) from error
+        if is_link:
             raise link_error(path)
         path = path.parent
 
@@ -153,8 +256,17 @@ _REMEDIES = {
     errno.EACCES: "check the permissions of the directory",
     errno.EPERM: "check the permissions of the directory",
     errno.EROFS: "the file system is read-only: use another disk",
+    errno.ESTALE: "another machine replaced it meanwhile: run the same command again",
     errno.ENOENT: "something removed it meanwhile: run the same command again",
 }
+
+
+_NOT_THERE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+
+
+def is_refusal(error: OSError) -> bool:
+    """Whether an error tells of a disk, a permission or a limit, and nothing of what lies at the path."""
+    return error.errno not in _NOT_THERE
 
 
 def disk_error(action: str, path: Path, error: OSError) -> CacheError:

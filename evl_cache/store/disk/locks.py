@@ -1,8 +1,8 @@
 """Block locks between jobs on one disk, without trusting any two clocks.
 
-A lock is a small file, created by linking, whose holder writes a counter into it from time to time. Whoever
-finds it watches the counter with its own clock only: a counter that stands still for `expiry_s` has lost its
-holder. On the same machine a dead holder is seen at once.
+A lock is a small file (`lock_files`), whose holder writes a counter into it from time to time. Whoever finds it
+watches the counter with its own clock only: a counter that stands still for `expiry_s` has lost its holder. On the
+same machine a dead holder is seen at once.
 
 Locks save work, they do not guard data. Two writers that both believe they hold a block still end in one valid
 block: files are published whole, checked before they are marked, and checked again where a lock was lost
@@ -20,17 +20,28 @@ from pathlib import Path
 from typing import Self
 
 from evl_cache.errors import CacheError
+from evl_cache.store.disk.file_system import disk_error, remove_leftover
+from evl_cache.store.disk.lock_files import (
+    ASIDE_NAME,
+    COUNTER_DIGITS,
+    GONE,
+    LOCK_NAME,
+    SUFFIX,
+    aside_name,
+    is_of,
+    open_lock,
+    put_back,
+    read_lock,
+    take_name,
+)
 from evl_cache.store.disk.publish import make_directories
 from evl_cache.store.disk.runtime import REAL, Runtime
 
 BEAT_S = 5.0
 EXPIRY_S = 60.0
-CACHE_LOCK = "cache"  # who holds it may write what belongs to no block
 _BEATS_PER_EXPIRY = 8
 _LEAST_LOOKS = 4  # at a lock that stands still, before it is taken over
 _LEAST_POLL_S, _LONGEST_POLL_S = 0.1, 1.0
-_COUNTER_DIGITS = 20
-_SUFFIX = ".lock"
 
 
 @dataclass(frozen=True)
@@ -42,6 +53,22 @@ class _Holder:
     token: str  # two locks of one process differ: an old observation must not count against a new lock
 
 
+@dataclass(frozen=True, kw_only=True)
+class LockHolder:
+    """Who has a lock.
+
+    Attributes:
+        host, pid: of the process, for people; `?` and 0 where the lock cannot be read.
+        is_alive: whether it lives; None where only its counter tells, as it is of another machine.
+        content: all that the lock says; changes while the holder lives.
+    """
+
+    host: str
+    pid: int
+    is_alive: bool | None
+    content: bytes
+
+
 @dataclass(frozen=True)
 class _Sighting:
     content: bytes
@@ -50,22 +77,32 @@ class _Sighting:
 
 
 class BlockLock:
-    """A lock this process holds. Release it, or leave the `with` block."""
+    """A lock this process holds. Release it, or leave the `with` block.
 
-    def __init__(self, path: Path, descriptor: int, *, beat_s: float, runtime: Runtime = REAL) -> None:
+    Args:
+        path: the lock's name.
+        descriptor: its file, opened by that name: NFS, and some FUSE disks, keep an open file that loses the name it
+            was opened by under another one.
+        token: what tells it from every other lock.
+    """
+
+    def __init__(
+        self, path: Path, descriptor: int, token: bytes, *, beat_s: float, runtime: Runtime = REAL
+    ) -> None:
         self.path = path
         self._descriptor = descriptor
+        self._token = token
         self._counter = 0
         self._is_released = False
         self._stop_beats = runtime.repeat(self._beat, every_s=beat_s, name=f"lock {path.stem}")
 
     def is_held(self) -> bool:
-        """Return whether the name still leads to this process's file: a paused holder may have lost it."""
-        try:
-            found, own = os.stat(self.path), os.fstat(self._descriptor)
-        except OSError:
-            return False
-        return (found.st_dev, found.st_ino) == (own.st_dev, own.st_ino)
+        """Return whether the name still leads to this process's file: a paused holder may have lost it.
+
+        The file is opened anew: NFS remembers names and attributes for seconds, and asks its server at each open.
+        Raises: CacheError where the disk refuses.
+        """
+        return is_of(self._token, self.path)
 
     def release(self) -> None:
         """Give the block back. Safe to call twice."""
@@ -73,15 +110,20 @@ class BlockLock:
             return
         self._is_released = True
         self._stop_beats()
-        if self.is_held():
-            self.path.unlink(missing_ok=True)
-        os.close(self._descriptor)
+        try:
+            is_held = self.is_held()
+        except CacheError:
+            is_held = False  # it is not known whose it is: its time runs out
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
+        if is_held:
+            remove_leftover(self.path)
 
     def _beat(self) -> None:
         self._counter += 1
         with contextlib.suppress(OSError):  # at worst the lock is taken over, which `is_held` tells
             # In place, through the open file: after a takeover this writes to a file without a name.
-            os.pwrite(self._descriptor, f"{self._counter:0{_COUNTER_DIGITS}d}".encode(), 0)
+            os.pwrite(self._descriptor, f"{self._counter:0{COUNTER_DIGITS}d}".encode(), 0)
             os.fsync(self._descriptor)  # NFS keeps writes to itself for longer than a lock lives
 
     def __enter__(self) -> Self:
@@ -120,12 +162,16 @@ class LockWatcher:
 
         Raises: CacheError where the disk refuses.
         """
-        return self._take(self.directory / f"{block:06d}{_SUFFIX}")
+        return self._take(self.directory / f"{block:06d}{SUFFIX}")
+
+    def take_named(self, name: str) -> BlockLock | None:
+        """Return the lock of something that is no block, as `take` does."""
+        return self._take(self.directory / f"{name}{SUFFIX}")
 
     def wait_for(self, name: str) -> BlockLock:
         """Return the lock of something, once no other job holds it. Errors as `take`."""
         wait_s, longest_s = _LEAST_POLL_S, min(_LONGEST_POLL_S, self.expiry_s / _BEATS_PER_EXPIRY)
-        while (lock := self._take(self.directory / f"{name}{_SUFFIX}")) is None:
+        while (lock := self._take(self.directory / f"{name}{SUFFIX}")) is None:
             self._runtime.sleep(wait_s)
             # Longer each time: many jobs end at once, and should not lay siege to the disk.
             wait_s = max(_LEAST_POLL_S, min(1.5 * wait_s, longest_s))
@@ -141,10 +187,10 @@ class LockWatcher:
         Returns: whether no other job may be at work.
         """
         is_idle = True
-        for entry in sorted(self.directory.iterdir()):
-            if not entry.name.endswith(_SUFFIX):
-                entry.unlink(missing_ok=True)  # left by a taker that died; a living one tries again
-            elif entry != own.path:
+        for entry in _listed(self.directory):
+            if ASIDE_NAME.fullmatch(entry.name):
+                remove_leftover(entry)  # left by a taker that died; a living one tries again
+            elif LOCK_NAME.fullmatch(entry.name) and entry != own.path:
                 lock = self._take(entry)
                 is_idle = is_idle and lock is not None
                 if lock is not None:
@@ -154,7 +200,7 @@ class LockWatcher:
         return is_idle
 
     def _take(self, path: Path) -> BlockLock | None:
-        content = _read(path)
+        content = read_lock(path)
         if content is not None:  # looked at before creating: most locks that are there are held
             if not self._is_abandoned(path, content):
                 return None
@@ -162,7 +208,6 @@ class LockWatcher:
         return self._create(path)
 
     def _create(self, path: Path) -> BlockLock | None:
-        temporary = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
         pid = os.getpid()
         holder = _Holder(
             host=socket.gethostname(),
@@ -171,26 +216,16 @@ class LockWatcher:
             start=process_start(pid),
             token=secrets.token_hex(8),
         )
+        token = holder.token.encode()
         try:
-            descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise CacheError(
-                f"cannot create {temporary}: {error.strerror}; check the disk and its permissions"
-            ) from error
-        try:
-            content = b"0" * _COUNTER_DIGITS + json.dumps(asdict(holder)).encode()
-            os.write(descriptor, content)
-            if not _take_name(temporary, path):
-                os.close(descriptor)
+            if not take_name(path, b"0" * COUNTER_DIGITS + json.dumps(asdict(holder)).encode()):
                 return None
+            descriptor = open_lock(path, token)
         except OSError as error:
-            os.close(descriptor)
-            raise CacheError(
-                f"cannot lock {path}: {error.strerror}; check the disk and its permissions"
-            ) from error
-        finally:
-            temporary.unlink(missing_ok=True)
-        return BlockLock(path, descriptor, beat_s=self.beat_s, runtime=self._runtime)
+            raise disk_error("lock", path, error) from error
+        if descriptor is None:
+            return None
+        return BlockLock(path, descriptor, token, beat_s=self.beat_s, runtime=self._runtime)
 
     def _is_abandoned(self, path: Path, content: bytes) -> bool:
         now, before = self._runtime.now_s(), self._seen.get(path.name)
@@ -204,30 +239,17 @@ class LockWatcher:
     def _remove_abandoned(self, path: Path) -> None:
         """Remove exactly the file that was watched: a new holder's may have come in its place."""
         observed = self._seen.pop(path.name).content
-        aside = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        aside = aside_name(path)
         try:
             os.rename(path, aside)
-        except FileNotFoundError:
-            return
-        if _read(aside) != observed:
+        except OSError as error:
+            if error.errno in GONE:
+                return
+            raise disk_error("take over", path, error) from error
+        if read_lock(aside) != observed:
             # It lives: put it back, unless a third job took the name: the displaced one notices by is_held.
-            with contextlib.suppress(OSError):
-                os.link(aside, path)
-        aside.unlink(missing_ok=True)
-
-
-def _take_name(temporary: Path, path: Path) -> bool:
-    """Whether `path` is now a name of the file `temporary`."""
-    try:
-        os.link(temporary, path)
-    except FileExistsError:
-        # NFS repeats a request whose answer was lost, and the repeat finds our own link there.
-        with contextlib.suppress(OSError):
-            return os.path.samefile(temporary, path)
-        return False
-    except FileNotFoundError:
-        return False  # swept: the caller tries again
-    return True
+            put_back(aside, path)
+        remove_leftover(aside)
 
 
 def machine_id() -> str:
@@ -249,20 +271,45 @@ def process_start(pid: int) -> str:
 
 
 def lock_holders(directory: Path) -> dict[int, str]:
-    """Return the host that has each block's lock, alive or not; `?` for a lock that cannot be read."""
+    """Return the host that has each block's lock, alive or not; `?` for a lock that cannot be read.
+
+    Raises: CacheError where the disk refuses.
+    """
     found = {}
-    for path in directory.glob(f"[0-9]*{_SUFFIX}"):
-        content = _read(path)
+    for path in _listed(directory):
+        content = read_lock(path) if LOCK_NAME.fullmatch(path.name) else None
         if path.stem.isdecimal() and content is not None:
             holder = _parse(content)
             found[int(path.stem)] = "?" if holder is None else holder.host
     return found
 
 
+def _listed(directory: Path) -> list[Path]:
+    try:
+        return sorted(directory.iterdir())
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise disk_error("read", directory, error) from error
+
+
+def lock_holder(directory: Path, name: str) -> LockHolder | None:
+    """Return who has the lock of something that is no block; None where there is no such lock."""
+    content = read_lock(directory / f"{name}{SUFFIX}")
+    if content is None:
+        return None
+    holder = _parse(content)
+    if holder is None:
+        return LockHolder(host="?", pid=0, is_alive=None, content=content)
+    is_here = holder.machine == machine_id()
+    is_alive = not _holder_is_dead(content) if is_here else None
+    return LockHolder(host=holder.host, pid=holder.pid, is_alive=is_alive, content=content)
+
+
 def _parse(content: bytes) -> _Holder | None:
     """Return who holds a lock; None where it is unreadable."""
     try:
-        return _Holder(**json.loads(content[_COUNTER_DIGITS:]))
+        return _Holder(**json.loads(content[COUNTER_DIGITS:]))
     except (ValueError, TypeError):
         return None
 
@@ -272,10 +319,3 @@ def _holder_is_dead(content: bytes) -> bool:
     if holder is None:
         return False  # only time tells
     return holder.machine == machine_id() and process_start(holder.pid) != holder.start
-
-
-def _read(path: Path) -> bytes | None:
-    try:
-        return path.read_bytes()
-    except OSError:
-        return None

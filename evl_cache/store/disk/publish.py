@@ -24,12 +24,20 @@ from numpy.typing import NDArray
 
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.store.disk.checksum import content_digest, crc32c, file_digest
-from evl_cache.store.disk.file_system import disk_error, start_writeback
+from evl_cache.store.disk.file_system import (
+    NoHardLinks,
+    again_if_stale,
+    disk_error,
+    give_second_name,
+    is_there,
+    open_regular,
+    remove_leftover,
+    start_writeback,
+)
 from evl_cache.store.disk.permissions import give_directory_mode, give_file_mode
 
 FILE_MODE = 0o644  # less the umask, which the kernel applies
 _STAGING_NAME = re.compile(r"\.tmp-[A-Za-z0-9_-]{1,40}-[0-9]+-[0-9a-f]{16}")
-_NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _PLACEHOLDER_WAIT_S = 2.0
 # Written at a time, at multiples of it: the page cache then holds the file in pages of this size, which are copied
@@ -65,8 +73,7 @@ class StagedFile:
     """
 
     def __init__(self, directory: Path) -> None:
-        host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
-        self.path = Path(directory) / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
+        self.path = _staging_path(Path(directory))
         self.size = self.crc32c = 0
         self._pending: NDArray[np.uint8] | None = None  # the last huge page, not written yet
         self._written = 0  # bytes that the kernel has
@@ -74,13 +81,15 @@ class StagedFile:
         self._hash = hashlib.sha256()
         self._descriptor: int | None = None
         self._staged = False
+        self._inode = 0  # once sealed
         try:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._descriptor = os.open(self.path, flags, FILE_MODE)
+            self._staged = True
             give_file_mode(self._descriptor)
         except OSError as error:
+            self.discard()
             raise disk_error("create", self.path, error) from error
-        self._staged = True
 
     @property
     def sha256(self) -> str:
@@ -133,17 +142,20 @@ class StagedFile:
         """Give the file the name `final` (same directory), durably, in place of what may exist there."""
         self._seal(final)
         with self._discarded_on_error("publish", final):
-            os.replace(self.path, final)
+            try:
+                os.replace(self.path, final)
+            except FileNotFoundError:
+                # NFS repeats a request whose answer was lost, and the repeat finds nothing left to rename.
+                if not _is_file(final, self._inode):
+                    raise
             self._staged = False
             fsync_directory(final.parent)
 
     def discard(self) -> None:
         """Close and remove the staged file; no effect once published."""
-        try:
+        with contextlib.suppress(OSError):  # the first error is the one to show
             self._close()
-            self._remove()
-        except OSError:
-            pass  # a leftover is harmless and recognisable; the first error is the one to show
+        self._remove()
 
     def _seal(self, final: Path) -> None:
         if final.parent != self.path.parent:
@@ -153,6 +165,7 @@ class StagedFile:
         self._flush(self._descriptor)
         with self._discarded_on_error("sync", self.path):
             os.fsync(self._descriptor)
+            self._inode = os.fstat(self._descriptor).st_ino
             self._close()
 
     @contextlib.contextmanager
@@ -165,18 +178,14 @@ class StagedFile:
 
     def _take_name(self, final: Path) -> None:
         try:
-            os.link(self.path, final)
+            give_second_name(self.path, final)
         except FileExistsError:
-            # NFS repeats a request whose answer was lost, and the repeat finds our own link there.
-            if not os.path.samefile(self.path, final):
-                self._refuse(final)
-        except OSError as error:
-            if error.errno not in _NO_HARD_LINKS:
-                raise
+            self._refuse(final)
+        except NoHardLinks:
             self._rename_without_links(final)
 
     def _rename_without_links(self, final: Path) -> None:
-        """Publish where there are no hard links (FAT, some FUSE and SMB mounts).
+        """Publish where there are no hard links.
 
         A rename alone would replace what exists. O_EXCL on an empty placeholder under the final name decides
         who may rename. A writer that died between the two steps leaves the placeholder; no file of ours is
@@ -188,7 +197,13 @@ class StagedFile:
         except FileExistsError:
             if not _stays_empty(final):
                 self._refuse(final)
-        os.rename(self.path, final)
+        try:
+            os.rename(self.path, final)
+        except OSError:
+            with contextlib.suppress(OSError):
+                if _is_empty(final):
+                    remove_leftover(final)
+            raise
         self._staged = False
 
     def _refuse(self, final: Path) -> None:
@@ -206,7 +221,7 @@ class StagedFile:
     def _remove(self) -> None:
         if self._staged:
             self._staged = False
-            self.path.unlink(missing_ok=True)
+            remove_leftover(self.path)  # closed by now
 
     def __enter__(self) -> Self:
         return self
@@ -237,10 +252,28 @@ def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a staging name that anything may write a file to; at the end it is published in place of what is at `path`.
+
+    For files that are no cache's: their permissions are those of the umask. An error leaves what was there. Raises:
+    OSError where the file system refuses.
+    """
+    staging = _staging_path(path.parent)
+    try:
+        yield staging
+        with staging.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
 def make_directories(path: Path) -> None:
     """Create `path` and its missing parents, each made durable. Several writers may do so at once."""
     missing = [path]
-    while not missing[-1].is_dir() and missing[-1] != missing[-1].parent:
+    while not is_there(missing[-1]) and missing[-1] != missing[-1].parent:
         missing.append(missing[-1].parent)
     for directory in reversed(missing[:-1]):
         try:
@@ -278,10 +311,32 @@ def fsync_directory(path: Path) -> None:
             raise disk_error("sync", path, error) from error
 
 
+def _staging_path(directory: Path) -> Path:
+    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
+    return directory / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
+
+
+def _is_file(path: Path, inode: int) -> bool:
+    try:
+        return path.stat().st_ino == inode
+    except OSError:
+        return False
+
+
 def _stays_empty(path: Path) -> bool:
     deadline = time.monotonic() + _PLACEHOLDER_WAIT_S
     while time.monotonic() < deadline:
-        if path.stat().st_size > 0:
+        if not _is_empty(path):
             return False
         time.sleep(0.01)
-    return path.stat().st_size == 0
+    return _is_empty(path)
+
+
+def _is_empty(path: Path) -> bool:
+    """Whether a file is empty by now. Read, since its size may be remembered from before."""
+
+    def read() -> bytes:
+        with open_regular(path) as file:
+            return file.read(1)
+
+    return again_if_stale(read) == b""

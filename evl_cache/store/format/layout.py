@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from evl_cache.errors import UsageError
 from evl_cache.spec import CacheSpec
+from evl_cache.store.disk.file_system import is_there
 from evl_cache.store.shards.codec import ChunkCodec
 from evl_cache.store.shards.metadata import array_metadata, shard_path
 
@@ -157,7 +158,7 @@ def redo_path(cache_path: Path, block: int) -> Path:
 
 def is_in_redo(cache_path: Path, block: int) -> bool:
     """Whether a redo of a block was begun and not ended. Readers have what its old mark promises."""
-    return redo_path(cache_path, block).exists()
+    return is_there(redo_path(cache_path, block))
 
 
 def marked_blocks(cache_path: Path) -> set[int]:

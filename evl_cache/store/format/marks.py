@@ -13,7 +13,7 @@ from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.extract_options import MOST_BATCH
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest
-from evl_cache.store.disk.file_system import check_no_links, read_limited
+from evl_cache.store.disk.file_system import check_no_links, is_refusal, read_limited
 from evl_cache.store.format.layout import ArrayLayout, array_layouts, mark_path
 from evl_cache.store.format.limits import mark_limit, shortened_reason
 from evl_cache.store.shards.shard import ShardRecord
@@ -124,7 +124,10 @@ def read_mark(cache_path: Path, block: int, spec: CacheSpec) -> Mark | None:
 
 
 def read_mark_bytes(cache_path: Path, block: int, spec: CacheSpec) -> bytes | None:
-    """Return the bytes of a block's mark; None where there is none. Raises: CacheDamaged as `read_mark`."""
+    """Return the bytes of a block's mark; None where there is none.
+
+    Raises: CacheDamaged as `read_mark`; CacheError where the disk refuses: a block is not taken for undone then.
+    """
     path = mark_path(cache_path, block)
     try:
         check_no_links(cache_path, path.parent)
@@ -132,6 +135,8 @@ def read_mark_bytes(cache_path: Path, block: int, spec: CacheSpec) -> bytes | No
     except FileNotFoundError:
         return None
     except (OSError, CacheError) as error:
+        if isinstance(error.__cause__, OSError) and is_refusal(error.__cause__):
+            raise
         raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
 
 

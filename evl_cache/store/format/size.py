@@ -6,7 +6,7 @@ from pathlib import Path
 
 from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.file_system import files_below
+from evl_cache.store.disk.file_system import files_below, is_there
 from evl_cache.store.format.description import description_files
 from evl_cache.store.format.layout import PROJECTIONS_NAME, array_layouts, marked_blocks
 from evl_cache.store.format.limits import projections_nbytes
@@ -55,9 +55,14 @@ def check_free_space(cache_path: Path, spec: CacheSpec) -> None:
     if not (cache_path / PROJECTIONS_NAME).exists():
         needed += projections_nbytes(spec)
     existing = cache_path
-    while not existing.exists() and existing != existing.parent:
+    while not is_there(existing) and existing != existing.parent:
         existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    try:
+        total, _, free = shutil.disk_usage(existing)
+    except OSError:
+        return  # a disk that does not tell how much is free
+    if total == 0:
+        return  # nor does this one
     if needed > free:
         raise CacheError(
             f"{cache_path}: {left} samples need about {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections.abc import Sequence
@@ -48,7 +49,9 @@ class LocalFile:
         self.mapped: Bytes | None = None
         self._descriptor: int | None = open_descriptor(path)
         if map_file and self.size_now() > 0:
-            self._pages = mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ)
+            with contextlib.suppress(OSError):  # a disk that maps no files: they are read by calls
+                self._pages = mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ)
+        if self._pages is not None:
             self.mapped = np.frombuffer(self._pages, np.uint8)
             self._close()  # the map keeps a descriptor of its own
 

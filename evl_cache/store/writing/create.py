@@ -10,8 +10,9 @@ from evl_cache.attention_maps import MapProjection
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.file_system import check_no_links
-from evl_cache.store.disk.locks import CACHE_LOCK, EXPIRY_S, LockWatcher
+from evl_cache.store.disk.file_system import check_no_links, is_there
+from evl_cache.store.disk.lock_files import CACHE_LOCK
+from evl_cache.store.disk.locks import EXPIRY_S, LockWatcher
 from evl_cache.store.disk.publish import AlreadyPublished, make_directories, write_atomic
 from evl_cache.store.format.description import (
     CacheDescription,
@@ -56,10 +57,10 @@ def create_cache(
     """
     for name in (DONE_NAME, LOCKS_NAME, METADATA_NAME, *array_layouts(spec)):
         check_no_links(cache_path, cache_path / name)
-    if not (cache_path / METADATA_NAME).exists():
+    if not is_there(cache_path / METADATA_NAME):
         # One job at a time: two with different specs would mix their files.
         with LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK):
-            if not (cache_path / METADATA_NAME).exists():
+            if not is_there(cache_path / METADATA_NAME):
                 _lay_down(cache_path, spec, tuple(clips), origin, created_with, projections)
     differences = spec.differences(read_description(cache_path).spec)
     if differences:

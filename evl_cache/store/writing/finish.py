@@ -1,13 +1,15 @@
 """The end of a job: it removes the staged files and locks that killed jobs left, and writes the manifest."""
 
+import contextlib
 import os
 from functools import partial
 from pathlib import Path
 
 from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.file_system import file_identity
-from evl_cache.store.disk.locks import CACHE_LOCK, EXPIRY_S, BlockLock, LockWatcher
+from evl_cache.store.disk.file_system import file_identity, remove_leftover
+from evl_cache.store.disk.lock_files import CACHE_LOCK
+from evl_cache.store.disk.locks import EXPIRY_S, BlockLock, LockWatcher
 from evl_cache.store.disk.publish import is_staging_name
 from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.layout import DONE_NAME, LOCKS_NAME, MANIFEST_NAME, array_layouts
@@ -17,12 +19,11 @@ _ATTEMPTS = 5  # at the manifest, by a job that is paused again and again
 
 
 def remove_leftovers(directory: Path) -> None:
-    """Remove staged files. The caller knows that no live writer is in this directory."""
-    if directory.is_dir():
-        with os.scandir(directory) as entries:
-            for entry in entries:
-                if is_staging_name(entry.name):
-                    Path(entry.path).unlink(missing_ok=True)
+    """Remove staged files, as far as the disk lets. The caller knows that no live writer is in this directory."""
+    with contextlib.suppress(OSError):
+        for name in os.listdir(directory):
+            if is_staging_name(name):
+                remove_leftover(directory / name)
 
 
 def finish_cache(

@@ -13,7 +13,7 @@ from pathlib import Path
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest, file_crc32c, file_digest
-from evl_cache.store.disk.file_system import check_no_links, file_identity
+from evl_cache.store.disk.file_system import check_no_links, file_identity, is_there, remove_file
 from evl_cache.store.disk.locks import BlockLock
 from evl_cache.store.disk.publish import (
     AlreadyPublished,
@@ -131,9 +131,9 @@ class BlockPublication:
         check_no_links(self._cache_path, path.parent)
         # What is there was left by a job that died before its mark, or is of one that took the block over. The right
         # file stays, so that open readers see no change.
-        if path.exists() and not has_digest(path, (file.size, file.sha256)):
+        if is_there(path) and not has_digest(path, (file.size, file.sha256)):
             self.check_lock()
-            path.unlink(missing_ok=True)
+            remove_file(path)
         with contextlib.suppress(AlreadyPublished):
             file.publish(path)
 
@@ -266,13 +266,13 @@ def valid_mark(cache_path: Path, spec: CacheSpec, block: int) -> Mark | None:
 
 def _was_marked(cache_path: Path, block: int) -> bool:
     """Whether a block has a mark, intact or not, or is part of a cache that was complete."""
-    return mark_path(cache_path, block).exists() or (cache_path / MANIFEST_NAME).exists()
+    return is_there(mark_path(cache_path, block)) or is_there(cache_path / MANIFEST_NAME)
 
 
 def _unlink_for_good(cache_path: Path, path: Path) -> None:
     check_no_links(cache_path, path.parent)
-    if path.exists():
-        path.unlink(missing_ok=True)
+    if is_there(path):
+        remove_file(path)
         fsync_directory(path.parent)
 
 
