@@ -137,6 +137,11 @@ COMMANDS: dict[str, tuple[Callable[[Path], None], list[str], int]] = {
     "pull into place": (unfinish, ["pull", "caches/other", MINE], 0),
     "pull of another codec": (lambda home: None, ["pull", MINE, "elsewhere", "--codec", "raw"], 0),
     "train": (lambda home: None, ["train", "--cache", MINE, "--val-cache", "caches/val", "--out", "runs/new", *TRAIN], 0),
+    "train --resume": (
+        lambda home: None,
+        ["train", "--cache", MINE, "--val-cache", "caches/val", "--out", "runs/mine", "--resume", *TRAIN],
+        0,
+    ),
     "sweep": (
         lambda home: None,
         ["sweep", "--cache", MINE, "--val-cache", "caches/val", "--out", "runs/sweep", "--head", "linear,meanpool",
