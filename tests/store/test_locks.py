@@ -190,3 +190,20 @@ def _target(link: str) -> str:
         return os.readlink(link)
     except OSError:
         return ""
+
+
+@pytest.mark.usefixtures("links")
+def test_a_lock_that_cannot_be_opened_after_it_was_taken_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def fails_to_open_what_is_there(path: Any, flags: int, *mode: int, **more: Any) -> int:
+        if str(path).endswith(".lock") and not flags & os.O_CREAT:
+            failing(errno.EIO)()
+        return real(path, flags, *mode, **more)
+
+    monkeypatch.setattr(os, "open", fails_to_open_what_is_there)
+    with pytest.raises(CacheError, match=r"cannot lock .*000000\.lock: Input/output error"):
+        LockWatcher(tmp_path).take(0)
+    assert list(tmp_path.iterdir()) == []

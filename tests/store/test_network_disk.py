@@ -134,3 +134,28 @@ def test_a_disk_that_maps_no_files_is_read_by_calls(disk: LyingDisk, monkeypatch
     disk.set(no_mmap=True)
     found, _ = FeatureCache(cache.path).read([0])
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_an_open_reader_goes_on_where_another_machine_put_the_same_rows_into_a_new_file(
+    disk: LyingDisk,
+) -> None:
+    cache = write_cache(disk.path / "cache", labels=(0, 1, 2))
+    expected, _ = cache.read([0, 2])
+    disk.set(stale=True)
+    shards = [path for path in (cache.path / "tokens" / "c").rglob("*") if path.is_file()]
+    for shard in shards:
+        subprocess.run(["cp", shard, shard.with_name("new")], check=True)
+        subprocess.run(["mv", shard.with_name("new"), shard], check=True)
+    found, _ = cache.read([0, 2])
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("number", [errno.ENOTCONN, errno.EACCES, errno.ESTALE, errno.ETIMEDOUT])
+def test_features_that_the_disk_refuses_to_read_are_not_called_damaged(disk: LyingDisk, number: int) -> None:
+    cache = write_cache(disk.path / "cache", labels=(0, 1, 2))
+    disk.set(Fault("read", number, times=None, under="cache/tokens"), no_mmap=True)
+    with pytest.raises(CacheError, match=rf"cannot .*read.*{os.strerror(number)}") as caught:
+        cache.read([0])
+    assert not isinstance(caught.value, CacheDamaged)
+    disk.clear()
+    cache.read([0])

@@ -11,6 +11,7 @@ import re
 import secrets
 from pathlib import Path
 
+from evl_cache.errors import CacheError
 from evl_cache.store.disk.file_system import (
     NoHardLinks,
     again_if_stale,
@@ -72,18 +73,26 @@ def _write_new(path: Path, content: bytes) -> None:
 def open_lock(path: Path, token: bytes) -> int | None:
     """Return a descriptor of a lock that was just taken; None where another job has taken it over already.
 
-    Raises: OSError where the disk refuses.
+    Raises: OSError or CacheError where the disk refuses. The lock is removed then, if that can be: no one would hold it.
     """
+    descriptor = None
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except OSError as error:
-        if error.errno in GONE:
-            return None
-        raise
-    if token in (read_lock(path) or b""):
-        return descriptor
-    os.close(descriptor)
+        if is_of(token, path):
+            return descriptor
+    except (OSError, CacheError) as error:
+        if not isinstance(error, OSError) or error.errno not in GONE:
+            _close(descriptor)
+            remove_leftover(path)
+            raise
+    _close(descriptor)
     return None
+
+
+def _close(descriptor: int | None) -> None:
+    if descriptor is not None:
+        with contextlib.suppress(OSError):  # nothing was written through it
+            os.close(descriptor)
 
 
 def aside_name(path: Path) -> Path:

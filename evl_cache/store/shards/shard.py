@@ -6,6 +6,7 @@ Reading is not tied to that order.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -18,11 +19,12 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.store.disk.checksum import crc32c
+from evl_cache.store.disk.file_system import disk_error
 from evl_cache.store.disk.publish import StagedFile
 from evl_cache.store.shards.codec import ALIGNMENT, CRC_NBYTES, Array, ChunkCodec, byte_view, scratch
 from evl_cache.store.shards.raw_rows import RawRows, even_stride
 from evl_cache.store.shards.shard_file import LocalFile, ShardFile, check_size
-from evl_cache.store.shards.shard_index import MISSING, OpenShard, index_content
+from evl_cache.store.shards.shard_index import MISSING, OpenShard, index_content, refusal_of
 
 MISSING_CHECKSUM = 0  # CRC-32C of no bytes
 _MAX_RUN_CHUNKS = 256  # read by one call: two buffers each stay below the kernel's 1024
@@ -129,7 +131,8 @@ class ShardWriter:
 class ShardReader:
     """A shard file whose whole chunks are read. Opened at first use and again after a fork; threads may share it.
 
-    Errors of reading are CacheDamaged and name file and chunk. A missing chunk is one.
+    Errors of reading are CacheDamaged and name file and chunk. A missing chunk is one. Where the disk refuses (it is
+    gone, or a permission is) they are CacheError.
 
     Args:
         path: where the shard lies.
@@ -186,8 +189,21 @@ class ShardReader:
         """
         if len(chunks) != len(outs):
             raise UsageError(f"{len(chunks)} chunks for {len(outs)} outputs: give one output for each chunk")
-        opened = self._opened()[0]
         targets = [self._target(out) for out in outs]
+        try:
+            self._read_all(chunks, targets)
+        except CacheDamaged as error:
+            if (refusal := refusal_of(error)) is None:
+                raise
+            if refusal.errno != errno.ESTALE:
+                raise disk_error("read", self.path, refusal) from error
+            # Another machine put a new file in the place of this one, whose chunks have the checksums that the mark
+            # promised, where they were kept.
+            self.close()
+            self._read_all(chunks, targets)
+
+    def _read_all(self, chunks: Sequence[int], targets: list[NDArray[np.uint8]]) -> None:
+        opened = self._opened()[0]
         for start, stop in self._runs(opened.index, chunks):
             self._read_run(opened, chunks[start:stop], targets[start:stop])
 

@@ -84,7 +84,10 @@ class LocalFile:
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, None
         if descriptor is not None:
-            os.close(descriptor)
+            with contextlib.suppress(
+                OSError
+            ):  # it was only read: a disk that is gone by now takes nothing along
+                os.close(descriptor)
 
     def __del__(self) -> None:
         if hasattr(self, "_descriptor"):  # not where opening failed

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store.disk.checksum import crc32c
+from evl_cache.store.disk.file_system import disk_error
 from evl_cache.store.shards.codec import CRC_NBYTES
 from evl_cache.store.shards.shard_file import LocalFile, ShardFile
 
 MISSING = 2**64 - 1
 _ENTRY_NBYTES = 16
-_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESTALE, errno.EIO}
+_DAMAGE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EIO}
 
 
 def index_content(index: NDArray[np.uint64]) -> bytes:
@@ -54,6 +55,8 @@ class OpenShard:
         try:
             return cls(open_file(path), num_chunks)
         except CacheDamaged as error:
+            if (refusal := refusal_of(error)) is not None:
+                raise disk_error("read", path, refusal) from error
             raise CacheDamaged(f"{path} {error}; verify and repair the cache") from error
         except OSError as error:
             problem = f"cannot read {path}: {error.strerror}"
@@ -69,6 +72,14 @@ class OpenShard:
         if len(entries):
             stop = int((entries[:, 0] + entries[:, 1]).max())
             self.file.will_need(int(entries[:, 0].min()), stop)
+
+
+def refusal_of(error: BaseException) -> OSError | None:
+    """Return the disk's own error behind one of reading, unless it tells of damage: then a repair cannot help."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__
+    return None if cause is None or cause.errno in _DAMAGE else cause
 
 
 def _index_of(file: ShardFile, num_chunks: int) -> NDArray[np.uint64]:
