@@ -24,6 +24,21 @@ def digest(content: object) -> str:
     return hashlib.sha256(_canonical(content, allow_nan=True)).hexdigest()
 
 
+def signed_json(content: Mapping[str, Any]) -> tuple[bytes, str]:
+    """Return `canonical_json` of an object with its own digest as a further entry `digest`, and the digest.
+
+    A large object is encoded once. It must have an entry whose name sorts after `digest`.
+    """
+    text = _canonical(content, allow_nan=False)
+    first = {name: value for name, value in content.items() if name < "digest"}
+    assert len(first) < len(content)
+    at = (
+        len(_canonical(first, allow_nan=False)) if first else 1
+    )  # a comma stands where that has its last brace
+    own = hashlib.sha256(text).hexdigest()
+    return b"".join((text[:at], f'"digest":"{own}",'.encode(), text[at:], b"\n")), own
+
+
 def digest_matches(content: Mapping[str, Any], written: bytes) -> bool:
     """Whether the entry `digest` of an object, which `written` was read as, is the digest of all its other entries."""
     stored = content.get("digest")

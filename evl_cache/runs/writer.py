@@ -5,6 +5,7 @@ tells, which a living writer moves: it is watched for `EXPIRY_S`, by this proces
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,9 @@ from evl_cache.store import EXPIRY_S, REAL, BlockLock, LockWatcher, Runtime, is_
 RUNS_NAME = "runs"  # the folder of a sweep with a run directory for each of its heads
 OnWait = Callable[[str], None]
 _LOCK = "writer"
+_ASIDE_NAME = re.compile(
+    rf"\.{_LOCK}\.lock-[0-9a-f]{{16}}"
+)  # as `LockWatcher` names a lock that it puts aside
 _LOOK_S = 1.0
 
 
@@ -93,7 +97,7 @@ def new_run_directory(cache_name: str, head: str) -> Path:
 
 
 def _is_leftover(name: str) -> bool:
-    return is_staging_name(name) or name.startswith(f".{_LOCK}.lock-")
+    return is_staging_name(name) or _ASIDE_NAME.fullmatch(name) is not None
 
 
 def _around(out: Path) -> list[Path]:

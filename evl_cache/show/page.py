@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evl_cache.errors import CacheError
+from evl_cache.errors import CacheError, UsageError
 from evl_cache.runs import Scores, run_loader, score, write_text
 from evl_cache.show.view import ShowRun, show_cached
 from evl_cache.store import FeatureCache
 
 PAGE_NAME = "index.html"
+_NOTE = "Scores are means over a clip's views; the pictures show its first view."
 
 
 def show_page(
@@ -36,8 +37,9 @@ def show_page(
         device: where clips are scored.
         on_picture: called after each picture, with the number of pictures done and of all.
 
-    Raises: as `evaluate` and `show_cached` do.
+    Raises: as `evaluate` and `show_cached` do; UsageError where files of others would be written over.
     """
+    _check_place(folder, each)
     head = run.head.to(device)
     loader = run_loader(run.path, run.config, head, cache, clips=clips)
     scores = score(head, loader, device=torch.device(device))
@@ -57,6 +59,18 @@ def show_page(
     page = folder / PAGE_NAME
     write_text(page, _page(run.path, cache, scores, sections))
     return page
+
+
+def _check_place(folder: Path, each: int) -> None:
+    """Check that files of a page are written over where they are a page's. Raises: UsageError."""
+    names = (f"{kind}-{number:02d}.png" for kind in ("wrongest", "surest") for number in range(1, each + 1))
+    taken = [name for name in (PAGE_NAME, *names) if (folder / name).exists()]
+    page = folder / PAGE_NAME
+    is_ours = page.is_file() and _NOTE in page.read_text(encoding="utf-8", errors="replace")
+    if taken and not is_ours:
+        raise UsageError(
+            f"{folder / taken[0]} is there, and is no file of such a page; choose another --page"
+        )
 
 
 def wrongest_and_surest(scores: Scores, each: int) -> tuple[list[int], list[int]]:
@@ -95,7 +109,7 @@ def _page(
         (
             f"<p>{len(scores.labels)} clips of <code>{html.escape(cache.path.name)}</code>, "
             f"tower {html.escape(cache.spec.tower.model)}, top-1 {scores.top(1):.1f} %. "
-            "Scores are means over a clip's views; the pictures show its first view.</p>"
+            f"{_NOTE}</p>"
         ),
     ]
     for name, rows in sections:

@@ -4,6 +4,7 @@ It is no proof of authenticity: whoever can write the cache can make a consisten
 digest with one you trust.
 """
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from evl_cache.store.format.layout import (
     is_in_redo,
     mark_name,
     mark_path,
+    marked_blocks,
     redo_path,
 )
 from evl_cache.store.format.limits import MOST_DESCRIPTION_NBYTES
@@ -40,6 +42,8 @@ from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.store.shards.shard_index import read_index
 from evl_cache.untrusted.json_text import parse_json
 
+_MARK_NAME = re.compile(rf"{DONE_NAME}/([0-9]{{6,12}})\.json")
+_FIRST_NUMBER = re.compile("/([0-9]{1,12})(?![0-9])")
 BlockFiles = Mapping[str, tuple[int, str]]  # as `block_files` returns them
 
 
@@ -81,7 +85,7 @@ def verify_cache(
     """Check every file of a cache.
 
     Args:
-        on_block: called after each block.
+        on_block: called after each block that has a mark.
         threads: blocks checked at a time.
 
     Raises: CacheError where there is no cache at all.
@@ -104,11 +108,13 @@ def verify_cache(
         on_block()
         return result
 
+    # Only those that are there: a stranger's description may claim a hundred million.
+    marked = sorted(block for block in marked_blocks(cache_path) if block < spec.num_blocks)
     with ThreadPoolExecutor(threads) as pool:
-        results = list(pool.map(check, range(spec.num_blocks)))
-    for block, (_, reasons) in enumerate(results):
+        results = dict(zip(marked, pool.map(check, marked), strict=True))
+    for block, (_, reasons) in results.items():
         problems += _problems(reasons, block)
-    done = {block: files for block, (files, reasons) in enumerate(results) if files and not reasons}
+    done = {block: files for block, (files, reasons) in results.items() if files and not reasons}
     cache_digest, more = _check_manifest(cache_path, spec, done, intact=not problems)
     return Verification(
         problems=tuple(problems + more),
@@ -187,8 +193,11 @@ def _check_manifest(
         return None, _problems([missing] if is_complete and intact else [])
     if not is_complete:
         reason = "in the manifest, but not a valid mark; repair the cache"
-        absent = [block for block in range(spec.num_blocks) if block not in done]
-        return manifest.digest, _blamed(cache_path, absent, reason)
+        named = (int(match[1]) for name in manifest.files if (match := _MARK_NAME.fullmatch(name)))
+        absent = sorted(block for block in named if block < spec.num_blocks and block not in done)
+        unnamed = f"{path}: does not name every block; repair the cache"
+        is_whole = len(absent) + len(done) >= spec.num_blocks
+        return manifest.digest, _blamed(cache_path, absent, reason) + _problems([] if is_whole else [unnamed])
     if not intact:
         return manifest.digest, []
     files = {name: digest for block in done.values() for name, digest in block.items()}
@@ -227,8 +236,13 @@ def _strays(cache_path: Path, spec: CacheSpec) -> list[str]:
     names_of |= {name: layout.shard_name for name, layout in array_layouts(spec).items()}
     out: list[str] = []
     for directory, name_of in names_of.items():
-        known = {name_of(block) for block in range(spec.num_blocks)} | {f"{directory}/{METADATA_NAME}"}
-        out += [name for name, _ in files_below(cache_path, directory) if name not in known]
+        for name, _ in files_below(cache_path, directory):
+            number = _FIRST_NUMBER.search(name)  # of the block, where it is one's
+            is_known = (
+                number is not None and int(number[1]) < spec.num_blocks and name == name_of(int(number[1]))
+            )
+            if not is_known and name != f"{directory}/{METADATA_NAME}":
+                out.append(name)
     out = [name for name in out if not is_staging_name(name.rpartition("/")[2])]
     redone = {redo_path(Path(), block).as_posix() for block in blocks_in_redo(cache_path)}
     return sorted(set(out) - redone)

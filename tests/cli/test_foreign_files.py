@@ -19,8 +19,6 @@ from tests.support.example_data import DEMO_TOWER, OFFICIAL
 from tests.support.foreign_files import ARRAYS, Found, link, look, plant_in_cache, touched, write
 from tests.support.servers import faulty_server
 
-# Names in `locks/`: TODO of the change that lets `LockWatcher.sweep` remove its own files only; then True.
-SWEEP_KEEPS_FOREIGN_LOCKS = False
 EXTRACT = "extract --dataset list --list clips.txt --root videos --frames 4 --stride 2 --layers 2-3 --views 3x1".split()
 TRAIN = "--head linear --steps 2 --batch 4 --device cpu".split()
 MINE = "caches/mine"
@@ -73,13 +71,13 @@ def plant(home: Path) -> dict[str, Found]:
     ours = {f"{MINE}/{name}" for name in look(home / MINE)} | {
         f"runs/mine/{name}" for name in look(home / "runs/mine")
     }
-    plant_in_cache(home / MINE, home.parent / "outside", with_locks=SWEEP_KEEPS_FOREIGN_LOCKS)
+    plant_in_cache(home / MINE, home.parent / "outside")
     for place in (home, home / "caches", home / "runs" / "mine"):
-        plant_in_cache(place, home.parent / f"outside-{place.name}", with_locks=True)
+        plant_in_cache(place, home.parent / f"outside-{place.name}")
     elsewhere = (
         home / "elsewhere"
     )  # where a cache may be begun: marks and arrays without a description are refused
-    plant_in_cache(elsewhere, home.parent / "outside-elsewhere", with_locks=SWEEP_KEEPS_FOREIGN_LOCKS)
+    plant_in_cache(elsewhere, home.parent / "outside-elsewhere")
     for name in ("999999.json", "888888.json"):
         (elsewhere / "done" / name).unlink()
     for array in ARRAYS:
@@ -139,6 +137,11 @@ COMMANDS: dict[str, tuple[Callable[[Path], None], list[str], int]] = {
     "pull into place": (unfinish, ["pull", "caches/other", MINE], 0),
     "pull of another codec": (lambda home: None, ["pull", MINE, "elsewhere", "--codec", "raw"], 0),
     "train": (lambda home: None, ["train", "--cache", MINE, "--val-cache", "caches/val", "--out", "runs/new", *TRAIN], 0),
+    "train --resume": (
+        lambda home: None,
+        ["train", "--cache", MINE, "--val-cache", "caches/val", "--out", "runs/mine", "--resume", *TRAIN],
+        0,
+    ),
     "sweep": (
         lambda home: None,
         ["sweep", "--cache", MINE, "--val-cache", "caches/val", "--out", "runs/sweep", "--head", "linear,meanpool",
@@ -235,6 +238,18 @@ def test_a_report_is_not_written_over_files_of_others(
     assert run("report", "runs/mine", "--out", "figures") == 2
     assert "choose another --out" in capsys.readouterr().err and touched(before, home) == []
     assert run("report", "runs/mine") == run("report", "runs/mine") == 0  # over its own
+
+
+@pytest.mark.parametrize("name", ["index.html", "surest-01.png"])
+def test_a_page_of_clips_is_not_written_over_files_of_others(
+    name: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(home / "public" / name)
+    before = look(home)
+    words = ("show", "--cache", MINE, "--run", "runs/mine", "--clips-each", "1", "--device", "cpu")
+    assert run(*words, "--page", "public") == 2
+    assert "choose another --page" in capsys.readouterr().err and touched(before, home) == []
+    assert run(*words, "--page", "own") == run(*words, "--page", "own") == 0  # over its own
 
 
 @pytest.mark.parametrize("content", ["# My thesis\n", '---\ntitle: mine\n---\n"evl-cache" is used\n'])

@@ -69,7 +69,7 @@ def test_caches_and_files_on_the_disk_of_the_copies_are_left_alone(
         f"{'1f' * 16}/c/thesis.c",
     ):
         write(home / name)
-    plant_in_cache(home, tmp_path / "outside", with_locks=True)
+    plant_in_cache(home, tmp_path / "outside")
     (home / ("2e" * 16)).symlink_to(cache)  # named like a copy
     before, outside, served = look(home), look(tmp_path / "outside"), look(cache)
     read_all(url)
@@ -88,7 +88,7 @@ def test_a_disk_that_is_itself_a_cache_stays_whole(cache: Path, url: str, home: 
 
 def test_files_of_others_inside_a_copy_are_left_alone(url: str, home: Path, tmp_path: Path) -> None:
     copy = FeatureCache(url).path
-    planted = plant_in_cache(copy, tmp_path / "outside", with_locks=True)
+    planted = plant_in_cache(copy, tmp_path / "outside")
     before, outside = look(copy), look(tmp_path / "outside")
     read_all(url)
     names = {path.relative_to(copy).as_posix() for path in planted}

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from evl_cache.canonical_json import canonical_json
+from evl_cache.canonical_json import canonical_json, digest, digest_matches, signed_json
 from evl_cache.clips import Clip, ClipList
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.job import ExtractOptions
@@ -263,6 +263,15 @@ def test_videos_that_stand_still_are_no_damage() -> None:
     mark_content(
         Mark(block=0, files=records | {"tokens": still}, clips=clip_records(spec, 0), environment={}), spec
     )
+
+
+@pytest.mark.parametrize("content", [{"files": {"é": [1]}, "content_id": "c", "a": None}, {"version": 1}])
+def test_a_signed_document_is_that_of_its_digest(content: dict[str, Any]) -> None:
+    own = digest(content)
+    written, found = signed_json(content)
+    assert (written, found) == (canonical_json({**content, "digest": own}), own)
+    assert digest_matches(json.loads(written), written)
+    assert not digest_matches({**json.loads(written), "version": 2}, written.replace(b"1", b"2"))
 
 
 def test_more_blocks_than_a_manifest_holds_are_refused_when_the_cache_is_begun(tmp_path: Path) -> None:

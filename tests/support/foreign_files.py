@@ -45,7 +45,7 @@ def link(path: Path, target: Path) -> Path:
 NAMES_BESIDE = (
     ".hidden", ".nfs000000000a1b2c3d00000001", ".tmp-mine", ".tmp-host-12-zz", ".tmp-host-1-0123456789abcdef.bak",
     ".tmp-host-1-0123456789ABCDEF", "zarr.json.orig", ".zarr.json.swp", "manifest.json.bak", "manifest.json~",
-    "README.txt", "12", "notes", "train.py", "recovery.json.old", "clips.jsonl.gz",
+    "README.txt", "12", "notes", ".writer.lock-mine", "train.py", "recovery.json.old", "clips.jsonl.gz",
 )  # fmt: skip
 NAMES_OF_MARKS = (
     "000000.json.bak", ".000000.json.swp", "7.json", "7.redo", "000000.redo.bak", "0000001.json",
@@ -62,12 +62,12 @@ NAMES_OF_LOCKS = (
 ARRAYS = ("tokens", "token_affine", "token_scale", "maps", "map_scale", "class_tokens")
 
 
-def plant_in_cache(cache: Path, outside: Path, *, with_locks: bool) -> list[Path]:
+def plant_in_cache(cache: Path, outside: Path) -> list[Path]:
     """Put a person's files into a cache's directories, and links that lead to `outside`."""
     made = [write(cache / name) for name in NAMES_BESIDE]
     made += [write(cache / "done" / name) for name in NAMES_OF_MARKS]
     made += [write(cache / array / name) for array in ARRAYS for name in NAMES_OF_SHARDS]
-    made += [write(cache / "locks" / name) for name in NAMES_OF_LOCKS if with_locks]
+    made += [write(cache / "locks" / name) for name in NAMES_OF_LOCKS]
     made += [
         write(cache / folder / "thesis.c") for folder in ("c/lib", "src/c/0/0/0", "work", "maps-old/c/0")
     ]

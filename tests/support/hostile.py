@@ -198,7 +198,8 @@ CACHES: dict[str, Attack] = {
     **{
         f"spec {name} {value!r:.30}": (lambda forge, name=name, value=value: forge.spec(name, value))
         for name, value in (
-            ("num_clips", HUGE), ("num_clips", -1), ("num_clips", "13"), ("num_clips", 13.0), ("num_clips", True),
+            ("num_clips", HUGE), ("num_clips", 10**8), ("num_clips", -1), ("num_clips", "13"), ("num_clips", 13.0),
+            ("num_clips", True),
             ("block_clips", 0), ("block_clips", HUGE), ("views.frames", 10**9), ("views.frames", 0),
             ("tower.width", 10**9), ("tower.patch_size", 0), ("tower.image_size", 10**7), ("tower.image_size", 16000),
             ("views.temporal_views", 10**6), ("views.spatial_views", 2), ("views.train_views", HUGE),

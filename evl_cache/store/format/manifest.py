@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from evl_cache.canonical_json import canonical_json, digest, digest_matches
+from evl_cache.canonical_json import digest_matches, signed_json
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
@@ -56,8 +56,8 @@ def manifest_content(
         "content_id": spec.content_id,
         "files": {name: {"size": size, "sha256": sha256} for name, (size, sha256) in files.items()},
     }
-    own = digest(content)
-    return canonical_json({**content, "digest": own}), Manifest(files=files, digest=own)
+    written, own = signed_json(content)
+    return written, Manifest(files=files, digest=own)
 
 
 def write_manifest(

@@ -24,7 +24,7 @@ from evl_cache.store.format.description import (
     read_clips,
     read_group,
 )
-from evl_cache.store.format.layout import RECOVERY_NAME, array_layouts
+from evl_cache.store.format.layout import RECOVERY_NAME, array_layouts, marked_blocks
 from evl_cache.store.format.limits import MOST_CLIPS_NBYTES, clips_limit
 from evl_cache.store.format.manifest import find_manifest
 from evl_cache.store.format.marks import read_mark
@@ -133,7 +133,9 @@ def _support(cache_path: Path, copy: _Copy) -> tuple[int, int, int]:
     """Count what speaks for a description: marks that fit it, the manifest, metadata of arrays."""
     spec, objects = copy.description.spec, DirectoryObjects(cache_path)
     marks = listed = 0
-    for block in range(spec.num_blocks):
+    for block in sorted(marked_blocks(cache_path)):
+        if block >= spec.num_blocks:
+            break
         try:
             marks += read_mark(cache_path, block, spec) is not None
         except CacheDamaged:
