@@ -82,10 +82,16 @@ def existing_lines(path: Path) -> list[str]:
 
 
 def default_device(name: str | None) -> str:
-    """The device asked for, or the GPU where there is one. Raises: UsageError for one that is not there."""
+    """The device asked for, or the GPU where there is one. Raises: UsageError for one that is not there.
+
+    Every command that computes begins here, so torch's threads are limited here too.
+    """
     import torch
 
     from evl_cache.errors import UsageError
+    from evl_cache.processes import limit_torch_threads
+
+    limit_torch_threads()
 
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -139,7 +145,7 @@ def human_seconds(seconds: float) -> str:
 
 
 def say_outage(message: str) -> None:
-    """Say on stderr that an outage began, or that it is over."""
+    """Say a line on stderr beside what the command prints: that an outage began, or what is waited for."""
     click.echo(printable(message), err=True)
 
 

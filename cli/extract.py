@@ -56,7 +56,6 @@ def command(
     """
     from evl_cache.extract import ExtractOptions, extract_dataset
     from evl_cache.extract.failure_limit import FailureLimit
-    from evl_cache.extract.outages import OUTAGE_PATIENCE_S
     from evl_cache.extract.request import dataset_reader
     from evl_cache.processes import ProcessPlace, Rendezvous
     from evl_cache.video import DecodeOptions
@@ -75,7 +74,7 @@ def command(
         decoding=DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames, device=device),
         clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
         most_failures=None if max_failures is None else FailureLimit.parse(max_failures),
-        outage_patience_s=OUTAGE_PATIENCE_S if outage_patience is None else outage_patience,
+        outage_patience_s=outage_patience,
         retry_failed=retry_failed,
         check_sources=check_sources,
         reuse=reuse,

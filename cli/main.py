@@ -116,6 +116,11 @@ def main(args: list[str] | None = None) -> None:
     except MemoryError:
         _show_if_debugging()
         _fail("not enough memory; use a smaller --batch, or fewer layers or processes", 1)
+    except ImportError as error:
+        if "failed to map segment" not in str(error):
+            raise
+        _show_if_debugging()
+        _fail(f"no memory for a library ({error}); raise the limit of memory of a process (ulimit -v)", 1)
     except OSError as error:
         _show_if_debugging()
         _fail(

@@ -1,6 +1,7 @@
 """`evl-cache predict`."""
 
 import csv
+import io
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -91,8 +92,16 @@ def _write_csv(path: str, labelled: list[tuple[str, list[tuple[str, float]]]]) -
     if path == "-":
         _write_rows(sys.stdout, rows)
         return
-    with Path(path).open("w", newline="", encoding="utf-8") as file:
-        _write_rows(file, rows)
+    target = Path(path).resolve()
+    if target.exists() and not target.is_file():  # a pipe or a device
+        with target.open("w", newline="", encoding="utf-8") as file:
+            _write_rows(file, rows)
+        return
+    from evl_cache.runs import write_text
+
+    lines = io.StringIO(newline="")
+    _write_rows(lines, rows)
+    write_text(target, lines.getvalue())
 
 
 def _write_rows(file: TextIO, rows: list[tuple[str, int, str, str]]) -> None:

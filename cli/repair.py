@@ -11,7 +11,7 @@ import click
 
 from evl_cache.progress_lines import clip_progress
 
-from .common import Command, decode_workers_flag, default_device, print_json, shown
+from .common import Command, decode_workers_flag, default_device, print_json, say_outage, shown
 
 if TYPE_CHECKING:
     from evl_cache.extract.repair import RepairResult
@@ -51,6 +51,7 @@ def command(
             root=root,
             options=options,
             on_clip=on_clip,
+            on_outage=say_outage,
         )
     if as_json:
         print_json({"cache": str(cache), **asdict(result)})

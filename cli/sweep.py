@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,7 @@ from .cache_flags import (
     precision_flag,
     trust_flag,
 )
-from .common import Command, Function, default_device, print_json
+from .common import Command, Function, default_device, print_json, say_outage
 
 if TYPE_CHECKING:
     from evl_cache.sweep.grid import SweepRun
@@ -146,24 +146,26 @@ def command(grid: Path | None, **given: Any) -> int:
 def _sweep(flags: SweepFlags, runs: Sequence[SweepRun]) -> int:
     from dataclasses import asdict
 
-    from evl_cache.runs.directory import next_run_directory
+    from evl_cache.runs import new_run_directory, removed_if_empty
     from evl_cache.sweep import sweep
     from evl_cache.train.needs import needs_of
 
     data = flags.find(needs_of([run.options for run in runs]))
-    out = flags.out or next_run_directory(data.train.name, "sweep")
+    out = flags.out or new_run_directory(data.train.name, "sweep")
     click.echo(f"{data.train.name}: {len(runs)} runs -> {out}", err=True)
-    result = sweep(
-        data.train,
-        data.val,
-        runs=runs,
-        out=out,
-        train_clips=data.train_rows,
-        val_clips=data.val_rows,
-        resume=flags.resume,
-        memory_bytes=None if flags.memory is None else int(flags.memory * 1e9),
-        progress=_progress,
-    )
+    with nullcontext() if flags.out else removed_if_empty(out):
+        result = sweep(
+            data.train,
+            data.val,
+            runs=runs,
+            out=out,
+            train_clips=data.train_rows,
+            val_clips=data.val_rows,
+            resume=flags.resume,
+            memory_bytes=None if flags.memory is None else int(flags.memory * 1e9),
+            progress=_progress,
+            on_wait=say_outage,
+        )
     page = _report(out, result)
     if flags.as_json:
         print_json({"sweep": str(out), **asdict(result)})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,8 +79,7 @@ def _cached(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
 
     refuse_online_options()
     data = flags.find(needs_of([options]), is_told=processes.place.is_first)
-    out = _out(flags, data.train.name, processes)
-    with _progress(flags, processes) as line:
+    with _out(flags, data.train.name, processes) as out, _progress(flags, processes) as line:
         result = train(
             data.train,
             data.val,
@@ -91,6 +91,7 @@ def _cached(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
             processes=processes,
             on_step=line,
             on_bottleneck=line.note_bottleneck,
+            on_wait=say_outage,
         )
     return out, 0, result
 
@@ -100,9 +101,8 @@ def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
 
     if flags.dataset is None or flags.cache is not None or flags.val_cache is not None:
         raise UsageError("--online reads videos: give --dataset and --root, as for extract, and no cache")
-    out = _out(flags, f"{flags.dataset}-online", processes)
     failed: list[tuple[str, str]] = []
-    with _progress(flags, processes) as line:
+    with _out(flags, f"{flags.dataset}-online", processes) as out, _progress(flags, processes) as line:
         result = train_online(
             make_request({"dataset": flags.dataset, **flags.of_videos}),
             options=options,
@@ -115,6 +115,7 @@ def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
             on_bottleneck=line.note_bottleneck,
             on_failure=lambda clip, reason: failed.append((clip, reason)),
             on_outage=say_outage,
+            on_wait=say_outage,
             processes=processes,
         )
     for clip, reason in failed[:5]:
@@ -126,13 +127,17 @@ def _progress(flags: TrainFlags, processes: Processes) -> AbstractContextManager
     return step_progress(f"train {flags.head}", shown=processes.place.is_first)
 
 
-def _out(flags: TrainFlags, name: str, processes: Processes) -> Path:
-    """The run directory; the first process chooses a new one for all."""
-    from evl_cache.runs.directory import next_run_directory
+@contextmanager
+def _out(flags: TrainFlags, name: str, processes: Processes) -> Iterator[Path]:
+    """The run directory; the first process makes a new one for all, which goes again if nothing is written there."""
+    from evl_cache.runs import new_run_directory, removed_if_empty
 
+    is_first = processes.place.is_first
+    made = flags.out is None
     out = flags.out or processes.on_first(
-        lambda: next_run_directory(name, flags.head), "while choosing the run directory"
+        lambda: new_run_directory(name, flags.head), "while choosing the run directory"
     )
-    if processes.place.is_first:
-        click.echo(f"{name} -> {out}", err=True)
-    return out
+    with removed_if_empty(out) if made and is_first else nullcontext():
+        if is_first:
+            click.echo(f"{name} -> {out}", err=True)
+        yield out

@@ -8,7 +8,6 @@ from typing import Any
 from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract.failure_limit import FailureLimit
-from evl_cache.extract.outages import OUTAGE_PATIENCE_S
 from evl_cache.extract_options import CPU_BATCH, DEFAULT_DECODE_WORKERS, MOST_BATCH
 from evl_cache.spec import CacheSpec
 from evl_cache.towers import Tower
@@ -87,7 +86,7 @@ class ExtractOptions:
         most_failures: how many clips may fail before the run is stopped; compared before a block is written. By default
             5 % from the hundredth clip on, and 49 in a row.
         outage_patience_s: how long a disk that is away, or another want of the system's, is waited for before the run is
-            stopped.
+            stopped. By default 600 s, and 10 s before any video was read.
         lock_expiry_s: how long a lock stands without a sign of life; see `store.disk.locks`.
     """
 
@@ -100,7 +99,7 @@ class ExtractOptions:
     decoding: DecodeOptions = field(default_factory=DecodeOptions)
     clip_timeout_s: float = DEFAULT_TIMEOUT_S
     most_failures: FailureLimit | None = None
-    outage_patience_s: float = OUTAGE_PATIENCE_S
+    outage_patience_s: float | None = None
     lock_expiry_s: float = 60.0
 
     def __post_init__(self) -> None:
@@ -111,5 +110,5 @@ class ExtractOptions:
             raise UsageError(f"batch is {self.batch}; expected at most {MOST_BATCH}")
         if self.clip_timeout_s <= 0:
             raise UsageError(f"clip_timeout_s is {self.clip_timeout_s}; expected more than 0 seconds")
-        if not self.outage_patience_s >= 0:
+        if self.outage_patience_s is not None and not self.outage_patience_s >= 0:
             raise UsageError(f"outage_patience_s is {self.outage_patience_s}; expected 0 seconds or more")

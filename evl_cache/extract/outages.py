@@ -19,6 +19,7 @@ from typing import TypeVar
 from evl_cache.errors import NO_SUCH_FILE, ClipError, Outage
 
 OUTAGE_PATIENCE_S = 600.0
+UNREAD_PATIENCE_S = 10.0  # before any clip was read: rather a wrong folder, or a disk that nobody has mounted
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 _MOST_FOLDERS = 10_000  # that are remembered
 _BACK = "bring the disk back"
@@ -34,14 +35,17 @@ class Surroundings:
 
     Args:
         root: folder of the videos.
-        patience_s: how long an outage is waited for; 0 for not at all.
+        patience_s: how long an outage is waited for; 0 for not at all. None: `OUTAGE_PATIENCE_S`, and before any clip was
+            read `UNREAD_PATIENCE_S`, so that whoever sits there hears soon of a folder that is not there.
         on_outage: called with a line when an outage begins, and with one when it is over, from any thread.
     """
 
     def __init__(
-        self, root: Path, *, patience_s: float = 0.0, on_outage: OnOutage = lambda message: None
+        self, root: Path, *, patience_s: float | None = 0.0, on_outage: OnOutage = lambda message: None
     ) -> None:
-        self._root, self._patience_s, self._on_outage = root, patience_s, on_outage
+        self._root, self._on_outage = root, on_outage
+        self._patience_s = UNREAD_PATIENCE_S if patience_s is None else patience_s
+        self._patience_once_read_s = OUTAGE_PATIENCE_S if patience_s is None else patience_s
         # Folders that clips were read from, and the disk that each was on. Another mount may have other numbers after a
         # return: what was read last counts.
         self._known: dict[Path, int | None] = {root: None}
@@ -125,6 +129,7 @@ class Surroundings:
             if not may_be_missing:
                 self._check_absent(path)
             raise ClipError(f"{path}: cannot be opened ({error.strerror})") from error
+        self._patience_s = self._patience_once_read_s
         if len(self._known) < _MOST_FOLDERS:
             self._known |= folders
         return found

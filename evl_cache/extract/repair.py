@@ -14,6 +14,7 @@ from evl_cache.clips import ClipList
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract.environment import run_environment
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip, check_tower
+from evl_cache.extract.outages import OnOutage
 from evl_cache.extract.redo import KEPT_ENVIRONMENTS, BlockRedo
 from evl_cache.extract.stage import BlocksResult, extract_blocks, tower_projections
 from evl_cache.store import (
@@ -72,6 +73,7 @@ def repair(
     root: Path | None = None,
     options: ExtractOptions,
     on_clip: OnClip = lambda failed: None,
+    on_outage: OnOutage = lambda message: None,
     threads: int = 2,
 ) -> RepairResult:
     """Make a damaged cache whole. Killed at any instant, it may be run again.
@@ -82,10 +84,11 @@ def repair(
         root: folder of the videos; by default where they were when the cache was made.
         options: as for `extract`; its `batch` gives way to the one in the marks, which decides bytes.
         on_clip: called with whether it failed, after each clip.
+        on_outage: as for `extract`.
         threads: how many verify.
 
     Raises: CacheError where both copies of the description are damaged or the disk refuses; UsageError for
-        another tower than the cache's.
+        another tower than the cache's; Outage where the videos cannot be read now.
     """
     found = verify_cache(cache_path, threads=threads)
     problems = list(found.problems)
@@ -100,7 +103,7 @@ def repair(
     differs: tuple[str, ...] = ()
     if broken:
         job = _job_of(cache_path, tower, root)
-        did, differs = _redo(job, broken, options=options, on_clip=on_clip)
+        did, differs = _redo(job, broken, options=options, on_clip=on_clip, on_outage=on_outage)
     is_complete = FeatureCache(cache_path).is_complete
     return RepairResult(
         problems=tuple(problems),
@@ -135,7 +138,12 @@ def _job_of(cache_path: Path, tower: LoadTower, root: Path | None) -> Extraction
 
 
 def _redo(
-    job: ExtractionJob, broken: Sequence[int], *, options: ExtractOptions, on_clip: OnClip
+    job: ExtractionJob,
+    broken: Sequence[int],
+    *,
+    options: ExtractOptions,
+    on_clip: OnClip,
+    on_outage: OnOutage,
 ) -> tuple[BlocksResult, tuple[str, ...]]:
     """Redo blocks, in batches as then. Return what was done, and how the environment differs from the one in the marks."""
     then = _environment_then(job, broken)
@@ -143,7 +151,9 @@ def _redo(
     if job.spec.pixels != options.decoding.pixels:  # only torchcodec has its own
         decoding = replace(options.decoding, decoder="torchcodec", device=options.device)
         options = replace(options, decoding=decoding)
-    did = extract_blocks(job, broken, redo=_why_redone(job, broken), options=options, on_clip=on_clip)
+    did = extract_blocks(
+        job, broken, redo=_why_redone(job, broken), options=options, on_clip=on_clip, on_outage=on_outage
+    )
     now = run_environment(options, job.spec) if did.clips else then
     return did, _differences(now, then)
 

@@ -17,6 +17,7 @@ from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.processes import Processes
+from evl_cache.runs import OnWait
 from evl_cache.towers import Backbone
 from evl_cache.train import (
     OnBottleneck,
@@ -25,6 +26,7 @@ from evl_cache.train import (
     TrainResult,
     train_with_loaders,
     training_reads,
+    written_by_first,
 )
 
 
@@ -41,6 +43,7 @@ def train_online(
     on_bottleneck: OnBottleneck = lambda name: None,
     on_failure: Callable[[str, str], None] = lambda clip, reason: None,
     on_outage: OnOutage = lambda message: None,
+    on_wait: OnWait = lambda message: None,
     processes: Processes | None = None,
 ) -> TrainResult:
     """Train a head on features made anew in every epoch, and leave a run directory as `train` does.
@@ -52,6 +55,7 @@ def train_online(
         workers: threads that decode.
         on_failure: called at the end with each clip that could not be decoded, and why.
         on_outage: called with a line when a disk, say, is away, and with one when it is back.
+        on_wait: as for `train`.
 
     Raises: as `plan_extraction` and `train`; UsageError for options that need a cache; Outage where
         the videos cannot be read, and no clip is to blame: `resume` goes on.
@@ -65,33 +69,35 @@ def train_online(
         raise UsageError("--online has no blocks to shuffle; leave --shuffle-blocks out")
     options = replace(options, shuffle_blocks=0)
     jobs = _sides(plan_extraction(request, device=options.device), val_names)
-    layers, backbone, sources = _live(jobs, request.layers, options)
-    chosen = split_clips(*sources, train_names=train_names, val_names=val_names)
-    train_loader, val_loader = (
-        OnlineLoader(
-            source,
-            samples_of_clips(source, clips),
-            backbone=backbone,
-            device=torch.device(options.device),
-            batch=options.global_batch,
-            shuffle_seed=seed,
-            workers=workers,
-            processes=processes,
-            on_outage=on_outage,
+    with written_by_first(out, processes, on_wait) as writer:
+        layers, backbone, sources = _live(jobs, request.layers, options)
+        chosen = split_clips(*sources, train_names=train_names, val_names=val_names)
+        train_loader, val_loader = (
+            OnlineLoader(
+                source,
+                samples_of_clips(source, clips),
+                backbone=backbone,
+                device=torch.device(options.device),
+                batch=options.global_batch,
+                shuffle_seed=seed,
+                workers=workers,
+                processes=processes,
+                on_outage=on_outage,
+            )
+            for source, clips, seed in zip(sources, chosen, (options.clip_order_seed, None), strict=True)
         )
-        for source, clips, seed in zip(sources, chosen, (options.clip_order_seed, None), strict=True)
-    )
-    result = train_with_loaders(
-        train_loader,
-        val_loader,
-        layers=layers,
-        options=options,
-        out=out,
-        resume=resume,
-        on_step=on_step,
-        on_bottleneck=on_bottleneck,
-        processes=processes,
-    )
+        result = train_with_loaders(
+            train_loader,
+            val_loader,
+            layers=layers,
+            options=options,
+            out=out,
+            resume=resume,
+            on_step=on_step,
+            on_bottleneck=on_bottleneck,
+            processes=processes,
+            writer=writer,
+        )
     for loader in (train_loader, val_loader):
         for row, reason in sorted(loader.failures.items()):
             on_failure(loader.cache.clips[row].id, reason)

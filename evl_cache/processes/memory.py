@@ -6,17 +6,23 @@ from pathlib import Path
 
 import torch
 
+from evl_cache.processes.control_groups import ROOT, memory_left
+
 MEMORY_SHARE = 0.7  # of the free memory, that training steps may take: others want some too
 _CPU = torch.device("cpu")
-_PROC = Path("/proc")
-_CGROUP = Path("/sys/fs/cgroup")
+# What `ulimit -v` and `ulimit -d` bound, and the line of /proc/self/status that says how much of it is taken.
+_RESOURCE_LIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))
 
 
-def available_bytes(device: torch.device) -> int:
-    """The free bytes of a GPU, or of the computer, or of the container if its limit is nearer."""
+def available_bytes(device: torch.device, *, root: Path = ROOT) -> int:
+    """The free bytes of a GPU, or of the computer, or of the job or container if its limit is nearer.
+
+    Args:
+        root: where /proc and the control groups are found.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    amounts = [_meminfo("MemAvailable"), _container_bytes()]
+    amounts = [_kilobytes(root / "proc/meminfo", "MemAvailable"), memory_left(root), *_within_ulimits(root)]
     known = [amount for amount in amounts if amount is not None]
     return min(known, default=4 << 30)  # if the system does not tell: any computer has that
 
@@ -27,7 +33,7 @@ def reset_peak(device: torch.device = _CPU) -> bool:
         torch.cuda.reset_peak_memory_stats(device)
         return True
     try:
-        (_PROC / "self" / "clear_refs").write_text("5")
+        (ROOT / "proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     return True
@@ -37,31 +43,26 @@ def peak_bytes(device: torch.device = _CPU) -> int:
     """The most memory that this process has taken since it began, or since `reset_peak`."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        lines = (_PROC / "self" / "status").read_text().splitlines()
-    except OSError:
-        lines = []
-    for line in lines:
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024
+    if (most := _kilobytes(ROOT / "proc/self/status", "VmHWM")) is not None:
+        return most
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _meminfo(name: str) -> int | None:
+def _within_ulimits(root: Path) -> list[int]:
+    """Return the bytes that each limit of the user's shell leaves, where there is one."""
+    left = []
+    for limit, taken in _RESOURCE_LIMITS:
+        most, used = resource.getrlimit(limit)[0], _kilobytes(root / "proc/self/status", taken)
+        if most != resource.RLIM_INFINITY and used is not None:
+            left.append(max(0, most - used))
+    return left
+
+
+def _kilobytes(path: Path, name: str) -> int | None:
+    """Return the bytes of a line such as `MemAvailable:  12 kB`."""
     try:
-        lines = (_PROC / "meminfo").read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:")), None)
-
-
-def _container_bytes() -> int | None:
-    """The memory that control groups version 2 leave this process, or None where they set no limit."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        used = int((_CGROUP / "memory.current").read_text())
-        stat = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else max(0, int(limit) - used + int(stat.get("file", 0)))

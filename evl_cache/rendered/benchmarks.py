@@ -3,8 +3,10 @@
 T frames, H and W pixels (H = W = side).
 """
 
+import contextlib
 import json
 import os
+import secrets
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -147,10 +149,8 @@ def render(
         path = root / split / class_name / f"{index:04d}.mp4"
         if path.exists():
             return
-        unfinished = path.with_name(f".{path.name}")
         frames = clip_frames(name, class_name, index, split=split, options=options)
-        write_video(unfinished, frames, fps=options.fps)
-        os.replace(unfinished, path)
+        write_video(path, frames, fps=options.fps)
 
     with ThreadPoolExecutor(max_workers=threads) as pool:
         for done, _ in enumerate(pool.map(write, jobs), start=1):
@@ -177,19 +177,21 @@ def _benchmark(name: str) -> _Benchmark:
 
 
 def _claim(root: Path, record: dict[str, Any]) -> None:
+    """Begin a folder, or check that it was begun with the same options, also by another process just now."""
+    if not _read_record(root):
+        others = root.is_dir() and any(not name.startswith(".") for name in os.listdir(root))
+        if others and not (root / _RECORD).exists():  # another process writes it before anything else
+            raise UsageError(
+                f"{root} holds other files and no {_RECORD}; choose an empty or new folder as --root"
+            )
+        root.mkdir(parents=True, exist_ok=True)
+        _write_record(root, record, is_new=True)
     found = {key: value for key, value in _read_record(root).items() if key != "is_complete"}
-    if found and found != record:
+    if found != record:
         differing = sorted(key for key in record if found.get(key) != record[key])
         raise UsageError(
             f"{root} holds clips of other options ({', '.join(differing)} differ); choose another --root, or remove it"
         )
-    if not found and root.is_dir() and any(root.iterdir()):
-        raise UsageError(
-            f"{root} holds other files and no {_RECORD}; choose an empty or new folder as --root"
-        )
-    if not found:
-        root.mkdir(parents=True, exist_ok=True)
-        _write_record(root, record)
 
 
 def _read_record(root: Path) -> dict[str, Any]:
@@ -205,7 +207,17 @@ def _read_record(root: Path) -> dict[str, Any]:
     return record
 
 
-def _write_record(root: Path, record: dict[str, Any]) -> None:
-    unfinished = root / f".{_RECORD}"
-    unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, root / _RECORD)
+def _write_record(root: Path, record: dict[str, Any], *, is_new: bool = False) -> None:
+    """Write the record whole; a new one stays as it is where another process was first."""
+    unfinished = root / f".tmp-{secrets.token_hex(8)}{_RECORD}"
+    try:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        if is_new:
+            with contextlib.suppress(OSError):  # taken; or no hard links, and then the last one's stays
+                os.link(unfinished, root / _RECORD)
+                return
+            if (root / _RECORD).exists():
+                return
+        os.replace(unfinished, root / _RECORD)
+    finally:
+        unfinished.unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 T frames, H and W pixels.
 """
 
+import os
+import secrets
 from fractions import Fraction
 from pathlib import Path
 
@@ -41,6 +43,18 @@ def write_video(
         )
     if codec not in av.codecs_available:  # checked first, as opening the file creates it
         raise UsageError(f"this PyAV has no encoder {codec!r}; expected one such as libx264 or libvpx-vp9")
+    path = Path(path)
+    # Named as no other writer names it: two that render into one folder write the same clips.
+    unfinished = path.with_name(f".tmp-{secrets.token_hex(8)}{path.suffix}")
+    try:
+        _encode(unfinished, frames, fps=fps, codec=codec, crf=crf)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _encode(path: Path, frames: Frames, *, fps: int, codec: str, crf: int) -> None:
+    height, width = frames.shape[1:3]
     # Bit-exact, as a Matroska file has a random number otherwise.
     with av.open(str(path), "w", options={"fflags": "bitexact"}) as container:
         stream = container.add_stream(codec, rate=Fraction(fps))

@@ -9,6 +9,7 @@ from pathlib import Path
 from evl_cache.errors import UsageError
 from evl_cache.report.data import Group, ReportData, RunAccount
 from evl_cache.report.plots import CURVES, as_bytes, draw_plots
+from evl_cache.runs import whole_file, write_text
 
 PAGE_NAME = "report.html"
 WRONGEST = 12
@@ -69,11 +70,12 @@ def write_report_page(data: ReportData, out: Path) -> Report:
     pictures = []
     for name, figure in plots.items():
         path = out / f"{name}.png"
-        path.write_bytes(as_bytes(figure, "png"))
+        with whole_file(path) as staging:
+            staging.write_bytes(as_bytes(figure, "png"))
         pictures.append(path)
     images = {name: as_bytes(figure, "svg") for name, figure in plots.items()}
     page = out / PAGE_NAME
-    page.write_text(render(data, images), encoding="utf-8")
+    write_text(page, render(data, images))
     return Report(page=page, pictures=tuple(pictures))
 
 

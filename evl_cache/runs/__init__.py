@@ -7,7 +7,6 @@ from evl_cache.runs.directory import (
     load_state,
     read_run_config,
     save_state,
-    write_json,
     write_run_config,
 )
 from evl_cache.runs.evaluate import run_loader
@@ -17,12 +16,17 @@ from evl_cache.runs.log import RunLog
 from evl_cache.runs.official_checkpoint import load_official_checkpoint
 from evl_cache.runs.scoring import HeadInputs, Scores, ViewSums, head_inputs, head_logits, score, scores_of
 from evl_cache.runs.tables import write_report
+from evl_cache.runs.whole_files import whole_file, write_json, write_text
+from evl_cache.runs.writer import RUNS_NAME, OnWait, RunWriter, new_run_directory, removed_if_empty, writing
 
 __all__ = [
+    "RUNS_NAME",
     "HeadInputs",
+    "OnWait",
     "RunConfig",
     "RunFile",
     "RunLog",
+    "RunWriter",
     "Scores",
     "ViewSums",
     "check_features",
@@ -35,13 +39,18 @@ __all__ = [
     "load_head",
     "load_official_checkpoint",
     "load_state",
+    "new_run_directory",
     "read_run_config",
+    "removed_if_empty",
     "run_loader",
     "save_head",
     "save_state",
     "score",
     "scores_of",
+    "whole_file",
     "write_json",
     "write_report",
     "write_run_config",
+    "write_text",
+    "writing",
 ]

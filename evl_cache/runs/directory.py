@@ -1,7 +1,6 @@
 """Run directories: what a trained head is, and its weights. safetensors and JSON: data, never code."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -12,6 +11,7 @@ import torch
 
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head, build_head
+from evl_cache.runs.whole_files import whole_file, write_json
 from evl_cache.untrusted.head_files import (
     MOST_JSON_NBYTES,
     check_archive,
@@ -81,7 +81,7 @@ class RunConfig:
 
 
 def write_run_config(run: Path, config: RunConfig) -> None:
-    """Create the run directory and its `config.json`."""
+    """Create the run directory, if it is not there, and its `config.json`."""
     run.mkdir(parents=True, exist_ok=True)
     content = {"format": _FORMAT, **asdict(config)}
     _check_readable(run / RunFile.CONFIG, content)
@@ -140,9 +140,8 @@ def read_run_config(run: Path) -> RunConfig:
 
 def save_state(run: Path, state: Mapping[str, Any]) -> None:
     """Write the resumable state: tensors and plain values only, whole or not at all."""
-    temporary = run / f".{RunFile.STATE}.tmp"
-    torch.save(dict(state), temporary)
-    publish(temporary, run / RunFile.STATE)
+    with whole_file(run / RunFile.STATE) as staging, staging.open("wb") as file:
+        torch.save(dict(state), file)
 
 
 def load_state(run: Path) -> dict[str, Any]:
@@ -159,24 +158,3 @@ def load_state(run: Path) -> dict[str, Any]:
             f"{run / RunFile.STATE}: cannot be read ({error}); train without --resume"
         ) from error
     return state
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON for people, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    publish(temporary, path)
-
-
-def publish(temporary: Path, final: Path) -> None:
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, final)
-
-
-def next_run_directory(cache_name: str, head: str) -> Path:
-    """Return the first of `runs/<cache>-<head>-<number>` that does not exist yet."""
-    number = 1
-    while (path := Path("runs") / f"{cache_name}-{head}-{number}").exists():
-        number += 1
-    return path

@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 from evl_cache.errors import WeightsError
 from evl_cache.heads import Head
-from evl_cache.runs.directory import RunFile, publish, read_run_config
+from evl_cache.runs.directory import RunFile, read_run_config
+from evl_cache.runs.whole_files import whole_file
 from evl_cache.untrusted.head_files import safetensors_shapes
 
 
@@ -32,6 +33,5 @@ def save_head(run: Path, head: Head, *, best: bool = False) -> None:
     """Write `head.safetensors`, or `best.safetensors`, whole or not at all."""
     name = RunFile.BEST if best else RunFile.HEAD
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
-    temporary = run / f".{name}.tmp"
-    save_file(tensors, temporary)
-    publish(temporary, run / name)
+    with whole_file(run / name) as staging:
+        save_file(tensors, staging)

@@ -7,6 +7,7 @@ from evl_cache.heads import EVLHead
 from evl_cache.runs.directory import RunConfig, RunFile, check_no_others_files, write_run_config
 from evl_cache.runs.head_files import save_head
 from evl_cache.runs.official_checkpoint import load_official_checkpoint
+from evl_cache.runs.writer import writing
 
 
 def import_head(
@@ -26,9 +27,6 @@ def import_head(
     Raises: WeightsError where the file is no such checkpoint; UsageError where `out` holds a run, or counts
         do not match.
     """
-    if (out / RunFile.CONFIG).exists():
-        raise UsageError(f"{out} holds a run already; choose another --out")
-    check_no_others_files(out)
     head = load_official_checkpoint(checkpoint, num_heads)
     depth, num_classes = len(head.layers), head.classifier.out_features
     if layers is not None and len(layers) != depth:
@@ -48,6 +46,10 @@ def import_head(
         training={"imported_from": checkpoint.name},
         caches={},
     )
-    write_run_config(out, config)
-    save_head(out, head)
+    with writing(out):
+        if (out / RunFile.CONFIG).exists():
+            raise UsageError(f"{out} holds a run already; choose another --out")
+        check_no_others_files(out)
+        write_run_config(out, config)
+        save_head(out, head)
     return head

@@ -2,11 +2,13 @@
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TextIO
 
 from evl_cache.errors import UsageError
 from evl_cache.runs.directory import RunFile
+from evl_cache.runs.whole_files import refusals_named, write_text
 
 TENSORBOARD_NAME = "tensorboard"
 
@@ -32,28 +34,33 @@ class RunLog:
         for name, count in ((RunFile.STEPS, steps), (RunFile.METRICS, epochs)):
             path = self._out / name
             lines = path.read_text(encoding="utf-8").splitlines()[:count] if path.exists() else []
-            path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-        self._steps = (self._out / RunFile.STEPS).open("a", encoding="utf-8")
+            # A new file: a writer that was taken for dead, and is not, still writes to the old one.
+            write_text(path, "".join(f"{line}\n" for line in lines))
+        with refusals_named(self._out / RunFile.STEPS):
+            self._steps = (self._out / RunFile.STEPS).open("a", encoding="utf-8")
         if self._writer_class is not None:
             self._writer = self._writer_class(str(self._out / TENSORBOARD_NAME), purge_step=steps + 1)
 
     def step(self, number: int, values: Mapping[str, float]) -> None:
         """Add a line to `steps.jsonl`; it is on the disk after the next `flush`."""
-        if self._steps is not None:
-            self._steps.write(json.dumps({"step": number, **values}) + "\n")
+        if self._out is not None and self._steps is not None:
+            with refusals_named(self._out / RunFile.STEPS):
+                self._steps.write(json.dumps({"step": number, **values}) + "\n")
         self._write_scalars("train", number, values)
 
     def epoch(self, step: int, values: Mapping[str, Any]) -> None:
         """Add a line to `metrics.jsonl`."""
         if self._out is not None:
-            with (self._out / RunFile.METRICS).open("a", encoding="utf-8") as file:
+            path = self._out / RunFile.METRICS
+            with refusals_named(path), path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
         self._write_scalars("epoch", step, values)
 
     def flush(self) -> None:
         """Put every line so far on the disk, before a state that counts on them."""
-        if self._steps is not None:
-            self._steps.flush()
+        if self._out is not None and self._steps is not None:
+            with refusals_named(self._out / RunFile.STEPS):
+                self._steps.flush()
 
     def _write_scalars(self, group: str, step: int, values: Mapping[str, Any]) -> None:
         if self._writer is not None:
@@ -66,7 +73,8 @@ class RunLog:
 
     def __exit__(self, *_: object) -> None:
         if self._steps is not None:
-            self._steps.close()
+            with suppress(OSError):  # of lines since the last `flush`, on which no state counts
+                self._steps.close()
         if self._writer is not None:
             self._writer.close()
 

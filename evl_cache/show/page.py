@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from evl_cache.errors import CacheError
-from evl_cache.runs import Scores, run_loader, score
+from evl_cache.runs import Scores, run_loader, score, write_text
 from evl_cache.show.view import ShowRun, show_cached
 from evl_cache.store import FeatureCache
 
@@ -55,7 +55,7 @@ def show_page(
             on_picture(len(sections) * each + number, len(wrong) + len(right))
         sections.append((name, rows))
     page = folder / PAGE_NAME
-    page.write_text(_page(run.path, cache, scores, sections), encoding="utf-8")
+    write_text(page, _page(run.path, cache, scores, sections))
     return page
 
 

@@ -17,8 +17,16 @@ from evl_cache.store.copying.to_bucket import copy_to_bucket
 from evl_cache.store.copying.to_directory import copy_to_directory
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.file_system import file_identity
-from evl_cache.store.disk.locks import BlockLock, LockWatcher, lock_holders
+from evl_cache.store.disk.locks import (
+    EXPIRY_S,
+    BlockLock,
+    LockHolder,
+    LockWatcher,
+    lock_holder,
+    lock_holders,
+)
 from evl_cache.store.disk.permissions import set_file_mode
+from evl_cache.store.disk.publish import is_staging_name, replacing
 from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.description import CacheDescription, read_clips, read_description
 from evl_cache.store.format.layout import (

@@ -11,7 +11,7 @@ import torch
 from evl_cache.batches import Batch, Loader
 from evl_cache.heads import EVLHead, Workspace
 from evl_cache.processes import Interrupted, StopRequests
-from evl_cache.runs import RunFile, Scores, ViewSums, load_state, scores_of
+from evl_cache.runs import RunFile, RunWriter, Scores, ViewSums, load_state, scores_of
 from evl_cache.store import Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.shared_batch import SharedBatch
@@ -68,6 +68,7 @@ class SweepPass:
         train_loader, val_loader: that read so.
         folder: of the run directories.
         stop: where signals are noted.
+        writer: the right to write the sweep.
     """
 
     def __init__(
@@ -79,9 +80,10 @@ class SweepPass:
         *,
         folder: Path,
         stop: StopRequests,
+        writer: RunWriter,
     ) -> None:
         self.train_loader, self.val_loader = train_loader, val_loader
-        self._reads, self._stop = reads, stop
+        self._reads, self._stop, self._writer = reads, stop, writer
         options = runs[0].run.options
         self.device = torch.device(options.device)
         self.autocast_dtype = PRECISIONS[options.precision]
@@ -189,7 +191,15 @@ class SweepPass:
             for name in (RunFile.HEAD, RunFile.BEST):
                 (out / name).unlink(missing_ok=True)
         prepare_run(out, config, resume=resume)
-        trainer = Trainer(config, run.options, self.train_loader, self.val_loader, out=out, stop=self._stop)
+        trainer = Trainer(
+            config,
+            run.options,
+            self.train_loader,
+            self.val_loader,
+            out=out,
+            stop=self._stop,
+            writer=self._writer,
+        )
         if resume:
             trainer.load(load_state(out))
         (out / RunFile.RESULT).unlink(missing_ok=True)

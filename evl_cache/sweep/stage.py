@@ -15,7 +15,7 @@ from evl_cache.batches import samples_of_clips
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.processes import Processes, StopRequests
-from evl_cache.runs import RunFile, check_maps, write_json
+from evl_cache.runs import RUNS_NAME, OnWait, RunFile, RunWriter, check_maps, write_json, writing
 from evl_cache.store import FeatureCache, Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.memory import HeadMemory, available_room, head_memory, split_passes
@@ -31,7 +31,6 @@ from evl_cache.train import (
 )
 
 SWEEP_NAME = "sweep.json"
-RUNS_NAME = "runs"
 _FORMAT = 1
 # Runs that differ in these see other batches, or the same ones otherwise: they are not trained in one pass.
 _OF_A_PASS = ("epochs", "steps", "batch", "accumulate", "precision", "shuffle_blocks")
@@ -98,11 +97,17 @@ class SweepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Data:
-    """The two caches, the samples of each, and where everything goes."""
+    """The runs as they were asked for, the two caches, the samples of each, and where everything goes.
 
+    Attributes:
+        writer: the right to write there.
+    """
+
+    runs: Sequence[SweepRun]
     caches: tuple[FeatureCache, FeatureCache]
     samples: tuple[Any, Any]
     folder: Path
+    writer: RunWriter
 
 
 def sweep(
@@ -116,6 +121,7 @@ def sweep(
     resume: bool = False,
     memory_bytes: int | None = None,
     progress: ProgressOfPass = lambda description: nullcontext(lambda done, total, heads: None),
+    on_wait: OnWait = lambda message: None,
 ) -> SweepResult:
     """Train every run and leave a run directory for each under `out`/runs, and `out`/sweep.json.
 
@@ -126,22 +132,44 @@ def sweep(
         resume: go on with a sweep of the same runs.
         memory_bytes: most that heads and a batch's features may take together; other heads wait for a later pass.
         progress: opens the progress line of a pass.
+        on_wait: told once, if it must first be seen whether a writer on another machine lives.
 
-    Raises: UsageError where caches, heads and options do not fit each other, or where `out` holds a sweep;
+    Raises: UsageError where caches, heads and options do not fit each other, where `out` holds a sweep, or where
+        another process writes it or one of its runs;
         Interrupted where a signal asked to stop, after every state was kept.
     """
     started = time.monotonic()
     check_pair(train_cache, val_cache)
     samples = samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips)
-    data = _Data(caches=(train_cache, val_cache), samples=samples, folder=out / RUNS_NAME)
     planned = [_planned(run, train_cache, val_cache) for run in runs]
-    errors = _begin(out, runs, resume=resume)
+    beside = [out / RUNS_NAME / run.name for run in runs]
+    with writing(out, beside=beside, on_wait=on_wait) as writer:
+        data = _Data(
+            runs=runs, caches=(train_cache, val_cache), samples=samples, folder=out / RUNS_NAME, writer=writer
+        )
+        return _in_passes(planned, data, _begin(out, runs, resume=resume), started, memory_bytes, progress)
+
+
+def _in_passes(
+    planned: Sequence[PlannedRun],
+    data: _Data,
+    errors: dict[str, str],
+    started: float,
+    memory_bytes: int | None,
+    progress: ProgressOfPass,
+) -> SweepResult:
+    """Train what is not done. Other arguments and errors as `sweep`.
+
+    Args:
+        errors: why runs ended early, by name.
+        started: when the sweep did, by the monotonic clock.
+    """
     waiting = [p for p in planned if p.run.name not in errors and not _is_done(data.folder / p.run.name)]
     passes = _plan(waiting, data, memory_bytes)
     nbytes: list[int] = []
 
     def result() -> SweepResult:
-        rows = tuple(_row(run, data.folder / run.name, errors.get(run.name)) for run in runs)
+        rows = tuple(_row(run, data.folder / run.name, errors.get(run.name)) for run in data.runs)
         return SweepResult(
             runs=rows,
             groups=tuple(_groups(rows)),
@@ -150,13 +178,15 @@ def sweep(
             seconds=time.monotonic() - started,
         )
 
+    out, cache = data.writer.out, data.caches[0]
     found = _write(out, result())
     with StopRequests() as stop:
         for number, part in enumerate(passes, start=1):
             together = all_reads([p.reads for p in part])
-            nbytes.append(train_cache.buffers(slots=1, reads=together).nbytes)
+            nbytes.append(cache.buffers(slots=1, reads=together).nbytes)
             with progress(f"sweep pass {number}/{len(passes)}, {len(part)} heads") as on_step:
                 errors |= _train(part, together, data, stop=stop, on_step=on_step)
+            data.writer.check()
             found = _write(out, result())
     return found
 
@@ -250,7 +280,7 @@ def _train(
 ) -> dict[str, str]:
     """Train the runs of one pass. Returns: why runs ended early, by name."""
     loaders = make_loaders(data.caches, data.samples, together, runs[0].run.options, Processes())
-    one_pass = SweepPass(runs, together, *loaders, folder=data.folder, stop=stop)
+    one_pass = SweepPass(runs, together, *loaders, folder=data.folder, stop=stop, writer=data.writer)
     one_pass.run(on_step)
     return {member.run.name: member.error for member in one_pass.members if member.error is not None}
 
@@ -288,6 +318,5 @@ def _groups(rows: Sequence[SweepRow]) -> list[SweepGroup]:
 
 
 def _write(out: Path, result: SweepResult) -> SweepResult:
-    out.mkdir(parents=True, exist_ok=True)
     write_json(out / SWEEP_NAME, {"format": _FORMAT, **asdict(result)})
     return result

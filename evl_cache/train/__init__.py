@@ -6,7 +6,7 @@ from evl_cache.train.loaders import make_loaders, shuffle_blocks
 from evl_cache.train.needs import HeadNeeds
 from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, PRECISIONS, TrainOptions, options_of
 from evl_cache.train.result import TrainResult
-from evl_cache.train.setup import check_pair, pair_differences, prepare_run, run_config
+from evl_cache.train.setup import check_pair, pair_differences, prepare_run, run_config, written_by_first
 from evl_cache.train.stage import train, train_with_loaders
 from evl_cache.train.trainer import Diverged, OnBottleneck, OnStep, Trainer
 
@@ -33,4 +33,5 @@ __all__ = [
     "train",
     "train_with_loaders",
     "training_reads",
+    "written_by_first",
 ]

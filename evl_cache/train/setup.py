@@ -1,7 +1,8 @@
 """What is settled before a run: whether its caches belong together, what it is, and that its directory is free."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,18 @@ from evl_cache.batches import Loader, Source
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.heads import MODULES, head_class
+from evl_cache.processes import Processes
 from evl_cache.runs import (
+    OnWait,
     RunConfig,
     RunFile,
+    RunWriter,
     check_no_others_files,
     feature_differences,
     read_run_config,
+    whole_file,
     write_run_config,
+    writing,
 )
 from evl_cache.spec import CacheSpec
 from evl_cache.train.options import OPERATIONAL, TrainOptions
@@ -100,6 +106,22 @@ def _tower(cache: Source, val: Source) -> dict[str, object] | None:
     return None if None in names.values() else {**names, "views": val.spec.views.to_json()}
 
 
+@contextmanager
+def written_by_first(out: Path, processes: Processes, on_wait: OnWait) -> Iterator[RunWriter | None]:
+    """Make the first process the only writer of a run directory. Returns: the right to write, None in the others.
+
+    Raises: as `writing`, in all processes.
+    """
+    with ExitStack() as kept:
+        found: list[RunWriter] = []
+
+        def begin() -> None:
+            found.append(kept.enter_context(writing(out, on_wait=on_wait)))
+
+        processes.on_first(begin, "while taking the run directory")
+        yield found[0] if found else None
+
+
 def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
     """Write a new run's `config.json`, or check that the run to resume is this one.
 
@@ -114,7 +136,8 @@ def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
         write_run_config(out, config)
         model = Path(str((config.tower or {}).get("model", "")))
         if model.suffix == ".json" and model.is_file():
-            (out / RunFile.TOWER).write_bytes(model.read_bytes())  # a run is whole without the file's place
+            with whole_file(out / RunFile.TOWER) as staging:  # a run is whole without the file's place
+                staging.write_bytes(model.read_bytes())
         return
     before = read_run_config(out)
     mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (config, before))

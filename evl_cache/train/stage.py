@@ -6,14 +6,14 @@ from pathlib import Path
 
 from evl_cache.batches import Loader, samples_of_clips
 from evl_cache.processes import Processes
-from evl_cache.runs import check_maps, load_state, read_run_config
+from evl_cache.runs import OnWait, RunWriter, check_maps, load_state, read_run_config
 from evl_cache.store import FeatureCache
 from evl_cache.train.batch_size import resolve_batch
 from evl_cache.train.head_reads import training_reads
 from evl_cache.train.loaders import make_loaders, shuffle_blocks
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.result import TrainResult
-from evl_cache.train.setup import check_pair, prepare_run, run_config
+from evl_cache.train.setup import check_pair, prepare_run, run_config, written_by_first
 from evl_cache.train.trainer import OnBottleneck, OnStep, Trainer
 
 __all__ = ["TrainOptions", "TrainResult", "Trainer", "train", "train_with_loaders"]
@@ -30,6 +30,7 @@ def train(
     resume: bool = False,
     on_step: OnStep = lambda done, total, loss: None,
     on_bottleneck: OnBottleneck = lambda name: None,
+    on_wait: OnWait = lambda message: None,
     processes: Processes | None = None,
 ) -> TrainResult:
     """Train a head and leave a run directory.
@@ -41,10 +42,11 @@ def train(
         resume: go on from the last state in `out`.
         on_step: called with (steps done, steps in all, loss).
         on_bottleneck: called after each step with what training waits for: `device`, `disk` or `processor`.
+        on_wait: told once, if it must first be seen whether a writer of `out` on another machine lives.
         processes: that train together; this one alone by default.
 
-    Raises: UsageError where the caches do not fit each other or the head, or where `out` holds a run;
-        Interrupted where a signal asked to stop, after the state was kept.
+    Raises: UsageError where the caches do not fit each other or the head, where `out` holds a run, or where another
+        process writes it; Interrupted where a signal asked to stop, after the state was kept.
     """
     processes = processes or Processes()
     check_pair(train_cache, val_cache)
@@ -53,29 +55,31 @@ def train(
         check_maps(reads, cache)
     samples = (samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips))
     served = samples[0][train_cache.is_valid[samples[0]]]
-    options = resolve_batch(
-        options,
-        build=lambda: run_config(train_cache, {}, options, reads.layers).build(),
-        probe=lambda: train_cache.read_stored(served[:1].tolist(), reads),
-        num_samples=len(served) // max(1, train_cache.spec.views.train_views),
-        sample_nbytes=train_cache.buffers(slots=1, reads=reads).nbytes,
-        recorded=(lambda: read_run_config(out).training.get("batch")) if resume else None,
-        processes=processes,
-    )
-    blocks = shuffle_blocks(options, train_cache, resumed=out if resume else None)
-    options = replace(options, shuffle_blocks=blocks)
-    train_loader, val_loader = make_loaders((train_cache, val_cache), samples, reads, options, processes)
-    return train_with_loaders(
-        train_loader,
-        val_loader,
-        layers=reads.layers,
-        options=options,
-        out=out,
-        resume=resume,
-        on_step=on_step,
-        on_bottleneck=on_bottleneck,
-        processes=processes,
-    )
+    with written_by_first(out, processes, on_wait) as writer:
+        options = resolve_batch(
+            options,
+            build=lambda: run_config(train_cache, {}, options, reads.layers).build(),
+            probe=lambda: train_cache.read_stored(served[:1].tolist(), reads),
+            num_samples=len(served) // max(1, train_cache.spec.views.train_views),
+            sample_nbytes=train_cache.buffers(slots=1, reads=reads).nbytes,
+            recorded=(lambda: read_run_config(out).training.get("batch")) if resume else None,
+            processes=processes,
+        )
+        blocks = shuffle_blocks(options, train_cache, resumed=out if resume else None)
+        options = replace(options, shuffle_blocks=blocks)
+        train_loader, val_loader = make_loaders((train_cache, val_cache), samples, reads, options, processes)
+        return train_with_loaders(
+            train_loader,
+            val_loader,
+            layers=reads.layers,
+            options=options,
+            out=out,
+            resume=resume,
+            on_step=on_step,
+            on_bottleneck=on_bottleneck,
+            processes=processes,
+            writer=writer,
+        )
 
 
 def train_with_loaders(
@@ -89,17 +93,19 @@ def train_with_loaders(
     on_step: OnStep,
     on_bottleneck: OnBottleneck,
     processes: Processes,
+    writer: RunWriter | None,
 ) -> TrainResult:
     """Train on the batches that loaders give of this process's part. Other arguments and errors as `train`.
 
     Args:
         layers: what the loaders read.
         options: with a number for the batch.
+        writer: the right to write `out`; None in processes that are not the first.
     """
     config = run_config(train_loader.cache, {"train": train_loader, "val": val_loader}, options, layers)
     when = "while preparing the run"
     processes.on_first(lambda: prepare_run(out, config, resume=resume), when)
-    trainer = Trainer(config, options, train_loader, val_loader, out=out, processes=processes)
+    trainer = Trainer(config, options, train_loader, val_loader, out=out, processes=processes, writer=writer)
     if resume:
         trainer.load(processes.on_first(lambda: load_state(out), when))
     return trainer.run(on_step, on_bottleneck)

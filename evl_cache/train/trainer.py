@@ -24,6 +24,7 @@ from evl_cache.runs import (
     RunConfig,
     RunFile,
     RunLog,
+    RunWriter,
     Scores,
     head_inputs,
     head_logits,
@@ -58,6 +59,7 @@ class Trainer:
         out: the run directory; the first process writes it.
         processes: that train together.
         stop: where signals are noted; its own by default.
+        writer: the right to write `out`, where it can be lost.
 
     Attributes:
         head: that is trained.
@@ -74,6 +76,7 @@ class Trainer:
         out: Path,
         processes: Processes | None = None,
         stop: StopRequests | None = None,
+        writer: RunWriter | None = None,
     ) -> None:
         self.config, self.options, self.out = config, options, out
         self.processes = processes or Processes()
@@ -87,6 +90,7 @@ class Trainer:
         self._autocast_dtype = PRECISIONS[options.precision]
         self._state = RunState()
         self._stop = stop or StopRequests()
+        self._writer = writer
         is_first = self.processes.place.is_first
         self._log = RunLog(out if is_first else None, tensorboard=options.tensorboard)
 
@@ -269,6 +273,7 @@ class Trainer:
             "clips_per_s": rate,
             "bottleneck": bottleneck,
         }
+        self._check_writer()
         self._log.epoch(state.step, row)
         state.samples += state.epoch_samples
         state.seconds += state.epoch_seconds
@@ -295,8 +300,13 @@ class Trainer:
     def save(self) -> None:
         """Write the state that the run can be continued from."""
         if self.processes.place.is_first:
+            self._check_writer()
             self._log.flush()
             save_state(self.out, self.state())
+
+    def _check_writer(self) -> None:
+        if self._writer is not None:
+            self._writer.check()
 
     def _interrupt(self, signal_number: int) -> None:
         self.save()
@@ -331,6 +341,7 @@ class Trainer:
             ms_per_step=1e3 * state.seconds / max(1, state.step),
         )
         if self.processes.place.is_first:
+            self._check_writer()
             write_report(self.out, scores, self.config.classes, self.val_loader.cache.clips)
             write_json(self.out / RunFile.RESULT, asdict(result))
         return result

@@ -18,6 +18,7 @@ from typing import Self
 from evl_cache.errors import ClipError, Outage, WorkerError
 from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 from evl_cache.video.process import DecodeProcess, WorkerLost
+from evl_cache.video.user_limits import said_of_memory
 
 DEFAULT_TIMEOUT_S = 120.0
 MOST_GROWTH_BYTES = 64 << 20  # a process that has grown by more is replaced
@@ -163,7 +164,7 @@ def _stopped() -> Outage:
 
 def _cannot_start(error: OSError | RuntimeError) -> Outage:
     if not isinstance(error, OSError):
-        error = BlockingIOError(errno.EAGAIN, str(error))
+        error = BlockingIOError(errno.EAGAIN, f"{error}{said_of_memory()}")
     return Outage.of("a process that decodes cannot be started", error, remedy=_START_REMEDY)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from evl_cache.errors import ClipError, Outage, WorkerError
 from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
+from evl_cache.video.user_limits import raise_limit, said_of_memory
 
 WORKER = "evl_cache.video.worker"
 _START_TIMEOUT_S = 120.0
@@ -147,7 +148,7 @@ class DecodeProcess:
         except WorkerLost as error:  # no clip's fault
             raise WorkerError(
                 f"the process that decodes cannot start ({self._cause_of_death()}; its own message is above); "
-                "check that av, and decord where it is used, can be imported by this Python"
+                f"check that av, and decord where it is used, can be imported by this Python{raise_limit()}"
             ) from error
         self.is_ready = True
 
@@ -210,7 +211,7 @@ class DecodeProcess:
             status = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return "the decoder's process stopped answering"
-        return f"the decoder crashed ({_how_ended(status)})"
+        return f"the decoder crashed ({_how_ended(status)}{said_of_memory()})"
 
 
 def _how_ended(status: int) -> str:

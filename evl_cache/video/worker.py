@@ -30,8 +30,8 @@ import numpy as np
 from evl_cache import video
 from evl_cache.errors import ClipError, EvlCacheError, Outage
 from evl_cache.video.native_messages import own_stderr
+from evl_cache.video.user_limits import limit_address_space, refused, said_of_memory
 
-_MOST_ADDRESS_SPACE = 16 << 30  # a file with a false frame size must not fill the machine's memory
 _PR_SET_PDEATHSIG = 1
 _GROWTH_TO_TRIM = 32 << 20  # bytes of growth after which glibc's free memory is returned to the system
 
@@ -50,8 +50,7 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
             "torchcodec.decoders"
         )  # imports torch, which must come before the other decoders
     else:  # not with torchcodec, as a GPU's driver takes any amount of address space
-        limit = resource.getrlimit(resource.RLIMIT_AS)[1]
-        resource.setrlimit(resource.RLIMIT_AS, (_MOST_ADDRESS_SPACE, limit))
+        limit_address_space()
         own_stderr()
     with socket.socket(fileno=socket_fd) as channel, channel.makefile("rw", encoding="utf-8") as lines:
         connection = _Connection(lines, frames_fd)
@@ -124,14 +123,23 @@ def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str]:
             connection.give(event)
     except Outage as outage:
         return {"outage": outage.trouble, "remedy": outage.remedy}
-    except EvlCacheError as error:
-        return {"error": str(error)}
-    except OSError as error:  # of the file of frames: those of the clip's file are among the former
+    except (EvlCacheError, OSError, MemoryError, ImportError, RuntimeError) as error:
+        return _failure(path, error)
+    return {}
+
+
+def _failure(path: str, error: Exception) -> dict[str, str]:
+    """Return what the last message says of an error. Raises: the error, where no message of ours says it better."""
+    if (found := refused(error)) is not None:
+        return {"outage": f"{path}: {found[0]}", "remedy": found[1]}
+    if isinstance(error, EvlCacheError):
+        return {"error": f"{error}{said_of_memory()}"}
+    if isinstance(error, MemoryError):
+        return {"error": f"{path}: needs more memory than a decoder may take"}
+    if isinstance(error, OSError):  # of the file of frames: those of the clip's file are errors of ours
         wanting = Outage.of("decoded frames cannot be passed on", error, remedy="give the run more memory")
         return {"outage": wanting.trouble, "remedy": wanting.remedy}
-    except MemoryError:
-        return {"error": f"{path}: needs more memory than a decoder may take"}
-    return {}
+    raise error
 
 
 def _trim() -> None:

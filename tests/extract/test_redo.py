@@ -1,5 +1,6 @@
 """A redo keeps what is good: repair, --retry-failed and --reuse never end with fewer valid clips than they found."""
 
+import errno
 import hashlib
 import json
 import os
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from evl_cache.clips import Clip, ClipList
+from evl_cache.errors import Outage
+from evl_cache.extract import outages
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.repair import RepairResult, repair
 from evl_cache.rendered import DEMO_CLASSES
@@ -317,3 +320,32 @@ def test_touched_videos_are_the_same_and_videos_elsewhere_are_no_fault(cache: Pa
     assert extract_small(clips, cache).sources_in_doubt is None
     proof = extract_small(clips, cache, check_sources=True).sources_in_doubt
     assert proof is not None and "00.mp4 is not there" in proof
+
+
+NAMED = ("ENOTCONN", "ESTALE", "EIO", "EACCES", "ENODEV", "EMFILE")
+
+
+@pytest.mark.parametrize("redo", ["repair", "retry failed", "check sources"])
+@pytest.mark.parametrize("name", NAMED)
+def test_whatever_the_disk_of_the_videos_says_a_redo_stops_and_loses_no_clip(
+    name: str, redo: str, cache: Path, motions: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (videos / "00.mp4").write_bytes((videos / "02.mp4").read_bytes())  # another film than then
+    if redo == "repair":
+        flip(cache / "tokens/c/0/0/0/0/0", 0.5)
+    before, files = valid(cache), tree(cache)
+    number = getattr(errno, name)
+
+    def fail(path: Path) -> tuple[int, str]:
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(outages, "sha256_of", fail)
+    monkeypatch.setattr(outages, "UNREAD_PATIENCE_S", 0.0)
+    with pytest.raises(Outage, match=os.strerror(number)):
+        if redo == "repair":
+            repaired(cache, motions, videos)
+        else:
+            what = {"retry_failed": True} if redo == "retry failed" else {"check_sources": True}
+            extract_small(load_clips(videos), cache, **what)
+    assert valid(cache) == before
+    assert differences(tree(cache), files) == []

@@ -1,7 +1,10 @@
 """The rendered benchmarks: what decides a class and what does not, by seed, and read as any data set."""
 
+import functools
 import json
+import threading
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -204,3 +207,40 @@ def test_the_demo_trains_with_and_without_modules_on_evl_tiny_too(tmp_path: Path
 
 def test_the_demo_offers_the_towers_that_there_are() -> None:
     assert tuple(demo.TOWERS) == TOWERS
+
+
+def at_once(*calls: Callable[[], object]) -> list[str]:
+    """Call functions at the same time in threads. Returns: the errors."""
+    together = threading.Barrier(len(calls))
+    errors: list[str] = []
+
+    def run(call: Callable[[], object]) -> None:
+        together.wait()
+        try:
+            call()
+        except UsageError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=run, args=[call]) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return errors
+
+
+def test_two_that_render_into_one_folder_write_the_same_clips(tmp_path: Path) -> None:
+    assert not at_once(*[lambda: render("scenes", tmp_path / "two", options=SMALL)] * 2)
+    render("scenes", tmp_path / "one", options=SMALL)
+    one, two = (
+        {path.relative_to(tmp_path / name): path.read_bytes() for path in (tmp_path / name).rglob("*.*")}
+        for name in ("one", "two")
+    )
+    assert one == two
+
+
+def test_of_two_with_other_options_one_gets_the_folder(tmp_path: Path) -> None:
+    options = [SMALL, RenderOptions(**{**vars(SMALL), "seed": 1})]
+    calls = [functools.partial(render, "scenes", tmp_path / "root", options=each) for each in options]
+    (error,) = at_once(*calls)
+    assert "holds clips of other options (seed differ)" in error

@@ -53,6 +53,22 @@ class _Holder:
     token: str  # two locks of one process differ: an old observation must not count against a new lock
 
 
+@dataclass(frozen=True, kw_only=True)
+class LockHolder:
+    """Who has a lock.
+
+    Attributes:
+        host, pid: of the process, for people; `?` and 0 where the lock cannot be read.
+        is_alive: whether it lives; None where only its counter tells, as it is of another machine.
+        content: all that the lock says; changes while the holder lives.
+    """
+
+    host: str
+    pid: int
+    is_alive: bool | None
+    content: bytes
+
+
 @dataclass(frozen=True)
 class _Sighting:
     content: bytes
@@ -147,6 +163,10 @@ class LockWatcher:
         Raises: CacheError where the disk refuses.
         """
         return self._take(self.directory / f"{block:06d}{SUFFIX}")
+
+    def take_named(self, name: str) -> BlockLock | None:
+        """Return the lock of something that is no block, as `take` does."""
+        return self._take(self.directory / f"{name}{SUFFIX}")
 
     def wait_for(self, name: str) -> BlockLock:
         """Return the lock of something, once no other job holds it. Errors as `take`."""
@@ -271,6 +291,19 @@ def _listed(directory: Path) -> list[Path]:
         return []
     except OSError as error:
         raise disk_error("read", directory, error) from error
+
+
+def lock_holder(directory: Path, name: str) -> LockHolder | None:
+    """Return who has the lock of something that is no block; None where there is no such lock."""
+    content = read_lock(directory / f"{name}{SUFFIX}")
+    if content is None:
+        return None
+    holder = _parse(content)
+    if holder is None:
+        return LockHolder(host="?", pid=0, is_alive=None, content=content)
+    is_here = holder.machine == machine_id()
+    is_alive = not _holder_is_dead(content) if is_here else None
+    return LockHolder(host=holder.host, pid=holder.pid, is_alive=is_alive, content=content)
 
 
 def _parse(content: bytes) -> _Holder | None:

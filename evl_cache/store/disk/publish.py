@@ -73,8 +73,7 @@ class StagedFile:
     """
 
     def __init__(self, directory: Path) -> None:
-        host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
-        self.path = Path(directory) / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
+        self.path = _staging_path(Path(directory))
         self.size = self.crc32c = 0
         self._pending: NDArray[np.uint8] | None = None  # the last huge page, not written yet
         self._written = 0  # bytes that the kernel has
@@ -253,6 +252,24 @@ def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a staging name that anything may write a file to; at the end it is published in place of what is at `path`.
+
+    For files that are no cache's: their permissions are those of the umask. An error leaves what was there. Raises:
+    OSError where the file system refuses.
+    """
+    staging = _staging_path(path.parent)
+    try:
+        yield staging
+        with staging.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(staging, path)
+    finally:
+        staging.unlink(missing_ok=True)
+    fsync_directory(path.parent)
+
+
 def make_directories(path: Path) -> None:
     """Create `path` and its missing parents, each made durable. Several writers may do so at once."""
     missing = [path]
@@ -292,6 +309,11 @@ def fsync_directory(path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_DIRECTORY_SYNC:
             raise disk_error("sync", path, error) from error
+
+
+def _staging_path(directory: Path) -> Path:
+    host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
+    return directory / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def _is_file(path: Path, inode: int) -> bool:
