@@ -11,7 +11,13 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.store.disk.file_system import check_no_links, open_regular, read_limited
+from evl_cache.store.disk.file_system import (
+    check_no_links,
+    disk_error,
+    is_refusal,
+    open_regular,
+    read_limited,
+)
 from evl_cache.store.objects.address import Data, as_url, is_url, public_url
 
 
@@ -89,9 +95,15 @@ class DirectoryObjects:
 
     def get_range(self, name: str, start: int, nbytes: int) -> Data:
         """See `Objects`."""
-        with open_regular(self._inside(name)) as file:
-            file.seek(start)
-            return file.read(nbytes)
+        path = self._inside(name)
+        try:
+            with open_regular(path) as file:
+                file.seek(start)
+                return file.read(nbytes)
+        except OSError as error:
+            if is_refusal(error):
+                raise disk_error("read", path, error) from error
+            raise
 
     def holds(self, name: str, content: bytes) -> bool:
         """Whether a file has exactly these bytes; False where there is none, or something else."""

@@ -13,7 +13,14 @@ from pathlib import Path
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest, file_crc32c, file_digest
-from evl_cache.store.disk.file_system import check_no_links, file_identity, is_there, remove_file
+from evl_cache.store.disk.file_system import (
+    check_no_links,
+    disk_error,
+    file_identity,
+    is_refusal,
+    is_there,
+    remove_file,
+)
 from evl_cache.store.disk.locks import BlockLock
 from evl_cache.store.disk.publish import (
     AlreadyPublished,
@@ -240,7 +247,8 @@ class BlockPublication:
                 == (file.size, file.crc32c)
                 for name, file in staged.items()
             )
-        except CacheError:
+        except CacheError as error:
+            _raise_if_refused(self._mark_path, error)
             return False
 
     def _lies_there(self, records: ShardFiles) -> bool:
@@ -277,8 +285,17 @@ def _unlink_for_good(cache_path: Path, path: Path) -> None:
 
 
 def has_digest(path: Path, digest: tuple[int, str]) -> bool:
-    """Whether a file of this size and sha256 lies there."""
+    """Whether a file of this size and sha256 lies there. Raises: CacheError where the disk refuses to tell."""
     try:
         return path.stat().st_size == digest[0] and file_digest(path) == digest
-    except (OSError, CacheError):
+    except (OSError, CacheError) as error:
+        _raise_if_refused(path, error)
         return False
+
+
+def _raise_if_refused(path: Path, error: OSError | CacheError) -> None:
+    """Raise CacheError where the disk would not tell what lies there: that is no other job's doing."""
+    if isinstance(error, OSError) and is_refusal(error):
+        raise disk_error("read", path, error) from error
+    if isinstance(error.__cause__, OSError) and is_refusal(error.__cause__):
+        raise error
