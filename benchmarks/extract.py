@@ -16,7 +16,6 @@ import torch
 
 from benchmarks.support.machine import interleaved_seconds, machine, medians
 from benchmarks.support.stored_features import LAYERS, clip_list
-from evl_cache.clips import Clip
 from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.prepare import PreparedClip
@@ -31,8 +30,8 @@ class FromMemory(BlockExtractor):
 
     frames: torch.Tensor
 
-    def _prepare(self, clip: Clip) -> PreparedClip:
-        return PreparedClip(record=ClipRecord(id=clip.id), samples=self.frames[int(clip.id)][None])
+    def _prepare(self, row: int) -> PreparedClip:
+        return PreparedClip(record=ClipRecord(id=str(row)), samples=self.frames[row][None])
 
 
 def main() -> None:
@@ -82,6 +81,7 @@ def extract_once(cache: Path, frames: torch.Tensor, tower: Tower, batch: int) ->
     assert lock is not None
     with closing(extractor), lock:
         extracted = extractor.extract(0, lock)
+        assert extracted is not None
         extracted.writer.commit(extracted.records, extracted.environment)
         extracted.writer.close()
 
