@@ -10,10 +10,11 @@ import random
 import shutil
 import signal
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ SWITCHES = ("silly_rename", "stale", "no_mmap", "ignores_case")
 _ERRORS = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EACCES, errno.ENOTCONN)
 _TIMES = (1, 1, 3, None)
 _REMEMBERED_S = 1.0
+LONGEST_S = 120.0  # of a job: it hangs
 
 
 class Failed(AssertionError):
@@ -137,13 +139,23 @@ def run_schedule(bench: Bench, schedule: Schedule, name: str) -> list[Ended]:
     disks = bench.clients if schedule.remembers else (bench.honest, bench.honest)
     for disk in set(disks):
         disk.set(*schedule.faults, **schedule.switches)
+    pids: list[int] = []
+
+    def abort() -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):  # it ended meanwhile
+                os.kill(pid, signal.SIGABRT)
+
+    hangs = threading.Timer(LONGEST_S, abort)
+    hangs.start()
     try:
-        pids = [bench.server.start(disk.path / name, **JOB) for disk in disks[: schedule.jobs]]
+        pids += [bench.server.start(disk.path / name, **JOB) for disk in disks[: schedule.jobs]]
         if schedule.kill_at is not None:
             time.sleep(schedule.kill_at * bench.seconds)
             os.kill(pids[0], signal.SIGKILL)
         ends = [bench.server.wait(pid) for pid in pids]
     finally:
+        hangs.cancel()
         for disk in set(disks):
             disk.clear()
     for ended in ends:

@@ -144,6 +144,16 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def names_in(directory: Path) -> list[str]:
+    """Return the names in a directory; none where there is no such directory. Raises: CacheError where the disk refuses."""
+    try:
+        return again_if_stale(lambda: os.listdir(directory))
+    except OSError as error:
+        if is_refusal(error):
+            raise disk_error("list", directory, error) from error
+        return []
+
+
 def remove_file(path: Path) -> None:
     """Remove a file that may be gone already. Raises: CacheError where the disk refuses."""
     try:

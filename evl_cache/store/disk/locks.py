@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from evl_cache.errors import CacheError
-from evl_cache.store.disk.file_system import disk_error, remove_leftover
+from evl_cache.store.disk.file_system import disk_error, names_in, remove_leftover
 from evl_cache.store.disk.lock_files import (
     ASIDE_NAME,
     COUNTER_DIGITS,
@@ -187,7 +187,7 @@ class LockWatcher:
         Returns: whether no other job may be at work.
         """
         is_idle = True
-        for entry in _listed(self.directory):
+        for entry in [self.directory / name for name in sorted(names_in(self.directory))]:
             if ASIDE_NAME.fullmatch(entry.name):
                 remove_leftover(entry)  # left by a taker that died; a living one tries again
             elif LOCK_NAME.fullmatch(entry.name) and entry != own.path:
@@ -276,21 +276,12 @@ def lock_holders(directory: Path) -> dict[int, str]:
     Raises: CacheError where the disk refuses.
     """
     found = {}
-    for path in _listed(directory):
+    for path in [directory / name for name in sorted(names_in(directory))]:
         content = read_lock(path) if LOCK_NAME.fullmatch(path.name) else None
         if path.stem.isdecimal() and content is not None:
             holder = _parse(content)
             found[int(path.stem)] = "?" if holder is None else holder.host
     return found
-
-
-def _listed(directory: Path) -> list[Path]:
-    try:
-        return sorted(directory.iterdir())
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise disk_error("read", directory, error) from error
 
 
 def lock_holder(directory: Path, name: str) -> LockHolder | None:

@@ -4,9 +4,7 @@ T frames, P patches, N = 1+P tokens, C channels. A chunk is one sample x one lay
 samples x all layers.
 """
 
-import contextlib
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 
 from evl_cache.errors import UsageError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.file_system import is_there
+from evl_cache.store.disk.file_system import is_there, names_in
 from evl_cache.store.shards.codec import ChunkCodec
 from evl_cache.store.shards.metadata import array_metadata, shard_path
 
@@ -162,7 +160,10 @@ def is_in_redo(cache_path: Path, block: int) -> bool:
 
 
 def marked_blocks(cache_path: Path) -> set[int]:
-    """Return the blocks that have a done mark, intact or not: one look at the directory for all of them."""
+    """Return the blocks that have a done mark, intact or not: one look at the directory for all of them.
+
+    Raises: CacheError where the disk refuses: they are not taken for undone then.
+    """
     return _blocks_named(cache_path, ".json")
 
 
@@ -177,11 +178,8 @@ def finished_blocks(cache_path: Path) -> set[int]:
 
 
 def _blocks_named(cache_path: Path, suffix: str) -> set[int]:
-    with contextlib.suppress(OSError):
-        names = os.listdir(cache_path / DONE_NAME)
-        stems = [name.removesuffix(suffix) for name in names if name.endswith(suffix)]
-        return {int(stem) for stem in stems if _BLOCK_NUMBER.fullmatch(stem)}
-    return set()
+    stems = [name.removesuffix(suffix) for name in names_in(cache_path / DONE_NAME) if name.endswith(suffix)]
+    return {int(stem) for stem in stems if _BLOCK_NUMBER.fullmatch(stem)}
 
 
 def as_range(positions: Sequence[int]) -> Sequence[int]:
