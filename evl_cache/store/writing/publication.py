@@ -22,7 +22,13 @@ from evl_cache.store.disk.publish import (
     make_empty_file,
     write_atomic,
 )
-from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path, redo_path
+from evl_cache.store.format.layout import (
+    MANIFEST_NAME,
+    array_layouts,
+    mark_path,
+    marked_blocks,
+    redo_path,
+)
 from evl_cache.store.format.marks import ClipRecord, Mark, ShardFiles, mark_content, read_mark
 from evl_cache.store.shards.shard_index import MISSING, read_index
 
@@ -195,10 +201,19 @@ class BlockPublication:
     def _begin_redo(self) -> None:
         self._note_redo()
         self.check_lock()
-        _unlink_for_good(self._cache_path, self._cache_path / MANIFEST_NAME)  # it names the old mark
+        self._remove_manifest()  # it names the old mark
 
     def _note_redo(self) -> None:
         make_empty_file(redo_path(self._cache_path, self._block))
+
+    def _remove_manifest(self) -> None:
+        manifest = self._cache_path / MANIFEST_NAME
+        if not is_there(manifest):
+            return
+        # Of blocks that lost their marks the manifest alone tells that they were done, and may have features.
+        for block in sorted(set(range(self._spec.num_blocks)) - marked_blocks(self._cache_path)):
+            make_empty_file(redo_path(self._cache_path, block))
+        _unlink_for_good(self._cache_path, manifest)
 
     def _end_redo(self) -> None:
         self.check_lock()
@@ -228,7 +243,7 @@ class BlockPublication:
             return
         if self.is_redo:
             self._note_redo()
-        _unlink_for_good(self._cache_path, self._cache_path / MANIFEST_NAME)
+        self._remove_manifest()
         if not self.is_redo:
             _unlink_for_good(self._cache_path, self._mark_path)
 
@@ -265,8 +280,9 @@ def valid_mark(cache_path: Path, spec: CacheSpec, block: int) -> Mark | None:
 
 
 def _was_marked(cache_path: Path, block: int) -> bool:
-    """Whether a block has a mark, intact or not, or is part of a cache that was complete."""
-    return is_there(mark_path(cache_path, block)) or is_there(cache_path / MANIFEST_NAME)
+    """Whether a block has a mark, intact or not, or is part of a cache that is complete, or was when a redo began."""
+    signs = (mark_path(cache_path, block), cache_path / MANIFEST_NAME, redo_path(cache_path, block))
+    return any(map(is_there, signs))
 
 
 def _unlink_for_good(cache_path: Path, path: Path) -> None:
