@@ -120,6 +120,8 @@ class Surroundings:
 
         Raises: ClipError for a file that is not there, or none; Outage where it cannot be read for another reason.
         """
+        if "\0" in str(path):
+            raise ClipError(f"{str(path)!r}: is the name of no file")
         folders = self._folders_of(path)
         try:
             found = sha256_of(path)
@@ -131,6 +133,9 @@ class Surroundings:
             raise ClipError(f"{path}: cannot be opened ({error.strerror})") from error
         self._patience_s = self._patience_once_read_s
         if len(self._known) < _MOST_FOLDERS:
+            # A mount that is gone may be the folder of a folder. Which disk those above are on was not asked.
+            for above in {parent for folder in folders for parent in folder.parents}:
+                self._known.setdefault(above, None)
             self._known |= folders
         return found
 
