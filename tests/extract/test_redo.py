@@ -291,6 +291,24 @@ def test_a_mark_that_the_manifest_does_not_name_stays_a_problem_while_the_videos
     assert differences(tree(cache), tree(made)) == []
 
 
+def test_a_link_that_leads_nowhere_in_the_place_of_a_redos_note_is_removed_and_no_endless_wait(
+    made: Path, cache: Path, motions: Path
+) -> None:
+    redo_path(cache, 0).symlink_to(cache / "nowhere")
+    extract_small(load_clips(motions), cache)
+    assert not redo_path(cache, 0).is_symlink()
+    assert differences(tree(cache), tree(made)) == []
+
+
+def test_a_cache_whose_empty_directory_of_marks_was_not_copied_is_extracted(
+    made: Path, cache: Path, motions: Path
+) -> None:
+    shutil.rmtree(cache / "done")
+    (cache / "manifest.json").unlink()
+    extract_small(load_clips(motions), cache)
+    assert differences(tree(cache), tree(made)) == []
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_damage_at_random_places_with_random_videos_gone_never_costs_a_valid_clip(
     made: Path, cache: Path, motions: Path, videos: Path, seed: int

@@ -19,12 +19,14 @@ from evl_cache.store.disk.publish import (
     AlreadyPublished,
     StagedFile,
     fsync_directory,
+    make_directories,
     make_empty_file,
     write_atomic,
 )
 from evl_cache.store.format.layout import (
     MANIFEST_NAME,
     array_layouts,
+    is_in_redo,
     mark_path,
     marked_blocks,
     redo_path,
@@ -95,6 +97,7 @@ class BlockPublication:
         self._cache_path, self._spec, self._block, self._lock = cache_path, spec, block, lock
         self._layouts = array_layouts(spec)
         self._mark_path = mark_path(cache_path, block)
+        make_directories(self._mark_path.parent)  # what copies a cache may leave empty directories out
         self._mark_before = file_identity(self._mark_path)
         self.is_redo = _was_marked(cache_path, block)
 
@@ -281,13 +284,13 @@ def valid_mark(cache_path: Path, spec: CacheSpec, block: int) -> Mark | None:
 
 def _was_marked(cache_path: Path, block: int) -> bool:
     """Whether a block has a mark, intact or not, or is part of a cache that is complete, or was when a redo began."""
-    signs = (mark_path(cache_path, block), cache_path / MANIFEST_NAME, redo_path(cache_path, block))
-    return any(map(is_there, signs))
+    signs = (mark_path(cache_path, block), cache_path / MANIFEST_NAME)
+    return is_in_redo(cache_path, block) or any(map(is_there, signs))
 
 
 def _unlink_for_good(cache_path: Path, path: Path) -> None:
     check_no_links(cache_path, path.parent)
-    if is_there(path):
+    if is_there(path, follow_links=False):
         remove_file(path)
         fsync_directory(path.parent)
 
