@@ -133,6 +133,9 @@ class Surroundings:
             raise ClipError(f"{str(path)!r}: cannot be opened (no file has such a name)") from error
         self._patience_s = self._patience_once_read_s
         if len(self._known) < _MOST_FOLDERS:
+            # A mount that is gone may be the folder of a folder. Which disk those above are on was not asked.
+            for above in {parent for folder in folders for parent in folder.parents}:
+                self._known.setdefault(above, None)
             self._known |= folders
         return found
 

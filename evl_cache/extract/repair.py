@@ -22,6 +22,7 @@ from evl_cache.store import (
     CacheDescription,
     FeatureCache,
     Problem,
+    blocks_in_redo,
     finish_cache,
     manifest_at,
     mark_file_digest,
@@ -104,7 +105,9 @@ def repair(
     if broken:
         job = _job_of(cache_path, tower, root)
         did, differs = _redo(job, broken, options=options, on_clip=on_clip, on_outage=on_outage)
-    is_complete = FeatureCache(cache_path).is_complete
+    # What stays as it is keeps its signs for the next repair: the note of a redo, the manifest that names another mark.
+    stays = bool(did.kept_instead) or not blocks_in_redo(cache_path).isdisjoint(did.stayed)
+    is_complete = FeatureCache(cache_path).is_complete and not stays
     return RepairResult(
         problems=tuple(problems),
         files_restored=tuple(restored),

@@ -156,17 +156,17 @@ def _check_description(cache_path: Path, description: CacheDescription) -> list[
 
 def _check_block(cache_path: Path, spec: CacheSpec, block: int) -> tuple[BlockFiles, list[str]]:
     """Return what the manifest should say of a block, nothing where it is not done, and what is wrong with it."""
-    marked = mark_path(cache_path, block)
+    marked, begun = mark_path(cache_path, block), []
+    if is_in_redo(cache_path, block):
+        begun = [f"{redo_path(cache_path, block)}: a redo was begun and not ended; repair the cache"]
     try:
         written = read_mark_bytes(cache_path, block, spec)
         if written is None:
-            return {}, []
+            return {}, begun
         mark = parse_mark(written, marked, block, spec)
     except CacheDamaged as error:
         return {}, [str(error)]
-    reasons = _not_canonical(marked, written)
-    if is_in_redo(cache_path, block):
-        reasons.append(f"{redo_path(cache_path, block)}: a redo was begun and not ended; repair the cache")
+    reasons = _not_canonical(marked, written) + begun
     for name, layout in array_layouts(spec).items():
         path, record = layout.shard(cache_path, block), mark.files[name]
         try:

@@ -28,7 +28,7 @@ from tests.support.store_helpers import (
 pytest.importorskip("obstore", reason="no obstore here: pip install 'evl-cache[remote]'")
 
 from evl_cache.caches.share import pull, push
-from evl_cache.errors import CacheError, UsageError
+from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.store import FeatureCache, open_objects, verify_cache
 from evl_cache.store.copying import to_directory as transfer_module
 from evl_cache.store.disk.permissions import set_file_mode
@@ -147,6 +147,13 @@ def test_a_push_that_would_take_something_away_is_refused_and_changes_nothing(
         push(worse, url)
     assert differences(objects_of(url, whole), before) == []
     push(worse, f"{bucket}/kept/b")
+    before, path = objects_of(f"{bucket}/kept/b", whole), whole / "maps/c/0/0/0/0/0/0"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CacheDamaged, match="not those its mark promises"):
+        push(whole, f"{bucket}/kept/b")
+    assert differences(objects_of(f"{bucket}/kept/b", whole), before) == []
+    path.write_bytes(content)
     push(whole, f"{bucket}/kept/b")  # the other way round it is welcome
     assert differences(objects_of(f"{bucket}/kept/b", whole), files_of(whole)) == []
 

@@ -3,6 +3,7 @@
 import errno
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -135,6 +136,11 @@ def test_a_path_that_leads_to_no_file_fails_the_clip(relative: str, videos: Path
         Surroundings(videos).hash_file(videos / relative)
 
 
+def test_a_name_that_no_file_can_have_fails_the_clip(videos: Path) -> None:
+    with pytest.raises(ClipError, match="is the name of no file"):
+        Surroundings(videos).hash_file(videos / "a\0b.mp4")
+
+
 def test_a_root_that_is_gone_or_emptied_is_an_outage(videos: Path) -> None:
     around = Surroundings(videos)
     videos.rename(videos.with_name("elsewhere"))
@@ -165,6 +171,26 @@ def test_a_folder_that_clips_were_read_from_and_that_is_away_is_an_outage(state:
         folder.mkdir()
     with pytest.raises(Outage, match="class: is "):
         around.hash_file(folder / "01.mp4")
+
+
+@pytest.mark.parametrize("listed", ["by its own path", "by a link"])
+def test_a_mount_point_that_is_gone_is_an_outage_for_folders_that_no_clip_was_read_from(
+    listed: str, videos: Path, tmp_path: Path
+) -> None:
+    disk, root = tmp_path / "mounts" / "disk", tmp_path / "root"
+    root.mkdir()
+    (tmp_path / "mounts" / "other").mkdir(parents=True)
+    paths = []
+    for name in ("a", "b"):
+        (disk / name).mkdir(parents=True)
+        shutil.copy(videos / "00.mp4", disk / name / "0.mp4")
+        (root / name).symlink_to(disk / name / "0.mp4")
+        paths.append(root / name if listed == "by a link" else disk / name / "0.mp4")
+    around = Surroundings(root)
+    around.hash_file(paths[0])
+    disk.rename(tmp_path / "away")  # as an automounter does
+    with pytest.raises(Outage, match="is not there, as where a disk is away"):
+        around.hash_file(paths[1])
 
 
 def test_a_link_into_an_empty_mount_point_is_an_outage(videos: Path, tmp_path: Path) -> None:

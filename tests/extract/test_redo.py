@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from evl_cache.clips import Clip, ClipList
-from evl_cache.errors import Outage
+from evl_cache.errors import CacheError, Outage
 from evl_cache.extract import outages
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.repair import RepairResult, repair
@@ -242,6 +242,71 @@ def test_a_redo_that_was_begun_is_a_problem_until_repair_or_the_same_command_end
     extract_small(load_clips(motions), cache)
     assert differences(tree(cache), tree(made)) == []
     assert decoded == []
+
+
+def test_a_block_that_lost_its_mark_keeps_its_features_when_a_redo_of_another_removes_the_manifest(
+    made: Path, cache: Path, videos: Path
+) -> None:
+    make_clips(videos, broken=False)  # the redo of the broken one's block succeeds
+    clips = load_clips(videos)
+    (cache / "done/000002.json").unlink()
+    without(videos, "06.mp4")
+    for _ in range(2):  # the second finds no manifest
+        with pytest.raises(CacheError, match=r"block 2 stays as it is: 1 of its clips would lose.*06\.mp4"):
+            extract_small(clips, cache, retry_failed=True)
+        assert not (cache / "manifest.json").exists()
+        kept = [name for name in tree(made) if "/c/2/" in name]
+        assert [name for name in kept if name in differences(tree(cache), tree(made))] == []
+    assert [problem.block for problem in verify_cache(cache).problems] == [2]
+    make_clips(videos, broken=False)
+    assert extract_small(clips, cache).failures == ()
+    assert verify_cache(cache).problems == ()
+
+
+def test_a_block_whose_redo_was_killed_and_cannot_be_ended_is_told_as_one_that_stays(
+    cache: Path, motions: Path, videos: Path
+) -> None:
+    flip(cache / "tokens/c/0/0/0/0/0", 0.1)
+    redo_path(cache, 0).touch()
+    (cache / "manifest.json").unlink()
+    without(videos, "00.mp4")
+    result = repaired(cache, motions, videos)
+    assert len(result.not_redone) == 1 and "block 0 stays as it is" in result.not_redone[0]
+    assert (result.is_complete, result.blocks_redone) == (False, ())
+    assert redo_path(cache, 0).exists()
+
+
+def test_a_mark_that_the_manifest_does_not_name_stays_a_problem_while_the_videos_are_away(
+    made: Path, cache: Path, motions: Path, videos: Path, tmp_path: Path
+) -> None:
+    other = Path(make_clips(tmp_path / "others", seed=5).source)
+    extract_small(load_clips(other), tmp_path / "other")
+    for name in ["done/000000.json", *DATA]:  # a block of other videos, whole
+        shutil.copy(tmp_path / "other" / name, cache / name)
+    without(videos, *BLOCK)
+    for _ in range(2):
+        assert len(repaired(cache, motions, videos).not_redone) == 3
+        assert [problem.block for problem in verify_cache(cache).problems] == [0]
+    assert repaired(cache, motions, motions).not_redone == ()
+    assert differences(tree(cache), tree(made)) == []
+
+
+def test_a_link_that_leads_nowhere_in_the_place_of_a_redos_note_is_removed_and_no_endless_wait(
+    made: Path, cache: Path, motions: Path
+) -> None:
+    redo_path(cache, 0).symlink_to(cache / "nowhere")
+    extract_small(load_clips(motions), cache)
+    assert not redo_path(cache, 0).is_symlink()
+    assert differences(tree(cache), tree(made)) == []
+
+
+def test_a_cache_whose_empty_directory_of_marks_was_not_copied_is_extracted(
+    made: Path, cache: Path, motions: Path
+) -> None:
+    shutil.rmtree(cache / "done")
+    (cache / "manifest.json").unlink()
+    extract_small(load_clips(motions), cache)
+    assert differences(tree(cache), tree(made)) == []
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -160,6 +160,12 @@ def test_where_the_disk_refuses_a_look_nobody_is_said_to_have_taken_the_lock(
     lock.release()
 
 
+def test_a_lock_that_cannot_be_read_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:
+    (tmp_path / "000000.lock").mkdir()  # as one whose maker's umask closed it to other users
+    with pytest.raises(CacheError, match=r"cannot read .*000000\.lock"):
+        LockWatcher(tmp_path).wait_for("000000")
+
+
 def test_locks_in_a_directory_that_is_gone_are_an_error(tmp_path: Path) -> None:
     watcher = LockWatcher(tmp_path / "locks")
     (tmp_path / "locks").rmdir()

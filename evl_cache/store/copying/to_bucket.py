@@ -52,6 +52,9 @@ def copy_to_bucket(
         differs = dict(
             zip(source.blocks, pool.map(partial(_differs, source, target), source.blocks), strict=True)
         )
+        if there is not None:  # it is complete, and stays so where ours is damaged
+            others = [block for block in source.blocks if differs[block]]
+            list(pool.map(partial(_check_block, source, cache_path), others))
     target.delete(MANIFEST_NAME)
     for name in description_files(source.spec):
         target.put(name, source.objects.get(name, most_nbytes=file_limit(name, source.spec)))
@@ -93,6 +96,13 @@ def _differs(source: SourceCache, target: WritableObjects, block: int) -> bool:
     return True
 
 
+def _check_block(source: SourceCache, cache_path: Path, block: int) -> None:
+    """Raises: CacheDamaged where the block here cannot be sent."""
+    _, mark = read_source_mark(source, block)
+    for array, layout in array_layouts(source.spec).items():
+        _check_shard(cache_path, layout.shard(Path(), block), mark.files[array].digest)
+
+
 def _send_block(source: SourceCache, cache_path: Path, target: WritableObjects, block: int) -> int:
     """Send a block. Returns: bytes sent."""
     written, mark = read_source_mark(source, block)
@@ -104,14 +114,20 @@ def _send_block(source: SourceCache, cache_path: Path, target: WritableObjects, 
     return sum(record.size for record in mark.files.values())
 
 
-def _send_shard(cache_path: Path, name: Path, promised: tuple[int, str], target: WritableObjects) -> None:
+def _check_shard(cache_path: Path, name: Path, promised: tuple[int, str]) -> tuple[int, int]:
+    """Return which file a shard is. Raises: CacheDamaged where it is not what its mark promises."""
     file = cache_path / name
     check_no_links(cache_path, file)
-    before = file_identity(file)
-    if before is None or file_digest(file) != promised:
+    identity = file_identity(file)
+    if identity is None or file_digest(file) != promised:
         raise CacheDamaged(
             f"{file}: its bytes are not those its mark promises; repair the cache, then push again"
         )
+    return identity
+
+
+def _send_shard(cache_path: Path, name: Path, promised: tuple[int, str], target: WritableObjects) -> None:
+    file, before = cache_path / name, _check_shard(cache_path, name, promised)
     target.put(name.as_posix(), file)  # S3 compares sha256 digests of what arrives
     if file_identity(file) != before or file.stat().st_size != promised[0]:
         raise CacheError(f"{file}: changed while it was sent; run the same command again")

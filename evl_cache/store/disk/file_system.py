@@ -133,10 +133,10 @@ def again_if_stale(read: Callable[[], Found]) -> Found:
         return read()
 
 
-def is_there(path: Path) -> bool:
-    """Whether something lies at a path. Raises: CacheError where the disk refuses to tell."""
+def is_there(path: Path, *, follow_links: bool = True) -> bool:
+    """Whether something lies at a path, or where it leads. Raises: CacheError where the disk refuses to tell."""
     try:
-        path.stat()
+        path.stat(follow_symlinks=follow_links)
     except OSError as error:
         if is_refusal(error):
             raise disk_error("look at", path, error) from error

@@ -205,7 +205,10 @@ class LockWatcher:
             if not self._is_abandoned(path, content):
                 return None
             self._remove_abandoned(path)
-        return self._create(path)
+        lock = self._create(path)
+        if lock is None and content is None:
+            is_of(b"", path)  # raises where it is there and cannot be read: nobody could wait for its end
+        return lock
 
     def _create(self, path: Path) -> BlockLock | None:
         pid = os.getpid()

@@ -156,7 +156,7 @@ def redo_path(cache_path: Path, block: int) -> Path:
 
 def is_in_redo(cache_path: Path, block: int) -> bool:
     """Whether a redo of a block was begun and not ended. Readers have what its old mark promises."""
-    return is_there(redo_path(cache_path, block))
+    return is_there(redo_path(cache_path, block), follow_links=False)  # as a listing has it
 
 
 def marked_blocks(cache_path: Path) -> set[int]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from evl_cache.attention_maps import MapProjection
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.file_system import check_no_links, is_there
+from evl_cache.store.disk.file_system import check_no_links, is_there, names_in
 from evl_cache.store.disk.lock_files import CACHE_LOCK
 from evl_cache.store.disk.locks import EXPIRY_S, LockWatcher
 from evl_cache.store.disk.publish import AlreadyPublished, make_directories, write_atomic
@@ -32,6 +33,8 @@ from evl_cache.store.format.limits import check_labels, check_limits
 from evl_cache.store.format.occupied import check_place
 from evl_cache.store.format.recomputed import projections_content, write_projections
 from evl_cache.store.shards.metadata import METADATA_NAME
+
+_REMEMBERED_S, _LOOK_S = 60.0, 0.1  # Linux's NFS client remembers what is not there for up to a minute
 
 
 def create_cache(
@@ -57,10 +60,10 @@ def create_cache(
     """
     for name in (DONE_NAME, LOCKS_NAME, METADATA_NAME, *array_layouts(spec)):
         check_no_links(cache_path, cache_path / name)
-    if not is_there(cache_path / METADATA_NAME):
+    if not _is_laid_down(cache_path):
         # One job at a time: two with different specs would mix their files.
         with LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK):
-            if not is_there(cache_path / METADATA_NAME):
+            if not _is_laid_down(cache_path):
                 _lay_down(cache_path, spec, tuple(clips), origin, created_with, projections)
     differences = spec.differences(read_description(cache_path).spec)
     if differences:
@@ -68,6 +71,16 @@ def create_cache(
             f"{cache_path} holds another cache ({'; '.join(differences[:6])}); "
             "choose another --cache, or the options it was made with"
         )
+
+
+def _is_laid_down(cache_path: Path) -> bool:
+    """Whether a directory is a cache. A network disk may remember for seconds that it was none; a listing is newer."""
+    path, deadline = cache_path / METADATA_NAME, time.monotonic() + _REMEMBERED_S
+    while not is_there(path):
+        if METADATA_NAME not in names_in(cache_path) or time.monotonic() > deadline:
+            return False
+        time.sleep(_LOOK_S)
+    return True
 
 
 def _lay_down(

@@ -26,10 +26,18 @@ from evl_cache.store.disk.publish import (
     AlreadyPublished,
     StagedFile,
     fsync_directory,
+    make_directories,
     make_empty_file,
     write_atomic,
 )
-from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path, redo_path
+from evl_cache.store.format.layout import (
+    MANIFEST_NAME,
+    array_layouts,
+    is_in_redo,
+    mark_path,
+    marked_blocks,
+    redo_path,
+)
 from evl_cache.store.format.marks import ClipRecord, Mark, ShardFiles, mark_content, read_mark
 from evl_cache.store.shards.shard_index import MISSING, read_index
 
@@ -96,6 +104,7 @@ class BlockPublication:
         self._cache_path, self._spec, self._block, self._lock = cache_path, spec, block, lock
         self._layouts = array_layouts(spec)
         self._mark_path = mark_path(cache_path, block)
+        make_directories(self._mark_path.parent)  # what copies a cache may leave empty directories out
         self._mark_before = file_identity(self._mark_path)
         self.is_redo = _was_marked(cache_path, block)
 
@@ -202,10 +211,19 @@ class BlockPublication:
     def _begin_redo(self) -> None:
         self._note_redo()
         self.check_lock()
-        _unlink_for_good(self._cache_path, self._cache_path / MANIFEST_NAME)  # it names the old mark
+        self._remove_manifest()  # it names the old mark
 
     def _note_redo(self) -> None:
         make_empty_file(redo_path(self._cache_path, self._block))
+
+    def _remove_manifest(self) -> None:
+        manifest = self._cache_path / MANIFEST_NAME
+        if not is_there(manifest):
+            return
+        # Of blocks that lost their marks the manifest alone tells that they were done, and may have features.
+        for block in sorted(set(range(self._spec.num_blocks)) - marked_blocks(self._cache_path)):
+            make_empty_file(redo_path(self._cache_path, block))
+        _unlink_for_good(self._cache_path, manifest)
 
     def _end_redo(self) -> None:
         self.check_lock()
@@ -235,7 +253,7 @@ class BlockPublication:
             return
         if self.is_redo:
             self._note_redo()
-        _unlink_for_good(self._cache_path, self._cache_path / MANIFEST_NAME)
+        self._remove_manifest()
         if not self.is_redo:
             _unlink_for_good(self._cache_path, self._mark_path)
 
@@ -273,13 +291,14 @@ def valid_mark(cache_path: Path, spec: CacheSpec, block: int) -> Mark | None:
 
 
 def _was_marked(cache_path: Path, block: int) -> bool:
-    """Whether a block has a mark, intact or not, or is part of a cache that was complete."""
-    return is_there(mark_path(cache_path, block)) or is_there(cache_path / MANIFEST_NAME)
+    """Whether a block has a mark, intact or not, or is part of a cache that is complete, or was when a redo began."""
+    signs = (mark_path(cache_path, block), cache_path / MANIFEST_NAME)
+    return is_in_redo(cache_path, block) or any(map(is_there, signs))
 
 
 def _unlink_for_good(cache_path: Path, path: Path) -> None:
     check_no_links(cache_path, path.parent)
-    if is_there(path):
+    if is_there(path, follow_links=False):
         remove_file(path)
         fsync_directory(path.parent)
 
