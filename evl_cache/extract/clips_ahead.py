@@ -33,7 +33,7 @@ class ClipsAhead:
         Args:
             likely_next: clips that may well be asked for afterwards; begun when all of these are begun.
         """
-        if self._ahead and self._ahead[0][0] != rows[0]:
+        if [row for row, _ in self._ahead] != list(rows[: len(self._ahead)]):
             self._drop()  # these were begun in vain: another job took their block
         begun = {row for row, _ in self._ahead}
         todo = deque(row for row in rows if row not in begun)

@@ -109,7 +109,8 @@ def verify_cache(
         return result
 
     # Only those that are there: a stranger's description may claim a hundred million.
-    marked = sorted(block for block in marked_blocks(cache_path) if block < spec.num_blocks)
+    begun = marked_blocks(cache_path) | blocks_in_redo(cache_path)
+    marked = sorted(block for block in begun if block < spec.num_blocks)
     with ThreadPoolExecutor(threads) as pool:
         results = dict(zip(marked, pool.map(check, marked), strict=True))
     for block, (_, reasons) in results.items():

@@ -137,7 +137,7 @@ def test_a_path_that_leads_to_no_file_fails_the_clip(relative: str, videos: Path
 
 
 def test_a_name_that_no_file_can_have_fails_the_clip(videos: Path) -> None:
-    with pytest.raises(ClipError, match="is the name of no file"):
+    with pytest.raises(ClipError, match="no file has such a name"):
         Surroundings(videos).hash_file(videos / "a\0b.mp4")
 
 

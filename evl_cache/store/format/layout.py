@@ -177,6 +177,13 @@ def finished_blocks(cache_path: Path) -> set[int]:
     return marked_blocks(cache_path) - blocks_in_redo(cache_path)
 
 
+def stored_blocks(cache_path: Path, spec: CacheSpec) -> set[int]:
+    """Return the blocks of which any array has files, marked or not."""
+    names = {name for array in array_layouts(spec) for name in names_in(cache_path / array / "c")}
+    numbers = {int(name) for name in names if name.isascii() and name.isdecimal()}
+    return {block for block in numbers if block < spec.num_blocks}
+
+
 def _blocks_named(cache_path: Path, suffix: str) -> set[int]:
     stems = [name.removesuffix(suffix) for name in names_in(cache_path / DONE_NAME) if name.endswith(suffix)]
     return {int(stem) for stem in stems if _BLOCK_NUMBER.fullmatch(stem)}

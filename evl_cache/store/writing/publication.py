@@ -37,6 +37,7 @@ from evl_cache.store.format.layout import (
     mark_path,
     marked_blocks,
     redo_path,
+    stored_blocks,
 )
 from evl_cache.store.format.marks import ClipRecord, Mark, ShardFiles, mark_content, read_mark
 from evl_cache.store.shards.shard_index import MISSING, read_index
@@ -221,7 +222,7 @@ class BlockPublication:
         if not is_there(manifest):
             return
         # Of blocks that lost their marks the manifest alone tells that they were done, and may have features.
-        for block in sorted(set(range(self._spec.num_blocks)) - marked_blocks(self._cache_path)):
+        for block in stored_blocks(self._cache_path, self._spec) - marked_blocks(self._cache_path):
             make_empty_file(redo_path(self._cache_path, block))
         _unlink_for_good(self._cache_path, manifest)
 
