@@ -20,7 +20,7 @@ from tests.support.feature_caches import write_pair
 from tests.support.lying_disk import NO_HARD_LINKS, SLOW_CLOSE, LyingDisk, needs_lying_disks
 from tests.support.store_helpers import one_thread, small_tower
 
-IN_THE_SUITE, ALL = 20, 200
+IN_THE_SUITE, ALL = 8, 200
 ONLY = int(os.environ["EVL_CACHE_DISK_SCHEDULE"]) if "EVL_CACHE_DISK_SCHEDULE" in os.environ else None
 SWITCHES: dict[str, tuple[tuple[Any, ...], dict[str, bool]]] = {
     "silly renames": ((), {"silly_rename": True}),

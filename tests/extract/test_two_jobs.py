@@ -306,7 +306,7 @@ def test_retry_killed_at_any_change_loses_no_clip_and_goes_on(
     make_clips(videos, broken=False)
     job: dict[str, Any] = {"folder": str(videos), "options": {"retry_failed": True}}
     whole = store_server.run(_copy(tmp_path / "before", tmp_path / "whole"), **job)
-    for kill_at in range(1, whole.report["changes"] + 1, 7):
+    for kill_at in range(1, whole.report["changes"] + 1, 13):
         cache = _copy(tmp_path / "before", tmp_path / f"killed {kill_at}")
         ended = store_server.run(cache, kill_at=kill_at, kill_after=bool(kill_at % 2), **job)
         assert ended.code == -signal.SIGKILL, kill_at

@@ -90,6 +90,10 @@ class StagedFile:
         except OSError as error:
             self.discard()
             raise disk_error("create", self.path, error) from error
+        except BaseException:  # a signal that became an exception
+            self._staged = True
+            self.discard()
+            raise
 
     @property
     def sha256(self) -> str:
