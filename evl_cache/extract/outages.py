@@ -23,6 +23,7 @@ UNREAD_PATIENCE_S = 10.0  # before any clip was read: rather a wrong folder, or 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 30.0
 _MOST_FOLDERS = 10_000  # that are remembered
 _BACK = "bring the disk back"
+_BACK_OR_EMPTY = "bring the disk back, or use --allow-missing if nothing is to be there"
 _AWAY = "bring the disk back, or move the file away and use --allow-missing if it alone is at fault"
 _CLOSED = "make it readable (chmod), or move it away and use --allow-missing"
 
@@ -183,7 +184,7 @@ class Surroundings:
                 if nearest is None and device is not None:
                     nearest = folder
             if nearest is not None and _is_empty(nearest):
-                raise Outage(f"{nearest}: is empty, as where a disk is away", remedy=_BACK)
+                raise Outage(f"{nearest}: is empty, as where a disk is away", remedy=_BACK_OR_EMPTY)
 
 
 def sha256_of(path: Path) -> tuple[int, str]:
