@@ -107,6 +107,7 @@ class BlockExtractor:
         mark = None if redo is None else valid_mark(cache_path, spec, block)
         self._kept = None if mark is None or redo is None else KeptRows(cache_path, spec, mark, redo)
         if self._kept is not None and not self._kept.redo.rewrite and not self._tries(self._kept):
+            self._kept = None
             return None
         writer = BlockWriter(cache_path, spec, block, lock=lock, encoders=self._encoders)
         try:

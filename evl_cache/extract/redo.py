@@ -8,7 +8,7 @@ from typing import Any
 from evl_cache.extract.job import ExtractionJob
 from evl_cache.extract.prepare import PreparedClip
 from evl_cache.spec import CacheSpec
-from evl_cache.store import ClipRecord, Mark, StoredRow, StoredRows, valid_mark
+from evl_cache.store import ClipRecord, Mark, StoredRow, StoredRows, valid_marks
 
 KEPT_ENVIRONMENTS = "kept"  # in a mark: what the rows that a redo kept were made with
 
@@ -65,9 +65,8 @@ class KeptRows:
         if row in self.redo.again:
             return self._tried.pop(row, None)
         record = self.record(row)
-        if record.error is not None:
-            return PreparedClip(record=record, samples=None)
-        return PreparedClip(record=record, samples=None, is_kept=True) if self.is_intact(row) else None
+        stays = record.error is not None or self.is_intact(row)
+        return PreparedClip(record=record, samples=None, is_kept=True) if stays else None
 
     def environment(self, now: Mapping[str, Any], *, are_new: bool, are_kept: bool) -> dict[str, Any]:
         """What the block's features were made with: now, then, or now and then."""
@@ -85,11 +84,9 @@ class KeptRows:
 
 def failed_rows(job: ExtractionJob) -> Iterator[int]:
     """Yield the rows of clips that failed, of the blocks that are done."""
-    for block in range(job.spec.num_blocks):
-        mark = valid_mark(job.cache_path, job.spec, block)
-        if mark is not None:
-            rows = zip(job.spec.clips_of_block(block), mark.clips, strict=True)
-            yield from (row for row, clip in rows if clip.error is not None)
+    for mark in valid_marks(job.cache_path, job.spec):
+        rows = zip(job.spec.clips_of_block(mark.block), mark.clips, strict=True)
+        yield from (row for row, clip in rows if clip.error is not None)
 
 
 def rows_by_block(spec: CacheSpec, rows: Iterable[int]) -> dict[int, frozenset[int]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.spec import CacheSpec
-from evl_cache.store import ClipRecord, FeatureCache, Row, valid_mark
+from evl_cache.store import ClipRecord, FeatureCache, Row, valid_marks
 
 
 class ReusableRows:
@@ -30,9 +30,8 @@ class ReusableRows:
         self._positions = [theirs.stored_layers.index(layer) for layer in spec.stored_layers]
         self._fetched: dict[str, tuple[ClipRecord, list[dict[str, Any]]]] = {}
         self._found: dict[tuple[str, str], tuple[int, ClipRecord]] = {}
-        for block in range(theirs.num_blocks):
-            mark = valid_mark(cache_path, theirs, block)
-            for row, clip in zip(theirs.clips_of_block(block), mark.clips if mark else (), strict=False):
+        for mark in valid_marks(cache_path, theirs):
+            for row, clip in zip(theirs.clips_of_block(mark.block), mark.clips, strict=True):
                 if clip.error is None and clip.source_sha256 is not None:
                     self._found[self._key(clip.id, clip.source_sha256)] = row, clip
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
-from evl_cache.store import ClipRecord, file_digest, mark_path, marked_blocks, valid_mark
+from evl_cache.store import ClipRecord, file_digest, mark_path, valid_marks
 
 _THREADS = 8
 # Files copied anew are all newer than their features: so many are hashed unasked, and no whole data set.
@@ -101,11 +101,9 @@ def check_sources(
 
 
 def _clips_made(cache_path: Path, spec: CacheSpec, clips: Sequence[Clip], root: Path) -> Iterator[_Made]:
-    for block in sorted(marked_blocks(cache_path)):
-        if block >= spec.num_blocks or (mark := valid_mark(cache_path, spec, block)) is None:
-            continue
-        marked_ns = mark_path(cache_path, block).stat().st_mtime_ns
-        for row, record in zip(spec.clips_of_block(block), mark.clips, strict=True):
+    for mark in valid_marks(cache_path, spec):
+        marked_ns = mark_path(cache_path, mark.block).stat().st_mtime_ns
+        for row, record in zip(spec.clips_of_block(mark.block), mark.clips, strict=True):
             if record.error is None and record.source_sha256 is not None:
                 path = root / clips[row].path
                 yield _Made(row=row, record=record, path=path, marked_ns=marked_ns)

@@ -5,7 +5,7 @@ digest with one you trust.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +116,8 @@ def verify_cache(
     for block, (_, reasons) in results.items():
         problems += _problems(reasons, block)
     done = {block: files for block, (files, reasons) in results.items() if files and not reasons}
-    cache_digest, more = _check_manifest(cache_path, spec, done, intact=not problems)
+    blamed = {block for block, (_, reasons) in results.items() if reasons}
+    cache_digest, more = _check_manifest(cache_path, spec, done, blamed=blamed, intact=not problems)
     return Verification(
         problems=tuple(problems + more),
         blocks_done=len(done),
@@ -182,7 +183,12 @@ def _check_block(cache_path: Path, spec: CacheSpec, block: int) -> tuple[BlockFi
 
 
 def _check_manifest(
-    cache_path: Path, spec: CacheSpec, done: Mapping[int, BlockFiles], *, intact: bool
+    cache_path: Path,
+    spec: CacheSpec,
+    done: Mapping[int, BlockFiles],
+    *,
+    blamed: Collection[int],
+    intact: bool,
 ) -> tuple[str | None, list[Problem]]:
     path, is_complete = cache_path / MANIFEST_NAME, len(done) == spec.num_blocks
     try:
@@ -195,9 +201,10 @@ def _check_manifest(
     if not is_complete:
         reason = "in the manifest, but not a valid mark; repair the cache"
         named = (int(match[1]) for name in manifest.files if (match := _MARK_NAME.fullmatch(name)))
-        absent = sorted(block for block in named if block < spec.num_blocks and block not in done)
+        undone = sorted(block for block in named if block < spec.num_blocks and block not in done)
+        absent = [block for block in undone if block not in blamed]
         unnamed = f"{path}: does not name every block; repair the cache"
-        is_whole = len(absent) + len(done) >= spec.num_blocks
+        is_whole = len(undone) + len(done) >= spec.num_blocks
         return manifest.digest, _blamed(cache_path, absent, reason) + _problems([] if is_whole else [unnamed])
     if not intact:
         return manifest.digest, []

@@ -148,6 +148,19 @@ def test_a_file_whose_chunks_are_good_is_mended_without_a_video(
     assert differences(tree(cache), tree(made)) == []
 
 
+def test_where_repair_makes_nothing_the_machine_that_repairs_does_not_count(
+    made: Path, cache: Path, motions: Path, decoded: list[str]
+) -> None:
+    path = cache / "maps/c/1/0/0/0/0/0"  # of the block with the clip that failed, which is not tried again
+    path.write_bytes(path.read_bytes()[:-40])
+    result = repair(
+        cache, tower=lambda description: small_tower(motions), root=motions, options=ExtractOptions()
+    )  # on two threads, not one
+    assert (result.environment_differs, decoded) == ((), [])
+    assert len(result.problems) == 1  # its mark is not to blame
+    assert differences(tree(cache), tree(made)) == []
+
+
 def test_repair_keeps_rows_made_elsewhere_and_says_so_in_the_mark(
     cache: Path, motions: Path, made: Path
 ) -> None:

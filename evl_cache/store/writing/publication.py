@@ -7,7 +7,7 @@ promises. `redo_path` tells whoever comes after a redo that was killed halfway. 
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError
@@ -289,6 +289,13 @@ def valid_mark(cache_path: Path, spec: CacheSpec, block: int) -> Mark | None:
         return read_mark(cache_path, block, spec)
     except CacheDamaged:
         return None
+
+
+def valid_marks(cache_path: Path, spec: CacheSpec) -> Iterator[Mark]:
+    """Yield the intact marks of a cache, by block."""
+    for block in sorted(marked_blocks(cache_path)):
+        if block < spec.num_blocks and (mark := valid_mark(cache_path, spec, block)) is not None:
+            yield mark
 
 
 def _was_marked(cache_path: Path, block: int) -> bool:
