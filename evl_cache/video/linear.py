@@ -5,7 +5,7 @@ count as damaged until a key frame that needs nothing before it. So a clip is re
 whatever is wrong with others, and whoever else tried to decode it.
 """
 
-import sys
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,8 +31,11 @@ MOST_HELD_BYTES = 64 << 20
 # Units that hold pictures, or that their decoding needs; the others are notes beside the pictures.
 _PICTURE_UNITS = {"h264": "1-5|7|8|13-15|19-21", "hevc": "0-34"}
 
-# A stream that was cut is told to forget pictures that were cut away.
-_REFERENCE_CUT_AWAY = "mmco:"
+# What FFmpeg's H.264 decoder says where it is told to forget pictures that it does not have.
+_OF_REFERENCES = ("mmco:", "illegal short term buffer state")
+_MOST_AFTER_A_JOINT = (
+    2  # packets between one that the container calls damaged, and where the next stream begins
+)
 
 
 def linear_frames(
@@ -81,6 +84,7 @@ class _Film:
         times: likewise their times, in the stream's units; None where there is none.
         matrices: likewise the display matrix that holds for them.
         keys: numbers of the packets that need nothing before them.
+        recovery_points: those of `keys` before which others may be needed for pictures that are shown earlier.
         begins_whole: whether nothing was cut away before the first packet, as far as can be told.
         complaints: what FFmpeg said.
         frames: the pictures; None where they would take too much memory.
@@ -92,6 +96,7 @@ class _Film:
     times: list[int | None] = field(default_factory=list)
     matrices: list[Matrix | None] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
+    recovery_points: set[int] = field(default_factory=set)
     begins_whole: bool = True
     complaints: list[_Complaint] = field(default_factory=list)
     frames: "list[av.VideoFrame] | None" = None
@@ -136,17 +141,31 @@ class _Film:
         return found
 
     def _serious(self) -> list[_Complaint]:
-        """The complaints, but for what a stream that was cut says of the pictures that were cut away."""
-        if self.begins_whole:
-            return self.complaints
-        shown = sorted(self.packets)[:2]
-        second_key = self.keys[1] if len(self.keys) > 1 else sys.maxsize
+        """The complaints, but for what is said of pictures that were cut away by a tool or an edit list."""
+        shown = set(self.packets)
         return [
             complaint
             for complaint in self.complaints
-            if not (len(shown) == 2 and complaint.packet < shown[1] and complaint.packet != shown[0])
-            and not (complaint.text.startswith(_REFERENCE_CUT_AWAY) and complaint.packet < second_key)
+            if not (self._is_before_the_second(complaint) or self._is_of_a_cut(complaint, shown))
         ]
+
+    def _is_before_the_second(self, complaint: _Complaint) -> bool:
+        """Whether it comes where a stream that was cut begins, and not of the first picture."""
+        first = sorted(self.packets)[:2]
+        return (
+            not self.begins_whole
+            and len(first) == 2
+            and complaint.packet < first[1]
+            and complaint.packet != first[0]
+        )
+
+    def _is_of_a_cut(self, complaint: _Complaint, shown: set[int]) -> bool:
+        """Whether it is told to forget pictures that do not exist, where those around a recovery point are not shown."""
+        if complaint.is_lasting or not complaint.text.startswith(_OF_REFERENCES):
+            return False
+        key = self.keys[max(0, bisect_right(self.keys, complaint.packet) - 1)] if self.keys else -1
+        begins_here = not self.begins_whole and self.keys[:1] == [key]
+        return key in self.recovery_points and (begins_here or key + 1 not in shown)
 
 
 def _decode(path: str | Path, *, holds: bool, without_notes: bool = False) -> _Film:
@@ -171,9 +190,10 @@ def _decode(path: str | Path, *, holds: bool, without_notes: bool = False) -> _F
                 if nbytes > MOST_HELD_BYTES:
                     film.frames = None
         film.keys, film.complaints = decoding.keys, decoding.complaints
+        film.recovery_points = decoding.recovery_points
         first = min(film.packets, default=0)
         # Else packets come before the first key frame, or it is shown, and such that others could come before it.
-        film.begins_whole = decoding.first_key == 0 and (decoding.first_is_idr or first != 0)
+        film.begins_whole = decoding.first_key == 0 and not (first == 0 and 0 in decoding.recovery_points)
         return film
 
 
@@ -191,7 +211,7 @@ class _Decoding(Iterator["av.VideoFrame"]):
         packet: number of the last packet.
         keys: numbers of the packets so far that need nothing before them.
         first_key: number of the first packet that the container calls a key frame.
-        first_is_idr: whether that frame cannot need others.
+        recovery_points: as `_Film`.
         complaints: so far.
     """
 
@@ -206,7 +226,7 @@ class _Decoding(Iterator["av.VideoFrame"]):
         self.packet = -1
         self.keys: list[int] = []
         self.first_key: int | None = None
-        self.first_is_idr = False
+        self.recovery_points: set[int] = set()
         self.complaints: list[_Complaint] = []
         self._container, self._stream, self._listener = container, stream, listener
         self._codec = stream.codec_context.codec.canonical_name
@@ -248,21 +268,22 @@ class _Decoding(Iterator["av.VideoFrame"]):
 
     def _look(self, packet: "av.Packet[av.VideoStream]") -> None:
         """Note what kind of packet it is."""
-        is_key = packet.is_keyframe
-        if is_key and self.first_key is None:
-            self.first_key = self.packet
-            self.first_is_idr = self._codec != "h264" or h264.has_idr(bytes(packet), self._extradata)
-        if is_key and (self._codec != "h264" or h264.begins_anew(bytes(packet), self._extradata)):
-            self.keys.append(self.packet)
-            self._broken = None  # two streams were joined: nothing is missing
-        if self._broken is not None:
+        if packet.is_keyframe:
+            if self.first_key is None:
+                self.first_key = self.packet
+            self._look_at_key(packet)
+        if self._broken is not None and self.packet - self._broken >= _MOST_AFTER_A_JOINT:
             self.complaints.append(_Complaint(self._broken, "a frame is cut off"))
             self._broken = None
 
-    @property
-    def _extradata(self) -> bytes | None:
-        extradata: bytes | None = self._stream.codec_context.extradata
-        return extradata
+    def _look_at_key(self, packet: "av.Packet[av.VideoStream]") -> None:
+        data, extradata = bytes(packet), self._stream.codec_context.extradata
+        is_idr = self._codec != "h264" or h264.has_idr(data, extradata)
+        if is_idr or h264.begins_anew(data, extradata):
+            self.keys.append(self.packet)
+            self._broken = None  # two streams were joined there: nothing is missing
+        if not is_idr:
+            self.recovery_points.add(self.packet)
 
     def _decoded(self, packet: "av.Packet[av.VideoStream]") -> "list[av.VideoFrame]":
         import av

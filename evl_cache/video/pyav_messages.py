@@ -1,5 +1,6 @@
 """What PyAV's FFmpeg says against a file while it is read and decoded."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import av
+
+_UNHEARD = logging.getLogger("libav")  # PyAV's
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,8 @@ def listening() -> Iterator[Listener]:
     """Hear what FFmpeg says in this thread meanwhile; nothing of it is printed."""
     import av
 
+    if not _UNHEARD.handlers:  # what is said in between is printed by no one
+        _UNHEARD.addHandler(logging.NullHandler())
     av.logging.set_level(av.logging.INFO)  # concealed pictures are told of as a remark
     av.logging.set_skip_repeated(False)  # a second pass over a file says the same again
     with av.logging.Capture() as captured:
