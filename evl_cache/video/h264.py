@@ -7,7 +7,9 @@ from collections.abc import Iterator
 
 _SLICE, _IDR_SLICE, _SEI, _SPS = 1, 5, 6, 7  # types of units; 2 is a slice in three parts, the first of them
 _FIRST_SLICES = (_SLICE, 2, _IDR_SLICE)
-_HARMFUL_MESSAGES = frozenset((1, 47))  # types of SEI: picture timing, display orientation
+_RECOVERY_POINT = 6  # a type of SEI
+_DISPLAY_ORIENTATION = 47
+_HARMFUL_MESSAGES = frozenset((1, _DISPLAY_ORIENTATION))  # 1 is picture timing
 _PROFILES_WITH_CHROMA_FORMAT = (100, 110, 122, 244, 44, 83, 86, 118, 128, 134, 135, 138, 139)
 _MOST_SPS_BYTES = 4096  # twelve scaling lists of the longest codes, and more
 _START_CODE = b"\x00\x00\x01"
@@ -40,6 +42,22 @@ def has_idr(packet: bytes, extradata: bytes | None) -> bool:
     return False
 
 
+def begins_anew(packet: bytes, extradata: bytes | None) -> bool:
+    """Whether no picture that is shown after a packet's needs one from before it: an IDR picture, or a recovery point."""
+    if has_idr(packet, extradata):
+        return True
+    try:
+        for unit in _units(packet, extradata or b""):
+            if unit[0] & 31 == _SEI:
+                # Its first number, how many frames it takes to recover, is 0 where the first bit is set.
+                found = _messages(bytes(unit)).get(_RECOVERY_POINT, b"")
+                if found[:1] >= b"\x80":
+                    return True
+    except _Unreadable:
+        pass
+    return False
+
+
 def changes_pictures(packet: bytes, extradata: bytes | None) -> bool:
     """Whether a packet says that pictures from it on are turned, or may be interlaced.
 
@@ -56,6 +74,17 @@ def changes_pictures(packet: bytes, extradata: bytes | None) -> bool:
     except _Unreadable:
         return True
     return False
+
+
+def turns_pictures(packet: bytes, extradata: bytes | None) -> bool:
+    """Whether a packet may say that pictures from it on are turned or mirrored."""
+    try:
+        return any(
+            unit[0] & 31 == _SEI and _DISPLAY_ORIENTATION in _messages(bytes(unit))
+            for unit in _units(packet, extradata or b"")
+        )
+    except _Unreadable:
+        return True
 
 
 def _units(packet: bytes, extradata: bytes) -> Iterator[memoryview]:
@@ -112,9 +141,10 @@ def _payload(unit: bytes) -> bytes:
     return unit[1:].replace(b"\x00\x00\x03", b"\x00\x00")
 
 
-def _messages(unit: bytes) -> set[int]:
-    """Return the types of an SEI unit's messages. Raises: _Unreadable where sizes do not fit."""
-    data, at, kinds = _payload(unit), 0, set()
+def _messages(unit: bytes) -> dict[int, bytes]:
+    """Return an SEI unit's messages by type. Raises: _Unreadable where sizes do not fit."""
+    data, at = _payload(unit), 0
+    found: dict[int, bytes] = {}
     while at < len(data) and data[at:].rstrip(b"\x00") != b"\x80":  # what ends a unit
         numbers = []
         for _ in ("type", "size"):
@@ -128,9 +158,9 @@ def _messages(unit: bytes) -> set[int]:
         kind, size = numbers
         if at + size > len(data):
             raise _Unreadable
-        kinds.add(kind)
+        found[kind] = data[at : at + size]
         at += size
-    return kinds
+    return found
 
 
 class _Bits:
