@@ -97,6 +97,17 @@ def test_a_picture_that_is_named_is_a_clip_of_one_frame(tmp_path, suffix):
     assert abs(found.frames[0].astype(int) - 200).max() <= 2
 
 
+def test_a_picture_whose_name_is_a_pattern_is_not_those_beside_it(tmp_path):
+    for name, shade in (("1.png", 10), ("2.png", 20), ("%d.png", 200)):
+        with av.open(str(tmp_path / "one.png"), "w", options={"update": "1"}) as container:
+            stream = container.add_stream("png", rate=1, width=32, height=24, pix_fmt="rgb24")
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.full((24, 32, 3), shade, np.uint8))))
+            container.mux(stream.encode())
+        (tmp_path / "one.png").rename(tmp_path / name)
+    found = decode_clip(tmp_path / "%d.png", every)
+    assert found.header.num_frames_in_file == 1 and (found.frames == 200).all()
+
+
 @pytest.mark.parametrize("name", ["frames/%05d.jpg", "frames", "frames/%d.png"])
 def test_frames_in_files_of_their_own_are_refused_with_the_command_that_makes_a_video(tmp_path, name):
     make_files(tmp_path, "1.mp4", "frames/00001.jpg")
