@@ -164,6 +164,16 @@ def _status(place: ProcessPlace, failed: list[dict[str, Any]]) -> int:
 
 
 def _say_job(job: ExtractionJob) -> None:
+    from evl_cache.datasets import describe_passed_over
+
+    if job.clips.passed_over:
+        click.echo(
+            shown(
+                f"{job.clips.source}: passed over {describe_passed_over(job.clips.passed_over)}, "
+                "no videos by their endings; --dataset list takes files of any ending"
+            ),
+            err=True,
+        )
     t = job.tower.spec
     click.echo(
         f"{t.model} ({t.pretrained}), {t.image_size} pixels, patch {t.patch_size}, "

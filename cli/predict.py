@@ -8,7 +8,7 @@ from typing import TextIO
 
 import click
 
-from .common import Command, decode_workers_flag, default_device, print_json, say_outage
+from .common import Command, decode_workers_flag, default_device, print_json, say_outage, shown
 
 EXAMPLES = """
 evl-cache predict "videos/clip 3.mp4" --run runs/fold1
@@ -46,8 +46,16 @@ def command(
 
     Tower, sampling and views are the run's own. Exit status 3: some videos could not be read.
     """
-    from evl_cache.live.predict import predict
+    from evl_cache.datasets import describe_passed_over
+    from evl_cache.live.predict import count_passed_over, predict
 
+    if others := count_passed_over(videos):
+        click.echo(
+            shown(
+                f"passed over {describe_passed_over(others)}, no videos by their endings; files that are named are taken"
+            ),
+            err=True,
+        )
     found = predict(
         run,
         videos,

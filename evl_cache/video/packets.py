@@ -80,8 +80,9 @@ def open_video(path: str | Path) -> Iterator[tuple["av.container.InputContainer"
     import av
     from av.stream import Discard
 
-    # With its directories: FFmpeg takes a name such as `http:x.mp4` for an address.
-    with av.open(os.path.abspath(path)) as container:
+    # With its directories: FFmpeg takes a name such as `http:x.mp4` for an address. And a picture called `%d.jpg` is one
+    # picture, not those called 1.jpg, 2.jpg, ... beside it.
+    with av.open(os.path.abspath(path), options={"pattern_type": "none"}) as container:
         stream = _shown(path, container)
         for other in container.streams:
             if other is not stream:
@@ -193,6 +194,8 @@ class _Reading:
 
     def _other_pixels(self) -> str | None:
         coded = self._stream.codec_context
+        if any(name.lower() == "rotate" for name in self._stream.metadata):  # FFmpeg does not follow it any more
+            return "decord turns it by a tag that others ignore"
         if len(self._container.streams.video) > 1:
             return "it has several video streams"
         if not decord_converts_alike(coded):

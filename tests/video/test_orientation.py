@@ -8,6 +8,7 @@ import pytest
 
 from evl_cache.errors import ClipError
 from evl_cache.rendered import write_video
+from evl_cache.video import DecodeOptions, decode_clip
 from evl_cache.video.orientation import display_matrix, is_plain_turn, upright
 
 ONE = 1 << 16
@@ -92,3 +93,18 @@ def test_the_matrix_of_a_matroska_file_comes_with_its_frames(tmp_path):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 96, 3), np.uint8))))
         container.mux(stream.encode())
     assert display_matrix(first_frame(path))[:5] == (0, -ONE, 0, ONE, 0)
+
+
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+def test_a_tag_that_ffmpeg_ignores_turns_nothing(tmp_path, decoder):
+    plain, tagged = tmp_path / "plain.mkv", tmp_path / "tagged.mkv"
+    write_video(plain, np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8))
+    with av.open(str(plain)) as source, av.open(str(tagged), "w") as out:
+        copy = out.add_stream_from_template(source.streams.video[0])
+        copy.metadata["rotate"] = "90"  # decord turns by it, and the `ffmpeg` command of today does not
+        for packet in source.demux(video=0):
+            if packet.size:
+                packet.stream = copy
+                out.mux(packet)
+    found = decode_clip(tagged, lambda count: np.arange(count)[None], options=DecodeOptions(decoder=decoder))
+    assert np.array_equal(found.frames, decode_clip(plain, lambda count: np.arange(count)[None]).frames)
