@@ -10,6 +10,7 @@ from pathlib import Path
 from evl_cache.caches.places import cache_places
 from evl_cache.clips import TRAIN_SPLITS, VAL_SPLITS
 from evl_cache.errors import CacheError
+from evl_cache.extract.doubts import has_older_frames
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.notation import command_line
 from evl_cache.spec import FRAME_RULE, CacheSpec
@@ -44,6 +45,8 @@ def job_to_redo(job: ExtractionJob, options: ExtractOptions) -> ExtractionJob:
 def told_of_rule(job: ExtractionJob, options: ExtractOptions) -> str | None:
     """What a user is told of the rule of frames before a cache is extracted; None where it is today's, and no other there."""
     if job.spec.by_older_rule:
+        if not has_older_frames(job.cache_path, job.spec):
+            return None
         more = "" if options.retry_doubtful else "; --retry-doubtful makes again what may be of other frames"
         return (
             f"{job.cache_path} was made when rule {job.spec.frame_rule} chose frames: it stays that cache, and what is "

@@ -21,6 +21,7 @@ from evl_cache.extract.repair import repair
 from evl_cache.extract.sources import check_sources
 from evl_cache.spec import FRAME_RULE
 from evl_cache.store import FeatureCache, mark_path, valid_marks, verify_cache
+from evl_cache.store.writing.publication import BlockPublication
 from evl_cache.video.pool import DecodePool
 from evl_cache_cli.main import main
 from tests.support.older_caches import doubting, extract_by_first_rule, first_rule_spec
@@ -296,6 +297,39 @@ def test_a_rule_that_only_later_versions_know_is_read_and_nothing_is_extracted(
         extract_small(clips, tmp_path / "new", reuse=tmp_path / "later")
 
 
+@pytest.mark.parametrize("step", ["_begin_redo", "_end_redo", "_written_mark"])
+def test_a_kill_while_marks_are_written_costs_nothing_and_the_next_run_ends_it(
+    motions: Path, right: Path, cache: Path, asked: Asked, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    real, calls = getattr(BlockPublication, step), []
+
+    def killed(self: BlockPublication) -> object:
+        calls.append(self)
+        if len(calls) == 3:  # after the block that was redone, and the marks of the first
+            raise KeyboardInterrupt
+        return real(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockPublication, step, killed)
+        with pytest.raises(KeyboardInterrupt):
+            old(load_clips(motions), cache, retry_doubtful=True)
+    assert all(FeatureCache(cache).is_valid == FeatureCache(right).is_valid)
+    old(load_clips(motions), cache, retry_doubtful=True)
+    assert verify_cache(cache).problems == () and FeatureCache(cache).has_manifest
+    assert dict(FeatureCache(cache).by_older_rule) == {}
+    assert differences(data(cache), data(right)) == []
+
+
+def test_in_a_cache_of_the_rule_of_today_nothing_is_doubtful_and_nothing_is_read(
+    motions: Path, right: Path, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(right, tmp_path / "cache")
+    monkeypatch.setattr("evl_cache.extract.sources.file_digest", lambda path: 1 / 0)
+    result = extract_small(load_clips(motions), tmp_path / "cache", retry_doubtful=True)
+    assert result.was_done and asked == []
+    assert differences(tree(tmp_path / "cache"), tree(right)) == []
+
+
 # Which cache a command means
 
 
@@ -381,6 +415,9 @@ def test_the_commands_from_an_older_cache_to_one_without_doubt(
     assert status == 1 and "source: 00.mp4" in err and "is not there" in err
     (listed / "away.mp4").rename(listed / "videos" / "00.mp4")
 
+    status, out, err = run(*EXTRACT, "--cache", older)
+    assert status == 0 and "nothing to do" in out
+    assert "it stays that cache" in err and "--retry-doubtful makes again" in err
     status, out, err = run(*EXTRACT, "--retry-doubtful")
     assert status == 0 and "1 of 2 examined were doubtful" in out and str(older.name) in out
     assert [path for path in (listed / "caches").iterdir() if path.is_dir()] == [older]
@@ -392,7 +429,7 @@ def test_the_commands_from_an_older_cache_to_one_without_doubt(
     assert status == 0 and f"--reuse caches/{older.name} copies" in err
     assert len(list((listed / "caches").iterdir())) == 2
     status, out, err = run(*EXTRACT, "--cache", older)
-    assert status == 0 and "nothing to do" in out and "it stays that cache" in err
+    assert status == 0 and "nothing to do" in out and "rule" not in err
     listed_rules = {cache["frame_rule"] for cache in json.loads(run("ls", "caches", "--json")[1])["caches"]}
     assert listed_rules == {1, FRAME_RULE}
 
