@@ -77,6 +77,10 @@ class DecodePool:
             told = str(error).removeprefix(f"{path}: ")
             raise ClipError(f"{path}: {reason}; PyAV: {told}") from error
 
+    def doubt(self, path: str | Path, decoder: str) -> str | None:
+        """Return why frames that the first rule took of a file with a decoder may be others; None where they are not."""
+        raise NotImplementedError
+
     def _frames(
         self, path: str | Path, choose: Choose, decoder: str, *, complaint: str | None = None
     ) -> Iterator[FrameEvent]:
