@@ -35,7 +35,9 @@ def describe(path: str | Path) -> dict[str, Any]:
         "clips_done": done,
         "clips_failed": len(cache.failures),
         "failures_by_reason": failures_by_reason(cache),
-        "failures": [{"clip": clip, "reason": reason} for clip, reason in cache.failures],
+        "failures": [
+            {"clip": clip, "reason": reason_alone(reason, clip)} for clip, reason in cache.failures
+        ],
         "damaged_marks": list(cache.damaged_marks.values()),
         "cache_digest": cache.fingerprint,
         "created_with": dict(cache.description.created_with),
@@ -50,10 +52,10 @@ def failures_by_reason(cache: FeatureCache) -> dict[str, int]:
 
 
 def failed_clips_by_reason(cache: FeatureCache) -> dict[str, list[tuple[str, str]]]:
-    """Group failed clips (id, whole reason) by kind of reason, the most frequent kind first."""
+    """Group failed clips (id, reason without the file's name) by kind of reason, the most frequent kind first."""
     found: dict[str, list[tuple[str, str]]] = {kind: [] for kind in failures_by_reason(cache)}
     for clip, reason in cache.failures:
-        found[_kind(clip, reason)].append((clip, reason))
+        found[_kind(clip, reason)].append((clip, reason_alone(reason, clip)))
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import stat
 import threading
@@ -199,7 +200,9 @@ def test_json_is_canonical() -> None:
     with pytest.raises(ValueError, match="JSON compliant"):
         canonical_json(float("nan"))
     name = os.fsdecode(b"clip\xff \\udcff.mp4")  # of a file: no UTF-8, and then the very letters of an escape
-    assert canonical_json(name) == b'"clip\\udcff \\\\udcff.mp4"\n' and json.loads(canonical_json(name)) == name
+    assert (
+        canonical_json(name) == b'"clip\\udcff \\\\udcff.mp4"\n' and json.loads(canonical_json(name)) == name
+    )
 
 
 def test_json_may_be_written_twice_but_not_changed_unless_asked(tmp_path: Path) -> None:
