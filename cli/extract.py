@@ -11,8 +11,8 @@ from evl_cache.extract_options import EXTRACT_OPTIONS, Role, default_batch, opti
 from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
-from .common import Command, default_device, human_bytes, print_json, say_outage, shown
-from .extract_flags import extract_flags, make_request
+from .common import Command, default_device, human_bytes, print_json, say_failure, say_outage, shown
+from .extract_flags import decoding_of, extract_flags, make_request
 from .mode_option import mode_option
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ def command(
     from evl_cache.extract.failure_limit import FailureLimit
     from evl_cache.extract.request import dataset_reader
     from evl_cache.processes import ProcessPlace, Rendezvous
-    from evl_cache.video import DecodeOptions
-    from evl_cache.video.pool import DEFAULT_TIMEOUT_S
 
     if explain:
         click.echo(dataset_reader(given["dataset"]).description)
@@ -72,8 +70,7 @@ def command(
         device=device,
         batch=batch or default_batch(device),
         decode_workers=decode_workers,
-        decoding=DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames, device=device),
-        clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
+        **decoding_of(device, decoder, tolerate_bad_frames, clip_timeout),
         most_failures=None if max_failures is None else FailureLimit.parse(max_failures),
         outage_patience_s=outage_patience,
         retry_failed=retry_failed,
@@ -105,7 +102,7 @@ def command(
         if not as_json:
             _say_result(reports[-1])
         for clip, reason in result.failures[:5]:
-            click.echo(f"failed: {clip}: {reason}", err=True)
+            say_failure(clip, reason)
     if as_json and place.is_first:
         print_json({"caches": reports})
     for reason in wrong:

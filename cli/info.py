@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from dataclasses import asdict
@@ -13,7 +12,7 @@ import click
 
 from evl_cache.notation import command_line
 
-from .common import Command, human_bytes, human_seconds, print_json, shown
+from .common import Command, human_bytes, human_seconds, print_json, shown, write_csv
 
 if TYPE_CHECKING:
     from evl_cache.caches.watch import Look
@@ -81,14 +80,13 @@ def _look_line(look: Look) -> str:
 
 def _show_failures(failures: dict[str, list[tuple[str, str]]], *, as_csv: bool) -> None:
     if as_csv:
-        out = csv.writer(sys.stdout)
-        out.writerow(["clip", "kind", "reason"])
-        out.writerows((clip, kind, reason) for kind, clips in failures.items() for clip, reason in clips)
+        rows = ((clip, kind, reason) for kind, clips in failures.items() for clip, reason in clips)
+        write_csv(sys.stdout, [("clip", "kind", "reason"), *rows])
         return
     for kind, clips in failures.items():
-        click.echo(f"{len(clips)} x {kind}")
+        click.echo(shown(f"{len(clips)} x {kind}"))
         for clip, _ in clips:
-            click.echo(f"    {clip}")
+            click.echo(shown(f"    {clip}"))
 
 
 def _more_layers(found: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from evl_cache.errors import reason_alone
 from evl_cache.spec import FRAME_RULE
 from evl_cache.store import FeatureCache, size_on_disk
 
@@ -46,7 +47,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "clips_done": done,
         "clips_failed": len(cache.failures),
         "failures_by_reason": failures_by_reason(cache),
-        "failures": [{"clip": clip, "reason": reason} for clip, reason in cache.failures],
+        "failures": [{"clip": clip, "reason": reason_alone(reason, clip)} for clip, reason in cache.failures],
         "damaged_marks": list(cache.damaged_marks.values()),
         "cache_digest": cache.fingerprint,
         "created_with": dict(cache.description.created_with),
@@ -97,18 +98,21 @@ def frames_of(cache: FeatureCache) -> FramesFound:
 
 def failures_by_reason(cache: FeatureCache) -> dict[str, int]:
     """Count failed clips by kind of reason, most frequent first."""
-    counts = Counter(_kind(reason) for _, reason in cache.failures)
+    counts = Counter(_kind(*failure) for failure in cache.failures)
     return dict(counts.most_common())
 
 
 def failed_clips_by_reason(cache: FeatureCache) -> dict[str, list[tuple[str, str]]]:
-    """Group failed clips (id, whole reason) by kind of reason, the most frequent kind first."""
+    """Group failed clips (id, reason without the file's name) by kind of reason, the most frequent kind first."""
     found: dict[str, list[tuple[str, str]]] = {kind: [] for kind in failures_by_reason(cache)}
     for clip, reason in cache.failures:
-        found[_kind(reason)].append((clip, reason))
+        found[_kind(clip, reason)].append((clip, reason_alone(reason, clip)))
     return found
 
 
-def _kind(reason: str) -> str:
+def _kind(clip: str, reason: str) -> str:
     """A reason without the file's name, places in it and other numbers."""
-    return re.sub(r"0x[0-9a-f]+|-?\d+", "#", re.sub(r"^\S.*?: ", "", reason, count=1))
+    kind = reason_alone(reason, clip)
+    if kind == reason:  # the file has another name than the clip
+        kind = re.sub(r"^\S.*?: ", "", reason, count=1)
+    return re.sub(r"0x[0-9a-f]+|-?\d+", "#", kind)

@@ -118,7 +118,7 @@ class ExtractOptions:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.batch > MOST_BATCH:
             raise UsageError(f"batch is {self.batch}; expected at most {MOST_BATCH}")
-        if self.clip_timeout_s <= 0:
+        if not self.clip_timeout_s > 0:
             raise UsageError(f"clip_timeout_s is {self.clip_timeout_s}; expected more than 0 seconds")
         if self.outage_patience_s is not None and not self.outage_patience_s >= 0:
             raise UsageError(f"outage_patience_s is {self.outage_patience_s}; expected 0 seconds or more")

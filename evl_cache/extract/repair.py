@@ -12,6 +12,7 @@ from typing import Any
 from evl_cache.canonical_json import flatten
 from evl_cache.clips import ClipList
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.extract.decoding import decoding_for
 from evl_cache.extract.environment import run_environment
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip, check_tower
 from evl_cache.extract.outages import OnOutage
@@ -152,9 +153,8 @@ def _redo(
     """Redo blocks, in batches as then. Return what was done, and how the environment differs from the one in the marks."""
     then = _environment_then(job, broken)
     options = replace(options, batch=int(then.get("batch", options.batch)))
-    if job.spec.pixels != options.decoding.pixels:  # only torchcodec has its own
-        decoding = replace(options.decoding, decoder="torchcodec", device=options.device)
-        options = replace(options, decoding=decoding)
+    decoding = decoding_for(job.spec.pixels, options.decoding, device=options.device)
+    options = replace(options, decoding=decoding)
     did = extract_blocks(
         job, broken, redo=_why_redone(job, broken), options=options, on_clip=on_clip, on_outage=on_outage
     )

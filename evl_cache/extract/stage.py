@@ -14,7 +14,7 @@ import torch
 from evl_cache.attention_maps import MapProjection
 from evl_cache.canonical_json import digest
 from evl_cache.clips import ClipList
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.errors import CacheDamaged, CacheError, reason_alone
 from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.doubts import DoubtCheck, check_doubts, has_older_frames, record_cleared
@@ -92,7 +92,7 @@ class BlocksResult:
     def not_redone(self) -> tuple[str, ...]:
         """The reasons, for people."""
         kept = (
-            f"the features of {clip} stay as they are ({reason})"
+            f"the features of {clip} stay as they are ({reason_alone(reason, clip)})"
             for clip, reason in self.kept_instead.items()
         )
         return (*self.stayed.values(), *kept)

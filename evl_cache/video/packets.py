@@ -194,7 +194,9 @@ class _Reading:
 
     def _other_pixels(self) -> str | None:
         coded = self._stream.codec_context
-        if any(name.lower() == "rotate" for name in self._stream.metadata):  # FFmpeg does not follow it any more
+        if any(
+            name.lower() == "rotate" for name in self._stream.metadata
+        ):  # FFmpeg does not follow it any more
             return "decord turns it by a tag that others ignore"
         if len(self._container.streams.video) > 1:
             return "it has several video streams"
