@@ -137,6 +137,16 @@ class _Server:
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
                 os.close(stream)
+            # Python's own know whether the server's could seek.
+            sys.stdin, sys.stdout, sys.stderr = (
+                open(
+                    number,
+                    mode,
+                    closefd=False,
+                    buffering=1 if number == 2 else -1,
+                )
+                for number, mode in enumerate("rww")
+            )
             job: dict[str, Any] = json.loads(text)
             return job
         for stream in streams:
