@@ -84,7 +84,7 @@ def doubt(path: str | Path, decoder: str) -> str | None:
     if packets.has_hidden:
         return "its edit list hides frames"
     if packets.unproved is None and decoder.startswith("PyAV"):
-        return packets.only_pyav if packets.is_turned else None
+        return packets.only_pyav if packets.is_mirrored else None
     return packets.unproved or packets.only_pyav
 
 

@@ -5,6 +5,7 @@ count as damaged until a key frame that needs nothing before it. So a clip is re
 whatever is wrong with others, and whoever else tried to decode it.
 """
 
+import re
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ _PICTURE_UNITS = {"h264": "1-5|7|8|13-15|19-21", "hevc": "0-34"}
 
 # What FFmpeg's H.264 decoder says where it is told to forget pictures that it does not have.
 _OF_REFERENCES = ("mmco:", "illegal short term buffer state")
+_OF_MEMORY = re.compile(r"get_buffer|allocat")
 _MOST_AFTER_A_JOINT = (
     2  # packets between one that the container calls damaged, and where the next stream begins
 )
@@ -235,7 +237,7 @@ class _Decoding(Iterator["av.VideoFrame"]):
         self._whole: set[int] = set()  # packets that the container, but nothing else, calls damaged
         self._broken: int | None = None  # the last packet of that kind, until the next one shows what it was
         stream.codec_context.copy_opaque = True
-        listener.take()  # what is said of the start is said again where it matters
+        self._said_before = [] if without_notes else listener.take()  # when the file was opened, of its start
         self._frames = self._all()
 
     def __next__(self) -> "av.VideoFrame":
@@ -243,11 +245,14 @@ class _Decoding(Iterator["av.VideoFrame"]):
 
     def _all(self) -> Iterator["av.VideoFrame"]:
         for packet in self._container.demux(self._stream):
-            lost = [said for said in self._listener.take() if said.is_of(self._container)]
+            said = self._listener.take()
             if packet.size:
                 self.packet += 1
                 self._look(packet)
-            self.complaints += [_Complaint(self.packet, said.text, is_lasting=True) for said in lost]
+            for complaint in said:
+                is_lasting = complaint.is_of(self._container)
+                if is_lasting or self._filter is None:  # else a parser's, which sees the notes
+                    self.complaints.append(_Complaint(self.packet, complaint.text, is_lasting))
             frames = self._decoded(packet)
             for frame in frames:
                 number = self.packet_of(frame)
@@ -256,6 +261,8 @@ class _Decoding(Iterator["av.VideoFrame"]):
             yield from frames
         if self._broken is not None:
             self.complaints.append(_Complaint(self._broken, "its last frame is cut off"))
+        if not self.complaints:  # else the same was said again
+            self.complaints += [_Complaint(0, said.text) for said in self._said_before]
 
     def packet_of(self, frame: "av.VideoFrame") -> int:
         """The number of a frame's packet; of the last one, where a decoder does not say."""
@@ -298,7 +305,10 @@ class _Decoding(Iterator["av.VideoFrame"]):
             raise
         except av.FFmpegError:
             is_lost = True
+            _check_memory(self._stream.width * self._stream.height)
         said = [complaint.text for complaint in self._listener.take() if not complaint.is_of(self._container)]
+        if any(_OF_MEMORY.search(text) for text in said):
+            raise MemoryError
         if is_lost or said:
             text = said[0] if said else "one cannot be decoded"
             self.complaints.append(_Complaint(self.packet, text, is_lasting=is_lost))
@@ -306,6 +316,11 @@ class _Decoding(Iterator["av.VideoFrame"]):
             self._whole.add(self.packet)
             self._broken = self.packet
         return frames
+
+
+def _check_memory(pixels: int) -> None:
+    """Raises: MemoryError where there is none for a frame: FFmpeg says only that it cannot decode one."""
+    bytearray(4 * pixels)
 
 
 def _note_filter(stream: "av.VideoStream") -> "BitStreamFilterContext":

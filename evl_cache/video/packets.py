@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from evl_cache.errors import ClipError
 from evl_cache.video import h264
+from evl_cache.video.orientation import display_matrix, is_plain_turn
 from evl_cache.video.pixels import decord_converts_alike
 from evl_cache.video.pyav_messages import listening
 
@@ -26,6 +27,7 @@ _TIMED = ("mov", "matroska")
 # In DivX and Xvid files a packet of a few bytes holds no picture; in other codecs even the smallest packet does.
 _NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
 _LEAST_PICTURE_NBYTES = 8
+_MIRRORED = "it is mirrored, or turned by no right angle"
 _LEAST_LOSS_S, _LEAST_LOSS = 0.3, 0.05  # seconds, and share of the length; less may be rounding
 
 
@@ -42,7 +44,7 @@ class Packets:
         lost: what shows that data of the file are missing, so that frames after them have other numbers; None where
             nothing does.
         only_pyav: why another decoder may give other pixels; None where they are the same.
-        is_turned: whether its pictures are turned or mirrored.
+        is_mirrored: whether its pictures are mirrored, or turned by no right angle.
         codec: FFmpeg's name of it.
         frame_bytes: bytes of a frame as RGB.
     """
@@ -53,7 +55,7 @@ class Packets:
     has_hidden: bool = False
     lost: str | None = None
     only_pyav: str | None = None
-    is_turned: bool = False
+    is_mirrored: bool = False
     codec: str
     frame_bytes: int
 
@@ -110,7 +112,7 @@ def read_packets(path: str | Path) -> Packets:
     Raises: ClipError where there is no video; FFmpegError and OSError as PyAV does.
     """
     with listening() as listener, open_video(path) as (container, stream):
-        reading = _Reading(container, stream)
+        reading = _Reading(path, container, stream)
         for packet in container.demux(stream):  # packets are not kept: an hour of them would fill the memory
             if packet.size:
                 reading.add(packet)
@@ -125,8 +127,10 @@ def read_packets(path: str | Path) -> Packets:
 class _Reading:
     """Adds up the packets of one stream."""
 
-    def __init__(self, container: "av.container.InputContainer", stream: "av.VideoStream") -> None:
-        self._container, self._stream = container, stream
+    def __init__(
+        self, path: str | Path, container: "av.container.InputContainer", stream: "av.VideoStream"
+    ) -> None:
+        self._path, self._container, self._stream = path, container, stream
         self._codec = stream.codec_context.codec.canonical_name
         self._times, self._keys = array("q"), array("q")
         self._doubt: str | None = None
@@ -180,17 +184,17 @@ class _Reading:
             return "some of its pictures are not to be shown"
         return None
 
-    @property
-    def _is_turned(self) -> bool:
-        return "Display Matrix" in self._container.dumps_format()  # type: ignore[attr-defined]
+    def _is_mirrored(self) -> bool:
+        """Whether pictures are shown otherwise than turned by right angles, which decord does as well."""
+        if "Display Matrix" not in self._container.dumps_format():  # type: ignore[attr-defined]
+            return False
+        with open_video(self._path) as (container, stream):
+            first = next(container.decode(stream), None)
+            return first is None or not is_plain_turn(display_matrix(first))
 
     def _other_pixels(self) -> str | None:
         coded = self._stream.codec_context
-        if self._is_turned:
-            return "it is turned or mirrored"
-        if any(
-            name.lower() == "rotate" for name in self._stream.metadata
-        ):  # which FFmpeg has long ceased to follow
+        if any(name.lower() == "rotate" for name in self._stream.metadata):  # FFmpeg does not follow it any more
             return "decord turns it by a tag that others ignore"
         if len(self._container.streams.video) > 1:
             return "it has several video streams"
@@ -221,7 +225,7 @@ class _Reading:
 
     def summary(self) -> Packets:
         """Return what the packets say."""
-        coded = self._stream.codec_context
+        coded, is_mirrored = self._stream.codec_context, self._is_mirrored()
         times, keys = sorted(self._times), sorted(self._keys)
         doubt = self._doubt
         if doubt is None and (not times or keys[0] > times[0]):
@@ -233,8 +237,8 @@ class _Reading:
             keys=() if doubt else keys,
             unproved=doubt,
             has_hidden=self._has_hidden,
-            only_pyav=self._other_pixels(),
-            is_turned=self._is_turned,
+            only_pyav=_MIRRORED if is_mirrored else self._other_pixels(),
+            is_mirrored=is_mirrored,
             codec=self._codec,
             frame_bytes=3 * coded.width * coded.height,
         )

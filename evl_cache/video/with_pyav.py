@@ -26,7 +26,6 @@ def seek_frames(path: str | Path, choose: Choose, packets: Packets) -> Iterator[
     Raises: Unsure where frames that were yielded may be damaged, or others; FFmpegError and OSError as PyAV does.
     """
     with listening() as listener, open_video(path) as (container, stream):
-        listener.take()  # of its head
         indices = choose(len(packets.times))
         wanted = [packets.times[number] for number in np.unique(indices).tolist()]
         frames = _frames_at(wanted, packets, container, stream, listener)
@@ -68,9 +67,17 @@ def _decode(
 
     Only H.264 marks pictures that no other picture refers to (nal_ref_idc 0); with B-frames every second one is such.
     """
+    import av
+
     may_skip = stream.codec_context.name == "h264"
     for packet in container.demux(stream):
         if may_skip:
             is_wanted = not packet.size or packet.pts in wanted
             stream.codec_context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
-        yield from packet.decode()
+        try:
+            frames = packet.decode()
+        except MemoryError:
+            raise
+        except av.FFmpegError as error:
+            raise Unsure from error
+        yield from frames
