@@ -103,7 +103,8 @@ def tower_of(folder: Path) -> TowerSpec:
 def prepared(path: Path, motions: Path, **more: object) -> PreparedClip:
     """One clip made ready."""
     clip = Clip(id=path.name, path=path.name, label=0, split="train")
-    return prepare_clip(clip, path.parent, tower=tower_of(motions), views=VIEWS, **more)  # type: ignore[arg-type]
+    how = {"decode": decode_frames, **more}
+    return prepare_clip(clip, path.parent, tower=tower_of(motions), views=VIEWS, **how)  # type: ignore[arg-type]
 
 
 # What is an outage

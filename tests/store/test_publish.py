@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import stat
 import threading
@@ -198,8 +199,10 @@ def test_json_is_canonical() -> None:
     assert canonical_json({"a": 1, "b": 2}) == canonical_json({"b": 2, "a": 1})
     with pytest.raises(ValueError, match="JSON compliant"):
         canonical_json(float("nan"))
-    with pytest.raises(UsageError, match="not valid UTF-8"):
-        canonical_json(os.fsdecode(b"clip\xff.mp4"))
+    name = os.fsdecode(b"clip\xff \\udcff.mp4")  # of a file: no UTF-8, and then the very letters of an escape
+    assert (
+        canonical_json(name) == b'"clip\\udcff \\\\udcff.mp4"\n' and json.loads(canonical_json(name)) == name
+    )
 
 
 def test_json_may_be_written_twice_but_not_changed_unless_asked(tmp_path: Path) -> None:

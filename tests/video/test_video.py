@@ -172,7 +172,11 @@ def test_crops_made_piece_by_piece_equal_those_of_whole_views(tmp_path, motions,
         else ViewSpec(frames=6, stride=5, temporal_views=2, spatial_views=3)
     )
     prepared = prepare_clip(
-        Clip(id="c", path=path.name, label=0, split="train"), tmp_path, tower=tower, views=views
+        Clip(id="c", path=path.name, label=0, split="train"),
+        tmp_path,
+        tower=tower,
+        views=views,
+        decode=decode_frames,
     )
     found = decode_clip(path, lambda count: choose_frames(count, views, "c"))
     how = {"size": tower.image_size, "mean": tower.mean, "std": tower.std}
