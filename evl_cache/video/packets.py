@@ -186,9 +186,13 @@ class _Reading:
             return "some of its pictures are not to be shown"
         return None
 
+    @property
+    def _has_matrix(self) -> bool:
+        return "Display Matrix" in self._container.dumps_format()  # type: ignore[attr-defined]
+
     def _is_mirrored(self) -> bool:
         """Whether pictures are shown otherwise than turned by right angles, which decord does as well."""
-        if "Display Matrix" not in self._container.dumps_format():  # type: ignore[attr-defined]
+        if not self._has_matrix:
             return False
         with open_video(self._path) as (container, stream):
             first = next(container.decode(stream), None)
@@ -196,6 +200,8 @@ class _Reading:
 
     def _other_pixels(self) -> str | None:
         coded = self._stream.codec_context
+        if self._has_matrix and not self._container.format.name.startswith("mov"):
+            return "decord does not turn files of its kind"
         if any(
             name.lower() == "rotate" for name in self._stream.metadata
         ):  # FFmpeg does not follow it any more
