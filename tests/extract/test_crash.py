@@ -19,7 +19,7 @@ import pytest
 from evl_cache.store import array_layouts, verify_cache
 from evl_cache.store.disk.publish import is_staging_name
 from evl_cache.store.format.layout import mark_path
-from tests.support.extraction_server import Server
+from tests.support.extraction_server import Server, reached
 from tests.support.store_helpers import (
     differences,
     extract_small,
@@ -128,8 +128,9 @@ def test_sigterm_ends_the_job_and_it_goes_on_later(
     store_server: Server, whole: Whole, tmp_path: Path, polite: bool
 ) -> None:
     cache = tmp_path / "cache"
-    pid = store_server.start(cache, polite=polite, clip_s=0.1)
-    wait_until(lambda: (cache / "done" / "000000.json").exists(), what="the first block")
+    pid = store_server.start(cache, polite=polite, gates={5: str(tmp_path / "never")})
+    wait_until((cache / "done" / "000000.json").exists, what="the first block")
+    wait_until(reached(tmp_path / "never").exists, what="the second clip of the next")
     os.kill(pid, signal.SIGTERM)
     ended = store_server.wait(pid)
     assert ended.code == (128 + signal.SIGTERM if polite else -signal.SIGTERM)
