@@ -32,7 +32,16 @@ from tests.support.store_helpers import (
     watched_changes,
 )
 
-KILLED_AT_A_CHANGE, KILLED_AT_A_MOMENT = 24, 12
+# How often in the suite, and in `make soak`.
+KILLED_AT_A_CHANGE, KILLED_AT_A_MOMENT = (16, 32), (8, 24)
+
+
+def often(times: tuple[int, int]) -> list[Any]:
+    """(number, of how many), for the suite and for the soak."""
+    suite, soak = times
+    return [(n, suite) for n in range(suite)] + [
+        pytest.param(n, soak, marks=pytest.mark.soak) for n in range(soak)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +80,25 @@ def resumed(server: Server, cache: Path, whole: Whole) -> None:
     assert differences(tree(cache), whole.files) == []
 
 
-@pytest.mark.parametrize("seed", range(KILLED_AT_A_CHANGE))
+@pytest.mark.parametrize(("seed", "of"), often(KILLED_AT_A_CHANGE))
 def test_killed_at_a_random_change_of_the_disk(
-    store_server: Server, whole: Whole, tmp_path: Path, seed: int
+    store_server: Server, whole: Whole, tmp_path: Path, seed: int, of: int
 ) -> None:
     rng = random.Random(seed)
     # Spread over the job, so that each phase of a commit is met.
-    share = (seed + rng.random()) / KILLED_AT_A_CHANGE
+    share = (seed + rng.random()) / of
     kill_at = 1 + int(share * (whole.changes - 1))
     ended = store_server.run(tmp_path / "cache", kill_at=kill_at, kill_after=rng.random() < 0.5)
     assert ended.code == -signal.SIGKILL
     resumed(store_server, tmp_path / "cache", whole)
 
 
-@pytest.mark.parametrize("seed", range(KILLED_AT_A_MOMENT))
-def test_killed_at_a_random_moment(store_server: Server, whole: Whole, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "of"), often(KILLED_AT_A_MOMENT))
+def test_killed_at_a_random_moment(
+    store_server: Server, whole: Whole, tmp_path: Path, seed: int, of: int
+) -> None:
     pid = store_server.start(tmp_path / "cache")
-    time.sleep(random.Random(seed).uniform(0.0, whole.seconds))
+    time.sleep((seed + random.Random(seed).random()) / of * whole.seconds)
     os.kill(pid, signal.SIGKILL)
     store_server.wait(pid)
     resumed(store_server, tmp_path / "cache", whole)

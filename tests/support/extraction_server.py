@@ -20,6 +20,7 @@ from evl_cache.processes.place import ProcessPlace
 from evl_cache.processes.rendezvous import PATIENCE_S, Rendezvous
 from evl_cache.store.writing.publication import BlockPublication
 from evl_cache.towers.tower import Tower
+from tests.support import warm_worker
 from tests.support.fork_server import ForkServer, serve
 from tests.support.network_hosts import Host
 from tests.support.store_helpers import (
@@ -188,6 +189,7 @@ def _serve(folder: Path) -> None:
     clips = load_clips(folder)
     torch.set_num_threads(1)
     tower = small_tower(folder)
+    warm_worker.use_where_there()
     import decord  # noqa: F401  here, so that children need not
 
     serve(lambda job: _run_job(job, clips, tower))
