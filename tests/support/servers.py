@@ -114,7 +114,7 @@ def nginx(root: Path, *, rate: str = "") -> Iterator[Nginx]:
         )
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 @contextlib.contextmanager
@@ -138,7 +138,7 @@ def s3_server(log: Path) -> Iterator[str]:
         yield url
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
@@ -212,7 +212,7 @@ def faulty_server(root: Path) -> Iterator[FaultyServer]:
             yield state
         finally:
             server.shutdown()
-            thread.join(timeout=20)
+            thread.join(timeout=60)
 
 
 def basic(user: str, password: str) -> str:
