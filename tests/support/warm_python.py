@@ -145,15 +145,16 @@ class Server:
 
     def _fork(self) -> dict[str, Any] | None:
         connection, _ = self._listener.accept()
-        size, streams, _, _ = socket.recv_fds(
-            connection, 4, 8
-        )  # stdin, stdout, stderr, and what else is passed on
-        if len(streams) < 3:  # whoever asked is gone again
+        # Streams: stdin, stdout, stderr, and what else is passed on.
+        size, streams, _, _ = socket.recv_fds(connection, 4, 8)
+        text = b""
+        while len(text) < int.from_bytes(size, "big") and (more := connection.recv(1 << 16)):
+            text += more
+        if len(streams) < 3 or len(text) < int.from_bytes(size, "big"):  # whoever asked was killed meanwhile
+            for held in streams:
+                os.close(held)
             connection.close()
             return None
-        text = b""
-        while len(text) < int.from_bytes(size, "big"):
-            text += connection.recv(1 << 16)
         pid = os.fork()
         if pid == 0:
             self._forget()
@@ -165,7 +166,8 @@ class Server:
             return job
         for stream in streams:
             os.close(stream)
-        connection.sendall(f"{pid}\n".encode())
+        with suppress(OSError):  # it was killed by now: the selector will tell
+            connection.sendall(f"{pid}\n".encode())
         self._children[pid] = connection
         self._selector.register(connection, selectors.EVENT_READ, pid)
         return None
