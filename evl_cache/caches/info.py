@@ -35,9 +35,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "clips_done": done,
         "clips_failed": len(cache.failures),
         "failures_by_reason": failures_by_reason(cache),
-        "failures": [
-            {"clip": clip, "reason": reason_alone(reason, clip)} for clip, reason in cache.failures
-        ],
+        "failures": [{"clip": clip, "reason": reason_alone(reason, clip)} for clip, reason in cache.failures],
         "damaged_marks": list(cache.damaged_marks.values()),
         "cache_digest": cache.fingerprint,
         "created_with": dict(cache.description.created_with),
