@@ -15,6 +15,7 @@ OPTIONS: dict[str, dict[str, str]] = {
     "libsvtav1": {"crf": "38", "preset": "12"},
     "mpeg4": {},
 }
+_XVID = {"bf": "2", "qmin": "3", "qmax": "6", "g": "250"}  # as most AVI files of UCF101 and HMDB51 are coded
 _SPRITE = 60  # pixels
 
 
@@ -37,14 +38,14 @@ def repeat_clip(source: Path, target: Path, times: int) -> None:
 
 
 def render_clips(
-    folder: Path, *, count: int, num_frames: int = NUM_FRAMES, codec: str = "libx264"
+    folder: Path, *, count: int, num_frames: int = NUM_FRAMES, codec: str = "libx264", suffix: str = "mp4"
 ) -> list[Path]:
-    """`count` files by seed, of the sizes in turn."""
+    """`count` files by seed, of the sizes in turn; MPEG-4 in AVI has B-frames."""
     os.environ.setdefault("SVT_LOG", "1")  # the AV1 encoder tells errors only
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for seed in range(count):
-        path = folder / f"{seed:02d}.mp4"
+        path = folder / f"{seed:02d}.{suffix}"
         _render(path, seed, *SIZES[seed % len(SIZES)], num_frames=num_frames, codec=codec)
         paths.append(path)
     return paths
@@ -70,7 +71,7 @@ def _render(path: Path, seed: int, height: int, width: int, *, num_frames: int, 
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-        stream.options = OPTIONS[codec]
+        stream.options = _XVID if (codec, path.suffix) == ("mpeg4", ".avi") else OPTIONS[codec]
         for t in range(num_frames):
             top = int(height / 2 + height / 2 * np.sin(t / 70 + seed))
             left = int(width / 2 + width / 2 * np.sin(t / 45))

@@ -155,6 +155,14 @@ def say_outage(message: str) -> None:
     click.echo(printable(message), err=True)
 
 
+def tell_rules(ours: str | Path, rule: int, theirs: str | Path, other_rule: int) -> None:
+    """Say on stderr where frames of a run or a training cache, and of the cache it is scored on, are of different rules."""
+    from evl_cache.runs import frame_rules_differ
+
+    if told := frame_rules_differ(ours, rule, theirs, other_rule):
+        click.echo(f"note: {printable(told)}", err=True)
+
+
 def tell_found(*caches: FeatureCache) -> None:
     """Say on stderr which training and validation cache were found."""
     for side, cache in zip(("train", "val"), caches, strict=True):

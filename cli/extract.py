@@ -16,7 +16,7 @@ from .extract_flags import decoding_of, extract_flags, make_request
 from .mode_option import mode_option
 
 if TYPE_CHECKING:
-    from evl_cache.extract import ExtractionJob, ExtractResult
+    from evl_cache.extract import ExtractionJob, ExtractOptions, ExtractResult
     from evl_cache.processes import ProcessPlace
 
 EXAMPLES = """
@@ -45,6 +45,7 @@ def command(
     outage_patience: float | None,
     retry_failed: bool,
     check_sources: bool,
+    retry_doubtful: bool,
     reuse: Path | None,
     as_json: bool,
     **given: Any,
@@ -74,6 +75,7 @@ def command(
         outage_patience_s=outage_patience,
         retry_failed=retry_failed,
         check_sources=check_sources,
+        retry_doubtful=retry_doubtful,
         reuse=reuse,
     )
     reports: list[dict[str, Any]] = []
@@ -82,12 +84,14 @@ def command(
         make_request(given, pixels=options.decoding.pixels),
         options=options,
         progress=lambda spec: extract_progress(spec.num_clips, spec.split, shown=place.is_first),
-        on_job=_say_job if place.is_first else lambda job: None,
+        on_job=(lambda job: _say_job(job, options)) if place.is_first else lambda job: None,
         on_outage=say_outage,
         rendezvous=rendezvous,
     ):
         wrong += [*result.not_redone, *filter(None, [result.sources_changed])]
-        if result.sources_in_doubt and check_sources:
+        if result.frames_untold:
+            wrong.append(result.frames_untold)
+        if result.sources_in_doubt and (check_sources or retry_doubtful):
             wrong.append(result.sources_in_doubt)
         elif result.sources_in_doubt and place.is_first:
             click.echo(shown(result.sources_in_doubt), err=True)
@@ -119,6 +123,9 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
         "not_redone": result.not_redone,
         "sources_changed": result.sources_changed,
         "sources_in_doubt": result.sources_in_doubt,
+        "clips_doubtful": result.clips_doubtful,
+        "clips_cleared": result.clips_cleared,
+        "frames_untold": result.frames_untold,
         "bytes": size_on_disk(job.cache_path)[0],
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
@@ -128,9 +135,11 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
 
 def _say_result(report: dict[str, Any]) -> None:
     nothing = "nothing to do, " if report["was_done"] else ""
+    examined = report["clips_doubtful"] + report["clips_cleared"]
+    frames = f"{report['clips_doubtful']} of {examined} examined were doubtful, " if examined else ""
     click.echo(
-        f"{report['cache']}: {nothing}{report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
-        f"{report['seconds']:.1f} s, digest {report['cache_digest'][:16]}"
+        f"{report['cache']}: {nothing}{frames}{report['clips']} clips, {report['failed']} failed, "
+        f"{human_bytes(report['bytes'])}, {report['seconds']:.1f} s, digest {report['cache_digest'][:16]}"
     )
 
 
@@ -160,7 +169,18 @@ def _status(place: ProcessPlace, failed: list[dict[str, Any]]) -> int:
     return 0 if place.is_supervised else 3
 
 
-def _say_job(job: ExtractionJob) -> None:
+def _say_job(job: ExtractionJob, options: ExtractOptions) -> None:
+    from evl_cache.datasets import describe_passed_over
+    from evl_cache.extract.older_rule import told_of_rule
+
+    if job.clips.passed_over:
+        click.echo(
+            shown(
+                f"{job.clips.source}: passed over {describe_passed_over(job.clips.passed_over)}, "
+                "no videos by their endings; --dataset list takes files of any ending"
+            ),
+            err=True,
+        )
     t = job.tower.spec
     click.echo(
         f"{t.model} ({t.pretrained}), {t.image_size} pixels, patch {t.patch_size}, "
@@ -168,6 +188,8 @@ def _say_job(job: ExtractionJob) -> None:
         f"layers {format_layers(job.spec.layers)}, {job.spec.views.frames} frames -> {job.cache_path}",
         err=True,
     )
+    if told := told_of_rule(job, options):
+        click.echo(shown(told), err=True)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

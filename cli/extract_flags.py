@@ -25,7 +25,8 @@ def extract_flags(options: Iterable[ExtractOption]) -> Callable[[Function], Func
 
     def add(function: Function) -> Function:
         for option in reversed(chosen):
-            function = click.option(option.flag, option.parameter, **_settings(option))(function)
+            flags = filter(None, (option.flag, option.alias, option.parameter))
+            function = click.option(*flags, **_settings(option))(function)
         return function
 
     return add

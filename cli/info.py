@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from evl_cache.notation import command_line
+
 from .common import Command, human_bytes, human_seconds, print_json, shown, write_csv
 
 if TYPE_CHECKING:
@@ -92,6 +94,14 @@ def _more_layers(found: dict[str, Any]) -> str:
     return f" (and tokens of {', '.join(map(str, more))}, for maps)" if more else ""
 
 
+def _frames(found: dict[str, Any]) -> str:
+    from evl_cache.caches.info import FramesFound
+
+    frames = FramesFound(**found["frames"])
+    look = command_line(("evl-cache", "verify", "--sources"), found["path"]) or "verify --sources"
+    return frames.told() + (f"; see {look}" if frames.by_older_rule else "")
+
+
 def _lines(found: dict[str, Any]) -> list[str]:
     spec = found["spec"]
     tower, views = spec["tower"], spec["views"]
@@ -109,6 +119,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"  clips     {found['clips_done']} done, {found['clips_failed']} failed",
         f"  digest    {found['cache_digest']}"
         + ("" if found["is_complete"] else " (of the blocks done so far)"),
+        f"  frames    {_frames(found)}",
         f"  made with {', '.join(f'{name} {version}' for name, version in found['created_with'].items())}",
     ]
     lines += [f"  failed    {count} x {reason}" for reason, count in found["failures_by_reason"].items()]

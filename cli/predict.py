@@ -52,9 +52,17 @@ def command(
 
     Tower, sampling and views are the run's own. Exit status 3: some videos could not be read.
     """
-    from evl_cache.live.predict import predict
+    from evl_cache.datasets import describe_passed_over
+    from evl_cache.live.predict import count_passed_over, predict
 
     device = default_device(device)
+    if others := count_passed_over(videos):
+        click.echo(
+            shown(
+                f"passed over {describe_passed_over(others)}, no videos by their endings; files that are named are taken"
+            ),
+            err=True,
+        )
     found = predict(
         run,
         videos,

@@ -71,6 +71,7 @@ class ExtractOption:
         metavar: what stands for its value in the help.
         parameter: its name in the command, and in the environment; from the flag where not given.
         field: the field it fills; the parameter where not given.
+        alias: another flag that does the same.
     """
 
     flag: str
@@ -87,6 +88,7 @@ class ExtractOption:
     metavar: str | None = None
     parameter: str = ""
     field: str = ""
+    alias: str = ""
 
     def __post_init__(self) -> None:
         name = self.parameter or self.flag.removeprefix("--").replace("-", "_")
@@ -125,7 +127,7 @@ _DATASETS = "k400, ssv2, ucf101, hmdb51, folder, list, scenes, motions, …"
 _BATCH = f"Samples at once [{CPU_BATCH}; GPU {GPU_BATCH}]."
 _LAYERS = f"Counted from 1, also 9,11,12 [the last {DEFAULT_LAYERS}]."
 _PRETRAINED = "Tag, file, or none (seeded random) [openai; evl-tiny's own]."
-_DECODER = "auto: PyAV where decord fails; torchcodec: on the GPU."
+_DECODER = "torchcodec: also on a GPU."
 
 
 def _storage(flag: str, choices: tuple[str, ...], text: str | None = None) -> ExtractOption:
@@ -169,7 +171,8 @@ EXTRACT_OPTIONS = (
     ExtractOption("--max-failures", _RUN, "Stop beyond 20, 5%, … [5%; 50 in a row].", metavar="N%"),
     ExtractOption("--outage-patience", _RUN, "For a disk that is away [600].", kind=float, metavar="SECONDS"),
     ExtractOption("--retry-failed", _RUN, "Try the clips that failed again.", kind=bool),
-    ExtractOption("--check-sources", _RUN, "Redo clips whose video was replaced.", kind=bool),
+    ExtractOption("--check-sources", _RUN, "Redo clips whose video was replaced.", kind=bool, alias="--sources"),
+    ExtractOption("--retry-doubtful", _RUN, "Redo old clips of doubtful frames.", kind=bool),
     ExtractOption("--reuse", _RUN, "Copy rows of equal features and files.", kind=Path),
 )
 # fmt: on

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from evl_cache.clips import Clip, ClipList, ListLine, number_labels, parse_list
+from evl_cache.datasets.missing import FRAMES_REMEDY
 from evl_cache.datasets.places import VIDEO_SUFFIXES
 from evl_cache.errors import UsageError
 
@@ -43,7 +44,7 @@ def _refuse_frame_folders(rows: Sequence[ListLine], *, source: str) -> None:
         raise UsageError(
             f"{source}, line {row.line}: '{row.path} {row.label}' looks like a folder of frames, their number "
             "and a label (mmaction2 rawframes); expected 'path label' with the path of a video: "
-            "list the videos instead"
+            f"list the videos instead, or {FRAMES_REMEDY}"
         )
 
 

@@ -18,6 +18,7 @@ from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip, check_t
 from evl_cache.extract.outages import OnOutage
 from evl_cache.extract.redo import KEPT_ENVIRONMENTS, BlockRedo
 from evl_cache.extract.stage import BlocksResult, extract_blocks, tower_projections
+from evl_cache.spec import FRAME_RULE
 from evl_cache.store import (
     PROJECTIONS_NAME,
     CacheDescription,
@@ -157,8 +158,10 @@ def _redo(
     did = extract_blocks(
         job, broken, redo=_why_redone(job, broken), options=options, on_clip=on_clip, on_outage=on_outage
     )
-    now = run_environment(options, job.spec) if did.clips else then
-    return did, _differences(now, then)
+    if not did.clips:
+        return did, ()
+    now = run_environment(options, job.spec) | {"frame_rule": FRAME_RULE}
+    return did, _differences(now, {**then, "frame_rule": job.spec.frame_rule})
 
 
 def _why_redone(job: ExtractionJob, broken: Sequence[int]) -> dict[int, BlockRedo]:

@@ -4,7 +4,8 @@ V videos, K classes.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 
 from evl_cache.batches import samples_of_clips
 from evl_cache.clips import Clip
-from evl_cache.datasets import is_video
+from evl_cache.datasets import is_passed_over, is_video
 from evl_cache.errors import EvlCacheError, Outage, UsageError
 from evl_cache.extract import OnOutage, decoding_for
 from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
@@ -139,14 +140,20 @@ def find_videos(given: Sequence[Path]) -> list[Path]:
     for path in given:
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder")
-        inside = list(_videos_below(path)) if path.is_dir() else [path]
+        inside = list(filter(is_video, _files_below(path))) if path.is_dir() else [path]
         if not inside:
             raise UsageError(f"{path}: no video in it; expected files such as .mp4, .webm or .avi")
         found |= dict.fromkeys(inside)
     return list(found)
 
 
-def _videos_below(folder: Path) -> Iterator[Path]:
+def count_passed_over(given: Sequence[Path]) -> Mapping[str, int]:
+    """Return by endings how many files in the folders given `find_videos` passes over: any file is taken if it is named."""
+    below = (file for path in given if path.is_dir() for file in _files_below(path))
+    return Counter(file.suffix.lower() for file in below if is_passed_over(file))
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
     for directory, folders, names in os.walk(folder):
         folders.sort()
-        yield from (path for name in sorted(names) if is_video(path := Path(directory) / name))
+        yield from (Path(directory) / name for name in sorted(names))

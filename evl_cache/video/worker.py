@@ -127,7 +127,7 @@ def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str | 
     try:
         _enter(folder)
         if "doubt" in request:
-            return {"doubtful": video.doubt(path, request["doubt"])}  # type: ignore[attr-defined]
+            return {"doubtful": video.doubt(path, request["doubt"])}
         for event in video.decode_frames(path, connection.ask, options=video.DecodeOptions(**request)):
             connection.give(event)
     except Outage as outage:

@@ -31,12 +31,10 @@ from evl_cache.video import pool as decode_pool
 from evl_cache.video import process as decode_process
 from evl_cache.video.pool import DecodePool
 from evl_cache_cli.main import cli
-from tests.support.damaged_files import BadFile, damage, independent_complaint
+from tests.support.damaged_files import CODECS, BadFile, damage, healthy_files, independent_complaint
 from tests.support.example_data import ROOT
 from tests.support.store_helpers import extract_small, make_clips, small_spec, small_tower, wait_until
 
-CODECS = (("libx264", "mp4"), ("libx265", "mp4"), ("libvpx-vp9", "webm"), ("libsvtav1", "mp4"), ("mpeg4", "avi"),
-          ("libx264", "mkv"))  # fmt: skip
 NAMES = (
     "видео.mp4",
     "动画 clip.mp4",
@@ -60,15 +58,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """A healthy file of each codec, 24 frames of 64 x 64 pixels."""
-    folder = tmp_path_factory.mktemp("healthy")
-    made = []
-    for number, (codec, suffix) in enumerate(CODECS):
-        if codec not in av.codecs_available:
-            continue
-        path = folder / f"{codec}.{suffix}"
-        write_video(path, demo_motion_frames("orbit_clockwise", number, num_frames=24), codec=codec, crf=20)
-        made.append(path)
-    return made
+    return healthy_files(tmp_path_factory.mktemp("healthy"))
 
 
 def workers_of(pid: int) -> list[int]:

@@ -9,6 +9,10 @@ from pathlib import Path
 import av
 import numpy as np
 
+from evl_cache.rendered import demo_motion_frames, write_video
+
+CODECS = (("libx264", "mp4"), ("libx265", "mp4"), ("libvpx-vp9", "webm"), ("libsvtav1", "mp4"), ("mpeg4", "avi"),
+          ("libx264", "mkv"))  # fmt: skip
 FLIPS, CUTS, ZEROED, SWAPPED, LIES = 16, 8, 8, 4, 4  # of each healthy file: forty
 
 
@@ -19,6 +23,18 @@ class BadFile:
     path: Path
     kind: str
     surely_fails: bool
+
+
+def healthy_files(folder: Path) -> list[Path]:
+    """A healthy file of each codec, 24 frames of 64 x 64 pixels; fewer where this PyAV lacks encoders."""
+    made = []
+    for number, (codec, suffix) in enumerate(CODECS):
+        if codec not in av.codecs_available:
+            continue
+        path = folder / f"{codec}.{suffix}"
+        write_video(path, demo_motion_frames("orbit_clockwise", number, num_frames=24), codec=codec, crf=20)
+        made.append(path)
+    return made
 
 
 def damage(sources: list[Path], folder: Path, *, seed: int = 0) -> list[BadFile]:

@@ -1,0 +1,54 @@
+"""Damaged files by the hundred: what was refused is not served now, unless its pictures are those of the whole twin."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evl_cache.video.pool import DecodePool
+from tests.support.damaged_files import BadFile, damage, healthy_files
+from tests.support.damaged_verdicts import RECORD, VIEWS, digest_of, verdict
+from tests.support.video_writing import plain_linear_decode
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The healthy files by name, where they are those of the record."""
+    sources = healthy_files(tmp_path_factory.mktemp("whole"))
+    if digest_of(sources) != json.loads(RECORD.read_text())["sources"]:
+        pytest.skip("this PyAV encodes other files than those whose verdicts were recorded")
+    return {path.name: path for path in sources}
+
+
+def test_what_was_refused_is_served_only_where_its_pictures_are_whole(
+    whole: dict[str, Path], tmp_path: Path
+) -> None:
+    refused = json.loads(RECORD.read_text())["refused"]
+    twins = {name: np.stack(list(plain_linear_decode(path))) for name, path in whole.items()}
+    wrong = {}
+    with DecodePool(2, timeout_s=10.0) as pool:
+        for file in damage(list(whole.values()), tmp_path / "bad"):
+            for view in refused.get(file.path.name, ()):
+                served = verdict(pool, file.path, VIEWS[view])
+                if isinstance(served, str):
+                    continue
+                twin = twins.get(_twin_of(file))
+                if twin is None or not _are_whole(served.header.distinct, served.frames, twin):
+                    wrong[f"{file.path.name}, {view}"] = (
+                        f"frames {served.header.distinct.tolist()} are served"
+                    )
+    assert wrong == {}
+
+
+def _twin_of(file: BadFile) -> str:
+    return f"{file.path.stem.removesuffix(file.path.stem[-3:]).removesuffix(file.kind).rstrip('-')}{file.path.suffix}"
+
+
+def _are_whole(numbers: np.ndarray, pictures: np.ndarray, twin: np.ndarray) -> bool:
+    return bool(numbers.max() < len(twin)) and np.array_equal(pictures, twin[numbers])
+
+
+def test_every_damaged_file_has_its_twin(whole: dict[str, Path], tmp_path: Path) -> None:
+    bad = damage(list(whole.values()), tmp_path / "bad")
+    assert {_twin_of(file) for file in bad if file.kind != "odd"} == set(whole)
