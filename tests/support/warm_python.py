@@ -163,15 +163,8 @@ class Server:
                 os.dup2(stream, number)
                 os.close(stream)
             # Python's own know whether the server's could seek.
-            sys.stdin, sys.stdout, sys.stderr = (
-                open(
-                    number,
-                    mode,
-                    closefd=False,
-                    buffering=1 if number == 2 else -1,
-                )
-                for number, mode in enumerate("rww")
-            )
+            sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+            sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
             job: dict[str, Any] = json.loads(text)
             return job
         for stream in streams:
