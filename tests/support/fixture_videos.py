@@ -82,7 +82,7 @@ def _expected(name: str, told: dict) -> Expected:
         name=name,
         accepted=None if told["accepted"] == "or refused" else told["accepted"],
         frame_count=told.get("frame_count", 0),
-        views=views or {"extract's": ([0, 16, 32, 48, 59], []), "all": (list(range(60)), [])},
+        views=views or {"centre": ([*range(15, 44, 4)], []), "all": ([*range(60)], [])},
         other_numbers=told.get("source_numbers_if_stream_0"),
         orientation=told.get("to_be_shown", "upright").split()[0],
         twin=told.get("same_pictures_as"),
