@@ -19,6 +19,7 @@ from evl_cache.quantize import dequantize_maps, dequantize_tokens, quantize_maps
 from evl_cache.spec import ViewSpec
 from evl_cache.towers import build_tower
 from evl_cache.towers.backbone import Backbone
+from evl_cache.video.pool import DecodePool
 
 LAYERS = (8, 9, 10, 11, 12)
 VARIABLE = "EVL_UT_INTERACTION"
@@ -44,9 +45,15 @@ def real_clips(root: Path, count: int) -> dict[str, float]:
     backbone = Backbone(visual, LAYERS)
     videos = sorted(root.rglob("*.avi"))
     token_error = map_error = 0.0
-    for video in videos[:: max(1, len(videos) // count)][:count]:
-        clip = Clip(id=video.name, path=str(video), label=0, split="all")
-        prepared = prepare_clip(clip, root, tower=tower, views=ViewSpec())
+    clips = [
+        Clip(id=video.name, path=str(video), label=0, split="all")
+        for video in videos[:: max(1, len(videos) // count)][:count]
+    ]
+    with DecodePool(1) as pool:
+        every = [
+            prepare_clip(clip, root, tower=tower, views=ViewSpec(), decode=pool.frames) for clip in clips
+        ]
+    for prepared in every:
         assert prepared.samples is not None, prepared.record.error
         features = backbone(prepared.samples)
         tokens = torch.stack([features.tokens[layer][0] for layer in LAYERS])

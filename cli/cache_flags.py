@@ -11,7 +11,7 @@ import click
 
 from evl_cache.errors import UsageError
 
-from .common import Function, existing_lines, tell_found
+from .common import Function, existing_lines, tell_found, tell_rules
 
 if TYPE_CHECKING:
     from evl_cache.store import FeatureCache
@@ -108,6 +108,8 @@ class CacheFlags:
             trust=self.trust,
             on_found=tell_found if is_told else lambda train, val: None,
         )
+        if is_told:
+            tell_rules(train.place, train.frame_rule, val.place, val.frame_rule)
         rows = split_clips(train, val, train_names=self.train_names, val_names=self.val_names)
         return TrainingData(train=train, val=val, train_rows=rows[0], val_rows=rows[1])
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
+from evl_cache.errors import reason_alone
+from evl_cache.notation import encodable, escaped
 
 if TYPE_CHECKING:
     from evl_cache.store import FeatureCache, TransferResult
 
 
 Function = TypeVar("Function", bound=Callable[..., object])
-decode_workers_flag = click.option(
-    "--decode-workers",
-    type=click.IntRange(1),
-    default=DEFAULT_DECODE_WORKERS,
-    show_default=True,
-    help="Threads that decode.",
-)
 
 
 def printable(text: str) -> str:
@@ -36,8 +31,19 @@ def printable(text: str) -> str:
 
 
 def shown(line: str) -> str:
-    """A line without what a terminal would act on."""
-    return "".join(c if c.isprintable() else "?" for c in line)
+    """A line in which what a terminal would act on stands as an escape."""
+    return escaped(line)
+
+
+def say_failure(name: object, reason: str) -> None:
+    """Say on stderr that a file or clip failed; the line names it once."""
+    click.echo(shown(f"failed: {name}: {reason_alone(reason, str(name))}"), err=True)
+
+
+def write_csv(file: TextIO, rows: Iterable[Sequence[object]]) -> None:
+    """Write rows as CSV, which holds names of any bytes; those that a terminal would act on as escapes, if it is one."""
+    told = escaped if file.isatty() else encodable
+    csv.writer(file).writerows([told(str(cell)) for cell in row] for row in rows)
 
 
 class Command(click.Command):
@@ -74,11 +80,11 @@ def existing_lines(path: Path) -> list[str]:
     """Non-empty lines of a text file; click has checked that it exists. Raises: UsageError where it is no text."""
     from evl_cache.errors import UsageError
 
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path}: not UTF-8 text ({error.reason}); expected one name a line") from error
-    return [line.strip() for line in lines if line.strip()]
+    # Names of files need not be UTF-8; in another encoding, such as UTF-16, zeros stand between the letters.
+    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    if "\0" in text:
+        raise UsageError(f"{path}: not UTF-8 text (it holds zeros); expected one name a line")
+    return [line.strip() for line in text.split("\n") if line.strip()]
 
 
 def default_device(name: str | None) -> str:
@@ -147,6 +153,14 @@ def human_seconds(seconds: float) -> str:
 def say_outage(message: str) -> None:
     """Say a line on stderr beside what the command prints: that an outage began, or what is waited for."""
     click.echo(printable(message), err=True)
+
+
+def tell_rules(ours: str | Path, rule: int, theirs: str | Path, other_rule: int) -> None:
+    """Say on stderr where frames of a run or a training cache, and of the cache it is scored on, are of different rules."""
+    from evl_cache.runs import frame_rules_differ
+
+    if told := frame_rules_differ(ours, rule, theirs, other_rule):
+        click.echo(f"note: {printable(told)}", err=True)
 
 
 def tell_found(*caches: FeatureCache) -> None:

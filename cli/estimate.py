@@ -10,7 +10,7 @@ import click
 from evl_cache.extract_options import Role, default_batch, options_with
 
 from .common import Command, default_device, human_bytes, print_json
-from .extract_flags import extract_flags, make_request
+from .extract_flags import decoding_of, extract_flags, make_request
 
 if TYPE_CHECKING:
     from evl_cache.extract.cluster_costs import ClusterCosts
@@ -35,8 +35,9 @@ evl-cache estimate --dataset k400 --layers 9-12 --cluster 64 --assume device_tfl
 )
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
-    device: str | None, batch: int | None, decode_workers: int, measure: bool, cluster: int | None,
-    assumed: tuple[str, ...], as_json: bool, **given: Any,
+    device: str | None, batch: int | None, decode_workers: int, decoder: str, tolerate_bad_frames: bool,
+    clip_timeout: float | None, measure: bool, cluster: int | None, assumed: tuple[str, ...], as_json: bool,
+    **given: Any,
 ) -> int:  # fmt: skip
     """What extract with the same options would cost: clips, bytes, files; nothing is kept."""
     from evl_cache.errors import UsageError
@@ -48,11 +49,15 @@ def command(
         raise UsageError("--assume is of --cluster N; give both")
     assumptions = Assumptions.parse(assumed)
     device = default_device(device)
+    options = ExtractOptions(
+        device=device,
+        batch=batch or default_batch(device),
+        decode_workers=decode_workers,
+        **decoding_of(device, decoder, tolerate_bad_frames, clip_timeout),
+    )
     found = estimate(
-        make_request(given),
-        options=ExtractOptions(
-            device=device, batch=batch or default_batch(device), decode_workers=decode_workers
-        ),
+        make_request(given, pixels=options.decoding.pixels),
+        options=options,
         measure=measure,
         cluster=cluster,
         assumed=assumptions,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .common import Command, default_device, existing_lines, print_json
+from .common import Command, default_device, existing_lines, print_json, tell_rules
 
 EXAMPLES = """
 evl-cache eval --cache caches/mine --run runs/fold1
@@ -32,11 +32,15 @@ def command(
 ) -> int:
     """Score a run's head on a cache: softmax averaged over a clip's views, top-1 and top-5."""
     from evl_cache.clips import select
+    from evl_cache.runs import read_run_config
     from evl_cache.runs.evaluate import evaluate
+    from evl_cache.spec import CacheSpec
     from evl_cache.store import FeatureCache
 
     opened = FeatureCache(cache)
     rows = None if clips is None else select(opened.clips, existing_lines(clips), source=str(clips))
+    if (features := read_run_config(run).features) is not None:
+        tell_rules(run, CacheSpec.from_json(features).frame_rule, opened.place, opened.frame_rule)
     result = evaluate(run, opened, clips=rows, batch=batch, device=default_device(device), best=best)
     if as_json:
         print_json({"run": str(run), "cache": opened.place, **asdict(result)})

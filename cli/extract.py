@@ -11,12 +11,12 @@ from evl_cache.extract_options import EXTRACT_OPTIONS, Role, default_batch, opti
 from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
-from .common import Command, default_device, human_bytes, print_json, say_outage, shown
-from .extract_flags import extract_flags, make_request
+from .common import Command, default_device, human_bytes, print_json, say_failure, say_outage, shown
+from .extract_flags import decoding_of, extract_flags, make_request
 from .mode_option import mode_option
 
 if TYPE_CHECKING:
-    from evl_cache.extract import ExtractionJob, ExtractResult
+    from evl_cache.extract import ExtractionJob, ExtractOptions, ExtractResult
     from evl_cache.processes import ProcessPlace
 
 EXAMPLES = """
@@ -45,6 +45,7 @@ def command(
     outage_patience: float | None,
     retry_failed: bool,
     check_sources: bool,
+    retry_doubtful: bool,
     reuse: Path | None,
     as_json: bool,
     **given: Any,
@@ -58,8 +59,6 @@ def command(
     from evl_cache.extract.failure_limit import FailureLimit
     from evl_cache.extract.request import dataset_reader
     from evl_cache.processes import ProcessPlace, Rendezvous
-    from evl_cache.video import DecodeOptions
-    from evl_cache.video.pool import DEFAULT_TIMEOUT_S
 
     if explain:
         click.echo(dataset_reader(given["dataset"]).description)
@@ -71,12 +70,12 @@ def command(
         device=device,
         batch=batch or default_batch(device),
         decode_workers=decode_workers,
-        decoding=DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames, device=device),
-        clip_timeout_s=DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
+        **decoding_of(device, decoder, tolerate_bad_frames, clip_timeout),
         most_failures=None if max_failures is None else FailureLimit.parse(max_failures),
         outage_patience_s=outage_patience,
         retry_failed=retry_failed,
         check_sources=check_sources,
+        retry_doubtful=retry_doubtful,
         reuse=reuse,
     )
     reports: list[dict[str, Any]] = []
@@ -85,12 +84,14 @@ def command(
         make_request(given, pixels=options.decoding.pixels),
         options=options,
         progress=lambda spec: extract_progress(spec.num_clips, spec.split, shown=place.is_first),
-        on_job=_say_job if place.is_first else lambda job: None,
+        on_job=(lambda job: _say_job(job, options)) if place.is_first else lambda job: None,
         on_outage=say_outage,
         rendezvous=rendezvous,
     ):
         wrong += [*result.not_redone, *filter(None, [result.sources_changed])]
-        if result.sources_in_doubt and check_sources:
+        if result.frames_untold:
+            wrong.append(result.frames_untold)
+        if result.sources_in_doubt and (check_sources or retry_doubtful):
             wrong.append(result.sources_in_doubt)
         elif result.sources_in_doubt and place.is_first:
             click.echo(shown(result.sources_in_doubt), err=True)
@@ -101,7 +102,7 @@ def command(
         if not as_json:
             _say_result(reports[-1])
         for clip, reason in result.failures[:5]:
-            click.echo(f"failed: {clip}: {reason}", err=True)
+            say_failure(clip, reason)
     if as_json and place.is_first:
         print_json({"caches": reports})
     for reason in wrong:
@@ -122,6 +123,9 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
         "not_redone": result.not_redone,
         "sources_changed": result.sources_changed,
         "sources_in_doubt": result.sources_in_doubt,
+        "clips_doubtful": result.clips_doubtful,
+        "clips_cleared": result.clips_cleared,
+        "frames_untold": result.frames_untold,
         "bytes": size_on_disk(job.cache_path)[0],
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
@@ -131,9 +135,11 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
 
 def _say_result(report: dict[str, Any]) -> None:
     nothing = "nothing to do, " if report["was_done"] else ""
+    examined = report["clips_doubtful"] + report["clips_cleared"]
+    frames = f"{report['clips_doubtful']} of {examined} examined were doubtful, " if examined else ""
     click.echo(
-        f"{report['cache']}: {nothing}{report['clips']} clips, {report['failed']} failed, {human_bytes(report['bytes'])}, "
-        f"{report['seconds']:.1f} s, digest {report['cache_digest'][:16]}"
+        f"{report['cache']}: {nothing}{frames}{report['clips']} clips, {report['failed']} failed, "
+        f"{human_bytes(report['bytes'])}, {report['seconds']:.1f} s, digest {report['cache_digest'][:16]}"
     )
 
 
@@ -163,7 +169,18 @@ def _status(place: ProcessPlace, failed: list[dict[str, Any]]) -> int:
     return 0 if place.is_supervised else 3
 
 
-def _say_job(job: ExtractionJob) -> None:
+def _say_job(job: ExtractionJob, options: ExtractOptions) -> None:
+    from evl_cache.datasets import describe_passed_over
+    from evl_cache.extract.older_rule import told_of_rule
+
+    if job.clips.passed_over:
+        click.echo(
+            shown(
+                f"{job.clips.source}: passed over {describe_passed_over(job.clips.passed_over)}, "
+                "no videos by their endings; --dataset list takes files of any ending"
+            ),
+            err=True,
+        )
     t = job.tower.spec
     click.echo(
         f"{t.model} ({t.pretrained}), {t.image_size} pixels, patch {t.patch_size}, "
@@ -171,6 +188,8 @@ def _say_job(job: ExtractionJob) -> None:
         f"layers {format_layers(job.spec.layers)}, {job.spec.views.frames} frames -> {job.cache_path}",
         err=True,
     )
+    if told := told_of_rule(job, options):
+        click.echo(shown(told), err=True)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import click
 
@@ -16,6 +16,7 @@ from .common import Function
 
 if TYPE_CHECKING:
     from evl_cache.extract import ExtractRequest
+    from evl_cache.video import DecodeOptions
 
 
 def extract_flags(options: Iterable[ExtractOption]) -> Callable[[Function], Function]:
@@ -24,7 +25,8 @@ def extract_flags(options: Iterable[ExtractOption]) -> Callable[[Function], Func
 
     def add(function: Function) -> Function:
         for option in reversed(chosen):
-            function = click.option(option.flag, option.parameter, **_settings(option))(function)
+            flags = filter(None, (option.flag, option.alias, option.parameter))
+            function = click.option(*flags, **_settings(option))(function)
         return function
 
     return add
@@ -52,6 +54,24 @@ def _settings(option: ExtractOption) -> dict[str, Any]:
         return settings | {"type": click.Path(path_type=Path)}
     return settings | {
         "type": option.kind if option.least is None else click.IntRange(option.least, option.most)
+    }
+
+
+class Decoding(TypedDict):
+    """How videos are decoded, by the names that the package's functions have for it."""
+
+    decoding: DecodeOptions
+    clip_timeout_s: float
+
+
+def decoding_of(device: str, decoder: str, tolerate_bad_frames: bool, clip_timeout: float | None) -> Decoding:
+    """Return the package's options of the command's. `device`: where torchcodec decodes."""
+    from evl_cache.video import DecodeOptions
+    from evl_cache.video.pool import DEFAULT_TIMEOUT_S
+
+    return {
+        "decoding": DecodeOptions(decoder=decoder, tolerate_bad_frames=tolerate_bad_frames, device=device),
+        "clip_timeout_s": DEFAULT_TIMEOUT_S if clip_timeout is None else clip_timeout,
     }
 
 

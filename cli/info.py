@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import sys
 from dataclasses import asdict
@@ -11,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from .common import Command, human_bytes, human_seconds, print_json, shown
+from evl_cache.notation import command_line
+
+from .common import Command, human_bytes, human_seconds, print_json, shown, write_csv
 
 if TYPE_CHECKING:
     from evl_cache.caches.watch import Look
@@ -79,19 +80,26 @@ def _look_line(look: Look) -> str:
 
 def _show_failures(failures: dict[str, list[tuple[str, str]]], *, as_csv: bool) -> None:
     if as_csv:
-        out = csv.writer(sys.stdout)
-        out.writerow(["clip", "kind", "reason"])
-        out.writerows((clip, kind, reason) for kind, clips in failures.items() for clip, reason in clips)
+        rows = ((clip, kind, reason) for kind, clips in failures.items() for clip, reason in clips)
+        write_csv(sys.stdout, [("clip", "kind", "reason"), *rows])
         return
     for kind, clips in failures.items():
-        click.echo(f"{len(clips)} x {kind}")
+        click.echo(shown(f"{len(clips)} x {kind}"))
         for clip, _ in clips:
-            click.echo(f"    {clip}")
+            click.echo(shown(f"    {clip}"))
 
 
 def _more_layers(found: dict[str, Any]) -> str:
     more = sorted(set(found["stored_layers"]) - set(found["spec"]["layers"]))
     return f" (and tokens of {', '.join(map(str, more))}, for maps)" if more else ""
+
+
+def _frames(found: dict[str, Any]) -> str:
+    from evl_cache.caches.info import FramesFound
+
+    frames = FramesFound(**found["frames"])
+    look = command_line(("evl-cache", "verify", "--sources"), found["path"]) or "verify --sources"
+    return frames.told() + (f"; see {look}" if frames.by_older_rule else "")
 
 
 def _lines(found: dict[str, Any]) -> list[str]:
@@ -111,6 +119,7 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"  clips     {found['clips_done']} done, {found['clips_failed']} failed",
         f"  digest    {found['cache_digest']}"
         + ("" if found["is_complete"] else " (of the blocks done so far)"),
+        f"  frames    {_frames(found)}",
         f"  made with {', '.join(f'{name} {version}' for name, version in found['created_with'].items())}",
     ]
     lines += [f"  failed    {count} x {reason}" for reason, count in found["failures_by_reason"].items()]

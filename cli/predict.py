@@ -1,6 +1,5 @@
 """`evl-cache predict`."""
 
-import csv
 import io
 import sys
 from pathlib import Path
@@ -8,7 +7,11 @@ from typing import TextIO
 
 import click
 
-from .common import Command, decode_workers_flag, default_device, print_json, say_outage
+from evl_cache.errors import reason_alone
+from evl_cache.extract_options import Role, options_with
+
+from .common import Command, default_device, print_json, say_failure, say_outage, shown, write_csv
+from .extract_flags import decoding_of, extract_flags
 
 EXAMPLES = """
 evl-cache predict "videos/clip 3.mp4" --run runs/fold1
@@ -24,7 +27,7 @@ evl-cache predict videos clips --run runs/fold1 --topk 3 --csv labels.csv
 @click.option("--model", help="Where the run's tower is now [as the run says].")
 @click.option("--pretrained", help="Where its weights are now [as the run says].")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples of a pass.")
-@decode_workers_flag
+@extract_flags(options_with(Role.DECODING))
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
 @click.option("--csv", "csv_path", metavar="FILE", help="Write video,rank,label,score; - is the terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
@@ -38,6 +41,9 @@ def command(
     pretrained: str | None,
     batch: int,
     decode_workers: int,
+    decoder: str,
+    tolerate_bad_frames: bool,
+    clip_timeout: float | None,
     device: str | None,
     csv_path: str | None,
     as_json: bool,
@@ -46,16 +52,26 @@ def command(
 
     Tower, sampling and views are the run's own. Exit status 3: some videos could not be read.
     """
-    from evl_cache.live.predict import predict
+    from evl_cache.datasets import describe_passed_over
+    from evl_cache.live.predict import count_passed_over, predict
 
+    device = default_device(device)
+    if others := count_passed_over(videos):
+        click.echo(
+            shown(
+                f"passed over {describe_passed_over(others)}, no videos by their endings; files that are named are taken"
+            ),
+            err=True,
+        )
     found = predict(
         run,
         videos,
         model=model,
         pretrained=pretrained,
-        device=default_device(device),
+        device=device,
         batch=batch,
         workers=decode_workers,
+        **decoding_of(device, decoder, tolerate_bad_frames, clip_timeout),
         best=best,
         on_outage=say_outage,
     )
@@ -70,16 +86,19 @@ def command(
                     {"video": video, "labels": [{"label": name, "score": value} for name, value in labels]}
                     for video, labels in labelled
                 ],
-                "failures": [{"video": str(video), "reason": reason} for video, reason in found.failures],
+                "failures": [
+                    {"video": str(video), "reason": reason_alone(reason, str(video))}
+                    for video, reason in found.failures
+                ],
             }
         )
     elif csv_path != "-":
         for video, labels in labelled:
-            click.echo(video)
+            click.echo(shown(video))
             for name, value in labels:
-                click.echo(f"  {100 * value:6.2f} %  {name}")
+                click.echo(shown(f"  {100 * value:6.2f} %  {name}"))
     for failed, reason in found.failures:
-        click.echo(f"failed: {failed}: {reason}", err=True)
+        say_failure(failed, reason)
     return 3 if found.failures else 0
 
 
@@ -105,6 +124,4 @@ def _write_csv(path: str, labelled: list[tuple[str, list[tuple[str, float]]]]) -
 
 
 def _write_rows(file: TextIO, rows: list[tuple[str, int, str, str]]) -> None:
-    writer = csv.writer(file)
-    writer.writerow(("video", "rank", "label", "score"))
-    writer.writerows(rows)
+    write_csv(file, [("video", "rank", "label", "score"), *rows])

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from evl_cache.extract_options import Role, options_with
 from evl_cache.progress_lines import clip_progress
 
-from .common import Command, decode_workers_flag, default_device, print_json, say_outage, shown
+from .common import Command, default_device, print_json, say_outage, shown
+from .extract_flags import decoding_of, extract_flags
 
 if TYPE_CHECKING:
     from evl_cache.extract.repair import RepairResult
@@ -28,7 +30,7 @@ evl-cache repair caches/mine --root /data/videos --pretrained ViT-B-16.pt
 @click.option("--model", help="Model or JSON file [as extracted].")
 @click.option("--pretrained", help="Weights [as extracted].")
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
-@decode_workers_flag
+@extract_flags(options_with(Role.DECODING))
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
     cache: Path,
@@ -37,13 +39,21 @@ def command(
     pretrained: str | None,
     device: str | None,
     decode_workers: int,
+    decoder: str,
+    tolerate_bad_frames: bool,
+    clip_timeout: float | None,
     as_json: bool,
 ) -> int:
     """Verify a cache and redo only what is damaged; on the same machine the bytes become what they were."""
     from evl_cache.extract.job import ExtractOptions
     from evl_cache.extract.repair import load_tower, repair
 
-    options = ExtractOptions(device=default_device(device), decode_workers=decode_workers)
+    device = default_device(device)
+    options = ExtractOptions(
+        device=device,
+        decode_workers=decode_workers,
+        **decoding_of(device, decoder, tolerate_bad_frames, clip_timeout),
+    )
     with clip_progress(0, "repair") as on_clip:
         result = repair(
             cache,
@@ -64,7 +74,7 @@ def command(
 
 def _render(cache: Path, result: RepairResult) -> None:
     for problem in result.problems:
-        click.echo(f"was damaged: {problem.reason}", err=True)
+        click.echo(shown(f"was damaged: {problem.reason}"), err=True)
     if result.blocks_redone and result.environment_differs:
         click.echo(
             f"the cache digest changes, features agree within rounding only: {'; '.join(result.environment_differs)}",

@@ -4,7 +4,10 @@ from pathlib import Path
 
 import click
 
-from .common import Command, default_device, existing_lines, print_json
+from evl_cache.extract_options import Role, options_with
+
+from .common import Command, default_device, existing_lines, print_json, shown
+from .extract_flags import decoding_of, extract_flags
 
 EXAMPLES = """
 evl-cache show "clip 3.mp4" --cache caches/mine --run runs/fold1 --out clip.png
@@ -36,6 +39,9 @@ evl-cache show --page page --run runs/fold1 --cache caches/mine --clips-each 3
 )
 @click.option("--model", help="Where the run's tower is now [as the run says].")
 @click.option("--pretrained", help="Where its weights are now [as the run says].")
+@extract_flags(
+    option for option in options_with(Role.DECODING) if option.kind is not int
+)  # one clip at a time
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
@@ -51,6 +57,9 @@ def command(
     clips: Path | None,
     model: str | None,
     pretrained: str | None,
+    decoder: str,
+    tolerate_bad_frames: bool,
+    clip_timeout: float | None,
     device: str | None,
     as_json: bool,
 ) -> int:
@@ -68,6 +77,8 @@ def command(
     opened = None if run is None else ShowRun.read(run, best=best)
     if opened is None and (page is not None or cache is None):
         raise UsageError(f"{'--page' if page else 'a video'} needs --run; a clip of a cache needs --cache")
+    device = default_device(device)
+    how = decoding_of(device, decoder, tolerate_bad_frames, clip_timeout)
     if page is not None:
         assert opened is not None
         source = FeatureCache(cache or cache_of_run(opened))
@@ -76,20 +87,20 @@ def command(
             from evl_cache.clips import select
 
             rows = select(source.clips, existing_lines(clips), source=str(clips))
-        made = show_page(opened, source, page, each=clips_each, clips=rows, device=default_device(device))
+        made = show_page(opened, source, page, each=clips_each, clips=rows, device=device, **how)
     elif cache is not None:
         assert clip is not None
-        show_cached(FeatureCache(cache), clip, out, run=opened, view=view, layer=layer)
+        show_cached(FeatureCache(cache), clip, out, run=opened, view=view, layer=layer, **how)
         made = out
     else:
         assert clip is not None and opened is not None
         show_video(
             Path(clip), out, run=opened, view=view, layer=layer,
-            device=default_device(device), model=model, pretrained=pretrained,
+            device=device, model=model, pretrained=pretrained, **how,
         )  # fmt: skip
         made = out
     if as_json:
         print_json({"written": str(made)})
     else:
-        click.echo(made)
+        click.echo(shown(str(made)))
     return 0

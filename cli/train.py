@@ -13,14 +13,15 @@ from evl_cache.errors import UsageError
 from evl_cache.extract_options import Role, options_with
 from evl_cache.progress_lines import StepProgress, step_progress
 
-from .common import default_device, print_json, say_outage
-from .extract_flags import make_request
+from .common import default_device, print_json, say_failure, say_outage, shown
+from .extract_flags import decoding_of, make_request
 from .training_flags import TrainCommand, TrainFlags, refuse_online_options, train_flags
 
 if TYPE_CHECKING:
     from evl_cache.processes import Processes
     from evl_cache.train import TrainOptions, TrainResult
 
+_DECODING = ("decoder", "tolerate_bad_frames", "clip_timeout")
 EXAMPLES = """
 evl-cache train --dataset folder --head decoder4
 evl-cache train --cache caches/mine --val-clips held-out.txt --head decoder2 --epochs 20 --out runs/fold1
@@ -69,7 +70,7 @@ def _train(flags: TrainFlags, options: TrainOptions, processes: Processes) -> in
     )
     for row in worst_classes(out):
         instead = f", mostly taken for {row.mistaken_for}" if row.mistaken_for else ""
-        click.echo(f"  {row.top1:6.2f} % of {row.clips} clips: {row.name}{instead}")
+        click.echo(shown(f"  {row.top1:6.2f} % of {row.clips} clips: {row.name}{instead}"))
     return status
 
 
@@ -102,15 +103,17 @@ def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
     if flags.dataset is None or flags.cache is not None or flags.val_cache is not None:
         raise UsageError("--online reads videos: give --dataset and --root, as for extract, and no cache")
     failed: list[tuple[str, str]] = []
+    how = decoding_of(options.device, *(flags.of_videos[name] for name in _DECODING))
     with _out(flags, f"{flags.dataset}-online", processes) as out, _progress(flags, processes) as line:
         result = train_online(
-            make_request({"dataset": flags.dataset, **flags.of_videos}),
+            make_request({"dataset": flags.dataset, **flags.of_videos}, pixels=how["decoding"].pixels),
             options=options,
             out=out,
             train_names=flags.train_names,
             val_names=flags.val_names,
             resume=flags.resume,
             workers=flags.of_videos["decode_workers"],
+            **how,
             on_step=line,
             on_bottleneck=line.note_bottleneck,
             on_failure=lambda clip, reason: failed.append((clip, reason)),
@@ -119,7 +122,7 @@ def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
             processes=processes,
         )
     for clip, reason in failed[:5]:
-        click.echo(f"failed: {clip}: {reason}", err=True)
+        say_failure(clip, reason)
     return out, 3 if result.skipped_clips else 0, result
 
 

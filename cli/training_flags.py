@@ -122,7 +122,7 @@ def train_flags(function: Function) -> Function:
             "--head",
             default="decoder4",
             metavar="NAME",
-            help="decoderN, linear, mlap, … (docs/heads.md) [decoder4].",
+            help="decoderN, mlap, … (docs/heads.md) [decoder4].",
         ),
         click.option("--head-layers", metavar="9-12", help="Other layers than the last."),
         click.option("--no-temporal-conv", is_flag=True, help="Without the temporal convolution."),

@@ -1,7 +1,10 @@
 """`evl-cache verify`."""
 
+from __future__ import annotations
+
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -9,7 +12,15 @@ from .common import Command, print_json, shown
 
 EXAMPLES = """
 evl-cache verify caches/mine
+evl-cache verify caches/mine --sources
 """
+
+
+class _Sources(NamedTuple):
+    """What is wrong with the videos, or not known of them, and the clips that may have other frames than they claim."""
+
+    sources: tuple[str, ...] = ()
+    doubtful: tuple[str, ...] = ()
 
 
 @click.command(cls=Command, name="verify", examples=EXAMPLES)
@@ -17,7 +28,13 @@ evl-cache verify caches/mine
 @click.option(
     "--threads", type=click.IntRange(1), default=2, show_default=True, help="Blocks checked at a time."
 )
-@click.option("--check-sources", is_flag=True, help="Compare every video with the one in its mark, too.")
+@click.option(
+    "--sources",
+    "--check-sources",
+    "check_sources",
+    is_flag=True,
+    help="Compare every video with the one in its mark, too, and tell which clips may have wrong frames.",
+)
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the videos [where they were].")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(cache: Path, threads: int, check_sources: bool, root: Path | None, as_json: bool) -> int:
@@ -28,32 +45,51 @@ def command(cache: Path, threads: int, check_sources: bool, root: Path | None, a
     from evl_cache.store import verify_cache
 
     found = verify_cache(cache, threads=threads)
-    sources = _sources(cache, root) if check_sources else ()
+    sources = _sources(cache, root, threads) if check_sources else _Sources()
     if as_json:
-        print_json({"cache": str(cache), **asdict(found), "sources": sources})
+        print_json({"cache": str(cache), **asdict(found), **sources._asdict()})
     else:
-        for reason in sources:
+        for reason in sources.sources:
             click.echo(f"source: {shown(reason)}", err=True)
+        for reason in sources.doubtful:
+            click.echo(f"doubtful: {shown(reason)}", err=True)
         for problem in found.problems:
             click.echo(f"damaged: {problem.reason}", err=True)
         for stray in found.strays:
             click.echo(f"stray: {cache / stray} belongs to no block", err=True)
+        told = f", {len(sources.doubtful)} clips doubtful" if sources.doubtful else ""
         click.echo(
-            f"{cache}: {found.blocks_done} of {found.blocks} blocks done and intact, {len(found.problems)} problems; "
+            f"{cache}: {found.blocks_done} of {found.blocks} blocks done and intact, {len(found.problems)} problems{told}; "
             f"digest {found.cache_digest or '(not complete)'}"
         )
-    return 1 if found.problems or sources else 0
+        if sources.doubtful:
+            click.echo(
+                "doubtful clips may have other frames than they claim; extract --retry-doubtful makes them again",
+                err=True,
+            )
+    return 1 if found.problems or sources.sources or sources.doubtful else 0
 
 
-def _sources(cache: Path, root: Path | None) -> tuple[str, ...]:
-    """What differs of the videos, and which cannot be compared."""
+def _sources(cache: Path, root: Path | None, threads: int) -> _Sources:
     from evl_cache.errors import UsageError
+    from evl_cache.extract.doubts import DoubtCheck, check_doubts, has_older_frames
     from evl_cache.extract.sources import check_sources
     from evl_cache.store import FeatureCache
+    from evl_cache.video.pool import DecodePool
 
     opened = FeatureCache(cache)
-    videos = root or opened.origin.get("root")
-    if not videos:
+    given = root or opened.origin.get("root")
+    if not given:
         raise UsageError("the cache does not tell where its videos lie; give --root")
-    found = check_sources(cache, opened.spec, opened.clips, Path(str(videos)), prove=True)
-    return (*found.changed.values(), *found.unproved)
+    clips, videos = opened.clips, Path(str(given))
+    found = check_sources(cache, opened.spec, clips, videos, prove=True)
+    doubts = DoubtCheck()
+    if has_older_frames(cache, opened.spec):
+        with DecodePool(threads) as pool:
+            doubts = check_doubts(
+                cache, opened.spec, clips, videos, sources=found, doubt=pool.doubt, threads=threads
+            )
+    return _Sources(
+        sources=(*found.changed.values(), *found.unproved.values(), *doubts.untold.values()),
+        doubtful=tuple(doubts.doubtful.values()),
+    )

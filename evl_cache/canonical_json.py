@@ -5,22 +5,19 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from evl_cache.errors import UsageError
-
 
 def canonical_json(content: object) -> bytes:
     """Return UTF-8 JSON that is the same for equal content: sorted keys, no spaces, one newline at the end.
 
-    Raises: UsageError for text that is not valid UTF-8; ValueError for NaN and infinities.
+    The bytes of a name that are not UTF-8, which Python holds as lone surrogates, stand as JSON's escapes of these.
+
+    Raises: ValueError for NaN and infinities.
     """
     return _canonical(content, allow_nan=False) + b"\n"
 
 
 def digest(content: object) -> str:
-    """Return the sha256 (hexadecimal) of canonical JSON without its newline; values may be NaN and infinities too.
-
-    Raises: UsageError for text that is not valid UTF-8.
-    """
+    """Return the sha256 (hexadecimal) of canonical JSON without its newline; values may be NaN and infinities too."""
     return hashlib.sha256(_canonical(content, allow_nan=True)).hexdigest()
 
 
@@ -62,8 +59,4 @@ def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _canonical(content: object, *, allow_nan: bool) -> bytes:
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=allow_nan)
-    try:
-        return text.encode()
-    except UnicodeEncodeError as error:
-        found = text[max(0, error.start - 40) : error.end]
-        raise UsageError(f"text ending in {found!r} is not valid UTF-8: rename the file it names") from error
+    return text.encode(errors="backslashreplace")

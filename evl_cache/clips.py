@@ -70,6 +70,7 @@ class ClipList:
         classes: names by label.
         source: where they were read, for messages.
         is_undivided: whether what was read holds no other split: a folder without splits, an annotation file of one.
+        passed_over: numbers of files that lie among the clips and are none, by their endings.
 
     Raises: UsageError for an empty list, or for an id that occurs twice, with both line numbers.
     """
@@ -78,6 +79,7 @@ class ClipList:
     classes: tuple[str, ...]
     source: str
     is_undivided: bool = field(default=False, compare=False)
+    passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         if not self.clips:

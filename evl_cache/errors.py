@@ -4,6 +4,8 @@ Every message says in one line what was got, what was expected and what to do; t
 """
 
 import errno
+import os
+import re
 
 # What the system says of a path that leads to no file: that may be the file's own fault. (A mount that an automounter
 # cannot make is a circle of links, too.)
@@ -79,6 +81,18 @@ class WorkerError(EvlCacheError):
 
 class TooManyFailures(EvlCacheError):
     """More clips failed than the user, or the default, allows: the run is stopped before they are recorded."""
+
+
+def reason_alone(reason: str, name: str) -> str:
+    """Return why a file failed, without the path that such a reason begins with: a line that names the file says it once.
+
+    Args:
+        reason: `folder/name.mp4: is damaged`.
+        name: the end of that path, with or without its ending; where it is another one the reason stays as it is.
+    """
+    path = re.compile(rf"(?:.*?/)?{re.escape(os.path.basename(name))}(?:\.\w+)?: ", re.DOTALL)
+    found = path.match(reason)
+    return reason if found is None else reason[found.end() :]
 
 
 def first_line(error: BaseException) -> str:

@@ -43,6 +43,7 @@ class Role(Flag):
         ESTIMATE: `estimate` takes it.
         KEPT: a cache's origin keeps it, because its spec does not tell.
         ONLINE: `train --online` takes it.
+        DECODING: it says how videos are decoded; so does every command take it that decodes some.
     """
 
     NONE = 0
@@ -50,6 +51,7 @@ class Role(Flag):
     ESTIMATE = auto()
     KEPT = auto()
     ONLINE = auto()
+    DECODING = auto()
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ class ExtractOption:
         metavar: what stands for its value in the help.
         parameter: its name in the command, and in the environment; from the flag where not given.
         field: the field it fills; the parameter where not given.
+        alias: another flag that does the same.
     """
 
     flag: str
@@ -85,6 +88,7 @@ class ExtractOption:
     metavar: str | None = None
     parameter: str = ""
     field: str = ""
+    alias: str = ""
 
     def __post_init__(self) -> None:
         name = self.parameter or self.flag.removeprefix("--").replace("-", "_")
@@ -117,12 +121,13 @@ _ALL = Role.REQUEST | Role.ESTIMATE | Role.KEPT | Role.ONLINE
 _SPEC = Role.REQUEST | Role.ESTIMATE | Role.ONLINE  # the cache's spec tells it
 _STORED = Role.REQUEST | Role.ESTIMATE  # nor is it of videos that are not stored
 _RUN = Role.NONE
+_HOW = Role.ESTIMATE | Role.ONLINE | Role.DECODING
 _V = ViewSpec()
 _DATASETS = "k400, ssv2, ucf101, hmdb51, folder, list, scenes, motions, …"
 _BATCH = f"Samples at once [{CPU_BATCH}; GPU {GPU_BATCH}]."
 _LAYERS = f"Counted from 1, also 9,11,12 [the last {DEFAULT_LAYERS}]."
 _PRETRAINED = "Tag, file, or none (seeded random) [openai; evl-tiny's own]."
-_DECODER = "auto: PyAV where decord fails; torchcodec: on the GPU."
+_DECODER = "torchcodec: also on a GPU."
 
 
 def _storage(flag: str, choices: tuple[str, ...], text: str | None = None) -> ExtractOption:
@@ -158,15 +163,16 @@ EXTRACT_OPTIONS = (
                   metavar="PERCENT", field="allow_missing_percent"),
     ExtractOption("--device", Role.ESTIMATE, "cpu, cuda, cuda:N [a GPU if any]."),
     ExtractOption("--batch", Role.ESTIMATE, _BATCH, kind=int, least=1, most=MOST_BATCH),
-    ExtractOption("--decode-workers", Role.ESTIMATE | Role.ONLINE, "Processes that decode.", kind=int, least=1,
+    ExtractOption("--decode-workers", _HOW, "Processes that decode.", kind=int, least=1,
                   default=DEFAULT_DECODE_WORKERS, shows_default=True),
-    ExtractOption("--decoder", _RUN, _DECODER, choices=DECODERS, default=DECODERS[0], shows_default=True),
-    ExtractOption("--tolerate-bad-frames", _RUN, "Keep clips with damaged frames.", kind=bool),
-    ExtractOption("--clip-timeout", _RUN, "For decoding a clip [120].", kind=float, metavar="SECONDS"),
+    ExtractOption("--decoder", _HOW, _DECODER, choices=DECODERS, default=DECODERS[0], shows_default=True),
+    ExtractOption("--tolerate-bad-frames", _HOW, "Keep clips with damaged frames.", kind=bool),
+    ExtractOption("--clip-timeout", _HOW, "For decoding a clip [120].", kind=float, metavar="SECONDS"),
     ExtractOption("--max-failures", _RUN, "Stop beyond 20, 5%, … [5%; 50 in a row].", metavar="N%"),
     ExtractOption("--outage-patience", _RUN, "For a disk that is away [600].", kind=float, metavar="SECONDS"),
     ExtractOption("--retry-failed", _RUN, "Try the clips that failed again.", kind=bool),
-    ExtractOption("--check-sources", _RUN, "Redo clips whose video was replaced.", kind=bool),
+    ExtractOption("--check-sources", _RUN, "Redo clips whose video was replaced.", kind=bool, alias="--sources"),
+    ExtractOption("--retry-doubtful", _RUN, "Redo old clips of doubtful frames.", kind=bool),
     ExtractOption("--reuse", _RUN, "Copy rows of equal features and files.", kind=Path),
 )
 # fmt: on

@@ -1,9 +1,12 @@
-"""Read and write layers, views and command lines as users do: `8-12`, `9,11,12`, `3x1`, `info 'a b'`."""
+"""Read and write what users do: layers (`8-12`, `9,11,12`), views (`3x1`), command lines, names of any bytes."""
 
+import re
 import shlex
 from collections.abc import Iterable, Sequence
 
 from evl_cache.errors import UsageError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -48,3 +51,21 @@ def command_line(words: Iterable[str], *places: str) -> str | None:
     dashes = ("--",) if any(place.startswith("-") for place in places) else ()
     line = shlex.join([*words, *dashes, *places])
     return line if line.isprintable() else None
+
+
+def escaped(text: str) -> str:
+    """Return one line that a terminal only shows and every encoding of Unicode holds.
+
+    What it would act on, and bytes of a name that are not UTF-8, stand as escapes: `\\x1b`, `\\n`, `\\xff`.
+    """
+    return "".join(c if c.isprintable() else _escape(c) for c in text)
+
+
+def encodable(text: str) -> str:
+    """Return text that UTF-8 can hold: bytes of a name that are none stand as escapes, all else as it is."""
+    return _SURROGATE.sub(lambda found: _escape(found.group()), text)
+
+
+def _escape(character: str) -> str:
+    byte = ord(character) - 0xDC00  # as Python holds the bytes of a name that are not UTF-8
+    return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else repr(character)[1:-1]

@@ -24,6 +24,8 @@ PREPROCESSING = (
     "short-side-bilinear-v1"  # of preprocess.spatial_crops; if its pixels change, so does this name
 )
 DECODERS = ("auto", "decord", "pyav", "torchcodec")
+# Which frame of a video is frame n, and how it is found. By rule 1 some files gave other frames than those asked for.
+FRAME_RULE = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,6 +171,7 @@ class CacheSpec:
         codec: profile of the lossless codecs; it never changes a value.
         preprocessing: name of the code that makes the tower's input from frames.
         pixels: kind of decoder: "software" (decord and PyAV, which agree), or another whose pixels differ.
+        frame_rule: by which rule frames were chosen; caches made before `FRAME_RULE` was a number have 1.
         extra: fields of a newer minor version, kept as they were read.
     """
 
@@ -187,6 +190,7 @@ class CacheSpec:
     codec: str = CODECS[0]
     preprocessing: str = PREPROCESSING
     pixels: str = SOFTWARE_PIXELS
+    frame_rule: int = FRAME_RULE
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -244,7 +248,7 @@ class CacheSpec:
     def feature_id(self) -> str:
         """The digest of everything that changes a clip's features, except the choice of layers."""
         tower = {k: v for k, v in self.tower.to_json().items() if k not in ("model", "pretrained")}
-        content = {
+        content: dict[str, Any] = {
             "tower": tower,
             "views": self.views.to_json(),
             "preprocessing": self.preprocessing,
@@ -254,6 +258,8 @@ class CacheSpec:
         }
         if self.pixels != SOFTWARE_PIXELS:  # so that old feature ids stay
             content["pixels"] = self.pixels
+        if self.frame_rule != 1:
+            content["frame_rule"] = self.frame_rule
         return digest(content)
 
     @property
@@ -267,13 +273,26 @@ class CacheSpec:
         """The number of rows of one shard."""
         return self.block_clips * self.views.per_clip
 
+    @property
+    def by_older_rule(self) -> bool:
+        """Whether frames were chosen by a rule before this version's."""
+        return self.frame_rule < FRAME_RULE
+
+    def check_frame_rule(self, place: object) -> None:
+        """Check that this version can choose frames as the cache asks for. Raises: UsageError."""
+        if self.frame_rule > FRAME_RULE:
+            raise UsageError(
+                f"{place}: its frames are chosen by rule {self.frame_rule}, this evl-cache knows rules up to "
+                f"{FRAME_RULE}: it reads such features, but makes none; install a newer version"
+            )
+
     def clips_of_block(self, block: int) -> range:
         """Return the numbers of the clips of a block."""
         return range(block * self.block_clips, min((block + 1) * self.block_clips, self.num_clips))
 
     def differences(self, other: "CacheSpec") -> list[str]:
         """Return `field: ours, not theirs` for every field that differs, names of tower and data set apart."""
-        mine, theirs = flatten(self.to_json()), flatten(other.to_json())
+        mine, theirs = (flatten(s.to_json() | {"frame_rule": s.frame_rule}) for s in (self, other))
         ignored = ("tower.model", "tower.pretrained", "dataset", "split")
         return [
             f"{name}: {_short(mine.get(name))}, not {_short(theirs.get(name))}"
@@ -287,6 +306,8 @@ class CacheSpec:
         extra = content.pop("extra")
         if self.pixels == SOFTWARE_PIXELS:
             del content["pixels"]
+        if self.frame_rule == 1:
+            del content["frame_rule"]
         return {**extra, **json.loads(json.dumps(content)), "feature_id": self.feature_id}
 
     @classmethod
@@ -298,6 +319,7 @@ class CacheSpec:
             given = {k: v for k, v in content.items() if k in known}
             given["tower"] = TowerSpec(**_tuples(content["tower"]))
             given["views"] = ViewSpec(**content["views"])
+            given.setdefault("frame_rule", 1)
             extra = {k: v for k, v in content.items() if k not in known and k != "feature_id"}
             spec = cls(**_tuples(given), extra=extra)
         except (KeyError, TypeError, AttributeError, UsageError) as error:

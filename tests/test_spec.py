@@ -6,7 +6,7 @@ import pytest
 
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.notation import parse_layers, parse_views
-from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
+from evl_cache.spec import FRAME_RULE, CacheSpec, TowerSpec, ViewSpec
 
 TOWER = TowerSpec(
     model="ViT-B-16",
@@ -62,6 +62,7 @@ VIEW_CHANGES = {
     "flip": ViewSpec(train_views=1, flip=True),
 }
 SPEC_CHANGES = {
+    "frame_rule": 1,
     "pixels": "torchcodec",
     "dataset": "folder",
     "split": "val",
@@ -115,8 +116,39 @@ def test_feature_id_follows_what_changes_features_and_nothing_else(name):
 
 def test_caches_that_were_made_keep_their_feature_id():
     """Written down when 0.1.0 made it: a new field must leave what it does not concern alone."""
-    assert SPEC.feature_id == "e6316d98527b0907f178d106f9d3633a9d67894a389afabec3a7e18543244dd5"
-    assert not {"class_token", "registers"} & set(SPEC.to_json()["tower"])
+    made = replace(SPEC, frame_rule=1)
+    assert made.feature_id == "e6316d98527b0907f178d106f9d3633a9d67894a389afabec3a7e18543244dd5"
+    assert not {"class_token", "registers"} & set(made.to_json()["tower"])
+    assert not {"pixels", "frame_rule"} & set(made.to_json())
+
+
+def test_a_description_without_a_rule_for_frames_is_of_the_first_rule():
+    content = {k: v for k, v in replace(SPEC, frame_rule=1).to_json().items() if k != "frame_rule"}
+    found = CacheSpec.from_json(content)
+    assert found.frame_rule == 1 and found.by_older_rule
+    assert found.to_json() == content
+    assert SPEC.frame_rule == FRAME_RULE and not SPEC.by_older_rule
+    assert SPEC.to_json()["frame_rule"] == FRAME_RULE
+
+
+def test_a_later_rule_for_frames_is_read_and_not_written():
+    later = replace(SPEC, frame_rule=FRAME_RULE + 1)
+    assert CacheSpec.from_json(later.to_json()) == later
+    with pytest.raises(
+        UsageError, match=f"rule {FRAME_RULE + 1}, this evl-cache knows rules up to {FRAME_RULE}"
+    ):
+        later.check_frame_rule("caches/later")
+    SPEC.check_frame_rule("caches/now")
+
+
+@pytest.mark.parametrize("rule", [0, -1, True, "2", 1.0, None])
+def test_what_is_no_rule_for_frames_is_refused(rule):
+    with pytest.raises(CacheError, match="frame_rule"):
+        CacheSpec.from_json(SPEC.to_json() | {"frame_rule": rule})
+
+
+def test_rules_for_frames_are_named_as_numbers_where_specs_differ():
+    assert f"frame_rule: {FRAME_RULE}, not 1" in SPEC.differences(replace(SPEC, frame_rule=1))
 
 
 def test_the_directory_name_follows_features_clips_and_layers():

@@ -21,6 +21,7 @@ from evl_cache.spec import ViewSpec
 from evl_cache.towers import build_tower
 from evl_cache.towers.backbone import Backbone, map_projections
 from evl_cache.towers.names import default_pretrained
+from evl_cache.video.pool import DecodePool
 
 MODEL = "ViT-B-16-quickgelu"
 VARIABLE = "EVL_UT_INTERACTION"
@@ -92,14 +93,15 @@ def ut_interaction(
     backbone = Backbone(visual, (layers[0] - 1, *layers))
     tokens, maps, names = [], [], []
     videos = sorted(root.rglob("*.avi"))
-    for video in videos[:: max(1, len(videos) // clips)][:clips]:
-        clip = Clip(id=video.name, path=str(video), label=0, split="all")
-        prepared = prepare_clip(clip, root, tower=tower, views=views)
-        assert prepared.samples is not None, prepared.record.error
-        features = backbone(prepared.samples)
-        tokens.append({layer: value[0] for layer, value in features.tokens.items()})
-        maps.append({layer: features.maps[layer][0] for layer in layers})
-        names.append(video.name)
+    with DecodePool(1) as pool:
+        for video in videos[:: max(1, len(videos) // clips)][:clips]:
+            clip = Clip(id=video.name, path=str(video), label=0, split="all")
+            prepared = prepare_clip(clip, root, tower=tower, views=views, decode=pool.frames)
+            assert prepared.samples is not None, prepared.record.error
+            features = backbone(prepared.samples)
+            tokens.append({layer: value[0] for layer, value in features.tokens.items()})
+            maps.append({layer: features.maps[layer][0] for layer in layers})
+            names.append(video.name)
     projections = map_projections(visual, tuple(layers), compute_dtype=torch.float32)
     return StudyFeatures(
         name="ut_interaction", names=names, tokens=tokens, maps=maps, projections=projections

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from evl_cache import __version__
 from evl_cache.caches.extract_command import extract_command
+from evl_cache.caches.info import frames_of
 from evl_cache.caches.places import FoundCache
 from evl_cache.clips import VAL_SPLITS
 from evl_cache.errors import CacheError, UsageError
@@ -175,7 +176,7 @@ def _how_made(cache: FeatureCache) -> str:
     return (
         f"## How it was made\n\n{shown}\n\n"
         f"Computed in {spec.compute_dtype}, preprocessing {_plain(spec.preprocessing)}; decoded by "
-        f"{_plain(', '.join(decoders) or 'an unknown decoder')}. Versions: {_plain(versions)}."
+        f"{_plain(', '.join(decoders) or 'an unknown decoder')}; frames: {frames_of(cache).told()}. Versions: {_plain(versions)}."
     )
 
 

@@ -2,10 +2,23 @@
 
 import re
 from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from evl_cache.errors import reason_alone
+from evl_cache.spec import FRAME_RULE
 from evl_cache.store import FeatureCache, size_on_disk
+
+_ALL_BY_RULE = f"all clips by rule {FRAME_RULE}"
+# Of containers in which no decoder finds a frame by its number without reading what is before it.
+# fmt: off
+_DOUBTFUL_ENDINGS = frozenset((
+    ".3g2", ".3gp", ".asf", ".avi", ".divx", ".dv", ".f4v", ".flv", ".m1v", ".m2p", ".m2t", ".m2ts", ".m2v", ".mjpeg", ".mjpg",
+    ".mpe", ".mpeg", ".mpg", ".mpv", ".mts", ".mxf", ".nsv", ".nut", ".ogg", ".ogm", ".ogv", ".ps", ".rm", ".rmvb", ".tod",
+    ".tp", ".trp", ".ts", ".vob", ".wmv", ".wtv",
+))
+# fmt: on
 
 
 def describe(path: str | Path) -> dict[str, Any]:
@@ -34,28 +47,72 @@ def describe(path: str | Path) -> dict[str, Any]:
         "clips_done": done,
         "clips_failed": len(cache.failures),
         "failures_by_reason": failures_by_reason(cache),
-        "failures": [{"clip": clip, "reason": reason} for clip, reason in cache.failures],
+        "failures": [{"clip": clip, "reason": reason_alone(reason, clip)} for clip, reason in cache.failures],
         "damaged_marks": list(cache.damaged_marks.values()),
         "cache_digest": cache.fingerprint,
         "created_with": dict(cache.description.created_with),
         "decoders": sorted({decoder for decoder, _ in cache.provenance}),
+        "frames": asdict(frames_of(cache)),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class FramesFound:
+    """By which rules the frames of a cache's clips were chosen, as far as its marks tell.
+
+    Attributes:
+        rule: of the cache, a part of its identity.
+        by_older_rule: clips with features whose frames a rule before this version's chose; the other ones have the
+            frames that the rule of today chooses.
+        doubtful: those of them in files of kinds in which that rule often missed the frame.
+        untold: the rest of them: only their videos can tell.
+    """
+
+    rule: int
+    by_older_rule: int
+    doubtful: int
+    untold: int
+
+    def told(self) -> str:
+        """What a person is told, without advice."""
+        if not self.by_older_rule:
+            newer = self.rule > FRAME_RULE
+            return f"chosen by rule {self.rule}, which this version does not know" if newer else _ALL_BY_RULE
+        return (
+            f"of {self.by_older_rule} clips chosen by rule {self.rule}, before rule {FRAME_RULE}: {self.doubtful} doubtful "
+            f"by their kind of file, {self.untold} can be told only by the videos"
+        )
+
+
+def frames_of(cache: FeatureCache) -> FramesFound:
+    """Count the clips of a cache whose frames may be others than they claim."""
+    older = cache.by_older_rule
+    doubtful = sum(Path(cache.clips[row].path).suffix.lower() in _DOUBTFUL_ENDINGS for row in older)
+    return FramesFound(
+        rule=cache.spec.frame_rule,
+        by_older_rule=len(older),
+        doubtful=doubtful,
+        untold=len(older) - doubtful,
+    )
 
 
 def failures_by_reason(cache: FeatureCache) -> dict[str, int]:
     """Count failed clips by kind of reason, most frequent first."""
-    counts = Counter(_kind(reason) for _, reason in cache.failures)
+    counts = Counter(_kind(*failure) for failure in cache.failures)
     return dict(counts.most_common())
 
 
 def failed_clips_by_reason(cache: FeatureCache) -> dict[str, list[tuple[str, str]]]:
-    """Group failed clips (id, whole reason) by kind of reason, the most frequent kind first."""
+    """Group failed clips (id, reason without the file's name) by kind of reason, the most frequent kind first."""
     found: dict[str, list[tuple[str, str]]] = {kind: [] for kind in failures_by_reason(cache)}
     for clip, reason in cache.failures:
-        found[_kind(reason)].append((clip, reason))
+        found[_kind(clip, reason)].append((clip, reason_alone(reason, clip)))
     return found
 
 
-def _kind(reason: str) -> str:
+def _kind(clip: str, reason: str) -> str:
     """A reason without the file's name, places in it and other numbers."""
-    return re.sub(r"0x[0-9a-f]+|-?\d+", "#", re.sub(r"^\S.*?: ", "", reason, count=1))
+    kind = reason_alone(reason, clip)
+    if kind == reason:  # the file has another name than the clip
+        kind = re.sub(r"^\S.*?: ", "", reason, count=1)
+    return re.sub(r"0x[0-9a-f]+|-?\d+", "#", kind)

@@ -27,6 +27,7 @@ class ListedCache:
         owner: user whose files they are; None behind a URL.
         modified: when the newest mark or the manifest was written, ISO 8601 in UTC; None behind a URL.
         cache_digest: of a complete cache.
+        frame_rule: by which its frames were chosen.
     """
 
     place: str
@@ -43,6 +44,7 @@ class ListedCache:
     owner: str | None
     modified: str | None
     cache_digest: str | None
+    frame_rule: int
 
     @property
     def is_complete(self) -> bool:
@@ -89,6 +91,7 @@ def _listed(found: FoundCache) -> ListedCache:
         owner=owner,
         modified=modified,
         cache_digest=None if manifest is None else manifest.digest,
+        frame_rule=spec.frame_rule,
     )
 
 

@@ -46,6 +46,9 @@ def find_pair(
         # Folds of one data set: what one trains on, another validates on.
         and clip_ids(t.address).isdisjoint(clip_ids(v.address))
     ]
+    if pairs:  # of one rule for frames if there are any, and of the newest
+        best = max(map(_by_rules, pairs))
+        pairs = [pair for pair in pairs if _by_rules(pair) == best]
     if len(pairs) == 1:
         return pairs[0]
     listed = "; ".join(
@@ -58,6 +61,11 @@ def find_pair(
             f"{_missing(found, needs)}"
         )
     raise UsageError(f"several {wanted} under {under} fit; name one with --cache and --val-cache: {listed}")
+
+
+def _by_rules(pair: tuple[FoundCache, FoundCache]) -> tuple[bool, int]:
+    rules = {cache.spec.frame_rule for cache in pair}
+    return len(rules) == 1, min(rules)
 
 
 def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:

@@ -1,10 +1,11 @@
 """Read a folder of classes: `<class>/<video>`, or `<split>/<class>/<video>`."""
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 from evl_cache.clips import SPLIT_NAMES, Clip, ClipList, normal_split
-from evl_cache.datasets.places import VIDEO_SUFFIXES, is_video
+from evl_cache.datasets.places import VIDEO_SUFFIXES, describe_passed_over, is_passed_over, is_video
 from evl_cache.errors import UsageError
 
 
@@ -42,7 +43,7 @@ def read_class_folders(
 def read_folder(root: Path) -> dict[str, ClipList]:
     """Return clip lists by split, one called `all` where the folder has no splits; classes are in alphabetical order.
 
-    Hidden files, and files whose names do not end like a video's, are ignored.
+    Hidden files, and files whose names do not end like a video's, are left out; the latter are counted in `passed_over`.
 
     Raises: UsageError where there is no folder of videos.
     """
@@ -58,20 +59,35 @@ def read_folder(root: Path) -> dict[str, ClipList]:
         {d.name for part in parts.values() for d in part.iterdir() if d.is_dir() and _has_video(d)}
     )
     if not classes:
+        others = Counter(path.suffix.lower() for path in root.rglob("*") if is_passed_over(path))
+        found = f", but {describe_passed_over(others)}" if others else ""
         raise UsageError(
-            f"{root}: no video in any folder; expected <class>/<video> ({', '.join(sorted(VIDEO_SUFFIXES)[:6])}, …)"
+            f"{root}: no video in any folder{found}; expected <class>/<video> "
+            f"({', '.join(sorted(VIDEO_SUFFIXES)[:6])}, …); --dataset list takes files of any ending"
         )
     return {split: _one_split(root, part, split, tuple(classes)) for split, part in parts.items()}
 
 
 def _one_split(root: Path, part: Path, split: str, classes: tuple[str, ...]) -> ClipList:
     clips = []
+    others: Counter[str] = Counter()
     for label, name in enumerate(classes):
-        for video in sorted((part / name).rglob("*")) if (part / name).is_dir() else []:
-            if is_video(video):
-                relative = video.relative_to(root).as_posix()
+        for path in sorted((part / name).rglob("*")) if (part / name).is_dir() else []:
+            if is_video(path):
+                relative = path.relative_to(root).as_posix()
                 clips.append(Clip(id=relative, path=relative, label=label, split=split))
-    return ClipList(clips=tuple(clips), classes=classes, source=str(part), is_undivided=split == "all")
+            elif is_passed_over(path):
+                others[path.suffix.lower()] += 1
+    for folder in part.iterdir():  # of a folder without any video, too: it is no class
+        if folder.name not in classes and not folder.name.startswith(".") and folder.is_dir():
+            others.update(path.suffix.lower() for path in folder.rglob("*") if is_passed_over(path))
+    return ClipList(
+        clips=tuple(clips),
+        classes=classes,
+        source=str(part),
+        is_undivided=split == "all",
+        passed_over=others,
+    )
 
 
 def _has_video(directory: Path) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 from evl_cache.clips import Clip, ClipList, ListLine, number_labels, parse_list
+from evl_cache.datasets.missing import FRAMES_REMEDY
 from evl_cache.datasets.places import VIDEO_SUFFIXES
 from evl_cache.errors import UsageError
 
@@ -17,11 +18,15 @@ def read_list_file(path: Path, *, split: str) -> ClipList:
     Raises: UsageError where the file cannot be read, a line has no label, or the lines name frame folders.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        # Names of files need not be UTF-8, and those in another encoding are not found on the disk.
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
         raise UsageError(
-            f"{path}: cannot be read as a list of clips ({error}); expected UTF-8 lines 'path label'"
+            f"{path}: cannot be read as a list of clips ({reason}); expected lines 'path label'"
         ) from error
+    if "\0" in text:  # as in UTF-16
+        raise UsageError(f"{path}: is no list of clips (it holds zeros); expected UTF-8 lines 'path label'")
     rows = parse_list(text, source=str(path))
     _refuse_frame_folders(rows, source=str(path))
     labels, classes = number_labels([r.label for r in rows], source=str(path), lines=[r.line for r in rows])
@@ -39,7 +44,7 @@ def _refuse_frame_folders(rows: Sequence[ListLine], *, source: str) -> None:
         raise UsageError(
             f"{source}, line {row.line}: '{row.path} {row.label}' looks like a folder of frames, their number "
             "and a label (mmaction2 rawframes); expected 'path label' with the path of a video: "
-            "list the videos instead"
+            f"list the videos instead, or {FRAMES_REMEDY}"
         )
 
 

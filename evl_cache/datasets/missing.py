@@ -7,6 +7,7 @@ found later fills its own row.
 
 import math
 import os
+import re
 from pathlib import Path
 
 from evl_cache.clips import Clip, ClipList
@@ -14,6 +15,10 @@ from evl_cache.datasets.places import is_file, list_directory
 from evl_cache.errors import UsageError
 
 _SHOWN = 3
+FRAMES_REMEDY = (
+    "make videos of them, which loses nothing: ffmpeg -framerate 25 -i 'FOLDER/img_%05d.jpg' -c copy CLIP.mkv"
+)
+_FRAME_PATTERN = re.compile(r"%0?\d*d")
 
 
 def missing_clips(clips: ClipList, root: Path) -> list[Clip]:
@@ -47,7 +52,9 @@ def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> list[
         return missing
     shown = ", ".join(_named(clip) for clip in missing[:_SHOWN])
     more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-    if len(missing) == len(clips.clips):
+    if any(_names_frames(clip, root) for clip in missing[:_SHOWN]):
+        remedy = f"frames in files of their own are not read: {FRAMES_REMEDY}"
+    elif len(missing) == len(clips.clips):
         remedy = "give the folder that holds the videos as --root (--explain says what is expected in it)"
     else:
         remedy = f"fetch them, or go on without them by --allow-missing {math.ceil(percent * 100) / 100:g}"
@@ -59,3 +66,8 @@ def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> list[
 
 def _named(clip: Clip) -> str:
     return clip.path if clip.line is None else f"{clip.path} (line {clip.line})"
+
+
+def _names_frames(clip: Clip, root: Path) -> bool:
+    """Whether a path that is no file is a folder, or a pattern of files' names as FFmpeg takes it."""
+    return bool(_FRAME_PATTERN.search(os.path.basename(clip.path))) or os.path.isdir(root / clip.path)

@@ -9,6 +9,7 @@ from evl_cache.errors import UsageError
 VIDEO_SUFFIXES = frozenset((
     ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv", ".3gp", ".mts",
 ))  # fmt: skip
+_MOST_ENDINGS = 5  # named in a message
 
 
 def require_root(root: Path, *, dataset: str) -> None:
@@ -149,6 +150,20 @@ def list_directory(directory: Path) -> list[os.DirEntry[str]]:
 def is_video(path: Path) -> bool:
     """Whether a file is a video by its name, and not hidden."""
     return path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith(".") and not path.is_dir()
+
+
+def is_passed_over(path: Path) -> bool:
+    """Whether a path is a file that is not hidden and is no video by its name: a picture, an archive, a note."""
+    return path.suffix.lower() not in VIDEO_SUFFIXES and not path.name.startswith(".") and path.is_file()
+
+
+def describe_passed_over(counts: Mapping[str, int]) -> str:
+    """Return numbers of files by their endings as words: `3 files (2 .gif, 1 .txt)`; the commonest endings first."""
+    total = sum(counts.values())
+    commonest = sorted(counts, key=lambda suffix: (-counts[suffix], suffix))
+    named = [f"{counts[suffix]} {suffix or 'without an ending'}" for suffix in commonest[:_MOST_ENDINGS]]
+    more = ", …" if len(commonest) > _MOST_ENDINGS else ""
+    return f"{total} {'file' if total == 1 else 'files'} ({', '.join(named)}{more})"
 
 
 def is_directory(entry: os.DirEntry[str]) -> bool:

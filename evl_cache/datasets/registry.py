@@ -125,7 +125,8 @@ HMDB51 under --root (default $EVL_DATA_ROOT/hmdb51):
 
 _FOLDER = """\
 A folder of classes, --root (default $EVL_DATA_ROOT/folder):
-  videos       train/<class>/<video> and val/<class>/<video>; or <class>/<video>, one split called all
+  videos       train/<class>/<video> and val/<class>/<video>; or <class>/<video>, one split called all;
+               files of other endings (.gif, pictures) are passed over, and extract says how many
   annotations  none
   labels       names of the class folders in alphabetical order, numbered from 0
   splits       train and val as there are (test where there is no val); --split names one"""
@@ -133,7 +134,8 @@ A folder of classes, --root (default $EVL_DATA_ROOT/folder):
 _LIST = """\
 A list of videos, --list FILE, with --root for what its paths are relative to:
   list         lines 'path label'; paths may hold spaces; mmaction2's lists of videos have the same form
-               (its lists of frame folders, 'folder total_frames label', are not read)
+               (its lists of frame folders, 'folder total_frames label', are not read);
+               files of any ending that FFmpeg decodes, GIFs too
   labels       numbers as they stand, or names, then numbered in alphabetical order
   splits       the one --split names; all where it names none"""
 

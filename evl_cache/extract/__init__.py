@@ -1,12 +1,14 @@
 """Stage one: the frozen tower runs once per clip, and its features are written to a cache."""
 
+from evl_cache.extract.decoding import decoding_for
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.outages import OnOutage, Surroundings
-from evl_cache.extract.prepare import PreparedClip, prepare_clip
+from evl_cache.extract.prepare import Decode, PreparedClip, prepare_clip
 from evl_cache.extract.request import ExtractRequest, Progress, extract_dataset, plan_extraction
 from evl_cache.extract.stage import ExtractResult, extract
 
 __all__ = [
+    "Decode",
     "ExtractOptions",
     "ExtractRequest",
     "ExtractResult",
@@ -15,6 +17,7 @@ __all__ = [
     "PreparedClip",
     "Progress",
     "Surroundings",
+    "decoding_for",
     "extract",
     "extract_dataset",
     "plan_extraction",

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,12 @@ class BlockExtractor:
         self._pipeline = DevicePipeline(
             backbone, spec, device=device, batch=options.batch, waited=self.waited
         )
-        self._reusable = None if options.reuse is None else ReusableRows(options.reuse, spec)
         self._decode_pool = DecodePool(workers, options=options.decoding, timeout_s=options.clip_timeout_s)
+        self._reusable = (
+            None
+            if options.reuse is None
+            else ReusableRows(options.reuse, spec, doubt=self._decode_pool.doubt)
+        )
         self._surroundings = Surroundings(job.root, patience_s=options.outage_patience_s, on_outage=on_outage)
         # A thread for each process, and one that crops meanwhile.
         self._threads = workers + 1
@@ -168,13 +172,13 @@ class BlockExtractor:
         if kept is not None and row in kept.rows and (found := kept.take(row)) is not None:
             return found
         clip = self._job.clips.clips[row]
-        is_known = (lambda clip_id, sha256: False) if self._reusable is None else self._reusable.fetch
+        path, reusable = self._job.root / clip.path, self._reusable
         return prepare_clip(
             clip,
             self._job.root,
             tower=self._job.spec.tower,
             views=self._job.spec.views,
-            is_known=is_known,
+            is_known=lambda clip_id, sha256: reusable is not None and reusable.fetch(clip_id, sha256, path),
             decode=self._decode_pool.frames,
             surroundings=self._surroundings,
             may_be_missing=clip.id in self._job.known_missing,
@@ -186,6 +190,8 @@ class BlockExtractor:
         if record.error is None and not is_kept and not rows:
             assert self._reusable is not None
             record, rows = self._reusable.take(record)
+        if not is_kept:
+            record = replace(record, frame_rule=self._job.new_frame_rule)
         kept = self._kept
         if kept is not None and not is_kept and record.error is not None and kept.is_intact(row):
             self.kept_instead[record.id] = record.error

@@ -9,7 +9,7 @@ from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract.failure_limit import FailureLimit
 from evl_cache.extract_options import CPU_BATCH, DEFAULT_DECODE_WORKERS, MOST_BATCH
-from evl_cache.spec import CacheSpec
+from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.towers import Tower
 from evl_cache.video import DecodeOptions
 from evl_cache.video.pool import DEFAULT_TIMEOUT_S
@@ -31,7 +31,8 @@ class ExtractionJob:
         origin: names of the tower and the videos' folder, stored so that `repair` and `predict` find them again.
         known_missing: ids of clips without a file, which is allowed: they fail, and count for no limit of failures.
 
-    Raises: UsageError where the clips or the tower are not those of the spec.
+    Raises: UsageError where the clips or the tower are not those of the spec, or the spec's frames are chosen by a rule
+        that only newer versions know.
     """
 
     clips: ClipList
@@ -44,12 +45,18 @@ class ExtractionJob:
 
     def __post_init__(self) -> None:
         clips, spec = self.clips, self.spec
+        spec.check_frame_rule(self.cache_path)
         if (len(clips.clips), clips.content_id) != (spec.num_clips, spec.content_id):
             raise UsageError(
                 f"{clips.source}: {len(clips.clips)} clips, content {clips.content_id[:12]}; the spec of "
                 f"{self.cache_path} has {spec.num_clips}, content {spec.content_id[:12]}; give the list it was made of"
             )
         check_tower(self.tower, spec, self.cache_path)
+
+    @property
+    def new_frame_rule(self) -> int | None:
+        """What the records of clips that are extracted now say of their frames: nothing where it is the cache's rule."""
+        return FRAME_RULE if self.spec.by_older_rule else None
 
     def check_pixels(self, decoding: DecodeOptions) -> None:
         """Raises: UsageError for a decoder whose pixels are not the cache's."""
@@ -80,6 +87,8 @@ class ExtractOptions:
         decode_workers: processes that decode, and as many threads that crop and that compress.
         retry_failed: try the clips that failed again.
         check_sources: hash the video of every clip that is done, and extract those again whose video is another now.
+        retry_doubtful: in a cache whose frames an older rule chose, extract those clips again that may have other frames
+            than they claim, and write into the marks that the rest is as the rule of today has it.
         reuse: directory of a cache whose rows of equal features and video files are copied.
         decoding: which decoder, and what to do with damaged frames; a clip's mark names the decoder that read it.
         clip_timeout_s: longest time for decoding one clip.
@@ -95,6 +104,7 @@ class ExtractOptions:
     decode_workers: int = DEFAULT_DECODE_WORKERS
     retry_failed: bool = False
     check_sources: bool = False
+    retry_doubtful: bool = False
     reuse: Path | None = None
     decoding: DecodeOptions = field(default_factory=DecodeOptions)
     clip_timeout_s: float = DEFAULT_TIMEOUT_S
@@ -108,7 +118,7 @@ class ExtractOptions:
                 raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.batch > MOST_BATCH:
             raise UsageError(f"batch is {self.batch}; expected at most {MOST_BATCH}")
-        if self.clip_timeout_s <= 0:
+        if not self.clip_timeout_s > 0:
             raise UsageError(f"clip_timeout_s is {self.clip_timeout_s}; expected more than 0 seconds")
         if self.outage_patience_s is not None and not self.outage_patience_s >= 0:
             raise UsageError(f"outage_patience_s is {self.outage_patience_s}; expected 0 seconds or more")

@@ -17,7 +17,7 @@ from evl_cache.preprocess import spatial_crops
 from evl_cache.sampling import strided_test_views, strided_train_view, tsn_test_views, tsn_train_view
 from evl_cache.spec import TowerSpec, ViewSpec
 from evl_cache.store import ClipRecord
-from evl_cache.video import Choose, ClipHeader, FrameEvent, decode_frames
+from evl_cache.video import Choose, ClipHeader, FrameEvent
 
 Decode = Callable[[Path, Choose], Iterator[FrameEvent]]
 _MOST_DECODES = 5  # of a clip whose decoder says something else each time
@@ -45,8 +45,8 @@ def prepare_clip(
     *,
     tower: TowerSpec,
     views: ViewSpec,
+    decode: Decode,
     is_known: Callable[[str, str], bool] = lambda clip_id, sha256: False,
-    decode: Decode = decode_frames,
     train_view: int | None = None,
     surroundings: Surroundings | None = None,
     may_be_missing: bool = False,
@@ -57,8 +57,8 @@ def prepare_clip(
         root: what relative paths are relative to.
         tower: gives image size, mean and std.
         views: what is cut from the clip.
+        decode: gives the frames chosen of a file: `frames` of a `DecodePool`, as a decoder may crash, or hang.
         is_known: whether features of a clip (id, sha256 of its file) are at hand; such a clip is not decoded.
-        decode: gives the frames chosen of a file; `video.pool` does it in another process.
         train_view: only this one of the augmented training views.
         surroundings: of all clips of the run, with its patience; none is had by default.
         may_be_missing: the file was missing before the run began, and that was allowed.

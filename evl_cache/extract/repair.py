@@ -12,11 +12,13 @@ from typing import Any
 from evl_cache.canonical_json import flatten
 from evl_cache.clips import ClipList
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.extract.decoding import decoding_for
 from evl_cache.extract.environment import run_environment
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip, check_tower
 from evl_cache.extract.outages import OnOutage
 from evl_cache.extract.redo import KEPT_ENVIRONMENTS, BlockRedo
 from evl_cache.extract.stage import BlocksResult, extract_blocks, tower_projections
+from evl_cache.spec import FRAME_RULE
 from evl_cache.store import (
     PROJECTIONS_NAME,
     CacheDescription,
@@ -151,14 +153,15 @@ def _redo(
     """Redo blocks, in batches as then. Return what was done, and how the environment differs from the one in the marks."""
     then = _environment_then(job, broken)
     options = replace(options, batch=int(then.get("batch", options.batch)))
-    if job.spec.pixels != options.decoding.pixels:  # only torchcodec has its own
-        decoding = replace(options.decoding, decoder="torchcodec", device=options.device)
-        options = replace(options, decoding=decoding)
+    decoding = decoding_for(job.spec.pixels, options.decoding, device=options.device)
+    options = replace(options, decoding=decoding)
     did = extract_blocks(
         job, broken, redo=_why_redone(job, broken), options=options, on_clip=on_clip, on_outage=on_outage
     )
-    now = run_environment(options, job.spec) if did.clips else then
-    return did, _differences(now, then)
+    if not did.clips:
+        return did, ()
+    now = run_environment(options, job.spec) | {"frame_rule": FRAME_RULE}
+    return did, _differences(now, {**then, "frame_rule": job.spec.frame_rule})
 
 
 def _why_redone(job: ExtractionJob, broken: Sequence[int]) -> dict[int, BlockRedo]:

@@ -14,6 +14,7 @@ from evl_cache.clips import TRAIN_SPLITS, fold_of
 from evl_cache.datasets import DATASETS, DatasetReader, check_missing
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
+from evl_cache.extract.older_rule import job_to_redo, spec_there
 from evl_cache.extract.outages import OnOutage
 from evl_cache.extract.recipes import ViewChoice
 from evl_cache.extract.stage import ExtractResult, extract, make_spec
@@ -154,12 +155,13 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
             CacheSpec.from_json(spec.to_json())
         except CacheError as error:
             raise UsageError(f"no cache of this could be read again: {error}") from error
+        cache_path = request.cache or cache_root() / spec.name
         jobs.append(
             ExtractionJob(
                 clips=clips,
                 root=root,
-                cache_path=request.cache or cache_root() / spec.name,
-                spec=spec,
+                cache_path=cache_path,
+                spec=spec_there(spec, cache_path),
                 tower=tower,
                 origin=request.origin(root, is_undivided=clips.is_undivided),
                 known_missing=frozenset(clip.id for clip in missing),
@@ -193,6 +195,8 @@ def extract_dataset(
         rendezvous: shared by the processes of one run.
     """
     for job in plan_extraction(request, device=options.device):
+        if request.cache is None:
+            job = job_to_redo(job, options)
         on_job(job)
         with progress(job.spec) as (on_clip, on_bottleneck):
             result = extract(

@@ -1,10 +1,14 @@
-"""Rows of an older cache, copied for clips whose features and video files are the same."""
+"""Rows of an older cache, copied for clips whose features and video files are the same.
+
+Where an older rule chose the frames of that cache, a clip's rows are copied if its frames are those of the rule of today.
+"""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evl_cache.errors import CacheError, UsageError
+from evl_cache.extract.doubts import Doubt, why_doubted
 from evl_cache.spec import CacheSpec
 from evl_cache.store import ClipRecord, FeatureCache, Row, valid_marks
 
@@ -15,14 +19,18 @@ class ReusableRows:
     Args:
         cache_path: the older cache.
         spec: of the new one.
+        doubt: tells of a file whether older versions may have taken other frames of it.
 
     Raises: UsageError naming both sides where features or layers differ; CacheError where it cannot be read.
     """
 
-    def __init__(self, cache_path: Path, spec: CacheSpec) -> None:
-        self._cache = FeatureCache(cache_path)
+    def __init__(self, cache_path: Path, spec: CacheSpec, *, doubt: Doubt) -> None:
+        self._cache, self._doubt = FeatureCache(cache_path), doubt
         theirs = self._cache.spec
-        if theirs.feature_id != spec.feature_id or not set(spec.stored_layers) <= set(theirs.stored_layers):
+        theirs.check_frame_rule(f"--reuse {cache_path}")
+        if replace(theirs, frame_rule=spec.frame_rule).feature_id != spec.feature_id or not set(
+            spec.stored_layers
+        ) <= set(theirs.stored_layers):
             features = [d for d in spec.differences(theirs) if d.split(":")[0] not in _NOT_FEATURES]
             raise UsageError(
                 f"--reuse {cache_path}: its features are not those asked for ({'; '.join(features[:6])})"
@@ -35,11 +43,17 @@ class ReusableRows:
                 if clip.error is None and clip.source_sha256 is not None:
                     self._found[self._key(clip.id, clip.source_sha256)] = row, clip
 
-    def fetch(self, clip_id: str, sha256: str) -> bool:
-        """Read the rows of a clip whose file has this sha256, to be taken. Return whether there are any that are intact."""
+    def fetch(self, clip_id: str, sha256: str, path: Path) -> bool:
+        """Read the rows of a clip whose file, at `path`, has this sha256, to be taken.
+
+        Returns: whether there are any that are intact, and of the frames that are asked for.
+        Raises: Outage where the file cannot be read, and is not to blame.
+        """
         if (found := self._found.get(self._key(clip_id, sha256))) is None:
             return False
         row, record = found
+        if record.is_by_older_rule(self._cache.spec) and why_doubted(self._doubt, path, record) is not None:
+            return False
         views = self._cache.spec.views.per_clip
         try:
             rows = [self._cache.read_row(sample) for sample in range(row * views, (row + 1) * views)]
@@ -59,4 +73,4 @@ class ReusableRows:
         return clip_id if self._cache.spec.views.train_views else "", sha256
 
 
-_NOT_FEATURES = ("content_id", "num_clips", "classes", "block_clips", "codec", "feature_id")
+_NOT_FEATURES = ("content_id", "num_clips", "classes", "block_clips", "codec", "feature_id", "frame_rule")

@@ -26,11 +26,11 @@ class SourceCheck:
 
     Attributes:
         changed: what differs, by the clip's row in the cache.
-        unproved: clips whose video may be another: it is newer than the features, or cannot be read.
+        unproved: clips whose video may be another (it is newer than the features, or cannot be read), by row.
     """
 
     changed: dict[int, str]
-    unproved: tuple[str, ...]
+    unproved: dict[int, str]
 
     @property
     def told_of_changed(self) -> str | None:
@@ -39,7 +39,7 @@ class SourceCheck:
             return None
         return (
             f"{len(self.changed)} videos are not those that the features were made of "
-            f"({_few(list(self.changed.values()))}); extract these again with --check-sources, or put the old ones back"
+            f"({few(list(self.changed.values()))}); extract these again with --check-sources, or put the old ones back"
         )
 
     @property
@@ -48,8 +48,8 @@ class SourceCheck:
         if not self.unproved:
             return None
         return (
-            f"{len(self.unproved)} videos may have been replaced ({_few(self.unproved)}); bring back those that are not "
-            "there, and compare the bytes of all with --check-sources"
+            f"{len(self.unproved)} videos may have been replaced ({few(list(self.unproved.values()))}); bring back those "
+            "that are not there, and compare the bytes of all with --check-sources"
         )
 
 
@@ -75,13 +75,13 @@ def check_sources(
     """
     changed: dict[int, str] = {}
     to_hash: list[_Made] = []
-    unproved: list[str] = []
+    unproved: dict[int, str] = {}
     sizes = _FileLooks()
     for made in _clips_made(cache_path, spec, clips, root):
         look = sizes.of(made.path)
         if look is None:
             if prove:
-                unproved.append(f"{made.record.id}: {made.path} is not there")
+                unproved[made.row] = f"{made.record.id}: {made.path} is not there"
             continue
         size, modified_ns = look
         if size != made.record.source_bytes:
@@ -89,15 +89,15 @@ def check_sources(
         elif prove or modified_ns > made.marked_ns:
             to_hash.append(made)
     if not prove and len(to_hash) > _MOST_HASHED:
-        newer = (f"{made.record.id}: {made.path} is newer than its features" for made in to_hash)
-        return SourceCheck(changed=changed, unproved=tuple(newer))
+        newer = {made.row: f"{made.record.id}: {made.path} is newer than its features" for made in to_hash}
+        return SourceCheck(changed=changed, unproved=newer)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as threads:
         for made, sha256 in zip(to_hash, threads.map(_sha256, to_hash), strict=True):
             if sha256 is None:
-                unproved.append(f"{made.record.id}: {made.path} cannot be read")
+                unproved[made.row] = f"{made.record.id}: {made.path} cannot be read"
             elif sha256 != made.record.source_sha256:
                 changed[made.row] = f"{made.path} holds other bytes than then"
-    return SourceCheck(changed=changed, unproved=tuple(unproved))
+    return SourceCheck(changed=changed, unproved=unproved)
 
 
 def _clips_made(cache_path: Path, spec: CacheSpec, clips: Sequence[Clip], root: Path) -> Iterator[_Made]:
@@ -135,5 +135,6 @@ def _sha256(made: _Made) -> str | None:
         return None
 
 
-def _few(what: Sequence[str], *, most: int = 3) -> str:
+def few(what: Sequence[str], *, most: int = 3) -> str:
+    """Return the first few of what there is, for people."""
     return "; ".join(what[:most]) + ("; …" if len(what) > most else "")

@@ -14,9 +14,10 @@ import torch
 from evl_cache.attention_maps import MapProjection
 from evl_cache.canonical_json import digest
 from evl_cache.clips import ClipList
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.errors import CacheDamaged, CacheError, reason_alone
 from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.block_taker import BlockTaker
+from evl_cache.extract.doubts import DoubtCheck, check_doubts, has_older_frames, record_cleared
 from evl_cache.extract.environment import package_versions
 from evl_cache.extract.finished import found_finished
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
@@ -34,6 +35,7 @@ from evl_cache.store import (
     finished_blocks,
 )
 from evl_cache.towers import Tower, check_layers, map_projections
+from evl_cache.video.pool import DecodePool
 
 SHARD_SAMPLES = 64
 
@@ -52,6 +54,10 @@ class ExtractResult:
         not_redone: why features that were to be made again stay as they are: of blocks, and of single clips.
         sources_changed: what is known of videos that are not those the features were made of.
         sources_in_doubt: what is not known of videos that may be others.
+        clips_doubtful: clips that may have had other frames than they claim, of those examined for it; they were made
+            again, but for those that `not_redone` names.
+        clips_cleared: clips that were examined, and have the right frames.
+        frames_untold: what is not known of frames, where clips were examined.
     """
 
     clips: int
@@ -63,6 +69,9 @@ class ExtractResult:
     not_redone: tuple[str, ...] = ()
     sources_changed: str | None = None
     sources_in_doubt: str | None = None
+    clips_doubtful: int = 0
+    clips_cleared: int = 0
+    frames_untold: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +92,7 @@ class BlocksResult:
     def not_redone(self) -> tuple[str, ...]:
         """The reasons, for people."""
         kept = (
-            f"the features of {clip} stay as they are ({reason})"
+            f"the features of {clip} stay as they are ({reason_alone(reason, clip)})"
             for clip, reason in self.kept_instead.items()
         )
         return (*self.stayed.values(), *kept)
@@ -155,10 +164,10 @@ def extract(
         lock_expiry_s=options.lock_expiry_s,
     )
     done_here, not_redone = 0, list[str]()
-    sources = check_sources(job.cache_path, job.spec, job.clips.clips, job.root, prove=options.check_sources)
-    redo = _redo_of(job, sources, options)
+    sources, doubts = _examine(job, options)
+    redo = _redo_of(job, sources, doubts, options)
     if not redo and (finished := found_finished(job)) is not None:
-        return _nothing_to_do(finished, sources, on_clip, started)
+        return _nothing_to_do(finished, sources, doubts, on_clip, started)
     was_done = not redo and len(finished_blocks(job.cache_path)) == job.spec.num_blocks
     while True:
         did = extract_blocks(
@@ -172,6 +181,7 @@ def extract(
             rendezvous=rendezvous,
         )
         done_here, not_redone = done_here + did.clips, [*not_redone, *did.not_redone]
+        record_cleared(job.cache_path, job.spec, doubts.cleared, lock_expiry_s=options.lock_expiry_s)
         try:
             cache_digest = finish_cache(job.cache_path, job.spec, lock_expiry_s=options.lock_expiry_s)
             break
@@ -191,11 +201,14 @@ def extract(
         not_redone=tuple(not_redone),
         sources_changed=None if options.check_sources else sources.told_of_changed,
         sources_in_doubt=sources.told_of_unproved,
+        clips_doubtful=len(doubts.doubtful),
+        clips_cleared=len(doubts.cleared),
+        frames_untold=doubts.told_of_untold,
     )
 
 
 def _nothing_to_do(
-    cache: FeatureCache, sources: SourceCheck, on_clip: OnClip, started: float
+    cache: FeatureCache, sources: SourceCheck, doubts: DoubtCheck, on_clip: OnClip, started: float
 ) -> ExtractResult:
     """Return the result of a run that found everything done."""
     failures = tuple(cache.failures)
@@ -210,12 +223,29 @@ def _nothing_to_do(
         was_done=True,
         sources_changed=sources.told_of_changed,
         sources_in_doubt=sources.told_of_unproved,
+        clips_cleared=len(doubts.cleared),
+        frames_untold=doubts.told_of_untold,
     )
 
 
-def _redo_of(job: ExtractionJob, sources: SourceCheck, options: ExtractOptions) -> dict[int, BlockRedo]:
+def _examine(job: ExtractionJob, options: ExtractOptions) -> tuple[SourceCheck, DoubtCheck]:
+    """What became of the videos of clips that are done, and where it was asked for, whether they have the right frames."""
+    is_asked = options.retry_doubtful and has_older_frames(job.cache_path, job.spec)
+    place = (job.cache_path, job.spec, job.clips.clips, job.root)
+    sources = check_sources(*place, prove=options.check_sources or is_asked)
+    if not is_asked:
+        return sources, DoubtCheck()
+    threads = options.decode_workers
+    with DecodePool(threads, options=options.decoding, timeout_s=options.clip_timeout_s) as pool:
+        return sources, check_doubts(*place, sources=sources, doubt=pool.doubt, threads=threads)
+
+
+def _redo_of(
+    job: ExtractionJob, sources: SourceCheck, doubts: DoubtCheck, options: ExtractOptions
+) -> dict[int, BlockRedo]:
     """Which clips that are done are made again, by block."""
     rows = [
+        *doubts.doubtful,
         *(failed_rows(job) if options.retry_failed else ()),
         *(sources.changed if options.check_sources else ()),
     ]

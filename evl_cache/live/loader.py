@@ -7,12 +7,14 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Self
 
 import numpy as np
 import torch
 
 from evl_cache.batches import Batch, BatchPart, EpochOrder, LoaderTimes
-from evl_cache.extract import OnOutage, PreparedClip, Surroundings, prepare_clip
+from evl_cache.extract import Decode, OnOutage, PreparedClip, Surroundings, prepare_clip
 from evl_cache.extract_options import default_batch
 from evl_cache.live.clips import LiveClips
 from evl_cache.processes import Processes
@@ -26,7 +28,7 @@ _BATCHES_AHEAD = 2  # decoded, or being decoded, while one is used
 
 
 class OnlineLoader:
-    """Batches of live features, float32, in the order that a `FeatureLoader` would give.
+    """Batches of live features, float32, in the order that a `FeatureLoader` would give; as a context manager it ends them.
 
     A clip that cannot be decoded is left out of its batch, and counted. Where videos cannot be read, and no clip is to
     blame, an epoch waits, and ends with Outage where that lasts.
@@ -37,7 +39,8 @@ class OnlineLoader:
         backbone: on `device`.
         batch: samples of a batch, in all processes.
         shuffle_seed: as `FeatureLoader`.
-        workers: threads that decode.
+        decode: `frames` of a `DecodePool`, which whoever opened it closes.
+        workers: processes of the pool.
         processes: the processes that share the batches.
         patience_s: how long an outage is waited for.
         on_outage: called when one begins, and when it is over.
@@ -52,6 +55,7 @@ class OnlineLoader:
         device: torch.device,
         batch: int,
         shuffle_seed: int | None,
+        decode: Decode,
         workers: int,
         processes: Processes,
         patience_s: float = PATIENCE_S,
@@ -70,7 +74,9 @@ class OnlineLoader:
         )
         self._backbone, self._device = backbone, device
         self._forward = default_batch(device.type)  # samples of a pass of the backbone
-        self._workers, self._processes = workers, processes
+        self._decode, self._processes = decode, processes
+        self._threads = workers + 1  # one for each process that decodes, and one that crops meanwhile
+        self._running: list[ExitStack] = []  # what ends an epoch, of those that nobody has read to their end
         self._patience_s, self._on_outage = patience_s, on_outage
 
     def __len__(self) -> int:
@@ -92,9 +98,7 @@ class OnlineLoader:
         parts = self.order.parts(number, start_batch=start_batch)
         self.times = LoaderTimes()
         ahead: deque[tuple[BatchPart, Mapping[int, Future[PreparedClip]]]] = deque()
-        pool = ThreadPoolExecutor(self._workers, thread_name_prefix="decode")
-        around = Surroundings(self.cache.path, patience_s=self._patience_s, on_outage=self._on_outage)
-        try:
+        with self._begun() as (threads, around):
             while True:
                 while len(ahead) <= _BATCHES_AHEAD and (part := next(parts, None)) is not None:
                     # An epoch has one augmented view of each clip: only that one is made.
@@ -105,7 +109,7 @@ class OnlineLoader:
                         (
                             part,
                             {
-                                row: pool.submit(self._prepare, row, view, around)
+                                row: threads.submit(self._prepare, row, view, around)
                                 for row, view in views.items()
                             },
                         )
@@ -115,9 +119,26 @@ class OnlineLoader:
                 batch = self._batch(*ahead.popleft())
                 if batch.total:
                     yield batch
-        finally:
-            around.close()
-            pool.shutdown(wait=True, cancel_futures=True)
+
+    @contextmanager
+    def _begun(self) -> Iterator[tuple[ThreadPoolExecutor, Surroundings]]:
+        """The threads of an epoch, and what they read through; both end with it, or with the loader."""
+        threads = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+        around = Surroundings(self.cache.path, patience_s=self._patience_s, on_outage=self._on_outage)
+        with ExitStack() as end:
+            # Nobody waits for a thread whose decoder hangs: it ends with the pool's process, or at the clip's time limit.
+            end.callback(threads.shutdown, wait=False, cancel_futures=True)
+            end.callback(around.close)
+            self._running.append(end)
+            end.callback(self._running.remove, end)
+            yield threads, around
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for end in list(self._running):
+            end.close()
 
     def _views(self, samples: np.ndarray) -> list[int | None]:
         """The augmented view that each sample is; None where views are not augmented."""
@@ -132,6 +153,7 @@ class OnlineLoader:
             self.cache.path,
             tower=spec.tower,
             views=spec.views,
+            decode=self._decode,
             train_view=train_view,
             surroundings=around,
             may_be_missing=self.cache.clips[row].id in self.cache.known_missing,

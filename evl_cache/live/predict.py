@@ -4,7 +4,8 @@ V videos, K classes.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +14,17 @@ import torch
 
 from evl_cache.batches import samples_of_clips
 from evl_cache.clips import Clip
-from evl_cache.datasets import is_video
+from evl_cache.datasets import is_passed_over, is_video
 from evl_cache.errors import EvlCacheError, Outage, UsageError
-from evl_cache.extract import OnOutage
+from evl_cache.extract import OnOutage, decoding_for
 from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.live.run_tower import live_spec, run_backbone
 from evl_cache.processes import Processes
 from evl_cache.runs import load_head, read_run_config, score
+from evl_cache.video import DecodeOptions
+from evl_cache.video.pool import DEFAULT_TIMEOUT_S, DecodePool
 
 PATIENCE_S = 60.0  # with an outage: a person waits
 
@@ -60,6 +63,8 @@ def predict(
     device: str = "cpu",
     batch: int = 8,
     workers: int = DEFAULT_DECODE_WORKERS,
+    decoding: DecodeOptions | None = None,
+    clip_timeout_s: float = DEFAULT_TIMEOUT_S,
     best: bool = False,
     patience_s: float = PATIENCE_S,
     on_outage: OnOutage = lambda message: None,
@@ -73,44 +78,51 @@ def predict(
         pretrained: where its weights are now; as the run names them by default.
         device: where the tower and the head run.
         batch: samples of a pass.
-        workers: threads that decode.
+        workers: processes that decode.
+        decoding: how; by default with a decoder that gives the pixels that the run was trained on.
+        clip_timeout_s: longest time for decoding one video.
         best: use the head of the best epoch.
         patience_s: how long a disk that is away, say, is waited for.
         on_outage: called with a line when one is away, and with one when it is back.
 
-    Raises: UsageError where there is no such run or no video, WeightsError where the tower is another one; Outage
-        where videos cannot be read, and are not to blame.
+    Raises: UsageError where there is no such run or no video, or for a decoder of other pixels than the run's;
+        WeightsError where the tower is another one; Outage where videos cannot be read, and are not to blame.
     """
     files = find_videos(videos)
     config = read_run_config(run)
     spec = live_spec(config, run, num_clips=len(files))
+    decoding = decoding_for(spec.pixels, decoding or DecodeOptions(), device=device)
     head = load_head(run, best=best).to(device)
     backbone = run_backbone(
         config, run, spec, model, pretrained, with_maps=head.reads_maps, device=torch.device(device)
     )
     clips = tuple(Clip(id=str(file), path=str(file), label=0, split="predict") for file in files)
     source = LiveClips(path=Path(), spec=spec, clips=clips)
-    loader = OnlineLoader(
-        source,
-        samples_of_clips(source, None),
-        backbone=backbone,
-        device=torch.device(device),
-        batch=batch,
-        shuffle_seed=None,
-        workers=workers,
-        processes=Processes(),
-        patience_s=patience_s,
-        on_outage=on_outage,
-    )
-    try:
-        scores = score(head, loader, device=torch.device(device))
-        scored, probabilities = scores.clips.tolist(), scores.probabilities
-    except Outage:
-        raise
-    except EvlCacheError:
-        if len(loader.failures) < len(files):
+    with (
+        DecodePool(workers, options=decoding, timeout_s=clip_timeout_s) as pool,
+        OnlineLoader(
+            source,
+            samples_of_clips(source, None),
+            backbone=backbone,
+            device=torch.device(device),
+            batch=batch,
+            shuffle_seed=None,
+            decode=pool.frames,
+            workers=workers,
+            processes=Processes(),
+            patience_s=patience_s,
+            on_outage=on_outage,
+        ) as loader,
+    ):
+        try:
+            scores = score(head, loader, device=torch.device(device))
+            scored, probabilities = scores.clips.tolist(), scores.probabilities
+        except Outage:
             raise
-        scored, probabilities = [], np.empty((0, len(spec.classes)))
+        except EvlCacheError:
+            if len(loader.failures) < len(files):
+                raise
+            scored, probabilities = [], np.empty((0, len(spec.classes)))
     return Predictions(
         classes=config.classes,
         videos=tuple(files[row] for row in scored),
@@ -128,14 +140,20 @@ def find_videos(given: Sequence[Path]) -> list[Path]:
     for path in given:
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder")
-        inside = list(_videos_below(path)) if path.is_dir() else [path]
+        inside = list(filter(is_video, _files_below(path))) if path.is_dir() else [path]
         if not inside:
             raise UsageError(f"{path}: no video in it; expected files such as .mp4, .webm or .avi")
         found |= dict.fromkeys(inside)
     return list(found)
 
 
-def _videos_below(folder: Path) -> Iterator[Path]:
+def count_passed_over(given: Sequence[Path]) -> Mapping[str, int]:
+    """Return by endings how many files in the folders given `find_videos` passes over: any file is taken if it is named."""
+    below = (file for path in given if path.is_dir() for file in _files_below(path))
+    return Counter(file.suffix.lower() for file in below if is_passed_over(file))
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
     for directory, folders, names in os.walk(folder):
         folders.sort()
-        yield from (path for name in sorted(names) if is_video(path := Path(directory) / name))
+        yield from (Path(directory) / name for name in sorted(names))

@@ -4,6 +4,7 @@ Comparing the two tells what a cache changes.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from evl_cache.batches import samples_of_clips, split_clips
 from evl_cache.clips import TRAIN_SPLITS, VAL_SPLITS
 from evl_cache.errors import UsageError
-from evl_cache.extract import ExtractionJob, ExtractRequest, OnOutage, plan_extraction
+from evl_cache.extract import ExtractionJob, ExtractRequest, OnOutage, decoding_for, plan_extraction
 from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
@@ -28,6 +29,8 @@ from evl_cache.train import (
     training_reads,
     written_by_first,
 )
+from evl_cache.video import DecodeOptions
+from evl_cache.video.pool import DEFAULT_TIMEOUT_S, DecodePool
 
 
 def train_online(
@@ -39,6 +42,8 @@ def train_online(
     val_names: Sequence[str] | None = None,
     resume: bool = False,
     workers: int = DEFAULT_DECODE_WORKERS,
+    decoding: DecodeOptions | None = None,
+    clip_timeout_s: float = DEFAULT_TIMEOUT_S,
     on_step: OnStep = lambda done, total, loss: None,
     on_bottleneck: OnBottleneck = lambda name: None,
     on_failure: Callable[[str, str], None] = lambda clip, reason: None,
@@ -52,7 +57,9 @@ def train_online(
         request: the videos, the tower and the views, as for an extraction; its storage is not used.
         train_names: ids or paths of clips to train on; all by default.
         val_names: ids or paths of clips to validate on; all by default.
-        workers: threads that decode.
+        workers: processes that decode.
+        decoding: how; by default with a decoder that gives the pixels of the request.
+        clip_timeout_s: longest time for decoding one clip.
         on_failure: called at the end with each clip that could not be decoded, and why.
         on_outage: called with a line when a disk, say, is away, and with one when it is back.
         on_wait: as for `train`.
@@ -68,21 +75,29 @@ def train_online(
     if options.shuffle_blocks:
         raise UsageError("--online has no blocks to shuffle; leave --shuffle-blocks out")
     options = replace(options, shuffle_blocks=0)
+    decoding = decoding_for(request.pixels, decoding or DecodeOptions(), device=options.device)
     jobs = _sides(plan_extraction(request, device=options.device), val_names)
-    with written_by_first(out, processes, on_wait) as writer:
+    with (
+        written_by_first(out, processes, on_wait) as writer,
+        DecodePool(workers, options=decoding, timeout_s=clip_timeout_s) as pool,
+        ExitStack() as loaders,
+    ):
         layers, backbone, sources = _live(jobs, request.layers, options)
         chosen = split_clips(*sources, train_names=train_names, val_names=val_names)
         train_loader, val_loader = (
-            OnlineLoader(
-                source,
-                samples_of_clips(source, clips),
-                backbone=backbone,
-                device=torch.device(options.device),
-                batch=options.global_batch,
-                shuffle_seed=seed,
-                workers=workers,
-                processes=processes,
-                on_outage=on_outage,
+            loaders.enter_context(
+                OnlineLoader(
+                    source,
+                    samples_of_clips(source, clips),
+                    backbone=backbone,
+                    device=torch.device(options.device),
+                    batch=options.global_batch,
+                    shuffle_seed=seed,
+                    decode=pool.frames,
+                    workers=workers,
+                    processes=processes,
+                    on_outage=on_outage,
+                )
             )
             for source, clips, seed in zip(sources, chosen, (options.clip_order_seed, None), strict=True)
         )

@@ -52,6 +52,19 @@ def check_features(config: RunConfig, spec: CacheSpec, *, run: str | Path) -> tu
     return tuple(wanted)
 
 
+def frame_rules_differ(ours: str | Path, rule: int, theirs: str | Path, other_rule: int) -> str | None:
+    """What a user is told where the frames of two sides were chosen by different rules; None where by the same.
+
+    Most clips have the same frames by every rule, so this refuses nothing.
+    """
+    if rule == other_rule:
+        return None
+    return (
+        f"{ours} is of frames chosen by rule {rule}, {theirs} of frames chosen by rule {other_rule}: in some videos they are "
+        "others (evl-cache verify --sources tells in which)"
+    )
+
+
 def feature_differences(trained: CacheSpec, other: CacheSpec) -> list[str]:
     """What makes features of two caches not comparable, as `name needed, not found`.
 

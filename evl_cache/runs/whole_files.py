@@ -9,6 +9,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from evl_cache.errors import EvlCacheError, first_line
+from evl_cache.notation import encodable
 from evl_cache.store import replacing
 
 
@@ -40,9 +41,9 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Write text in UTF-8 with the line ends that it has, whole or not at all."""
+    """Write text in UTF-8 with the line ends that it has, whole or not at all; see `encodable` for names that are none."""
     with whole_file(path) as staging:
-        staging.write_text(content, encoding="utf-8", newline="")
+        staging.write_text(encodable(content), encoding="utf-8", newline="")
 
 
 def _reason(error: BaseException) -> str:

@@ -8,9 +8,12 @@ import numpy as np
 import torch
 
 from evl_cache.errors import CacheError, UsageError
+from evl_cache.notation import escaped
 from evl_cache.runs import Scores, run_loader, score, write_text
-from evl_cache.show.view import ShowRun, show_cached
+from evl_cache.show.view import ShowRun, decoder_of, draw_cached
 from evl_cache.store import FeatureCache
+from evl_cache.video import DecodeOptions
+from evl_cache.video.pool import DEFAULT_TIMEOUT_S
 
 PAGE_NAME = "index.html"
 _NOTE = "Scores are means over a clip's views; the pictures show its first view."
@@ -24,6 +27,8 @@ def show_page(
     each: int = 6,
     clips: Sequence[int] | None = None,
     device: str = "cpu",
+    decoding: DecodeOptions | None = None,
+    clip_timeout_s: float = DEFAULT_TIMEOUT_S,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
 ) -> Path:
     """Write a page of the clips that the run gets most wrong and of those it gets right most surely, and return its path.
@@ -35,6 +40,8 @@ def show_page(
         each: number of clips of either kind.
         clips: rows of the cache; all by default.
         device: where clips are scored.
+        decoding: as `show_cached` takes it.
+        clip_timeout_s: longest time for decoding one video.
         on_picture: called after each picture, with the number of pictures done and of all.
 
     Raises: as `evaluate` and `show_cached` do; UsageError where files of others would be written over.
@@ -47,15 +54,16 @@ def show_page(
     wrong, right = wrongest_and_surest(scores, each)
     folder.mkdir(parents=True, exist_ok=True)
     sections: list[tuple[str, list[tuple[str, str, str]]]] = []
-    for name, places in (("wrongest", wrong), ("surest", right)):
-        rows = []
-        for number, place in enumerate(places, 1):
-            picture = folder / f"{name}-{number:02d}.png"
-            clip = cache.clips[int(scores.clips[place])]
-            show_cached(cache, clip.id, picture, run=run)
-            rows.append((picture.name, clip.id, _verdict(scores, place, cache.spec.classes)))
-            on_picture(len(sections) * each + number, len(wrong) + len(right))
-        sections.append((name, rows))
+    with decoder_of(cache.spec, decoding, clip_timeout_s) as decode:
+        for name, places in (("wrongest", wrong), ("surest", right)):
+            rows = []
+            for number, place in enumerate(places, 1):
+                picture = folder / f"{name}-{number:02d}.png"
+                clip = cache.clips[int(scores.clips[place])]
+                draw_cached(cache, clip.id, picture, run=run, decode=decode)
+                rows.append((picture.name, escaped(clip.id), _verdict(scores, place, cache.spec.classes)))
+                on_picture(len(sections) * each + number, len(wrong) + len(right))
+            sections.append((name, rows))
     page = folder / PAGE_NAME
     write_text(page, _page(run.path, cache, scores, sections))
     return page

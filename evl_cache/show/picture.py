@@ -4,6 +4,7 @@ T frames, P patches (grid Hp x Wp, row by row), S pixels.
 Colours are those of Okabe and Ito and of the map `cividis`, which colour-blind people can tell apart.
 """
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evl_cache.errors import UsageError
+from evl_cache.notation import escaped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,10 +82,15 @@ def draw_view(picture: ViewPicture, path: Path) -> None:
             "hspace": room * len(heights) / (sum(heights) * cell),
         },
     )
-    figure.text(0.15 / width, 1 - 0.28 / height, picture.title, fontsize=12, weight="bold", va="center")
-    figure.text(0.15 / width, 1 - 0.54 / height, picture.subtitle, fontsize=10, va="center")
+
+    def write(up: float, line: str, **how: Any) -> None:
+        """Write a line, whose names may hold anything, `$` too, at inches from the bottom."""
+        figure.text(0.15 / width, up / height, escaped(line), parse_math=False, **how)
+
+    write(height - 0.28, picture.title, fontsize=12, weight="bold", va="center")
+    write(height - 0.54, picture.subtitle, fontsize=10, va="center")
     for number, note in enumerate(reversed(_notes(picture))):
-        figure.text(0.15 / width, (0.12 + 0.2 * number) / height, note, fontsize=8, color="#333333")
+        write(0.12 + 0.2 * number, note, fontsize=8, color="#333333")
     for strip in range(strips):
         for place, kind in enumerate(kinds):
             row = axes[strip * len(kinds) + place]
@@ -98,7 +105,11 @@ def draw_view(picture: ViewPicture, path: Path) -> None:
                     )
     if picture.attention is not None:
         _colour_bar(figure, axes[kinds.index("attention")], picture)
-    figure.savefig(path, format="png")
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Glyph"
+        )  # a name in a script that the font has not: boxes stand for it
+        figure.savefig(path, format="png")
 
 
 def _notes(picture: ViewPicture) -> list[str]:

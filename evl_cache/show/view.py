@@ -1,15 +1,17 @@
 """Gather what a tower and a head see in one clip, and draw it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from evl_cache.clips import Clip, select
-from evl_cache.errors import ClipError, Outage, UsageError
-from evl_cache.extract import PreparedClip, prepare_clip
+from evl_cache.errors import ClipError, Outage, UsageError, reason_alone
+from evl_cache.extract import Decode, PreparedClip, decoding_for, prepare_clip
 from evl_cache.heads import EVLHead, Head, PlainHead
 from evl_cache.live.run_tower import live_spec, run_backbone
 from evl_cache.notation import format_layers
@@ -18,6 +20,8 @@ from evl_cache.show.displacement import displacements
 from evl_cache.show.picture import ViewPicture, draw_view
 from evl_cache.spec import CacheSpec
 from evl_cache.store import ClipRecord, FeatureCache, Reads
+from evl_cache.video import Choose, DecodeOptions, FrameEvent
+from evl_cache.video.pool import DEFAULT_TIMEOUT_S, DecodePool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +45,15 @@ class ShowRun:
 
 
 def show_cached(
-    cache: FeatureCache, name: str, out: Path, *, run: ShowRun | None, view: int = 0, layer: int | None = None
+    cache: FeatureCache,
+    name: str,
+    out: Path,
+    *,
+    run: ShowRun | None,
+    view: int = 0,
+    layer: int | None = None,
+    decoding: DecodeOptions | None = None,
+    clip_timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> None:
     """Draw one view of a clip from its cached features, and its frames if the video is still there.
 
@@ -52,9 +64,50 @@ def show_cached(
         run: whose head is shown; None shows the tower only.
         view: number of the clip's sample.
         layer: layer whose maps give the arrows; None takes the mean over all.
+        decoding: how; by default with a decoder that gives the pixels that the cache was made of.
+        clip_timeout_s: longest time for decoding the video.
 
     Raises: UsageError for a clip or view that is not there; CacheError for one without features.
     """
+    with decoder_of(cache.spec, decoding, clip_timeout_s) as decode:
+        draw_cached(cache, name, out, run=run, decode=decode, view=view, layer=layer)
+
+
+@contextmanager
+def decoder_of(spec: CacheSpec, options: DecodeOptions | None, clip_timeout_s: float) -> Iterator[Decode]:
+    """Yield what decodes the videos of a cache in processes, which end with the block.
+
+    Where this machine cannot give the cache's pixels, every clip fails with the reason: its features can be shown all
+    the same.
+    """
+
+    try:
+        device = spec.pixels.removeprefix("torchcodec-")
+        options = decoding_for(spec.pixels, options or DecodeOptions(), device=device)
+    except UsageError as error:
+        yield partial(_refuse, reason=str(error))
+        return
+    with DecodePool(1, options=options, timeout_s=clip_timeout_s) as pool:
+        yield pool.frames
+
+
+def _refuse(path: Path, choose: Choose, *, reason: str) -> Iterator[FrameEvent]:
+    if reason:  # always, in a generator, as decoders are
+        raise ClipError(reason)
+    yield from ()
+
+
+def draw_cached(
+    cache: FeatureCache,
+    name: str,
+    out: Path,
+    *,
+    run: ShowRun | None,
+    decode: Decode,
+    view: int = 0,
+    layer: int | None = None,
+) -> None:
+    """Draw as `show_cached` does, with a decoder that several pictures share."""
     (row,) = select(cache.clips, [name], source=str(cache.path))
     views = cache.spec.views.per_clip
     if not 0 <= view < views:
@@ -64,7 +117,9 @@ def show_cached(
     tokens, maps = stored.with_made_maps().dequantized()
     root = Path(str(cache.origin.get("root") or "."))
     try:
-        prepared = prepare_clip(cache.clips[row], root, tower=cache.spec.tower, views=cache.spec.views)
+        prepared = prepare_clip(
+            cache.clips[row], root, tower=cache.spec.tower, views=cache.spec.views, decode=decode
+        )
     except Outage as outage:
         prepared = PreparedClip(record=ClipRecord(id=cache.clips[row].id, error=outage.trouble), samples=None)
     features = _Features(spec=cache.spec, layers=tuple(layers), tokens=tokens, maps=maps)
@@ -80,6 +135,8 @@ def show_video(
     view: int = 0,
     layer: int | None = None,
     device: str = "cpu",
+    decoding: DecodeOptions | None = None,
+    clip_timeout_s: float = DEFAULT_TIMEOUT_S,
     model: str | None = None,
     pretrained: str | None = None,
 ) -> None:
@@ -92,6 +149,8 @@ def show_video(
         view: number of the clip's sample.
         layer: layer whose maps give the arrows; None takes the mean over all.
         device: where the tower runs.
+        decoding: how; by default with a decoder that gives the pixels that the run was trained on.
+        clip_timeout_s: longest time for decoding the video.
         model: tower's name, where the run's is not to be used.
         pretrained: tower's weights, likewise.
 
@@ -103,9 +162,11 @@ def show_video(
             f"--view {view}: the run has {spec.views.per_clip} views of a clip; expected 0 to {spec.views.per_clip - 1}"
         )
     clip = Clip(id=str(video), path=str(video), label=0, split="show")
-    prepared = prepare_clip(clip, Path(), tower=spec.tower, views=spec.views)
+    decoding = decoding_for(spec.pixels, decoding or DecodeOptions(), device=device)
+    with DecodePool(1, options=decoding, timeout_s=clip_timeout_s) as pool:
+        prepared = prepare_clip(clip, Path(), tower=spec.tower, views=spec.views, decode=pool.frames)
     if prepared.samples is None:
-        raise ClipError(f"{video}: {prepared.record.error}")
+        raise ClipError(f"{video}: {reason_alone(prepared.record.error or '', clip.id)}")
     backbone = run_backbone(
         run.config, run.path, spec, model, pretrained, with_maps=True, device=torch.device(device)
     )
@@ -146,7 +207,7 @@ def _picture(
     notes = [_made_by(spec, features.layers, run)]
     frames = None
     if prepared.samples is None:
-        notes.append(f"No frames: {prepared.record.error}.")
+        notes.append(f"No frames: {reason_alone(prepared.record.error or '', prepared.record.id)}.")
     else:
         frames = _as_pixels(prepared.samples[view], spec)
     said = [] if label is None else [f"label: {label}"]

@@ -42,7 +42,7 @@ from evl_cache.store.format.layout import (
 )
 from evl_cache.store.format.limits import projections_nbytes
 from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at
-from evl_cache.store.format.marks import ClipRecord, Mark, mark_file_digest
+from evl_cache.store.format.marks import UNKNOWN_DECODER, ClipRecord, Mark, mark_file_digest
 from evl_cache.store.format.recomputed import (
     projections_content,
     read_projections,
@@ -59,5 +59,6 @@ from evl_cache.store.verify import Problem, verify_cache
 from evl_cache.store.writing.block_writer import BlockWriter
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
+from evl_cache.store.writing.mark_records import replace_records
 from evl_cache.store.writing.publication import BlockLost, RowsAtStake, valid_mark, valid_marks
 from evl_cache.store.writing.stored_rows import StoredRow, StoredRows

@@ -18,6 +18,7 @@ COMPUTE_DTYPES = ("float32", "float16", "bfloat16")
 _RANGES = {
     "num_clips": (1, 10**8),
     "block_clips": (1, 10**6),
+    "frame_rule": (1, 10**6),
     "tower.image_size": (1, 16384),
     "tower.patch_size": (1, 16384),
     "tower.width": (1, 65536),

@@ -1,12 +1,13 @@
 """Read frames from video files. No other room imports decord or torchcodec, or decodes with PyAV.
 
-decord is tried first: it is fast, and exact on intact files. PyAV decodes what decord cannot open, such as AV1, large
-files, and files that decord reports as damaged or, like HEVC, may wrongly take for intact. A process that uses torch must
-import it before this room decodes, as their bundled libraries clash otherwise.
+Frame n of a file is the n-th picture that a decode of its best video stream from the start shows. Where the packets of a
+file prove that a decoder which seeks serves just that, decord does, which is fast, or PyAV; all other files, and all that
+a decoder complains of, are decoded from their start. A process that uses torch must import it before this room decodes,
+as their bundled libraries clash otherwise.
 T frames asked for, H and W source pixels.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +21,13 @@ from evl_cache.video.frames import (
     FrameEvent,
     has_decord,
     read_through,
+    reason_of,
 )
-from evl_cache.video.with_decord import NotForDecord, decord_frames
-from evl_cache.video.with_pyav import pyav_frames
+from evl_cache.video.linear import linear_frames
+from evl_cache.video.packets import Packets, read_packets
+from evl_cache.video.proof import frames_proved, proves_frames
+from evl_cache.video.with_decord import decord_frames, is_too_large, why_not_decord
+from evl_cache.video.with_pyav import Unsure, seek_frames
 from evl_cache.video.with_torchcodec import torchcodec_frames
 
 __all__ = [
@@ -34,6 +39,7 @@ __all__ = [
     "collect",
     "decode_clip",
     "decode_frames",
+    "doubt",
 ]
 
 
@@ -51,37 +57,95 @@ def decode_frames(
     Raises: ClipError with the reason where the file cannot be decoded or frames are damaged, Outage where something else
         than the file is at fault; frames that were yielded before must not be used then.
     """
+    import av
+
     options = options or DecodeOptions()
+    frames = _decoded(path, choose, options)
+    try:
+        yield from frames_proved(path, frames, options) if proves_frames() else frames
+    except (av.FFmpegError, OSError) as error:
+        raise ClipError(f"{path}: cannot be decoded ({reason_of(error)})") from error
+
+
+def doubt(path: str | Path, decoder: str) -> str | None:
+    """Return why frames of a file may be others than a cache of frame rule 1 claims; None where they are the same.
+
+    Args:
+        decoder: that served them, as the cache's mark names it.
+
+    Raises: ClipError where the file cannot be read.
+    """
+    import av
+
+    try:
+        packets = read_packets(path)
+    except (av.FFmpegError, OSError) as error:
+        raise ClipError(f"{path}: cannot be read ({reason_of(error)})") from error
+    if packets.has_hidden:
+        return "its edit list hides frames"
+    if packets.unproved is None and decoder.startswith("PyAV"):
+        return packets.only_pyav if packets.is_mirrored else None
+    return packets.unproved or packets.only_pyav
+
+
+def _decoded(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
+    packets = read_packets(path)
+    if packets.lost is not None and not options.tolerate_bad_frames:
+        raise ClipError(f"{path}: has lost data ({packets.lost})")
     if options.decoder == "torchcodec":
-        yield from torchcodec_frames(path, choose, options)
+        _trust(
+            path,
+            "torchcodec",
+            packets.unproved
+            or ("its edit list hides frames" if packets.has_hidden else None)
+            or (packets.only_pyav if packets.is_mirrored else None),
+        )
+        yield from torchcodec_frames(path, choose, options, packets)
         return
-    if options.decoder == "pyav" or not has_decord():
-        yield from pyav_frames(path, choose, options)
-        return
+    reason = why_not_decord(path, packets)
     if options.decoder == "decord":
-        yield from decord_frames(path, choose, options)
+        _trust(path, "decord", reason)
+        yield from decord_frames(path, choose, options, packets)
         return
-    # A disk that fails for a moment looks like damage, and of real damage decord does not always tell. Which decoder read
-    # a clip is recorded, so a complaint decides only when it is made twice of three times.
+    takes_decord = options.decoder == "auto" and has_decord() and reason is None
+    if takes_decord and not is_too_large(path, packets):
+        if (yield from _believed(path, choose, options, packets)):
+            return
+    elif packets.unproved is None:
+        try:
+            yield from seek_frames(path, choose, packets)
+        except Unsure:
+            pass
+        else:
+            return
+    yield from linear_frames(path, choose, options, packets)
+
+
+def _trust(path: str | Path, decoder: str, reason: str | None) -> None:
+    """Raises: ClipError where there is a reason why a decoder may serve other frames than it is asked for."""
+    if reason is not None:
+        raise ClipError(f"{path}: {decoder} may serve other frames of it ({reason}); use --decoder auto")
+
+
+def _believed(
+    path: str | Path, choose: Choose, options: DecodeOptions, packets: Packets
+) -> Generator[FrameEvent, None, bool]:
+    """Yield decord's frames, and return whether they can be believed.
+
+    A disk that fails for a moment looks like damage, and of real damage decord does not always tell. Which decoder read a
+    clip is recorded, so a complaint decides only when it is made twice of three times.
+    """
     complaints = successes = 0
     while complaints < 2:
         try:
-            yield from decord_frames(path, choose, options)
+            yield from decord_frames(path, choose, options, packets)
             successes += 1
             if complaints == 0 or successes == 2:
-                return
-        except NotForDecord as error:
-            refused: ClipError = error
-            break
-        except ClipError as error:
-            refused = error
+                return True
+        except ClipError:
             complaints += 1
             read_through(path)
-    try:
-        yield from pyav_frames(path, choose, options)
-    except ClipError as error:
-        told = str(error).removeprefix(f"{path}: ")
-        raise ClipError(f"{refused}; PyAV: {told}") from error
+    return False
 
 
 def decode_clip(path: str | Path, choose: Choose, *, options: DecodeOptions | None = None) -> DecodedClip:

@@ -17,6 +17,7 @@ from evl_cache.spec import DECODERS, SOFTWARE_PIXELS
 # Frames are passed on in pieces of about this size, so that memory does not grow with their number.
 PIECE_BYTES = 8 << 20
 
+_UNREADABLE = "Error reading "  # how decord begins where FFmpeg cannot open a file; the name follows
 _TIME_OF_DAY = re.compile(r"\[\d\d:\d\d:\d\d\] ")  # in decord's messages: a record must not depend on it
 
 Choose = Callable[[int], np.ndarray]
@@ -152,8 +153,17 @@ def has_decord() -> bool:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return the first line of a decoder's message that says something; decord's ends with a C++ stack trace."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    """Return what a decoder says, without the name of the file, which whoever asks for it knows.
+
+    Of decord it is the first line that says something, as a C++ stack trace follows.
+    """
+    said = str(error)
+    if strerror := getattr(error, "strerror", None):  # FFmpeg's errors and the system's end with the name
+        log = getattr(error, "log", None)
+        said = f"{strerror}; {log[2].strip()}" if log else str(strerror)
+    elif said.startswith(_UNREADABLE):
+        said = "no video can be read from it"
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return _TIME_OF_DAY.sub("", text.split("] ", 1)[-1][:200])
 

@@ -15,12 +15,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from evl_cache.errors import ClipError, Outage, WorkerError
+from evl_cache.errors import ClipError, Outage, UsageError, WorkerError
 from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 from evl_cache.video.process import DecodeProcess, WorkerLost
 from evl_cache.video.user_limits import said_of_memory
 
 DEFAULT_TIMEOUT_S = 120.0
+_MOST_TIMEOUT_S = 1e6  # a socket takes no infinity
 MOST_GROWTH_BYTES = 64 << 20  # a process that has grown by more is replaced
 HELD_BYTES = 64 << 20  # of one clip's frames, taken from a process before the caller asks for them
 _START_REMEDY = "look whether the disk of this Python and the system's limits are in order"
@@ -35,12 +36,16 @@ class DecodePool:
         workers: number of processes.
         options: how to decode.
         timeout_s: seconds for one clip, after which its process is killed.
+
+    Raises: UsageError for a time that is none.
     """
 
     def __init__(
         self, workers: int, *, options: DecodeOptions | None = None, timeout_s: float = DEFAULT_TIMEOUT_S
     ) -> None:
-        self._options, self._timeout_s = options or DecodeOptions(), timeout_s
+        if not timeout_s > 0:
+            raise UsageError(f"a clip may be decoded for {timeout_s} s; expected more than 0 seconds")
+        self._options, self._timeout_s = options or DecodeOptions(), min(timeout_s, _MOST_TIMEOUT_S)
         # None stands for a process that is started when it is first needed.
         self._free: queue.SimpleQueue[DecodeProcess | None] = queue.SimpleQueue()
         self._all: set[DecodeProcess] = set()
@@ -76,6 +81,21 @@ class DecodePool:
         except (WorkerLost, ClipError) as error:
             told = str(error).removeprefix(f"{path}: ")
             raise ClipError(f"{path}: {reason}; PyAV: {told}") from error
+
+    def doubt(self, path: str | Path, decoder: str) -> str | None:
+        """Return what `video.doubt` returns, found out in a process.
+
+        Args:
+            path: of the video.
+            decoder: that served its frames once, as a mark names it.
+
+        Raises: as `frames`.
+        """
+        try:
+            with self._free_worker() as worker:
+                return worker.doubt(path, decoder, self._timeout_s)
+        except WorkerLost as lost:
+            raise ClipError(f"{path}: {lost}") from lost
 
     def _frames(
         self, path: str | Path, choose: Choose, decoder: str, *, complaint: str | None = None

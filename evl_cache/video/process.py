@@ -5,8 +5,10 @@ The messages are listed in `video.worker`.
 T frames asked for, H and W source pixels.
 """
 
+import fcntl
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +48,10 @@ _CRASHES = frozenset(
         signal.SIGTRAP,
     }
 )
+# What FFmpeg tells of a file, with an address that is another each time: no last words.
+_OF_FFMPEG = re.compile(r"\[[^]]* @ [^]]*\]|.*deprecated pixel format")
+_VARIES = re.compile(r"^\[\d\d:\d\d:\d\d\] |0x[0-9a-f]+")  # a record must not depend on it
+_END_BYTES, _MOST_SAID = 1 << 14, 200  # of its stderr that is read, and characters of it in a message
 _ENDED = "use fewer --decode-workers, or give the run more memory; move the file away if it alone is at fault"
 
 
@@ -68,15 +75,18 @@ class DecodeProcess:
     def __init__(self, options: DecodeOptions) -> None:
         self._options = options
         self._channel, theirs = socket.socketpair()
-        self._frames_fd = -1
+        self._frames_fd = self._said_fd = -1
         command = [sys.executable, "-c", _START, json.dumps(sys.path), WORKER]
         try:
             self._frames_fd = _file_in_memory()
+            self._said_fd = _file_in_memory()
+            fcntl.fcntl(self._said_fd, fcntl.F_SETFL, os.O_APPEND)  # so that it may be emptied meanwhile
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno()), str(self._frames_fd), str(os.getpid()), options.decoder],
                 pass_fds=(theirs.fileno(), self._frames_fd),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
+                stderr=self._said_fd,  # decoders talk much, and a terminal is ours
                 env=_KEEPS_MEMORY | os.environ | _ONE_THREAD,
             )
         except BaseException:
@@ -101,7 +111,7 @@ class DecodeProcess:
         deadline = time.monotonic() + timeout_s
         self._send(
             {
-                "path": os.fsencode(path).hex(),  # a file name need not be UTF-8
+                **_file(path),
                 "decoder": decoder,
                 "tolerate_bad_frames": self._options.tolerate_bad_frames,
                 "device": self._options.device,
@@ -121,6 +131,20 @@ class DecodeProcess:
             given = time.monotonic()
             yield event
             deadline += time.monotonic() - given
+        self._finish(said)
+
+    def doubt(self, path: str | Path, decoder: str, timeout_s: float) -> str | None:
+        """Return what `video.doubt` returns. Raises: as `frames`."""
+        self._wait_until_ready()
+        deadline = time.monotonic() + timeout_s
+        self._send({**_file(path), "doubt": decoder})
+        said = self._receive(deadline, timeout_s)
+        self._finish(said)
+        found: str | None = said["doubtful"]
+        return found
+
+    def _finish(self, said: dict[str, Any]) -> None:
+        """Take the last message of a request. Raises: ClipError, Outage where it tells of one."""
         self.growth_bytes = said["growth_bytes"]
         if "outage" in said:
             raise Outage(said["outage"], remedy=said["remedy"])
@@ -136,9 +160,10 @@ class DecodeProcess:
 
     def _close(self) -> None:
         self._channel.close()
-        if self._frames_fd >= 0:
-            os.close(self._frames_fd)
-            self._frames_fd = -1
+        open_fds = {self._frames_fd, self._said_fd} - {-1}
+        self._frames_fd = self._said_fd = -1
+        for descriptor in open_fds:
+            os.close(descriptor)
 
     def _wait_until_ready(self) -> None:
         if self.is_ready:
@@ -146,10 +171,12 @@ class DecodeProcess:
         try:
             self._receive(time.monotonic() + _START_TIMEOUT_S, _START_TIMEOUT_S)
         except WorkerLost as error:  # no clip's fault
-            raise WorkerError(
-                f"the process that decodes cannot start ({self._cause_of_death()}; its own message is above); "
+            reason = WorkerError(
+                f"the process that decodes cannot start ({self._cause_of_death()}); "
                 f"check that av, and decord where it is used, can be imported by this Python{raise_limit()}"
-            ) from error
+            )
+            reason.add_note(self._said())  # a traceback of the process, beside that of this one
+            raise reason from error
         self.is_ready = True
 
     def _send(self, message: dict[str, Any]) -> None:
@@ -211,7 +238,16 @@ class DecodeProcess:
             status = self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
             return "the decoder's process stopped answering"
-        return f"the decoder crashed ({_how_ended(status)}{said_of_memory()})"
+        lines = [line for line in self._said().splitlines() if line.strip() and not _OF_FFMPEG.match(line)]
+        last = f": {_VARIES.sub('', lines[-1]).strip()[:_MOST_SAID]}" if lines else ""
+        return f"the decoder crashed ({_how_ended(status)}{last}{said_of_memory()})"
+
+    def _said(self) -> str:
+        """Return the end of what the process, and the libraries in it, wrote to stderr."""
+        with suppress(OSError):  # another thread closed it
+            size = os.fstat(self._said_fd).st_size
+            return os.pread(self._said_fd, _END_BYTES, max(0, size - _END_BYTES)).decode(errors="replace")
+        return ""
 
 
 def _how_ended(status: int) -> str:
@@ -221,7 +257,7 @@ def _how_ended(status: int) -> str:
 
 
 def _file_in_memory() -> int:
-    """Return the descriptor of a nameless file in memory.
+    """Return the descriptor of a nameless file in memory, for frames or for what a process says.
 
     Frames over a socket would take two more copies, and a switch between processes every 200 KB.
     """
@@ -230,6 +266,15 @@ def _file_in_memory() -> int:
     descriptor, name = tempfile.mkstemp(prefix="evl-cache-frames-")
     os.unlink(name)
     return descriptor
+
+
+def _file(path: str | Path) -> dict[str, str]:
+    """Return what tells a process of a file; names need not be UTF-8."""
+    folder = ""
+    if not os.path.isabs(path):
+        with suppress(OSError):  # it was removed
+            folder = os.getcwd()
+    return {"path": os.fsencode(path).hex(), "folder": os.fsencode(folder).hex()}
 
 
 def _choice(choose: Choose, count: int) -> dict[str, Any]:

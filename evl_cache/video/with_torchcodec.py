@@ -1,5 +1,6 @@
 """Decode with torchcodec, which can use a GPU. It is an extra, as its pixels differ from the other decoders'."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,9 +8,12 @@ import numpy as np
 
 from evl_cache.errors import ClipError, Outage
 from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
+from evl_cache.video.packets import Packets
 
 
-def torchcodec_frames(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:
+def torchcodec_frames(
+    path: str | Path, choose: Choose, options: DecodeOptions, packets: Packets
+) -> Iterator[FrameEvent]:
     """Yield what `video.decode_frames` yields, decoded by torchcodec on `options.device`.
 
     Damaged frames that its decoder conceals are not noticed; others are errors.
@@ -20,13 +24,19 @@ def torchcodec_frames(path: str | Path, choose: Choose, options: DecodeOptions) 
 
     try:
         reader = VideoDecoder(
-            str(path), dimension_order="NHWC", num_ffmpeg_threads=1, device=options.device, seek_mode="exact"
+            os.path.abspath(path),
+            dimension_order="NHWC",
+            num_ffmpeg_threads=1,
+            device=options.device,
+            seek_mode="exact",
         )
 
         def read(numbers: np.ndarray) -> np.ndarray:
             frames: np.ndarray = reader.get_frames_at(numbers.tolist()).data.cpu().numpy()
             return frames
 
+        if len(reader) != len(packets.times):
+            raise ClipError(f"{path}: torchcodec counts {len(reader)} frames, {len(packets.times)} are coded")
         yield from frames_in_pieces(
             len(reader),
             choose,

@@ -4,16 +4,19 @@ Its messages are JSON objects, one a line, over a socket; its frames go through 
 imports torch for torchcodec only, and nothing of the cache, so that it starts fast and stays small. The messages:
 
     worker   {"ready"}, once, when it has started
-    parent   {"path", "decoder", "tolerate_bad_frames", "device"}: a clip to decode
+    parent   {"path", "folder", "decoder", "tolerate_bad_frames", "device"}: a clip to decode; a relative path is
+             relative to the folder
     worker   {"asks"}: the number of frames in the file
     parent   {"indices"} of the frames wanted, or {"error"}; a second decoder may ask again
     worker   {"indices", "count", "size", "decoder"}: a header; frames before it must be dropped
     worker   {"frames"}: so many frames are in the file
     parent   {"taken"}: the next frames may be written
+    parent   {"path", "folder", "doubt"}: a clip to judge, and the decoder that served it once
     worker   {"growth_bytes"} of resident memory since the first clip, and {"error"} if the clip failed, or {"outage",
-             "remedy"} where it is not to blame: it is finished
+             "remedy"} where it is not to blame, or what is {"doubtful"} about a clip to judge: it is finished
 """
 
+import contextlib
 import ctypes
 import importlib
 import json
@@ -33,6 +36,7 @@ from evl_cache.video.native_messages import own_stderr
 from evl_cache.video.user_limits import limit_address_space, refused, said_of_memory
 
 _PR_SET_PDEATHSIG = 1
+_MOST_SAID_BYTES = 1 << 20  # of stderr, during a clip
 _GROWTH_TO_TRIM = 32 << 20  # bytes of growth after which glibc's free memory is returned to the system
 
 
@@ -64,6 +68,7 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
             if resident > after_first + _GROWTH_TO_TRIM:
                 _trim()
                 resident = _resident_bytes()
+            _forget_said(0)
             connection.say({**ended, "growth_bytes": resident - after_first})
 
 
@@ -76,6 +81,7 @@ class _Connection:
 
     def say(self, message: dict[str, Any]) -> None:
         """Send one message."""
+        _forget_said(_MOST_SAID_BYTES)
         self._lines.write(json.dumps(message) + "\n")
         self._lines.flush()
 
@@ -115,10 +121,13 @@ class _Connection:
             self._lines.readline()
 
 
-def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str]:
-    """Decode one clip, and return what the last message says of it."""
-    path = os.fsdecode(bytes.fromhex(request.pop("path")))
+def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str | None]:
+    """Decode or judge one clip, and return what the last message says of it."""
+    path, folder = (os.fsdecode(bytes.fromhex(request.pop(name))) for name in ("path", "folder"))
     try:
+        _enter(folder)
+        if "doubt" in request:
+            return {"doubtful": video.doubt(path, request["doubt"])}
         for event in video.decode_frames(path, connection.ask, options=video.DecodeOptions(**request)):
             connection.give(event)
     except Outage as outage:
@@ -128,7 +137,16 @@ def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str]:
     return {}
 
 
-def _failure(path: str, error: Exception) -> dict[str, str]:
+def _enter(folder: str) -> None:
+    """Make paths relative to a folder, as they are in the parent, which may have changed its own since it began."""
+    if folder:
+        with contextlib.suppress(
+            OSError
+        ):  # it was removed, or is named too long: then the process stays where it began
+            os.chdir(folder)
+
+
+def _failure(path: str, error: Exception) -> dict[str, str | None]:
     """Return what the last message says of an error. Raises: the error, where no message of ours says it better."""
     if (found := refused(error)) is not None:
         return {"outage": f"{path}: {found[0]}", "remedy": found[1]}
@@ -140,6 +158,13 @@ def _failure(path: str, error: Exception) -> dict[str, str]:
         wanting = Outage.of("decoded frames cannot be passed on", error, remedy="give the run more memory")
         return {"outage": wanting.trouble, "remedy": wanting.remedy}
     raise error
+
+
+def _forget_said(most_bytes: int) -> None:
+    """Empty the file that stderr goes to, where it has more bytes: it is there for the last words of this process."""
+    with contextlib.suppress(OSError):
+        if os.fstat(2).st_size > most_bytes:
+            os.ftruncate(2, 0)
 
 
 def _trim() -> None:

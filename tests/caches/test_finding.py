@@ -99,6 +99,19 @@ def test_caches_that_train_would_refuse_or_of_other_extractions_are_no_pair(
     assert [cache.place for cache in found] == [str(pair / "a"), str(pair / "b")]
 
 
+def test_of_pairs_whose_frames_different_rules_chose_the_newest_is_found(pair: Path, tmp_path: Path) -> None:
+    needs, old = needs_of("decoder3"), tmp_path / "old"
+    write_cache(old / "c", layers=(2, 3, 4), frame_rule=1)
+    write_cache(old / "d", layers=(2, 3, 4), split="val", prefix="v", frame_rule=1)
+    assert [cache.name for cache in find_pair("test", places=[old], needs=needs)] == ["c", "d"]
+    assert [cache.name for cache in find_pair("test", places=[old, pair], needs=needs)] == ["a", "b"]
+    # A side that is there by one rule only goes with the pair of its own rule, or else with what there is.
+    found = find_pair("test", places=[old, pair / "a"], needs=needs)
+    assert [cache.name for cache in found] == ["c", "d"]
+    found = find_pair("test", places=[old / "c", pair / "b"], needs=needs)
+    assert [cache.name for cache in found] == ["c", "b"]
+
+
 @pytest.mark.parametrize(
     ("needs", "command"),
     [

@@ -34,6 +34,7 @@ from evl_cache.sampling import strided_train_view, tsn_train_view
 from evl_cache.spec import CacheSpec, ViewSpec
 from evl_cache.store import FeatureCache
 from evl_cache.train.stage import TrainOptions, train
+from evl_cache.video import decode_frames
 from tests.support.store_helpers import (
     differences,
     extract_small,
@@ -235,7 +236,7 @@ def test_views_are_the_same_bytes_again_in_another_order_and_with_other_workers(
             assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
         assert not np.array_equal(a[clip][0]["tokens"], a[clip][1]["tokens"])
     pixels = [
-        prepare_clip(clip, folder, tower=small_tower(folder).spec, views=VIEWS).samples
+        prepare_clip(clip, folder, tower=small_tower(folder).spec, views=VIEWS, decode=decode_frames).samples
         for clip in first.clips
         for _ in "ab"
     ]

@@ -42,8 +42,8 @@ sweep          batches heads processes runs store train
 report         runs sweep train                                                   matplotlib
 caches         store train
 extract        caches datasets processes store towers video                       PIL timm
-live           batches datasets extract processes runs store towers train
-show           extract heads live runs store                                      matplotlib
+live           batches datasets extract processes runs store towers train video
+show           extract heads live runs store video                                matplotlib
 demo           extract rendered store train
 cli            *                                                                  click
 """

@@ -19,6 +19,7 @@ from evl_cache.show.picture import draw_view
 from evl_cache.spec import ViewSpec
 from evl_cache.store import FeatureCache
 from evl_cache.train.stage import TrainOptions, train
+from evl_cache.video import decode_frames
 from evl_cache_cli.main import main
 from tests.live.test_predict import extracted
 from tests.support.store_helpers import make_clips
@@ -110,7 +111,9 @@ def test_frames_names_motion_and_attention_are_those_of_the_view(work, drawn, tm
     view.show_cached(cache, "03.mp4", tmp_path / "x.png", run=view.ShowRun.read(work / "run"), view=1)
     (picture,) = drawn
     tokens, maps = cache.read([3 * 2 + 1])
-    prepared = prepare_clip(cache.clips[3], work / "videos", tower=cache.spec.tower, views=VIEWS)
+    prepared = prepare_clip(
+        cache.clips[3], work / "videos", tower=cache.spec.tower, views=VIEWS, decode=decode_frames
+    )
     assert picture.frame_names == [f"frame {i}" for i in prepared.record.indices[1]]
     mean, std = (np.array(v).reshape(3, 1, 1) for v in (cache.spec.tower.mean, cache.spec.tower.std))
     expected = ((prepared.samples[1].numpy() * std + mean) * 255).transpose(0, 2, 3, 1)

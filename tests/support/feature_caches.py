@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from evl_cache.clips import Clip, ClipList
-from evl_cache.spec import SOFTWARE_PIXELS, CacheSpec, TowerSpec, ViewSpec
+from evl_cache.spec import FRAME_RULE, SOFTWARE_PIXELS, CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import (
     LOCKS_NAME,
     BlockWriter,
@@ -60,6 +60,7 @@ def write_cache(
     dataset: str = "test",
     split: str = "train",
     pixels: str = SOFTWARE_PIXELS,
+    frame_rule: int = FRAME_RULE,
     seed: int = 0,
 ) -> FeatureCache:
     """Write a finished cache whose tokens carry their clip's label among noise. `failed`: rows of failed clips."""
@@ -76,6 +77,7 @@ def write_cache(
         codec=codec,
         compute_dtype="float32",
         pixels=pixels,
+        frame_rule=frame_rule,
         num_clips=len(clips.clips),
         content_id=clips.content_id,
         block_clips=block_clips,

@@ -163,7 +163,8 @@ def _feature_id(spec: JSON) -> str:
     if isinstance(tower, dict):
         tower = {k: v for k, v in tower.items() if k not in ("model", "pretrained")}
     names = ("views", "preprocessing", "tokens", "maps", "compute_dtype")
-    return _digest({"tower": tower, **{name: spec.get(name) for name in names}})
+    rule = {} if spec.get("frame_rule", 1) == 1 else {"frame_rule": spec["frame_rule"]}
+    return _digest({"tower": tower, **{name: spec.get(name) for name in names}, **rule})
 
 
 def _index(starts: np.ndarray, sizes: np.ndarray) -> bytes:
@@ -209,7 +210,8 @@ CACHES: dict[str, Attack] = {
             ("split", "/etc"), ("dataset", "a\nb"), ("split", "\x1b]0;owned\x07"), ("classes", 5),
             ("classes", [{}, {}, {}]), ("classes", []), ("tower.mean", [float("nan")] * 3), ("tower.std", ["x"] * 3),
             ("tower", [1, 2]), ("views", None), ("preprocessing", {"a": 1}), ("tower.heads", 0),
-            ("tower.model", ["x"] * 10), ("content_id", 5),
+            ("tower.model", ["x"] * 10), ("content_id", 5), ("frame_rule", 0),
+            ("frame_rule", HUGE), ("frame_rule", "2"),
         )
     },
     "format version of text": lambda forge: forge.group(lambda own: own.update(format_version="../1")),
@@ -247,6 +249,9 @@ CACHES: dict[str, Attack] = {
     ),
     "mark with an error that is no text": lambda forge: forge.mark(0, lambda mark: mark["clips"][0].update(error={})),
     "mark with unknown fields of a clip": lambda forge: forge.mark(0, lambda mark: mark["clips"][0].update(x=1)),
+    "mark with rules of frames that are none": lambda forge: forge.mark(
+        0, lambda mark: mark.update(frame_rules=["2"] * 5)
+    ),
     "mark of files that are a list": lambda forge: forge.mark(0, lambda mark: mark.update(files=[])),
     "chunks of 4 GB in the mark": lambda forge: forge.record("tokens", chunk_nbytes="ff" * 4 * 15),
     "chunk sizes that are no numbers": lambda forge: forge.record("tokens", chunk_nbytes="zz" * 4 * 15),

@@ -51,7 +51,7 @@ def test_both_decoders_give_the_frames_of_the_file(tmp_path, codec, suffix, shap
     frames = demo_motion_frames("up", 1, size=96, num_frames=9)[:, : shape[0], : shape[1]]
     write_video(path, np.ascontiguousarray(frames), codec=codec)
     every = pyav_frames(path)
-    for decoder in ("decord", "pyav"):
+    for decoder in ("decord", "pyav")[codec == "libx265" :]:
         found = decode_clip(path, some, options=DecodeOptions(decoder=decoder))
         assert (found.header.num_frames_in_file, found.frames.shape) == (9, (3, *shape, 3))
         assert np.array_equal(found.view(0), [every[0], every[4], every[8]])
@@ -64,7 +64,7 @@ def test_both_decoders_give_the_frames_of_the_file(tmp_path, codec, suffix, shap
 def test_what_decord_cannot_open_is_decoded_by_pyav(tmp_path):
     path = tmp_path / "clip.mp4"
     write_video(path, drawn(), codec="libsvtav1")
-    with pytest.raises(ClipError, match="cannot be decoded"):
+    with pytest.raises(ClipError, match="its codec is av1"):
         decode_clip(path, some, options=DecodeOptions(decoder="decord"))
     found = decode_clip(path, some)
     assert found.header.decoder.startswith("PyAV") and found.header.num_frames_in_file == 9
@@ -120,14 +120,10 @@ def test_ten_bits_a_channel(tmp_path):
                 stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24"))
             )
         container.mux(stream.encode())
-    one, other = (
-        decode_clip(tmp_path / "ten.mp4", some, options=DecodeOptions(decoder=name)).frames
-        for name in ("decord", "pyav")
-    )
-    # Their conversions to 8 bits differ at the edges of colours; the flat parts, most of the picture, do not.
-    assert np.median(np.abs(one.astype(int) - other)) <= 1
-    for found in (one, other):
-        assert np.median(np.abs(found.astype(int) - drawn()[[0, 4, 8]])) <= 2
+    with pytest.raises(ClipError, match="decord may serve other frames"):
+        decode_clip(tmp_path / "ten.mp4", some, options=DecodeOptions(decoder="decord"))
+    found = decode_clip(tmp_path / "ten.mp4", some).frames
+    assert np.median(np.abs(found.astype(int) - drawn()[[0, 4, 8]])) <= 2
 
 
 def test_files_without_pictures_say_so(tmp_path):
@@ -140,7 +136,7 @@ def test_files_without_pictures_say_so(tmp_path):
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     for name in ("empty", "text", "sound"):
-        with pytest.raises(ClipError, match=rf"{name}\.mp4: cannot be decoded \(.+\); PyAV: .+"):
+        with pytest.raises(ClipError, match=rf"{name}\.mp4: cannot be decoded \(.+\)"):
             decode_clip(tmp_path / f"{name}.mp4", some)
     with pytest.raises(ClipError, match="it has no video stream"):
         decode_clip(tmp_path / "sound.mp4", some, options=DecodeOptions(decoder="pyav"))
@@ -176,7 +172,11 @@ def test_crops_made_piece_by_piece_equal_those_of_whole_views(tmp_path, motions,
         else ViewSpec(frames=6, stride=5, temporal_views=2, spatial_views=3)
     )
     prepared = prepare_clip(
-        Clip(id="c", path=path.name, label=0, split="train"), tmp_path, tower=tower, views=views
+        Clip(id="c", path=path.name, label=0, split="train"),
+        tmp_path,
+        tower=tower,
+        views=views,
+        decode=decode_frames,
     )
     found = decode_clip(path, lambda count: choose_frames(count, views, "c"))
     how = {"size": tower.image_size, "mean": tower.mean, "std": tower.std}

@@ -133,7 +133,9 @@ def shortened_reason(reason: str) -> str:
     if len(reason) <= MOST_REASON_NBYTES // 6:  # the longest escape of a character
         return reason
     kept = reason[:MOST_REASON_NBYTES]
-    while len(json.dumps(kept, ensure_ascii=False).encode(errors="replace")) > MOST_REASON_NBYTES - 8:
+    while (
+        len(json.dumps(kept, ensure_ascii=False).encode(errors="backslashreplace")) > MOST_REASON_NBYTES - 8
+    ):
         kept = kept[: len(kept) * 7 // 8]
     return reason if kept == reason else f"{kept} …"
 

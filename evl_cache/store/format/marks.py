@@ -1,7 +1,7 @@
 """The done mark of a block binds position, bytes and sources. Without a valid one a block does not exist."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from evl_cache.canonical_json import canonical_json, digest, digest_matches
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.extract_options import MOST_BATCH
-from evl_cache.spec import CacheSpec
+from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.disk.file_system import check_no_links, is_refusal, read_limited
 from evl_cache.store.format.layout import ArrayLayout, array_layouts, mark_path
@@ -20,6 +20,7 @@ from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.untrusted.json_text import parse_json
 
 MARK_VERSION = 1
+UNKNOWN_DECODER = "unknown"  # of clips whose mark names none
 _LARGE_NBYTES, _MOST_EXPANSION = 16 << 20, 1000
 _EXPANSION_OF_A_FRAME = 4  # of a video that stands still all frames after the first are the same
 
@@ -37,6 +38,7 @@ class ClipRecord:
         frame_count: frames of the video, as decoded.
         indices: (views, T) frame numbers.
         decoder: library and version that served.
+        frame_rule: by which rule its frames were chosen, or are known to be the same as chosen; None for the cache's own.
     """
 
     id: str
@@ -47,6 +49,11 @@ class ClipRecord:
     frame_count: int | None = None
     indices: tuple[tuple[int, ...], ...] | None = None
     decoder: str | None = None
+    frame_rule: int | None = None
+
+    def is_by_older_rule(self, spec: CacheSpec) -> bool:
+        """Whether the clip has features, of a cache with this spec, whose frames a rule before this version's chose."""
+        return self.error is None and (self.frame_rule or spec.frame_rule) < FRAME_RULE
 
 
 ShardFiles = Mapping[str, ShardRecord]  # by array, of one block
@@ -80,6 +87,9 @@ def mark_document(mark: Mark, spec: CacheSpec) -> dict[str, Any]:
         "clips": [_clip_document(clip) for clip in mark.clips],
         "environment": dict(mark.environment),
     }
+    if any(clip.frame_rule is not None for clip in mark.clips):
+        # Beside the records, not in them: versions that know no rules read such marks, too.
+        content["frame_rules"] = [clip.frame_rule for clip in mark.clips]
     content = json.loads(json.dumps(content))
     return {**content, "digest": digest(content)}
 
@@ -157,7 +167,7 @@ def parse_mark(written: bytes, path: str | Path, block: int, spec: CacheSpec) ->
     try:
         layouts = array_layouts(spec)
         files = {name: _parse_file(content["files"][name], layout, spec) for name, layout in layouts.items()}
-        clips = tuple(_parse_clip(row) for row in content["clips"])
+        clips = _parse_clips(content["clips"], content.get("frame_rules"))
         environment = content["environment"]
         batch = environment.get("batch", 1)
         if not isinstance(batch, int) or not 1 <= batch <= MOST_BATCH:
@@ -179,7 +189,9 @@ def parse_mark(written: bytes, path: str | Path, block: int, spec: CacheSpec) ->
 
 
 def _clip_document(clip: ClipRecord) -> dict[str, Any]:
-    return asdict(clip) | {"error": None if clip.error is None else shortened_reason(clip.error)}
+    content = asdict(clip) | {"error": None if clip.error is None else shortened_reason(clip.error)}
+    del content["frame_rule"]
+    return content
 
 
 def _file_document(record: ShardRecord) -> dict[str, Any]:
@@ -221,8 +233,17 @@ def _parse_file(content: Mapping[str, Any], layout: ArrayLayout, spec: CacheSpec
     return record
 
 
-def _parse_clip(row: Mapping[str, Any]) -> ClipRecord:
-    record = ClipRecord(**row)
+def _parse_clips(
+    rows: Sequence[Mapping[str, Any]], frame_rules: Sequence[Any] | None
+) -> tuple[ClipRecord, ...]:
+    rules = [None] * len(rows) if frame_rules is None else list(frame_rules)
+    if not all(rule is None or (type(rule) is int and rule > 0) for rule in rules):
+        raise TypeError(f"rules of frames: {str(rules)[:40]}")
+    return tuple(_parse_clip(row, rule) for row, rule in zip(rows, rules, strict=True))
+
+
+def _parse_clip(row: Mapping[str, Any], frame_rule: int | None) -> ClipRecord:
+    record = ClipRecord(**row, frame_rule=frame_rule)
     texts = (record.error, record.source_sha256, record.decoder)
     numbers = (record.source_bytes, record.frame_count, *(record.frame_size or ()))
     if (

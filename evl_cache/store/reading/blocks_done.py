@@ -12,7 +12,7 @@ from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.layout import MANIFEST_NAME, mark_name, marked_blocks
 from evl_cache.store.format.manifest import find_manifest
-from evl_cache.store.format.marks import Mark, ShardFiles, read_mark
+from evl_cache.store.format.marks import UNKNOWN_DECODER, Mark, ShardFiles, read_mark
 
 
 class BlocksDone:
@@ -25,6 +25,7 @@ class BlocksDone:
         damaged_marks: why a block whose mark is not intact does not exist, by block.
         file_sha256s: digests of the marks' files, by block.
         provenance: number of clips by (decoder, source (height, width)).
+        by_older_rule: the decoder of each clip whose frames an older rule chose, by its row.
     """
 
     def __init__(self, cache_path: Path, spec: CacheSpec) -> None:
@@ -34,6 +35,7 @@ class BlocksDone:
         self.errors: dict[int, str] = {}
         self.damaged_marks: dict[int, str] = {}
         self.provenance: Counter[tuple[str, tuple[int, int]]] = Counter()
+        self.by_older_rule: dict[int, str] = {}
         self.file_sha256s: dict[int, str] = {}
         self._digests: dict[int, str] = {}
         self.refresh()
@@ -99,5 +101,7 @@ class BlocksDone:
                 self.errors[row] = clip.error
                 continue
             self.is_valid[row * views : (row + 1) * views] = True
+            if clip.is_by_older_rule(self._spec):
+                self.by_older_rule[row] = clip.decoder or UNKNOWN_DECODER
             if clip.decoder is not None and clip.frame_size is not None:
                 self.provenance[clip.decoder, (clip.frame_size[0], clip.frame_size[1])] += 1

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from evl_cache.errors import CacheDamaged, UsageError
-from evl_cache.spec import CacheSpec
+from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.layout import array_layouts, as_range
 from evl_cache.store.format.manifest import find_manifest, manifest_at
@@ -132,6 +132,16 @@ class FeatureCache:
     def provenance(self) -> Mapping[tuple[str, tuple[int, int]], int]:
         """Number of clips by (decoder, source (height, width))."""
         return self._done.provenance
+
+    @property
+    def by_older_rule(self) -> Mapping[int, str]:
+        """The decoder of each clip with features whose frames a rule before this version's chose, by its row."""
+        return self._done.by_older_rule
+
+    @property
+    def frame_rule(self) -> int:
+        """The oldest rule by which frames of its clips were chosen."""
+        return max(self.spec.frame_rule, FRAME_RULE if self.is_complete and not self.by_older_rule else 1)
 
     def refresh(self) -> None:
         """See blocks that were finished since the cache was opened."""

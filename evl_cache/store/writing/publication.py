@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.errors import CacheDamaged, CacheError, reason_alone
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest, file_crc32c, file_digest
 from evl_cache.store.disk.file_system import (
@@ -65,7 +65,9 @@ def check_nothing_lost(clips: Sequence[ClipRecord], there: Sequence[bool], *, pl
     """
     lost = [clip for clip, has_features in zip(clips, there, strict=True) if has_features and clip.error]
     if lost:
-        told = "; ".join(f"{clip.id}: {clip.error}" for clip in lost[:_MOST_NAMED])
+        told = "; ".join(
+            f"{clip.id}: {reason_alone(clip.error or '', clip.id)}" for clip in lost[:_MOST_NAMED]
+        )
         raise RowsAtStake(
             f"{place}: block {block} stays as it is: {len(lost)} of its clips would lose their features "
             f"({told}{'; …' if len(lost) > _MOST_NAMED else ''}); bring back what they need where they are made, then run "

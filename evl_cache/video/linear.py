@@ -1,0 +1,223 @@
+"""Decode a file from its start: slow, and right for every file. T frames asked for, H and W source pixels.
+
+It judges damage by pictures. What FFmpeg complains of is laid to the packet that it was given; from that one on, pictures
+count as damaged until a key frame that needs nothing before it. So a clip is refused for the frames that it wants,
+whatever is wrong with others, and whoever else tried to decode it.
+"""
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from evl_cache.errors import ClipError
+from evl_cache.video.decoding import PICTURE_UNITS, Complaint, Decoding
+from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent
+from evl_cache.video.orientation import Matrix, display_matrix
+from evl_cache.video.packets import Packets, open_video
+from evl_cache.video.pictures import picture_of, with_header
+from evl_cache.video.pyav_messages import listening
+
+if TYPE_CHECKING:
+    import av
+
+# Decoded frames are kept until it is known which are wanted, up to this size; of larger files they are decoded twice.
+MOST_HELD_BYTES = 64 << 20
+
+# Their decoders notice some damage only by what comes of it, in a later picture.
+_OVERLOOK_DAMAGE = ("hevc", "av1", "vp8", "vp9")
+# What FFmpeg's H.264 decoder says where it is told to forget pictures that it does not have.
+_OF_REFERENCES = ("mmco:", "illegal short term buffer state")
+
+
+def linear_frames(
+    path: str | Path, choose: Choose, options: DecodeOptions, packets: Packets
+) -> Iterator[FrameEvent]:
+    """Yield what `video.decode_frames` yields, decoded from the start.
+
+    Args:
+        packets: what they say of the frames; where they prove when each is shown, a frame that cannot be decoded keeps
+            its number.
+
+    Raises: ClipError where frames that are wanted are damaged, or none can be decoded; FFmpegError and OSError as PyAV
+        does.
+    """
+    film = _decode(path, holds=True)
+    places, are_timed = film.places(packets)
+    if not len(film.packets):
+        why = film.complaints[0].text if film.complaints else "it shows no frame"
+        raise ClipError(f"{path}: cannot be decoded ({why})")
+    indices = choose(len(places))
+    wanted = places[np.unique(indices)]
+    if not options.tolerate_bad_frames:
+        _check_whole(path, film, wanted, are_timed=are_timed)
+    elif (wanted < 0).any():
+        raise ClipError(f"{path}: has frames that cannot be decoded")
+    pictures = (picture_of(path, frame, film.matrices[place]) for place, frame in _taken(path, film, wanted))
+    yield from with_header(path, pictures, indices, len(places))
+
+
+@dataclass
+class _Film:
+    """What a decode from the start gave.
+
+    Attributes:
+        codec: FFmpeg's name of it.
+        packets: for each picture in the order in which they are shown, the number of its packet.
+        times: likewise their times, in the stream's units; None where there is none.
+        matrices: likewise the display matrix that holds for them.
+        keys: numbers of the packets that need nothing before them.
+        recovery_points: those of `keys` before which others may be needed for pictures that are shown earlier.
+        begins_whole: whether nothing was cut away before the first packet, as far as can be told.
+        complaints: what FFmpeg said.
+        frames: the pictures; None where they would take too much memory.
+        has_fields: whether two packets may be one picture.
+    """
+
+    codec: str
+    packets: list[int] = field(default_factory=list)
+    times: list[int | None] = field(default_factory=list)
+    matrices: list[Matrix | None] = field(default_factory=list)
+    keys: list[int] = field(default_factory=list)
+    recovery_points: set[int] = field(default_factory=set)
+    begins_whole: bool = True
+    complaints: list[Complaint] = field(default_factory=list)
+    frames: "list[av.VideoFrame] | None" = None
+    has_fields: bool = False
+
+    def places(self, packets: Packets) -> tuple[np.ndarray, bool]:
+        """The place of each frame number among the pictures, int64, -1 for a frame without; and whether times tell them."""
+        in_order = np.arange(len(self.packets))
+        if packets.unproved is not None:
+            return in_order, False
+        places = np.full(len(packets.times), -1)
+        for place, time in enumerate(self.times):
+            number = packets.number_of(time)
+            if number is None:
+                return in_order, False
+            places[number] = place
+        is_strange = bool((np.diff(places[places >= 0]) <= 0).any()) or (
+            (places < 0).any() and not self.complaints
+        )
+        return (in_order, False) if is_strange else (places, True)
+
+    def damaged(self, *, are_timed: bool) -> np.ndarray:
+        """Whether each picture is damaged, or decoded with the help of one that is; bool.
+
+        Args:
+            are_timed: whether times number the pictures, so that a lost one does not change the numbers of others.
+        """
+        coded = np.asarray(self.packets, np.int64)
+        places = np.arange(len(coded))
+        place_of = dict(zip(self.packets, range(len(coded)), strict=True))
+        found = np.zeros(len(coded), bool)
+        for complaint in self._serious():
+            first = complaint.packet
+            if self.codec in _OVERLOOK_DAMAGE:
+                first = max((key for key in self.keys if key <= first and key in place_of), default=0)
+            if self.has_fields and first not in place_of:  # the second field of the picture before
+                first -= 1
+            touched = coded >= first
+            key = next((key for key in self.keys if key > complaint.packet and key in place_of), None)
+            if key is not None and (are_timed or not complaint.is_lasting):
+                # What is shown before the key frame may need frames from before it.
+                touched &= ~((coded >= key) & (places >= place_of[key]))
+            found |= touched
+        return found
+
+    def _serious(self) -> list[Complaint]:
+        """The complaints, but for what is said of pictures that were cut away by a tool or an edit list."""
+        shown = set(self.packets)
+        return [
+            complaint
+            for complaint in self.complaints
+            if not (self._is_before_the_second(complaint) or self._is_of_a_cut(complaint, shown))
+        ]
+
+    def _is_before_the_second(self, complaint: Complaint) -> bool:
+        """Whether it comes where a stream that was cut begins, and not of the first picture."""
+        first = sorted(self.packets)[:2]
+        return (
+            not self.begins_whole
+            and len(first) == 2
+            and complaint.packet < first[1]
+            and complaint.packet != first[0]
+        )
+
+    def _is_of_a_cut(self, complaint: Complaint, shown: set[int]) -> bool:
+        """Whether it is told to forget pictures that do not exist, where those around a recovery point are not shown."""
+        if complaint.is_lasting or not complaint.text.startswith(_OF_REFERENCES):
+            return False
+        key = self.keys[max(0, bisect_right(self.keys, complaint.packet) - 1)] if self.keys else -1
+        begins_here = not self.begins_whole and self.keys[:1] == [key]
+        return key in self.recovery_points and (begins_here or key + 1 not in shown)
+
+
+def _decode(path: str | Path, *, holds: bool, without_notes: bool = False) -> _Film:
+    """Decode a file from its start.
+
+    Args:
+        holds: keep the frames, if they are not too large.
+        without_notes: give the decoder only what makes pictures.
+    """
+    with listening() as listener, open_video(path) as (container, stream):
+        film = _Film(codec=stream.codec_context.codec.canonical_name, frames=[] if holds else None)
+        decoding = Decoding(container, stream, listener, without_notes=without_notes)
+        nbytes, keys = 0, set()
+        for frame in decoding:
+            number = decoding.packet_of(frame)
+            film.packets.append(number)
+            if frame.key_frame:
+                keys.add(number)
+            film.times.append(frame.pts)
+            film.matrices.append(display_matrix(frame) or (film.matrices[-1] if film.matrices else None))
+            film.has_fields |= frame.interlaced_frame
+            if film.frames is not None:
+                nbytes += sum(plane.buffer_size for plane in frame.planes)
+                film.frames.append(frame)
+                if nbytes > MOST_HELD_BYTES:
+                    film.frames = None
+        # Some containers call every packet a key frame: the decoder must agree.
+        film.keys, film.complaints = [key for key in decoding.keys if key in keys], decoding.complaints
+        film.recovery_points = decoding.recovery_points
+        first = min(film.packets, default=0)
+        # Else packets come before the first key frame, or it is shown, and such that others could come before it.
+        film.begins_whole = decoding.first_key == 0 and not (first == 0 and 0 in decoding.recovery_points)
+        return film
+
+
+def _check_whole(path: str | Path, film: _Film, wanted: np.ndarray, *, are_timed: bool) -> None:
+    """Raises: ClipError where frames that are wanted are damaged. wanted: their places, -1 for one without a picture."""
+    are_there = bool((wanted >= 0).all())
+    if are_there and not film.damaged(are_timed=are_timed)[wanted].any():
+        return
+    if are_there and film.codec in PICTURE_UNITS:
+        bare = _decode(path, holds=False, without_notes=True)
+        if bare.packets == film.packets and not bare.damaged(are_timed=are_timed)[wanted].any():
+            return
+    why = film.complaints[0].text if film.complaints else "one is not there"
+    raise ClipError(f"{path}: has damaged frames ({why})")
+
+
+def _taken(path: str | Path, film: _Film, wanted: np.ndarray) -> Iterator[tuple[int, "av.VideoFrame"]]:
+    """Some places, and the pictures there, ascending. Raises: ClipError where a second decode gives others than the first."""
+    if film.frames is not None:
+        yield from ((place, film.frames[place]) for place in wanted.tolist())
+        return
+    left = deque(wanted.tolist())
+    with listening() as listener, open_video(path) as (container, stream):
+        decoding = Decoding(container, stream, listener, without_notes=False)
+        for place, frame in enumerate(decoding):
+            if place != left[0]:
+                continue
+            if decoding.packet_of(frame) != film.packets[place]:
+                break
+            left.popleft()
+            yield place, frame
+            if not left:
+                return
+    raise ClipError(f"{path}: cannot be decoded (it gives other frames when it is decoded again)")

@@ -1,0 +1,288 @@
+"""What the packets of a file say of its frames, without a picture decoded. H and W source pixels.
+
+A decoder that seeks counts on from where it lands, and may serve other frames than it was asked for. The packets of most
+files prove that this cannot happen; all other files are decoded from their start.
+"""
+
+import os
+from array import array
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from evl_cache.errors import ClipError
+from evl_cache.video import h264
+from evl_cache.video.orientation import display_matrix, is_plain_turn
+from evl_cache.video.pixels import decord_converts_alike
+from evl_cache.video.pyav_messages import listening
+
+if TYPE_CHECKING:
+    import av
+
+# Containers that give pictures their times, and whose key frames are found exactly.
+_TIMED = ("mov", "matroska")
+# In DivX and Xvid files a packet of a few bytes holds no picture; in other codecs even the smallest packet does.
+_NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
+_LEAST_PICTURE_NBYTES = 8
+_MIRRORED = "it is mirrored, or turned by no right angle"
+_LEAST_LOSS_S, _LEAST_LOSS = 0.3, 0.05  # seconds, and share of the length; less may be rounding
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packets:
+    """What a file's packets say of its frames.
+
+    Attributes:
+        times: of the frames that are shown, ascending, in the stream's units; empty where `unproved` is set.
+        keys: of key frames, likewise.
+        unproved: why a decoder that seeks may serve other frames than it is asked for; None where it cannot.
+        has_hidden: whether an edit list hides frames: then a decoder that counts packets is wrong, and one that looks
+            at times is not.
+        lost: what shows that data of the file are missing, so that frames after them have other numbers; None where
+            nothing does.
+        only_pyav: why another decoder may give other pixels; None where they are the same.
+        is_mirrored: whether its pictures are mirrored, or turned by no right angle.
+        codec: FFmpeg's name of it.
+        frame_bytes: bytes of a frame as RGB.
+    """
+
+    times: Sequence[int] = ()
+    keys: Sequence[int] = ()
+    unproved: str | None = None
+    has_hidden: bool = False
+    lost: str | None = None
+    only_pyav: str | None = None
+    is_mirrored: bool = False
+    codec: str
+    frame_bytes: int
+
+    def number_of(self, time: int | None) -> int | None:
+        """Return the number of the frame that is shown at a time; None where there is none."""
+        if time is None:
+            return None
+        number = bisect_left(self.times, time)
+        return number if number < len(self.times) and self.times[number] == time else None
+
+    def key_before(self, time: int) -> int:
+        """Return the time of the key frame from which decoding reaches `time`."""
+        return self.keys[bisect_right(self.keys, time) - 1]
+
+
+@contextmanager
+def open_video(path: str | Path) -> Iterator[tuple["av.container.InputContainer", "av.VideoStream"]]:
+    """Open a file, and the one of its video streams that is shown: FFmpeg's best, but never a cover.
+
+    Raises: ClipError where there is none, or no decoder for it; FFmpegError and OSError as PyAV does.
+    """
+    import av
+    from av.stream import Discard
+
+    # With its directories: FFmpeg takes a name such as `http:x.mp4` for an address. And a picture called `%d.jpg` is one
+    # picture, not those called 1.jpg, 2.jpg, ... beside it.
+    with av.open(os.path.abspath(path), options={"pattern_type": "none"}) as container:
+        stream = _shown(path, container)
+        for other in container.streams:
+            if other is not stream:
+                other.discard = Discard.all
+        stream.codec_context.thread_count = 1  # only then complaints come with the packet that they concern
+        yield container, stream
+
+
+def _shown(path: str | Path, container: "av.container.InputContainer") -> "av.VideoStream":
+    from av.stream import Disposition
+
+    videos = container.streams.video
+    films = [video for video in videos if not video.disposition & Disposition.attached_pic]
+    decoded = [video for video in films if video.codec_context is not None]  # type: ignore[redundant-expr]
+    if not films:
+        only = ", only a cover" if videos else ""
+        raise ClipError(f"{path}: cannot be decoded (it has no video stream{only})")
+    if not decoded:
+        raise ClipError(f"{path}: cannot be decoded (no decoder for its video stream)")
+    best = container.streams.best("video")
+    return best if best in decoded else max(decoded, key=lambda film: film.width * film.height)
+
+
+def read_packets(path: str | Path) -> Packets:
+    """Read all packets of a file's video.
+
+    Raises: ClipError where there is no video; FFmpegError and OSError as PyAV does.
+    """
+    with listening() as listener, open_video(path) as (container, stream):
+        reading = _Reading(path, container, stream)
+        for packet in container.demux(stream):  # packets are not kept: an hour of them would fill the memory
+            if packet.size:
+                reading.add(packet)
+        lost = next((said.text for said in listener.take() if said.is_of(container)), None)
+        missing_s = reading.missing_s()
+        if lost is None and missing_s is not None and (shown := _loss(path, reading, missing_s)):
+            lost = f"{missing_s:.2f} s are missing of what it says that it lasts, and {shown}"
+        found = reading.summary()
+    return found if lost is None else replace(found, lost=lost, unproved="data of it are missing")
+
+
+class _Reading:
+    """Adds up the packets of one stream."""
+
+    def __init__(
+        self, path: str | Path, container: "av.container.InputContainer", stream: "av.VideoStream"
+    ) -> None:
+        self._path, self._container, self._stream = path, container, stream
+        self._codec = stream.codec_context.codec.canonical_name
+        self._times, self._keys = array("q"), array("q")
+        self._doubt: str | None = None
+        self._has_hidden = self._changes_pictures = False
+        self._start: int | None = None
+        self._end = 0
+        self.nbytes = 0
+        self.ends_corrupt = False
+        if not container.format.name.startswith(_TIMED):
+            self._doubt = f"{container.format.long_name} does not say when each frame is shown"
+
+    def add(self, packet: "av.Packet[av.VideoStream]") -> None:
+        """Take the next packet."""
+        self.nbytes += packet.size
+        self.ends_corrupt = packet.is_corrupt
+        time = packet.pts
+        if self._doubt is None:
+            self._doubt = self._why_not(packet)
+        if (coded := packet.dts if time is None else time) is not None:
+            self._start = coded if self._start is None else min(self._start, coded)
+            self._end = max(self._end, coded + (packet.duration or 0))
+        if time is None:
+            return
+        if packet.is_keyframe:
+            self._keys.append(time)
+        if packet.is_discard:
+            self._has_hidden = True
+        else:
+            self._times.append(time)
+
+    def _why_not(self, packet: "av.Packet[av.VideoStream]") -> str | None:
+        if packet.pts is None:
+            return "some of its frames have no time"
+        if packet.is_corrupt:
+            return "some of its data are damaged"
+        if not packet.is_keyframe:
+            if not self._keys:
+                return "it does not begin with a key frame"
+            if packet.pts < self._keys[-1]:
+                return "frames that come after a key frame are shown before it"
+        elif self._codec == "h264":
+            data, extradata = bytes(packet), self._stream.codec_context.extradata
+            if not h264.has_idr(data, extradata):
+                return "frames from before a key frame are needed after it"
+            if h264.turns_pictures(data, extradata):
+                return "its pictures are turned within the stream"
+            self._changes_pictures |= h264.changes_pictures(data, extradata)
+        elif not _is_key(self._codec, bytes(packet)):
+            return "it calls frames key frames that are none"
+        if self._codec.startswith(_NEVER_CODED) and packet.size < _LEAST_PICTURE_NBYTES:
+            return "some of its frames were never coded"
+        if self._codec == "vp8" and not bytes(packet)[0] & 0x10:
+            return "some of its pictures are not to be shown"
+        return None
+
+    @property
+    def _has_matrix(self) -> bool:
+        return "Display Matrix" in self._container.dumps_format()  # type: ignore[attr-defined]
+
+    def _is_mirrored(self) -> bool:
+        """Whether pictures are shown otherwise than turned by right angles, which decord does as well."""
+        if not self._has_matrix:
+            return False
+        with open_video(self._path) as (container, stream):
+            first = next(container.decode(stream), None)
+            return first is None or not is_plain_turn(display_matrix(first))
+
+    def _other_pixels(self) -> str | None:
+        coded = self._stream.codec_context
+        if self._has_matrix and not self._container.format.name.startswith("mov"):
+            return "decord does not turn files of its kind"
+        if any(
+            name.lower() == "rotate" for name in self._stream.metadata
+        ):  # FFmpeg does not follow it any more
+            return "decord turns it by a tag that others ignore"
+        if len(self._container.streams.video) > 1:
+            return "it has several video streams"
+        if not decord_converts_alike(coded):
+            return f"its colours or sizes ({coded.pix_fmt}, {coded.width} x {coded.height}) are converted in several ways"
+        if self._changes_pictures or (self._codec == "h264" and not h264.is_progressive(coded.extradata)):
+            return "it may be interlaced"
+        return None
+
+    def missing_s(self) -> float | None:
+        """Return by how many seconds the packets fall short of what the container says; None where it is no more than usual."""
+        stream, container = self._stream, self._container
+        if stream.duration is not None and stream.time_base is not None:
+            declared_s = float(stream.duration * stream.time_base)
+        elif container.duration is not None and len(container.streams) == 1:
+            declared_s = container.duration / 1e6
+        else:
+            return None
+        # A length may count from the first frame, or from time 0.
+        length_s = float((self._end - min(self._start or 0, 0)) * (stream.time_base or 0))
+        missing_s = declared_s - length_s
+        return missing_s if missing_s > _LEAST_LOSS_S + _LEAST_LOSS * declared_s else None
+
+    def nbytes_of(self, seconds: float) -> float:
+        """Return how many bytes so long a part of the film has."""
+        length_s = float((self._end - (self._start or 0)) * (self._stream.time_base or 0))
+        return self.nbytes / length_s * seconds if length_s > 0 else float(self.nbytes)
+
+    def summary(self) -> Packets:
+        """Return what the packets say."""
+        coded, is_mirrored = self._stream.codec_context, self._is_mirrored()
+        times, keys = sorted(self._times), sorted(self._keys)
+        doubt = self._doubt
+        if doubt is None and (not times or keys[0] > times[0]):
+            doubt = "it does not begin with a key frame"
+        if doubt is None and len(set(times)) < len(times):
+            doubt = "several of its frames have the same time"
+        return Packets(
+            times=() if doubt else times,
+            keys=() if doubt else keys,
+            unproved=doubt,
+            has_hidden=self._has_hidden,
+            only_pyav=_MIRRORED if is_mirrored else self._other_pixels(),
+            is_mirrored=is_mirrored,
+            codec=self._codec,
+            frame_bytes=3 * coded.width * coded.height,
+        )
+
+
+def _is_key(codec: str, packet: bytes) -> bool:
+    """Whether a packet's picture needs no other, as far as its first byte tells (RFC 6386, 9.1; VP9, 6.2)."""
+    if codec == "vp8":
+        return not packet[0] & 1
+    if codec == "vp9":
+        is_profile_3 = packet[0] & 0x30 == 0x30
+        return not packet[0] & (
+            6 if is_profile_3 else 0xC
+        )  # it is shown for the first time, and is a key frame
+    return True
+
+
+def _loss(path: str | Path, reading: _Reading, missing_s: float) -> str | None:
+    """Return what shows that a file which says that it is longer has lost frames; None where only its header lies."""
+    nbytes = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+    if start[:4] == b"RIFF" and nbytes < 8 + int.from_bytes(start[4:], "little"):
+        return "its end is missing"
+    if reading.ends_corrupt:
+        return "its last frame is cut off"
+    if nbytes - _nbytes_of_packets(path) > reading.nbytes_of(missing_s) / 2:
+        return "parts of it cannot be read"
+    return None
+
+
+def _nbytes_of_packets(path: str | Path) -> int:
+    """Return the size of all packets of all streams."""
+    import av
+
+    with av.open(os.path.abspath(path)) as container:
+        return sum(packet.size for packet in container.demux())
