@@ -50,6 +50,34 @@ def _restored_global_state() -> Iterator[None]:
     torch.set_num_threads(NUM_THREADS)
 
 
+# Tests of the process that decodes start it as it is.
+REAL_DECODERS = ("video", "test_unattended", "test_outages")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _warm_decoders() -> Iterator[None]:
+    """Processes that decode are forked from one that has loaded the decoders, and start fast, in children too."""
+    from evl_cache.video import process
+    from tests.support import warm_worker
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(warm_worker.ADDRESS, warm_worker.start())
+        patch.setattr(process, "WORKER", warm_worker.NAME)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _real_decoders(request: pytest.FixtureRequest, _warm_decoders: None) -> Iterator[None]:
+    from evl_cache.video import process
+    from tests.support import warm_worker
+
+    with pytest.MonkeyPatch.context() as patch:
+        if {request.path.stem, request.path.parent.name} & set(REAL_DECODERS):
+            patch.delenv(warm_worker.ADDRESS)
+            patch.setattr(process, "WORKER", "evl_cache.video.worker")
+        yield
+
+
 @pytest.fixture
 def one_thread() -> None:
     """On tensors as small as those of most tests a second thread only waits."""

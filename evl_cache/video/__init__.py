@@ -96,7 +96,9 @@ def _decoded(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterat
         _trust(
             path,
             "torchcodec",
-            packets.unproved or ("its edit list hides frames" if packets.has_hidden else None),
+            packets.unproved
+            or ("its edit list hides frames" if packets.has_hidden else None)
+            or (packets.only_pyav if packets.is_mirrored else None),
         )
         yield from torchcodec_frames(path, choose, options, packets)
         return

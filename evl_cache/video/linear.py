@@ -5,7 +5,6 @@ count as damaged until a key frame that needs nothing before it. So a clip is re
 whatever is wrong with others, and whoever else tried to decode it.
 """
 
-import re
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
@@ -16,28 +15,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from evl_cache.errors import ClipError
-from evl_cache.video import h264
+from evl_cache.video.decoding import PICTURE_UNITS, Complaint, Decoding
 from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent
 from evl_cache.video.orientation import Matrix, display_matrix
 from evl_cache.video.packets import Packets, open_video
 from evl_cache.video.pictures import picture_of, with_header
-from evl_cache.video.pyav_messages import Listener, listening
+from evl_cache.video.pyav_messages import listening
 
 if TYPE_CHECKING:
     import av
-    from av.bitstream import BitStreamFilterContext
 
 # Decoded frames are kept until it is known which are wanted, up to this size; of larger files they are decoded twice.
 MOST_HELD_BYTES = 64 << 20
-# Units that hold pictures, or that their decoding needs; the others are notes beside the pictures.
-_PICTURE_UNITS = {"h264": "1-5|7|8|13-15|19-21", "hevc": "0-34"}
 
+# Their decoders notice some damage only by what comes of it, in a later picture.
+_OVERLOOK_DAMAGE = ("hevc", "av1", "vp8", "vp9")
 # What FFmpeg's H.264 decoder says where it is told to forget pictures that it does not have.
 _OF_REFERENCES = ("mmco:", "illegal short term buffer state")
-_OF_MEMORY = re.compile(r"get_buffer|allocat")
-_MOST_AFTER_A_JOINT = (
-    2  # packets between one that the container calls damaged, and where the next stream begins
-)
 
 
 def linear_frames(
@@ -67,15 +61,6 @@ def linear_frames(
     yield from with_header(path, pictures, indices, len(places))
 
 
-@dataclass(frozen=True)
-class _Complaint:
-    """What FFmpeg said, and the number of the packet that it is laid to. is_lasting: pictures may be lost by it."""
-
-    packet: int
-    text: str
-    is_lasting: bool = False
-
-
 @dataclass
 class _Film:
     """What a decode from the start gave.
@@ -100,7 +85,7 @@ class _Film:
     keys: list[int] = field(default_factory=list)
     recovery_points: set[int] = field(default_factory=set)
     begins_whole: bool = True
-    complaints: list[_Complaint] = field(default_factory=list)
+    complaints: list[Complaint] = field(default_factory=list)
     frames: "list[av.VideoFrame] | None" = None
     has_fields: bool = False
 
@@ -132,6 +117,8 @@ class _Film:
         found = np.zeros(len(coded), bool)
         for complaint in self._serious():
             first = complaint.packet
+            if self.codec in _OVERLOOK_DAMAGE:
+                first = max((key for key in self.keys if key <= first and key in place_of), default=0)
             if self.has_fields and first not in place_of:  # the second field of the picture before
                 first -= 1
             touched = coded >= first
@@ -142,7 +129,7 @@ class _Film:
             found |= touched
         return found
 
-    def _serious(self) -> list[_Complaint]:
+    def _serious(self) -> list[Complaint]:
         """The complaints, but for what is said of pictures that were cut away by a tool or an edit list."""
         shown = set(self.packets)
         return [
@@ -151,7 +138,7 @@ class _Film:
             if not (self._is_before_the_second(complaint) or self._is_of_a_cut(complaint, shown))
         ]
 
-    def _is_before_the_second(self, complaint: _Complaint) -> bool:
+    def _is_before_the_second(self, complaint: Complaint) -> bool:
         """Whether it comes where a stream that was cut begins, and not of the first picture."""
         first = sorted(self.packets)[:2]
         return (
@@ -161,7 +148,7 @@ class _Film:
             and complaint.packet != first[0]
         )
 
-    def _is_of_a_cut(self, complaint: _Complaint, shown: set[int]) -> bool:
+    def _is_of_a_cut(self, complaint: Complaint, shown: set[int]) -> bool:
         """Whether it is told to forget pictures that do not exist, where those around a recovery point are not shown."""
         if complaint.is_lasting or not complaint.text.startswith(_OF_REFERENCES):
             return False
@@ -179,10 +166,13 @@ def _decode(path: str | Path, *, holds: bool, without_notes: bool = False) -> _F
     """
     with listening() as listener, open_video(path) as (container, stream):
         film = _Film(codec=stream.codec_context.codec.canonical_name, frames=[] if holds else None)
-        decoding = _Decoding(container, stream, listener, without_notes=without_notes)
-        nbytes = 0
+        decoding = Decoding(container, stream, listener, without_notes=without_notes)
+        nbytes, keys = 0, set()
         for frame in decoding:
-            film.packets.append(decoding.packet_of(frame))
+            number = decoding.packet_of(frame)
+            film.packets.append(number)
+            if frame.key_frame:
+                keys.add(number)
             film.times.append(frame.pts)
             film.matrices.append(display_matrix(frame) or (film.matrices[-1] if film.matrices else None))
             film.has_fields |= frame.interlaced_frame
@@ -191,7 +181,8 @@ def _decode(path: str | Path, *, holds: bool, without_notes: bool = False) -> _F
                 film.frames.append(frame)
                 if nbytes > MOST_HELD_BYTES:
                     film.frames = None
-        film.keys, film.complaints = decoding.keys, decoding.complaints
+        # Some containers call every packet a key frame: the decoder must agree.
+        film.keys, film.complaints = [key for key in decoding.keys if key in keys], decoding.complaints
         film.recovery_points = decoding.recovery_points
         first = min(film.packets, default=0)
         # Else packets come before the first key frame, or it is shown, and such that others could come before it.
@@ -199,143 +190,12 @@ def _decode(path: str | Path, *, holds: bool, without_notes: bool = False) -> _F
         return film
 
 
-@dataclass(frozen=True, eq=False)
-class _Tag:
-    """The number of a packet. PyAV knows such objects by their address, so each is used once, and kept alive."""
-
-    number: int
-
-
-class _Decoding(Iterator["av.VideoFrame"]):
-    """The frames of a stream, each with the number of its packet as `opaque`, and what is said meanwhile.
-
-    Attributes:
-        packet: number of the last packet.
-        keys: numbers of the packets so far that need nothing before them.
-        first_key: number of the first packet that the container calls a key frame.
-        recovery_points: as `_Film`.
-        complaints: so far.
-    """
-
-    def __init__(
-        self,
-        container: "av.container.InputContainer",
-        stream: "av.VideoStream",
-        listener: Listener,
-        *,
-        without_notes: bool,
-    ) -> None:
-        self.packet = -1
-        self.keys: list[int] = []
-        self.first_key: int | None = None
-        self.recovery_points: set[int] = set()
-        self.complaints: list[_Complaint] = []
-        self._container, self._stream, self._listener = container, stream, listener
-        self._codec = stream.codec_context.codec.canonical_name
-        self._filter = _note_filter(stream) if without_notes else None
-        self._tags: list[_Tag] = []
-        self._whole: set[int] = set()  # packets that the container, but nothing else, calls damaged
-        self._broken: int | None = None  # the last packet of that kind, until the next one shows what it was
-        stream.codec_context.copy_opaque = True
-        self._said_before = [] if without_notes else listener.take()  # when the file was opened, of its start
-        self._frames = self._all()
-
-    def __next__(self) -> "av.VideoFrame":
-        return next(self._frames)
-
-    def _all(self) -> Iterator["av.VideoFrame"]:
-        for packet in self._container.demux(self._stream):
-            said = self._listener.take()
-            if packet.size:
-                self.packet += 1
-                self._look(packet)
-            for complaint in said:
-                is_lasting = complaint.is_of(self._container)
-                if is_lasting or self._filter is None:  # else a parser's, which sees the notes
-                    self.complaints.append(_Complaint(self.packet, complaint.text, is_lasting))
-            frames = self._decoded(packet)
-            for frame in frames:
-                number = self.packet_of(frame)
-                if frame.is_corrupt and number not in self._whole:
-                    self.complaints.append(_Complaint(number, "one is concealed in part"))
-            yield from frames
-        if self._broken is not None:
-            self.complaints.append(_Complaint(self._broken, "its last frame is cut off"))
-        if not self.complaints:  # else the same was said again
-            self.complaints += [_Complaint(0, said.text) for said in self._said_before]
-
-    def packet_of(self, frame: "av.VideoFrame") -> int:
-        """The number of a frame's packet; of the last one, where a decoder does not say."""
-        tag = frame.opaque
-        return tag.number if isinstance(tag, _Tag) else self.packet
-
-    def _tag(self) -> "_Tag":
-        self._tags.append(_Tag(self.packet))
-        return self._tags[-1]
-
-    def _look(self, packet: "av.Packet[av.VideoStream]") -> None:
-        """Note what kind of packet it is."""
-        if packet.is_keyframe:
-            if self.first_key is None:
-                self.first_key = self.packet
-            self._look_at_key(packet)
-        if self._broken is not None and self.packet - self._broken >= _MOST_AFTER_A_JOINT:
-            self.complaints.append(_Complaint(self._broken, "a frame is cut off"))
-            self._broken = None
-
-    def _look_at_key(self, packet: "av.Packet[av.VideoStream]") -> None:
-        data, extradata = bytes(packet), self._stream.codec_context.extradata
-        is_idr = self._codec != "h264" or h264.has_idr(data, extradata)
-        if is_idr or h264.begins_anew(data, extradata):
-            self.keys.append(self.packet)
-            self._broken = None  # two streams were joined there: nothing is missing
-        if not is_idr:
-            self.recovery_points.add(self.packet)
-
-    def _decoded(self, packet: "av.Packet[av.VideoStream]") -> "list[av.VideoFrame]":
-        import av
-
-        frames: list[av.VideoFrame] = []
-        is_lost = False
-        try:
-            for part in self._filter.filter(packet) if self._filter is not None and packet.size else [packet]:
-                part.opaque = self._tag()
-                frames += self._stream.codec_context.decode(part)
-        except MemoryError:
-            raise
-        except av.FFmpegError:
-            is_lost = True
-            _check_memory(self._stream.width * self._stream.height)
-        said = [complaint.text for complaint in self._listener.take() if not complaint.is_of(self._container)]
-        if any(_OF_MEMORY.search(text) for text in said):
-            raise MemoryError
-        if is_lost or said:
-            text = said[0] if said else "one cannot be decoded"
-            self.complaints.append(_Complaint(self.packet, text, is_lasting=is_lost))
-        elif packet.is_corrupt:
-            self._whole.add(self.packet)
-            self._broken = self.packet
-        return frames
-
-
-def _check_memory(pixels: int) -> None:
-    """Raises: MemoryError where there is none for a frame: FFmpeg says only that it cannot decode one."""
-    bytearray(4 * pixels)
-
-
-def _note_filter(stream: "av.VideoStream") -> "BitStreamFilterContext":
-    from av.bitstream import BitStreamFilterContext
-
-    units = _PICTURE_UNITS[stream.codec_context.codec.canonical_name]
-    return BitStreamFilterContext(f"filter_units=pass_types={units}", stream)
-
-
 def _check_whole(path: str | Path, film: _Film, wanted: np.ndarray, *, are_timed: bool) -> None:
     """Raises: ClipError where frames that are wanted are damaged. wanted: their places, -1 for one without a picture."""
     are_there = bool((wanted >= 0).all())
     if are_there and not film.damaged(are_timed=are_timed)[wanted].any():
         return
-    if are_there and film.codec in _PICTURE_UNITS:
+    if are_there and film.codec in PICTURE_UNITS:
         bare = _decode(path, holds=False, without_notes=True)
         if bare.packets == film.packets and not bare.damaged(are_timed=are_timed)[wanted].any():
             return
@@ -350,7 +210,7 @@ def _taken(path: str | Path, film: _Film, wanted: np.ndarray) -> Iterator[tuple[
         return
     left = deque(wanted.tolist())
     with listening() as listener, open_video(path) as (container, stream):
-        decoding = _Decoding(container, stream, listener, without_notes=False)
+        decoding = Decoding(container, stream, listener, without_notes=False)
         for place, frame in enumerate(decoding):
             if place != left[0]:
                 continue

@@ -178,15 +178,21 @@ class _Reading:
             if h264.turns_pictures(data, extradata):
                 return "its pictures are turned within the stream"
             self._changes_pictures |= h264.changes_pictures(data, extradata)
+        elif not _is_key(self._codec, bytes(packet)):
+            return "it calls frames key frames that are none"
         if self._codec.startswith(_NEVER_CODED) and packet.size < _LEAST_PICTURE_NBYTES:
             return "some of its frames were never coded"
         if self._codec == "vp8" and not bytes(packet)[0] & 0x10:
             return "some of its pictures are not to be shown"
         return None
 
+    @property
+    def _has_matrix(self) -> bool:
+        return "Display Matrix" in self._container.dumps_format()  # type: ignore[attr-defined]
+
     def _is_mirrored(self) -> bool:
         """Whether pictures are shown otherwise than turned by right angles, which decord does as well."""
-        if "Display Matrix" not in self._container.dumps_format():  # type: ignore[attr-defined]
+        if not self._has_matrix:
             return False
         with open_video(self._path) as (container, stream):
             first = next(container.decode(stream), None)
@@ -194,6 +200,8 @@ class _Reading:
 
     def _other_pixels(self) -> str | None:
         coded = self._stream.codec_context
+        if self._has_matrix and not self._container.format.name.startswith("mov"):
+            return "decord does not turn files of its kind"
         if any(
             name.lower() == "rotate" for name in self._stream.metadata
         ):  # FFmpeg does not follow it any more
@@ -244,6 +252,18 @@ class _Reading:
             codec=self._codec,
             frame_bytes=3 * coded.width * coded.height,
         )
+
+
+def _is_key(codec: str, packet: bytes) -> bool:
+    """Whether a packet's picture needs no other, as far as its first byte tells (RFC 6386, 9.1; VP9, 6.2)."""
+    if codec == "vp8":
+        return not packet[0] & 1
+    if codec == "vp9":
+        is_profile_3 = packet[0] & 0x30 == 0x30
+        return not packet[0] & (
+            6 if is_profile_3 else 0xC
+        )  # it is shown for the first time, and is a key frame
+    return True
 
 
 def _loss(path: str | Path, reading: _Reading, missing_s: float) -> str | None:

@@ -13,7 +13,7 @@ _UNHEARD = logging.getLogger("libav")  # PyAV's
 
 
 @dataclass(frozen=True)
-class Complaint:
+class Message:
     """What a demuxer, parser or decoder, whose name is `source`, said."""
 
     source: str
@@ -30,12 +30,12 @@ class Listener:
     def __init__(self, captured: list[tuple[int, str, str]]) -> None:
         self._captured = captured
 
-    def take(self) -> list[Complaint]:
+    def take(self) -> list[Message]:
         """Return what was said since the last call. That a picture is concealed is a remark only, but counts."""
         import av
 
         found = [
-            Complaint(source, text.strip()[:160])
+            Message(source, text.strip()[:160])
             for level, source, text in self._captured
             if level <= av.logging.ERROR or text.startswith("concealing")
         ]

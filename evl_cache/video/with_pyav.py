@@ -40,16 +40,19 @@ def _frames_at(
     stream: "av.VideoStream",
     listener: Listener,
 ) -> Iterator["av.VideoFrame"]:
+    lands = False  # whether the next frame is the first after a seek
     at: int | None = None  # time of the last frame decoded
     decoding: Iterator[av.VideoFrame] = iter(())
     for time in wanted:
         key = packets.key_before(time)
         if at is None or key > at:
             container.seek(key, stream=stream, backward=True)
-            decoding = _decode(container, stream, wanted=frozenset(wanted))
+            decoding, lands = _decode(container, stream, wanted=frozenset(wanted)), True
         found: av.VideoFrame | None = None
         for frame in decoding:
-            at = frame.pts
+            if lands and not frame.key_frame:  # whatever the container calls it
+                raise Unsure
+            at, lands = frame.pts, False
             if frame.is_corrupt and (at is None or at >= key):
                 raise Unsure
             if at is None or at >= time:

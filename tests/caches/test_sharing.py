@@ -117,9 +117,8 @@ def test_push_to_a_bucket_killed_on_the_way_goes_on_and_pull_brings_back_the_sam
     assert differences(objects_of(url, source), files_of(source)) == []
     assert commands.run("push", source, f"{bucket}/pushed/", "--json", **s3).json["blocks_moved"] == 0
 
-    pid = commands.start("pull", url, tmp_path / "pulled", "--threads", 1, **s3)
-    wait_until((tmp_path / "pulled/done/000003.json").exists, what="the fourth mark in the directory")
-    commands.kill(pid)
+    pull_once = ("pull", url, tmp_path / "pulled", "--threads", 1)
+    commands.kill_stopped(commands.start(*pull_once, stops_with="pulled/done/000003.json", **s3))
     assert not (tmp_path / "pulled/manifest.json").exists()
     half = FeatureCache(tmp_path / "pulled")
     assert 4 <= half.num_blocks_done < 12
@@ -170,9 +169,8 @@ def test_pull_from_nginx_killed_in_a_file_fetches_no_finished_file_again(
     commands: Commands, web: Nginx, caches: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "a"
-    pid = commands.start("pull", f"{web.url}/caches/a", target, "--threads", 2)
-    wait_until((target / "done/000002.json").exists, what="the third mark")
-    commands.kill(pid)
+    pull_once = ("pull", f"{web.url}/caches/a", target, "--threads", 2)
+    commands.kill_stopped(commands.start(*pull_once, stops_with="done/000002.json"))
     finished = {p.relative_to(target).as_posix() for p in target.glob("*/c/**/0") if p.is_file()}
     before = len(web.requests())
     again = commands.run("pull", f"{web.url}/caches/a", target, "--threads", 8, "--json").json
@@ -218,9 +216,7 @@ def test_training_from_a_url_killed_on_the_way_gives_the_head_of_a_local_run(
     base = f"{bucket}/train" if kind == "s3" else f"{web.url}/caches"
     places = ["--cache", f"{base}/a", "--val-cache", f"{base}/v"]
     out = tmp_path / "run"
-    pid = commands.start("train", *places, "--out", out, *TRAIN, **s3)
-    wait_until((out / "last.pt").exists, what="a state to resume from")
-    commands.kill(pid)
+    commands.kill_stopped(commands.start("train", *places, "--out", out, *TRAIN, stops_with="last.pt", **s3))
     assert not (out / "head.safetensors").exists()
     resumed = commands.run("train", *places, "--out", out, *TRAIN, "--resume", **s3)
     assert resumed.status == 0, resumed
@@ -300,9 +296,8 @@ def test_a_part_comes_from_a_bucket_too_and_goes_on_where_it_was(
     caches: Path, tmp_path: Path, bucket: str, commands: Commands, s3: dict[str, str]
 ) -> None:
     push(caches / "a", f"{bucket}/part/a")
-    pid = commands.start("pull", f"{bucket}/part/a", tmp_path / "p", "--layers", "3-4", **s3)
-    wait_until((tmp_path / "p/done/000002.json").exists, what="the third mark")
-    commands.kill(pid)
+    pull_once = ("pull", f"{bucket}/part/a", tmp_path / "p", "--layers", "3-4")
+    commands.kill_stopped(commands.start(*pull_once, stops_with="p/done/000002.json", **s3))
     done = commands.run("pull", f"{bucket}/part/a", tmp_path / "p", "--layers", "3-4", "--json", **s3).json
     assert done["blocks"] == 12 and 0 < done["blocks_moved"] < 10
     pull(str(caches / "a"), str(tmp_path / "q"), layers=(3, 4))

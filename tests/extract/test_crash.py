@@ -19,7 +19,7 @@ import pytest
 from evl_cache.store import array_layouts, verify_cache
 from evl_cache.store.disk.publish import is_staging_name
 from evl_cache.store.format.layout import mark_path
-from tests.support.extraction_server import Server
+from tests.support.extraction_server import Server, reached
 from tests.support.store_helpers import (
     differences,
     extract_small,
@@ -32,7 +32,16 @@ from tests.support.store_helpers import (
     watched_changes,
 )
 
-KILLED_AT_A_CHANGE, KILLED_AT_A_MOMENT = 24, 12
+# How often in the suite, and in `make soak`.
+KILLED_AT_A_CHANGE, KILLED_AT_A_MOMENT = (16, 32), (8, 24)
+
+
+def often(times: tuple[int, int]) -> list[Any]:
+    """(number, of how many), for the suite and for the soak."""
+    suite, soak = times
+    return [(n, suite) for n in range(suite)] + [
+        pytest.param(n, soak, marks=pytest.mark.soak) for n in range(soak)
+    ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,23 +80,25 @@ def resumed(server: Server, cache: Path, whole: Whole) -> None:
     assert differences(tree(cache), whole.files) == []
 
 
-@pytest.mark.parametrize("seed", range(KILLED_AT_A_CHANGE))
+@pytest.mark.parametrize(("seed", "of"), often(KILLED_AT_A_CHANGE))
 def test_killed_at_a_random_change_of_the_disk(
-    store_server: Server, whole: Whole, tmp_path: Path, seed: int
+    store_server: Server, whole: Whole, tmp_path: Path, seed: int, of: int
 ) -> None:
     rng = random.Random(seed)
     # Spread over the job, so that each phase of a commit is met.
-    share = (seed + rng.random()) / KILLED_AT_A_CHANGE
+    share = (seed + rng.random()) / of
     kill_at = 1 + int(share * (whole.changes - 1))
     ended = store_server.run(tmp_path / "cache", kill_at=kill_at, kill_after=rng.random() < 0.5)
     assert ended.code == -signal.SIGKILL
     resumed(store_server, tmp_path / "cache", whole)
 
 
-@pytest.mark.parametrize("seed", range(KILLED_AT_A_MOMENT))
-def test_killed_at_a_random_moment(store_server: Server, whole: Whole, tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "of"), often(KILLED_AT_A_MOMENT))
+def test_killed_at_a_random_moment(
+    store_server: Server, whole: Whole, tmp_path: Path, seed: int, of: int
+) -> None:
     pid = store_server.start(tmp_path / "cache")
-    time.sleep(random.Random(seed).uniform(0.0, whole.seconds))
+    time.sleep((seed + random.Random(seed).random()) / of * whole.seconds)
     os.kill(pid, signal.SIGKILL)
     store_server.wait(pid)
     resumed(store_server, tmp_path / "cache", whole)
@@ -128,8 +139,9 @@ def test_sigterm_ends_the_job_and_it_goes_on_later(
     store_server: Server, whole: Whole, tmp_path: Path, polite: bool
 ) -> None:
     cache = tmp_path / "cache"
-    pid = store_server.start(cache, polite=polite, clip_s=0.1)
-    wait_until(lambda: (cache / "done" / "000000.json").exists(), what="the first block")
+    pid = store_server.start(cache, polite=polite, gates={5: str(tmp_path / "never")})
+    wait_until((cache / "done" / "000000.json").exists, what="the first block")
+    wait_until(reached(tmp_path / "never").exists, what="the second clip of the next")
     os.kill(pid, signal.SIGTERM)
     ended = store_server.wait(pid)
     assert ended.code == (128 + signal.SIGTERM if polite else -signal.SIGTERM)

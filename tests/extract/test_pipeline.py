@@ -21,7 +21,14 @@ from evl_cache.towers.backbone import Backbone
 from evl_cache.video import ClipHeader, DecodeOptions
 from evl_cache.video import pool as decode_pool
 from evl_cache.video.pool import DecodePool
-from tests.support.store_helpers import extract_small, make_clips, small_spec, small_tower
+from tests.support.store_helpers import (
+    extract_small,
+    load_clips,
+    make_clips,
+    small_spec,
+    small_tower,
+    wait_until,
+)
 
 
 class Prepared:
@@ -70,11 +77,8 @@ def test_no_more_clips_wait_than_memory_allows(clip_bytes: int, begun: int) -> N
     clips = ahead.of(range(100), likely_next=lambda: ())
     waiter = threading.Thread(target=next, args=(clips,))
     waiter.start()
-    for _ in range(100):
-        if len(ahead._ahead) >= begun - 1:
-            break
-        time.sleep(0.01)
-    time.sleep(0.02)
+    wait_until(lambda: len(ahead._ahead) >= begun - 1, what="so many are begun")
+    time.sleep(0.02)  # for more, if there were
     assert len(ahead._ahead) == begun - 1  # and the one that is waited for
     prepare.go_on.set()
     waiter.join()
@@ -120,7 +124,7 @@ def test_rows_made_on_a_stream_of_their_own_are_the_same_bytes(
 
 @pytest.mark.parametrize("slow", ["decoding", "transfer", "device"])
 def test_the_bottleneck_is_what_takes_long(motions: Path, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
-    clips = make_clips(motions / "more", count=4)
+    clips = load_clips(motions)
     tower = small_tower(motions)
     spec = small_spec(clips, tower)
     waited = StageSeconds()
@@ -128,15 +132,20 @@ def test_the_bottleneck_is_what_takes_long(motions: Path, monkeypatch: pytest.Mo
         Backbone(tower.visual, spec.stored_layers), spec, device=torch.device("cpu"), batch=2, waited=waited
     )
 
+    def pause() -> None:
+        """Longer than the other stages took: on a busy machine that may be long."""
+        time.sleep(0.1 + 3 * sum(seconds for name, seconds in waited.seconds.items() if name != slow))
+
     def decoded():
         for number in range(6):
-            time.sleep(0.05 if slow == "decoding" else 0)
+            if slow == "decoding":
+                pause()
             samples = torch.zeros(1, 4, 3, 32, 32)
             yield ClipRows(PreparedClip(record=ClipRecord(id=str(number)), samples=samples), 1)
 
     def slowed(method):
         def call(self, *arguments):
-            time.sleep(0.1)
+            pause()
             return method(self, *arguments)
 
         return call

@@ -1,6 +1,6 @@
 """Thousands of schedules of deaths, pauses, slow disks and duplicate takers: every block done, none doubled, none lost.
 
-The suite runs the first thousand, `make soak` those after them. A failure names its seed:
+The suite runs the first five hundred, `make soak` those after them. A failure names its seed:
 `EVL_CACHE_SIMULATION=SEED pytest tests/extract/test_simulation.py` runs that schedule alone, and
 `EVL_CACHE_SIMULATIONS=100000` so many of them.
 """
@@ -22,8 +22,8 @@ from tests.support.simulation import first_failure, simulate, simulate_redo
 from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
-SCHEDULES = int(os.environ.get("EVL_CACHE_SIMULATIONS", "1000"))
-SOAK_SCHEDULES = 5000
+SCHEDULES = int(os.environ.get("EVL_CACHE_SIMULATIONS", "500"))
+SOAK_SCHEDULES = 5500
 FIRST = int(os.environ.get("EVL_CACHE_SIMULATION_FIRST", "0"))
 PROCESSES = min(4, os.cpu_count() or 1)
 MUTANT_SCHEDULES = 2000
@@ -140,11 +140,11 @@ def _the_old_mark_goes_before_the_new_files_come(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
-    ("mutate", "first"),
+    ("mutate", "first"),  # first: as below
     [
         (_a_redo_is_published_whatever_it_lacks, 0),
-        (_a_redo_that_was_begun_is_not_noted, 555),
-        (_the_old_mark_goes_before_the_new_files_come, 0),
+        (_a_redo_that_was_begun_is_not_noted, 1440),
+        (_the_old_mark_goes_before_the_new_files_come, 10),
     ],
 )
 def test_a_broken_rule_of_redoes_is_noticed(
@@ -166,8 +166,8 @@ def _lost_blocks_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         (_locks_of_the_dead_stay, 0),
         (_a_lock_once_held_is_believed_in, 130),
         (_what_was_written_is_not_looked_at, 1950),
-        (_broken_marks_are_left, 4600),
-        (_nothing_is_synced, 0),
+        (_broken_marks_are_left, 4690),
+        (_nothing_is_synced, 300),
         (_the_mark_comes_first, 0),
         (_lost_blocks_are_forgotten, 0),
     ],

@@ -4,7 +4,6 @@ import errno
 import mmap
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from evl_cache.store.format.manifest import read_manifest
 from evl_cache.store.reading import sample_reader
 from tests.support.feature_caches import write_cache
 from tests.support.lying_disk import NO_HARD_LINKS, Fault, LyingDisk, lying_disk, needs_lying_disks
+from tests.support.store_helpers import wait_until
 
 
 @pytest.fixture
@@ -50,10 +50,8 @@ def test_an_open_file_without_a_name_is_seen_only_where_names_are_silly(disk: Ly
         file.write(b"still there")
         file.flush()
         assert os.fstat(file.fileno()).st_size == 11
-    until = time.monotonic() + 30  # Linux tells such a disk of a last close without waiting for its answer
-    while os.listdir(disk.path) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert os.listdir(disk.path) == []
+    # Linux tells such a disk of a last close without waiting for its answer.
+    wait_until(lambda: os.listdir(disk.path) == [], what="the name is gone with the last close")
 
 
 def test_a_fault_hits_the_calls_that_it_names(disk: LyingDisk) -> None:
@@ -106,8 +104,8 @@ def test_a_second_client_sees_sizes_late_and_contents_when_it_opens(tmp_path: Pa
     needs_lying_disks()
     backing = tmp_path / "backing"
     with (
-        lying_disk(backing, tmp_path / "one", attributes_s=5) as one,
-        lying_disk(backing, tmp_path / "two", attributes_s=5) as two,
+        lying_disk(backing, tmp_path / "one", attributes_s=600) as one,
+        lying_disk(backing, tmp_path / "two", attributes_s=600) as two,
     ):
         (one.path / "a").write_bytes(b"1")
         assert (two.path / "a").stat().st_size == 1

@@ -195,7 +195,7 @@ def check_files(bench: Bench, name: str, *, leftovers: bool = False) -> None:
 
     leftovers: of locks and staged files, which the disk did not let the jobs remove, may be there.
     """
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 30
     while wrong := differences(tree(bench.folder / name), bench.files):
         if leftovers and all(map(_is_leftover, wrong)):
             return

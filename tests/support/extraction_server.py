@@ -20,9 +20,17 @@ from evl_cache.processes.place import ProcessPlace
 from evl_cache.processes.rendezvous import PATIENCE_S, Rendezvous
 from evl_cache.store.writing.publication import BlockPublication
 from evl_cache.towers.tower import Tower
+from tests.support import warm_worker
 from tests.support.fork_server import ForkServer, serve
 from tests.support.network_hosts import Host
-from tests.support.store_helpers import extract_small, load_clips, small_spec, small_tower, watched_changes
+from tests.support.store_helpers import (
+    extract_small,
+    load_clips,
+    small_spec,
+    small_tower,
+    wait_until,
+    watched_changes,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +77,7 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     clips: only so many of the list. spec: changes to it. options: of the extraction. folder: other videos.
     kill_at: SIGKILL at this change (see CHANGES); kill_after: behind it, not before.
     file_limit: bytes of the largest file. polite: SIGTERM raises SystemExit. clip_s: pause after each clip.
+    gates: files by the number of a clip: behind that one, the child waits until the file is there; see `reached`.
     stop_before_link: SIGSTOP before the link whose target's name contains this, once.
     stop_before_publishing: SIGSTOP in the first commit, between the look at the lock and the first change.
     environment: as torchrun would set it. patience_s: with its rendezvous store.
@@ -91,7 +100,7 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
                 Path(job["cache"]),
                 spec=small_spec(clips, tower, **job.get("spec", {})),
                 folder=Path(job.get("folder", clips.source)),
-                on_clip=lambda failed: time.sleep(job.get("clip_s", 0)),
+                on_clip=_Gates(job),
                 rendezvous=Rendezvous.of_environment(
                     ProcessPlace.of_environment(),
                     on_lost=lost.append,
@@ -116,6 +125,26 @@ def _stop_before_publishing() -> None:
         real(self, *args)
 
     BlockPublication.publish_file = publish_file  # type: ignore[method-assign]
+
+
+def reached(gate: Path) -> Path:
+    """The file that a child makes when it has come to a gate."""
+    return gate.with_name(f"{gate.name} reached")
+
+
+class _Gates:
+    """Called after each clip: pauses, and waits at gates."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        self._clip_s, self._clips = job.get("clip_s", 0), 0
+        self._gates = {int(number): Path(gate) for number, gate in job.get("gates", {}).items()}
+
+    def __call__(self, failed: bool) -> None:
+        time.sleep(self._clip_s)
+        self._clips += 1
+        if (gate := self._gates.get(self._clips)) is not None:
+            reached(gate).touch()
+            wait_until(gate.exists, what=f"{gate} opens", timeout_s=120)
 
 
 class _Counter:
@@ -160,6 +189,7 @@ def _serve(folder: Path) -> None:
     clips = load_clips(folder)
     torch.set_num_threads(1)
     tower = small_tower(folder)
+    warm_worker.use_where_there()
     import decord  # noqa: F401  here, so that children need not
 
     serve(lambda job: _run_job(job, clips, tower))

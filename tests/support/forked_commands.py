@@ -3,11 +3,14 @@
 import json
 import os
 import signal
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tests.support.fork_server import ForkServer, serve
+from tests.support.store_helpers import is_stopped, wait_until, watched_changes
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,21 @@ class Commands(ForkServer):
         self._outputs: dict[int, Path] = {}
         super().__init__(__file__)
 
-    def start(self, *arguments: object, **environment: str) -> int:
+    def start(self, *arguments: object, stops_with: str = "", **environment: str) -> int:
+        """Start a command.
+
+        Args:
+            stops_with: end of a path: the child stops (SIGSTOP) as soon as it has given a file this name.
+        """
         self._count += 1
         out = self._folder / f"out-{self._count}"
         pid = self.fork(
-            {"argv": [str(a) for a in arguments], "environment": environment, "out": str(out.absolute())}
+            {
+                "argv": [str(a) for a in arguments],
+                "environment": environment,
+                "out": str(out.absolute()),
+                "stops_with": stops_with,
+            }
         )
         self._outputs[pid] = out
         return pid
@@ -48,6 +61,11 @@ class Commands(ForkServer):
 
     def run(self, *arguments: object, **environment: str) -> Ended:
         return self.wait(self.start(*arguments, **environment))
+
+    def kill_stopped(self, pid: int) -> None:
+        """Once the child has stopped."""
+        wait_until(lambda: is_stopped(pid), what="the child comes to the file that it stops with")
+        self.kill(pid)
 
     def kill(self, pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
@@ -61,7 +79,14 @@ def _run(job: dict[str, Any]) -> None:
     os.environ.update(job["environment"])
     from evl_cache_cli.main import main
 
-    main(job["argv"])
+    def saw(name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any:
+        result = call()
+        if name in ("link", "rename", "replace") and str(args[1]).endswith(job["stops_with"]):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return result
+
+    with watched_changes(saw) if job["stops_with"] else nullcontext():
+        main(job["argv"])
 
 
 def _serve() -> None:

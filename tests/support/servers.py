@@ -2,7 +2,9 @@
 
 import base64
 import contextlib
+import http.client
 import os
+import random
 import shutil
 import signal
 import socket
@@ -23,6 +25,7 @@ KEYS = {
     "AWS_SECRET_ACCESS_KEY": "test-secret-1a2b3c",
     "AWS_REGION": "us-east-1",
 }
+_IS_LOGGED = "/is-all-logged"
 USER, PASSWORD = "lab", "pa-ss-4d5e6f"
 _NGINX = """
 daemon off; pid {root}/nginx.pid; error_log {root}/error.log; worker_processes 1; {user}
@@ -54,13 +57,20 @@ class Nginx:
 
     def requests(self) -> list[str]:
         """Lines `GET /path bytes=a-b 206` so far."""
-        return self.log.read_text().splitlines()
+        # A request is logged after its answer has gone out, and before the next one is looked at.
+        with contextlib.closing(http.client.HTTPConnection(self.url.removeprefix("http://"))) as connection:
+            connection.request("GET", _IS_LOGGED)
+            connection.getresponse().read()
+        return [line for line in self.log.read_text().splitlines() if _IS_LOGGED not in line]
 
 
 def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    """A port that nobody has, out of those that the system gives to no connection of its own (from 32768 on)."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as found, contextlib.suppress(OSError):
+            found.bind(("127.0.0.1", port))
+            return port
 
 
 @contextlib.contextmanager
@@ -104,7 +114,7 @@ def nginx(root: Path, *, rate: str = "") -> Iterator[Nginx]:
         )
     finally:
         process.terminate()
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 @contextlib.contextmanager
@@ -128,7 +138,7 @@ def s3_server(log: Path) -> Iterator[str]:
         yield url
     finally:
         os.killpg(process.pid, signal.SIGKILL)
-        process.wait(timeout=20)
+        process.wait(timeout=60)
 
 
 def _wait_for(port: int, process: "subprocess.Popen[bytes]") -> None:
@@ -185,9 +195,9 @@ def faulty_server(root: Path) -> Iterator[FaultyServer]:
                 self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}")
             self.end_headers()
             sent = body if answer is None else answer
+            state.served.append((self.path, len(sent)))  # before who reads it goes on
             with contextlib.suppress(ConnectionError):
                 self.wfile.write(sent)
-            state.served.append((self.path, len(sent)))
             if len(sent) < len(body):
                 self.close_connection = True
 
@@ -202,7 +212,7 @@ def faulty_server(root: Path) -> Iterator[FaultyServer]:
             yield state
         finally:
             server.shutdown()
-            thread.join(timeout=20)
+            thread.join(timeout=60)
 
 
 def basic(user: str, password: str) -> str:

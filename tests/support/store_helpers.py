@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
@@ -147,11 +147,14 @@ def clear_mark(cache: Path, spec: CacheSpec, block: int) -> None:
 
 def tree(cache: Path) -> dict[str, bytes]:
     """Every file of a directory, hidden ones included, by relative name."""
-    return {
-        path.relative_to(cache).as_posix(): path.read_bytes()
-        for path in sorted(cache.rglob("*"))
-        if path.is_file()
-    }
+    found = {}
+    for path in sorted(cache.rglob("*")):
+        if path.is_file():
+            with suppress(
+                FileNotFoundError
+            ):  # such as one that lost its name while it was open, on a FUSE disk
+                found[path.relative_to(cache).as_posix()] = path.read_bytes()
+    return found
 
 
 def differences(found: Mapping[str, bytes], expected: Mapping[str, bytes]) -> list[str]:
@@ -176,7 +179,7 @@ def watched_changes(saw: Callable[[str, tuple[Any, ...], Callable[[], Any]], Any
             setattr(os, name, real[name])
 
 
-def wait_until(happened: Callable[[], bool], *, what: str, timeout_s: float = 30.0) -> None:
+def wait_until(happened: Callable[[], bool], *, what: str, timeout_s: float = 90.0) -> None:
     """Poll. Fails the test that waits in vain."""
     deadline = time.monotonic() + timeout_s
     while not happened():

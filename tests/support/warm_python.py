@@ -20,6 +20,7 @@ import tempfile
 import threading
 import traceback
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -42,6 +43,8 @@ _LOADED = (
 # Waits for the forked process in the place of it: little is imported, so that it starts at once.
 _CLIENT = """
 import json, os, signal, socket, sys
+numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)  # until it is known whom they are for
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 job = json.dumps(dict(argv=sys.argv[1:], directory=os.getcwd(), environment=dict(os.environ))).encode()
@@ -49,8 +52,14 @@ socket.send_fds(server, [len(job).to_bytes(4, "big")], [0, 1, 2])
 server.sendall(job)
 answers = server.makefile()
 pid = int(answers.readline())
-for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
-    signal.signal(number, lambda number, frame: os.kill(pid, number))
+def pass_on(number, frame):
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:  # it has ended, and its status is on the way
+        pass
+for number in numbers:
+    signal.signal(number, pass_on)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
 status = int(answers.readline())
 if status < 0:
     signal.signal(-status, signal.SIG_DFL) if -status != signal.SIGKILL else None
@@ -62,12 +71,29 @@ os._exit(status)
 @cache
 def warm_python() -> str:
     """Path of the stand-in; the process behind it starts with the first call, and ends with this one."""
+    address = start_server(__file__)
+    folder = address.parent
+    (folder / "client.py").write_text(_CLIENT.format(address=str(address)))
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{folder / "client.py"}" "$@"\n')
+    python.chmod(0o755)
+    return str(python)
+
+
+def start_server(script: str, **environment: str) -> Path:
+    """Start a process that forks at a socket; it ends with this one.
+
+    Args:
+        script: makes a `Server`, whose socket it is told, and prints `ready`.
+
+    Returns: the socket, in a folder of its own.
+    """
     folder = Path(tempfile.mkdtemp(prefix="evl-python-"))
     server = subprocess.Popen(
-        [sys.executable, __file__, str(folder / "socket")],
+        [sys.executable, script, str(folder / "socket")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"} | environment,
         cwd=ROOT,
     )
     assert server.stdin is not None and server.stdout is not None
@@ -80,14 +106,10 @@ def warm_python() -> str:
         shutil.rmtree(folder, ignore_errors=True)
 
     atexit.register(end)
-    (folder / "client.py").write_text(_CLIENT.format(address=str(folder / "socket")))
-    python = folder / "python"
-    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "{folder / "client.py"}" "$@"\n')
-    python.chmod(0o755)
-    return str(python)
+    return folder / "socket"
 
 
-class _Server:
+class Server:
     """Forks a child for each connection, tells its end there, and kills it when the other side is gone."""
 
     def __init__(self, address: str) -> None:
@@ -123,13 +145,16 @@ class _Server:
 
     def _fork(self) -> dict[str, Any] | None:
         connection, _ = self._listener.accept()
-        size, streams, _, _ = socket.recv_fds(connection, 4, 3)
-        if len(streams) < 3:  # whoever asked is gone again
+        # Streams: stdin, stdout, stderr, and what else is passed on.
+        size, streams, _, _ = socket.recv_fds(connection, 4, 8)
+        text = b""
+        while len(text) < int.from_bytes(size, "big") and (more := connection.recv(1 << 16)):
+            text += more
+        if len(streams) < 3 or len(text) < int.from_bytes(size, "big"):  # whoever asked was killed meanwhile
+            for held in streams:
+                os.close(held)
             connection.close()
             return None
-        text = b""
-        while len(text) < int.from_bytes(size, "big"):
-            text += connection.recv(1 << 16)
         pid = os.fork()
         if pid == 0:
             self._forget()
@@ -137,11 +162,15 @@ class _Server:
             for number, stream in enumerate(streams):
                 os.dup2(stream, number)
                 os.close(stream)
+            # Python's own know whether the server's could seek.
+            sys.stdin, sys.stdout = os.fdopen(0, closefd=False), os.fdopen(1, "w", closefd=False)
+            sys.stderr = os.fdopen(2, "w", 1, errors="backslashreplace", closefd=False)
             job: dict[str, Any] = json.loads(text)
             return job
         for stream in streams:
             os.close(stream)
-        connection.sendall(f"{pid}\n".encode())
+        with suppress(OSError):  # it was killed by now: the selector will tell
+            connection.sendall(f"{pid}\n".encode())
         self._children[pid] = connection
         self._selector.register(connection, selectors.EVENT_READ, pid)
         return None
@@ -171,12 +200,15 @@ def _run(job: dict[str, Any]) -> None:
     """Do what Python does with these arguments."""
     import torch
 
+    from tests.support import warm_worker
+
     os.environ.clear()
     os.environ.update(job["environment"])
     os.chdir(job["directory"])
     if threads := os.environ.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    warm_worker.use_where_there()
     arguments = job["argv"]
     while arguments[0] in ("-u", "-W"):
         if arguments.pop(0) == "-W":
@@ -196,11 +228,11 @@ def _run(job: dict[str, Any]) -> None:
         runpy.run_path(arguments[0], run_name="__main__")
 
 
-def _end_with(job: dict[str, Any]) -> None:
-    """Run a job and end as Python does, but that memory is not taken apart, which would take a second or two."""
+def end_with(work: Callable[[], None]) -> None:
+    """Do the work and end as Python does, but that memory is not taken apart, which would take a second or two."""
     status = 1
     try:
-        _run(job)
+        work()
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -219,8 +251,8 @@ def _end_with(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     for name in _LOADED:
         importlib.import_module(name)
-    server = _Server(sys.argv[1])
+    server = Server(sys.argv[1])
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     if (job := server.next_job()) is not None:
-        _end_with(job)
+        end_with(lambda: _run(job))

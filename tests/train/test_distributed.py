@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import socket
 import subprocess
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.runs.directory import load_state
 from evl_cache.train.stage import TrainOptions, train
 from tests.support.feature_caches import VIEWS, write_cache
+from tests.support.servers import free_port
 from tests.support.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,13 +75,10 @@ def caches(tmp_path_factory):
 
 def start(world, caches, jobs, folder):
     """Have `world` processes do jobs one after the other. Returns: exit codes; reports by job, then rank."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
     folder.mkdir()
     common = {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world),
         "PYTHONPATH": str(ROOT),
     }

@@ -85,14 +85,32 @@ def test_the_matrix_of_an_mp4_comes_with_its_frames(tmp_path):
 
 
 def test_the_matrix_of_a_matroska_file_comes_with_its_frames(tmp_path):
-    path = tmp_path / "rolled.mkv"
+    rolled = write_rolled(tmp_path / "rolled.mkv", 90)
+    assert display_matrix(first_frame(rolled))[:5] == (0, -ONE, 0, ONE, 0)
+
+
+def write_rolled(path, degrees):
+    pictures = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), dtype=np.uint8)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25, width=96, height=64, pix_fmt="yuv420p")
-        stream.set_display_rotation(90)
-        for _ in range(3):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 96, 3), np.uint8))))
+        stream = container.add_stream("libx264", rate=25, width=96, height=64, pix_fmt="yuv420p")
+        stream.set_display_rotation(degrees)
+        for picture in pictures:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture)))
         container.mux(stream.encode())
-    assert display_matrix(first_frame(path))[:5] == (0, -ONE, 0, ONE, 0)
+    return path
+
+
+@pytest.mark.parametrize(("degrees", "turns"), [(90, 1), (180, 2), (-90, 3)])
+@pytest.mark.parametrize("decoder", ["auto", "pyav"])
+def test_a_matroska_file_is_turned_which_decord_does_not_do(tmp_path, decoder, degrees, turns):
+    plain, rolled = write_rolled(tmp_path / "plain.mkv", 0), write_rolled(tmp_path / "rolled.mkv", degrees)
+
+    def frames_of(path):
+        return decode_clip(
+            path, lambda count: np.arange(count)[None], options=DecodeOptions(decoder=decoder)
+        ).frames
+
+    assert np.array_equal(frames_of(rolled), np.rot90(frames_of(plain), turns, (1, 2)))
 
 
 @pytest.mark.parametrize("decoder", ["auto", "pyav"])
