@@ -35,9 +35,14 @@ def shown(line: str) -> str:
     return escaped(line)
 
 
+def say(line: object, *, err: bool = False) -> None:
+    """Print one line; what a terminal would act on, as in names, stands as an escape."""
+    click.echo(shown(str(line)), err=err)
+
+
 def say_failure(name: object, reason: str) -> None:
     """Say on stderr that a file or clip failed; the line names it once."""
-    click.echo(shown(f"failed: {name}: {reason_alone(reason, str(name))}"), err=True)
+    say(f"failed: {name}: {reason_alone(reason, str(name))}", err=True)
 
 
 def write_csv(file: TextIO, rows: Iterable[Sequence[object]]) -> None:

@@ -9,7 +9,7 @@ import click
 
 from evl_cache.extract_options import Role, default_batch, options_with
 
-from .common import Command, default_device, human_bytes, print_json
+from .common import Command, default_device, human_bytes, print_json, say
 from .extract_flags import decoding_of, extract_flags, make_request
 
 if TYPE_CHECKING:
@@ -67,29 +67,29 @@ def command(
         print_json(report if cluster is None else report | {"assumed": asdict(assumptions)})
         return 0
     for row in found:
-        click.echo(
+        say(
             f"{row.split}: {row.clips} clips, {row.samples} samples, {row.files} files, about "
             f"{human_bytes(row.expected_bytes)} ({human_bytes(row.raw_bytes)} before the codec) -> {row.cache}"
         )
         if row.measured_bytes is not None and row.measured_seconds is not None:
-            click.echo(
+            say(
                 f"  measured on a few clips: {human_bytes(row.measured_bytes)}, {row.measured_seconds / 3600:.2f} h"
             )
         if row.cluster is not None:
             _say_cluster(row.cluster)
     if cluster is not None:
         named = ", ".join(f"{name}={value:g}" for name, value in asdict(assumptions).items())
-        click.echo(f"assumed, not measured: {named}")
+        say(f"assumed, not measured: {named}")
     return 0
 
 
 def _say_cluster(costs: ClusterCosts) -> None:
     stages = ", ".join(f"{name} {hours:.2f} h" for name, hours in costs.hours.items())
-    click.echo(
+    say(
         f"  {costs.devices} devices, on paper: {costs.device_hours:.1f} device-hours, {costs.core_hours:.1f} core-hours; "
         f"{costs.total_hours:.2f} h, limited by {costs.limited_by} ({stages})"
     )
-    click.echo(
+    say(
         f"  rates then: disk {costs.disk_gb_s:.2f} GB/s, a node's network {costs.network_gbit_s:.2f} Gbit/s; "
         f"reading all of it once: {costs.epoch_hours:.2f} h of that disk"
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import click
 
-from .common import Command, default_device, existing_lines, print_json, tell_rules
+from .common import Command, default_device, existing_lines, print_json, say, tell_rules
 
 EXAMPLES = """
 evl-cache eval --cache caches/mine --run runs/fold1
@@ -45,7 +45,7 @@ def command(
     if as_json:
         print_json({"run": str(run), "cache": opened.place, **asdict(result)})
     else:
-        click.echo(
+        say(
             f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.val_clips} clips; "
             f"loss {result.loss:.4f}, {result.clips_per_s:.1f} samples/s"
         )

@@ -11,7 +11,7 @@ from evl_cache.extract_options import EXTRACT_OPTIONS, Role, default_batch, opti
 from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
-from .common import Command, default_device, human_bytes, print_json, say_failure, say_outage, shown
+from .common import Command, default_device, human_bytes, print_json, say, say_failure, say_outage, shown
 from .extract_flags import decoding_of, extract_flags, make_request
 from .mode_option import mode_option
 
@@ -94,7 +94,7 @@ def command(
         if result.sources_in_doubt and (check_sources or retry_doubtful):
             wrong.append(result.sources_in_doubt)
         elif result.sources_in_doubt and place.is_first:
-            click.echo(shown(result.sources_in_doubt), err=True)
+            say(result.sources_in_doubt, err=True)
         if not place.is_first:
             _say_share(place, job, result)
             continue
@@ -106,7 +106,7 @@ def command(
     if as_json and place.is_first:
         print_json({"caches": reports})
     for reason in wrong:
-        click.echo(shown(reason), err=True)
+        say(reason, err=True)
     return 1 if wrong else _status(place, [report for report in reports if report["failed"]])
 
 
@@ -137,7 +137,7 @@ def _say_result(report: dict[str, Any]) -> None:
     nothing = "nothing to do, " if report["was_done"] else ""
     examined = report["clips_doubtful"] + report["clips_cleared"]
     frames = f"{report['clips_doubtful']} of {examined} examined were doubtful, " if examined else ""
-    click.echo(
+    say(
         f"{report['cache']}: {nothing}{frames}{report['clips']} clips, {report['failed']} failed, "
         f"{human_bytes(report['bytes'])}, {report['seconds']:.1f} s, digest {report['cache_digest'][:16]}"
     )
@@ -145,7 +145,7 @@ def _say_result(report: dict[str, Any]) -> None:
 
 def _say_share(place: ProcessPlace, job: ExtractionJob, result: ExtractResult) -> None:
     """What a process that is not the first did of a cache."""
-    click.echo(
+    say(
         f"process {place.rank} of {place.world}: {result.clips_done_here} of {result.clips} clips of {job.cache_path}, "
         f"{result.seconds:.1f} s",
         err=True,
@@ -153,7 +153,7 @@ def _say_share(place: ProcessPlace, job: ExtractionJob, result: ExtractResult) -
 
 
 def _say_lost(reason: str) -> None:
-    click.echo(f"the rendezvous is lost ({reason}); going on by the locks on the disk", err=True)
+    say(f"the rendezvous is lost ({reason}); going on by the locks on the disk", err=True)
 
 
 def _status(place: ProcessPlace, failed: list[dict[str, Any]]) -> int:
@@ -161,7 +161,7 @@ def _status(place: ProcessPlace, failed: list[dict[str, Any]]) -> int:
     if not failed:
         return 0
     looks = [command_line(("evl-cache", "info", "--failures"), report["cache"]) for report in failed]
-    click.echo(
+    say(
         f"{sum(report['failed'] for report in failed)} clips failed; see {', '.join(filter(None, looks)) or 'the failures'}, "
         "mend them and use --retry-failed",
         err=True,
@@ -174,7 +174,7 @@ def _say_job(job: ExtractionJob, options: ExtractOptions) -> None:
     from evl_cache.extract.older_rule import told_of_rule
 
     if job.clips.passed_over:
-        click.echo(
+        say(
             shown(
                 f"{job.clips.source}: passed over {describe_passed_over(job.clips.passed_over)}, "
                 "no videos by their endings; --dataset list takes files of any ending"
@@ -182,14 +182,14 @@ def _say_job(job: ExtractionJob, options: ExtractOptions) -> None:
             err=True,
         )
     t = job.tower.spec
-    click.echo(
+    say(
         f"{t.model} ({t.pretrained}), {t.image_size} pixels, patch {t.patch_size}, "
         f"{'QuickGELU' if t.quick_gelu else 'GELU'}, mean {_numbers(t.mean)}, std {_numbers(t.std)}; "
         f"layers {format_layers(job.spec.layers)}, {job.spec.views.frames} frames -> {job.cache_path}",
         err=True,
     )
     if told := told_of_rule(job, options):
-        click.echo(shown(told), err=True)
+        say(told, err=True)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import Command, existing_lines
+from .common import Command, existing_lines, say
 
 EXAMPLES = """
 evl-cache import-head k400_vitb16_8f_dec4x768.pth --out runs/official
@@ -37,7 +37,7 @@ def command(
         classes=None if classes is None else tuple(existing_lines(classes)),
     )
     c = head.config
-    click.echo(
+    say(
         f"{out}: decoder of {c['num_layers']} layers, {c['num_heads']} heads, width {c['width']}, "
         f"{c['num_frames']} frames, {c['num_classes']} classes"
     )

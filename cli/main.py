@@ -1,5 +1,6 @@
 """`evl-cache`: the commands, found by name and loaded when called, so that `--help` answers at once."""
 
+import contextlib
 import importlib
 import io
 import os
@@ -97,9 +98,11 @@ def main(args: list[str] | None = None) -> None:
     # Before torch is loaded: threads that spin while others (decoders, encoders, another job) hold the core made
     # small operations three times slower on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding has not ends no command
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    # A name that the terminal's encoding has not ends no command; Python does so for stderr by itself. A stream that
+    # cannot be told so stays as it is.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with contextlib.suppress(OSError):
+            sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = cli.main(args=args, prog_name="evl-cache", standalone_mode=False)
     except click.exceptions.Abort:

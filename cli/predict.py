@@ -10,7 +10,7 @@ import click
 from evl_cache.errors import reason_alone
 from evl_cache.extract_options import Role, options_with
 
-from .common import Command, default_device, print_json, say_failure, say_outage, shown, write_csv
+from .common import Command, default_device, print_json, say, say_failure, say_outage, write_csv
 from .extract_flags import decoding_of, extract_flags
 
 EXAMPLES = """
@@ -57,10 +57,8 @@ def command(
 
     device = default_device(device)
     if others := count_passed_over(videos):
-        click.echo(
-            shown(
-                f"passed over {describe_passed_over(others)}, no videos by their endings; files that are named are taken"
-            ),
+        say(
+            f"passed over {describe_passed_over(others)}, no videos by their endings; files that are named are taken",
             err=True,
         )
     found = predict(
@@ -94,9 +92,9 @@ def command(
         )
     elif csv_path != "-":
         for video, labels in labelled:
-            click.echo(shown(video))
+            say(video)
             for name, value in labels:
-                click.echo(shown(f"  {100 * value:6.2f} %  {name}"))
+                say(f"  {100 * value:6.2f} %  {name}")
     for failed, reason in found.failures:
         say_failure(failed, reason)
     return 3 if found.failures else 0

@@ -6,7 +6,7 @@ import click
 
 from evl_cache.progress_lines import clip_progress
 
-from .common import Command
+from .common import Command, say
 
 EXAMPLES = """
 evl-cache render motions --root data/motions
@@ -52,5 +52,5 @@ def command(
     total = len(BENCHMARKS[name].classes) * (train_clips + val_clips)
     with clip_progress(total, f"render {name}") as on_clip:
         render(name, root, options=options, on_clip=lambda done, all_of_them: on_clip(False))
-    click.echo(f"{root}: {total} clips of {len(BENCHMARKS[name].classes)} classes")
+    say(f"{root}: {total} clips of {len(BENCHMARKS[name].classes)} classes")
     return 0

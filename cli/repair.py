@@ -12,7 +12,7 @@ import click
 from evl_cache.extract_options import Role, options_with
 from evl_cache.progress_lines import clip_progress
 
-from .common import Command, default_device, print_json, say_outage, shown
+from .common import Command, default_device, print_json, say, say_outage
 from .extract_flags import decoding_of, extract_flags
 
 if TYPE_CHECKING:
@@ -68,19 +68,19 @@ def command(
     else:
         _render(cache, result)
     for reason in result.not_redone:
-        click.echo(shown(reason), err=True)
+        say(reason, err=True)
     return 1 if result.not_redone else 0
 
 
 def _render(cache: Path, result: RepairResult) -> None:
     for problem in result.problems:
-        click.echo(shown(f"was damaged: {problem.reason}"), err=True)
+        say(f"was damaged: {problem.reason}", err=True)
     if result.blocks_redone and result.environment_differs:
-        click.echo(
+        say(
             f"the cache digest changes, features agree within rounding only: {'; '.join(result.environment_differs)}",
             err=True,
         )
-    click.echo(
+    say(
         f"{cache}: {len(result.problems)} problems, {len(result.files_restored)} files restored, "
         f"{len(result.blocks_redone)} blocks redone; digest {result.cache_digest_after or '(not complete)'}"
     )

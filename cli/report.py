@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import Command, print_json
+from .common import Command, print_json, say
 
 EXAMPLES = """
 evl-cache report runs/fold1
@@ -30,5 +30,5 @@ def command(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> int:
     if as_json:
         print_json({"page": str(report.page), "pictures": [str(path) for path in report.pictures]})
     else:
-        click.echo(f"{report.page}: open it in a browser; {len(report.pictures)} pictures beside it")
+        say(f"{report.page}: open it in a browser; {len(report.pictures)} pictures beside it")
     return 0

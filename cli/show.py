@@ -6,7 +6,7 @@ import click
 
 from evl_cache.extract_options import Role, options_with
 
-from .common import Command, default_device, existing_lines, print_json, shown
+from .common import Command, default_device, existing_lines, print_json, say
 from .extract_flags import decoding_of, extract_flags
 
 EXAMPLES = """
@@ -102,5 +102,5 @@ def command(
     if as_json:
         print_json({"written": str(made)})
     else:
-        click.echo(shown(str(made)))
+        say(made)
     return 0

@@ -27,7 +27,7 @@ from .cache_flags import (
     precision_flag,
     trust_flag,
 )
-from .common import Command, Function, default_device, print_json, say_outage
+from .common import Command, Function, default_device, print_json, say, say_outage
 
 if TYPE_CHECKING:
     from evl_cache.sweep.grid import SweepRun
@@ -139,7 +139,7 @@ def command(grid: Path | None, **given: Any) -> int:
     try:
         return _sweep(flags, runs)
     except Interrupted as stop:
-        click.echo(f"error: {stop}", err=True)
+        say(f"error: {stop}", err=True)
         return 128 + stop.signal_number
 
 
@@ -152,7 +152,7 @@ def _sweep(flags: SweepFlags, runs: Sequence[SweepRun]) -> int:
 
     data = flags.find(needs_of([run.options for run in runs]))
     out = flags.out or new_run_directory(data.train.name, "sweep")
-    click.echo(f"{data.train.name}: {len(runs)} runs -> {out}", err=True)
+    say(f"{data.train.name}: {len(runs)} runs -> {out}", err=True)
     with nullcontext() if flags.out else removed_if_empty(out):
         result = sweep(
             data.train,
@@ -171,7 +171,7 @@ def _sweep(flags: SweepFlags, runs: Sequence[SweepRun]) -> int:
         print_json({"sweep": str(out), **asdict(result)})
     else:
         _show(out, result)
-        click.echo(page)
+        say(page)
     return 3 if any(row.status == "diverged" for row in result.runs) else 0
 
 
@@ -203,15 +203,13 @@ def _report(out: Path, result: SweepResult) -> str:
 def _show(out: Path, result: SweepResult) -> None:
     """The table, the best first; then what ended early."""
     width = max((len(group.group) for group in result.groups), default=4)
-    click.echo(f"{'':{width}}   top-1 %          top-5 %  parameters  ms a step  runs")
+    say(f"{'':{width}}   top-1 %          top-5 %  parameters  ms a step  runs")
     for g in result.groups:
         spread = "" if g.deviation is None else f" ± {g.deviation:.2f}"
-        click.echo(
+        say(
             f"{g.group:{width}}  {g.top1:6.2f}{spread:9}  {g.top5:6.2f}  {g.parameters:12,}  {g.ms_per_step:9.1f}  {g.runs:4}"
         )
     for row in result.runs:
         if row.status == "diverged":
-            click.echo(f"{row.name}: {row.error}", err=True)
-    click.echo(
-        f"{out}: {len(result.passes)} pass{'es' if len(result.passes) != 1 else ''}, {result.seconds:.1f} s"
-    )
+            say(f"{row.name}: {row.error}", err=True)
+    say(f"{out}: {len(result.passes)} pass{'es' if len(result.passes) != 1 else ''}, {result.seconds:.1f} s")

@@ -13,7 +13,7 @@ from evl_cache.errors import UsageError
 from evl_cache.extract_options import Role, options_with
 from evl_cache.progress_lines import StepProgress, step_progress
 
-from .common import default_device, print_json, say_failure, say_outage, shown
+from .common import default_device, print_json, say, say_failure, say_outage
 from .extract_flags import decoding_of, make_request
 from .training_flags import TrainCommand, TrainFlags, refuse_online_options, train_flags
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from evl_cache.processes import Processes
     from evl_cache.train import TrainOptions, TrainResult
 
+_MOST_FAILURES_SAID = 5
 _DECODING = ("decoder", "tolerate_bad_frames", "clip_timeout")
 EXAMPLES = """
 evl-cache train --dataset folder --head decoder4
@@ -45,7 +46,7 @@ def command(**given: Any) -> int:
         with processes_of_environment(device, timeout_s=flags.rank_timeout) as processes:
             return _train(flags, flags.train_options(device), processes)
     except Interrupted as stop:
-        click.echo(f"error: {stop}", err=True)
+        say(f"error: {stop}", err=True)
         return 128 + stop.signal_number
     except ToldElsewhere:
         return 2
@@ -63,14 +64,14 @@ def _train(flags: TrainFlags, options: TrainOptions, processes: Processes) -> in
         return status
     from evl_cache.runs.tables import worst_classes
 
-    click.echo(
+    say(
         f"{out}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.val_clips} clips; "
         f"best {result.best_top1:.2f} % in epoch {result.best_epoch}; "
         f"{result.epochs} epochs, {result.clips_per_s:.1f} clips/s, {result.seconds:.1f} s"
     )
     for row in worst_classes(out):
         instead = f", mostly taken for {row.mistaken_for}" if row.mistaken_for else ""
-        click.echo(shown(f"  {row.top1:6.2f} % of {row.clips} clips: {row.name}{instead}"))
+        say(f"  {row.top1:6.2f} % of {row.clips} clips: {row.name}{instead}")
     return status
 
 
@@ -121,8 +122,10 @@ def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
             on_wait=say_outage,
             processes=processes,
         )
-    for clip, reason in failed[:5]:
+    for clip, reason in failed[:_MOST_FAILURES_SAID]:
         say_failure(clip, reason)
+    if len(failed) > _MOST_FAILURES_SAID:
+        say(f"{len(failed)} clips failed; the first {_MOST_FAILURES_SAID} are named", err=True)
     return out, 3 if result.skipped_clips else 0, result
 
 
@@ -142,5 +145,5 @@ def _out(flags: TrainFlags, name: str, processes: Processes) -> Iterator[Path]:
     )
     with removed_if_empty(out) if made and is_first else nullcontext():
         if is_first:
-            click.echo(f"{name} -> {out}", err=True)
+            say(f"{name} -> {out}", err=True)
         yield out

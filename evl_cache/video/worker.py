@@ -141,9 +141,8 @@ def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str | 
 def _enter(folder: str) -> None:
     """Make paths relative to a folder, as they are in the parent, which may have changed its own since it began."""
     if folder:
-        with contextlib.suppress(
-            OSError
-        ):  # it was removed, or is named too long: then the process stays where it began
+        # Where it was removed, or its name is too long, the process stays where it began.
+        with contextlib.suppress(OSError):
             os.chdir(folder)
 
 

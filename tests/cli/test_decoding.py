@@ -213,7 +213,6 @@ def test_any_name_is_labelled_as_a_file_or_refused_with_a_reason(tree: Callable[
     assert {Path(video["video"]).name for video in report["videos"]} > set(NAMES)
 
 
-@pytest.mark.xfail(strict=True, reason="decoders are given relative names as they are")
 def test_a_relative_name_is_no_address(tree: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tree(*NAMES)
     for place in ("one", "two"):

@@ -615,6 +615,7 @@ def loader_of(folder: Path, **more: Any) -> OnlineLoader:
         device=torch.device("cpu"),
         batch=4,
         shuffle_seed=None,
+        decode=decode_frames,
         workers=2,
         processes=Processes(),
         **more,
