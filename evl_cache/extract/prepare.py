@@ -92,22 +92,21 @@ def prepare_clip(
     return around.patiently(attempt)
 
 
-def _believed(
-    decoded: Callable[[], tuple[PreparedClip, str | None]], check_unchanged: Callable[[], None]
-) -> PreparedClip:
+def _believed(decoded: Callable[[], PreparedClip], check_unchanged: Callable[[], None]) -> PreparedClip:
     """Decode a clip, and where a decoder complained, until it did twice, or was content twice.
 
     It complains of a disk that fails beneath it, too, and of real damage not always.
 
     Args:
-        decoded: returns the clip, and what a decoder complained of.
+        decoded: returns the clip, or a record of what a decoder complained of.
         check_unchanged: reads the file again.
 
     Raises: Outage as `check_unchanged` does.
     """
     outcomes: Counter[str | None] = Counter()
     while True:
-        prepared, complaint = decoded()
+        prepared = decoded()
+        complaint = prepared.record.error
         if complaint is None and not outcomes:
             return prepared
         if complaint is not None:
@@ -124,12 +123,12 @@ def _decoded(
     tower: TowerSpec,
     views: ViewSpec,
     drawn: Sequence[int],
-) -> tuple[PreparedClip, str | None]:
-    """A clip decoded once, and what a decoder complained of, whether or not another one could decode it."""
+) -> PreparedClip:
+    """A clip decoded once."""
     try:
         header, samples = _crop(events, clip, tower, views, drawn)
     except ClipError as error:
-        return PreparedClip(record=replace(source, error=str(error)), samples=None), str(error)
+        return PreparedClip(record=replace(source, error=str(error)), samples=None)
     record = replace(
         source,
         frame_size=header.frame_size,
@@ -137,7 +136,7 @@ def _decoded(
         indices=tuple(tuple(int(i) for i in view) for view in header.indices),
         decoder=header.decoder,
     )
-    return PreparedClip(record=record, samples=samples), header.complaint
+    return PreparedClip(record=record, samples=samples)
 
 
 def _crop(

@@ -1,13 +1,13 @@
 """Read frames from video files. No other room imports decord or torchcodec, or decodes with PyAV.
 
-Frame n of a file is the n-th picture that a decode of its best video stream from the start shows. Where the packets of a
-file prove that a decoder which seeks serves just that, decord does, which is fast, or PyAV; all other files, and all that
-a decoder complains of, are decoded from their start. A process that uses torch must import it before this room decodes,
-as their bundled libraries clash otherwise.
+Frame n of a file is the n-th picture that a decode of its best video stream from the start shows. PyAV seeks where the
+packets of a file prove that this gives the same; all other files, and all of which it complains, are decoded from their
+start. decord and torchcodec serve who asks for them, likewise only where that is proved. A process that uses torch must
+import it before this room decodes, as their bundled libraries clash otherwise.
 T frames asked for, H and W source pixels.
 """
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +19,12 @@ from evl_cache.video.frames import (
     DecodedClip,
     DecodeOptions,
     FrameEvent,
-    has_decord,
-    read_through,
     reason_of,
 )
 from evl_cache.video.linear import linear_frames
 from evl_cache.video.packets import Packets, read_packets
 from evl_cache.video.proof import frames_proved, proves_frames
-from evl_cache.video.with_decord import decord_frames, is_too_large, why_not_decord
+from evl_cache.video.with_decord import decord_frames, why_not_decord
 from evl_cache.video.with_pyav import Unsure, seek_frames
 from evl_cache.video.with_torchcodec import torchcodec_frames
 
@@ -102,16 +100,11 @@ def _decoded(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterat
         )
         yield from torchcodec_frames(path, choose, options, packets)
         return
-    reason = why_not_decord(path, packets)
     if options.decoder == "decord":
-        _trust(path, "decord", reason)
+        _trust(path, "decord", why_not_decord(path, packets))
         yield from decord_frames(path, choose, options, packets)
         return
-    takes_decord = options.decoder == "auto" and has_decord() and reason is None
-    if takes_decord and not is_too_large(path, packets):
-        if (yield from _believed(path, choose, options, packets)):
-            return
-    elif packets.unproved is None:
+    if packets.unproved is None:
         try:
             yield from seek_frames(path, choose, packets)
         except Unsure:
@@ -125,27 +118,6 @@ def _trust(path: str | Path, decoder: str, reason: str | None) -> None:
     """Raises: ClipError where there is a reason why a decoder may serve other frames than it is asked for."""
     if reason is not None:
         raise ClipError(f"{path}: {decoder} may serve other frames of it ({reason}); use --decoder auto")
-
-
-def _believed(
-    path: str | Path, choose: Choose, options: DecodeOptions, packets: Packets
-) -> Generator[FrameEvent, None, bool]:
-    """Yield decord's frames, and return whether they can be believed.
-
-    A disk that fails for a moment looks like damage, and of real damage decord does not always tell. Which decoder read a
-    clip is recorded, so a complaint decides only when it is made twice of three times.
-    """
-    complaints = successes = 0
-    while complaints < 2:
-        try:
-            yield from decord_frames(path, choose, options, packets)
-            successes += 1
-            if complaints == 0 or successes == 2:
-                return True
-        except ClipError:
-            complaints += 1
-            read_through(path)
-    return False
 
 
 def decode_clip(path: str | Path, choose: Choose, *, options: DecodeOptions | None = None) -> DecodedClip:

@@ -7,11 +7,10 @@ import importlib.util
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from evl_cache.errors import NO_SUCH_FILE, Outage, UsageError
+from evl_cache.errors import UsageError
 from evl_cache.spec import DECODERS, SOFTWARE_PIXELS
 
 # Frames are passed on in pieces of about this size, so that memory does not grow with their number.
@@ -32,14 +31,12 @@ class ClipHeader:
         num_frames_in_file: as the decoder counts them.
         frame_size: (H, W), upright.
         decoder: library that decodes, with its version.
-        complaint: what another decoder, which was tried before, failed of; None where that is known to be the file's.
     """
 
     indices: np.ndarray
     num_frames_in_file: int
     frame_size: tuple[int, int]
     decoder: str
-    complaint: str | None = None
 
     @property
     def distinct(self) -> np.ndarray:
@@ -83,8 +80,8 @@ class DecodeOptions:
     """How clips are decoded.
 
     Attributes:
-        decoder: `decord`, `pyav`, `torchcodec`, or `auto`: decord, and PyAV where decord is not installed, cannot read
-            the file, reports damage, may miss damage (HEVC), or would hold the whole file in memory (large videos).
+        decoder: `auto` and `pyav` are PyAV; `decord` and `torchcodec` refuse files of which it is not proved that they
+            serve the same frames.
         tolerate_bad_frames: whether to take what a decoder puts in place of damaged frames, instead of failing the clip.
         device: where torchcodec decodes; the others use the CPU.
 
@@ -166,14 +163,3 @@ def reason_of(error: BaseException) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     return _TIME_OF_DAY.sub("", text.split("] ", 1)[-1][:200])
-
-
-def read_through(path: str | Path) -> None:
-    """Read a file to its end, if there is one. Raises: Outage where that fails, whatever a decoder said of it."""
-    try:
-        with open(path, "rb", buffering=0) as file:
-            while file.read(1 << 20):
-                pass
-    except OSError as error:
-        if error.errno not in NO_SUCH_FILE:
-            raise Outage.of(f"{path}: cannot be read", error, remedy="bring the disk back") from error

@@ -5,7 +5,6 @@ count as damaged until a key frame that needs nothing before it. So a clip is re
 whatever is wrong with others, and whoever else tried to decode it.
 """
 
-from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -70,8 +69,9 @@ class _Film:
         packets: for each picture in the order in which they are shown, the number of its packet.
         times: likewise their times, in the stream's units; None where there is none.
         matrices: likewise the display matrix that holds for them.
-        keys: numbers of the packets that need nothing before them.
-        recovery_points: those of `keys` before which others may be needed for pictures that are shown earlier.
+        called_keys: numbers of the packets that are said to need nothing before them.
+        keys: those of which the decoder says so, too.
+        recovery_points: those before which others may be needed for pictures that are shown earlier.
         begins_whole: whether nothing was cut away before the first packet, as far as can be told.
         complaints: what FFmpeg said.
         frames: the pictures; None where they would take too much memory.
@@ -82,6 +82,7 @@ class _Film:
     packets: list[int] = field(default_factory=list)
     times: list[int | None] = field(default_factory=list)
     matrices: list[Matrix | None] = field(default_factory=list)
+    called_keys: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
     recovery_points: set[int] = field(default_factory=set)
     begins_whole: bool = True
@@ -152,8 +153,8 @@ class _Film:
         """Whether it is told to forget pictures that do not exist, where those around a recovery point are not shown."""
         if complaint.is_lasting or not complaint.text.startswith(_OF_REFERENCES):
             return False
-        key = self.keys[max(0, bisect_right(self.keys, complaint.packet) - 1)] if self.keys else -1
-        begins_here = not self.begins_whole and self.keys[:1] == [key]
+        key = max((key for key in self.called_keys if key <= complaint.packet), default=-1)
+        begins_here = not self.begins_whole and self.called_keys[:1] == [key]
         return key in self.recovery_points and (begins_here or key + 1 not in shown)
 
 
@@ -181,8 +182,8 @@ def _decode(path: str | Path, *, holds: bool, without_notes: bool = False) -> _F
                 film.frames.append(frame)
                 if nbytes > MOST_HELD_BYTES:
                     film.frames = None
-        # Some containers call every packet a key frame: the decoder must agree.
-        film.keys, film.complaints = [key for key in decoding.keys if key in keys], decoding.complaints
+        film.called_keys, film.complaints = decoding.keys, decoding.complaints
+        film.keys = [key for key in decoding.keys if key in keys]  # some containers call every packet one
         film.recovery_points = decoding.recovery_points
         first = min(film.packets, default=0)
         # Else packets come before the first key frame, or it is shown, and such that others could come before it.

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -63,24 +62,26 @@ class DecodePool:
         Up to `HELD_BYTES` of a clip's frames are held here, and once its last ones are, the process is free again. A
         longer clip waits for the caller, so memory does not grow with clips.
 
-        With decoder `auto`, a crash or timeout of decord only means that PyAV is tried, with the same time; the header
-        tells of it.
-
         Raises: ClipError also where the process crashes or takes too long; Outage where a process is killed from
             outside or cannot be started now; WorkerError where none ever could.
         """
+        held: deque[FrameEvent] = deque()
+        num_bytes = 0
         try:
-            yield from self._frames(path, choose, self._options.decoder)
-            return
+            with self._free_worker() as worker:
+                for event in worker.frames(path, choose, self._timeout_s):
+                    if isinstance(event, ClipHeader):
+                        held.clear()  # frames that were decoded in vain
+                        num_bytes = 0
+                    held.append(event)
+                    num_bytes += _nbytes(event)
+                    while num_bytes > HELD_BYTES:
+                        num_bytes -= _nbytes(held[0])
+                        yield held.popleft()
         except WorkerLost as lost:
-            if self._options.decoder != "auto":
-                raise ClipError(f"{path}: {lost}") from lost
-            reason = str(lost)
-        try:
-            yield from self._frames(path, choose, "pyav", complaint=reason)
-        except (WorkerLost, ClipError) as error:
-            told = str(error).removeprefix(f"{path}: ")
-            raise ClipError(f"{path}: {reason}; PyAV: {told}") from error
+            raise ClipError(f"{path}: {lost}") from lost
+        while held:
+            yield held.popleft()
 
     def doubt(self, path: str | Path, decoder: str) -> str | None:
         """Return what `video.doubt` returns, found out in a process.
@@ -96,25 +97,6 @@ class DecodePool:
                 return worker.doubt(path, decoder, self._timeout_s)
         except WorkerLost as lost:
             raise ClipError(f"{path}: {lost}") from lost
-
-    def _frames(
-        self, path: str | Path, choose: Choose, decoder: str, *, complaint: str | None = None
-    ) -> Iterator[FrameEvent]:
-        held: deque[FrameEvent] = deque()
-        num_bytes = 0
-        with self._free_worker() as worker:
-            for event in worker.frames(path, choose, decoder, self._timeout_s):
-                if isinstance(event, ClipHeader):
-                    event = replace(event, complaint=complaint)
-                    held.clear()  # frames of a decoder that gave up
-                    num_bytes = 0
-                held.append(event)
-                num_bytes += _nbytes(event)
-                while num_bytes > HELD_BYTES:
-                    num_bytes -= _nbytes(held[0])
-                    yield held.popleft()
-        while held:
-            yield held.popleft()
 
     @contextmanager
     def _free_worker(self) -> Iterator[DecodeProcess]:

@@ -63,7 +63,7 @@ class DecodeProcess:
     """A process that decodes one clip at a time. Call `kill` at the end.
 
     Args:
-        options: for every clip, but for the decoder, which `frames` takes.
+        options: for every clip.
 
     Attributes:
         growth_bytes: bytes by which its resident memory has grown since its first clip.
@@ -98,9 +98,7 @@ class DecodeProcess:
         self._unread = b""
         self.growth_bytes = 0
 
-    def frames(
-        self, path: str | Path, choose: Choose, decoder: str, timeout_s: float
-    ) -> Iterator[FrameEvent]:
+    def frames(self, path: str | Path, choose: Choose, timeout_s: float) -> Iterator[FrameEvent]:
         """Yield what `video.decode_frames` yields; the caller's own time does not count towards the timeout.
 
         Raises: ClipError for a clip that cannot be decoded; WorkerLost where the process died or was too slow;
@@ -112,7 +110,7 @@ class DecodeProcess:
         self._send(
             {
                 **_file(path),
-                "decoder": decoder,
+                "decoder": self._options.decoder,
                 "tolerate_bad_frames": self._options.tolerate_bad_frames,
                 "device": self._options.device,
             }
@@ -215,7 +213,7 @@ class DecodeProcess:
             self._channel.settimeout(left)
             count = self._channel.recv_into(buffer)
         except TimeoutError as error:
-            raise WorkerLost(f"decoding took longer than {timeout_s:g} s and was stopped") from error
+            raise WorkerLost(f"decoding took longer than {timeout_s:g} s (--clip-timeout) and was stopped") from error
         except OSError as error:
             raise self._loss() from error
         if not count:

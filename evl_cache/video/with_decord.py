@@ -15,10 +15,6 @@ from evl_cache.video.packets import Packets
 _NO_FAULT = 1e-9
 # Of others its FFmpeg (4.1) overlooks damage (HEVC), may be interlaced without saying so, or is never asked for.
 _CODECS = ("h264", "vp8", "vp9")
-# Until the first wanted frame is decoded, decord reads ahead, and may hold the whole file in memory.
-MOST_FILE_BYTES = 256 << 20
-# Where frames are taken slowly, decord decodes ahead, and may hold all remaining frames in memory.
-MOST_DECODED_BYTES = 1 << 30
 
 
 def why_not_decord(path: str | Path, packets: Packets) -> str | None:
@@ -32,14 +28,6 @@ def why_not_decord(path: str | Path, packets: Packets) -> str | None:
     if not _is_utf8(path):
         return "its name is not UTF-8"
     return packets.only_pyav
-
-
-def is_too_large(path: str | Path, packets: Packets) -> bool:
-    """Whether decord might take more memory for a file than a decoder should."""
-    return (
-        os.path.getsize(path) > MOST_FILE_BYTES
-        or len(packets.times) * packets.frame_bytes > MOST_DECODED_BYTES
-    )
 
 
 def decord_frames(
@@ -57,7 +45,9 @@ def decord_frames(
     except decord.DECORDLimitReachedError as error:
         raise ClipError(f"{path}: has frames that were never coded or are lost") from error
     except (decord.DECORDError, OSError, RuntimeError) as error:
-        raise ClipError(f"{path}: cannot be decoded ({reason_of(error)})") from error
+        raise ClipError(
+            f"{path}: cannot be decoded ({reason_of(error).replace(f'[{os.path.abspath(path)}] ', '')})"
+        ) from error
     if complaints and not options.tolerate_bad_frames:
         raise ClipError(f"{path}: has damaged frames ({complaints[0]})")
 

@@ -55,6 +55,7 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
         )  # imports torch, which must come before the other decoders
     else:  # not with torchcodec, as a GPU's driver takes any amount of address space
         limit_address_space()
+    if decoder == "decord":
         own_stderr()
     with socket.socket(fileno=socket_fd) as channel, channel.makefile("rw", encoding="utf-8") as lines:
         connection = _Connection(lines, frames_fd)

@@ -26,7 +26,7 @@ from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.request import ExtractRequest, extract_dataset
 from evl_cache.rendered import demo_motion_frames, write_video
 from evl_cache.store import ClipRecord, FeatureCache
-from evl_cache.video import Choose, DecodedClip, DecodeOptions, collect, decode_clip, with_decord
+from evl_cache.video import Choose, DecodedClip, DecodeOptions, collect, decode_clip
 from evl_cache.video import pool as decode_pool
 from evl_cache.video import process as decode_process
 from evl_cache.video.pool import DecodePool
@@ -161,20 +161,6 @@ def test_real_clips_damaged_in_every_way(ut_interaction: Path, motions: Path, tm
             assert whole.frames.shape[0] == 4
 
 
-def test_a_clip_that_only_decord_cannot_bear_is_decoded_by_pyav(faulty: None, tmp_path: Path) -> None:
-    path = tmp_path / "decord breaks down.mp4"
-    write_video(path, demo_motion_frames("right", 0, num_frames=24))
-    with DecodePool(1) as pool:
-        found = decode(pool, path, lambda count: WANTED)
-    assert found.header.decoder.startswith("PyAV")
-    assert np.array_equal(found.frames, decode_clip(path, lambda count: WANTED).frames)
-    with (
-        DecodePool(1, options=DecodeOptions(decoder="decord")) as pool,
-        pytest.raises(ClipError, match="SIGABRT"),
-    ):
-        decode(pool, path, lambda count: WANTED)
-
-
 def test_a_worker_that_leaks_is_replaced(
     faulty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -209,21 +195,6 @@ def test_a_long_video_takes_no_more_memory_than_a_short_one(tmp_path: Path) -> N
     repeat_clip(short, long, 20)
     peaks = [peak_of_decoding(path) for path in (short, long)]
     assert peaks[1] < 1.1 * peaks[0]
-
-
-@pytest.mark.parametrize("limit", ["MOST_FILE_BYTES", "MOST_DECODED_BYTES"])
-def test_a_large_video_is_not_given_to_decord_which_would_keep_it(
-    limit: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    make_clips(tmp_path, 1)
-    path = tmp_path / "00.mp4"
-    frames = decode_clip(path, lambda count: np.arange(count)[None]).frames  # all of them
-    size = path.stat().st_size if limit == "MOST_FILE_BYTES" else frames.nbytes
-    monkeypatch.setattr(with_decord, limit, size)
-    assert decode_clip(path, lambda _: WANTED % 8).header.decoder.startswith("decord")
-    monkeypatch.setattr(with_decord, limit, size - 1)
-    for options in (DecodeOptions(), DecodeOptions(tolerate_bad_frames=True)):
-        assert decode_clip(path, lambda _: WANTED % 8, options=options).header.decoder.startswith("PyAV")
 
 
 def test_what_the_choice_of_frames_says_fails_the_clip_and_spares_the_worker(tmp_path: Path) -> None:

@@ -24,15 +24,14 @@ _PR_SET_PDEATHSIG = 1
 
 def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
     """Have a forked process do this one's work, and end as it ends."""
-    if ADDRESS not in os.environ or decoder == "torchcodec":  # that one loads torch
+    server = _connected() if decoder != "torchcodec" else None  # that one loads torch
+    if server is None:
         from evl_cache.video.worker import main as start
 
         return start(socket_fd, frames_fd, parent, decoder)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
-    server = socket.socket(socket.AF_UNIX)
-    server.connect(os.environ[ADDRESS])
     limits = {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS}
     job = {"decoder": decoder, "directory": os.getcwd(), "environment": dict(os.environ), "limits": limits}
     text = json.dumps(job).encode()
@@ -50,6 +49,17 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
             signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     os._exit(status)
+
+
+def _connected() -> socket.socket | None:
+    """To the process that forks; None where there is none."""
+    server = socket.socket(socket.AF_UNIX)
+    try:
+        server.connect(os.environ[ADDRESS])
+    except (KeyError, OSError):
+        server.close()
+        return None
+    return server
 
 
 def start() -> str:
