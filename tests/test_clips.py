@@ -89,7 +89,7 @@ def test_a_missing_or_binary_list_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"nothing\.txt: cannot be read"):
         read_list_file(tmp_path / "nothing.txt", split="all")
     (tmp_path / "video.mp4").write_bytes(b"\x00\xff\xfe\x80" * 9)
-    with pytest.raises(UsageError, match=r"video\.mp4: cannot be read"):
+    with pytest.raises(UsageError, match=r"video\.mp4: is no list of clips \(it holds zeros\)"):
         read_list_file(tmp_path / "video.mp4", split="all")
 
 

@@ -5,6 +5,7 @@ Both give the same bytes for 8-bit pictures of even height that are not interlac
 bicubically for decord and bilinearly for PyAV, or takes fields apart.
 """
 
+import errno
 import warnings
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ _MISCOPIED_WIDTHS = (
 def rgb(frame: "av.VideoFrame") -> np.ndarray:
     """Return a frame as uint8 (H, W, 3), neither turned nor scaled; the alpha channel is ignored.
 
-    Raises: ClipError where swscale cannot convert its colours.
+    Raises: ClipError where swscale cannot convert its colours; MemoryError where there is none for it.
     """
     import av
     from av.video.reformatter import Colorspace
@@ -50,6 +51,11 @@ def rgb(frame: "av.VideoFrame") -> np.ndarray:
             # Bytes are the same with any number of threads; to start them costs more than they save of a small picture.
             picture: np.ndarray = frame.to_ndarray(format="rgb24", src_colorspace=source, threads=1)
         except (av.FFmpegError, OSError) as error:
+            if isinstance(error, MemoryError) or getattr(error, "errno", None) in (
+                errno.ENOMEM,
+                errno.EAGAIN,
+            ):
+                raise MemoryError from error
             raise ClipError(
                 f"its colours cannot be converted to RGB (pixel format {frame.format.name}, "
                 f"matrix {int(frame.colorspace)} of ITU-T H.273); encode it again with a usual one, such as BT.709"

@@ -22,7 +22,7 @@ from tests.support.store_helpers import make_clips
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BAD = ("aborts.mp4", "hangs.mp4")  # by every decoder
-SERVED = ("served 1.mp4",)
+SERVED = ("fine 1.mp4",)
 NAMES = (
     "http:x.mp4", "2023-10-01T12:30:05.mp4", "file:y.mp4", "concat:a|b.mp4", "pipe:0.mp4", "-.mp4", "%05d.mp4",
     "new\nline.mp4", "esc\x1b[31m.mp4", "quo'te\".mp4", "$x$.mp4", "日.mp4", "b" * 251 + ".mp4",
@@ -90,7 +90,7 @@ def test_predict_labels_the_other_videos_and_says_which_failed(
     assert found.return_value == 3, found
     report = json.loads(found.stdout)
     assert [Path(video["video"]).name for video in report["videos"]] == [
-        "served 1.mp4", "good 1.mp4", "good 0.mp4", "good 2.mp4",
+        "fine 1.mp4", "good 1.mp4", "good 0.mp4", "good 2.mp4",
     ]  # fmt: skip
     reasons = {Path(failure["video"]).name: failure["reason"] for failure in report["failures"]}
     assert reasons.keys() == set(BAD)
