@@ -2,13 +2,15 @@
 
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 
 from evl_cache.errors import ClipError
 from evl_cache.video import decode_clip
 from tests.support.decoding_survey import every_seventh
 from tests.support.numbered_films import numbers_shown
-from tests.support.video_corpus import h264, older
+from tests.support.video_corpus import h264, hevc, older
 from tests.support.video_surgery import cut_avi_index, scale_avi_length
 from tests.support.video_writing import Film, Streams, write_streams
 
@@ -51,3 +53,39 @@ def test_an_avi_file_without_index_is_whole_whatever_its_headers_count(tmp_path:
         found = decode_clip(path, every_seventh)
         assert numbers_shown(found.frames) == found.header.distinct.tolist()
         assert found.header.num_frames_in_file == 60
+
+
+@pytest.mark.parametrize(
+    ("film", "old", "new"),
+    [
+        (h264("open-b2"), b"\x01", b"\x0c"),  # a picture that no other needs becomes a unit that fills space
+        (hevc("open-b2"), b"\x00\x01", b"\x4c\x01"),
+        (older("mpeg2video", "open-b2"), b"\x00\x00\x01\x00", b"\x00\x00\x01\xb2"),  # notes of the user
+    ],
+    ids=["h264", "hevc", "mpeg2"],
+)
+def test_a_picture_that_is_passed_over_without_a_word_is_missed(
+    tmp_path: Path, film: Film, old: bytes, new: bytes
+) -> None:
+    path = tmp_path / "film.mkv"
+    write_streams(path, Streams(film=film))
+    content = bytearray(path.read_bytes())
+    start = _start_of_a_picture(path, after=25)
+    at = content.index(old, start)
+    assert at < start + 24
+    content[at : at + len(old)] = new
+    path.write_bytes(content)
+    with pytest.raises(ClipError, match="has damaged frames"):
+        decode_clip(path, every_seventh)
+    found = decode_clip(path, lambda count: np.array([[0, 5, 10]]))
+    assert numbers_shown(found.frames) == [0, 5, 10]
+
+
+def _start_of_a_picture(path: Path, *, after: int) -> int:
+    """Return where the data of the first B-frame after so many packets begin in a Matroska file."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    place = next(
+        at for at in range(after, 60) if packets[at].pts < packets[at - 1].pts and not packets[at].is_keyframe
+    )
+    return path.read_bytes().index(bytes(packets[place])[:40])
