@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evl_cache.video import h264
+from evl_cache.video.packets import demuxed
 from evl_cache.video.pyav_messages import Listener
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Decoding(Iterator["av.VideoFrame"]):
         return next(self._frames)
 
     def _all(self) -> Iterator["av.VideoFrame"]:
-        for packet in self._container.demux(self._stream):
+        for packet in demuxed(self._container, self._stream):
             said = self._listener.take()
             if packet.size:
                 self.packet += 1
@@ -107,7 +108,7 @@ class Decoding(Iterator["av.VideoFrame"]):
 
     def _look(self, packet: "av.Packet[av.VideoStream]") -> None:
         """Note what kind of packet it is."""
-        if packet.is_discard or packet.size < _MOST_NOTE_NBYTES and not self._holds_picture(packet):
+        if packet.is_discard or (packet.size < _MOST_NOTE_NBYTES and not self._holds_picture(packet)):
             self.unshown.add(self.packet)
         if packet.is_keyframe:
             if self.first_key is None:

@@ -83,14 +83,32 @@ def open_video(path: str | Path) -> Iterator[tuple["av.container.InputContainer"
     from av.stream import Discard
 
     # With its directories: FFmpeg takes a name such as `http:x.mp4` for an address. And a picture called `%d.jpg` is one
-    # picture, not those called 1.jpg, 2.jpg, ... beside it.
-    with av.open(os.path.abspath(path), options={"pattern_type": "none"}) as container:
+    # picture, not those called 1.jpg, 2.jpg, ... beside it. Titles and tags may be of any bytes.
+    with av.open(
+        os.path.abspath(path), options={"pattern_type": "none"}, metadata_errors="replace"
+    ) as container:
         stream = _shown(path, container)
         for other in container.streams:
             if other is not stream:
                 other.discard = Discard.all
         stream.codec_context.thread_count = 1  # only then complaints come with the packet that they concern
         yield container, stream
+
+
+def demuxed(
+    container: "av.container.InputContainer", stream: "av.VideoStream"
+) -> Iterator["av.Packet[av.VideoStream]"]:
+    """Yield a stream's packets, and an empty one at the end. Raises: as PyAV does, and OSError for streams that begin later."""
+    try:
+        yield from _demux(container, stream)
+    except IndexError as error:  # PyAV knows only those that were there when it opened the file
+        raise OSError("another stream begins within it: copy its video alone with ffmpeg -c copy") from error
+
+
+def _demux(
+    container: "av.container.InputContainer", stream: "av.VideoStream"
+) -> Iterator["av.Packet[av.VideoStream]"]:
+    return container.demux(stream)
 
 
 def _shown(path: str | Path, container: "av.container.InputContainer") -> "av.VideoStream":
@@ -115,7 +133,9 @@ def read_packets(path: str | Path) -> Packets:
     """
     with listening() as listener, open_video(path) as (container, stream):
         reading = _Reading(path, container, stream)
-        for packet in container.demux(stream):  # packets are not kept: an hour of them would fill the memory
+        for packet in demuxed(
+            container, stream
+        ):  # packets are not kept: an hour of them would fill the memory
             if packet.size:
                 reading.add(packet)
         lost = next((said.text for said in listener.take() if said.is_of(container)), None)
@@ -306,5 +326,5 @@ def _nbytes_of_packets(path: str | Path) -> int:
     """Return the size of all packets of all streams."""
     import av
 
-    with av.open(os.path.abspath(path)) as container:
+    with av.open(os.path.abspath(path), metadata_errors="replace") as container:
         return sum(packet.size for packet in container.demux())

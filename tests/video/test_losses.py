@@ -29,7 +29,7 @@ def test_an_avi_file_without_its_end_is_refused(
 ) -> None:
     """FFmpeg shortens the length that it tells of such a file, so that nothing seems to be missing."""
     _cut(tmp_path / "cut.avi", film, share, after=after)
-    with pytest.raises(ClipError, match="its end is missing|has damaged frames"):
+    with pytest.raises(ClipError, match=r"its end is missing|has damaged frames"):
         decode_clip(tmp_path / "cut.avi", every_seventh)
 
 
