@@ -11,14 +11,13 @@ from tests.support.numbered_films import numbers_shown
 from tests.support.video_corpus import h264
 from tests.support.video_writing import Streams, write_streams
 
+_TAGS = {"film.mp4": b"VideoHandler", "film.mkv": b"Lavf", "film.ts": b"Service01"}
 
-@pytest.mark.parametrize("name", ["film.mp4", "film.mkv", "film.ts"])
+
+@pytest.mark.parametrize("name", _TAGS)
 def test_tags_of_any_bytes_do_not_matter(tmp_path: Path, name: str) -> None:
     """Recorders write titles in the encoding of their country."""
-    path, tag = (
-        tmp_path / name,
-        {"mp4": b"VideoHandler", "mkv": b"Lavf", "ts": b"Service01"}[path.suffix[1:]],
-    )
+    path, tag = tmp_path / name, _TAGS[name]
     write_streams(path, Streams(film=h264()))
     content = path.read_bytes()
     assert tag in content
