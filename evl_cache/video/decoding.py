@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evl_cache.video import h264
+from evl_cache.video.packets import demuxed
 from evl_cache.video.pyav_messages import Listener
 
 if TYPE_CHECKING:
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 # Units that hold pictures, or that their decoding needs; the others are notes beside the pictures.
 PICTURE_UNITS = {"h264": "1-5|7|8|13-15|19-21", "hevc": "0-34"}
 _OF_MEMORY = re.compile(r"get_buffer|allocat")
+_LEAST_PICTURE_NBYTES, _MOST_NOTE_NBYTES = 16, 256  # of a packet with a picture, and of one without
 # Packets between one that the container calls damaged, and where the next stream begins.
 _MOST_AFTER_A_JOINT = 2
 
@@ -42,6 +44,7 @@ class Decoding(Iterator["av.VideoFrame"]):
         packet: number of the last packet.
         keys: numbers of the packets so far that need nothing before them.
         first_key: number of the first packet that the container calls a key frame.
+        unshown: numbers of packets that need not give a picture.
         recovery_points: key frames after which others may be shown that need what is before them.
         complaints: so far.
     """
@@ -57,6 +60,7 @@ class Decoding(Iterator["av.VideoFrame"]):
         self.packet = -1
         self.keys: list[int] = []
         self.first_key: int | None = None
+        self.unshown: set[int] = set()
         self.recovery_points: set[int] = set()
         self.complaints: list[Complaint] = []
         self._container, self._stream, self._listener = container, stream, listener
@@ -73,7 +77,7 @@ class Decoding(Iterator["av.VideoFrame"]):
         return next(self._frames)
 
     def _all(self) -> Iterator["av.VideoFrame"]:
-        for packet in self._container.demux(self._stream):
+        for packet in demuxed(self._container, self._stream):
             said = self._listener.take()
             if packet.size:
                 self.packet += 1
@@ -104,6 +108,8 @@ class Decoding(Iterator["av.VideoFrame"]):
 
     def _look(self, packet: "av.Packet[av.VideoStream]") -> None:
         """Note what kind of packet it is."""
+        if packet.is_discard or (packet.size < _MOST_NOTE_NBYTES and not self._holds_picture(packet)):
+            self.unshown.add(self.packet)
         if packet.is_keyframe:
             if self.first_key is None:
                 self.first_key = self.packet
@@ -111,6 +117,12 @@ class Decoding(Iterator["av.VideoFrame"]):
         if self._broken is not None and self.packet - self._broken >= _MOST_AFTER_A_JOINT:
             self.complaints.append(Complaint(self._broken, "a frame is cut off"))
             self._broken = None
+
+    def _holds_picture(self, packet: "av.Packet[av.VideoStream]") -> bool:
+        """Whether a small packet is more than a note beside the pictures, or a sign that one is shown again."""
+        if self._codec == "h264":
+            return h264.has_slice(bytes(packet), self._stream.codec_context.extradata)
+        return packet.size >= _LEAST_PICTURE_NBYTES
 
     def _look_at_key(self, packet: "av.Packet[av.VideoStream]") -> None:
         data, extradata = bytes(packet), self._stream.codec_context.extradata

@@ -42,6 +42,14 @@ def has_idr(packet: bytes, extradata: bytes | None) -> bool:
     return False
 
 
+def has_slice(packet: bytes, extradata: bytes | None) -> bool:
+    """Whether a packet holds part of a picture, or cannot be read."""
+    try:
+        return any(unit[0] & 31 in _FIRST_SLICES for unit in _units(packet, extradata or b""))
+    except _Unreadable:
+        return True
+
+
 def begins_anew(packet: bytes, extradata: bytes | None) -> bool:
     """Whether no picture that is shown after a packet's needs one from before it: an IDR picture, or a recovery point."""
     if has_idr(packet, extradata):

@@ -31,6 +31,8 @@ MOST_HELD_BYTES = 64 << 20
 HEARD_LATE = 8
 # Of these, none of the packets since the last key frame.
 _OVERLOOK_DAMAGE = ("hevc", "av1", "vp8", "vp9")
+# Of these each packet gives a picture, two at most give one where pictures are stored as fields.
+_SHOW_EACH_PACKET = ("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4")
 # What FFmpeg's H.264 decoder says where it is told to forget pictures that it does not have.
 _OF_REFERENCES = ("mmco:", "illegal short term buffer state")
 
@@ -197,13 +199,25 @@ def _decode(
                 nbytes += sum(plane.buffer_size for plane in frame.planes)
                 if nbytes <= MOST_HELD_BYTES:
                     film.frames[place] = frame
-        film.called_keys, film.complaints = decoding.keys, decoding.complaints
+        film.called_keys = decoding.keys
+        film.complaints = decoding.complaints + [
+            Complaint(packet, "one is lost", is_lasting=True) for packet in _lost(film, decoding)
+        ]
         film.keys = [key for key in decoding.keys if key in keys]  # some containers call every packet one
         film.recovery_points = decoding.recovery_points
         first = min(film.packets, default=0)
         # Else packets come before the first key frame, or it is shown, and such that others could come before it.
         film.begins_whole = decoding.first_key == 0 and not (first == 0 and 0 in decoding.recovery_points)
         return film
+
+
+def _lost(film: _Film, decoding: Decoding) -> list[int]:
+    """Return the packets that gave no picture and should: decoders pass over some of them without a word."""
+    shown = set(film.packets)
+    if film.codec not in _SHOW_EACH_PACKET or film.has_fields or len(shown) < 2:
+        return []
+    second = sorted(shown)[1]  # what comes before it may need pictures from before a cut
+    return [at for at in range(second, decoding.packet) if at not in shown and at not in decoding.unshown]
 
 
 def _check_whole(

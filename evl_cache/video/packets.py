@@ -83,14 +83,32 @@ def open_video(path: str | Path) -> Iterator[tuple["av.container.InputContainer"
     from av.stream import Discard
 
     # With its directories: FFmpeg takes a name such as `http:x.mp4` for an address. And a picture called `%d.jpg` is one
-    # picture, not those called 1.jpg, 2.jpg, ... beside it.
-    with av.open(os.path.abspath(path), options={"pattern_type": "none"}) as container:
+    # picture, not those called 1.jpg, 2.jpg, ... beside it. Titles and tags may be of any bytes.
+    with av.open(
+        os.path.abspath(path), options={"pattern_type": "none"}, metadata_errors="replace"
+    ) as container:
         stream = _shown(path, container)
         for other in container.streams:
             if other is not stream:
                 other.discard = Discard.all
         stream.codec_context.thread_count = 1  # only then complaints come with the packet that they concern
         yield container, stream
+
+
+def demuxed(
+    container: "av.container.InputContainer", stream: "av.VideoStream"
+) -> Iterator["av.Packet[av.VideoStream]"]:
+    """Yield a stream's packets, and an empty one at the end. Raises: as PyAV does, and OSError for streams that begin later."""
+    try:
+        yield from _demux(container, stream)
+    except IndexError as error:  # PyAV knows only those that were there when it opened the file
+        raise OSError("another stream begins within it: copy its video alone with ffmpeg -c copy") from error
+
+
+def _demux(
+    container: "av.container.InputContainer", stream: "av.VideoStream"
+) -> Iterator["av.Packet[av.VideoStream]"]:
+    return container.demux(stream)
 
 
 def _shown(path: str | Path, container: "av.container.InputContainer") -> "av.VideoStream":
@@ -115,11 +133,15 @@ def read_packets(path: str | Path) -> Packets:
     """
     with listening() as listener, open_video(path) as (container, stream):
         reading = _Reading(path, container, stream)
-        for packet in container.demux(stream):  # packets are not kept: an hour of them would fill the memory
+        for packet in demuxed(
+            container, stream
+        ):  # packets are not kept: an hour of them would fill the memory
             if packet.size:
                 reading.add(packet)
         lost = next((said.text for said in listener.take() if said.is_of(container)), None)
         missing_s = reading.missing_s()
+        if lost is None and reading.is_short_riff():
+            lost = "its end is missing"
         if lost is None and missing_s is not None and (shown := _loss(path, reading, missing_s)):
             lost = f"{missing_s:.2f} s are missing of what it says that it lasts, and {shown}"
         found = reading.summary()
@@ -137,8 +159,10 @@ class _Reading:
         self._times, self._keys = array("q"), array("q")
         self._doubt: str | None = None
         self._has_hidden = self._changes_pictures = False
+        self._is_in_order = True  # whether each frame is shown after those before it in the file
         self._count = 0
         self._start: int | None = None
+        self._last: int | None = None
         self._end = 0
         self.nbytes = 0
         self.ends_corrupt = False
@@ -158,6 +182,8 @@ class _Reading:
             self._end = max(self._end, coded + (packet.duration or 0))
         if time is None:
             return
+        self._is_in_order &= self._last is None or time > self._last
+        self._last = time
         if packet.is_keyframe:
             self._keys.append(time)
         if packet.is_discard:
@@ -232,6 +258,17 @@ class _Reading:
         missing_s = declared_s - length_s
         return missing_s if missing_s > _LEAST_LOSS_S + _LEAST_LOSS * declared_s else None
 
+    def is_short_riff(self) -> bool:
+        """Whether an AVI file is shorter than it says, and frames that it counts are not in it.
+
+        Its stream's duration does not tell: FFmpeg shortens it by the size of such a file.
+        """
+        with open(self._path, "rb") as file:
+            start = file.read(8)
+        is_cut = os.path.getsize(self._path) < 8 + int.from_bytes(start[4:], "little")
+        # Times count frames, those that were dropped as well; an index that was never written is no loss.
+        return start[:4] == b"RIFF" and is_cut and self._end < self._stream.frames
+
     def nbytes_of(self, seconds: float) -> float:
         """Return how many bytes so long a part of the film has."""
         length_s = float((self._end - (self._start or 0)) * (self._stream.time_base or 0))
@@ -246,6 +283,11 @@ class _Reading:
             doubt = "it does not begin with a key frame"
         if doubt is None and len(set(times)) < len(times):
             doubt = "several of its frames have the same time"
+        # Some muxers leave out when frames are shown; then they seem to be shown in the order in which they are decoded.
+        if doubt is None and self._is_in_order and coded.has_b_frames:
+            doubt = "its times may be those at which frames are decoded"
+        if doubt is None and sum(entry.is_keyframe for entry in self._stream.index_entries) > len(keys):
+            doubt = "its index calls frames key frames that are none"
         return Packets(
             count=self._count,
             times=() if doubt else times,
@@ -273,14 +315,9 @@ def _is_key(codec: str, packet: bytes) -> bool:
 
 def _loss(path: str | Path, reading: _Reading, missing_s: float) -> str | None:
     """Return what shows that a file which says that it is longer has lost frames; None where only its header lies."""
-    nbytes = os.path.getsize(path)
-    with open(path, "rb") as file:
-        start = file.read(8)
-    if start[:4] == b"RIFF" and nbytes < 8 + int.from_bytes(start[4:], "little"):
-        return "its end is missing"
     if reading.ends_corrupt:
         return "its last frame is cut off"
-    if nbytes - _nbytes_of_packets(path) > reading.nbytes_of(missing_s) / 2:
+    if os.path.getsize(path) - _nbytes_of_packets(path) > reading.nbytes_of(missing_s) / 2:
         return "parts of it cannot be read"
     return None
 
@@ -289,5 +326,5 @@ def _nbytes_of_packets(path: str | Path) -> int:
     """Return the size of all packets of all streams."""
     import av
 
-    with av.open(os.path.abspath(path)) as container:
+    with av.open(os.path.abspath(path), metadata_errors="replace") as container:
         return sum(packet.size for packet in container.demux())

@@ -23,6 +23,8 @@ def why_not_decord(path: str | Path, packets: Packets) -> str | None:
         return packets.unproved
     if packets.has_hidden:
         return "its edit list hides frames"
+    if packets.times[0] < 0:
+        return "its times begin below zero"
     if packets.codec not in _CODECS:
         return f"its codec is {packets.codec}"
     if not _is_utf8(path):

@@ -58,6 +58,8 @@ def _frames_at(
         for frame in decoding:
             if lands and not frame.key_frame:  # whatever the container calls it
                 raise Unsure
+            if not lands and at is not None and (frame.pts is None or frame.pts <= at):
+                raise Unsure  # packets do not say when frames are shown
             at, lands = frame.pts, False
             if frame.is_corrupt and (at is None or at >= key):
                 raise Unsure

@@ -18,6 +18,7 @@ from tests.support.video_surgery import (
     cut_ts,
     damage_x264_note,
     orient,
+    rename_boxes,
     scale_avi_length,
     scale_mkv_duration,
     scale_mp4_durations,
@@ -434,6 +435,12 @@ def _without_b_frames(packets: list[av.Packet]) -> list[av.Packet]:
     return kept
 
 
+def _at_times_of_decoding(packets: list[av.Packet]) -> list[av.Packet]:
+    for packet, time in zip(packets, sorted(packet.pts for packet in packets), strict=True):
+        packet.pts = packet.dts = time
+    return packets
+
+
 def _keys(packets: list[av.Packet]) -> list[int]:
     return [at for at, packet in enumerate(packets) if packet.is_keyframe]
 
@@ -495,6 +502,26 @@ def _muxers(folder: Path) -> Iterator[NumberedFile]:
     yield _write(folder / "mp4-negative-offsets.mp4", h264(), options=(("movflags", "negative_cts_offsets"),))
     yield _write(folder / "mkv-live.mkv", h264(), options=(("live", "1"),))
     yield _write(folder / "mkv-short-clusters.mkv", h264("open-b2"), options=(("cluster_time_limit", "100"),))
+    yield _write(
+        folder / "mp4-below-zero.mp4",
+        h264(),
+        start=-13,
+        options=(("movflags", "dash+delay_moov"), ("avoid_negative_ts", "disabled")),
+    )
+    # Without the table of key frames; without that of when frames are shown, which differs from when they are decoded.
+    for name, film in (("h264", h264()), ("hevc", hevc()), ("mpeg4", older("mpeg4", "closed-b2"))):
+        made = _write(folder / f"mp4-without-stss-{name}.mp4", film)
+        rename_boxes(made.path, "stss")
+        yield made
+        made = _write(folder / f"mp4-without-ctts-{name}.mp4", film)
+        rename_boxes(made.path, "ctts", "edts")
+        yield made
+        copy = folder / f"mkv-times-of-decoding-{name}.mkv"
+        copy_packets(_write(folder / f"whole-for-times-{name}.mkv", film).path, copy, _at_times_of_decoding)
+        yield replace(made, path=copy)
+    made = _write(folder / "mp4-without-stss-b0.mp4", h264("closed-b0"))
+    rename_boxes(made.path, "stss")
+    yield made
     made = _write(folder / "avi-without-index.avi", older("mpeg4", "open-b2"))
     cut_avi_index(made.path)
     yield made

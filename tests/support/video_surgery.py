@@ -103,6 +103,14 @@ def scale_mp4_durations(path: Path, factor: float, boxes: tuple[str, ...] = ("mv
     path.write_bytes(content)
 
 
+def rename_boxes(path: Path, *names: str) -> None:
+    """Make boxes of an mp4 unknown to who reads it, as if the muxer had not written them."""
+    content = path.read_bytes()
+    for name in names:
+        content = content.replace(name.encode(), b"free")
+    path.write_bytes(content)
+
+
 def scale_mkv_duration(path: Path, factor: float) -> None:
     """Change what the header of a Matroska file says of its length."""
     content = bytearray(path.read_bytes())
