@@ -213,7 +213,9 @@ class DecodeProcess:
             self._channel.settimeout(left)
             count = self._channel.recv_into(buffer)
         except TimeoutError as error:
-            raise WorkerLost(f"decoding took longer than {timeout_s:g} s (--clip-timeout) and was stopped") from error
+            raise WorkerLost(
+                f"decoding took longer than {timeout_s:g} s (--clip-timeout) and was stopped"
+            ) from error
         except OSError as error:
             raise self._loss() from error
         if not count:
