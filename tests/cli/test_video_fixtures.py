@@ -14,9 +14,9 @@ from tests.support.example_data import DEMO_TOWER
 from tests.support.fixture_videos import COLON, Expected, copy_fixture_videos, expected_of_all
 
 ALL = {expected.name: expected for expected in expected_of_all()}
-REFUSED = {name for name, expected in ALL.items() if expected.accepted is False}
-SERVED = {name for name, expected in ALL.items() if expected.accepted}
+DAMAGED = {name for name, expected in ALL.items() if expected.accepted is False}
 VIEWS = "--frames 8 --stride 4".split()
+BEHIND = "c03_flip17.mp4"  # its damage begins with frame 44, and the views end with frame 43
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,9 @@ def wrong_marks(world: Path) -> dict[str, str]:
         if mark["error"] is not None:
             if expected.accepted:
                 wrong[name] = mark["error"]
+        elif name == BEHIND:
+            if mark["indices"] != [list(range(15, 44, 4))]:
+                wrong[name] = f"{mark['indices']}"
         elif expected.accepted is False:
             wrong[name] = "served"
         elif (mark["frame_count"], mark["indices"]) != (expected.frame_count, [expected.views["centre"][0]]):
@@ -94,7 +97,24 @@ def wrong_marks(world: Path) -> dict[str, str]:
 def test_extraction_marks_every_clip_as_it_must(world: Path) -> None:
     assert set(marks(world)) == set(ALL)
     assert wrong_marks(world) == {}
-    assert {name for name, _ in FeatureCache(world / "cache").failures} >= REFUSED
+    assert {name for name, _ in FeatureCache(world / "cache").failures} >= DAMAGED - {BEHIND}
+
+
+def test_damage_that_views_reach_fails_every_damaged_clip(run: Any, world: Path, tmp_path: Path) -> None:
+    (tmp_path / "damaged.txt").write_text("".join(f"{name} 0\n" for name in sorted(DAMAGED)))
+    words = "extract --dataset list --root . --pretrained none --max-failures 100% --layers 2-3 --device cpu".split()
+    words += [
+        "--list",
+        str(tmp_path / "damaged.txt"),
+        "--model",
+        str(DEMO_TOWER),
+        "--frames",
+        "8",
+        "--stride",
+        "6",
+    ]
+    assert run(*words, "--cache", tmp_path / "cache").status == 3
+    assert {name for name, _ in FeatureCache(tmp_path / "cache").failures} == DAMAGED
 
 
 def test_failures_name_their_file_once(world: Path) -> None:
