@@ -4,12 +4,14 @@ E epochs, K classes.
 """
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from evl_cache.errors import UsageError
+from evl_cache.notation import escaped
 from evl_cache.report.data import Group, ReportData
 
 # Okabe and Ito's palette, for all kinds of colour vision; black comes first, and yellow is too pale for a line.
@@ -28,6 +30,7 @@ _STYLE = {
     "svg.hashsalt": "evl-cache",
     "svg.fonttype": "path",  # the same letters on every machine
     "figure.constrained_layout.use": True,
+    "text.parse_math": False,  # a name may hold two dollars
 }
 
 Figure = Any
@@ -48,7 +51,10 @@ def draw_plots(data: ReportData) -> dict[str, Figure]:
 def as_bytes(figure: Figure, kind: str) -> bytes:
     """Return a figure as the bytes of an `svg` or `png` file."""
     file = io.BytesIO()
-    with _matplotlib().rc_context(_STYLE):
+    with _matplotlib().rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "Glyph"
+        )  # a name in a script that the font has not: boxes stand for it
         metadata: Mapping[str, Any] = {"Date": None} if kind == "svg" else {}
         figure.savefig(file, format=kind, dpi=200, metadata=metadata)
     return file.getvalue()
@@ -83,7 +89,7 @@ def _curves(groups: Sequence[Group], name: str, label: str) -> Figure:
         every = max(1, len(epochs) // 8)
         axes.plot(
             epochs, mean, color=COLOURS[place], marker=MARKERS[place], markevery=every, markersize=5,
-            linewidth=1.6, label=group.name, zorder=3,
+            linewidth=1.6, label=escaped(group.name), zorder=3,
         )  # fmt: skip
         if len(group.runs) > 1:
             found = group.curve(name)
@@ -123,7 +129,7 @@ def _bars(groups: Sequence[Group]) -> Figure:
     )
     for place, group in zip(places, groups, strict=True):
         value = f"{group.top1:.1f}" + ("" if group.deviation is None else f" ± {group.deviation:.1f}")
-        axes.text(0, place - 0.03, f" {group.name}: {value}", va="top", ha="left", fontsize=8.5)
+        axes.text(0, place - 0.03, f" {escaped(group.name)}: {value}", va="top", ha="left", fontsize=8.5)
     axes.set_yticks([])
     axes.set_xlim(0, 100)
     axes.set_ylim(-0.55, len(groups) - 0.4)
@@ -146,9 +152,9 @@ def _confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.grid(visible=False)
     if K <= _NAMED_CLASSES:
         size = 9 if K <= _NUMBERED_CLASSES else 7
-        names = [name if len(name) <= 20 else f"{name[:19]}…" for name in classes]
-        axes.set_xticks(range(K), names, rotation=90, fontsize=size)
-        axes.set_yticks(range(K), names, fontsize=size)
+        shown = [name if len(name) <= 20 else f"{name[:19]}…" for name in map(escaped, classes)]
+        axes.set_xticks(range(K), shown, rotation=90, fontsize=size)
+        axes.set_yticks(range(K), shown, fontsize=size)
     if K <= _NUMBERED_CLASSES:
         for row in range(K):
             for column in range(K):

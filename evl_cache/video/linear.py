@@ -24,10 +24,12 @@ from evl_cache.video.pyav_messages import listening
 if TYPE_CHECKING:
     import av
 
-# Decoded frames are kept until it is known which are wanted, up to this size; of larger files they are decoded twice.
+# Frames that are wanted, as far as packets tell, are kept until their number is sure, up to this size; more are decoded twice.
 MOST_HELD_BYTES = 64 << 20
 
-# Their decoders notice some damage only by what comes of it, in a later picture.
+# A decoder may notice damage late, so that pictures of some packets before the one it complains of are not believed.
+HEARD_LATE = 8
+# Of these, none of the packets since the last key frame.
 _OVERLOOK_DAMAGE = ("hevc", "av1", "vp8", "vp9")
 # What FFmpeg's H.264 decoder says where it is told to forget pictures that it does not have.
 _OF_REFERENCES = ("mmco:", "illegal short term buffer state")
@@ -45,15 +47,16 @@ def linear_frames(
     Raises: ClipError where frames that are wanted are damaged, or none can be decoded; FFmpegError and OSError as PyAV
         does.
     """
-    film = _decode(path, holds=True)
+    guess = _guess(choose, packets)
+    film = _decode(path, packets, kept=frozenset(() if guess is None else guess.ravel().tolist()))
     places, are_timed = film.places(packets)
     if not len(film.packets):
         why = film.complaints[0].text if film.complaints else "it shows no frame"
         raise ClipError(f"{path}: cannot be decoded ({why})")
-    indices = choose(len(places))
+    indices = guess if guess is not None and len(places) == packets.count else choose(len(places))
     wanted = places[np.unique(indices)]
     if not options.tolerate_bad_frames:
-        _check_whole(path, film, wanted, are_timed=are_timed)
+        _check_whole(path, packets, film, wanted, are_timed=are_timed)
     elif (wanted < 0).any():
         raise ClipError(f"{path}: has frames that cannot be decoded")
     pictures = (picture_of(path, frame, film.matrices[place]) for place, frame in _taken(path, film, wanted))
@@ -74,7 +77,7 @@ class _Film:
         recovery_points: those before which others may be needed for pictures that are shown earlier.
         begins_whole: whether nothing was cut away before the first packet, as far as can be told.
         complaints: what FFmpeg said.
-        frames: the pictures; None where they would take too much memory.
+        frames: pictures that were kept, by their places.
         has_fields: whether two packets may be one picture.
     """
 
@@ -87,7 +90,7 @@ class _Film:
     recovery_points: set[int] = field(default_factory=set)
     begins_whole: bool = True
     complaints: list[Complaint] = field(default_factory=list)
-    frames: "list[av.VideoFrame] | None" = None
+    frames: "dict[int, av.VideoFrame]" = field(default_factory=dict)
     has_fields: bool = False
 
     def places(self, packets: Packets) -> tuple[np.ndarray, bool]:
@@ -118,8 +121,8 @@ class _Film:
         found = np.zeros(len(coded), bool)
         for complaint in self._serious():
             first = complaint.packet
-            if self.codec in _OVERLOOK_DAMAGE:
-                first = max((key for key in self.keys if key <= first and key in place_of), default=0)
+            began = max((key for key in self.keys if key <= first and key in place_of), default=0)
+            first = began if self.codec in _OVERLOOK_DAMAGE else max(began, first - HEARD_LATE)
             if self.has_fields and first not in place_of:  # the second field of the picture before
                 first -= 1
             touched = coded >= first
@@ -158,15 +161,27 @@ class _Film:
         return key in self.recovery_points and (begins_here or key + 1 not in shown)
 
 
-def _decode(path: str | Path, *, holds: bool, without_notes: bool = False) -> _Film:
+def _guess(choose: Choose, packets: Packets) -> np.ndarray | None:
+    """The frames that are wanted if each packet is one; None where that cannot be said."""
+    try:
+        return choose(packets.count) if packets.count else None
+    except ClipError:  # of a clip of another length it may not be said
+        return None
+
+
+def _decode(
+    path: str | Path, packets: Packets, *, kept: frozenset[int] = frozenset(), without_notes: bool = False
+) -> _Film:
     """Decode a file from its start.
 
     Args:
-        holds: keep the frames, if they are not too large.
+        kept: numbers of frames to keep, if they are not too large.
         without_notes: give the decoder only what makes pictures.
     """
     with listening() as listener, open_video(path) as (container, stream):
-        film = _Film(codec=stream.codec_context.codec.canonical_name, frames=[] if holds else None)
+        film = _Film(
+            codec=stream.codec_context.codec.canonical_name,
+        )
         decoding = Decoding(container, stream, listener, without_notes=without_notes)
         nbytes, keys = 0, set()
         for frame in decoding:
@@ -177,11 +192,11 @@ def _decode(path: str | Path, *, holds: bool, without_notes: bool = False) -> _F
             film.times.append(frame.pts)
             film.matrices.append(display_matrix(frame) or (film.matrices[-1] if film.matrices else None))
             film.has_fields |= frame.interlaced_frame
-            if film.frames is not None:
+            place = len(film.packets) - 1
+            if (place if packets.unproved else packets.number_of(frame.pts)) in kept:
                 nbytes += sum(plane.buffer_size for plane in frame.planes)
-                film.frames.append(frame)
-                if nbytes > MOST_HELD_BYTES:
-                    film.frames = None
+                if nbytes <= MOST_HELD_BYTES:
+                    film.frames[place] = frame
         film.called_keys, film.complaints = decoding.keys, decoding.complaints
         film.keys = [key for key in decoding.keys if key in keys]  # some containers call every packet one
         film.recovery_points = decoding.recovery_points
@@ -191,13 +206,15 @@ def _decode(path: str | Path, *, holds: bool, without_notes: bool = False) -> _F
         return film
 
 
-def _check_whole(path: str | Path, film: _Film, wanted: np.ndarray, *, are_timed: bool) -> None:
+def _check_whole(
+    path: str | Path, packets: Packets, film: _Film, wanted: np.ndarray, *, are_timed: bool
+) -> None:
     """Raises: ClipError where frames that are wanted are damaged. wanted: their places, -1 for one without a picture."""
     are_there = bool((wanted >= 0).all())
     if are_there and not film.damaged(are_timed=are_timed)[wanted].any():
         return
     if are_there and film.codec in PICTURE_UNITS:
-        bare = _decode(path, holds=False, without_notes=True)
+        bare = _decode(path, packets, without_notes=True)
         if bare.packets == film.packets and not bare.damaged(are_timed=are_timed)[wanted].any():
             return
     why = film.complaints[0].text if film.complaints else "one is not there"
@@ -206,7 +223,7 @@ def _check_whole(path: str | Path, film: _Film, wanted: np.ndarray, *, are_timed
 
 def _taken(path: str | Path, film: _Film, wanted: np.ndarray) -> Iterator[tuple[int, "av.VideoFrame"]]:
     """Some places, and the pictures there, ascending. Raises: ClipError where a second decode gives others than the first."""
-    if film.frames is not None:
+    if film.frames.keys() >= set(wanted.tolist()):
         yield from ((place, film.frames[place]) for place in wanted.tolist())
         return
     left = deque(wanted.tolist())

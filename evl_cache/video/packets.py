@@ -36,6 +36,7 @@ class Packets:
     """What a file's packets say of its frames.
 
     Attributes:
+        count: of packets whose pictures are shown, if each is a picture.
         times: of the frames that are shown, ascending, in the stream's units; empty where `unproved` is set.
         keys: of key frames, likewise.
         unproved: why a decoder that seeks may serve other frames than it is asked for; None where it cannot.
@@ -49,6 +50,7 @@ class Packets:
         frame_bytes: bytes of a frame as RGB.
     """
 
+    count: int = 0
     times: Sequence[int] = ()
     keys: Sequence[int] = ()
     unproved: str | None = None
@@ -141,6 +143,7 @@ class _Reading:
         self._times, self._keys = array("q"), array("q")
         self._doubt: str | None = None
         self._has_hidden = self._changes_pictures = False
+        self._count = 0
         self._start: int | None = None
         self._end = 0
         self.nbytes = 0
@@ -150,6 +153,7 @@ class _Reading:
 
     def add(self, packet: "av.Packet[av.VideoStream]") -> None:
         """Take the next packet."""
+        self._count += not packet.is_discard
         self.nbytes += packet.size
         self.ends_corrupt = packet.is_corrupt
         time = packet.pts
@@ -249,6 +253,7 @@ class _Reading:
         if doubt is None and len(set(times)) < len(times):
             doubt = "several of its frames have the same time"
         return Packets(
+            count=self._count,
             times=() if doubt else times,
             keys=() if doubt else keys,
             unproved=doubt,

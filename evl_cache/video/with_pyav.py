@@ -1,12 +1,14 @@
 """Decode with PyAV from the key frames before the frames that are wanted. T frames asked for, H and W source pixels."""
 
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from evl_cache.video.frames import Choose, FrameEvent
+from evl_cache.video.linear import HEARD_LATE
 from evl_cache.video.orientation import display_matrix
 from evl_cache.video.packets import Packets, open_video
 from evl_cache.video.pictures import picture_of, with_header
@@ -40,14 +42,18 @@ def _frames_at(
     stream: "av.VideoStream",
     listener: Listener,
 ) -> Iterator["av.VideoFrame"]:
+    coded = stream.codec_context
+    of_run: Iterator[av.Packet[av.VideoStream]] = iter(())
     lands = False  # whether the next frame is the first after a seek
     at: int | None = None  # time of the last frame decoded
     decoding: Iterator[av.VideoFrame] = iter(())
     for time in wanted:
         key = packets.key_before(time)
         if at is None or key > at:
+            _hear_out(of_run, coded, listener)
             container.seek(key, stream=stream, backward=True)
-            decoding, lands = _decode(container, stream, wanted=frozenset(wanted)), True
+            of_run, lands = container.demux(stream), True
+            decoding = _decode(of_run, coded, wanted=frozenset(wanted))
         found: av.VideoFrame | None = None
         for frame in decoding:
             if lands and not frame.key_frame:  # whatever the container calls it
@@ -61,26 +67,45 @@ def _frames_at(
         if found is None or at != time or listener.take():
             raise Unsure
         yield found
+    _hear_out(of_run, coded, listener)
 
 
 def _decode(
-    container: "av.container.InputContainer", stream: "av.VideoStream", *, wanted: frozenset[int]
+    packets: "Iterator[av.Packet[av.VideoStream]]", coded: "av.VideoCodecContext", *, wanted: frozenset[int]
 ) -> Iterator["av.VideoFrame"]:
     """Yield frames from here on; of H.264 without those that are neither wanted nor needed to decode others.
 
     Only H.264 marks pictures that no other picture refers to (nal_ref_idc 0); with B-frames every second one is such.
     """
-    import av
-
-    may_skip = stream.codec_context.name == "h264"
-    for packet in container.demux(stream):
+    may_skip = coded.name == "h264"
+    for packet in packets:
         if may_skip:
             is_wanted = not packet.size or packet.pts in wanted
-            stream.codec_context.skip_frame = "DEFAULT" if is_wanted else "NONREF"
-        try:
-            frames = packet.decode()
-        except MemoryError:
-            raise
-        except av.FFmpegError as error:
-            raise Unsure from error
-        yield from frames
+            coded.skip_frame = "DEFAULT" if is_wanted else "NONREF"
+        yield from _decoded(packet)
+
+
+def _decoded(packet: "av.Packet[av.VideoStream]") -> "list[av.VideoFrame]":
+    import av
+
+    try:
+        return packet.decode()
+    except MemoryError:
+        raise
+    except av.FFmpegError as error:
+        raise Unsure from error
+
+
+def _hear_out(
+    packets: "Iterator[av.Packet[av.VideoStream]]", coded: "av.VideoCodecContext", listener: Listener
+) -> None:
+    """Decode some packets more, but for the next key frame: of damage a decoder may speak late. Raises: Unsure where it does."""
+    if coded.name == "h264":
+        coded.skip_frame = "NONREF"
+    for packet in islice(packets, HEARD_LATE):
+        if not packet.size or packet.is_keyframe:
+            break
+        if any(frame.is_corrupt for frame in _decoded(packet)):
+            raise Unsure
+    if listener.take():
+        raise Unsure

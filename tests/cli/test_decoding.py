@@ -265,6 +265,25 @@ def test_a_cache_and_a_run_hold_any_name(tree: Callable[..., Path]) -> None:
     assert "two/\\xff\\xfe.mp4" in Path("new/scored.csv").read_text(encoding="utf-8")
 
 
+def test_classes_of_any_name_are_trained_on_and_reported(
+    tree: Callable[..., Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    folder = tree()
+    (folder / "one").rename(folder / os.fsdecode(b"$\xff$"))
+    (folder / "two").rename(folder / "日 $x$\x1b")
+    assert run("extract", *extraction(folder), "--cache", "cache").return_value == 0
+    held = f"{FeatureCache('cache').clips[0].id}\n"
+    Path("held.txt").write_bytes(os.fsencode(held))
+    options = ["--val-clips", "held.txt", "--head", "linear", "--epochs", "1", "--out", "new"]
+    assert run("train", "--cache", "cache", *options).return_value == 0
+    for command in (["report", "new", "--out", "page"], ["predict", folder, "--run", "new"]):
+        found = run(*command)
+        assert found.return_value == 0, found
+        assert found.stderr == "" and all(line.isprintable() for line in found.stdout.splitlines())
+    assert Path("page/report.html").is_file()
+
+
 def test_a_list_may_name_files_that_are_not_utf8(tree: Callable[..., Path]) -> None:
     folder = tree(*NAMES)
     (folder / "list.txt").write_bytes(b"two/\xff\xfe.mp4 left\none/http:x.mp4 right\none/good 0.mp4 left\n")

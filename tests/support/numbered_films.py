@@ -45,7 +45,7 @@ def number_shown(picture: np.ndarray) -> int:
     size = picture.shape[1] // BLOCKS
     number = 0
     for block in range(BLOCKS):
-        inner = picture[4 : BLOCK_HEIGHT - 4, block * size + 2 : (block + 1) * size - 2]
+        inner = picture[4 : BLOCK_HEIGHT - 4, block * size + size // 4 : (block + 1) * size - size // 4]
         level = float(inner.mean())
         if _BRIGHTEST_BLACK < level < _DARKEST_WHITE:
             raise Unreadable(f"block {block} is {level:.0f}; expected black (0) or white (235)")

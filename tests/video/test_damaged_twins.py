@@ -14,22 +14,23 @@ from tests.support.video_writing import plain_linear_decode
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The healthy files by name, where they are those of the record."""
-    sources = healthy_files(tmp_path_factory.mktemp("whole"))
-    if digest_of(sources) != json.loads(RECORD.read_text())["sources"]:
-        pytest.skip("this PyAV encodes other files than those whose verdicts were recorded")
-    return {path.name: path for path in sources}
+    """The healthy files by name."""
+    return {path.name: path for path in healthy_files(tmp_path_factory.mktemp("whole"))}
 
 
 def test_what_was_refused_is_served_only_where_its_pictures_are_whole(
     whole: dict[str, Path], tmp_path: Path
 ) -> None:
-    refused = json.loads(RECORD.read_text())["refused"]
+    refused = json.loads(RECORD.read_text())
     twins = {name: np.stack(list(plain_linear_decode(path))) for name, path in whole.items()}
-    wrong = {}
+    wrong, compared = {}, 0
     with DecodePool(2, timeout_s=10.0) as pool:
         for file in damage(list(whole.values()), tmp_path / "bad"):
-            for view in refused.get(file.path.name, ()):
+            digest, *views = refused.get(file.path.name, [None])
+            if digest != digest_of(file):
+                continue
+            compared += 1
+            for view in views:
                 served = verdict(pool, file.path, VIEWS[view])
                 if isinstance(served, str):
                     continue
@@ -39,6 +40,10 @@ def test_what_was_refused_is_served_only_where_its_pictures_are_whole(
                         f"frames {served.header.distinct.tolist()} are served"
                     )
     assert wrong == {}
+    if compared < 100:
+        pytest.skip(
+            f"this PyAV encodes other files than those whose verdicts were recorded, all but {compared}"
+        )
 
 
 def _twin_of(file: BadFile) -> str:
