@@ -22,7 +22,7 @@ from evl_cache.video.frames import (
     reason_of,
 )
 from evl_cache.video.linear import linear_frames
-from evl_cache.video.packets import Packets, read_packets
+from evl_cache.video.packets import Packets, is_first_stream, read_packets
 from evl_cache.video.proof import frames_proved, proves_frames
 from evl_cache.video.with_decord import decord_frames, why_not_decord
 from evl_cache.video.with_pyav import Unsure, seek_frames
@@ -49,7 +49,7 @@ def decode_frames(
     Args:
         path: of the video.
         choose: returns int64 frame numbers (views, T) for the number of frames in the file. It is called again where
-            a second decoder counts differently.
+            the file is decoded again, from its start, and then shows another number of frames.
         options: how to decode.
 
     Raises: ClipError with the reason where the file cannot be decoded or frames are damaged, Outage where something else
@@ -82,7 +82,9 @@ def doubt(path: str | Path, decoder: str) -> str | None:
     if packets.has_hidden:
         return "its edit list hides frames"
     if packets.unproved is None and decoder.startswith("PyAV"):
-        return packets.only_pyav if packets.is_mirrored else None
+        if packets.is_mirrored:
+            return packets.only_pyav
+        return None if is_first_stream(path) else "another of its video streams was taken"
     return packets.unproved or packets.only_pyav
 
 

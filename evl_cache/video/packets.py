@@ -126,6 +126,12 @@ def _shown(path: str | Path, container: "av.container.InputContainer") -> "av.Vi
     return best if best in decoded else max(decoded, key=lambda film: film.width * film.height)
 
 
+def is_first_stream(path: str | Path) -> bool:
+    """Return whether a file's best video stream is also its first."""
+    with open_video(path) as (container, stream):
+        return stream.index == container.streams.video[0].index
+
+
 def read_packets(path: str | Path) -> Packets:
     """Read all packets of a file's video.
 
