@@ -7,6 +7,7 @@ import it before this room decodes, as their bundled libraries clash otherwise.
 T frames asked for, H and W source pixels.
 """
 
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from evl_cache.video.frames import (
     reason_of,
 )
 from evl_cache.video.linear import linear_frames
+from evl_cache.video.native_messages import hears
 from evl_cache.video.packets import Packets, is_first_stream, read_packets
 from evl_cache.video.proof import frames_proved, proves_frames
 from evl_cache.video.with_decord import decord_frames, why_not_decord
@@ -104,6 +106,10 @@ def _decoded(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterat
         return
     if options.decoder == "decord":
         _trust(path, "decord", why_not_decord(path, packets))
+        if (
+            not options.tolerate_bad_frames and not hears()
+        ):  # decord conceals damage: PyAV must say that there is none
+            deque(linear_frames(path, choose, options, packets), maxlen=0)
         yield from decord_frames(path, choose, options, packets)
         return
     if packets.unproved is None:

@@ -70,6 +70,7 @@ class Decoding(Iterator["av.VideoFrame"]):
         self._whole: set[int] = set()  # packets that the container, but nothing else, calls damaged
         self._broken: int | None = None  # the last packet of that kind, until the next one shows what it was
         stream.codec_context.copy_opaque = True
+        listener.attend(container, stream)
         self._said_before = [] if without_notes else listener.take()  # when the file was opened, of its start
         self._frames = self._all()
 

@@ -39,6 +39,11 @@ def _say_levels() -> bool:
     return True
 
 
+def hears() -> bool:
+    """Whether `heard` can hear anything in this process."""
+    return _owns_stderr
+
+
 @contextmanager
 def heard() -> Iterator[list[str]]:
     """Collect the complaints that C libraries write to stderr meanwhile; none unless `own_stderr` was called."""

@@ -28,6 +28,10 @@ _TIMED = ("mov", "matroska")
 _NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
 _LEAST_PICTURE_NBYTES = 8
 _MIRRORED = "it is mirrored, or turned by no right angle"
+_DECLARED = (
+    "flv",
+    "matroska",
+)  # their headers say how long the longest stream is, those of others only of one stream
 _LEAST_LOSS_S, _LEAST_LOSS = 0.3, 0.05  # seconds, and share of the length; less may be rounding
 
 
@@ -138,6 +142,7 @@ def read_packets(path: str | Path) -> Packets:
     Raises: ClipError where there is no video; FFmpegError and OSError as PyAV does.
     """
     with listening() as listener, open_video(path) as (container, stream):
+        listener.attend(container, stream)
         reading = _Reading(path, container, stream)
         for packet in demuxed(
             container, stream
@@ -255,7 +260,9 @@ class _Reading:
         stream, container = self._stream, self._container
         if stream.duration is not None and stream.time_base is not None:
             declared_s = float(stream.duration * stream.time_base)
-        elif container.duration is not None and len(container.streams) == 1:
+        elif container.duration is not None and (
+            len(container.streams) == 1 or container.format.name.startswith(_DECLARED)
+        ):
             declared_s = container.duration / 1e6
         else:
             return None
@@ -323,7 +330,8 @@ def _loss(path: str | Path, reading: _Reading, missing_s: float) -> str | None:
     """Return what shows that a file which says that it is longer has lost frames; None where only its header lies."""
     if reading.ends_corrupt:
         return "its last frame is cut off"
-    if os.path.getsize(path) - _nbytes_of_packets(path) > reading.nbytes_of(missing_s) / 2:
+    nbytes = os.path.getsize(path)
+    if nbytes - _nbytes_of_packets(path) > min(nbytes, reading.nbytes_of(missing_s)) / 2:
         return "parts of it cannot be read"
     return None
 

@@ -1,6 +1,7 @@
 """What PyAV's FFmpeg says against a file while it is read and decoded."""
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import av
 
+_STREAM = re.compile(r"stream (\d+)[,:]")  # how demuxers begin what concerns one stream
 _UNHEARD = logging.getLogger("libav")  # PyAV's
 
 
@@ -29,6 +31,20 @@ class Listener:
 
     def __init__(self, captured: list[tuple[int, str, str]]) -> None:
         self._captured = captured
+        self._others: set[str] = set()
+        self._index: int | None = None
+
+    def attend(self, container: "av.container.InputContainer", stream: "av.VideoStream") -> None:
+        """Leave out from now on what concerns other streams of a file, such as its sound."""
+        contexts = [other.codec_context for other in container.streams if other is not stream]
+        self._others = {context.name for context in contexts if context is not None}  # type: ignore[redundant-expr]
+        self._others.discard(stream.codec_context.name)
+        self._index = stream.index
+
+    def _is_wanted(self, source: str, text: str) -> bool:
+        named = _STREAM.match(text)
+        is_of_other = named is not None and self._index is not None and int(named[1]) != self._index
+        return source not in self._others and not is_of_other
 
     def take(self) -> list[Message]:
         """Return what was said since the last call. That a picture is concealed is a remark only, but counts."""
@@ -37,7 +53,7 @@ class Listener:
         found = [
             Message(source, text.strip()[:160])
             for level, source, text in self._captured
-            if level <= av.logging.ERROR or text.startswith("concealing")
+            if (level <= av.logging.ERROR or text.startswith("concealing")) and self._is_wanted(source, text)
         ]
         self._captured.clear()
         return found

@@ -28,6 +28,7 @@ def seek_frames(path: str | Path, choose: Choose, packets: Packets) -> Iterator[
     Raises: Unsure where frames that were yielded may be damaged, or others; FFmpegError and OSError as PyAV does.
     """
     with listening() as listener, open_video(path) as (container, stream):
+        listener.attend(container, stream)
         indices = choose(len(packets.times))
         wanted = [packets.times[number] for number in np.unique(indices).tolist()]
         frames = _frames_at(wanted, packets, container, stream, listener)

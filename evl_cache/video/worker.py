@@ -7,7 +7,7 @@ imports torch for torchcodec only, and nothing of the cache, so that it starts f
     parent   {"path", "folder", "decoder", "tolerate_bad_frames", "device"}: a clip to decode; a relative path is
              relative to the folder
     worker   {"asks"}: the number of frames in the file
-    parent   {"indices"} of the frames wanted, or {"error"}; a second decoder may ask again
+    parent   {"indices"} of the frames wanted, or {"error"}; it may be asked again, with another number
     worker   {"indices", "count", "size", "decoder"}: a header; frames before it must be dropped
     worker   {"frames"}: so many frames are in the file
     parent   {"taken"}: the next frames may be written

@@ -89,3 +89,32 @@ def _start_of_a_picture(path: Path, *, after: int) -> int:
         at for at in range(after, 60) if packets[at].pts < packets[at - 1].pts and not packets[at].is_keyframe
     )
     return path.read_bytes().index(bytes(packets[place])[:40])
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "avi"])
+def test_damage_of_the_sound_is_no_damage_of_the_pictures(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"film.{suffix}"
+    _write_with_broken_sound(path)
+    found = decode_clip(path, every_seventh)
+    assert numbers_shown(found.frames) == list(found.header.distinct)
+
+
+def test_a_container_that_damage_of_the_sound_cuts_short_has_lost_data(tmp_path: Path) -> None:
+    """Sound and pictures are chained in FLV: what follows the first damaged piece is not found."""
+    path = tmp_path / "film.flv"
+    _write_with_broken_sound(path)
+    with pytest.raises(ClipError, match="has lost data"):
+        decode_clip(path, every_seventh)
+
+
+def _write_with_broken_sound(path: Path) -> None:
+    write_streams(path, Streams(film=h264("closed-b0"), after=("mp2" if path.suffix == ".avi" else "aac",)))
+    content = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        sound = [
+            (packet.pos, packet.size) for packet in container.demux(container.streams.audio[0]) if packet.size
+        ]
+    for place, size in sound:
+        for at in range(place, place + min(8, size)):
+            content[at] ^= 0x5A
+    path.write_bytes(content)
