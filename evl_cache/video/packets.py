@@ -297,7 +297,7 @@ class _Reading:
         if doubt is None and len(set(times)) < len(times):
             doubt = "several of its frames have the same time"
         # Some muxers leave out when frames are shown; then they seem to be shown in the order in which they are decoded.
-        if doubt is None and self._is_in_order and coded.has_b_frames:
+        if doubt is None and len(times) > 1 and self._is_in_order and coded.has_b_frames:
             doubt = "its times may be those at which frames are decoded"
         if doubt is None and sum(entry.is_keyframe for entry in self._stream.index_entries) > len(keys):
             doubt = "its index calls frames key frames that are none"
