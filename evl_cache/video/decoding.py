@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evl_cache.video import h264
-from evl_cache.video.packets import demuxed
+from evl_cache.video.packets import LEAST_PICTURE_NBYTES, NEVER_CODED, demuxed
 from evl_cache.video.pyav_messages import Listener
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Decoding(Iterator["av.VideoFrame"]):
         keys: numbers of the packets so far that need nothing before them.
         first_key: number of the first packet that the container calls a key frame.
         unshown: numbers of packets that need not give a picture.
+        has_stand_ins: whether some packets are too small for a picture: beside them, others may hold two.
         recovery_points: key frames after which others may be shown that need what is before them.
         complaints: so far.
     """
@@ -61,6 +62,7 @@ class Decoding(Iterator["av.VideoFrame"]):
         self.keys: list[int] = []
         self.first_key: int | None = None
         self.unshown: set[int] = set()
+        self.has_stand_ins = False
         self.recovery_points: set[int] = set()
         self.complaints: list[Complaint] = []
         self._container, self._stream, self._listener = container, stream, listener
@@ -109,6 +111,7 @@ class Decoding(Iterator["av.VideoFrame"]):
 
     def _look(self, packet: "av.Packet[av.VideoStream]") -> None:
         """Note what kind of packet it is."""
+        self.has_stand_ins |= self._codec.startswith(NEVER_CODED) and packet.size < LEAST_PICTURE_NBYTES
         if packet.is_discard or (packet.size < _MOST_NOTE_NBYTES and not self._holds_picture(packet)):
             self.unshown.add(self.packet)
         if packet.is_keyframe:

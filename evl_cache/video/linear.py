@@ -214,7 +214,7 @@ def _decode(
 def _lost(film: _Film, decoding: Decoding) -> list[int]:
     """Return the packets that gave no picture and should: decoders pass over some of them without a word."""
     shown = set(film.packets)
-    if film.codec not in _SHOW_EACH_PACKET or film.has_fields or len(shown) < 2:
+    if film.codec not in _SHOW_EACH_PACKET or film.has_fields or decoding.has_stand_ins or len(shown) < 2:
         return []
     second = sorted(shown)[1]  # what comes before it may need pictures from before a cut
     return [at for at in range(second, decoding.packet) if at not in shown and at not in decoding.unshown]

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 # Containers that give pictures their times, and whose key frames are found exactly.
 _TIMED = ("mov", "matroska")
 # In DivX and Xvid files a packet of a few bytes holds no picture; in other codecs even the smallest packet does.
-_NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
-_LEAST_PICTURE_NBYTES = 8
+NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
+LEAST_PICTURE_NBYTES = 8
 _MIRRORED = "it is mirrored, or turned by no right angle"
 _DECLARED = (
     "flv",
@@ -221,7 +221,7 @@ class _Reading:
             self._changes_pictures |= h264.changes_pictures(data, extradata)
         elif not _is_key(self._codec, bytes(packet)):
             return "it calls frames key frames that are none"
-        if self._codec.startswith(_NEVER_CODED) and packet.size < _LEAST_PICTURE_NBYTES:
+        if self._codec.startswith(NEVER_CODED) and packet.size < LEAST_PICTURE_NBYTES:
             return "some of its frames were never coded"
         if self._codec == "vp8" and not bytes(packet)[0] & 0x10:
             return "some of its pictures are not to be shown"

@@ -91,6 +91,25 @@ def _start_of_a_picture(path: Path, *, after: int) -> int:
     return path.read_bytes().index(bytes(packets[place])[:40])
 
 
+def test_packets_that_stand_for_frames_that_were_never_coded_are_no_loss(tmp_path: Path) -> None:
+    """DivX and Xvid put a packet of a byte or a few where a frame repeats the one before, or came packed with it."""
+    write_streams(tmp_path / "film.avi", Streams(film=older("mpeg4", "closed-b0")))
+    with av.open(str(tmp_path / "film.avi")) as source, av.open(str(tmp_path / "gaps.avi"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        number = 0
+        for at, packet in enumerate(packets):
+            pieces = [packet, av.Packet(b"\x00\x00\x01\xb6\x50\x4f")] if at % 20 == 10 else [packet]
+            for piece in pieces:
+                piece.pts = piece.dts = number
+                piece.time_base, piece.stream = packet.time_base, stream
+                target.mux(piece)
+                number += 1
+    found = decode_clip(tmp_path / "gaps.avi", every_seventh)
+    assert found.header.num_frames_in_file == len(packets)
+    assert numbers_shown(found.frames) == list(found.header.distinct)
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "avi"])
 def test_damage_of_the_sound_is_no_damage_of_the_pictures(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"film.{suffix}"
