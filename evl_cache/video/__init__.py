@@ -106,9 +106,8 @@ def _decoded(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterat
         return
     if options.decoder == "decord":
         _trust(path, "decord", why_not_decord(path, packets))
-        if (
-            not options.tolerate_bad_frames and not hears()
-        ):  # decord conceals damage: PyAV must say that there is none
+        if not options.tolerate_bad_frames and not hears():
+            # decord conceals damage: PyAV must say that there is none.
             deque(linear_frames(path, choose, options, packets), maxlen=0)
         yield from decord_frames(path, choose, options, packets)
         return

@@ -5,6 +5,7 @@ count as damaged until a key frame that needs nothing before it. So a clip is re
 whatever is wrong with others, and whoever else tried to decode it.
 """
 
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -119,46 +120,46 @@ class _Film:
         """
         coded = np.asarray(self.packets, np.int64)
         places = np.arange(len(coded))
-        place_of = dict(zip(self.packets, range(len(coded)), strict=True))
         found = np.zeros(len(coded), bool)
-        for complaint in self._serious():
-            first = complaint.packet
-            began = max((key for key in self.keys if key <= first and key in place_of), default=0)
-            first = began if self.codec in _OVERLOOK_DAMAGE else max(began, first - HEARD_LATE)
-            if self.has_fields and first not in place_of:  # the second field of the picture before
-                first -= 1
-            touched = coded >= first
-            key = next((key for key in self.keys if key > complaint.packet and key in place_of), None)
-            if key is not None and (are_timed or not complaint.is_lasting):
+        for at, complaint in self._first_of_each():
+            began = self.keys[at - 1] if at else 0
+            heard_of = began if self.codec in _OVERLOOK_DAMAGE else max(began, complaint.packet - HEARD_LATE)
+            touched = coded >= heard_of
+            if at < len(self.keys) and (are_timed or not complaint.is_lasting):
                 # What is shown before the key frame may need frames from before it.
-                touched &= ~((coded >= key) & (places >= place_of[key]))
+                key = self.keys[at]
+                touched &= ~((coded >= key) & (places >= self.packets.index(key)))
             found |= touched
         return found
+
+    def _first_of_each(self) -> list[tuple[int, Complaint]]:
+        """The first serious complaints since each key frame, of either kind, with the number of the next one in `keys`."""
+        first: dict[tuple[int, bool], Complaint] = {}
+        for complaint in sorted(self._serious(), key=lambda complaint: complaint.packet):
+            first.setdefault((bisect_right(self.keys, complaint.packet), complaint.is_lasting), complaint)
+        return [(at, complaint) for (at, _), complaint in first.items()]
 
     def _serious(self) -> list[Complaint]:
         """The complaints, but for what is said of pictures that were cut away by a tool or an edit list."""
         shown = set(self.packets)
+        first = [] if self.begins_whole else sorted(shown)[:2]
+
+        def is_before_the_second(complaint: Complaint) -> bool:
+            """Whether it comes where a stream that was cut begins, and not of the first picture."""
+            return len(first) == 2 and complaint.packet < first[1] and complaint.packet != first[0]
+
         return [
             complaint
             for complaint in self.complaints
-            if not (self._is_before_the_second(complaint) or self._is_of_a_cut(complaint, shown))
+            if not (is_before_the_second(complaint) or self._is_of_a_cut(complaint, shown))
         ]
-
-    def _is_before_the_second(self, complaint: Complaint) -> bool:
-        """Whether it comes where a stream that was cut begins, and not of the first picture."""
-        first = sorted(self.packets)[:2]
-        return (
-            not self.begins_whole
-            and len(first) == 2
-            and complaint.packet < first[1]
-            and complaint.packet != first[0]
-        )
 
     def _is_of_a_cut(self, complaint: Complaint, shown: set[int]) -> bool:
         """Whether it is told to forget pictures that do not exist, where those around a recovery point are not shown."""
         if complaint.is_lasting or not complaint.text.startswith(_OF_REFERENCES):
             return False
-        key = max((key for key in self.called_keys if key <= complaint.packet), default=-1)
+        at = bisect_right(self.called_keys, complaint.packet)
+        key = self.called_keys[at - 1] if at else -1
         begins_here = not self.begins_whole and self.called_keys[:1] == [key]
         return key in self.recovery_points and (begins_here or key + 1 not in shown)
 
@@ -181,9 +182,7 @@ def _decode(
         without_notes: give the decoder only what makes pictures.
     """
     with listening() as listener, open_video(path) as (container, stream):
-        film = _Film(
-            codec=stream.codec_context.codec.canonical_name,
-        )
+        film = _Film(codec=stream.codec_context.codec.canonical_name)
         decoding = Decoding(container, stream, listener, without_notes=without_notes)
         nbytes, keys = 0, set()
         for frame in decoding:

@@ -28,10 +28,8 @@ _TIMED = ("mov", "matroska")
 NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
 LEAST_PICTURE_NBYTES = 8
 _MIRRORED = "it is mirrored, or turned by no right angle"
-_DECLARED = (
-    "flv",
-    "matroska",
-)  # their headers say how long the longest stream is, those of others only of one stream
+# Their headers say how long the longest stream is; those of others are believed of files with one stream only.
+_DECLARED = ("flv", "matroska")
 _LEAST_LOSS_S, _LEAST_LOSS = 0.3, 0.05  # seconds, and share of the length; less may be rounding
 
 
@@ -144,9 +142,7 @@ def read_packets(path: str | Path) -> Packets:
     with listening() as listener, open_video(path) as (container, stream):
         listener.attend(container, stream)
         reading = _Reading(path, container, stream)
-        for packet in demuxed(
-            container, stream
-        ):  # packets are not kept: an hour of them would fill the memory
+        for packet in demuxed(container, stream):  # none is kept: an hour of them would fill the memory
             if packet.size:
                 reading.add(packet)
         lost = next((said.text for said in listener.take() if said.is_of(container)), None)

@@ -20,19 +20,8 @@ _ALIKE_FORMATS = ("yuv420p", "yuvj420p")
 # Numbers of ITU-T H.273. swscale refuses the others; FFmpeg before 8 converted them as if they were BT.601.
 _CONVERTED_MATRICES = (0, 1, 2, 3, 4, 5, 6, 7, 9)
 _BT2020_CONSTANT_LUMINANCE = 10
-_MISCOPIED_WIDTHS = (
-    1,
-    2,
-    3,
-    4,
-    6,
-    8,
-    12,
-    16,
-    24,
-    48,
-    72,
-)  # of 1 to 2,100: decord fails with an error about sizes
+# Of 1 to 2,100: decord fails with an error about sizes.
+_MISCOPIED_WIDTHS = frozenset((1, 2, 3, 4, 6, 8, 12, 16, 24, 48, 72))
 
 
 def rgb(frame: "av.VideoFrame") -> np.ndarray:
