@@ -65,7 +65,7 @@ def _watch(cache: Path, every_s: float, *, as_json: bool) -> None:
             click.echo(json.dumps(asdict(look)))
             continue
         again = sys.stdout.isatty() and not look.is_complete  # one line that is written over
-        click.echo(("\r\x1b[K" if sys.stdout.isatty() else "") + _look_line(look), nl=not again)
+        click.echo(("\r\x1b[K" if sys.stdout.isatty() else "") + shown(_look_line(look)), nl=not again)
 
 
 def _look_line(look: Look) -> str:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import click
 
-from .common import Command, print_json, shown
+from .common import Command, print_json, say
 
 EXAMPLES = """
 evl-cache verify caches/mine
@@ -50,20 +50,20 @@ def command(cache: Path, threads: int, check_sources: bool, root: Path | None, a
         print_json({"cache": str(cache), **asdict(found), **sources._asdict()})
     else:
         for reason in sources.sources:
-            click.echo(f"source: {shown(reason)}", err=True)
+            say(f"source: {reason}", err=True)
         for reason in sources.doubtful:
-            click.echo(f"doubtful: {shown(reason)}", err=True)
+            say(f"doubtful: {reason}", err=True)
         for problem in found.problems:
-            click.echo(f"damaged: {problem.reason}", err=True)
+            say(f"damaged: {problem.reason}", err=True)
         for stray in found.strays:
-            click.echo(f"stray: {cache / stray} belongs to no block", err=True)
+            say(f"stray: {cache / stray} belongs to no block", err=True)
         told = f", {len(sources.doubtful)} clips doubtful" if sources.doubtful else ""
-        click.echo(
+        say(
             f"{cache}: {found.blocks_done} of {found.blocks} blocks done and intact, {len(found.problems)} problems{told}; "
             f"digest {found.cache_digest or '(not complete)'}"
         )
         if sources.doubtful:
-            click.echo(
+            say(
                 "doubtful clips may have other frames than they claim; extract --retry-doubtful makes them again",
                 err=True,
             )

@@ -265,6 +265,18 @@ def test_a_cache_and_a_run_hold_any_name(tree: Callable[..., Path]) -> None:
     assert "two/\\xff\\xfe.mp4" in Path("new/scored.csv").read_text(encoding="utf-8")
 
 
+def test_a_cache_in_a_folder_of_any_name_is_verified_in_plain_lines(work: Path, made: Path) -> None:
+    cache = work / "esc\x1b[31m"
+    shutil.copytree(made / "cache", cache)
+    verified = run("verify", cache)
+    assert verified.return_value == 0 and "esc\\x1b[31m" in verified.stdout
+    (chunk, *_) = (path for path in sorted((cache / "tokens" / "c").rglob("*")) if path.is_file())
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    damaged = run("verify", cache)
+    assert damaged.return_value == 1 and "damaged: " in damaged.stderr
+    assert not {"\x1b"} & set(verified.stdout + damaged.stdout + damaged.stderr)
+
+
 def test_classes_of_any_name_are_trained_on_and_reported(
     tree: Callable[..., Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
