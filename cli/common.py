@@ -75,7 +75,6 @@ class Command(click.Command):
                 for line in self.examples:
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
-
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Raises: NotEnoughMemory, with what to do, where torch gets none."""
         try:

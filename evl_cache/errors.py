@@ -14,7 +14,8 @@ NO_SUCH_FILE = frozenset(
 )
 # What libraries say where they get no memory: torch's allocators, CUDA itself, cuBLAS and cuDNN.
 _NO_MEMORY = re.compile(
-    r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|cudaErrorMemoryAllocation", re.IGNORECASE
+    r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|cudaErrorMemoryAllocation",
+    re.IGNORECASE,
 )
 _LIMITS = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",

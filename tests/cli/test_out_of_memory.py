@@ -22,7 +22,9 @@ CUDA = (
 # What torch raises where there is no memory: of its own allocator, of CUDA (pinned memory too), of cuBLAS, of the CPU.
 KINDS = {
     "allocator": torch.OutOfMemoryError(CUDA),
-    "runtime": torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    "runtime": torch.AcceleratorError(
+        "CUDA error: out of memory\nCUDA kernel errors might be reported later"
+    ),
     "blas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "cpu": RuntimeError(
         "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to "

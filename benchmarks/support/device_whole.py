@@ -1,0 +1,153 @@
+"""Whole trainings on a device from a cache of generated features, and a sweep of sixteen heads against sixteen runs."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.support.device_caches import write_generated
+from benchmarks.support.device_place import Place
+from benchmarks.support.device_runner import Clock, Measurement, Skipped, Values
+from evl_cache.runs import RunFile
+from evl_cache.store import FeatureCache
+from evl_cache.sweep import sweep
+from evl_cache.sweep.grid import SweepRun, expand
+from evl_cache.train import TrainOptions, train
+
+STORE = ("numcodecs", "awscrt", "zarr")
+KEPT = {"disk": None, "ram": "ram", "device": "device"}
+_VAL_SAMPLES = 32
+_MOST_EPOCHS = 6
+
+
+def whole_measurements(place: Place) -> list[Measurement]:
+    """Everything that is measured of whole trainings, in order."""
+    return [
+        Measurement(name="cache", call=lambda clock: _written(place), seconds=60, needs=STORE),
+        *(
+            Measurement(name=f"train.{where}", call=_of_train(place, where), seconds=40, needs=STORE)
+            for where in KEPT
+        ),
+        Measurement(name="sweep", call=lambda clock: _sweep(place, clock), seconds=100, needs=STORE),
+    ]
+
+
+def _of_train(place: Place, where: str) -> Callable[[Clock], Iterator[Values]]:
+    return lambda clock: _train(place, where, clock)
+
+
+def _square(place: Place) -> Place:
+    """The place with a square grid, as towers have."""
+    side = min(place.sizes.grid)
+    return replace(place, sizes=replace(place.sizes, grid=(side, side)))
+
+
+def _written(place: Place) -> Iterator[Values]:
+    started = time.monotonic()
+    sizes = _square(place).sizes
+    cache = write_generated(place.scratch / "train", sizes, samples=sizes.samples)
+    took = time.monotonic() - started
+    write_generated(place.scratch / "val", sizes, samples=min(_VAL_SAMPLES, sizes.samples), split="val")
+    nbytes = sum(path.stat().st_size for path in (place.scratch / "train").rglob("*") if path.is_file())
+    yield {
+        "samples": sizes.samples,
+        "samples_per_s_written": round(sizes.samples / took, 1),
+        "mb_a_sample": round(nbytes / len(cache) / 1e6, 3),
+    }
+
+
+def _caches(place: Place) -> tuple[FeatureCache, FeatureCache]:
+    paths = place.scratch / "train", place.scratch / "val"
+    if not all((path / "manifest.json").is_file() for path in paths):
+        raise Skipped("the generated cache was not written")
+    return FeatureCache(paths[0]), FeatureCache(paths[1])
+
+
+def _options(place: Place, **more: Any) -> TrainOptions:
+    return TrainOptions(
+        head=f"decoder{place.sizes.layers}",
+        batch=place.sizes.train_batch,
+        precision=place.half if place.is_gpu else "float32",
+        device=place.device,
+        **more,
+    )
+
+
+def _train(place: Place, where: str, clock: Clock) -> Iterator[Values]:
+    """Epochs of a training; the first one reads the disk and warms up, so rates are of the others."""
+    caches, out = _caches(place), place.scratch / f"run-{where}"
+    started = time.monotonic()
+    epochs = _MOST_EPOCHS if place.is_gpu else 2
+    result = train(*caches, options=_options(place, epochs=epochs, keep_in=KEPT[where]), out=out)
+    rows = metrics(out)
+    yield {
+        "clips_per_s": round(max(row["clips_per_s"] for row in rows[1:]), 1),
+        "clips_per_s_by_epoch": [round(row["clips_per_s"], 1) for row in rows],
+        "waits_for": rows[-1]["bottleneck"],
+        "waits_for_by_epoch": [row["bottleneck"] for row in rows],
+        "batch": place.sizes.train_batch,
+        "steps": result.steps,
+        "seconds": round(time.monotonic() - started, 2),
+        "final_loss": rows[-1]["train_loss"],
+        "files_were_read_before": True,  # just written, so the page cache has them
+    }
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines that a run keeps of its epochs."""
+    lines = (run / RunFile.METRICS).read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def sixteen(layers: int) -> list[dict[str, Any]]:
+    """The grid of sixteen heads (fewer where the cache has few layers): decoders with their modules, and the others."""
+    depths = [f"decoder{n}" for n in dict.fromkeys((layers, max(1, layers // 2), 1))]
+    return [
+        {"head": depths, "temporal": ["all", "none", "conv"]},
+        {"head": depths[0], "temporal": "no-cross-attention"},
+        {"head": ["linear", "meanpool", "attentive", "mlap", "uniformerv2", "ladder"]},
+    ]
+
+
+def _sweep(place: Place, clock: Clock) -> Iterator[Values]:
+    """All heads in one pass, and then each alone, as many as there is time for."""
+    caches = _caches(place)
+    options = _options(place, epochs=2)
+    common = {name: getattr(options, name) for name in ("epochs", "batch", "precision", "device")}
+    runs = expand(sixteen(place.sizes.layers), {**common, "keep_in": "ram"})
+    clips = range(min(place.sizes.sweep_samples, len(caches[0].clips)))
+    started = time.monotonic()
+    result = sweep(*caches, runs=runs, out=place.scratch / "sweep", train_clips=clips)
+    swept = time.monotonic() - started
+    done = [row.name for row in result.runs if row.status == "done"]
+    yield {
+        "heads": len(runs),
+        "heads_done": len(done),
+        "passes": len(result.passes),
+        "seconds_of_sweep": round(swept, 2),
+        "ms_per_step": {row.name: row.ms_per_step for row in result.runs},
+    }
+    alone: list[float] = []
+    for run in _cheap_and_dear(runs):
+        if alone and clock.left_s < 1.5 * max(alone):
+            break
+        started = time.monotonic()
+        train(*caches, options=run.options, out=place.scratch / "alone" / run.name, train_clips=clips)
+        alone.append(time.monotonic() - started)
+        yield {
+            "runs_alone": len(alone),
+            "seconds_of_runs_alone": round(sum(alone), 2),
+            # Of as many runs as there are heads, where not all were made.
+            "sweep_vs_runs": round(swept / (sum(alone) / len(alone) * len(runs)), 4),
+            "is_estimate": len(alone) < len(runs),
+        }
+
+
+def _cheap_and_dear(runs: Sequence[SweepRun]) -> list[SweepRun]:
+    """The runs in an order of which any beginning is like the whole: from both ends in turn."""
+    left, order = list(runs), []
+    while left:
+        order.append(left.pop(0 if len(order) % 2 == 0 else -1))
+    return order
