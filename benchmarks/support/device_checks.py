@@ -15,14 +15,14 @@ from benchmarks.support.device_features import (
     by_path,
     decoded,
     known_paths,
-    new_head,
+    new_decoder,
     stored_features,
     tf32,
 )
 from benchmarks.support.device_place import Place, Sizes
 from benchmarks.support.device_runner import Skipped, Values
 from evl_cache.attention_maps import MapProjection, adjacent_frame_maps
-from evl_cache.heads import HEADS, build_head
+from evl_cache.heads import HEADS, Head, build_head
 from evl_cache.heads.decoder.plain import PlainHead
 from evl_cache.quantize import QuantizedTokens, dequantize_tokens
 from evl_cache.store.format.recomputed import ProjectionOnDevices, RecomputedMaps
@@ -55,7 +55,7 @@ def step_against_twin(place: Place, precision: str, path: str | None) -> Iterato
         raise Skipped("needs a CUDA device")
     wrong = []
     for name, (sizes, batch) in shapes_of(place.sizes).items():
-        head = new_head(sizes, place.device).eval()
+        head = new_decoder(sizes, place.device).eval()
         inputs = stored_features(sizes, batch, place.device)
         reference = gradients_of(PlainHead(head).double(), decoded(inputs, torch.float64))
         with tf32(precision == "tf32"), place.autocast(precision), by_path(path):
@@ -107,12 +107,13 @@ def heads_train(place: Place, precision: str) -> Iterator[Values]:
     """A training step of every head there is, from codes: parameters stay finite, and on their device."""
     if precision == "bfloat16" and not place.has_bfloat16:
         raise Skipped("the card computes bfloat16 slowly")
-    sizes = replace(place.sizes, layers=2, classes=5)
+    depth = max(kind.default_depth or 2 for kind in HEADS.values())
+    sizes = replace(place.sizes, layers=depth, classes=5)
     features = stored_batch(sizes, 3, place.device)
     options = TrainOptions(steps=1, batch=4, precision=precision, device=place.device)
     for name in HEADS:
-        head, part = head_and_features(name, sizes, features)
-        training_step(head, part, options, batch=4)
+        head = new_head(name, sizes)
+        training_step(head, features_for(head, features), options, batch=4)
         for parameter, value in head.named_parameters():
             assert value.device.type == torch.device(place.device).type, (
                 f"{name}: {parameter} is on {value.device}"
@@ -130,10 +131,10 @@ def stored_batch(sizes: Sizes, batch: int, device: str) -> StoredBatch:
     return StoredBatch(tokens=list(tokens), maps=list(maps), class_tokens=class_tokens)
 
 
-def head_and_features(name: str, sizes: Sizes, features: StoredBatch) -> tuple[nn.Module, StoredBatch]:
-    """A head by its name in `HEADS`, and as many layers of features as it reads."""
-    depth = HEADS[name].default_depth or sizes.layers
-    head = build_head(
+def new_head(name: str, sizes: Sizes) -> Head:
+    """A head by its name in `HEADS`, of as many layers as suit it."""
+    depth = HEADS[name].default_depth or min(2, sizes.layers)
+    return build_head(
         name.replace("N", str(depth)),
         num_layers=depth,
         width=sizes.width,
@@ -142,12 +143,16 @@ def head_and_features(name: str, sizes: Sizes, features: StoredBatch) -> tuple[n
         num_classes=sizes.classes,
         num_heads=sizes.heads,
     )
-    part = StoredBatch(
-        tokens=features.tokens[-depth:],
-        maps=None if features.maps is None or not head.reads_maps else features.maps[-depth:],
-        class_tokens=None if features.class_tokens is None else features.class_tokens[-depth:],
+
+
+def features_for(head: Head, features: StoredBatch) -> StoredBatch:
+    """What a head reads: as many of the last layers as it has, and their maps where it reads maps."""
+    last = slice(-head.num_layers, None)
+    return StoredBatch(
+        tokens=features.tokens[last],
+        maps=None if features.maps is None or not head.reads_maps else features.maps[last],
+        class_tokens=None if features.class_tokens is None else features.class_tokens[last],
     )
-    return head, part
 
 
 def maps_made_again(place: Place) -> Iterator[Values]:

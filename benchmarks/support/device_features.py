@@ -20,7 +20,7 @@ from evl_cache.quantize import QuantizedMaps, QuantizedTokens
 Inputs = tuple[Sequence[Any], Sequence[Any]]
 
 
-def new_head(sizes: Sizes, device: str, *, seed: int = 0) -> EVLHead:
+def new_decoder(sizes: Sizes, device: str, *, seed: int = 0) -> EVLHead:
     """A decoder whose temporal modules do something: positions and motion tables begin at zero otherwise."""
     torch.manual_seed(seed)
     head = EVLHead(
@@ -139,7 +139,7 @@ def _first(inputs: Inputs) -> Tensor:
 def ours_and_twin(place: Place, batch: int, precision: str) -> tuple[Side, Side]:
     """Our head on codes, and its plain twin on floating features, which need not be decoded: that favours the twin."""
     inputs = stored_features(place.sizes, batch, place.device)
-    head = new_head(place.sizes, place.device)
+    head = new_decoder(place.sizes, place.device)
     kept = {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(precision, torch.float32)
     twin = Side(head=PlainHead(head), inputs=decoded(inputs, kept), precision=precision)
     return Side(head=head, inputs=inputs, precision=precision), twin

@@ -3,6 +3,7 @@
 import os
 import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -93,7 +94,7 @@ TINY = Sizes(
     tower_layers=2,
     clips=6,
     tower_batch=3,
-    videos=(4, 12),
+    videos=(4, 8),
     samples=8,
     train_batch=4,
     sweep_samples=8,
@@ -192,12 +193,12 @@ def _driver() -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout, where git's files say it."""
+    """The commit of the checkout, where git knows it; else what EVL_CACHE_COMMIT says."""
     root = Path(__file__).resolve().parents[2]
     try:
-        head = (root / ".git" / "HEAD").read_text().strip()
-        return head if not head.startswith("ref: ") else (root / ".git" / head[5:]).read_text().strip()
-    except OSError:
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return os.environ.get("EVL_CACHE_COMMIT", "")
 
 

@@ -24,6 +24,7 @@ from evl_cache.extract.job import ExtractOptions
 from evl_cache.spec import ViewSpec
 
 _FILMS = 4  # distinct ones
+_LONG = 128  # frames of a video as data sets have them
 _FRAMES_HELD = 64  # clips whose frames are in memory
 STORE = ("timm", "numcodecs", "awscrt", "zarr")
 DTYPE = "float16"
@@ -128,7 +129,7 @@ def _decoded(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Val
     clips = generated_videos(folder, count=count, frames=frames)
     yield {"rendering_s": round(time.monotonic() - started, 1), "videos": count, "frames_of_a_video": frames}
     tower = _tower(place, names)
-    views = ViewSpec(frames=place.sizes.frames, stride=16 if frames >= 128 else 2)
+    views = ViewSpec(frames=place.sizes.frames, stride=16 if frames >= _LONG else 1)
     workers = max(1, len(os.sched_getaffinity(0)) - 1) if place.is_gpu else 1
     job = extraction_job(
         tower.tower,
@@ -153,12 +154,23 @@ def _decoded(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Val
     yield {"bare_clips_per_s": round(bare, 2), "share_of_bare_forward": round(rate / bare, 4)}
 
 
-def generated_videos(folder: Path, *, count: int, frames: int) -> ClipList:
-    """H.264 files of `benchmarks.long_clips`: a few are rendered, and stand under many names."""
-    from benchmarks.long_clips import render_clips
+def _films(folder: Path, count: int, frames: int) -> list[Path]:
+    if frames >= _LONG:
+        from benchmarks.long_clips import render_clips
+
+        return render_clips(folder, count=count, num_frames=frames)
+    from evl_cache.rendered import DEMO_CLASSES, demo_motion_frames, write_video
 
     folder.mkdir(parents=True, exist_ok=True)
-    films = render_clips(folder / "films", count=min(_FILMS, count), num_frames=frames)
+    paths = [folder / f"{number:02d}.mp4" for number in range(count)]
+    for number, path in enumerate(paths):
+        write_video(path, demo_motion_frames(DEMO_CLASSES[number], 0, seed=0))
+    return paths
+
+
+def generated_videos(folder: Path, *, count: int, frames: int) -> ClipList:
+    """H.264 files: a few are rendered, and stand under many names. Short ones are small, too."""
+    films = _films(folder / "films", min(_FILMS, count), frames)
     clips = []
     for number in range(count):
         name = f"{number:04d}.mp4"

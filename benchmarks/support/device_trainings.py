@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.support.device_caches import write_generated
-from benchmarks.support.device_checks import head_and_features, stored_batch
+from benchmarks.support.device_checks import features_for, stored_batch
 from benchmarks.support.device_cli import ROOT, run_command
-from benchmarks.support.device_features import new_head
+from benchmarks.support.device_features import new_decoder
 from benchmarks.support.device_place import Place, Sizes
 from benchmarks.support.device_runner import Skipped, Values
 from benchmarks.support.device_towers import extract_frames, frames_in_memory, image_tower
@@ -98,8 +98,7 @@ class ProbeHead(Head):
         for each in (*tokens, *(maps or ())):
             held = each.stored if isinstance(each, LayerTokens) else each
             for value in (held,) if isinstance(held, Tensor) else vars(held).values():
-                if isinstance(value, Tensor):
-                    sums.append(checksum(value))
+                sums += [checksum(value)] if isinstance(value, Tensor) else []
         device = self.bias.device
         if device.type == "cuda":
             busy = torch.ones(4096, 4096, device=device)
@@ -195,10 +194,10 @@ def one_process_wrapped(place: Place) -> Iterator[Values]:
     try:
         results = []
         for wrapped in (False, True):
-            head = new_head(sizes, place.device).eval()
+            head = new_decoder(sizes, place.device).eval()
             model: nn.Module = DistributedDataParallel(head) if wrapped else head
             optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3)
-            _, part = head_and_features("decoderN", sizes, features)
+            part = features_for(head, features)
             for _ in range(2):
                 torch.nn.functional.cross_entropy(head_logits(model, part), labels).backward()
                 optimizer.step()
@@ -259,13 +258,13 @@ def largest_batch_is_found(place: Place) -> Iterator[Values]:
     if not place.is_gpu:
         raise Skipped("needs a CUDA device")
     sizes = small_sizes(place)
-    _, features = head_and_features("decoderN", sizes, stored_batch(sizes, 1, place.device))
+    features = stored_batch(sizes, 1, place.device)
     total = torch.cuda.get_device_properties(0).total_memory
     found = []
     for gigabytes in (8, 2):
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total))
-        build = lambda: new_head(sizes, "cpu")  # noqa: E731
+        build = lambda: new_decoder(sizes, "cpu")  # noqa: E731
         found.append(largest_on_gpu(build, features, options_of(place), cap=1 << 16))
         yield {f"within_{gigabytes}_gb": found[-1]}
     assert 0 < found[1] < found[0], found
@@ -282,7 +281,7 @@ def want_of_memory_is_one_line(place: Place, command: str) -> Iterator[Values]:
     with nullcontext() if place.is_gpu else _failing_for_want_of_memory(wants):
         status, _, said = run_command(*_greedy_command(place, command))
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    yield {"status": status, "said": errors}
+    yield {"exit_status": status, "said": errors}
     assert status == 1 and len(errors) == 1 and "Traceback" not in said, said[-500:]
     assert "out of memory" in errors[0] and "--batch" in errors[0], errors[0]
 
@@ -309,12 +308,12 @@ def _greedy_command(place: Place, command: str) -> list[str]:
     from benchmarks.support.device_towers import model_of
 
     folder = place.scratch / "greedy-videos"
-    generated_videos(folder, count=8, frames=12)
+    generated_videos(folder, count=4, frames=8)
     names = place.scratch / "greedy.txt"
-    names.write_text("".join(f"{number:04d}.mp4 {number % 2}\n" for number in range(8)))
+    names.write_text("".join(f"{number:04d}.mp4 {number % 2}\n" for number in range(4)))
     model = model_of(place, place.sizes.towers[0])
     words = ["extract", "--dataset", "list", "--list", names, "--root", folder, "--pretrained", "none"]
     words += ["--model", model, "--layers", "2-3"]
-    words += ["--frames", place.sizes.frames, "--stride", "2", "--device", place.device, "--batch", "64"]
+    words += ["--frames", place.sizes.frames, "--stride", "1", "--device", place.device, "--batch", "64"]
     words += ["--cache", place.scratch / "greedy-cache", "--split", "train"]
     return [str(word) for word in words]
