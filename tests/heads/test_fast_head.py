@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from evl_cache.errors import UsageError
-from evl_cache.heads.decoder import chunks
+from evl_cache.heads.decoder.chunked import chunks
+from evl_cache.heads.decoder.chunked.threads import map_in_threads
 from evl_cache.heads.decoder.evl import EVLHead
 from evl_cache.heads.decoder.plain import PlainHead
-from evl_cache.heads.decoder.threads import map_in_threads
 from evl_cache.quantize import (
     QuantizedMaps,
     QuantizedTokens,

@@ -18,18 +18,18 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evl_cache.heads.decoder.chunks import StoredTokens, slice_sizes
-from evl_cache.heads.decoder.layer_gradients import layer_gradients
-from evl_cache.heads.decoder.layer_pass import (
+from evl_cache.heads.decoder.chunked.chunks import slice_sizes
+from evl_cache.heads.decoder.chunked.layer_gradients import layer_gradients
+from evl_cache.heads.decoder.chunked.layer_pass import Kept, LayerPass
+from evl_cache.heads.decoder.chunked.threads import map_in_threads
+from evl_cache.heads.decoder.tensors import (
     ClipTensors,
-    Kept,
-    LayerPass,
     LayerTensors,
     Setting,
     SharedTensors,
+    StoredMaps,
+    StoredTokens,
 )
-from evl_cache.heads.decoder.motion import StoredMaps
-from evl_cache.heads.decoder.threads import map_in_threads
 from evl_cache.heads.decoder.workspace import Workspace
 
 
