@@ -11,8 +11,8 @@ from torch import Tensor
 
 from evl_cache.heads.decoder.chunked.chunks import Chunk, walk
 from evl_cache.heads.decoder.chunked.motion import Motion
-from evl_cache.heads.decoder.chunked.position import TemporalShift
 from evl_cache.heads.decoder.chunked.running_mean import RunningMean
+from evl_cache.heads.decoder.position import TemporalShift
 from evl_cache.heads.decoder.tensors import LayerTensors, Setting, StoredMaps, StoredTokens
 
 
