@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from evl_cache.heads.decoder.products import product
 from evl_cache.heads.decoder.tensors import StoredMaps
-from evl_cache.heads.decoder.whole.products import product
 
 # Windows of the table and their gradients, which exist for some rows of the grid at a time: 5 of 14 for ViT-B/16.
 WINDOW_BYTES = 160 << 20

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from evl_cache.heads.decoder.position import TemporalShift
+from evl_cache.heads.decoder.products import product
 from evl_cache.heads.decoder.tensors import (
     ClipTensors,
     LayerTensors,
@@ -24,7 +25,6 @@ from evl_cache.heads.decoder.tensors import (
     slices_of,
 )
 from evl_cache.heads.decoder.whole.motion import WholeMotion
-from evl_cache.heads.decoder.whole.products import product
 
 # Of the tokens of a slice in the dtype of sums: 277 clips of ViT-B/16 with 8 frames. A pass needs about four times as much.
 SLICE_BYTES = 1280 << 20
