@@ -180,6 +180,14 @@ def through(step: Callable[[], None], path: str | None) -> Callable[[], None]:
 @contextmanager
 def tf32(on: bool) -> Iterator[None]:
     """Let float32 products be computed with TF32, or not."""
+    try:
+        from evl_cache.precision import tf32_as
+    except ImportError:
+        pass
+    else:
+        with tf32_as("tf32" if on else "float32", "cuda" if torch.cuda.is_available() else "cpu"):
+            yield
+        return
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
     try:

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from evl_cache.errors import is_want_of_memory, told_of_memory
-from evl_cache.extract.device_pipeline import DevicePipeline
-from evl_cache.train.trainer import Trainer
+from evl_cache.heads import EVLHead
+from evl_cache.towers import Backbone
 from evl_cache_cli.main import main
 from tests.support.feature_caches import write_pair
 from tests.support.store_helpers import make_clips
@@ -67,7 +67,7 @@ def test_a_training_without_memory_ends_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_line: Callable[..., str], kind: str
 ) -> None:
     train_cache, val_cache = write_pair(tmp_path)
-    monkeypatch.setattr(Trainer, "_passes", raises(KINDS[kind]))
+    monkeypatch.setattr(EVLHead, "forward", raises(KINDS[kind]))
     found = error_line(
         "train", "--cache", str(train_cache.path), "--val-cache", str(val_cache.path), "--head", "decoder1",
         "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run"),
@@ -84,7 +84,7 @@ def test_an_extraction_without_memory_ends_with_one_line(
     make_clips(tmp_path / "clips", count=2)
     names = tmp_path / "clips.txt"
     names.write_text("00.mp4 0\n01.mp4 1\n")
-    monkeypatch.setattr(DevicePipeline, "_start", raises(KINDS[kind]))
+    monkeypatch.setattr(Backbone, "forward", raises(KINDS[kind]))
     found = error_line(
         "extract", "--dataset", "list", "--list", str(names), "--root", str(tmp_path / "clips"),
         "--model", str(tmp_path / "clips" / "tower.json"), "--pretrained", "none", "--layers", "2-3", "--frames", "4",

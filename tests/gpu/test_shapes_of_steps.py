@@ -6,201 +6,163 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks.support.device_checks import features_for, new_head, random_projection, stored_batch
+from benchmarks.support.device_checks import features_for, new_head, random_projection
 from benchmarks.support.device_place import TINY
-from evl_cache.heads import HEADS, Head
-from evl_cache.heads.decoder.plain import PlainHead
+from evl_cache.heads import HEADS, PlainHead
 from evl_cache.quantize import QuantizedMaps, QuantizedTokens, quantize_maps, quantize_tokens
 from evl_cache.runs import head_logits
 from evl_cache.store import Reads
 from evl_cache.store.format.recomputed import ProjectionOnDevices, RecomputedMaps
 from evl_cache.store.format.rows import StoredBatch
 from evl_cache.sweep.shared_batch import SharedBatch
-from evl_cache.train.optimisation import Optimisation
-from evl_cache.train.options import PRECISIONS, TrainOptions
-from tests.support.fake_cuda import Watched, backward, fake_cuda, on_cuda, walkable
+from evl_cache.train.batch_size import training_step
+from evl_cache.train.options import TrainOptions
+from tests.support.watched_cuda import watched_cuda
 
 SIZES = replace(TINY, layers=4, classes=5)
 BATCH = 3
 DTYPES = [None, torch.bfloat16, torch.float16]
+PRECISIONS = ["float32", "bfloat16", "float16"]
 
 
-def empty_batch(layers: int) -> StoredBatch:
-    """Codes of some layers on the fake device."""
+def features_of(layers: int) -> StoredBatch:
+    """Codes of some layers, of arbitrary values, where new tensors are made."""
     B, T, P, C = BATCH, SIZES.frames, SIZES.patches, SIZES.width
-
-    def empty(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="cuda")
-
     tokens = [
         QuantizedTokens(
-            codes=empty(B, T, 1 + P, C, dtype=torch.int8),
-            affine=empty(B, 2, C, dtype=torch.float32),
-            scale=empty(B, T, 1 + P, dtype=torch.float16),
+            codes=torch.empty(B, T, 1 + P, C, dtype=torch.int8),
+            affine=torch.empty(B, 2, C),
+            scale=torch.empty(B, T, 1 + P, dtype=torch.float16),
         )
         for _ in range(layers)
     ]
     maps = [
         QuantizedMaps(
-            codes=empty(B, 2, T - 1, P, P, dtype=torch.uint8),
-            row_max=empty(B, 2, T - 1, P, dtype=torch.float16),
+            codes=torch.empty(B, 2, T - 1, P, P, dtype=torch.uint8),
+            row_max=torch.empty(B, 2, T - 1, P, dtype=torch.float16),
         )
         for _ in range(layers)
     ]
-    class_tokens = [empty(B, T, 1, C, dtype=torch.float16) for _ in range(layers)]
+    class_tokens = [torch.empty(B, T, 1, C, dtype=torch.float16) for _ in range(layers)]
     return StoredBatch(tokens=list(tokens), maps=list(maps), class_tokens=list(class_tokens))
 
 
-def fake_head(name: str) -> tuple[Head, StoredBatch]:
-    """A head and its features on the fake device."""
-    with torch.device("meta"):
-        head = new_head(name, SIZES)
-    return on_cuda(head), features_for(head, empty_batch(SIZES.layers))
-
-
-def check_gradients(head: Head) -> None:
-    for name, parameter in head.named_parameters():
-        assert parameter.grad is not None, name
-        assert (parameter.grad.device.type, parameter.grad.dtype) == ("cuda", torch.float32), name
+def autocast(dtype: torch.dtype | None) -> torch.autocast:
+    return torch.autocast("cuda", dtype=dtype, enabled=dtype is not None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", HEADS)
-def test_a_step_of_a_head_stays_on_the_device_and_never_waits_for_it(
-    name: str, dtype: torch.dtype | None
-) -> None:
-    with fake_cuda() as watched:
-        head, features = fake_head(name)
-        labels = torch.zeros(BATCH, dtype=torch.int64, device="cuda")
-        watched.to_host.clear()
-        logits = head_logits(head.train(), features, dtype)
-        assert (logits.device.type, logits.dtype, logits.shape) == ("cuda", torch.float32, (BATCH, 5))
-        torch.nn.functional.cross_entropy(logits, labels).backward()
-        check_gradients(head)
-        check_clean(watched)
-
-
-def check_clean(watched: Watched) -> None:
-    assert watched.operations and watched.float64 == [] and watched.to_host == []
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_step_of_the_plain_twin_does_too(dtype: torch.dtype | None) -> None:
-    with torch.device("meta"):
+def test_a_step_of_the_plain_twin_stays_on_the_device(dtype: torch.dtype | None) -> None:
+    with watched_cuda() as watched:
         twin = PlainHead(new_head("decoderN", SIZES))
-    with fake_cuda() as watched:
-        features = empty_batch(2)
-        assert features.maps is not None
-        tokens, maps = (
-            [torch.empty(part.codes.shape, device="cuda") for part in parts]  # type: ignore[union-attr]
-            for parts in (features.tokens, features.maps)
-        )
-        with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None):
-            logits = on_cuda(twin)(tokens, maps)
+        B, T, P = BATCH, SIZES.frames, SIZES.patches
+        tokens = [torch.empty(B, T, 1 + P, SIZES.width) for _ in range(2)]
+        maps = [torch.empty(B, 2, T - 1, P, P) for _ in range(2)]
+        with autocast(dtype):
+            logits = twin(tokens, maps)
         logits.float().sum().backward()
-        check_clean(watched)
+        watched.check()
 
 
-@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "float16"])
-def test_the_optimiser_takes_its_step_on_the_device(precision: str) -> None:
-    options = TrainOptions(
-        head="decoder4", steps=1, batch=BATCH, precision=precision, ema=0.9, grad_clip=1.0, device="cuda"
-    )
-    with fake_cuda() as watched:
-        head, features = fake_head("decoderN")
-        labels = torch.zeros(BATCH, dtype=torch.int64, device="cuda")
-        with mock.patch("copy.deepcopy", return_value=fake_head("decoderN")[0]):
-            optimisation = Optimisation(head, options, total_steps=1)
-        optimisation.begin(0)
-        logits = head_logits(head.train(), features, PRECISIONS[precision])
-        optimisation.backward(torch.nn.functional.cross_entropy(logits, labels))
-        watched.to_host.clear()
-        optimisation.finish(0)
-        assert all(p.device.type == "cuda" for p in head.parameters())
-        assert watched.float64 == []
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", HEADS)
+def test_a_training_step_stays_on_the_device_and_never_waits_for_it(name: str, precision: str) -> None:
+    with watched_cuda() as watched, mock.patch("torch.amp.GradScaler._maybe_opt_step"):  # torch's own wait
+        options = TrainOptions(steps=1, batch=4, precision=precision, grad_clip=1.0, device="cuda")
+        head = new_head(name, SIZES)
+        training_step(head, features_for(head, features_of(SIZES.layers)), options, batch=4)
+        for parameter, value in head.named_parameters():
+            assert value.grad is not None, parameter
+            assert (value.grad.device.type, value.grad.dtype) == ("cuda", torch.float32), parameter
+        watched.check()
 
 
 @pytest.mark.parametrize("name", HEADS)
 def test_scoring_stays_on_the_device(name: str) -> None:
-    with fake_cuda() as watched, torch.no_grad():
-        head, features = fake_head(name)
-        watched.to_host.clear()
-        assert head_logits(head.eval(), features).device.type == "cuda"
-        check_clean(watched)
+    with watched_cuda() as watched, torch.no_grad():
+        head = new_head(name, SIZES).eval()
+        assert head_logits(head, features_for(head, features_of(SIZES.layers))).device.type == "cuda"
+        watched.check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_batch_that_heads_share_is_decoded_on_the_device(dtype: torch.dtype | None) -> None:
     reads = Reads(layers=(1, 2, 3, 4), tokens="both")
-    with fake_cuda() as watched:
-        features = empty_batch(SIZES.layers)
-        watched.to_host.clear()
-        shared = SharedBatch(features, reads, products=dtype or torch.float32)
-        heads = {name: fake_head(name)[0] for name in HEADS}
-        for name, head in heads.items():
+    with watched_cuda() as watched:
+        shared = SharedBatch(features_of(4), reads, products=dtype or torch.float32)
+        for name in HEADS:
+            head = new_head(name, SIZES)
+            layers = reads.layers[-head.num_layers :]
+            only_class = head.class_tokens_only
             own = replace(
-                reads, layers=reads.layers[-head.num_layers :], with_maps=head.reads_maps, tokens="all"
+                reads,
+                layers=layers,
+                with_maps=head.reads_maps and not only_class,
+                tokens="class" if only_class else "all",
             )
-            if head.class_tokens_only:
-                own = replace(own, with_maps=False, tokens="class")
             inputs = shared.inputs(own)
-            assert head_logits(head, inputs, dtype).device.type == "cuda", name
-        check_clean(watched)
+            with autocast(dtype):
+                assert head(inputs.tokens, inputs.maps).device.type == "cuda", name
+        watched.check()
 
 
-def test_maps_are_made_again_on_the_device() -> None:
-    projection = random_projection(SIZES)
-    with fake_cuda() as watched:
-        tokens = empty_batch(1).tokens[0]
-        assert isinstance(tokens, QuantizedTokens)
-        tensors = {name: value for name, value in vars(projection).items() if torch.is_tensor(value)}
-        there = replace(
-            projection,
-            **{name: torch.empty(v.shape, dtype=v.dtype, device="cuda") for name, v in tensors.items()},
-        )
-        held = ProjectionOnDevices(there)
-        held._copies[tokens.codes.device] = there
-        watched.to_host.clear()
-        made = RecomputedMaps(below=tokens, projection=held).made()
-        P = SIZES.patches
+@pytest.mark.parametrize("difference_in_devices", [False, True])
+def test_maps_are_made_again_on_the_device(difference_in_devices: bool) -> None:
+    held = ProjectionOnDevices(random_projection(SIZES))
+    with watched_cuda() as watched:
+        below = features_of(1).tokens[0]
+        assert isinstance(below, QuantizedTokens)
+        on_host = held.on(torch.device("cpu"))
+        names = [name for name, value in vars(on_host).items() if isinstance(value, torch.Tensor)]
+        there = {
+            name: torch.empty(getattr(on_host, name).shape).to(getattr(on_host, name).dtype) for name in names
+        }
+        held._copies[below.codes.device] = replace(on_host, **there)
+        if difference_in_devices:  # what is left on the processor is noticed
+            held._copies[below.codes.device] = replace(on_host, **(there | {"bias": on_host.bias}))
+            with pytest.raises((AssertionError, RuntimeError), match=r"FakeTensor|device"):
+                RecomputedMaps(below=below, projection=held).made()
+            return
+        made = RecomputedMaps(below=below, projection=held).made()
         assert (made.device.type, made.dtype) == ("cuda", torch.float32)
-        assert made.shape == (BATCH, 2, SIZES.frames - 1, P, P)
-        check_clean(watched)
+        assert made.shape == (BATCH, 2, SIZES.frames - 1, SIZES.patches, SIZES.patches)
+        watched.check()
 
 
 def test_the_fake_device_notices_what_a_real_one_would() -> None:
-    with fake_cuda() as watched:
-        there = torch.empty(3, device="cuda")
+    with watched_cuda() as watched:
+        there = torch.empty(3)
         with pytest.raises(RuntimeError, match="device"):
-            there + torch.ones(3)
+            there + torch.ones(3, device="cpu")
         with pytest.raises(Exception, match="local_scalar_dense"):
             there.sum().item()
         there.double()
         there.cpu()
         assert watched.float64 and watched.to_host
+        with pytest.raises(AssertionError):
+            watched.check()
 
 
-def test_gradients_walked_node_by_node_are_those_of_the_engine() -> None:
-    torch.manual_seed(0)
-    head = new_head("decoderN", SIZES)
-    features = features_for(head, stored_batch(SIZES, BATCH, "cpu"))
-    labels = torch.arange(BATCH)
-    found = []
-    for walk in (torch.Tensor.backward, backward):
-        torch.manual_seed(1)  # dropout
-        head.zero_grad()
-        with walkable():
-            walk(torch.nn.functional.cross_entropy(head_logits(head, features), labels))
-        found.append({name: parameter.grad for name, parameter in head.named_parameters()})
-    assert found[0].keys() == found[1].keys()
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, msg=name)
+def test_a_gradient_on_another_device_is_an_error() -> None:
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: torch.Tensor) -> torch.Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+            return torch.ones(gradient.shape, device="cpu")
+
+    with watched_cuda():
+        x = torch.empty(3, requires_grad=True)
+        with pytest.raises(AssertionError, match="cpu"):
+            Wrong.apply(x).sum().backward()
 
 
-def test_nothing_is_quantised_without_a_look_at_its_values() -> None:
-    """Rows are checked to be finite, which waits for the device: each sample once a kind, no more."""
-    with fake_cuda():
-        tokens = torch.empty(2, 4, 10, 16, device="cuda")
+def test_values_are_looked_at_once_where_rows_are_made() -> None:
+    """What is quantised is checked to be finite, which waits for the device: that is known, and extraction's alone."""
+    with watched_cuda():
+        tokens = torch.empty(2, 4, 10, 16)
         for call in (quantize_tokens, quantize_maps):
             with pytest.raises(Exception, match="local_scalar_dense"):
                 call(tokens.abs())
