@@ -4,8 +4,11 @@
 something is wrong.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +28,9 @@ from evl_cache.attention_maps import MapProjection, adjacent_frame_maps
 from evl_cache.heads import HEADS, Head, build_head
 from evl_cache.heads.decoder.plain import PlainHead
 from evl_cache.quantize import QuantizedTokens, dequantize_tokens
-from evl_cache.store.format.recomputed import ProjectionOnDevices, RecomputedMaps
-from evl_cache.store.format.rows import StoredBatch
-from evl_cache.train.batch_size import training_step
-from evl_cache.train.options import TrainOptions
+
+if TYPE_CHECKING:
+    from evl_cache.store import StoredBatch
 
 # Relative errors that rounding alone explains; beyond them ours may err twice as much as the plain twin does.
 ROUNDING = {"float32": 2e-4, "tf32": 4e-3, "bfloat16": 2e-2, "float16": 4e-3}
@@ -107,6 +109,9 @@ def heads_train(place: Place, precision: str) -> Iterator[Values]:
     """A training step of every head there is, from codes: parameters stay finite, and on their device."""
     if precision == "bfloat16" and not place.has_bfloat16:
         raise Skipped("the card computes bfloat16 slowly")
+    from evl_cache.train.batch_size import training_step
+    from evl_cache.train.options import TrainOptions
+
     depth = max(kind.default_depth or 2 for kind in HEADS.values())
     sizes = replace(place.sizes, layers=depth, classes=5)
     features = stored_batch(sizes, 3, place.device)
@@ -124,6 +129,8 @@ def heads_train(place: Place, precision: str) -> Iterator[Values]:
 
 def stored_batch(sizes: Sizes, batch: int, device: str) -> StoredBatch:
     """Features as a loader gives them, class tokens too."""
+    from evl_cache.store import StoredBatch
+
     tokens, maps = stored_features(sizes, batch, device)
     class_tokens = [
         torch.randn(batch, sizes.frames, 1, sizes.width, device=device).half() for _ in range(sizes.layers)
@@ -147,6 +154,8 @@ def new_head(name: str, sizes: Sizes) -> Head:
 
 def features_for(head: Head, features: StoredBatch) -> StoredBatch:
     """What a head reads: as many of the last layers as it has, and their maps where it reads maps."""
+    from evl_cache.store import StoredBatch
+
     last = slice(-head.num_layers, None)
     return StoredBatch(
         tokens=features.tokens[last],
@@ -157,6 +166,8 @@ def features_for(head: Head, features: StoredBatch) -> StoredBatch:
 
 def maps_made_again(place: Place) -> Iterator[Values]:
     """Maps from stored tokens, on the device, against the definition computed in float64 on the CPU."""
+    from evl_cache.store.format.recomputed import ProjectionOnDevices, RecomputedMaps
+
     sizes = replace(place.sizes, layers=1)
     stored = stored_features(sizes, 3, place.device)[0][0]
     assert isinstance(stored, QuantizedTokens)

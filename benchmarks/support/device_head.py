@@ -1,34 +1,28 @@
-"""The head on a device: clips a second, launches, bandwidth, memory, and the largest batch beside a tower."""
+"""The head on a device: clips a second, launches, share of bandwidth, memory."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from benchmarks.support.device_features import (
-    Inputs,
     Side,
     known_paths,
     nbytes,
-    new_decoder,
     ours_and_twin,
     stored_features,
     tf32,
     through,
 )
-from benchmarks.support.device_place import Place, is_lost, release, seconds_of, timed
+from benchmarks.support.device_largest import largest_measurements
+from benchmarks.support.device_place import Place, is_lost, median_seconds, release, seconds_of, timed
 from benchmarks.support.device_runner import Clock, Measurement, Skipped, Values
-from benchmarks.support.device_towers import image_tower, random_frames
-from evl_cache.heads.decoder.plain import PlainHead
-from evl_cache.train.batch_size import largest_that
 
 _MATRIX = 8192
 _READS = 2  # codes must be read forward and backward
 
 
-def head_measurements(place: Place) -> list[Measurement]:
+def measurements(place: Place) -> list[Measurement]:
     """Everything that is measured of the head, in order."""
     batches = place.sizes.batches
     middle = batches[1]
@@ -39,16 +33,7 @@ def head_measurements(place: Place) -> list[Measurement]:
             for batch in (middle, *(b for b in batches if b != middle))
         ),
         Measurement(name="launches", call=lambda clock: _launches(place), seconds=25),
-        *(
-            Measurement(
-                name=f"largest.{what}",
-                call=_of_largest(place, what),
-                seconds=25,
-                needs=() if what == "ours" else ("timm",),
-                alone=True,
-            )
-            for what in ("ours", "frozen_tower_and_twin", "fine_tuning")
-        ),
+        *largest_measurements(place),
         Measurement(
             name="compiled.plain_twin", call=lambda clock: _compiled(place, "plain_twin", clock), seconds=60
         ),
@@ -61,10 +46,6 @@ def _of_batch(place: Place, batch: int) -> Callable[[Clock], Iterator[Values]]:
     return lambda clock: _steps(place, batch, clock)
 
 
-def _of_largest(place: Place, what: str) -> Callable[[Clock], Iterator[Values]]:
-    return lambda clock: _largest(place, what, clock)
-
-
 def _rates(place: Place) -> Iterator[Values]:
     """What the device can do: a large copy within it (its bandwidth), copies to it, and a product of matrices."""
     yield {"copy_gb_per_s": round(copy_rate(place) / 1e9, 1)}
@@ -75,13 +56,13 @@ def _rates(place: Place) -> Iterator[Values]:
             ("pinned", torch.empty(count, dtype=torch.uint8, pin_memory=True)),
             ("pageable", torch.zeros(count, dtype=torch.uint8)),
         ):
-            took = _median(place, lambda host=host: there.copy_(host, non_blocking=True))
+            took = median_seconds(place, lambda host=host: there.copy_(host, non_blocking=True))
             yield {f"to_device_{name}_gb_per_s": round(count / took / 1e9, 2)}
         del there
     n = _MATRIX if place.is_gpu else 256
     dtype = getattr(torch, place.half)
     a, b = (torch.randn(n, n, device=place.device, dtype=dtype) for _ in range(2))
-    took = _median(place, lambda: torch.mm(a, b))
+    took = median_seconds(place, lambda: torch.mm(a, b))
     yield {f"matmul_{place.half}_tflop_per_s": round(2 * n**3 / took / 1e12, 3)}
     one = stored_features(place.sizes, 1, place.device)
     yield {"stored_mb_a_clip": round(nbytes(one) / 1e6, 3)}
@@ -92,12 +73,7 @@ def copy_rate(place: Place) -> float:
     count = place.sizes.copy_mb << 20
     source = torch.zeros(count, dtype=torch.uint8, device=place.device)
     target = torch.empty_like(source)
-    return 2 * count / _median(place, lambda: target.copy_(source))
-
-
-def _median(place: Place, call: Callable[[], object]) -> float:
-    seconds_of(call, place)
-    return sorted(seconds_of(call, place) for _ in range(5))[2]
+    return 2 * count / median_seconds(place, lambda: target.copy_(source))
 
 
 def _steps(place: Place, batch: int, clock: Clock) -> Iterator[Values]:
@@ -164,6 +140,8 @@ def _ratios(rates: dict[str, Any]) -> Values:
 
 def _launches(place: Place) -> Iterator[Values]:
     """Kernels that a step launches, by torch's profiler; beside it the count on fake tensors."""
+    from benchmarks.launches import step_launches
+
     found: dict[str, Any] = {}
     for precision in (place.half, "float32"):
         ours, twin = ours_and_twin(place, place.sizes.batches[0], precision)
@@ -176,12 +154,13 @@ def _launches(place: Place) -> Iterator[Values]:
                 found[f"{name}.{precision}"] = "out of memory"
                 release(place)
             yield {"by_profiler": found}
-    try:
-        from benchmarks import launches  # type: ignore[attr-defined]  # noqa: F401
-    except ImportError:
-        yield {"on_fake_tensors": "benchmarks.launches is not there"}
-    else:
-        yield {"on_fake_tensors": "python -m benchmarks.launches --json"}
+    if place.is_gpu:  # counted at these sizes, of which a processor has none
+        counted = {
+            f"{name}.{precision}": step_launches(name, precision, batch=place.sizes.batches[0]).launches
+            for name in (f"decoder{place.sizes.layers}", "plain_twin")
+            for precision in (place.half, "float32")
+        }
+        yield {"on_fake_tensors": counted}
 
 
 def launches_of(step: Callable[[], None], place: Place) -> dict[str, int]:
@@ -241,126 +220,3 @@ def _precisions(place: Place, clock: Clock) -> Iterator[Values]:
             told = timed({"ours": ours.step(place)}, place, clock)["ours"]
         found[precision] = told if isinstance(told, str) else round(batch / told["seconds"], 1)
         yield {"batch": batch, "clips_per_s": found}
-
-
-def _largest(place: Place, what: str, clock: Clock) -> Iterator[Values]:
-    """The largest batch within the limit of memory, and the seconds a clip there."""
-    if place.is_gpu:
-        total = torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, place.sizes.limit_gb * 1e9 / total))
-    build = {
-        "ours": _our_step,
-        "frozen_tower_and_twin": _tower_and_twin_step,
-        "fine_tuning": _fine_tuning_step,
-    }[what]
-    maker = build(place)
-
-    def fits(batch: int) -> bool:
-        if clock.left_s < 3:
-            return False
-        try:
-            step = maker(batch)
-            step()
-            step()
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            release(place)
-        return True
-
-    batch = largest_that(fits, cap=place.sizes.most_batch)
-    yield {"limit_gb": place.sizes.limit_gb, "largest_batch": batch, "stopped_by_time": clock.left_s < 3}
-    if batch:
-        size = max(1, int(0.9 * batch))
-        took = _median(place, maker(size))
-        yield {
-            "timed_batch": size,
-            "ms_a_clip": round(1e3 * took / size, 3),
-            "clips_per_s": round(size / took, 1),
-        }
-
-
-StepMaker = Callable[[int], Callable[[], None]]
-
-
-def _our_step(place: Place) -> StepMaker:
-    head = new_decoder(place.sizes, place.device)
-    path = next(iter(known_paths(place)), None)
-
-    def maker(batch: int) -> Callable[[], None]:
-        inputs = stored_features(place.sizes, batch, place.device)
-        return through(Side(head=head, inputs=inputs, precision=place.half).step(place), path)
-
-    return maker
-
-
-def _tower_and_twin_step(place: Place) -> StepMaker:
-    """Training without a cache: the frozen tower's forward pass, then a step of the plain twin."""
-    dtype = getattr(torch, place.half)
-    tower = image_tower(place, place.sizes.towers[0], dtype=dtype)
-    head: nn.Module | None = None
-    optimizer: torch.optim.Optimizer | None = None
-
-    def maker(batch: int) -> Callable[[], None]:
-        frames = random_frames(place, tower, batch, dtype)
-
-        def step() -> None:
-            nonlocal head, optimizer
-            features = tower.backbone(frames)
-            layers = sorted(features.maps)[-place.sizes.layers :]
-            inputs: Inputs = ([features.tokens[n] for n in layers], [features.maps[n] for n in layers])
-            del features
-            if head is None:
-                head = PlainHead(_head_for(place, inputs)).to(place.device)
-                optimizer = torch.optim.AdamW(head.parameters(), fused=True)
-            _plain_step(place, head, optimizer, lambda model: model(*inputs), batch)
-
-        return step
-
-    return maker
-
-
-def _head_for(place: Place, inputs: Inputs) -> Any:
-    from evl_cache.heads.decoder.evl import EVLHead
-
-    tokens, maps = inputs[0][0], inputs[1][0]
-    side = round(maps.shape[-1] ** 0.5)
-    return EVLHead(
-        num_layers=len(inputs[0]),
-        width=tokens.shape[-1],
-        num_frames=tokens.shape[1],
-        grid=(side, side),
-        num_classes=place.sizes.classes,
-    )
-
-
-def _fine_tuning_step(place: Place) -> StepMaker:
-    """The tower itself trained: class tokens of the last layer, averaged over frames, and a linear classifier."""
-    tower = image_tower(place, place.sizes.towers[0], dtype=torch.float32)
-    visual = tower.visual.requires_grad_(True)
-    classifier = nn.Linear(tower.width, place.sizes.classes).to(place.device)
-    model = nn.ModuleList([visual, classifier])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
-
-    def maker(batch: int) -> Callable[[], None]:
-        frames = random_frames(place, tower, batch, torch.float32)
-
-        def logits(_: nn.Module) -> torch.Tensor:
-            tokens = tower.class_tokens(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])  # (B,T,C)
-            result: torch.Tensor = classifier(tokens.mean(1))
-            return result
-
-        return lambda: _plain_step(place, model, optimizer, logits, batch)
-
-    return maker
-
-
-def _plain_step(
-    place: Place, model: nn.Module, optimizer: Any, logits: Callable[[nn.Module], torch.Tensor], batch: int
-) -> None:
-    labels = torch.zeros(batch, dtype=torch.int64, device=place.device)
-    with place.autocast(place.half):
-        loss = F.cross_entropy(logits(model).float(), labels)
-    loss.backward()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)

@@ -211,6 +211,12 @@ def seconds_of(call: Callable[[], object], place: Place) -> float:
     return time.perf_counter() - started
 
 
+def median_seconds(place: Place, call: Callable[[], object]) -> float:
+    """The median of five calls, after one that is not counted."""
+    seconds_of(call, place)
+    return statistics.median(seconds_of(call, place) for _ in range(5))
+
+
 def timed(
     sides: Mapping[str, Callable[[], object]], place: Place, clock: Clock
 ) -> dict[str, dict[str, Any] | str]:

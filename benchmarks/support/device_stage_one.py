@@ -3,34 +3,19 @@
 import os
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 
 from benchmarks.support.device_place import Place, seconds_of
 from benchmarks.support.device_runner import Clock, Measurement, Values
-from benchmarks.support.device_towers import (
-    Extraction,
-    MeasuredTower,
-    extract_frames,
-    extracted,
-    extraction_job,
-    frames_in_memory,
-    image_tower,
-    random_frames,
-)
-from evl_cache.clips import Clip, ClipList
-from evl_cache.extract.job import ExtractOptions
-from evl_cache.spec import ViewSpec
+from benchmarks.support.device_towers import MeasuredTower, image_tower, random_frames
 
-_FILMS = 4  # distinct ones
-_LONG = 128  # frames of a video as data sets have them
 _FRAMES_HELD = 64  # clips whose frames are in memory
-STORE = ("timm", "numcodecs", "awscrt", "zarr")
+EXTRACTING = ("timm", "numcodecs", "awscrt", "av")
 DTYPE = "float16"
 
 
-def stage_one_measurements(place: Place) -> list[Measurement]:
+def measurements(place: Place) -> list[Measurement]:
     """Everything that is measured of stage one, in order."""
     towers = place.sizes.towers
     measured = [
@@ -38,7 +23,7 @@ def stage_one_measurements(place: Place) -> list[Measurement]:
         for names in towers
     ]
     measured += [
-        Measurement(name=f"ours.{names[0]}", call=_of_ours(place, names), seconds=40, needs=STORE)
+        Measurement(name=f"ours.{names[0]}", call=_of_ours(place, names), seconds=40, needs=EXTRACTING)
         for names in towers
     ]
     return [
@@ -47,7 +32,7 @@ def stage_one_measurements(place: Place) -> list[Measurement]:
             name=f"decoded.{towers[0][0]}",
             call=lambda clock: _decoded(place, towers[0], clock),
             seconds=60,
-            needs=(*STORE, "av"),
+            needs=EXTRACTING,
         ),
     ]
 
@@ -94,6 +79,8 @@ def _bare(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Values
 
 def _ours(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Values]:
     """Extraction with maps, rows and the store, from frames in memory; the bare pass before and after it."""
+    from benchmarks.support.device_extraction import Extraction, extract_frames, frames_in_memory
+
     tower = _tower(place, names)
     before = bare_rate(place, tower, Clock(deadline=time.monotonic() + 5))
     frames = frames_in_memory(place, tower, min(_FRAMES_HELD, place.sizes.clips))
@@ -123,13 +110,17 @@ def _ours(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Values
 
 def _decoded(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Values]:
     """Extraction from generated videos, with as many decoding processes as there are processors."""
+    from benchmarks.support.device_extraction import LONG, extracted, extraction_job, generated_videos
+    from evl_cache.extract.job import ExtractOptions
+    from evl_cache.spec import ViewSpec
+
     count, frames = place.sizes.videos
     folder = place.scratch / "videos"
     started = time.monotonic()
     clips = generated_videos(folder, count=count, frames=frames)
     yield {"rendering_s": round(time.monotonic() - started, 1), "videos": count, "frames_of_a_video": frames}
     tower = _tower(place, names)
-    views = ViewSpec(frames=place.sizes.frames, stride=16 if frames >= _LONG else 1)
+    views = ViewSpec(frames=place.sizes.frames, stride=16 if frames >= LONG else 1)
     workers = max(1, len(os.sched_getaffinity(0)) - 1) if place.is_gpu else 1
     job = extraction_job(
         tower.tower,
@@ -152,29 +143,3 @@ def _decoded(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Val
     }
     bare = bare_rate(place, tower, Clock(deadline=time.monotonic() + 5))
     yield {"bare_clips_per_s": round(bare, 2), "share_of_bare_forward": round(rate / bare, 4)}
-
-
-def _films(folder: Path, count: int, frames: int) -> list[Path]:
-    if frames >= _LONG:
-        from benchmarks.long_clips import render_clips
-
-        return render_clips(folder, count=count, num_frames=frames)
-    from evl_cache.rendered import DEMO_CLASSES, demo_motion_frames, write_video
-
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"{number:02d}.mp4" for number in range(count)]
-    for number, path in enumerate(paths):
-        write_video(path, demo_motion_frames(DEMO_CLASSES[number], 0, seed=0))
-    return paths
-
-
-def generated_videos(folder: Path, *, count: int, frames: int) -> ClipList:
-    """H.264 files: a few are rendered, and stand under many names. Short ones are small, too."""
-    films = _films(folder / "films", min(_FILMS, count), frames)
-    clips = []
-    for number in range(count):
-        name = f"{number:04d}.mp4"
-        if not (folder / name).exists():
-            os.link(films[number % len(films)], folder / name)
-        clips.append(Clip(id=name, path=name, label=number % 2, split="train"))
-    return ClipList(clips=tuple(clips), classes=("a", "b"), source="generated")

@@ -5,49 +5,63 @@ import subprocess
 import sys
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
+from importlib import import_module
 
 from benchmarks.support import device_checks as checks
-from benchmarks.support import device_trainings as trainings
 from benchmarks.support.device_cli import ROOT
 from benchmarks.support.device_place import Place
 from benchmarks.support.device_runner import Clock, Measurement, Skipped, Values
 
 PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
-STORE = ("numcodecs", "awscrt", "zarr")
+STORE = ("numcodecs", "awscrt")
 Check = Callable[[Place], Iterator[Values]]
 
 
-def test_measurements(place: Place) -> list[Measurement]:
+def measurements(place: Place) -> list[Measurement]:
     """Every check, in order; the quickest and the most telling come first."""
     found = [
         _measurement(place, f"step.{path or 'ours'}.{precision}", _step(precision, path), 20)
         for precision in PRECISIONS
         for path in checks.all_paths(place)
     ]
-    found += [_measurement(place, f"heads.{p}", _heads(p), 20) for p in ("float32", place.half, "float16")]
-    found.append(_measurement(place, "maps_made_again", checks.maps_made_again, 10))
-    for name, check in {
-        "batches_bit_for_bit": lambda place: trainings.batches_bit_for_bit(place, None),
-        "batches_bit_for_bit.device": lambda place: trainings.batches_bit_for_bit(place, "device"),
-        "pinned_against_pageable": trainings.pinned_against_pageable,
-        "kept_samples": trainings.kept_samples,
-        "sweep_against_runs": trainings.sweep_against_runs,
-    }.items():
-        found.append(_measurement(place, name, check, 25, needs=STORE))
-    found.append(
-        _measurement(place, "extraction_twice", trainings.extraction_twice, 25, needs=("timm", *STORE))
-    )
     found += [
-        _measurement(place, "one_process_wrapped", trainings.one_process_wrapped, 20),
+        _measurement(place, f"heads.{p}", _heads(p), 20, needs=STORE)
+        for p in ("float32", place.half, "float16")
+    ]
+    found.append(_measurement(place, "maps_made_again", checks.maps_made_again, 10, needs=STORE))
+    found += [
+        _measurement(place, name, check, 25, needs=STORE)
+        for name, check in {
+            "batches_bit_for_bit": _training("batches_bit_for_bit", None),
+            "batches_bit_for_bit.device": _training("batches_bit_for_bit", "device"),
+            "pinned_against_pageable": _training("pinned_against_pageable"),
+            "kept_samples": _training("kept_samples"),
+            "sweep_against_runs": _training("sweep_against_runs"),
+        }.items()
+    ]
+    found += [
         _measurement(
-            place, "two_processes_on_one_device", trainings.two_processes_on_one_device, 60, needs=STORE
+            place, "extraction_twice", _training("extraction_twice"), 25, needs=("timm", "av", *STORE)
         ),
-        _measurement(place, "largest_on_gpu", trainings.largest_batch_is_found, 20, alone=True),
-        _measurement(place, "out_of_memory.train", _memory("train"), 20, needs=("click", *STORE), alone=True),
+        _measurement(place, "one_process_wrapped", _training("one_process_wrapped"), 20, needs=STORE),
+        _measurement(
+            place, "two_processes_on_one_device", _training("two_processes_on_one_device"), 60, needs=STORE
+        ),
+        _measurement(
+            place, "largest_on_gpu", _training("largest_batch_is_found"), 20, needs=STORE, alone=True
+        ),
+        _measurement(
+            place,
+            "out_of_memory.train",
+            _training("want_of_memory_is_one_line", "train"),
+            20,
+            needs=("click", *STORE),
+            alone=True,
+        ),
         _measurement(
             place,
             "out_of_memory.extract",
-            _memory("extract"),
+            _training("want_of_memory_is_one_line", "extract"),
             30,
             needs=("click", "av", "timm", *STORE),
             alone=True,
@@ -56,9 +70,6 @@ def test_measurements(place: Place) -> list[Measurement]:
     ]
     # A name comes twice where the half precision of the device is float16.
     return list({measurement.name: measurement for measurement in found}.values())
-
-
-test_measurements.__test__ = False  # type: ignore[attr-defined]  # pytest takes its name for that of a test
 
 
 def _measurement(
@@ -75,8 +86,15 @@ def _heads(precision: str) -> Check:
     return lambda place: checks.heads_train(place, precision)
 
 
-def _memory(command: str) -> Check:
-    return lambda place: trainings.want_of_memory_is_one_line(place, command)
+def _training(name: str, *more: object) -> Check:
+    """A check of `device_trainings`, which is loaded when it is made: it needs packages that others do not."""
+
+    def check(place: Place) -> Iterator[Values]:
+        module = import_module("benchmarks.support.device_trainings")
+        made: Iterator[Values] = getattr(module, name)(place, *more)
+        yield from made
+
+    return check
 
 
 def _pytest(place: Place, clock: Clock) -> Iterator[Values]:

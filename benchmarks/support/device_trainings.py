@@ -27,7 +27,7 @@ from benchmarks.support.device_cli import ROOT, run_command
 from benchmarks.support.device_features import new_decoder
 from benchmarks.support.device_place import Place, Sizes
 from benchmarks.support.device_runner import Skipped, Values
-from benchmarks.support.device_towers import extract_frames, frames_in_memory, image_tower
+from benchmarks.support.device_towers import image_tower, model_of
 from evl_cache.heads import HEADS, EVLHead, Head, LayerTokens
 from evl_cache.runs import RunFile, head_logits
 from evl_cache.store import FeatureCache
@@ -244,6 +244,8 @@ def two_processes_on_one_device(place: Place) -> Iterator[Values]:
 
 def extraction_twice(place: Place) -> Iterator[Values]:
     """Two extractions of the same frames give the same bytes."""
+    from benchmarks.support.device_extraction import extract_frames, frames_in_memory
+
     tower = image_tower(place, place.sizes.towers[0], dtype=torch.float16 if place.is_gpu else torch.float32)
     frames = frames_in_memory(place, tower, 5)
     dtype = "float16" if place.is_gpu else "float32"
@@ -304,8 +306,7 @@ def _greedy_command(place: Place, command: str) -> list[str]:
         words = ["train", "--cache", caches[0].path, "--val-cache", caches[1].path, "--out", out]
         words += ["--head", "decoder2", "--steps", "1", "--batch", str(_SAMPLES), "--device", place.device]
         return [str(word) for word in words]
-    from benchmarks.support.device_stage_one import generated_videos
-    from benchmarks.support.device_towers import model_of
+    from benchmarks.support.device_extraction import generated_videos
 
     folder = place.scratch / "greedy-videos"
     generated_videos(folder, count=4, frames=8)

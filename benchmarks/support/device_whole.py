@@ -16,13 +16,13 @@ from evl_cache.sweep import sweep
 from evl_cache.sweep.grid import SweepRun, expand
 from evl_cache.train import TrainOptions, train
 
-STORE = ("numcodecs", "awscrt", "zarr")
+STORE = ("numcodecs", "awscrt")
 KEPT = {"disk": None, "ram": "ram", "device": "device"}
 _VAL_SAMPLES = 32
 _MOST_EPOCHS = 6
 
 
-def whole_measurements(place: Place) -> list[Measurement]:
+def measurements(place: Place) -> list[Measurement]:
     """Everything that is measured of whole trainings, in order."""
     return [
         Measurement(name="cache", call=lambda clock: _written(place), seconds=60, needs=STORE),

@@ -9,15 +9,15 @@ import torch
 
 from benchmarks.support.device_place import TINY, Place, Sizes
 from benchmarks.support.device_runner import Clock, Measurement, Skipped
-from benchmarks.support.device_tests import test_measurements as measurements_of
+from benchmarks.support.device_tests import measurements
 
 # Of processes that start, and tests of their own elsewhere: tests/train/test_distributed.py, tests/cli/test_out_of_memory.py.
 ELSEWHERE = ("two_processes_on_one_device", "out_of_memory.train", "out_of_memory.extract", "pytest")
 _LEAST = Place(device="cpu", sizes=TINY, scratch=Path())
-ON_CPU = [m.name for m in measurements_of(_LEAST) if m.name not in ELSEWHERE]
+ON_CPU = [m.name for m in measurements(_LEAST) if m.name not in ELSEWHERE]
 # Both halves: which of them a card computes in is known when it is there.
 ON_GPU = [
-    m.name for m in measurements_of(Place(device="cuda", sizes=Sizes(), scratch=Path())) if m.name != "pytest"
+    m.name for m in measurements(Place(device="cuda", sizes=Sizes(), scratch=Path())) if m.name != "pytest"
 ]
 
 
@@ -37,7 +37,7 @@ def _all_memory() -> Iterator[None]:
 
 def check(place: Place, name: str) -> None:
     """Make one check; what it yields are figures."""
-    (measurement,) = [m for m in measurements_of(place) if m.name == name]
+    (measurement,) = [m for m in measurements(place) if m.name == name]
     made(measurement)
 
 
