@@ -10,6 +10,7 @@ where it lacks. The last line is one JSON object.
 
 import argparse
 import json
+import os
 import signal
 import sys
 import tempfile
@@ -23,11 +24,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+# Before torch is loaded: a process that has asked CUDA for its devices leaves forked ones without them.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+
 from benchmarks.support.device_place import TINY, Place, Sizes, described_machine
 from benchmarks.support.device_runner import Clock, Measurement, Results, Values, is_there, run_part
 
 # Shares of the time that is left when a part begins.
-PARTS = {"tests": 4, "head": 5, "stage_one": 2, "whole": 3}
+PARTS = {"tests": 5, "head": 5, "stage_one": 2, "whole": 3}
 DEFAULT_SECONDS = 480.0
 _LOOKS_S = 60.0  # to find the device
 # What workers share with the process that they are forked from, so that each starts at once.
@@ -135,7 +139,7 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--device", help="cuda, cuda:N or cpu [cuda where there is one]")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, as on a CPU")
-    parser.add_argument("--scratch", type=Path, help="where caches are written, 10 GB [a temporary folder]")
+    parser.add_argument("--scratch", type=Path, help="where caches are written, 15 GB [a temporary folder]")
     arguments = parser.parse_args(given)
     warnings.filterwarnings("ignore", message=".*multi-threaded.*fork", category=DeprecationWarning)
     before = {number: signal.signal(number, _stop) for number in (signal.SIGTERM, signal.SIGINT)}

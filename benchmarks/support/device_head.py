@@ -29,7 +29,9 @@ def measurements(place: Place) -> list[Measurement]:
     return [
         Measurement(name="rates", call=lambda clock: _rates(place), seconds=20),
         *(
-            Measurement(name=f"step.{batch}", call=_of_batch(place, batch), seconds=25)
+            Measurement(
+                name=f"step.{batch}", call=_of_batch(place, batch), seconds=40 if batch == middle else 25
+            )
             for batch in (middle, *(b for b in batches if b != middle))
         ),
         Measurement(name="launches", call=lambda clock: _launches(place), seconds=25),
@@ -88,6 +90,7 @@ def _steps(place: Place, batch: int, clock: Clock) -> Iterator[Values]:
     memory: dict[str, Any] = {}
     for name, (side, step) in sides.items():
         memory[name] = _memory(place, side, step, batch)
+        release(place)
         yield {"precision": place.half, "peak_mb_a_clip": memory}
     calls = {name: step for name, (_, step) in sides.items() if not isinstance(memory[name], str)}
     found = timed(calls, place, clock)

@@ -46,7 +46,8 @@ class Sizes:
         videos: that are decoded, and frames of each.
         samples: of the generated cache.
         train_batch: of `train`.
-        sweep_samples: that each of the sweep's heads sees.
+        sweep_samples: that each of the sweep's heads sees in an epoch.
+        sweep_batch: of the sweep's steps.
         copy_mb: of the copy that the bandwidth is taken from.
         limit_gb: of memory, for the largest batch.
         most_batch: that is tried for it.
@@ -68,9 +69,10 @@ class Sizes:
     clips: int = 256
     tower_batch: int = 32
     videos: tuple[int, int] = (128, 300)
-    samples: int = 1024
+    samples: int = 2048
     train_batch: int = 256
-    sweep_samples: int = 256
+    sweep_samples: int = 512
+    sweep_batch: int = 64
     copy_mb: int = 2048
     limit_gb: float = 16.0
     most_batch: int = 4096
@@ -98,6 +100,7 @@ TINY = Sizes(
     samples=8,
     train_batch=4,
     sweep_samples=8,
+    sweep_batch=4,
     copy_mb=8,
     limit_gb=0.5,
     most_batch=16,

@@ -20,9 +20,15 @@ Check = Callable[[Place], Iterator[Values]]
 def measurements(place: Place) -> list[Measurement]:
     """Every check, in order; the quickest and the most telling come first."""
     found = [
-        _measurement(place, f"step.{path or 'ours'}.{precision}", _step(precision, path), 20)
+        # Kernels are compiled when they are first used.
+        _measurement(
+            place,
+            f"step.{path or 'ours'}.{precision}",
+            _step(precision, path),
+            45 if path == "kernels" else 20,
+        )
+        for path in reversed(checks.all_paths(place))
         for precision in PRECISIONS
-        for path in checks.all_paths(place)
     ]
     found += [
         _measurement(place, f"heads.{p}", _heads(p), 20, needs=STORE)
@@ -48,7 +54,7 @@ def measurements(place: Place) -> list[Measurement]:
             place, "two_processes_on_one_device", _training("two_processes_on_one_device"), 60, needs=STORE
         ),
         _measurement(
-            place, "largest_on_gpu", _training("largest_batch_is_found"), 20, needs=STORE, alone=True
+            place, "largest_on_gpu", _training("largest_batch_is_found"), 30, needs=STORE, alone=True
         ),
         _measurement(
             place,

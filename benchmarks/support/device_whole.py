@@ -1,9 +1,12 @@
 """Whole trainings on a device from a cache of generated features, and a sweep of sixteen heads against sixteen runs."""
 
+import itertools
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,9 @@ STORE = ("numcodecs", "awscrt")
 KEPT = {"disk": None, "ram": "ram", "device": "device"}
 _VAL_SAMPLES = 32
 _MOST_EPOCHS = 6
+_SPARE_S = 3.0  # before a training's time is over
+_LEAST_STEPS = 4
+_LAST = 16  # steps whose median tells the rate
 
 
 def measurements(place: Place) -> list[Measurement]:
@@ -30,8 +36,24 @@ def measurements(place: Place) -> list[Measurement]:
             Measurement(name=f"train.{where}", call=_of_train(place, where), seconds=40, needs=STORE)
             for where in KEPT
         ),
+        *_without_a_graph(place),
         Measurement(name="sweep", call=lambda clock: _sweep(place, clock), seconds=100, needs=STORE),
     ]
+
+
+class _Enough(Exception):
+    """There is no time for more steps."""
+
+
+def _without_a_graph(place: Place) -> list[Measurement]:
+    """The same with every operation started anew, where steps are recorded otherwise."""
+    if "cuda_graph" not in {field.name for field in fields(TrainOptions)}:
+        return []
+
+    def call(clock: Clock) -> Iterator[Values]:
+        return _train(place, "device", clock, cuda_graph=False)
+
+    return [Measurement(name="train.device_without_graph", call=call, seconds=30, needs=STORE)]
 
 
 def _of_train(place: Place, where: str) -> Callable[[Clock], Iterator[Values]]:
@@ -68,29 +90,39 @@ def _caches(place: Place) -> tuple[FeatureCache, FeatureCache]:
 def _options(place: Place, **more: Any) -> TrainOptions:
     return TrainOptions(
         head=f"decoder{place.sizes.layers}",
-        batch=place.sizes.train_batch,
         precision=place.half if place.is_gpu else "float32",
         device=place.device,
-        **more,
+        **({"batch": place.sizes.train_batch} | more),
     )
 
 
-def _train(place: Place, where: str, clock: Clock) -> Iterator[Values]:
-    """Epochs of a training; the first one reads the disk and warms up, so rates are of the others."""
-    caches, out = _caches(place), place.scratch / f"run-{where}"
-    started = time.monotonic()
+def _train(place: Place, where: str, clock: Clock, **more: Any) -> Iterator[Values]:
+    """Epochs of a training, as many as there is time for; the first one reads the disk and warms up."""
+    caches, out = _caches(place), place.scratch / "-".join(["run", where, *more])
+    times, waits = [time.monotonic()], list[str]()
+
+    def on_step(done: int, total: int, loss: float) -> None:
+        times.append(time.monotonic())
+        if clock.left_s < _SPARE_S and len(times) > _LEAST_STEPS:
+            raise _Enough
+
     epochs = _MOST_EPOCHS if place.is_gpu else 2
-    result = train(*caches, options=_options(place, epochs=epochs, keep_in=KEPT[where]), out=out)
+    options = _options(place, epochs=epochs, keep_in=KEPT[where], **more)
+    with suppress(_Enough):
+        train(*caches, options=options, out=out, on_step=on_step, on_bottleneck=waits.append)
+    intervals = [after - before for before, after in itertools.pairwise(times)]
     rows = metrics(out)
+    later = [row["clips_per_s"] for row in rows[1:]]
     yield {
-        "clips_per_s": round(max(row["clips_per_s"] for row in rows[1:]), 1),
+        # Of whole epochs, with what begins and ends them.
+        "clips_per_s": round(max(later), 1) if later else None,
+        "clips_per_s_within_an_epoch": round(options.global_batch / statistics.median(intervals[-_LAST:]), 1),
         "clips_per_s_by_epoch": [round(row["clips_per_s"], 1) for row in rows],
-        "waits_for": rows[-1]["bottleneck"],
+        "waits_for": waits[-1],
         "waits_for_by_epoch": [row["bottleneck"] for row in rows],
-        "batch": place.sizes.train_batch,
-        "steps": result.steps,
-        "seconds": round(time.monotonic() - started, 2),
-        "final_loss": rows[-1]["train_loss"],
+        "batch": options.global_batch,
+        "steps": len(intervals),
+        "loss_by_epoch": [row["train_loss"] for row in rows],
         "files_were_read_before": True,  # just written, so the page cache has them
     }
 
@@ -114,7 +146,7 @@ def sixteen(layers: int) -> list[dict[str, Any]]:
 def _sweep(place: Place, clock: Clock) -> Iterator[Values]:
     """All heads in one pass, and then each alone, as many as there is time for."""
     caches = _caches(place)
-    options = _options(place, epochs=2)
+    options = _options(place, epochs=2, batch=place.sizes.sweep_batch)
     common = {name: getattr(options, name) for name in ("epochs", "batch", "precision", "device")}
     runs = expand(sixteen(place.sizes.layers), {**common, "keep_in": "ram"})
     clips = range(min(place.sizes.sweep_samples, len(caches[0].clips)))

@@ -229,7 +229,7 @@ def test_every_part_ends_on_a_processor(tmp_path: Path) -> None:
     assert list(found["parts"]) == ["place", "tests", "head", "stage_one", "whole"]
     assert set(found["counts"]) == {"ok", "skipped"}, found["parts"]
     whole = found["parts"]["whole"]
-    assert whole["train.device"]["final_loss"] == whole["train.disk"]["final_loss"]
+    assert whole["train.device"]["loss_by_epoch"] == whole["train.disk"]["loss_by_epoch"]
     assert whole["sweep"]["runs_alone"] == whole["sweep"]["heads"]
 
 
