@@ -106,7 +106,8 @@ def _block_shape(width: int, dtype: torch.dtype, *, exact: bool) -> tuple[int, i
 
 def split_count(clips: int, count: int) -> int:
     """Return into how many splits the `count` tokens of each clip are cut."""
-    return max(1, min(triton.cdiv(PROGRAMS, clips), count // TOKENS_OF_SPLIT_AT_LEAST))
+    wanted: int = triton.cdiv(PROGRAMS, clips)
+    return max(1, min(wanted, count // TOKENS_OF_SPLIT_AT_LEAST))
 
 
 @triton.jit
