@@ -1,14 +1,17 @@
 """`benchmarks.device` keeps what it measured, whatever happens to it or to a measurement."""
 
+import importlib.util
 import json
 import os
 import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.support.device_cli import main_function
 from benchmarks.support.device_tests import outcomes_of
 from tests.support.example_data import ROOT
 from tests.support.store_helpers import wait_until
@@ -254,6 +257,44 @@ def script(folder: Path, parts: str, *, seconds: float) -> dict[str, Any]:
     )
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
+
+
+LACKING = """
+import sys
+
+class Lacking:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"av", "awscrt", "click", "decord", "numcodecs", "open_clip", "timm", "zarr"}:
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Lacking())
+from pathlib import Path
+from benchmarks import device
+from benchmarks.support.device_place import TINY, Place
+
+place = Place(device="cpu", sizes=TINY, scratch=Path())
+print(*(len(device.measurements_of(part, place)) for part in ("tests", "head", "stage_one")))
+"""
+
+
+def test_parts_need_no_package_that_some_of_their_measurements_need() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LACKING], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(int(number) > 2 for number in done.stdout.split())
+
+
+def test_the_command_line_is_found_where_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "evl_cache_cli"]:
+        monkeypatch.delitem(sys.modules, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        found = main_function()
+    assert found.__module__ == "evl_cache_cli.main"
+    assert Path(found.__code__.co_filename) == ROOT / "cli" / "main.py"  # type: ignore[attr-defined]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "evl_cache_cli"]:
+        monkeypatch.delitem(sys.modules, name)
 
 
 def test_outcomes_of_tests_are_told_by_name() -> None:
