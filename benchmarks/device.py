@@ -89,18 +89,19 @@ def run(arguments: argparse.Namespace, results: Results, scratch: Path) -> dict[
         part, *rest = left
         now = time.monotonic()
         share = PARTS[part] / sum(PARTS[name] for name in left)
-        _part(part, place, results, deadline=now + share * max(0.0, deadline - now))
+        ends = now + share * max(0.0, deadline - now)
+        _part(part, place, results, deadline=ends, share=min(1.0, arguments.seconds / DEFAULT_SECONDS))
         left = rest
     return setting
 
 
-def _part(part: str, place: Place, results: Results, *, deadline: float) -> None:
+def _part(part: str, place: Place, results: Results, *, deadline: float, share: float) -> None:
     try:
         measured = measurements_of(part, place)
     except ModuleNotFoundError as error:
         results.add(part, "all", {"status": "skipped", "reason": f"needs {error.name}", "seconds": 0.0})
         return
-    run_part(part, measured, results, deadline=deadline)
+    run_part(part, measured, results, deadline=deadline, share=share)
 
 
 def _machine(clock: Clock) -> Iterator[Values]:

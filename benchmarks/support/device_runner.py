@@ -25,6 +25,7 @@ import torch
 
 Values = Mapping[str, Any]
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+_LEAST_S = 5.0
 _GRACE_S = 2.0  # for a measurement that looks at the clock itself, before its process is killed
 
 
@@ -242,8 +243,14 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {said}{where}"
 
 
-def run_part(part: str, measurements: Sequence[Measurement], results: Results, *, deadline: float) -> None:
-    """Make the measurements of a part, none of which takes it beyond `deadline`; failures are results too."""
+def run_part(
+    part: str, measurements: Sequence[Measurement], results: Results, *, deadline: float, share: float = 1.0
+) -> None:
+    """Make the measurements of a part, none of which takes it beyond `deadline`; failures are results too.
+
+    Args:
+        share: of the most that each may take, where there is less time than usual; a few seconds it gets in any case.
+    """
     worker: Worker | None = None
     try:
         for number, measurement in enumerate(measurements):
@@ -264,7 +271,8 @@ def run_part(part: str, measurements: Sequence[Measurement], results: Results, *
                 ended = {"status": "skipped", "reason": "no time is left for it"}
             else:
                 worker = worker or Worker(measurements)
-                clock = Clock(deadline=min(deadline, started + measurement.seconds))
+                most = max(share * measurement.seconds, min(_LEAST_S, measurement.seconds))
+                clock = Clock(deadline=min(deadline, started + most))
                 ended = worker.measure(number, clock, keep)
                 if ended["status"] == "failed" or measurement.alone:
                     worker.end()
