@@ -24,7 +24,7 @@ from evl_cache.store import ClipRecord
 from evl_cache.towers import Tower
 
 LONG = 128  # frames of a video as data sets have them
-_FILMS = 4  # distinct ones
+_FILMS = 3  # distinct ones
 
 
 @dataclass(frozen=True, kw_only=True)

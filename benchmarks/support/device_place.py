@@ -68,7 +68,7 @@ class Sizes:
     tower_layers: int = 5
     clips: int = 256
     tower_batch: int = 32
-    videos: tuple[int, int] = (128, 300)
+    videos: tuple[int, int] = (128, 160)
     samples: int = 2048
     train_batch: int = 256
     sweep_samples: int = 512
