@@ -282,8 +282,8 @@ def test_constant_tokens_and_large_logits_give_finite_results() -> None:
     torch.testing.assert_close(made.log_total.double(), expected["log_total"], rtol=1e-5, atol=1e-3)
 
 
-# Both fit beside a second program in what a processor of an A100 (163 KB) and of an H100 (227 KB) has.
-SHARED_MEMORY_AT_MOST = 100 << 10
+# Each fits beside a second program in what a processor of an A100 (163 KB) or of an H100 (227 KB) has.
+SHARED_MEMORY_AT_MOST = {80: 81 << 10, 90: 113 << 10}
 PRODUCTS = {80: "mma.sync", 90: "wgmma.mma_async"}
 
 
@@ -334,7 +334,7 @@ def test_kernels_compile_to_matrix_units_and_little_shared_memory(
     for name in ("_positioned", "_logits", "_mean"):
         kernel = launches[name].compiled(capability)
         assert PRODUCTS[capability] in kernel.asm["ptx"], name
-        assert kernel.metadata.shared <= SHARED_MEMORY_AT_MOST, name
+        assert kernel.metadata.shared <= SHARED_MEMORY_AT_MOST[capability], name
 
 
 def test_kernels_of_other_kinds_compile(launches: dict[str, Any]) -> None:
