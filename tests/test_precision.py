@@ -159,7 +159,13 @@ def test_a_torch_without_the_newer_switches_has_the_older_ones_set(monkeypatch: 
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
-    [((7, 0), "float16"), ((7, 5), "float16"), ((8, 0), "bfloat16"), ((8, 9), "bfloat16"), ((12, 0), "bfloat16")],
+    [
+        ((7, 0), "float16"),
+        ((7, 5), "float16"),
+        ((8, 0), "bfloat16"),
+        ((8, 9), "bfloat16"),
+        ((12, 0), "bfloat16"),
+    ],
 )
 def test_a_gpu_gets_bfloat16_where_it_is_native_and_else_float16(
     card: SetCard, capability: tuple[int, int], expected: str
@@ -241,7 +247,7 @@ def test_bfloat16_is_refused_only_where_torch_does_not_even_emulate_it(
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     check_precision("bfloat16", "cuda")
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: False)
-    with pytest.raises(UsageError, match="bfloat16 on cuda, .*use --precision float16"):
+    with pytest.raises(UsageError, match=r"bfloat16 on cuda, .*use --precision float16"):
         check_precision("bfloat16", "cuda")
 
 
