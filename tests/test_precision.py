@@ -20,6 +20,7 @@ from evl_cache.precision import (
     default_precision,
     precision_of_run,
     tf32_as,
+    tf32_is_on,
 )
 from evl_cache.runs import head_logits, load_head, score
 from evl_cache.runs.evaluate import evaluate
@@ -105,6 +106,15 @@ def test_an_error_puts_the_switches_back() -> None:
     with pytest.raises(ZeroDivisionError), tf32_as("tf32", "cuda"):
         _ = 1 // 0
     assert switches() == AS_TORCH_STARTS
+
+
+def test_kernels_of_our_own_can_ask_whether_tf32_is_on() -> None:
+    found = {}
+    for name in PRECISIONS:
+        with tf32_as(name, "cuda"):
+            found[name] = tf32_is_on()
+    assert found == {"float32": False, "tf32": True, "bfloat16": False, "float16": False}
+    assert not tf32_is_on()
 
 
 def test_nothing_is_switched_on_a_cpu() -> None:
