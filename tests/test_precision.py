@@ -370,3 +370,16 @@ def test_autocast_is_on_in_the_forward_pass_and_off_again(cpu_with_tf32: None) -
             if precision.autocast_dtype is not None:
                 assert torch.get_autocast_dtype("cpu") == precision.autocast_dtype
         assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.gpu
+def test_a_gpu_rounds_products_to_tf32_only_where_it_is_told_to() -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs a card with TF32")
+    values = torch.randn(256, 256, device="cuda", dtype=torch.float64)
+    exact = values @ values
+    errors = {}
+    for name in ("float32", "tf32"):
+        with computing(name, "cuda"):
+            errors[name] = float((values.float() @ values.float() - exact).norm() / exact.norm())
+    assert errors["float32"] < 1e-6 < 1e-4 < errors["tf32"] < 2e-3
