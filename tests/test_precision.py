@@ -117,6 +117,30 @@ def test_kernels_of_our_own_can_ask_whether_tf32_is_on() -> None:
     assert not tf32_is_on()
 
 
+def test_the_decoders_kernels_multiply_float32_only_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evl_cache.heads.decoder.kernels import choice
+    from evl_cache.heads.decoder.tensors import ClipTensors, LayerTensors, Setting, SharedTensors
+    from evl_cache.heads.decoder.workspace import Workspace
+
+    monkeypatch.setattr(choice, "_device_suits", lambda device: True)
+    clips = ClipTensors(query=torch.zeros(1, 2, 8), tokens=torch.zeros(1, 2, 5, 8))
+    inputs = LayerTensors(clips, SharedTensors(None, None, None, None))
+    setting = Setting(
+        grid=(2, 2),
+        epsilon=1e-5,
+        device=torch.device("cuda"),
+        sums=torch.float32,
+        products=torch.float32,
+        keep=False,
+        workspace=Workspace(),
+    )
+    found = {}
+    for name in ("float32", "tf32"):
+        with tf32_as(name, "cuda"):
+            found[name] = choice.suits(setting, inputs)
+    assert found == {"float32": False, "tf32": True}
+
+
 def test_nothing_is_switched_on_a_cpu() -> None:
     with tf32_as("float32", "cpu"):
         assert switches() == AS_TORCH_STARTS
