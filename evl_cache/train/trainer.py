@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from evl_cache.batches import Batch, Loader
 from evl_cache.errors import EvlCacheError, UsageError
 from evl_cache.heads import Head
+from evl_cache.precision import tf32_as
 from evl_cache.processes import Interrupted, Processes, StopRequests
 from evl_cache.runs import (
     HeadInputs,
@@ -35,7 +36,7 @@ from evl_cache.runs import (
     write_report,
 )
 from evl_cache.train.optimisation import Optimisation, seed_step
-from evl_cache.train.options import PRECISIONS, TrainOptions
+from evl_cache.train.options import TrainOptions
 from evl_cache.train.result import RunState, TrainResult
 
 OnStep = Callable[[int, int, float], None]
@@ -87,7 +88,6 @@ class Trainer:
         self.total_steps = options.steps or (options.epochs or 0) * len(train_loader)
         self._model = self.processes.wrap(self.head, some_unused=self.head.has_idle_parameters)
         self._optimisation = Optimisation(self.head, options, total_steps=self.total_steps)
-        self._autocast_dtype = PRECISIONS[options.precision]
         self._state = RunState()
         self._stop = stop or StopRequests()
         self._writer = writer
@@ -156,7 +156,7 @@ class Trainer:
             self.result_head,
             self.val_loader,
             device=self.device,
-            autocast_dtype=self._autocast_dtype,
+            precision=self.options.precision,
             on_batch=on_batch,
             gather=lambda sums: self.processes.gather(sums, "in validation"),
         )
@@ -207,7 +207,7 @@ class Trainer:
         self._model.train()
         seed_step(self.options.seed, state.step, place.rank)
         self._optimisation.begin(state.step)
-        with self.processes.watched(when):
+        with self.processes.watched(when), tf32_as(self.options.precision, self.device):
             total = self._passes(batch, iter(self._moved(batch) if inputs is None else inputs))
         self._optimisation.finish(state.step)
         sums = torch.tensor([float(total), float(self._stop.signal_number)], dtype=torch.float64)
@@ -232,7 +232,7 @@ class Trainer:
             labels = batch.labels[part].to(self.device)
             with nullcontext() if part is parts[-1] else self._unsynchronised():
                 # Inputs are not held: the next ones are made where these were.
-                logits = head_logits(self._model, next(inputs), self._autocast_dtype)
+                logits = head_logits(self._model, next(inputs), self.options.precision)
                 loss = torch.nn.functional.cross_entropy(
                     logits, labels, reduction="sum", label_smoothing=self.options.label_smoothing
                 )
