@@ -8,7 +8,8 @@ from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, PRECISIONS, Tra
 from evl_cache.train.result import TrainResult
 from evl_cache.train.setup import check_pair, pair_differences, prepare_run, run_config, written_by_first
 from evl_cache.train.stage import train, train_with_loaders
-from evl_cache.train.trainer import Diverged, OnBottleneck, OnStep, Trainer
+from evl_cache.train.step_loss import Diverged
+from evl_cache.train.trainer import OnBottleneck, OnStep, Trainer
 
 __all__ = [
     "DEFAULT_EPOCHS",
