@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,9 @@ from evl_cache.runs import (
 from evl_cache.train.optimisation import Optimisation, seed_step
 from evl_cache.train.options import PRECISIONS, TrainOptions
 from evl_cache.train.passes import Passes
-from evl_cache.train.result import RunState, TrainResult
+from evl_cache.train.result import OnBottleneck, OnNote, OnStep, RunState, TrainResult
+from evl_cache.train.step_graph import step_graph
 from evl_cache.train.step_loss import LossReader, StepLoss
-
-OnStep = Callable[[int, int, float], None]
-OnBottleneck = Callable[[str], None]
 
 
 class Trainer:
@@ -55,6 +54,7 @@ class Trainer:
         processes: that train together.
         stop: where signals are noted; its own by default.
         writer: the right to write `out`, where it can be lost.
+        on_note: told in a line what training goes on without.
 
     Attributes:
         head: that is trained.
@@ -72,6 +72,7 @@ class Trainer:
         processes: Processes | None = None,
         stop: StopRequests | None = None,
         writer: RunWriter | None = None,
+        on_note: OnNote = lambda message: None,
     ) -> None:
         self.config, self.options, self.out = config, options, out
         self.processes = processes or Processes()
@@ -83,6 +84,7 @@ class Trainer:
         self._model = self.processes.wrap(self.head, some_unused=self.head.has_idle_parameters)
         self._optimisation = Optimisation(self.head, options, total_steps=self.total_steps)
         self._passes = Passes(self._model, self._optimisation, options, self.processes)
+        self._graph = step_graph(self._passes, self.head, options, self.processes, on_note)
         self._autocast_dtype = PRECISIONS[options.precision]
         self._state = RunState()
         self._stop = stop or StopRequests()
@@ -206,10 +208,13 @@ class Trainer:
         started = time.monotonic()
         state, place, when = self._state, self.processes.place, f"at step {self._state.step + 1}"
         self._model.train()
-        seed_step(self.options.seed, state.step, place.rank)
+        seed = partial(seed_step, self.options.seed, state.step, place.rank)
         self._optimisation.begin(state.step)
         with self.processes.watched(when):
-            total = self._passes.run(batch, inputs)
+            total = None if self._graph is None or inputs is not None else self._graph.loss(batch, seed)
+            if total is None:
+                seed()
+                total = self._passes.run(batch, inputs)
         self._optimisation.finish(state.step)
         loss = self._losses.give(state.step + 1, total)
         state.step += 1
@@ -278,6 +283,8 @@ class Trainer:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
+        if self._graph is not None:
+            self._graph.forget()
         self._optimisation.load(state)
         self._state = RunState(**state["progress"])
 
