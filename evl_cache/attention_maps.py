@@ -141,7 +141,7 @@ def parts_of(clips: int, *, device: torch.device, clip_nbytes: int) -> list[slic
 
 
 def _device_nbytes(device: torch.device) -> float:
-    if device.type == "cuda" and torch.cuda.is_initialized():
+    if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return _DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory
     return _DEVICE_SHARE * _USUAL_NBYTES
 

@@ -11,12 +11,13 @@ import torch
 
 from evl_cache.batches import Batch, Loader
 from evl_cache.heads import EVLHead, Workspace
+from evl_cache.precision import PRECISIONS, tf32_as
 from evl_cache.processes import Interrupted, StopRequests
 from evl_cache.runs import RunFile, RunWriter, Scores, ViewSums, load_state, scores_of
 from evl_cache.store import Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.shared_batch import SharedBatch
-from evl_cache.train import PRECISIONS, Diverged, Trainer, prepare_run, run_config
+from evl_cache.train import Diverged, Trainer, prepare_run, run_config
 
 OnPassStep = Callable[[int, int, int], None]  # steps done, steps in all, heads that still train
 
@@ -87,7 +88,7 @@ class SweepPass:
         self._reads, self._stop, self._writer = reads, stop, writer
         options = runs[0].run.options
         self.device = torch.device(options.device)
-        self.autocast_dtype = PRECISIONS[options.precision]
+        self.precision = options.precision
         self.members = [self._member(planned, folder / planned.run.name) for planned in runs]
         workspace = Workspace()  # heads take turns
         for member in self.members:
@@ -155,13 +156,15 @@ class SweepPass:
             shared = self._share(batch, slice(0, len(batch.labels)))
             for member, found in zip(members, sums, strict=True):
                 inputs, head = shared.inputs(member.reads), member.trainer.result_head
-                found.add_batch(head, batch, inputs, self.val_loader, self.autocast_dtype)
+                found.add_batch(head, batch, inputs, self.val_loader, self.precision)
             self._interrupt_if_asked()
         return [scores_of([found], self.val_loader) for found in sums]
 
     def _share(self, batch: Batch, part: slice) -> SharedBatch:
         features = batch.features.part(part.start, part.stop).to(self.device)
-        return SharedBatch(features, self._reads, products=self.autocast_dtype or torch.float32)
+        products = PRECISIONS[self.precision].autocast_dtype or torch.float32
+        with tf32_as(self.precision, self.device):  # maps that are not stored are made here
+            return SharedBatch(features, self._reads, products=products)
 
     def _interrupt_if_asked(self) -> None:
         if not self._stop.signal_number:

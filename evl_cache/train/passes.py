@@ -13,7 +13,7 @@ from evl_cache.processes import Processes
 from evl_cache.runs import HeadInputs, head_inputs, head_logits
 from evl_cache.store import StoredBatch
 from evl_cache.train.optimisation import Optimisation
-from evl_cache.train.options import PRECISIONS, TrainOptions
+from evl_cache.train.options import TrainOptions
 
 
 class Passes:
@@ -35,7 +35,6 @@ class Passes:
         self._model, self._optimisation, self._options = model, optimisation, options
         self._world = processes.place.world
         self._device = torch.device(options.device)
-        self._autocast_dtype = PRECISIONS[options.precision]
 
     def parts(self, batch: Batch) -> list[slice]:
         """Split a batch into the samples of each forward pass."""
@@ -72,7 +71,7 @@ class Passes:
 
         Returns: its share of the step's loss, (), without a gradient.
         """
-        logits = head_logits(self._model, inputs, self._autocast_dtype)
+        logits = head_logits(self._model, inputs, self._options.precision)
         loss = nn.functional.cross_entropy(
             logits, labels, reduction="sum", label_smoothing=self._options.label_smoothing
         )

@@ -17,6 +17,7 @@ import torch
 from evl_cache.batches import Batch, Loader
 from evl_cache.errors import EvlCacheError
 from evl_cache.heads import Head
+from evl_cache.precision import tf32_as
 from evl_cache.processes import Interrupted, Processes, StopRequests
 from evl_cache.runs import (
     HeadInputs,
@@ -32,7 +33,7 @@ from evl_cache.runs import (
     write_report,
 )
 from evl_cache.train.optimisation import Optimisation, seed_step
-from evl_cache.train.options import PRECISIONS, TrainOptions
+from evl_cache.train.options import TrainOptions
 from evl_cache.train.passes import Passes
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, RunState, TrainResult
 from evl_cache.train.step_graph import step_graph
@@ -85,7 +86,6 @@ class Trainer:
         self._optimisation = Optimisation(self.head, options, total_steps=self.total_steps)
         self._passes = Passes(self._model, self._optimisation, options, self.processes)
         self._graph = step_graph(self._passes, self.head, options, self.processes, on_note)
-        self._autocast_dtype = PRECISIONS[options.precision]
         self._state = RunState()
         self._stop = stop or StopRequests()
         self._losses = LossReader(self.processes, self._stop, self.device)
@@ -157,7 +157,7 @@ class Trainer:
             self.result_head,
             self.val_loader,
             device=self.device,
-            autocast_dtype=self._autocast_dtype,
+            precision=self.options.precision,
             on_batch=on_batch,
             gather=lambda sums: self.processes.gather(sums, "in validation"),
         )
@@ -210,7 +210,7 @@ class Trainer:
         self._model.train()
         seed = partial(seed_step, self.options.seed, state.step, place.rank)
         self._optimisation.begin(state.step)
-        with self.processes.watched(when):
+        with self.processes.watched(when), tf32_as(self.options.precision, self.device):
             total = None if self._graph is None or inputs is not None else self._graph.loss(batch, seed)
             if total is None:
                 seed()

@@ -323,7 +323,7 @@ def test_a_run_is_not_resumed_on_another_fold(caches, tmp_path):
         ({"lr": 0.0}, "lr above 0"),
         ({"weight_decay": -1.0}, "weight_decay -1"),
         ({"warmup_steps": -1}, "warmup_steps -1"),
-        ({"precision": "int8"}, "float32, float16, bfloat16"),
+        ({"precision": "int8"}, "float32, tf32, bfloat16, float16"),
     ],
 )
 def test_options_that_contradict_are_refused(options, message):
