@@ -13,6 +13,7 @@ import evl_cache.train.passes as passes
 import evl_cache.train.step_loss as step_loss
 from evl_cache import load_head
 from evl_cache.errors import EvlCacheError
+from evl_cache.heads import EVLHead
 from evl_cache.processes import Interrupted, Processes, ProcessPlace, StopRequests
 from evl_cache.runs.directory import load_state
 from evl_cache.sweep.grid import expand
@@ -219,3 +220,28 @@ def test_a_diverging_head_of_a_sweep_ends_alone(caches, tmp_path, monkeypatch):
             states = [load_state(folder) for folder in folders]
             assert states[0]["progress"]["step"] == states[1]["progress"]["step"]
     assert [row.status for row in results["late"].runs].count("diverged") == 1
+
+
+@pytest.mark.parametrize("first", [3, 4, 5, 12])  # of 4 steps an epoch, and 12
+def test_a_head_of_a_sweep_that_diverges_at_an_epochs_end_leaves_nothing_of_it(
+    caches, tmp_path, late, monkeypatch, first
+):
+    real, begun = passes.head_logits, []
+
+    def logits(head, features, *args):
+        begun.append(isinstance(head, EVLHead))
+        return real(head, features, *args) * (math.nan if begun[-1] and sum(begun) >= first else 1.0)
+
+    monkeypatch.setattr(passes, "head_logits", logits)
+    runs = expand(
+        [{"head": "decoder2"}, {"head": "linear"}], {"epochs": 3, "batch": 4, "save_every_steps": 3}
+    )
+    bad, good = sweep(*caches, runs=runs, out=tmp_path / "sweep").runs
+    assert (bad.status, good.status) == ("diverged", "done")
+    assert bad.error.startswith(f"loss is nan at step {first}: training diverged")
+    folder = tmp_path / "sweep" / "runs" / bad.name
+    assert [row["step"] for row in lines(folder / "steps.jsonl")] == list(range(1, first))
+    kept = max((first - 1) // 3 * 3, (first - 1) // 4 * 4)
+    assert (folder / "last.pt").exists() == bool(kept)
+    assert not kept or load_state(folder)["progress"]["step"] == kept
+    assert len(lines(folder / "metrics.jsonl")) == (first - 1) // 4 and not (folder / "result.json").exists()
