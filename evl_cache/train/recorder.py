@@ -72,7 +72,7 @@ class CudaRecorder:
 
 def _renew_generator(device: torch.device) -> None:
     """Give a device's generator a new state, to be seeded: after a failed recording older torch takes it for recorded."""
-    number = torch.empty((), device=device).device.index  # of `cuda` too, which has none
+    number = torch.cuda.current_device() if str(device) == "cuda" else device.index
     fresh = torch.Generator(device=torch.device("cuda", number))
     torch.cuda.default_generators[number].graphsafe_set_state(fresh.graphsafe_get_state())
 
