@@ -155,7 +155,7 @@ def train_flags(function: Function) -> Function:
             "--shuffle-blocks",
             type=int,
             metavar="N",
-            help="Blocks at a time; 0: all [local: 0, else 16].",
+            help="Within N blocks; 0: all [local: 0, else 16].",
         ),
         trust_flag,
         click.option(
