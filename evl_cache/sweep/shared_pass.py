@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -131,6 +132,9 @@ class SweepPass:
                 if all(m.trainer.has_all_steps for m in here):
                     break
         bottleneck = self.train_loader.times.bottleneck(time.monotonic() - started)
+        for member in here:
+            _unless_diverged(member, member.trainer.settle)
+        here = [m for m in here if m.error is None]
         for member, scores in zip(here, self._validate(here), strict=True):
             member.scores = scores
             member.trainer.end_epoch(scores, bottleneck)
@@ -141,12 +145,9 @@ class SweepPass:
         for member in members:
             if member.has_done(epoch, batch.number):
                 continue
-            try:
-                member.trainer.step(batch, [part.inputs(member.reads) for part in shared])
-            except Diverged as error:
-                member.error = str(error)
-                continue
-            member.trainer.save_if_due()
+            inputs = [part.inputs(member.reads) for part in shared]
+            if _unless_diverged(member, partial(member.trainer.step, batch, inputs)):
+                _unless_diverged(member, member.trainer.save_if_due)
 
     def _validate(self, members: Sequence[Member]) -> list[Scores]:
         """Score each head on the validation clips, in one pass over them."""
@@ -160,7 +161,7 @@ class SweepPass:
         return [scores_of([found], self.val_loader) for found in sums]
 
     def _share(self, batch: Batch, part: slice) -> SharedBatch:
-        features = batch.features.part(part.start, part.stop).to(self.device, non_blocking=True)
+        features = batch.features.part(part.start, part.stop).to(self.device)
         products = PRECISIONS[self.precision].autocast_dtype or torch.float32
         with tf32_as(self.precision, self.device):  # maps that are not stored are made here
             return SharedBatch(features, self._reads, products=products)
@@ -169,7 +170,7 @@ class SweepPass:
         if not self._stop.signal_number:
             return
         for member in self._training():
-            member.trainer.save()
+            _unless_diverged(member, member.trainer.save)
         done = max(m.trainer.steps_done for m in self.members)
         raise Interrupted(
             f"stopped after step {done} of a pass of {len(self.members)} heads, which is kept; go on with --resume",
@@ -207,3 +208,12 @@ class SweepPass:
             trainer.load(load_state(out))
         (out / RunFile.RESULT).unlink(missing_ok=True)
         return Member(run=run, reads=reads, trainer=trainer)
+
+
+def _unless_diverged(member: Member, act: Callable[[], None]) -> bool:
+    """Have a member act; where its loss turns out to be no number, it ends there. Returns: whether it goes on."""
+    try:
+        act()
+    except Diverged as error:
+        member.error = str(error)
+    return member.error is None

@@ -27,7 +27,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 # They change where and how fast a run is trained, not to what: a continuation may have others.
-OPERATIONAL = frozenset({"device", "save_every_steps", "keep_in", "keep_bytes", "tensorboard"})
+OPERATIONAL = frozenset({"device", "save_every_steps", "keep_in", "keep_bytes", "tensorboard", "cuda_graph"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,8 @@ class TrainOptions:
         keep_in: `ram` or `device`, where samples stay after their first read; None does not keep them.
         keep_bytes: most that they may take there; a share of what is free by default.
         tensorboard: also write TensorBoard's event files.
+        cuda_graph: whether steps of whole batches are recorded once and replayed; by default on a GPU, where one process
+            trains one head in one pass a step.
         shuffle_blocks: 0 draws an epoch's order from all samples. Otherwise blocks are permuted, and samples are
             shuffled within so many at a time. By default what suits the cache's disk; a continuation keeps it.
     """
@@ -89,6 +91,7 @@ class TrainOptions:
     keep_in: str | None = None
     keep_bytes: int | None = None
     tensorboard: bool = False
+    cuda_graph: bool | None = None
     shuffle_blocks: int | None = None
 
     def __post_init__(self) -> None:

@@ -361,7 +361,7 @@ def test_divergence_is_one_line_and_keeps_the_last_state(caches, tmp_path):
 
 
 def test_a_loss_that_is_no_number_keeps_the_state_of_the_epoch_before(caches, tmp_path, monkeypatch):
-    import evl_cache.train.trainer as module
+    import evl_cache.train.passes as module
 
     calls = []
     real = module.head_logits
