@@ -74,7 +74,9 @@ def train_online(
         )
     if options.shuffle_blocks:
         raise UsageError("--online has no blocks to shuffle; leave --shuffle-blocks out")
-    options = replace(options, shuffle_blocks=0)
+    if options.cuda_graph:
+        raise UsageError("--online makes batches of any size; leave --cuda-graph out")
+    options = replace(options, shuffle_blocks=0, cuda_graph=False)
     decoding = decoding_for(request.pixels, decoding or DecodeOptions(), device=options.device)
     jobs = _sides(plan_extraction(request, device=options.device), val_names)
     with (

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from evl_cache.heads.decoder.tensors import LayerTensors, Setting, SharedTensors, slices_of
 from evl_cache.heads.decoder.whole import path as whole
+from evl_cache.precision import tf32_is_on
 
 OLDEST_CARD = (8, 0)  # matrix instructions for bfloat16
 MOST_CHANNELS = 1280
@@ -34,7 +35,7 @@ def suits(setting: Setting, inputs: LayerTensors) -> bool:
         _device_suits(setting.device)
         and setting.products in TOLERANCE
         # Without matrix instructions torch's own products of float32 are the faster ones.
-        and (setting.products != torch.float32 or torch.backends.cuda.matmul.allow_tf32)
+        and (setting.products != torch.float32 or tf32_is_on())
         and setting.sums == torch.float32
         and not clip.tokens.requires_grad
         and not (clip.maps is not None and clip.maps.requires_grad)
@@ -65,7 +66,7 @@ def _kind(setting: Setting, inputs: LayerTensors) -> tuple[Any, ...]:
     """What distinguishes compiled kernels: the device, and everything but the number of clips."""
     sizes = [None if t is None else (t.dtype, *t.shape[1:]) for t in inputs.clips]
     shared = [t is None for t in inputs.shared]
-    switches = (setting.products, setting.keep, torch.backends.cuda.matmul.allow_tf32)
+    switches = (setting.products, setting.keep, tf32_is_on())
     return (str(setting.device), setting.grid, *switches, *sizes, *shared)
 
 

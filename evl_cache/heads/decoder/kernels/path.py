@@ -6,7 +6,6 @@ tensor exists, those with position in the dtype of products; their gradient take
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from evl_cache.heads.decoder.kernels.attention import Attended, attend
@@ -22,13 +21,14 @@ from evl_cache.heads.decoder.tensors import (
     StoredMaps,
     StoredTokens,
 )
+from evl_cache.precision import tf32_is_on
 
 
 def forward(setting: Setting, inputs: LayerTensors) -> tuple[Tensor, Sequence[Tensor]]:
     """See `paths.AttentionPath`."""
     assert inputs.clips.query is not None
     tokens, maps = _stored(inputs)
-    tf32 = _may_round_to_tf32()
+    tf32 = tf32_is_on()
     y = positioned(tokens, maps, inputs.shared, setting.grid, setting.products, tf32=tf32)
     attended = attend(y, inputs.clips.query, setting.epsilon, tf32=tf32)
     return attended.mean, [y, *attended] if setting.keep else []
@@ -47,7 +47,7 @@ def backward(
     assert inputs.clips.query is not None
     tokens, maps = _stored(inputs)
     y, attended = kept[0], Attended(*kept[1:])
-    tf32 = _may_round_to_tf32()
+    tf32 = tf32_is_on()
     query, dy = attention_gradients(
         y,
         inputs.clips.query,
@@ -79,8 +79,3 @@ def _stored(inputs: LayerTensors) -> tuple[StoredTokens, StoredMaps | None]:
         return tokens, None
     row_max = None if clip.row_max is None else clip.row_max.contiguous()
     return tokens, StoredMaps(maps=clip.maps.contiguous(), row_max=row_max)
-
-
-def _may_round_to_tf32() -> bool:
-    """Whether torch's own products of float32 may be rounded so: the kernels follow its switch."""
-    return bool(torch.backends.cuda.matmul.allow_tf32)
