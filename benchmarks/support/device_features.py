@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from benchmarks.support.device_place import Place, Sizes
 from evl_cache.heads.decoder.evl import EVLHead
 from evl_cache.heads.decoder.plain import PlainHead
+from evl_cache.precision import tf32_as
 from evl_cache.quantize import QuantizedMaps, QuantizedTokens
 
 Inputs = tuple[Sequence[Any], Sequence[Any]]
@@ -180,17 +181,5 @@ def through(step: Callable[[], None], path: str | None) -> Callable[[], None]:
 @contextmanager
 def tf32(on: bool) -> Iterator[None]:
     """Let float32 products be computed with TF32, or not."""
-    try:
-        from evl_cache.precision import tf32_as
-    except ImportError:
-        pass
-    else:
-        with tf32_as("tf32" if on else "float32", "cuda" if torch.cuda.is_available() else "cpu"):
-            yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = on
-    try:
+    with tf32_as("tf32" if on else "float32", "cuda" if torch.cuda.is_available() else "cpu"):
         yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,6 @@ class _Enough(Exception):
 
 def _without_a_graph(place: Place) -> list[Measurement]:
     """The same with every operation started anew, where steps are recorded otherwise."""
-    if "cuda_graph" not in {field.name for field in fields(TrainOptions)}:
-        return []
 
     def call(clock: Clock) -> Iterator[Values]:
         return _train(place, "device", clock, cuda_graph=False)
@@ -99,7 +97,7 @@ def _options(place: Place, **more: Any) -> TrainOptions:
 def _train(place: Place, where: str, clock: Clock, **more: Any) -> Iterator[Values]:
     """Epochs of a training, as many as there is time for; the first one reads the disk and warms up."""
     caches, out = _caches(place), place.scratch / "-".join(["run", where, *more])
-    times, waits = [time.monotonic()], list[str]()
+    times, waits, notes = [time.monotonic()], list[str](), list[str]()
 
     def on_step(done: int, total: int, loss: float) -> None:
         times.append(time.monotonic())
@@ -109,7 +107,14 @@ def _train(place: Place, where: str, clock: Clock, **more: Any) -> Iterator[Valu
     epochs = _MOST_EPOCHS if place.is_gpu else 2
     options = _options(place, epochs=epochs, keep_in=KEPT[where], **more)
     with suppress(_Enough):
-        train(*caches, options=options, out=out, on_step=on_step, on_bottleneck=waits.append)
+        train(
+            *caches,
+            options=options,
+            out=out,
+            on_step=on_step,
+            on_bottleneck=waits.append,
+            on_note=notes.append,
+        )
     intervals = [after - before for before, after in itertools.pairwise(times)]
     rows = metrics(out)
     later = [row["clips_per_s"] for row in rows[1:]]
@@ -123,6 +128,7 @@ def _train(place: Place, where: str, clock: Clock, **more: Any) -> Iterator[Valu
         "batch": options.global_batch,
         "steps": len(intervals),
         "loss_by_epoch": [row["train_loss"] for row in rows],
+        "notes": notes,  # as that a step could not be recorded
         "files_were_read_before": True,  # just written, so the page cache has them
     }
 
