@@ -17,11 +17,13 @@ class Batch:
 
     Attributes:
         features: in memory that is reused: they hold until the next batch is asked for.
-        labels: int64 (B,).
+        labels: int64 (B,), where the features are.
         samples: rows in the cache, int64 (B,).
         number: of the batch in its epoch.
         total: its samples in all processes.
         is_stand_in: see `BatchPart`.
+        slot: the number of the device's buffers that features and labels lie in, at the same addresses whenever it comes
+            again; None where they are not in such.
     """
 
     features: StoredBatch
@@ -30,6 +32,7 @@ class Batch:
     number: int
     total: int
     is_stand_in: bool = False
+    slot: int | None = None
 
 
 @dataclass(kw_only=True)
