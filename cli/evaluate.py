@@ -25,10 +25,21 @@ evl-cache eval --cache caches/mine --run runs/fold1 --clips held-out.txt --json
 @click.option(
     "--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples of a forward pass."
 )
+@click.option(
+    "--read-threads", type=click.IntRange(1), metavar="N", help="That read and decode [as many as suit]."
+)
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
-    cache: Path, run: Path, best: bool, clips: Path | None, batch: int, device: str | None, as_json: bool
+    *,
+    cache: Path,
+    run: Path,
+    best: bool,
+    clips: Path | None,
+    batch: int,
+    read_threads: int | None,
+    device: str | None,
+    as_json: bool,
 ) -> int:
     """Score a run's head on a cache: softmax averaged over a clip's views, top-1 and top-5."""
     from evl_cache.clips import select
@@ -41,7 +52,9 @@ def command(
     rows = None if clips is None else select(opened.clips, existing_lines(clips), source=str(clips))
     if (features := read_run_config(run).features) is not None:
         tell_rules(run, CacheSpec.from_json(features).frame_rule, opened.place, opened.frame_rule)
-    result = evaluate(run, opened, clips=rows, batch=batch, device=default_device(device), best=best)
+    result = evaluate(
+        run, opened, clips=rows, batch=batch, device=default_device(device), threads=read_threads, best=best
+    )
     if as_json:
         print_json({"run": str(run), "cache": opened.place, **asdict(result)})
     else:

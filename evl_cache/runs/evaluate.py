@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from evl_cache.batches import DEFAULT_BATCH, FeatureLoader, samples_of_clips
+from evl_cache.batches import DEFAULT_BATCH, BatchMemory, FeatureLoader, read_threads, samples_of_clips
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head
 from evl_cache.runs.directory import RunConfig, read_run_config
@@ -43,14 +43,23 @@ def run_loader(
     *,
     clips: Sequence[int] | None,
     batch: int = DEFAULT_BATCH,
+    device: str = "cpu",
+    threads: int | None = None,
 ) -> FeatureLoader:
-    """Read some clips of a cache (all by default) as a run's head needs them.
+    """Read some clips of a cache (all by default) as a run's head needs them, into batches on a device.
 
     Raises: UsageError naming both sides where the cache's features are not the head's.
     """
     reads = head_reads(head, check_features(config, cache.spec, run=run))
     check_maps(reads, cache)
-    return FeatureLoader(cache, samples_of_clips(cache, clips), batch=batch, reads=reads)
+    return FeatureLoader(
+        cache,
+        samples_of_clips(cache, clips),
+        batch=batch,
+        reads=reads,
+        threads=read_threads(threads, device),
+        memory=BatchMemory(device),
+    )
 
 
 def evaluate(
@@ -60,10 +69,14 @@ def evaluate(
     clips: Sequence[int] | None = None,
     batch: int = DEFAULT_BATCH,
     device: str = "cpu",
+    threads: int | None = None,
     best: bool = False,
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> EvalResult:
     """Score a run's head on a cache: the last one, or with `best` that of its best epoch.
+
+    Args:
+        threads: that read and decode; what suits device and processors by default.
 
     Raises: UsageError naming both sides where the cache's features or classes are not the head's.
     """
@@ -78,7 +91,7 @@ def evaluate(
             f"{run}: its head was trained on other classes ({ours!r}) than {cache.place} has ({theirs!r})"
         )
     head = load_head(run, best=best).to(device)
-    loader = run_loader(run, config, head, cache, clips=clips, batch=batch)
+    loader = run_loader(run, config, head, cache, clips=clips, batch=batch, device=device, threads=threads)
     started = time.monotonic()
     scores = score(head, loader, device=torch.device(device), on_batch=on_batch)
     return EvalResult(

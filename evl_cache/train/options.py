@@ -29,7 +29,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 # They change where and how fast a run is trained, not to what: a continuation may have others.
-OPERATIONAL = frozenset({"device", "save_every_steps", "keep_in", "keep_bytes", "tensorboard"})
+OPERATIONAL = frozenset(
+    {"device", "save_every_steps", "keep_in", "keep_bytes", "read_threads", "tensorboard"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +61,9 @@ class TrainOptions:
         device: where to train.
         save_every_steps: how often the state to resume from is written; every epoch by default.
         keep_in: `ram` or `device`, where samples stay after their first read; None does not keep them.
-        keep_bytes: most that they may take there; a share of what is free by default.
+        keep_bytes: most that they may take there, in all processes of a computer or on the device of each; a share of
+            what is free by default.
+        read_threads: that read and decode in each process; what suits device and processors by default.
         tensorboard: also write TensorBoard's event files.
         shuffle_blocks: 0 draws an epoch's order from all samples. Otherwise blocks are permuted, and samples are
             shuffled within so many at a time. By default what suits the cache's disk; a continuation keeps it.
@@ -90,13 +94,14 @@ class TrainOptions:
     save_every_steps: int | None = None
     keep_in: str | None = None
     keep_bytes: int | None = None
+    read_threads: int | None = None
     tensorboard: bool = False
     shuffle_blocks: int | None = None
 
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise UsageError(f"epochs {self.epochs} and steps {self.steps}; expected exactly one of them")
-        for name in ("epochs", "steps", "batch", "accumulate", "save_every_steps"):
+        for name in ("epochs", "steps", "batch", "accumulate", "save_every_steps", "read_threads"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise UsageError(f"{name} is {value}; expected at least 1")
