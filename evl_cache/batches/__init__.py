@@ -5,7 +5,7 @@ from evl_cache.batches.batch_memory import DEVICE_RING, DEVICE_SLOTS, RING, Batc
 from evl_cache.batches.epoch_order import BatchPart, EpochOrder, Keepers, shared_out
 from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.batches.folds import split_clips
-from evl_cache.batches.read_threads import read_threads
+from evl_cache.batches.reading_threads import read_threads
 from evl_cache.batches.resident import KEPT_SHARE, ResidentSamples, default_budget, nbytes_of
 from evl_cache.batches.source import DEFAULT_BATCH, Loader, Source, samples_of_clips
 

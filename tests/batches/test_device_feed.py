@@ -236,3 +236,27 @@ def test_samples_kept_on_the_device_are_not_read_again(cache, monkeypatch):
     monkeypatch.setattr(cache, "read_into", None)
     seen, _ = what_the_device_sees(loader, streams, epochs=2)
     assert are_equal(seen, what_the_loader_gives(FeatureCache(cache.path))[0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept", KEPT)
+def test_a_gpu_that_is_busy_sees_the_batches_of_the_loader(cache, kept):
+    expected, order = what_the_loader_gives(cache)
+    memory = BatchMemory("cuda")
+    resident = None
+    if kept is not None:
+        budget = kept * cache.buffers(slots=1, reads=READS).nbytes
+        valid = np.flatnonzero(cache.is_valid)
+        resident = ResidentSamples(cache, valid, reads=READS, budget_bytes=budget, device=memory.device)
+    loader = FeatureLoader(
+        cache, range(26), layers=LAYERS, batch=4, shuffle_seed=3, memory=memory, resident=resident
+    )
+    seen, rows, slots = [], [], set()
+    for epoch in range(2):
+        for batch in loader.epoch(epoch):
+            torch.cuda._sleep(20_000_000)  # the device lags behind the host
+            seen.append(copied(batch))
+            rows.append(batch.samples.tolist())
+            slots.add(batch.slot)
+    found = [{name: tensor.cpu() for name, tensor in tensors.items()} for tensors in seen]
+    assert rows == order and slots == {0, 1} and are_equal(found, expected)

@@ -28,6 +28,7 @@ class FakeStreams:
         lazy: `copies` or `computes`: that stream does nothing until something waits for it; None: both do some of
             their work now and then.
         copy_waits, use_waits: whether the waits of a stream are heeded; a test that never fails without them is none.
+        host_computes: batches are used at once, by a processor that waits for their copies.
         marks_lie: they say that they are passed at once.
         given, done: how much work each stream was given, and has done.
     """
@@ -36,6 +37,7 @@ class FakeStreams:
     seed: int = 0
     copy_waits: bool = True
     use_waits: bool = True
+    host_computes: bool = False
     marks_lie: bool = False
     given: Counter[str] = field(default_factory=Counter)
     done: Counter[str] = field(default_factory=Counter)
@@ -62,11 +64,13 @@ class FakeStreams:
             self._queues["copies"].append(_Wait(mark))
 
     def use_after(self, mark: FakeMark) -> None:
-        if self.use_waits:
+        if self.host_computes:
+            mark.synchronize()
+        elif self.use_waits:
             self._queues["computes"].append(_Wait(mark))
 
     def mark_use(self) -> FakeMark:
-        return self._mark("computes")
+        return FakeMark(self, is_passed=True) if self.host_computes else self._mark("computes")
 
     @property
     def pending(self) -> dict[str, int]:
