@@ -155,7 +155,7 @@ def train_flags(function: Function) -> Function:
             "--shuffle-blocks",
             type=int,
             metavar="N",
-            help="Shuffle within N blocks at a time; 0: all [0 on a local disk, else 16].",
+            help="Within N blocks; 0: all [local: 0, else 16].",
         ),
         read_threads_flag,
         trust_flag,
