@@ -158,7 +158,8 @@ def _assemble(
         out.index_copy_(1, here, kept.index_select(1, slots))
         out.index_copy_(1, there, moved)
     if len(new):
-        kept.index_copy_(1, new_slots, moved.index_select(1, new))
+        all_are_new = len(new) == len(there)
+        kept.index_copy_(1, new_slots, moved if all_are_new else moved.index_select(1, new))
 
 
 def nbytes_of(cache: FeatureCache, reads: Reads, capacity: int) -> int:

@@ -95,6 +95,14 @@ def test_what_does_not_fit_is_read_every_time(paths):
         assert reads == (40 if epoch == 0 else 20)
 
 
+@needs_memfd
+def test_without_room_for_one_sample_none_is_kept(paths):
+    found = together(2, lambda processes: epochs_of(paths, processes, kept_nbytes=10))
+    for epoch in range(3):
+        assert all(rank[epoch][2] for rank in found)
+        assert sum(len(rank[epoch][0]) for rank in found) == 40
+
+
 def test_one_process_keeps_as_before(paths):
     found = epochs_of(paths, Processes(), kept_nbytes=half(paths))
     assert [read for read, _, _ in found] == [list(range(40)), *[list(range(20, 40))] * 2]
