@@ -130,9 +130,8 @@ def _taken(
 ) -> list[SlotT]:
     """Take `count` slots out of `free` that hold what `like` does; those that are too small are let go."""
     alike = [slot for slot in free if slot.buffers.holds_the_same(like)]
-    fit = [slot for slot in alike if slot.buffers.slots >= slots]
-    taken = fit[:count]
-    free[:] = [slot for slot in free if not any(slot is other for other in taken)]
-    if len(taken) < count:
-        free[:] = [slot for slot in free if slot not in alike or slot in fit]
+    taken = [slot for slot in alike if slot.buffers.slots >= slots][:count]
+    too_small = [] if len(taken) == count else [slot for slot in alike if slot.buffers.slots < slots]
+    free[:] = [slot for slot in free if slot not in taken and slot not in too_small]
+    del alike, too_small  # their memory is free before more is taken
     return taken + [make() for _ in range(count - len(taken))]
