@@ -107,7 +107,8 @@ def can_attend(width: int, dtype: torch.dtype) -> bool:
 def _part(width: int, dtype: torch.dtype, *, tf32: bool) -> int:
     """Return the channels of a part, a power of two."""
     most = PART if dtype != torch.float32 else TF32_PART if tf32 else EXACT_PART
-    return min(most, max(16, triton.next_power_of_2(width)))
+    enough: int = triton.next_power_of_2(width)
+    return min(most, max(16, enough))
 
 
 def split_count(clips: int, count: int) -> int:
