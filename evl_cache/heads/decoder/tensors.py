@@ -3,8 +3,10 @@
 B clips, T frames, P patches (grid Hp x Wp), N = 1+P tokens of a frame, C channels, H heads, R rows of a motion table.
 """
 
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -145,3 +147,28 @@ class LayerTensors(NamedTuple):
 
     clips: ClipTensors
     shared: SharedTensors
+
+
+def slices_of(inputs: LayerTensors, sizes: Sequence[int]) -> list[LayerTensors]:
+    """Return the inputs of each slice of so many clips; what clips share is in every one."""
+    return [
+        LayerTensors(
+            ClipTensors(*(t if t is None else t[stop - size : stop] for t in inputs.clips)), inputs.shared
+        )
+        for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True)
+    ]
+
+
+def joined(parts: Sequence[LayerTensors]) -> LayerTensors:
+    """Return the gradients of all clips from those of their slices: put one after another, or added up if shared."""
+    clips = (_joined(torch.cat, found) for found in zip(*(part.clips for part in parts), strict=True))
+    shared = (_joined(sum, found) for found in zip(*(part.shared for part in parts), strict=True))
+    return LayerTensors(ClipTensors(*clips), SharedTensors(*shared))
+
+
+def _joined(join: Callable[[list[Tensor]], Any], gradients: Sequence[Tensor | None]) -> Tensor | None:
+    found = [gradient for gradient in gradients if gradient is not None]
+    if len(found) < 2:
+        return found[0] if found else None
+    whole: Tensor = join(found)
+    return whole

@@ -15,6 +15,7 @@ from torch import Tensor
 from evl_cache.heads.decoder.chunked.chunks import Chunk
 from evl_cache.heads.decoder.chunked.layer_pass import Kept, LayerPass, by_clip
 from evl_cache.heads.decoder.chunked.running_mean import add_products
+from evl_cache.heads.decoder.products import product
 from evl_cache.heads.decoder.tensors import ClipTensors, LayerTensors, SharedTensors
 
 # The inputs whose gradients come through the norm of the tokens.
@@ -40,7 +41,7 @@ def layer_gradients(work: LayerPass, kept: Kept, gradient: Tensor, needed: froze
         unit = inputs.unit(chunk, kept)  # (Q,T,B,C)
         logits = kept.logits[:, :, work.place(chunk)]  # (B,H,K)
         weights = torch.exp(logits - kept.log_total)
-        weight_gradient = torch.bmm(ends[:, heads:], by_clip(unit).transpose(1, 2)).to(sums)
+        weight_gradient = product(ends[:, heads:], by_clip(unit).transpose(1, 2), sums)
         logit_gradient = weights * (weight_gradient - expected)
         add_products(query_gradient, logit_gradient, by_clip(unit), space)
         if inputs.wanted:

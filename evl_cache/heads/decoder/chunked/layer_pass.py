@@ -11,8 +11,9 @@ from torch import Tensor
 
 from evl_cache.heads.decoder.chunked.chunks import Chunk, walk
 from evl_cache.heads.decoder.chunked.motion import Motion
-from evl_cache.heads.decoder.chunked.position import TemporalShift
 from evl_cache.heads.decoder.chunked.running_mean import RunningMean
+from evl_cache.heads.decoder.position import TemporalShift
+from evl_cache.heads.decoder.products import product
 from evl_cache.heads.decoder.tensors import LayerTensors, Setting, StoredMaps, StoredTokens
 
 
@@ -79,7 +80,7 @@ class LayerPass:
             kept = self.setting.keep and chunk.kept is not None
             unit = torch.mul(z, scale[chunk.order], out=normed[chunk.kept] if kept else z)
             tokens_by_clip = by_clip(unit.to(products))  # (B,K,C)
-            chunk_logits = torch.bmm(query, tokens_by_clip.transpose(1, 2)).to(sums)  # (B,H,K)
+            chunk_logits = product(query, tokens_by_clip.transpose(1, 2), sums)  # (B,H,K)
             logits[:, :, self.place(chunk)] = chunk_logits
             mean.add(chunk_logits, tokens_by_clip)
         self.give_back(tokens, positioned)
