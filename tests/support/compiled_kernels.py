@@ -39,7 +39,6 @@ class Launches:
     def compiled(self, capability: int) -> Any:
         """Return the last launch's kernel for a compute capability, as 90: its `asm` by name, its `metadata`."""
         constants = {parameter.name for parameter in self.kernel.params if parameter.is_constexpr}
-        general = {parameter.name for parameter in self.kernel.params if parameter.do_not_specialize}
         signature, constexprs, attributes = {}, {}, {}
         for i, name in enumerate(self.kernel.arg_names):
             value = self.arguments[name]
@@ -48,7 +47,6 @@ class Launches:
             elif isinstance(value, Tensor):
                 signature[name], attributes[(i,)] = _TYPES[value.dtype], [["tt.divisibility", 16]]
             else:
-                assert isinstance(value, float) or name in general, f"{name} would be compiled for its value"
                 signature[name] = "fp32" if isinstance(value, float) else "i32"
         source = triton.compiler.ASTSource(self.kernel, signature, constexprs, attributes)
         options = {name: self.arguments[name] for name in _OPTIONS if name in self.arguments}

@@ -15,16 +15,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# By arithmetic and by what compilers make of it (Triton 3.6 and 3.8, sm_80 and sm_90); not measured. A block is 16 tokens
-# of up to 8 parts of 128 channels: each of 256 threads holds 64 sums, 32 registers of tokens and 32 of the tokens after
-# them. With twice as many tokens Triton 3.6 spills. Tokens go from registers into 32 KB of shared memory, from where the
-# matrix units take them. Of float32, a thread has half as many sums, and a part fewer channels: outside the matrix units,
-# without TF32, long products would need too many registers.
-TOKENS = 16
-PART, TF32_PART, EXACT_PART = 128, 64, 32
-SUMS_OF_THREAD, SUMS_OF_THREAD_OF_FLOAT32 = 64, 32
-# Query and tokens of a block must fit in the 163 KB of shared memory that a program may have on an A100.
-BYTES_OF_TOKEN_AT_MOST = 4096
+# By arithmetic, for an H100; not measured. A block is 32 tokens of up to 8 parts of 128 channels, one for each warp: each
+# of 256 threads holds 64 sums, 64 registers of tokens and 64 of the tokens after them, as many as there are. Tokens go
+# from registers into 64 KB of shared memory, which the matrix units read. Of float32 a quarter as many have room, and
+# without TF32, outside the matrix units, long products would need too many registers: parts are smaller.
+PART, EXACT_PART = 128, 32
+BLOCK_VALUES, BLOCK_VALUES_OF_FLOAT32 = 1 << 15, 1 << 13
+TOKENS_AT_LEAST, TOKENS_AT_LEAST_OF_FLOAT32, TOKENS_AT_MOST = 16, 8, 32  # the first two are Triton's limits
 # Matrix units multiply sixteen rows at a time. More heads are taken by other programs, which find the tokens in the L2
 # cache.
 HEADS = 16
@@ -62,13 +59,9 @@ def attend(y: Tensor, query: Tensor, epsilon: float, *, tf32: bool = False) -> A
         epsilon: added to the variance.
         tf32: whether products of float32 may be rounded to TF32.
     """
-    assert y.is_contiguous() and can_attend(y.shape[-1], y.dtype)
     clips, frames, per_frame, width = y.shape
     count, heads = frames * per_frame, query.shape[1]
-    part = _part(width, y.dtype, tf32=tf32)
-    parts = triton.next_power_of_2(triton.cdiv(width, part))
-    sums_of_thread = SUMS_OF_THREAD_OF_FLOAT32 if y.dtype == torch.float32 else SUMS_OF_THREAD
-    warps = min(16, max(4, parts * part * HEADS // (32 * sums_of_thread)))
+    part, parts, tokens = _block_shape(width, y.dtype, exact=y.dtype == torch.float32 and not tf32)
     groups, splits = triton.cdiv(heads, HEADS), split_count(clips, count)
 
     def empty(*shape: int) -> Tensor:
@@ -81,14 +74,17 @@ def attend(y: Tensor, query: Tensor, epsilon: float, *, tf32: bool = False) -> A
         logits=empty(clips, heads, count),
         log_total=empty(clips, heads),
     )
-    sums = empty(clips, splits, heads, width)
-    tops, totals = empty(clips, splits, heads), empty(clips, splits, heads)
-    length = triton.cdiv(triton.cdiv(count, splits), TOKENS) * TOKENS  # tokens of a split
+    sums, tops, totals = (
+        empty(clips, splits, heads, width),
+        empty(clips, splits, heads),
+        empty(clips, splits, heads),
+    )
+    length = triton.cdiv(triton.cdiv(count, splits), tokens) * tokens
     _attend_split[(clips * splits * groups,)](
         y, query.contiguous(), result.row_mean, result.scale, result.logits, sums, tops, totals,
         epsilon, count, splits, length,
-        H=heads, C=width, HEADS=HEADS, PARTS=parts, PART=part, TOKENS=TOKENS,
-        PRECISION="tf32" if tf32 else "ieee", num_warps=warps, num_stages=1,
+        H=heads, C=width, HEADS=HEADS, PARTS=parts, PART=part, TOKENS=tokens,
+        PRECISION="tf32" if tf32 else "ieee", num_warps=min(16, max(4, parts * part // 128)), num_stages=1,
     )  # fmt: skip
     blocks = triton.cdiv(width, MERGED_CHANNELS)
     _merge[(clips * heads * blocks,)](
@@ -98,26 +94,23 @@ def attend(y: Tensor, query: Tensor, epsilon: float, *, tf32: bool = False) -> A
     return result
 
 
-def can_attend(width: int, dtype: torch.dtype) -> bool:
-    """Whether tokens of so many channels have room in shared memory: 2048 of half precision, 1024 of float32."""
-    padded: int = triton.next_power_of_2(width)
-    return padded * dtype.itemsize <= BYTES_OF_TOKEN_AT_MOST
-
-
-def _part(width: int, dtype: torch.dtype, *, tf32: bool) -> int:
-    """Return the channels of a part, a power of two."""
-    most = PART if dtype != torch.float32 else TF32_PART if tf32 else EXACT_PART
-    enough: int = triton.next_power_of_2(width)
-    return min(most, max(16, enough))
+def _block_shape(width: int, dtype: torch.dtype, *, exact: bool) -> tuple[int, int, int]:
+    """Return channels of a part, the number of parts, and the number of tokens of a block, powers of two."""
+    part = min(EXACT_PART if exact else PART, max(16, triton.next_power_of_2(width)))
+    parts = triton.next_power_of_2(triton.cdiv(width, part))
+    narrow = dtype != torch.float32
+    values = BLOCK_VALUES if narrow else BLOCK_VALUES_OF_FLOAT32
+    at_least = TOKENS_AT_LEAST if narrow else TOKENS_AT_LEAST_OF_FLOAT32
+    return part, parts, min(TOKENS_AT_MOST, max(at_least, values // (parts * part)))
 
 
 def split_count(clips: int, count: int) -> int:
     """Return into how many splits the `count` tokens of each clip are cut."""
-    wanted: int = triton.cdiv(PROGRAMS, max(1, clips))
+    wanted: int = triton.cdiv(PROGRAMS, clips)
     return max(1, min(wanted, count // TOKENS_OF_SPLIT_AT_LEAST))
 
 
-@triton.jit(do_not_specialize=["count", "splits", "length"])
+@triton.jit
 def _attend_split(
     y,
     query,
@@ -151,12 +144,16 @@ def _attend_split(
     part = tl.arange(0, PARTS)[:, None, None]
     channel = part * PART + tl.arange(0, PART)[None, None, :]  # (PARTS,1,PART)
     in_width = channel < C
+    widths = tl.minimum(tl.maximum(C - tl.arange(0, PARTS) * PART, 0), PART).to(tl.float32)[
+        :, None
+    ]  # (PARTS,1)
     head = group * HEADS + tl.arange(0, HEADS)
     is_head = head < H
 
     q_places = query + clip * H * C + head[None, :, None] * C + channel
-    q = tl.load(q_places, mask=is_head[None, :, None] & in_width, other=0)  # (PARTS,HEADS,PART)
-    q = q.to(y.dtype.element_ty)
+    q = tl.load(q_places, mask=is_head[None, :, None] & in_width, other=0).to(
+        y.dtype.element_ty
+    )  # (PARTS,HEADS,PART)
     # Rounding leaves the query a small mean, which would let the tokens' means into their logits.
     q_total = tl.sum(tl.sum(q.to(tl.float32), 2), 0)  # (HEADS,)
 
@@ -173,12 +170,13 @@ def _attend_split(
         # Asked for one block ahead, while this one is worked on.
         block, following = following, _block(y, clip, first + TOKENS, stop, count, channel, C, TOKENS)
 
-        means, scales = _statistics(block, in_width, epsilon, C)
+        means, scales = _statistics(block, in_width, widths, epsilon, C)
         tl.store(row_mean + clip * count + token, means, mask=is_token & (group == 0))
         tl.store(scale + clip * count + token, scales, mask=is_token & (group == 0))
 
-        by_part = tl.dot(q, tl.permute(block, (0, 2, 1)), input_precision=PRECISION)  # (PARTS,HEADS,TOKENS)
-        products = tl.sum(by_part, 0)
+        products = tl.sum(
+            tl.dot(q, tl.permute(block, (0, 2, 1)), input_precision=PRECISION), 0
+        )  # (HEADS,TOKENS)
         found = (products - q_total[:, None] * means[None, :]) * scales[None, :]
         logit_places = logits + clip * H * count + head[:, None] * count + token[None, :]
         tl.store(logit_places, found, mask=is_head[:, None] & is_token[None, :])
@@ -190,8 +188,8 @@ def _attend_split(
         exponentials = tl.where(is_token[None, :], tl.exp(found - new_top[:, None]), 0.0)
         weight_total = weight_total * decay + tl.sum(exponentials, 1)
         offset = offset * decay + tl.sum(weights.to(tl.float32) * means[None, :], 1)
-        same = tl.broadcast_to(weights[None], (PARTS, HEADS, TOKENS))
-        total = tl.dot(same, block, total * decay[None, :, None], input_precision=PRECISION)
+        by_part = tl.broadcast_to(weights[None], (PARTS, HEADS, TOKENS))
+        total = tl.dot(by_part, block, total * decay[None, :, None], input_precision=PRECISION)
         top = new_top
 
     row = (clip * splits + split) * H + head
@@ -210,19 +208,22 @@ def _block(y, clip, first, stop, count, channel, C: tl.constexpr, TOKENS: tl.con
 
 
 @triton.jit
-def _statistics(block, in_width, epsilon, C: tl.constexpr):
+def _statistics(block, in_width, widths, epsilon, C: tl.constexpr):
     """Return each token's mean over channels and one over its deviation, (TOKENS,) each, of a (PARTS, TOKENS, PART) block.
 
-    Squares are of what is left without the mean, so that nothing cancels.
+    Each part has its own mean, from which its squares are taken, so that nothing cancels; then parts are put together.
     """
     values = block.to(tl.float32)
-    means = tl.sum(tl.sum(values, 2), 0) / C
-    centred = tl.where(in_width, values - means[None, :, None], 0.0)
-    squares = tl.sum(tl.sum(centred * centred, 2), 0)
+    part_sums = tl.sum(values, 2)  # (PARTS,TOKENS)
+    means = tl.sum(part_sums, 0) / C
+    part_means = part_sums / tl.maximum(widths, 1.0)
+    centred = tl.where(in_width, values - part_means[:, :, None], 0.0)
+    apart = part_means - means[None, :]
+    squares = tl.sum(tl.sum(centred * centred, 2) + widths * apart * apart, 0)
     return means, tl.rsqrt(squares / C + epsilon)
 
 
-@triton.jit(do_not_specialize=["splits"])
+@triton.jit
 def _merge(
     mean,
     log_total,
