@@ -45,8 +45,8 @@ def positioned(
     """Return tokens with position, (B, T, N, C): summed in float32 and rounded once to `dtype`.
 
     Args:
-        tokens: of B clips, contiguous.
-        maps: of B clips, contiguous; None adds no motion.
+        tokens: of B clips.
+        maps: of B clips; None adds no motion, as does a single frame.
         shared: what the temporal modules add to tokens.
         grid: patches (Hp, Wp).
         dtype: of the result and of the products: bfloat16, float16 or float32.
@@ -64,32 +64,22 @@ def positioned(
     tables = (shared.table_prev, shared.table_next) if moves else (None, None)
     _positioned[(blocks,)](
         result,
-        values,
-        tokens.affine,
-        tokens.token_scale,
-        shared.taps,
-        shared.shift,
-        maps.maps if moves and maps is not None else None,
-        maps.row_max if moves and maps is not None else None,
-        *(None if table is None else table.to(dtype).contiguous() for table in tables),
-        clips,
-        FRAMES=frames,
-        HEIGHT=grid[0],
-        WIDTH=grid[1],
-        C=width,
-        DIFFERENCES=differences,
-        PRECISION="tf32" if tf32 else "ieee",
-        ROWS=rows,
-        CHANNELS=channels,
-        KEYS=KEYS,
-        num_warps=WARPS,
-        num_stages=EXACT_STAGES if exact else STAGES,
-        maxnreg=REGISTERS,
-    )
+        *map(_dense, (values, tokens.affine, tokens.token_scale, shared.taps, shared.shift)),
+        *map(_dense, (maps.maps, maps.row_max) if moves and maps is not None else (None, None)),
+        *(None if table is None else _dense(table.to(dtype)) for table in tables),
+        clips, FRAMES=frames, HEIGHT=grid[0], WIDTH=grid[1], C=width,
+        DIFFERENCES=differences, PRECISION="tf32" if tf32 else "ieee", ROWS=rows, CHANNELS=channels, KEYS=KEYS,
+        num_warps=WARPS, num_stages=EXACT_STAGES if exact else STAGES, maxnreg=REGISTERS,
+    )  # fmt: skip
     return result
 
 
-@triton.jit
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    """Return a tensor whose places in memory follow from its shape, the same one if it is so already."""
+    return None if tensor is None else tensor.contiguous()
+
+
+@triton.jit(do_not_specialize=["clips"])
 def _positioned(
     result,
     tokens,
@@ -126,37 +116,13 @@ def _positioned(
     HALF: tl.constexpr = CHANNELS // 2
     low = program % BLOCKS * CHANNELS + tl.arange(0, HALF)
     left = _shifted_tokens(
-        tokens,
-        affine,
-        token_scale,
-        taps,
-        shift,
-        clip,
-        frame,
-        token,
-        low,
-        exists,
-        FRAMES,
-        PATCHES,
-        C,
-        DIFFERENCES,
-    )
+        tokens, affine, token_scale, taps, shift, clip, frame, token, low, exists,
+        FRAMES, PATCHES, C, DIFFERENCES,
+    )  # fmt: skip
     right = _shifted_tokens(
-        tokens,
-        affine,
-        token_scale,
-        taps,
-        shift,
-        clip,
-        frame,
-        token,
-        low + HALF,
-        exists,
-        FRAMES,
-        PATCHES,
-        C,
-        DIFFERENCES,
-    )
+        tokens, affine, token_scale, taps, shift, clip, frame, token, low + HALF, exists,
+        FRAMES, PATCHES, C, DIFFERENCES,
+    )  # fmt: skip
     sums = tl.join(left, right).permute(0, 2, 1).reshape(ROWS, CHANNELS)
     if maps is not None:
         # The class token, token 0, has no motion: it goes through no keys.
@@ -247,8 +213,10 @@ def _shifted_tokens(
 def _token_scale(token_scale, place, there):
     """Return the scale of each row's token, float32 (rows, 1), 1 where tokens have none; 0 for rows not `there`."""
     if token_scale is None:
-        return there.to(tl.float32)[:, None]
-    return tl.load(token_scale + place, mask=there, other=0).to(tl.float32)[:, None]
+        scales = there.to(tl.float32)
+    else:
+        scales = tl.load(token_scale + place, mask=there, other=0).to(tl.float32)
+    return scales[:, None]
 
 
 @triton.jit
