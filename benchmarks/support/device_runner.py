@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -222,8 +223,14 @@ def _serve(measurements: Sequence[Measurement], asks: int, tells: int) -> NoRetu
 
 def _measured(measurement: Measurement, clock: Clock, tell: Callable[[Values], None]) -> dict[str, Any]:
     try:
-        for piece in measurement.call(clock):
-            tell({"piece": piece})
+        # What is said once, such as that kernels are not used, belongs to what was measured.
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for piece in measurement.call(clock):
+                tell({"piece": piece})
+        ours = [str(each.message).splitlines()[0] for each in caught if "/evl_cache/" in each.filename]
+        if ours:
+            tell({"piece": {"warnings": list(dict.fromkeys(ours))}})
     except Skipped as reason:
         return {"status": "skipped", "reason": str(reason)}
     except ModuleNotFoundError as error:

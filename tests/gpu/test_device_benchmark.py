@@ -19,7 +19,7 @@ from tests.support.warm_python import warm_python
 
 # Parts of measurements that end in every way there is; `main` runs them as it does its own.
 FAKE = """
-import os, signal, sys, time
+import os, signal, sys, time, warnings
 from pathlib import Path
 import torch
 from benchmarks import device
@@ -48,6 +48,11 @@ def dies(clock):
 def forks(clock):
     yield {"worker": os.getpid()}
 
+def warns(clock):
+    warnings.warn_explicit("kernels are not used", RuntimeWarning, "/somewhere/evl_cache/choice.py", 1)
+    warnings.warn("of somebody else")
+    yield {"rate": 1}
+
 def waits(clock):
     yield {"worker": os.getpid()}
     Path(os.environ["REACHED"]).touch()
@@ -66,6 +71,7 @@ FAKES = {
         Measurement(name="lacks", call=forks, seconds=9, needs=("no_such_package",)),
         Measurement(name="imports", call=raises(ModuleNotFoundError("none", name="triton")), seconds=9),
         Measurement(name="alone", call=forks, seconds=9, alone=True),
+        Measurement(name="warns", call=warns, seconds=9),
         Measurement(name="last", call=yields({"a": 1}, {"b": 2}), seconds=9),
     ],
     "head": [
@@ -112,9 +118,10 @@ def test_every_measurement_ends_with_a_status(run: Any) -> None:
     found = {name: told["status"] for name, told in run[0]["parts"]["tests"].items()}
     assert found == {
         "first": "ok", "second": "ok", "raises": "failed", "after": "ok", "no_memory": "failed", "hangs": "failed",
-        "dies": "failed", "skipped": "skipped", "lacks": "skipped", "imports": "skipped", "alone": "ok", "last": "ok",
+        "dies": "failed", "skipped": "skipped", "lacks": "skipped", "imports": "skipped", "alone": "ok", "warns": "ok",
+        "last": "ok",
     }  # fmt: skip
-    assert run[0]["counts"] == {"failed": 4, "ok": 6, "skipped": 3} and run[0]["stopped_by"] is None
+    assert run[0]["counts"] == {"failed": 4, "ok": 7, "skipped": 3} and run[0]["stopped_by"] is None
 
 
 def test_reasons_are_one_line_and_say_what_happened(run: Any) -> None:
@@ -135,6 +142,7 @@ def test_what_was_measured_before_a_failure_is_kept(run: Any) -> None:
     found = run[0]["parts"]["tests"]
     assert found["raises"]["kept"] == 2 and found["hangs"]["before"] == 1 and found["dies"]["before"] == 1
     assert (found["last"]["a"], found["last"]["b"]) == (1, 2)
+    assert found["warns"]["warnings"] == ["kernels are not used"]
 
 
 def test_a_process_serves_until_something_fails_in_it(run: Any) -> None:

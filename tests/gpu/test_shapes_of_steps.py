@@ -8,6 +8,7 @@ import torch
 from benchmarks.support.device_checks import features_for, new_head, random_projection
 from benchmarks.support.device_place import TINY
 from evl_cache.heads import HEADS, PlainHead
+from evl_cache.heads.decoder.kernels import choice
 from evl_cache.quantize import QuantizedMaps, QuantizedTokens, quantize_maps, quantize_tokens
 from evl_cache.runs import head_logits
 from evl_cache.store import Reads
@@ -165,3 +166,19 @@ def test_values_are_looked_at_once_where_rows_are_made() -> None:
         for call in (quantize_tokens, quantize_maps):
             with pytest.raises(Exception, match="local_scalar_dense"):
                 call(tokens.abs())
+
+
+def test_a_card_without_memory_proves_nothing_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Want of memory ends the step; given up for it, kernels would stay out of use for the rest of the run."""
+    answers = iter([torch.OutOfMemoryError("CUDA out of memory"), None])
+
+    def difference(*_: object) -> None:
+        if (answer := next(answers)) is not None:
+            raise answer
+
+    monkeypatch.setattr(choice, "_difference", difference)
+    monkeypatch.setattr(choice, "_proved", {})
+    monkeypatch.setattr(choice, "_kind", lambda setting, inputs: ())
+    with pytest.raises(torch.OutOfMemoryError):
+        choice.are_proved(None, None)  # type: ignore[arg-type]
+    assert choice.are_proved(None, None)  # type: ignore[arg-type]

@@ -74,8 +74,8 @@ def _objection(setting: Setting, inputs: LayerTensors) -> str | None:
     """Say why the kernels are not to be used on such inputs, and warn; None where they are right."""
     try:
         objection = _difference(setting, inputs)
-    except FloatingPointError:
-        raise
+    except (FloatingPointError, torch.OutOfMemoryError):
+        raise  # neither says anything of the kernels
     except Exception as error:  # whatever a compiler, a driver or a card says: the other path goes on
         objection = (
             f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
