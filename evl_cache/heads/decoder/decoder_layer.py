@@ -102,11 +102,15 @@ class DecoderLayer(LayerParameters):
         and the tokens' weighted mean by the norm's gain and the value projection.
         """
         by_head = (self.num_heads, -1, x.shape[-1])  # (H,D,C)
-        query = self.q_proj(x).view(len(x), self.num_heads, -1)  # (B,H,D)
-        carried = torch.einsum("bhd,hdc->bhc", query, self.k_proj.weight.view(by_head))
-        # The key bias moves all logits of a head alike, so nothing depends on it: its gradient is zero.
-        carried = carried + 0 * self.k_proj.bias.sum()
-        carried = carried * self.norm3.weight * query.shape[-1] ** -0.5
+        # In the parameters' dtype under autocast too: rounded queries would err more than all the rest of a weight, and one
+        # row a clip costs nothing.
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(self.q_proj.weight.dtype)
+            query = self.q_proj(x).view(len(x), self.num_heads, -1)  # (B,H,D)
+            carried = torch.einsum("bhd,hdc->bhc", query, self.k_proj.weight.view(by_head))
+            # The key bias moves all logits of a head alike, so nothing depends on it: its gradient is zero.
+            carried = carried + 0 * self.k_proj.bias.sum()
+            carried = carried * self.norm3.weight * query.shape[-1] ** -0.5
         mean = attend(carried, tokens, maps, shared, setting)  # (B,H,C)
         mean = (mean * self.norm3.weight + self.norm3.bias).to(self.v_proj.weight.dtype)
         values = torch.einsum("bhc,hdc->bhd", mean, self.v_proj.weight.view(by_head))
