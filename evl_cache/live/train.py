@@ -76,7 +76,7 @@ def train_online(
         raise UsageError("--online has no blocks to shuffle; leave --shuffle-blocks out")
     if options.cuda_graph:
         raise UsageError("--online makes batches of any size; leave --cuda-graph out")
-    options = replace(options, shuffle_blocks=0, cuda_graph=False)
+    options = replace(options, shuffle_blocks=0)
     decoding = decoding_for(request.pixels, decoding or DecodeOptions(), device=options.device)
     jobs = _sides(plan_extraction(request, device=options.device), val_names)
     with (
@@ -114,6 +114,7 @@ def train_online(
             on_bottleneck=on_bottleneck,
             processes=processes,
             writer=writer,
+            records_steps=False,
         )
     for loader in (train_loader, val_loader):
         for row, reason in sorted(loader.failures.items()):

@@ -113,9 +113,7 @@ class StepGraph:
             recording.replay()
             self._set_gradients(recording.gradients)
             return recording.loss
-        except (
-            Exception
-        ) as error:  # whatever the reason, the passes can be taken without; what is wrong with them they say
+        except Exception as error:  # the passes can be taken without; what is wrong with them, they say
             self._is_given_up = True
             self._on_note(f"no CUDA graph of the step, training goes on without ({_reason(error)})")
         # Behind the error, whose traceback holds what it was computing.
