@@ -78,7 +78,9 @@ def train_online(
         raise UsageError(
             "--online reads videos; leave --read-threads out, --decode-workers says how many decode"
         )
-    options = replace(options, shuffle_blocks=0)
+    if options.cuda_graph:
+        raise UsageError("--online makes batches of any size; leave --cuda-graph out")
+    options = replace(options, shuffle_blocks=0, cuda_graph=False)
     decoding = decoding_for(request.pixels, decoding or DecodeOptions(), device=options.device)
     jobs = _sides(plan_extraction(request, device=options.device), val_names)
     with (
