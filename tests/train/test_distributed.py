@@ -135,7 +135,7 @@ def check_same_gradients(a, b):
 
 @pytest.fixture(scope="module")
 def runs(caches, tmp_path_factory):
-    """One process; two and four; two into a directory that holds a run; two and four of which one dies; going on."""
+    """One process; two and four; two in a directory that holds a run; two that keep samples; some that die; going on."""
     folder = tmp_path_factory.mktemp("runs")
     result, losses = single(caches, folder / "one")
 
@@ -145,6 +145,7 @@ def runs(caches, tmp_path_factory):
     jobs = [
         {"options": OPTIONS, "out": str(folder / "two")},
         {"options": OPTIONS, "out": str(folder / "one")},
+        {"options": {**OPTIONS, "keep_in": "ram"}, "out": str(folder / "kept")},
         saving("lost", dies=[6, 1]),
     ]
     codes, reports = start(2, caches, jobs, folder / "reports")
@@ -162,7 +163,7 @@ def runs(caches, tmp_path_factory):
         "one": {"losses": losses, "top1": result.top1, "val_clips": result.val_clips},
         "codes": codes,
         "codes_of_four": codes_of_four,
-        **dict(zip(("two", "refused", "lost"), reports, strict=True)),
+        **dict(zip(("two", "refused", "kept", "lost"), reports, strict=True)),
         **dict(zip(("four", "two to four", "lost of four"), reports_of_four, strict=True)),
         "two to one": [two_to_one],
         "four to one": [four_to_one],
@@ -183,6 +184,12 @@ def test_several_processes_take_the_steps_of_one(runs, processes):
     for mine, theirs in zip(lines(one / "metrics.jsonl"), lines(several / "metrics.jsonl"), strict=True):
         assert theirs["val_loss"] == pytest.approx(mine["val_loss"], abs=2e-5)
         assert theirs["train_loss"] == pytest.approx(mine["train_loss"], abs=2e-5)
+
+
+def test_processes_that_share_the_samples_they_keep_take_the_same_steps(runs):
+    for report in runs["kept"]:
+        assert report["losses"] == pytest.approx(runs["one"]["losses"], abs=2e-5)
+        assert (report["top1"], report["val_clips"]) == (runs["one"]["top1"], 3)
 
 
 def test_an_error_of_the_first_process_ends_all_and_is_told_once(runs):
