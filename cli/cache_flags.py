@@ -55,6 +55,9 @@ def cache_flags(function: Function) -> Function:
 _PRECISIONS = "float32, tf32, bfloat16, float16"
 precision_flag = click.option("--precision", metavar="NAME", help=f"{_PRECISIONS} [device's].")
 run_precision_flag = click.option("--precision", metavar="NAME", help=f"{_PRECISIONS} [the run's].")
+read_threads_flag = click.option(
+    "--read-threads", type=int, metavar="N", help="That read and decode [as many as suit]."
+)
 trust_flag = click.option("--trust", is_flag=True, help="Do not check chunks against their marks.")
 device_flag = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N [the GPU, if any].")
 json_flag = click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
@@ -74,6 +77,7 @@ class CacheFlags:
     resume: bool
     save_every_steps: int | None
     cache_in_ram: str | None
+    read_threads: int | None
     trust: bool
     device: str | None
     as_json: bool

@@ -27,6 +27,9 @@ evl-cache eval --cache caches/mine --run runs/fold1 --clips held-out.txt --json
     "--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples of a forward pass."
 )
 @run_precision_flag
+@click.option(
+    "--read-threads", type=click.IntRange(1), metavar="N", help="That read and decode [as many as suit]."
+)
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
@@ -37,6 +40,7 @@ def command(
     clips: Path | None,
     batch: int,
     precision: str | None,
+    read_threads: int | None,
     device: str | None,
     as_json: bool,
 ) -> int:
@@ -52,7 +56,16 @@ def command(
     if (features := read_run_config(run).features) is not None:
         tell_rules(run, CacheSpec.from_json(features).frame_rule, opened.place, opened.frame_rule)
     device = default_device(device)
-    result = evaluate(run, opened, clips=rows, batch=batch, device=device, precision=precision, best=best)
+    result = evaluate(
+        run,
+        opened,
+        clips=rows,
+        batch=batch,
+        device=device,
+        precision=precision,
+        threads=read_threads,
+        best=best,
+    )
     if as_json:
         print_json({"run": str(run), "cache": opened.place, **asdict(result)})
     else:

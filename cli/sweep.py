@@ -25,6 +25,7 @@ from .cache_flags import (
     json_flag,
     path_flag,
     precision_flag,
+    read_threads_flag,
     trust_flag,
 )
 from .common import Command, Function, default_device, print_json, say, say_outage
@@ -77,6 +78,7 @@ def _sweep_flags(function: Function) -> Function:
         click.option("--save-every-steps", type=int, metavar="N", help="The last states [every epoch]."),
         click.option("--memory", type=float, metavar="GB", help="Of a pass's heads [0.7 of what is free]."),
         gigabytes_flag("--cache-in-ram", "Keep samples once read."),
+        read_threads_flag,
         trust_flag,
         device_flag,
         json_flag,
@@ -117,6 +119,7 @@ class SweepFlags(CacheFlags):
             "save_every_steps": self.save_every_steps,
             "keep_in": None if self.cache_in_ram is None else "ram",
             "keep_bytes": keep_bytes,
+            "read_threads": self.read_threads,
         }
 
 

@@ -23,6 +23,7 @@ from .cache_flags import (
     json_flag,
     path_flag,
     precision_flag,
+    read_threads_flag,
     trust_flag,
 )
 from .common import Command, Function
@@ -123,7 +124,7 @@ def train_flags(function: Function) -> Function:
             "--head",
             default="decoder4",
             metavar="NAME",
-            help="decoderN, mlap, … (docs/heads.md) [decoder4].",
+            help="decoderN, … (docs/heads.md) [decoder4].",
         ),
         click.option("--head-layers", metavar="9-12", help="Other layers than the last."),
         click.option("--no-temporal-conv", is_flag=True, help="Without the temporal convolution."),
@@ -149,7 +150,7 @@ def train_flags(function: Function) -> Function:
         path_flag("--out", "Run directory [a new one under runs/]."),
         click.option("--resume", is_flag=True, help="Go on from the last state in --out."),
         click.option("--save-every-steps", type=int, metavar="N", help="The last state [every epoch]."),
-        gigabytes_flag("--cache-in-ram", "Keep samples once read [half of what is free]."),
+        gigabytes_flag("--cache-in-ram", "Keep what was read [half of what is free]."),
         gigabytes_flag("--cache-on-device", "The same on the GPU."),
         click.option(
             "--shuffle-blocks",
@@ -157,6 +158,7 @@ def train_flags(function: Function) -> Function:
             metavar="N",
             help="Within N blocks; 0: all [local: 0, else 16].",
         ),
+        read_threads_flag,
         trust_flag,
         click.option(
             "--cuda-graph/--no-cuda-graph", default=None, help="Record a step, replay it [on a GPU]."

@@ -5,20 +5,21 @@ device that uses them.
 """
 
 import time
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
 
 from evl_cache.batches.batch import Batch, LoaderTimes
+from evl_cache.batches.batch_memory import DEVICE_SLOTS, BatchMemory, DeviceSlot, HostSlot
+from evl_cache.batches.device_feed import DeviceFeed
 from evl_cache.batches.epoch_order import BatchPart, EpochOrder
 from evl_cache.batches.resident import ResidentSamples
+from evl_cache.batches.ring import PartInRing, Ring
 from evl_cache.errors import UsageError
-from evl_cache.store import BatchBuffers, FeatureCache, Reads, TokensRead
-
-_RING = 3  # one with the consumer, two being filled
+from evl_cache.store import BatchBuffers, FeatureCache, Reads, StoredBatch, TokensRead
 
 
 class FeatureLoader:
@@ -36,8 +37,10 @@ class FeatureLoader:
             within so many of them at a time: shards are then read nearly in one piece (network and spinning disks).
         rank, world: this process reads its part of every batch.
         threads: how many read.
-        pin_memory: page-locked buffers, for a GPU.
-        resident: keeps samples, as `reads` says, after they were first read.
+        pin_memory: page-locked buffers, for who copies batches to a GPU.
+        resident: keeps samples, as `reads` says, after they were first read; on a GPU, `memory` must be of that.
+        memory: where batches lie, which loaders may share; `BatchMemory("cuda")` copies them to a GPU, one batch ahead.
+            By default memory of the computer, of this loader alone.
 
     Raises: UsageError where no sample is left. CacheDamaged where a mark of their blocks is not intact, or not the one
         that the manifest names: the run would leave samples out, or take others.
@@ -60,6 +63,7 @@ class FeatureLoader:
         threads: int = 2,
         pin_memory: bool = False,
         resident: ResidentSamples | None = None,
+        memory: BatchMemory | None = None,
     ) -> None:
         rows = np.asarray(samples, dtype=np.int64)
         cache.check_marks(rows)
@@ -85,12 +89,15 @@ class FeatureLoader:
             views=1 if shuffle_seed is None else max(1, cache.spec.views.train_views),
             rank=rank,
             world=world,
+            keepers=None if resident is None else resident.keepers,
         )
-        self._threads, self._pin_memory = threads, pin_memory
-        on_host = resident is not None and resident.device.type == "cpu"
-        self._in_ram: ResidentSamples | None = resident if on_host else None
-        self._on_device: ResidentSamples | None = None if on_host else resident
-        self._ring: list[BatchBuffers] = []
+        self._threads = threads
+        if memory is None:
+            memory = BatchMemory("cpu" if resident is None else resident.device, pin_memory=pin_memory)
+        self.memory = memory
+        on_device = resident is not None and memory.streams is not None and resident.device == memory.device
+        self._in_ram: ResidentSamples | None = None if on_device else resident
+        self._on_device: ResidentSamples | None = resident if on_device else None
 
     def __len__(self) -> int:
         """Batches of an epoch."""
@@ -105,79 +112,111 @@ class FeatureLoader:
         """Yield this process's part of every batch, from batch `start_batch` on (to resume in mid-epoch)."""
         parts = self.order.parts(number, start_batch=start_batch)
         self.times = LoaderTimes()
+        left = max(1, len(self) - start_batch)
         # Taken away while in use: a second iterator makes its own.
-        ring, self._ring = self._grown(self._ring, min(_RING, max(1, len(self) - start_batch))), []
-        free = deque(ring)
-        filling: deque[tuple[BatchPart, BatchBuffers, list[Future[None]]]] = deque()
-        with ThreadPoolExecutor(self._threads, thread_name_prefix="read") as pool:
-            try:
-                while True:
-                    while free and (part := next(parts, None)) is not None:
-                        buffers = free.popleft()
-                        filling.append((part, buffers, self._start(pool, part.rows, buffers)))
-                    if not filling:
-                        return
-                    part, buffers, futures = filling.popleft()
-                    self._wait(futures)
-                    yield self._batch(part, buffers)
-                    free.append(buffers)
-            finally:
-                for _, _, futures in filling:
-                    for future in futures:
-                        future.cancel()
-                self._ring = ring
+        host, device = self._take(left)
+        try:
+            with ThreadPoolExecutor(self._threads, thread_name_prefix="read") as pool:
+                ring = Ring(parts, host, partial(self._start, pool), self.times)
+                try:
+                    if self.memory.streams is None:
+                        yield from self._from_ring(ring)
+                    else:
+                        feed = DeviceFeed(ring, device, self.memory.streams, self._copies)
+                        yield from feed.batches(self._on_device_batch)
+                finally:
+                    ring.stop()
+        finally:
+            self.memory.give_back(host, device)
 
-    def _batch(self, part: BatchPart, buffers: BatchBuffers) -> Batch:
-        if self._on_device is None:
-            features = buffers.batch(len(part.rows))
+    def _take(self, batches: int) -> tuple[list[HostSlot], list[DeviceSlot]]:
+        most = -(-min(self.batch, self.order.samples_of_epoch) // self.order.world)
+        host = self.memory.take_host(self.cache, self.reads, slots=most, count=min(self.memory.ring, batches))
+        if self.memory.streams is None:
+            return host, []
+        return host, self.memory.take_device(
+            self.cache, self.reads, slots=most, count=min(DEVICE_SLOTS, batches)
+        )
+
+    def _from_ring(self, ring: Ring) -> Iterator[Batch]:
+        """Yield batches where they were read."""
+        while (read := ring.next()) is not None:
+            labels = torch.from_numpy(self.cache.labels[read.part.rows])
+            yield self._batch(read.part, read.slot.buffers.batch(len(read.part.rows)), labels)
+            ring.free(read.slot)
+
+    def _copies(self, read: PartInRing, slot: DeviceSlot) -> Callable[[], None]:
+        """Return the work that puts a part into a slot on the device."""
+        rows, host = read.part.rows, read.slot
+        labels = host.labels[: len(rows)]
+        labels.copy_(torch.from_numpy(self.cache.labels[rows]))
+        features: Callable[[], None]
+        if read.is_kept is None:
+            features = partial(_copy, host.buffers, slot.buffers, len(rows))
         else:
-            features = self._on_device.assemble(part.rows, buffers)
+            assert self._on_device is not None
+            features = self._on_device.assemble(rows, read.is_kept, host, slot.buffers)
+
+        def work() -> None:
+            slot.labels[: len(rows)].copy_(labels, non_blocking=True)
+            features()
+
+        return work
+
+    def _on_device_batch(self, read: PartInRing, slot: DeviceSlot) -> Batch:
+        count = len(read.part.rows)
+        return self._batch(read.part, slot.buffers.batch(count), slot.labels[:count], slot=slot.number)
+
+    def _batch(
+        self, part: BatchPart, features: StoredBatch, labels: torch.Tensor, slot: int | None = None
+    ) -> Batch:
         return Batch(
             features=features,
-            labels=torch.from_numpy(self.cache.labels[part.rows]),
+            labels=labels,
             samples=part.rows,
             number=part.number,
             total=part.total,
             is_stand_in=part.is_stand_in,
+            slot=slot,
         )
 
-    def _grown(self, ring: list[BatchBuffers], count: int) -> list[BatchBuffers]:
-        most = -(-min(self.batch, self.order.samples_of_epoch) // self.order.world)
-        new = [
-            self.cache.buffers(slots=most, reads=self.reads, pin_memory=self._pin_memory)
-            for _ in range(count - len(ring))
-        ]
-        return [*ring, *new]
-
     def _start(
-        self, pool: ThreadPoolExecutor, rows: np.ndarray, buffers: BatchBuffers
-    ) -> list["Future[None]"]:
+        self, pool: ThreadPoolExecutor, part: BatchPart, slot: HostSlot
+    ) -> tuple[PartInRing, list["Future[None]"]]:
+        rows, is_kept = part.rows, None
         if self._on_device is not None:
-            # The others fill the first slots; `assemble` puts all in their places.
-            rows = rows[~self._on_device.holds(rows)]
+            # The others fill the first places.
+            is_kept = self._on_device.holds(rows)
+            rows = rows[~is_kept]
         pairs = list(enumerate(rows.tolist()))
         away = rows if self._in_ram is None else rows[~self._in_ram.holds(rows)]
-        self.cache.prefetch(buffers, away.tolist(), self.reads.layers)
-        return [
-            pool.submit(self._read, pairs[thread :: self._threads], buffers)
-            for thread in range(self._threads)
+        self.cache.prefetch(slot.buffers, away.tolist(), self.reads.layers)
+        futures = [
+            pool.submit(self._read, pairs[thread :: self._threads], slot.buffers)
+            for thread in range(min(self._threads, len(pairs)))
         ]
+        return PartInRing(part=part, slot=slot, is_kept=is_kept), futures
 
     def _read(self, pairs: Sequence[tuple[int, int]], buffers: BatchBuffers) -> None:
         wall, cpu = time.perf_counter(), time.thread_time()
         if self._in_ram is None:
             self.cache.read_into(buffers, pairs, self.reads.layers)
         else:
-            away = [(s, row) for s, row in pairs if not self._in_ram.load(row, buffers.arrays, s)]
+            away = [(s, row) for s, row in pairs if not self._in_ram.load(row, buffers.stacked, s)]
             self.cache.read_into(buffers, away, self.reads.layers)
             for slot, row in away:
-                self._in_ram.keep(row, buffers.arrays, slot)
+                self._in_ram.keep(row, buffers.stacked, slot)
         cpu = time.thread_time() - cpu
         self.times.cpu += cpu
         self.times.io += max(0.0, time.perf_counter() - wall - cpu)
 
-    def _wait(self, futures: Sequence["Future[None]"]) -> None:
-        started = time.perf_counter()
-        for future in futures:
-            future.result()
-        self.times.waited += time.perf_counter() - started
+
+def _copy(host: BatchBuffers, device: BatchBuffers, count: int) -> None:
+    """Copy the first `count` slots."""
+    for name, whole in device.whole.items():
+        if count == host.slots == device.slots:
+            whole.copy_(host.whole[name], non_blocking=True)
+            continue
+        # Layer by layer, each in one piece: a copy of more pieces at once would go through other memory, and wait.
+        for target, source in zip(device.tensors[name], host.tensors[name], strict=True):
+            target[:count].copy_(source[:count], non_blocking=True)

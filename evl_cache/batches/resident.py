@@ -1,21 +1,26 @@
 """Samples kept in memory after they were first read, so that later epochs touch no disk.
 
-B samples of a batch, K samples kept. They stay in the stored form: a GPU holds some 20 times more of them in
+B samples of a batch, K samples kept, L layers. They stay in the stored form: a GPU holds some 20 times more of them in
 8-bit codes than decoded to float32 with keys and values.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
+from evl_cache.batches.batch_memory import HostSlot
+from evl_cache.batches.epoch_order import Keepers
+from evl_cache.batches.streams import numbered
 from evl_cache.processes import available_bytes
-from evl_cache.store import BatchBuffers, FeatureCache, Reads, StoredBatch, stored_batch
+from evl_cache.store import BatchBuffers, FeatureCache, Reads
 
 KEPT_SHARE = 0.5  # of the free memory: the rest is the training's
+_ALIGNMENT = 64  # bytes
 
-Arrays = Mapping[str, Sequence[np.ndarray[Any, Any]]]  # name -> one (slots, *chunk) for each layer
+Arrays = Mapping[str, np.ndarray[Any, Any]]  # name -> (L, slots, *chunk)
 
 
 class ResidentSamples:
@@ -27,10 +32,13 @@ class ResidentSamples:
         reads: what is kept of each.
         budget_bytes: most that they may take together.
         device: where they are kept.
+        memory: zeros, uint8, `nbytes_of` them or more, to keep them in: other processes may share it, which then read
+            what this one kept. Memory of this process's own by default.
+        keepers: which processes keep which samples, where that differs between them.
 
     Attributes:
         capacity: samples that fit.
-        device: as given.
+        device, keepers: as given.
     """
 
     def __init__(
@@ -41,18 +49,23 @@ class ResidentSamples:
         reads: Reads,
         budget_bytes: int,
         device: torch.device,
+        memory: np.ndarray | None = None,
+        keepers: Keepers | None = None,
     ) -> None:
         one = cache.buffers(slots=1, reads=reads)
-        self.device = device
+        self.device, self.keepers = numbered(device), keepers
         self.sample_nbytes = one.nbytes
         self.capacity = min(len(samples), budget_bytes // one.nbytes)
         self._slot_of = np.full(len(cache), -1, dtype=np.int64)
         self._slot_of[samples[: self.capacity]] = np.arange(self.capacity)
+        if memory is not None:
+            self._is_filled, self._kept = _views(memory, one, self.capacity)
+            return
         self._is_filled = np.zeros(self.capacity, dtype=bool)
         # Memory of the computer is only taken as it is filled: an empty tensor costs nothing.
-        self._tensors: Mapping[str, list[torch.Tensor]] = {
-            name: [t.new_empty((self.capacity, *t.shape[1:]), device=device) for t in tensors]
-            for name, tensors in one.tensors.items()
+        self._kept = {
+            name: t.new_empty((len(t), self.capacity, *t.shape[2:]), device=device)
+            for name, t in one.whole.items()
         }
 
     @property
@@ -72,9 +85,9 @@ class ResidentSamples:
         mine = int(self._slot_of[row])
         if mine < 0 or not self._is_filled[mine]:
             return False
-        for name, layers in arrays.items():
-            for array, kept in zip(layers, self._tensors[name], strict=True):
-                np.copyto(array[slot], kept.numpy()[mine])
+        for name, array in arrays.items():
+            for out, kept in zip(array, self._kept[name].numpy(), strict=True):
+                np.copyto(out[slot], kept[mine])
         return True
 
     def keep(self, row: int, arrays: Arrays, slot: int) -> None:
@@ -82,37 +95,94 @@ class ResidentSamples:
         mine = int(self._slot_of[row])
         if mine < 0:
             return
-        for name, layers in arrays.items():
-            for array, kept in zip(layers, self._tensors[name], strict=True):
-                np.copyto(kept.numpy()[mine], array[slot])
+        for name, array in arrays.items():
+            for kept, read in zip(self._kept[name].numpy(), array, strict=True):
+                np.copyto(kept[mine], read[slot])
         self._is_filled[mine] = True
 
-    def assemble(self, rows: np.ndarray, host: BatchBuffers) -> StoredBatch:
-        """Put a batch together on the device: rows that are kept, and the others from the first slots of `host`.
+    def assemble(
+        self, rows: np.ndarray, is_kept: np.ndarray, host: HostSlot, out: BatchBuffers
+    ) -> Callable[[], None]:
+        """Return the work that puts a batch together on the device, to be done in order with that of other batches.
 
-        The others, which are in the order of `rows`, are kept if they are of the chosen.
+        Rows that are kept are gathered; the others, in the order of `rows`, come from the first places of `host`, and
+        are kept if they are of the chosen.
+
+        Args:
+            is_kept: what `holds` said of the rows, before the others were read.
+            host: its memory must not change before the work is done.
+            out: buffers on the device.
         """
-        held = self.holds(rows)
-        here, there = (torch.from_numpy(np.flatnonzero(x)).to(self.device) for x in (held, ~held))
-        slots = torch.from_numpy(self._slot_of[rows[held]]).to(self.device)
-        new = np.flatnonzero(self._slot_of[rows[~held]] >= 0)  # places in `host`
-        new_slots = self._slot_of[rows[~held]][new]
-        out: dict[str, list[torch.Tensor]] = {}
-        for name, layers in host.tensors.items():
-            out[name] = []
-            for source, kept in zip(layers, self._tensors[name], strict=True):
-                batch = kept.new_empty((len(rows), *kept.shape[1:]))
-                batch[here] = kept[slots]
-                # Not asynchronous: the host's memory is filled anew as soon as this returns.
-                read = source[: len(there)].to(self.device)
-                batch[there] = read
-                kept[torch.from_numpy(new_slots).to(self.device)] = read[
-                    torch.from_numpy(new).to(self.device)
-                ]
-                out[name].append(batch)
+        here, there = np.flatnonzero(is_kept), np.flatnonzero(~is_kept)
+        new = np.flatnonzero(self._slot_of[rows[there]] >= 0)  # places in `host`
+        new_slots = self._slot_of[rows[there]][new]
+        pieces = (here, self._slot_of[rows[here]], there, new, new_slots)
+        sizes = [len(piece) for piece in pieces]
+        packed = host.index[: sum(sizes)]
+        packed.copy_(torch.from_numpy(np.concatenate(pieces)))
+        # All that asks for them later is done after this work, on a device.
         self._is_filled[new_slots] = True
-        held_layers = stored_batch(out)
-        return held_layers if host.projected is None else host.projected.applied(held_layers)
+
+        def work() -> None:
+            indices = torch.split(packed.to(self.device, non_blocking=True), sizes)
+            for name, kept in self._kept.items():
+                _assemble(kept, host.buffers.tensors[name], out.whole[name][:, : len(rows)], *indices)
+
+        return work
+
+
+def _assemble(
+    kept: torch.Tensor,
+    read: list[torch.Tensor],
+    out: torch.Tensor,
+    here: torch.Tensor,
+    slots: torch.Tensor,
+    there: torch.Tensor,
+    new: torch.Tensor,
+    new_slots: torch.Tensor,
+) -> None:
+    """Fill `out` (L, B, *chunk): places `here` from `slots` of `kept`, places `there` from what was read.
+
+    Of what was read, `new` goes to `new_slots` of `kept`.
+    """
+    if len(there) == 0:
+        out.copy_(kept.index_select(1, slots))
+        return
+    all_are_read = len(here) == 0
+    moved = out if all_are_read else kept.new_empty((len(kept), len(there), *kept.shape[2:]))
+    for target, source in zip(
+        moved, read, strict=True
+    ):  # layer by layer: from page-locked memory in one piece
+        target.copy_(source[: len(there)], non_blocking=True)
+    if not all_are_read:
+        out.index_copy_(1, here, kept.index_select(1, slots))
+        out.index_copy_(1, there, moved)
+    if len(new):
+        all_are_new = len(new) == len(there)
+        kept.index_copy_(1, new_slots, moved if all_are_new else moved.index_select(1, new))
+
+
+def nbytes_of(cache: FeatureCache, reads: Reads, capacity: int) -> int:
+    """The bytes of memory that holds so many samples, for processes to share."""
+    one = cache.buffers(slots=1, reads=reads)
+    return _aligned(capacity) + sum(_aligned(capacity * t.nbytes) for t in one.whole.values())
+
+
+def _views(
+    memory: np.ndarray, one: BatchBuffers, capacity: int
+) -> tuple[np.ndarray, Mapping[str, torch.Tensor]]:
+    """Return which samples memory holds, bool (K,), and the tensors (L, K, *chunk) in it by name."""
+    kept, start = {}, _aligned(capacity)
+    for name, t in one.whole.items():
+        shape = (len(t), capacity, *t.shape[2:])
+        nbytes = math.prod(shape) * t.element_size()
+        kept[name] = torch.from_numpy(memory[start : start + nbytes]).view(t.dtype).reshape(shape)
+        start += _aligned(nbytes)
+    return memory[:capacity].view(bool), kept
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def default_budget(device: torch.device) -> int:

@@ -74,6 +74,10 @@ def train_online(
         )
     if options.shuffle_blocks:
         raise UsageError("--online has no blocks to shuffle; leave --shuffle-blocks out")
+    if options.read_threads is not None:
+        raise UsageError(
+            "--online reads videos; leave --read-threads out, --decode-workers says how many decode"
+        )
     if options.cuda_graph:
         raise UsageError("--online makes batches of any size; leave --cuda-graph out")
     options = replace(options, shuffle_blocks=0)

@@ -1,7 +1,9 @@
 """Which process this is among those of its run."""
 
+import contextlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from evl_cache.errors import UsageError
 
@@ -61,3 +63,11 @@ class ProcessPlace:
             restarts=restarts,
             is_supervised="TORCHELASTIC_RUN_ID" in os.environ,
         )
+
+
+def this_computer() -> str:
+    """Return what processes have in common that see each other under /proc: the computer, and the container."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    return f"process {os.getpid()}"

@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 
 from evl_cache.processes.control_groups import ROOT, cpu_quota
+from evl_cache.processes.group import Processes
+from evl_cache.processes.place import this_computer
 
 
 def usable_cpus(root: Path = ROOT) -> int:
@@ -15,9 +17,24 @@ def usable_cpus(root: Path = ROOT) -> int:
     Args:
         root: where /proc and the control groups are found.
     """
-    on = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cpu_quota(root)
+    on, quota = len(_processors()), cpu_quota(root)
     return on if quota is None else max(1, min(on, math.ceil(quota)))
+
+
+def _processors() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def sharing_processors(processes: Processes) -> int:
+    """Return how many processes of the run may run on this one's processors, itself included.
+
+    A scheduler may have given each its own, or all of a computer the same. To be called by all processes together.
+    """
+    if processes.place.world == 1:
+        return 1
+    mine = (this_computer(), _processors())
+    found = processes.gather(mine, "while sharing processors")
+    return sum(computer == mine[0] and bool(on & mine[1]) for computer, on in found)
 
 
 def limit_torch_threads(root: Path = ROOT) -> None:

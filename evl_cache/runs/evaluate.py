@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from evl_cache.batches import DEFAULT_BATCH, FeatureLoader, samples_of_clips
+from evl_cache.batches import DEFAULT_BATCH, BatchMemory, FeatureLoader, read_threads, samples_of_clips
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head
 from evl_cache.precision import check_precision, precision_of_run
@@ -46,14 +46,23 @@ def run_loader(
     *,
     clips: Sequence[int] | None,
     batch: int = DEFAULT_BATCH,
+    device: str = "cpu",
+    threads: int | None = None,
 ) -> FeatureLoader:
-    """Read some clips of a cache (all by default) as a run's head needs them.
+    """Read some clips of a cache (all by default) as a run's head needs them, into batches on a device.
 
     Raises: UsageError naming both sides where the cache's features are not the head's.
     """
     reads = head_reads(head, check_features(config, cache.spec, run=run))
     check_maps(reads, cache)
-    return FeatureLoader(cache, samples_of_clips(cache, clips), batch=batch, reads=reads)
+    return FeatureLoader(
+        cache,
+        samples_of_clips(cache, clips),
+        batch=batch,
+        reads=reads,
+        threads=read_threads(threads, device),
+        memory=BatchMemory(device),
+    )
 
 
 def evaluate(
@@ -64,6 +73,7 @@ def evaluate(
     batch: int = DEFAULT_BATCH,
     device: str = "cpu",
     precision: str | None = None,
+    threads: int | None = None,
     best: bool = False,
     on_batch: Callable[[int], None] = lambda samples: None,
 ) -> EvalResult:
@@ -71,6 +81,7 @@ def evaluate(
 
     Args:
         precision: to compute in; that of the run's training by default, where the device has it.
+        threads: that read and decode; what suits device and processors by default.
 
     Raises: UsageError naming both sides where the cache's features or classes are not the head's, or for a precision
         that the device cannot compute in.
@@ -88,7 +99,7 @@ def evaluate(
             f"{run}: its head was trained on other classes ({ours!r}) than {cache.place} has ({theirs!r})"
         )
     head = load_head(run, best=best).to(device)
-    loader = run_loader(run, config, head, cache, clips=clips, batch=batch)
+    loader = run_loader(run, config, head, cache, clips=clips, batch=batch, device=device, threads=threads)
     started = time.monotonic()
     scores = score(head, loader, device=torch.device(device), precision=precision, on_batch=on_batch)
     return EvalResult(

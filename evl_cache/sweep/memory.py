@@ -4,10 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import torch
-
 from evl_cache.heads import Head
-from evl_cache.processes import MEMORY_SHARE, available_bytes
 from evl_cache.store import StoredBatch
 from evl_cache.train import TrainOptions, step_nbytes
 
@@ -45,7 +42,7 @@ def head_memory(
 
 
 def split_passes(
-    runs: Sequence[RunT], memory: Callable[[RunT], HeadMemory], *, room: int, shared: int
+    runs: Sequence[RunT], memory: Callable[[RunT], HeadMemory], *, room: float, shared: int
 ) -> list[list[RunT]]:
     """Split runs, in their order, into passes whose heads fit into memory together.
 
@@ -66,8 +63,3 @@ def split_passes(
             state, step = needs.state, needs.step
         passes[-1].append(run)
     return passes
-
-
-def available_room(device: torch.device) -> int:
-    """The bytes for a pass of a sweep by default: a share of what is available."""
-    return int(MEMORY_SHARE * available_bytes(device))

@@ -9,21 +9,22 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from evl_cache.batches import samples_of_clips
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
-from evl_cache.processes import Processes, StopRequests
+from evl_cache.processes import Processes, ProcessPlace, StopRequests
 from evl_cache.runs import RUNS_NAME, OnWait, RunFile, RunWriter, check_maps, write_json, writing
 from evl_cache.store import FeatureCache, Reads
 from evl_cache.sweep.grid import SweepRun
-from evl_cache.sweep.memory import HeadMemory, available_room, head_memory, split_passes
+from evl_cache.sweep.memory import HeadMemory, head_memory, split_passes
 from evl_cache.sweep.shared_pass import OnPassStep, PlannedRun, SweepPass
 from evl_cache.train import (
     OPERATIONAL,
+    Loads,
+    Room,
     all_reads,
     check_pair,
+    kept_nbytes,
     make_loaders,
     run_config,
     shuffle_blocks,
@@ -110,6 +111,14 @@ class _Data:
     writer: RunWriter
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Pass:
+    """Runs that are trained together, and the bytes of samples that are kept meanwhile."""
+
+    runs: Sequence[PlannedRun]
+    kept_nbytes: int
+
+
 def sweep(
     train_cache: FeatureCache,
     val_cache: FeatureCache,
@@ -173,7 +182,7 @@ def _in_passes(
         return SweepResult(
             runs=rows,
             groups=tuple(_groups(rows)),
-            passes=tuple(tuple(p.run.name for p in part) for part in passes),
+            passes=tuple(tuple(p.run.name for p in part.runs) for part in passes),
             sample_nbytes=tuple(nbytes),
             seconds=time.monotonic() - started,
         )
@@ -182,9 +191,9 @@ def _in_passes(
     found = _write(out, result())
     with StopRequests() as stop:
         for number, part in enumerate(passes, start=1):
-            together = all_reads([p.reads for p in part])
+            together = all_reads([p.reads for p in part.runs])
             nbytes.append(cache.buffers(slots=1, reads=together).nbytes)
-            with progress(f"sweep pass {number}/{len(passes)}, {len(part)} heads") as on_step:
+            with progress(f"sweep pass {number}/{len(passes)}, {len(part.runs)} heads") as on_step:
                 errors |= _train(part, together, data, stop=stop, on_step=on_step)
             data.writer.check()
             found = _write(out, result())
@@ -246,7 +255,7 @@ def _planned(run: SweepRun, train_cache: FeatureCache, val_cache: FeatureCache) 
     return PlannedRun(run=run, reads=reads, sample_nbytes=nbytes)
 
 
-def _plan(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) -> list[list[PlannedRun]]:
+def _plan(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) -> list[_Pass]:
     """Split runs into passes: those that see the same batches, as many at once as memory holds."""
     alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
     for planned in runs:
@@ -254,10 +263,10 @@ def _plan(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) -> 
     return [part for group in alike.values() for part in _fitting(group, data, memory_bytes)]
 
 
-def _fitting(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) -> list[list[PlannedRun]]:
+def _fitting(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) -> list[_Pass]:
     cache, rows, options = data.caches[0], data.samples[0], runs[0].run.options
     batch = options.global_batch // options.accumulate
-    room = available_room(torch.device(options.device)) if memory_bytes is None else memory_bytes
+    together = all_reads([p.reads for p in runs])
     known: dict[str, HeadMemory] = {}
 
     def memory(planned: PlannedRun) -> HeadMemory:
@@ -271,18 +280,29 @@ def _fitting(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) 
         return known[key]
 
     # Decoded to four bytes, and once more where heads normalise it; three batches as they are stored.
-    one = cache.buffers(slots=1, reads=all_reads([p.reads for p in runs])).nbytes
-    return split_passes(runs, memory, room=room, shared=batch * one * (2 * 4 + 3))
+    shared = batch * cache.buffers(slots=1, reads=together).nbytes * (2 * 4 + 3)
+    room = Room.of(options, ProcessPlace())
+    # Samples that are kept come first, and leave what the largest head needs, or what the user gives to heads.
+    largest = max(needs.state + needs.step for needs in map(memory, runs))
+    needed = shared + largest if memory_bytes is None else memory_bytes
+    loads = Loads.of(data.caches, data.samples, together)
+    kept = kept_nbytes(options, loads, room, ProcessPlace(), needed=needed)
+    left = room.for_steps(options, kept=kept)
+    passes = split_passes(runs, memory, room=left if memory_bytes is None else memory_bytes, shared=shared)
+    return [_Pass(runs=part, kept_nbytes=kept) for part in passes]
 
 
 def _train(
-    runs: Sequence[PlannedRun], together: Reads, data: _Data, *, stop: StopRequests, on_step: OnPassStep
+    one: _Pass, together: Reads, data: _Data, *, stop: StopRequests, on_step: OnPassStep
 ) -> dict[str, str]:
     """Train the runs of one pass. Returns: why runs ended early, by name."""
-    loaders = make_loaders(data.caches, data.samples, together, runs[0].run.options, Processes())
-    one_pass = SweepPass(runs, together, *loaders, folder=data.folder, stop=stop, writer=data.writer)
-    one_pass.run(on_step)
-    return {member.run.name: member.error for member in one_pass.members if member.error is not None}
+    options = one.runs[0].run.options
+    loaders = make_loaders(
+        data.caches, data.samples, together, options, Processes(), kept_nbytes=one.kept_nbytes
+    )
+    training = SweepPass(one.runs, together, *loaders, folder=data.folder, stop=stop, writer=data.writer)
+    training.run(on_step)
+    return {member.run.name: member.error for member in training.members if member.error is not None}
 
 
 def _row(run: SweepRun, folder: Path, error: str | None) -> SweepRow:

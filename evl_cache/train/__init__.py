@@ -3,6 +3,7 @@
 from evl_cache.train.batch_size import step_nbytes
 from evl_cache.train.head_reads import all_reads, training_reads
 from evl_cache.train.loaders import make_loaders, shuffle_blocks
+from evl_cache.train.memory import Loads, Room, kept_nbytes
 from evl_cache.train.needs import HeadNeeds
 from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, TrainOptions, options_of
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult
@@ -16,14 +17,17 @@ __all__ = [
     "OPERATIONAL",
     "Diverged",
     "HeadNeeds",
+    "Loads",
     "OnBottleneck",
     "OnNote",
     "OnStep",
+    "Room",
     "TrainOptions",
     "TrainResult",
     "Trainer",
     "all_reads",
     "check_pair",
+    "kept_nbytes",
     "make_loaders",
     "options_of",
     "pair_differences",

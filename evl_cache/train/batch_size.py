@@ -1,4 +1,4 @@
-"""The largest batch that fits: found by trying on a GPU, by measuring on a CPU."""
+"""The largest batch that fits beside the samples that are kept: found by trying on a GPU, by measuring on a CPU."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,81 +10,159 @@ from evl_cache.batches import DEFAULT_BATCH
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head
 from evl_cache.precision import tf32_as
-from evl_cache.processes import MEMORY_SHARE, Processes, available_bytes, peak_bytes, reset_peak
+from evl_cache.processes import MEMORY_SHARE, Processes, peak_bytes, reset_peak
 from evl_cache.runs import head_logits
 from evl_cache.store import StoredBatch
+from evl_cache.train.memory import GPU_SHARE, Loads, Room, keeps_on_host, kept_nbytes
 from evl_cache.train.optimisation import Optimisation
 from evl_cache.train.options import TrainOptions
+from evl_cache.train.step_graph import may_be_recorded
 
-GPU_SHARE = 0.9  # of the largest that fits: memory is fragmented differently in every step
-_CPU_SIZES = (4, 16)
-_LOADED_AHEAD = 3  # batches that the loader holds beside the one in use
+_SIZES, _SMALL_SIZES = (
+    (4, 16),
+    (1, 2),
+)  # of the batches that are measured; the others on a device that is small
 
 
-def resolve_batch(
+def share_out_memory(
     options: TrainOptions,
     *,
     build: Callable[[], Head],
     probe: Callable[[], StoredBatch],
-    num_samples: int,
-    sample_nbytes: int,
+    loads: Loads,
     recorded: Callable[[], Any] | None,
     processes: Processes,
-) -> TrainOptions:
-    """Return the options with a number for the batch, where they say `auto`.
+) -> tuple[TrainOptions, int]:
+    """Return the options with a number for the batch, where they say `auto`, and the bytes of samples to keep.
+
+    Samples come first, but leave what a batch of the default size needs; the largest batch is looked for in the rest.
 
     Args:
         build: makes a head as it will be trained.
         probe: reads a few samples as they will be loaded.
-        num_samples: of the training; no batch is larger.
-        sample_nbytes: bytes that a loader holds of each.
+        loads: what will be loaded.
         recorded: reads the batch of the run that is resumed, which keeps it; None for a new run.
         processes: that share a batch; the one with the least memory decides.
 
     Raises: UsageError where not even one sample fits, or nothing is recorded.
     """
-    if options.batch != "auto":
-        return options
-    when = "while looking for the largest batch"
-    if recorded is not None:
+    place, shared = processes.place, processes.place.world * options.accumulate
+    room, when = Room.of(options, place), "while looking for the largest batch"
+    if options.batch == "auto" and recorded is not None:
         found = processes.on_first(recorded, when)
         if not isinstance(found, int):
             raise UsageError(f"the run to resume has batch {found!r}; give its --batch")
-        return replace(options, batch=found)
-    shared = processes.place.world * options.accumulate
-    device = torch.device(options.device)
-    cap = num_samples // shared
-    if cap < 2:
-        return replace(options, batch=shared)
-    if device.type == "cuda":
-        mine = largest_on_gpu(build, probe(), options, cap=cap)
-    else:
-        loaded, sharing = _LOADED_AHEAD * sample_nbytes, processes.place.local_world
-        mine = largest_on_cpu(build, probe(), options, cap=cap, loaded_nbytes=loaded, sharing=sharing)
+        options = replace(options, batch=found)
+    cap = loads.num_samples // shared
+    if options.batch == "auto" and cap < 2:
+        options = replace(options, batch=shared)
+    if options.batch != "auto":
+        needed = -(-options.global_batch // shared) * _loaded(options, loads)
+        return options, kept_nbytes(options, loads, room, place, needed=needed)
+    mine, kept = _largest(options, build, probe(), loads, room, cap=cap, processes=processes)
     passed = min(processes.gather(mine, when))
     if passed < 1:
         raise UsageError(
             "not even one sample fits into memory; use --accumulate, fewer layers or another device"
         )
-    return replace(options, batch=passed * shared)
+    return replace(options, batch=passed * shared), kept
+
+
+def _loaded(options: TrainOptions, loads: Loads) -> int:
+    """Bytes that loaders hold for each sample of a pass, where the samples lie that are kept."""
+    return loads.on_host(options) if keeps_on_host(options) else loads.on_device(options)
+
+
+def _largest(
+    options: TrainOptions,
+    build: Callable[[], Head],
+    features: StoredBatch,
+    loads: Loads,
+    room: Room,
+    *,
+    cap: int,
+    processes: Processes,
+) -> tuple[int, int]:
+    """Return the most samples of a pass, up to `cap`, and the bytes of samples that are kept beside them."""
+    place, on_gpu, is_recorded = processes.place, room.device is not None, may_be_recorded(options, processes)
+    least = min(cap, max(1, DEFAULT_BATCH // (place.world * options.accumulate)))
+    taken: tuple[float, float] | None = (0.0, 0.0)
+    if not on_gpu or is_recorded or (options.keep_in is not None and not keeps_on_host(options)):
+        taken = _measured(build, features, options, cap=cap)
+    fixed, each = (0.0, 0.0) if taken is None else taken
+    recorded = (fixed, each) if is_recorded else (0.0, 0.0)
+    needed = fixed + recorded[0] + least * (each + recorded[1] + _loaded(options, loads))
+    kept = kept_nbytes(options, loads, room, place, needed=needed)
+    if taken is None and not on_gpu:
+        return min(cap, DEFAULT_BATCH), kept
+    left = MEMORY_SHARE * room.host - (kept if keeps_on_host(options) else 0)
+    if not on_gpu:
+        return largest_within(left - fixed, each + loads.on_host(options), cap=cap), kept
+    cap = largest_within(left, loads.on_host(options), cap=cap)
+    reserved = 0 if keeps_on_host(options) else kept
+    largest = largest_on_gpu(
+        build,
+        features,
+        options,
+        cap=cap,
+        reserved_nbytes=reserved + int(recorded[0]),
+        loaded_nbytes=loads.on_device(options) + int(recorded[1]),
+    )
+    return largest, kept
+
+
+def _measured(
+    build: Callable[[], Head], features: StoredBatch, options: TrainOptions, *, cap: int
+) -> tuple[float, float] | None:
+    """Return what a step takes by itself, and for each sample of a pass; None where that cannot be told."""
+    for sizes in (_SIZES, _SMALL_SIZES):
+        try:
+            return step_nbytes(build, features, options, sizes=(min(sizes[0], cap // 2), min(sizes[1], cap)))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return None
+
+
+def largest_within(room: float, each: float, *, cap: int) -> int:
+    """The most samples, up to `cap`, that fit into so many bytes if each takes so many."""
+    return max(0, min(cap, int(room / max(each, 1.0))))
 
 
 def largest_on_gpu(
-    build: Callable[[], Head], features: StoredBatch, options: TrainOptions, *, cap: int
+    build: Callable[[], Head],
+    features: StoredBatch,
+    options: TrainOptions,
+    *,
+    cap: int,
+    reserved_nbytes: int = 0,
+    loaded_nbytes: int = 0,
 ) -> int:
-    """The most samples, up to `cap`, that a pass has memory for: sizes are tried until it runs out; less a margin."""
+    """The most samples, up to `cap`, that a pass has memory for: sizes are tried until it runs out; less a margin.
+
+    Args:
+        reserved_nbytes: that other things will take.
+        loaded_nbytes: that the loader will hold for each sample.
+    """
 
     def fits(batch: int) -> bool:
+        others: list[torch.Tensor] = []
         try:
+            others.extend(reserve(n, options.device) for n in (reserved_nbytes, batch * loaded_nbytes))
             training_step(build(), features, options, batch=batch)
         except torch.OutOfMemoryError:
             return False
         finally:
+            others.clear()
             torch.cuda.empty_cache()
         return True
 
     largest = largest_that(fits, cap=cap)
     return largest if largest == cap else int(GPU_SHARE * largest) or largest
+
+
+def reserve(nbytes: int, device: str) -> torch.Tensor:
+    """Take memory of a device."""
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
 def largest_that(fits: Callable[[int], bool], *, cap: int) -> int:
@@ -103,32 +181,6 @@ def largest_that(fits: Callable[[int], bool], *, cap: int) -> int:
         size = (good + bad) // 2
         good, bad = (size, bad) if fits(size) else (good, size)
     return good
-
-
-def largest_on_cpu(
-    build: Callable[[], Head],
-    features: StoredBatch,
-    options: TrainOptions,
-    *,
-    cap: int,
-    loaded_nbytes: int = 0,
-    sharing: int = 1,
-) -> int:
-    """The most samples, up to `cap`, that a pass has memory for, reckoned from what two small batches take.
-
-    Args:
-        loaded_nbytes: bytes that the loader holds for each.
-        sharing: processes that share the memory.
-    """
-    sizes = min(_CPU_SIZES[0], cap), min(_CPU_SIZES[1], cap)
-    if sizes[0] == sizes[1]:
-        return cap
-    taken = step_nbytes(build, features, options, sizes=sizes)
-    if taken is None:
-        return min(cap, DEFAULT_BATCH)
-    fixed, each = taken
-    room = MEMORY_SHARE * available_bytes(torch.device("cpu")) / sharing - fixed
-    return max(0, min(cap, int(room / (max(each, 1.0) + loaded_nbytes))))
 
 
 def step_nbytes(

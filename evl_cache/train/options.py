@@ -27,7 +27,9 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 }
 
 # They change where and how fast a run is trained, not to what: a continuation may have others.
-OPERATIONAL = frozenset({"device", "save_every_steps", "keep_in", "keep_bytes", "tensorboard", "cuda_graph"})
+OPERATIONAL = frozenset(
+    {"device", "save_every_steps", "keep_in", "keep_bytes", "read_threads", "tensorboard", "cuda_graph"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +59,9 @@ class TrainOptions:
         device: where to train.
         save_every_steps: how often the state to resume from is written; every epoch by default.
         keep_in: `ram` or `device`, where samples stay after their first read; None does not keep them.
-        keep_bytes: most that they may take there; a share of what is free by default.
+        keep_bytes: most that they may take there, in all processes of a computer or on the device of each; a share of
+            what is free by default.
+        read_threads: that read and decode in each process; what suits device and processors by default.
         tensorboard: also write TensorBoard's event files.
         cuda_graph: whether steps of whole batches are recorded once and replayed; by default on a GPU, where one process
             trains one head in one pass a step.
@@ -90,6 +94,7 @@ class TrainOptions:
     save_every_steps: int | None = None
     keep_in: str | None = None
     keep_bytes: int | None = None
+    read_threads: int | None = None
     tensorboard: bool = False
     cuda_graph: bool | None = None
     shuffle_blocks: int | None = None
@@ -97,7 +102,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         if (self.epochs is None) == (self.steps is None):
             raise UsageError(f"epochs {self.epochs} and steps {self.steps}; expected exactly one of them")
-        for name in ("epochs", "steps", "batch", "accumulate", "save_every_steps"):
+        for name in ("epochs", "steps", "batch", "accumulate", "save_every_steps", "read_threads"):
             value = getattr(self, name)
             if isinstance(value, int) and value < 1:
                 raise UsageError(f"{name} is {value}; expected at least 1")

@@ -8,9 +8,10 @@ from evl_cache.batches import Loader, samples_of_clips
 from evl_cache.processes import Processes
 from evl_cache.runs import OnWait, RunWriter, check_maps, load_state, read_run_config
 from evl_cache.store import FeatureCache
-from evl_cache.train.batch_size import resolve_batch
+from evl_cache.train.batch_size import share_out_memory
 from evl_cache.train.head_reads import training_reads
 from evl_cache.train.loaders import make_loaders, shuffle_blocks
+from evl_cache.train.memory import Loads
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult
 from evl_cache.train.setup import check_pair, prepare_run, run_config, written_by_first
@@ -58,18 +59,18 @@ def train(
     samples = (samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips))
     served = samples[0][train_cache.is_valid[samples[0]]]
     with written_by_first(out, processes, on_wait) as writer:
-        options = resolve_batch(
+        caches = train_cache, val_cache
+        options, kept = share_out_memory(
             options,
             build=lambda: run_config(train_cache, {}, options, reads.layers).build(),
             probe=lambda: train_cache.read_stored(served[:1].tolist(), reads),
-            num_samples=len(served) // max(1, train_cache.spec.views.train_views),
-            sample_nbytes=train_cache.buffers(slots=1, reads=reads).nbytes,
+            loads=Loads.of(caches, samples, reads),
             recorded=(lambda: read_run_config(out).training.get("batch")) if resume else None,
             processes=processes,
         )
         blocks = shuffle_blocks(options, train_cache, resumed=out if resume else None)
         options = replace(options, shuffle_blocks=blocks)
-        train_loader, val_loader = make_loaders((train_cache, val_cache), samples, reads, options, processes)
+        train_loader, val_loader = make_loaders(caches, samples, reads, options, processes, kept_nbytes=kept)
         return train_with_loaders(
             train_loader,
             val_loader,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from evl_cache.batches.batch_memory import BatchMemory
 from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.batches.resident import ResidentSamples
 from evl_cache.errors import UsageError
@@ -114,13 +115,16 @@ def test_an_epoch_cut_short_keeps_what_was_read(written, cache, reads):
 def test_assembled_on_the_device_or_in_the_ring_a_batch_is_the_same(cache, device):
     """The path for GPUs, on whatever device: rows kept and rows read in any mixture."""
     _, resident = resident_loader(cache, 6, device=device)
-    host = cache.buffers(slots=4, reads=READS)
+    memory = BatchMemory(pin_memory=device == "cuda")
+    (host,) = memory.take_host(cache, READS, slots=4, count=1)
+    out = cache.buffers(slots=4, reads=READS, device=torch.device(device))
     rng = np.random.default_rng(0)
     for _ in range(16):
         rows = rng.permutation(np.flatnonzero(cache.is_valid))[:4]
-        missing = rows[~resident.holds(rows)]
-        cache.read_into(host, enumerate(missing.tolist()), LAYERS)
-        found = resident.assemble(rows, host).to("cpu").dequantized()
+        is_kept = resident.holds(rows)
+        cache.read_into(host.buffers, enumerate(rows[~is_kept].tolist()), LAYERS)
+        resident.assemble(rows, is_kept, host, out)()
+        found = out.batch(4).to("cpu").dequantized()
         expected = cache.read(rows.tolist(), layers=LAYERS)
         for side in (0, 1):
             assert all(torch.equal(f, e) for f, e in zip(found[side], expected[side], strict=True))

@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from evl_cache.attention_maps import adjacent_frame_maps, maps_from_tokens
+from evl_cache.batches.batch_memory import BatchMemory
 from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract.job import ExtractOptions
@@ -25,6 +26,7 @@ from evl_cache.store import PROJECTIONS_NAME, FeatureCache, Reads, verify_cache
 from evl_cache.store.format.size import num_files, sample_nbytes
 from evl_cache.towers.backbone import Backbone, map_projections
 from evl_cache_cli.main import cli
+from tests.support.fake_streams import FakeStreams
 from tests.support.store_helpers import extract_small, load_clips, small_spec, small_tower, tree
 
 
@@ -151,6 +153,19 @@ def test_a_head_trains_on_made_maps_from_the_loader(caches: dict[str, Path]) -> 
         for n, p in head.named_parameters()
         if p.grad is not None and "motion" in n
     )
+
+
+def test_maps_are_made_on_the_device_from_the_tokens_that_were_copied_there(caches: dict[str, Path]) -> None:
+    cache = FeatureCache(caches["recompute"])
+    memory = BatchMemory("cpu:0", streams=FakeStreams(lazy="copies", host_computes=True))
+    loader = FeatureLoader(cache, np.arange(len(cache)), layers=(2, 3), batch=3, memory=memory)
+    for batch in loader.epoch():
+        for found, expected in zip(
+            batch.features.dequantized(), cache.read(batch.samples.tolist(), layers=(2, 3)), strict=True
+        ):
+            assert found is not None and expected is not None
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a, b)
 
 
 def test_tokens_below_are_moved_once_and_parts_keep_their_maps(caches: dict[str, Path]) -> None:

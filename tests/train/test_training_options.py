@@ -29,7 +29,7 @@ from evl_cache.runs.evaluate import evaluate
 from evl_cache.runs.scoring import Scores
 from evl_cache.runs.tables import worst_classes
 from evl_cache.store import FeatureCache
-from evl_cache.train.batch_size import largest_on_cpu, largest_that
+from evl_cache.train.batch_size import largest_that
 from evl_cache.train.loaders import BLOCKS_AT_A_TIME
 from evl_cache.train.needs import needs_of
 from evl_cache.train.optimisation import Optimisation, parameter_groups
@@ -262,27 +262,6 @@ def test_the_largest_batch_is_found_within_a_sixteenth_in_few_tries(limit):
     assert len(tried) <= 20 and max(tried) <= 1000
 
 
-def test_on_a_cpu_the_batch_follows_the_memory_there_is(monkeypatch):
-    import evl_cache.train.batch_size as module
-
-    step, fixed, each = {}, 1000, 10
-    monkeypatch.setattr(module, "training_step", lambda *args, batch: step.update(batch=batch))
-    monkeypatch.setattr(module, "reset_peak", lambda device: step.pop("batch", True) is not None)
-    monkeypatch.setattr(
-        module, "peak_bytes", lambda device: 5000 + (fixed + each * step["batch"] if step else 0)
-    )
-    monkeypatch.setattr(module, "available_bytes", lambda device: 20_000)
-
-    def found(**more):
-        return largest_on_cpu(lambda: None, None, OPTIONS, **{"cap": 10_000, **more})
-
-    room = 0.7 * 20_000
-    assert found() == int((room - fixed) / each)
-    assert found(loaded_nbytes=15) == int((room - fixed) / (each + 15))
-    assert found(sharing=2) == int((room / 2 - fixed) / each)
-    assert found(cap=50) == 50 and found(cap=3) == 3
-
-
 def test_an_automatic_batch_is_recorded_and_a_resumed_run_keeps_it(caches, tmp_path, monkeypatch):
     import evl_cache.train.batch_size as module
 
@@ -290,7 +269,7 @@ def test_an_automatic_batch_is_recorded_and_a_resumed_run_keeps_it(caches, tmp_p
     first, losses = run(caches, tmp_path / "run", options=options)
     assert read_run_config(tmp_path / "run").training["batch"] == first.batch == 13  # all samples, at most
     assert len(losses) == 2
-    monkeypatch.setattr(module, "largest_on_cpu", lambda *args, **more: 5)
+    monkeypatch.setattr(module, "largest_within", lambda *args, **more: 5)
     again, losses = run(caches, tmp_path / "run", options=options, resume=True)
     assert again.batch == 13 and losses == {}
     other, _ = run(caches, tmp_path / "other", options=replace(options, accumulate=2))

@@ -20,6 +20,7 @@ TOKEN_ARRAYS = ("tokens", "token_affine", "token_scale")
 MAP_ARRAYS = ("maps", "map_scale")
 _HUGE_PAGE_NBYTES = 2 << 20
 CLASS_ARRAYS = ("class_tokens",)
+_CPU = torch.device("cpu")
 TokensRead = Literal["all", "class", "both"]
 
 
@@ -81,11 +82,13 @@ class BatchBuffers:
         slots: B.
         pin_memory: page-locked, so that copies to a GPU overlap its work.
         projected: how maps are made from the tokens, where they are not stored; its `held` layers are the L.
+        device: where they lie.
 
     Attributes:
-        arrays: L numpy arrays (B, *chunk) by name, which share memory with `tensors`.
-        tensors: L tensors by name.
-        stacked: an array (L, B, *chunk) by name, in the same memory.
+        whole: a tensor (L, B, *chunk) by name.
+        tensors: its L tensors by name.
+        arrays: L numpy arrays (B, *chunk) by name, which share memory with `tensors`; none on a GPU.
+        stacked: an array (L, B, *chunk) by name, in the same memory; none on a GPU.
     """
 
     def __init__(
@@ -96,15 +99,19 @@ class BatchBuffers:
         slots: int,
         pin_memory: bool = False,
         projected: ProjectedMaps | None = None,
+        device: torch.device = _CPU,
     ) -> None:
         self.slots, self.projected = slots, projected
         # One piece a stored array: a sample's layers are then filled by one strided copy.
-        whole = {
-            layout.name: _memory((num_layers, slots, *layout.chunk_shape), layout.dtype, pin_memory)
+        self.whole: Mapping[str, torch.Tensor] = {
+            layout.name: _memory((num_layers, slots, *layout.chunk_shape), layout.dtype, pin_memory, device)
             for layout in layouts
         }
-        self.stacked: Mapping[str, np.ndarray[Any, Any]] = {name: t.numpy() for name, t in whole.items()}
-        self.tensors: Mapping[str, list[torch.Tensor]] = {name: list(t) for name, t in whole.items()}
+        self.tensors: Mapping[str, list[torch.Tensor]] = {name: list(t) for name, t in self.whole.items()}
+        on_host = device.type == "cpu"
+        self.stacked: Mapping[str, np.ndarray[Any, Any]] = {
+            name: t.numpy() for name, t in self.whole.items() if on_host
+        }
         self.arrays: Mapping[str, list[np.ndarray[Any, Any]]] = {
             name: list(array) for name, array in self.stacked.items()
         }
@@ -112,7 +119,21 @@ class BatchBuffers:
     @property
     def nbytes(self) -> int:
         """Bytes of all slots."""
-        return sum(array.nbytes for arrays in self.arrays.values() for array in arrays)
+        return sum(t.nbytes for t in self.whole.values())
+
+    def holds_the_same(self, other: "BatchBuffers") -> bool:
+        """Whether slots are as another's: the same arrays, and maps that are made in the same way."""
+        mine, theirs = (
+            {name: (t.dtype, len(t), t.shape[2:]) for name, t in side.whole.items()} for side in (self, other)
+        )
+        if self.projected is None or other.projected is None:
+            return mine == theirs and self.projected is other.projected
+        ours, others = self.projected, other.projected
+        return (
+            mine == theirs
+            and (ours.wanted, ours.held) == (others.wanted, others.held)
+            and ours.projections is others.projections
+        )
 
     def batch(self, count: int) -> StoredBatch:
         """Return the first `count` slots as features; they share the buffers' memory."""
@@ -120,9 +141,9 @@ class BatchBuffers:
         return held if self.projected is None else self.projected.applied(held)
 
 
-def _memory(shape: tuple[int, ...], dtype: str, pin_memory: bool) -> torch.Tensor:
-    if pin_memory:
-        return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=True)
+def _memory(shape: tuple[int, ...], dtype: str, pin_memory: bool, device: torch.device) -> torch.Tensor:
+    if pin_memory or device.type != "cpu":
+        return torch.empty(shape, dtype=getattr(torch, dtype), pin_memory=pin_memory, device=device)
     # On the boundary of a huge page: numpy asks for these, and copies between even addresses are faster.
     nbytes = math.prod(shape) * np.dtype(dtype).itemsize
     whole = np.empty(nbytes + _HUGE_PAGE_NBYTES, np.uint8)

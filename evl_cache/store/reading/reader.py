@@ -185,8 +185,15 @@ class FeatureCache:
         self.read_into(buffers, enumerate(samples), reads.layers)
         return buffers.batch(len(samples))
 
-    def buffers(self, *, slots: int, reads: Reads | None = None, pin_memory: bool = False) -> BatchBuffers:
-        """Buffers for `read_into`, of all that is stored or of what `reads` says.
+    def buffers(
+        self,
+        *,
+        slots: int,
+        reads: Reads | None = None,
+        pin_memory: bool = False,
+        device: torch.device | None = None,
+    ) -> BatchBuffers:
+        """Buffers of all that is stored or of what `reads` says: for `read_into`, or on a device, to be copied into.
 
         Raises: UsageError for a layer that is not stored.
         """
@@ -198,7 +205,12 @@ class FeatureCache:
         projected = self._projected_maps(reads.layers) if needs_projections else None
         count = len(self.layer_positions(reads.layers) if projected is None else projected.held)
         return BatchBuffers(
-            layouts, num_layers=count, slots=slots, pin_memory=pin_memory, projected=projected
+            layouts,
+            num_layers=count,
+            slots=slots,
+            pin_memory=pin_memory,
+            projected=projected,
+            device=device or torch.device("cpu"),
         )
 
     def _projected_maps(self, wanted: tuple[int, ...]) -> ProjectedMaps:

@@ -1,0 +1,112 @@
+"""How a training shares out memory: the samples that it keeps come first, then the batch; what loaders hold is counted.
+
+All sizes are of one process. A step has `accumulate` passes, and a loader holds the samples of whole steps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from evl_cache.batches import DEVICE_RING, DEVICE_SLOTS, KEPT_SHARE, RING
+from evl_cache.processes import MEMORY_SHARE, ProcessPlace, available_bytes
+from evl_cache.store import FeatureCache, Reads
+from evl_cache.train.options import TrainOptions
+
+GPU_SHARE = 0.9  # of what fits: memory is fragmented differently in every step
+_CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Room:
+    """Bytes that are free for one process.
+
+    Attributes:
+        host: of the computer's memory.
+        device: of its GPU; None where it trains on a CPU.
+    """
+
+    host: int
+    device: int | None
+
+    @classmethod
+    def of(cls, options: TrainOptions, place: ProcessPlace) -> "Room":
+        """Ask how much is free. Processes of a computer share its memory; each has its own device."""
+        device = torch.device(options.device)
+        return cls(
+            host=available_bytes(_CPU) // place.local_world,
+            device=None if device.type == "cpu" else available_bytes(device),
+        )
+
+    def for_steps(self, options: TrainOptions, *, kept: int) -> float:
+        """The bytes for training steps, where they are taken, beside samples that are kept."""
+        lie_there = self.device is None or not keeps_on_host(options)
+        free = self.host if self.device is None else self.device
+        return MEMORY_SHARE * free - (kept if lie_there else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loads:
+    """What the loaders of a training load.
+
+    Attributes:
+        sample_nbytes: of a sample as it is stored, the larger of the two sides'.
+        kinds: 2 where the two sides are stored differently, and have buffers of their own; else 1.
+        all_nbytes: of all samples, of both sides.
+        num_samples: of a training epoch.
+    """
+
+    sample_nbytes: int
+    kinds: int
+    all_nbytes: int
+    num_samples: int
+
+    @classmethod
+    def of(cls, caches: Sequence[FeatureCache], samples: Sequence[np.ndarray], reads: Reads) -> "Loads":
+        """What the training and the validation samples of two caches are."""
+        ones = [cache.buffers(slots=1, reads=reads) for cache in caches]
+        counts = [np.count_nonzero(c.is_valid[rows]) for c, rows in zip(caches, samples, strict=True)]
+        return cls(
+            sample_nbytes=max(one.nbytes for one in ones),
+            kinds=1 if ones[0].holds_the_same(ones[1]) else 2,
+            all_nbytes=sum(int(count) * one.nbytes for count, one in zip(counts, ones, strict=True)),
+            num_samples=int(counts[0]) // max(1, caches[0].spec.views.train_views),
+        )
+
+    def on_host(self, options: TrainOptions) -> int:
+        """Bytes that loaders hold in the computer's memory for each sample of a pass."""
+        ring = RING if torch.device(options.device).type == "cpu" else DEVICE_RING
+        return ring * self.kinds * options.accumulate * self.sample_nbytes
+
+    def on_device(self, options: TrainOptions) -> int:
+        """Bytes that loaders hold on a GPU for each sample of a pass."""
+        if torch.device(options.device).type == "cpu":
+            return 0
+        # Where samples are kept, those that are kept and those that are not are put together in more memory.
+        slots = DEVICE_SLOTS * self.kinds + (1 if options.keep_in == "device" else 0)
+        return slots * options.accumulate * self.sample_nbytes
+
+
+def keeps_on_host(options: TrainOptions) -> bool:
+    """Whether the samples that are kept lie in the computer's memory."""
+    return options.keep_in == "ram" or torch.device(options.device).type == "cpu"
+
+
+def kept_nbytes(
+    options: TrainOptions, loads: Loads, room: Room, place: ProcessPlace, *, needed: float
+) -> int:
+    """The bytes of samples that this process keeps: what was told, or a share of what is free, as far as it fits.
+
+    Args:
+        needed: bytes that the training takes beside them, at least, where they lie.
+    """
+    if options.keep_in is None:
+        return 0
+    on_host = keeps_on_host(options)
+    free, share = (room.host, MEMORY_SHARE) if on_host or room.device is None else (room.device, GPU_SHARE)
+    # Processes of a computer share the samples in its memory.
+    sharing = place.local_world if on_host else 1
+    most = -(-loads.all_nbytes // sharing)
+    told = KEPT_SHARE * free if options.keep_bytes is None else options.keep_bytes // sharing
+    return max(0, int(min(most, told, share * free - needed)))
