@@ -275,6 +275,7 @@ def head_errors(
 
 def measure(shape: Shape, device: torch.device) -> dict[str, object]:
     """All errors, by precision; None for a precision that the device cannot compute in."""
+    torch.manual_seed(0)  # heads draw from it what is not drawn below
     generator = torch.Generator().manual_seed(0)
     case, probe = drawn_case(shape, generator), AttentionProbe(shape, generator).to(device)
     head, labels = case.head.to(device), case.labels.to(device)

@@ -88,6 +88,14 @@ def tf32_as(name: str, device: str | torch.device) -> Iterator[None]:
             switch.restore(value)
 
 
+def tf32_is_on() -> bool:
+    """Whether float32 matrix products on a GPU may be computed in TF32 now, for kernels that are not torch's own.
+
+    Torch's older `allow_tf32` must not be asked: it raises inside of `tf32_as`.
+    """
+    return _switches()[0].is_on
+
+
 @contextmanager
 def computing(name: str, device: str | torch.device) -> Iterator[None]:
     """Run a forward pass in a precision. A backward pass belongs outside of it, and inside of `tf32_as`.

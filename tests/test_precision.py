@@ -20,6 +20,7 @@ from evl_cache.precision import (
     default_precision,
     precision_of_run,
     tf32_as,
+    tf32_is_on,
 )
 from evl_cache.runs import head_logits, load_head, score
 from evl_cache.runs.evaluate import evaluate
@@ -105,6 +106,39 @@ def test_an_error_puts_the_switches_back() -> None:
     with pytest.raises(ZeroDivisionError), tf32_as("tf32", "cuda"):
         _ = 1 // 0
     assert switches() == AS_TORCH_STARTS
+
+
+def test_kernels_of_our_own_can_ask_whether_tf32_is_on() -> None:
+    found = {}
+    for name in PRECISIONS:
+        with tf32_as(name, "cuda"):
+            found[name] = tf32_is_on()
+    assert found == {"float32": False, "tf32": True, "bfloat16": False, "float16": False}
+    assert not tf32_is_on()
+
+
+def test_the_decoders_kernels_multiply_float32_only_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    from evl_cache.heads.decoder.kernels import choice
+    from evl_cache.heads.decoder.tensors import ClipTensors, LayerTensors, Setting, SharedTensors
+    from evl_cache.heads.decoder.workspace import Workspace
+
+    monkeypatch.setattr(choice, "_device_suits", lambda device: True)
+    clips = ClipTensors(query=torch.zeros(1, 2, 8), tokens=torch.zeros(1, 2, 5, 8))
+    inputs = LayerTensors(clips, SharedTensors(None, None, None, None))
+    setting = Setting(
+        grid=(2, 2),
+        epsilon=1e-5,
+        device=torch.device("cuda"),
+        sums=torch.float32,
+        products=torch.float32,
+        keep=False,
+        workspace=Workspace(),
+    )
+    found = {}
+    for name in ("float32", "tf32"):
+        with tf32_as(name, "cuda"):
+            found[name] = choice.suits(setting, inputs)
+    assert found == {"float32": False, "tf32": True}
 
 
 def test_nothing_is_switched_on_a_cpu() -> None:
@@ -360,3 +394,16 @@ def test_autocast_is_on_in_the_forward_pass_and_off_again(cpu_with_tf32: None) -
             if precision.autocast_dtype is not None:
                 assert torch.get_autocast_dtype("cpu") == precision.autocast_dtype
         assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.gpu
+def test_a_gpu_rounds_products_to_tf32_only_where_it_is_told_to() -> None:
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("needs a card with TF32")
+    values = torch.randn(256, 256, device="cuda", dtype=torch.float64)
+    exact = values @ values
+    errors = {}
+    for name in ("float32", "tf32"):
+        with computing(name, "cuda"):
+            errors[name] = float((values.float() @ values.float() - exact).norm() / exact.norm())
+    assert errors["float32"] < 1e-6 < 1e-4 < errors["tf32"] < 2e-3

@@ -62,6 +62,7 @@ def backward(loss: torch.Tensor) -> None:
             continue
         for (child, place), gradient in _gradients(node, gradients.pop(node)):
             wanted = child._input_metadata  # of the gradients that it takes
+            assert gradient.device == wanted[place].device, f"{node.name()} gives one of {gradient.device}"
             if gradient.shape != wanted[place].shape:  # that of what was broadcast
                 gradient = gradient.sum_to_size(wanted[place].shape)
             into = gradients.setdefault(child, [None] * len(wanted))

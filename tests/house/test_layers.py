@@ -26,7 +26,7 @@ datasets       rendered
 processes
 video                                                                             av decord torchcodec
 towers                                                                            huggingface_hub open_clip timm
-heads
+heads                                                                             triton
 store/disk                                                                        awscrt
 store/objects  store/disk                                                         obstore
 store/shards   store/disk                                                         numcodecs

@@ -1,11 +1,12 @@
 """Which code computes a decoder layer's attention on which device.
 
-`chunked` keeps chunks of tokens in a processor's cache; `whole` makes whole tensors in few operations, since a GPU waits
-for each. B clips, H heads, C channels.
+`chunked` keeps chunks of tokens in a processor's cache. `whole` makes whole tensors in few operations, since a GPU waits
+for each. `kernels` reads stored codes in four kernels of Triton; where they do not suit, or were found wrong, `whole` is
+used. B clips, H heads, C channels.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -13,11 +14,13 @@ from torch import Tensor
 
 from evl_cache.errors import UsageError
 from evl_cache.heads.decoder.chunked import path as chunked
+from evl_cache.heads.decoder.kernels.choice import are_proved, suits
 from evl_cache.heads.decoder.tensors import LayerTensors, Setting
 from evl_cache.heads.decoder.whole import path as whole
 
 VARIABLE = "EVL_CACHE_HEAD_PATH"  # for a machine on which the choice turns out wrong
 
+PATHS = ("chunked", "whole", "kernels")
 _forced: list[str] = []
 
 
@@ -47,19 +50,25 @@ class AttentionPath(Protocol):
         """
 
 
-PATHS: Mapping[str, AttentionPath] = {"chunked": chunked, "whole": whole}
-
-
 def path_for(setting: Setting, inputs: LayerTensors) -> AttentionPath:
     """Return the path that suits the device and the inputs.
 
     Raises: UsageError where the environment names one that does not exist.
     """
-    suits = "chunked" if setting.device.type == "cpu" else "whole"
-    name = _forced[-1] if _forced else os.environ.get(VARIABLE) or suits
+    name = _forced[-1] if _forced else os.environ.get(VARIABLE) or _suiting(setting, inputs)
+    if name == "kernels":
+        from evl_cache.heads.decoder.kernels import path as kernels  # Triton is needed for no other path
+
+        return kernels
     if name not in PATHS:
         raise UsageError(f"{VARIABLE} is {name!r}; expected one of {', '.join(PATHS)}, or none")
-    return PATHS[name]
+    return chunked if name == "chunked" else whole
+
+
+def _suiting(setting: Setting, inputs: LayerTensors) -> str:
+    if setting.device.type == "cpu":
+        return "chunked"
+    return "kernels" if suits(setting, inputs) and are_proved(setting, inputs) else "whole"
 
 
 @contextmanager
