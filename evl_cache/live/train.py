@@ -80,7 +80,7 @@ def train_online(
         raise UsageError(
             "--online reads videos; leave --read-threads out, --decode-workers says how many decode"
         )
-    options = replace(options, shuffle_blocks=0, cuda_graph=False)
+    options = replace(options, shuffle_blocks=0)
     decoding = decoding_for(request.pixels, decoding or DecodeOptions(), device=options.device)
     jobs = _sides(plan_extraction(request, device=options.device), val_names)
     with (
@@ -118,6 +118,7 @@ def train_online(
             on_bottleneck=on_bottleneck,
             processes=processes,
             writer=writer,
+            records_steps=False,
         )
     for loader in (train_loader, val_loader):
         for row, reason in sorted(loader.failures.items()):

@@ -203,6 +203,7 @@ class SweepPass:
             out=out,
             stop=self._stop,
             writer=self._writer,
+            records_steps=False,  # heads share what is decoded of a batch
         )
         if resume:
             trainer.load(load_state(out))

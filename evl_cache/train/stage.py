@@ -99,6 +99,7 @@ def train_with_loaders(
     on_note: OnNote = lambda message: None,
     processes: Processes,
     writer: RunWriter | None,
+    records_steps: bool = True,
 ) -> TrainResult:
     """Train on the batches that loaders give of this process's part. Other arguments and errors as `train`.
 
@@ -106,6 +107,7 @@ def train_with_loaders(
         layers: what the loaders read.
         options: with a number for the batch.
         writer: the right to write `out`; None in processes that are not the first.
+        records_steps: batches have one size and few places, so that a step may be recorded and replayed.
     """
     config = run_config(train_loader.cache, {"train": train_loader, "val": val_loader}, options, layers)
     when = "while preparing the run"
@@ -119,6 +121,7 @@ def train_with_loaders(
         processes=processes,
         writer=writer,
         on_note=on_note,
+        records_steps=records_steps,
     )
     if resume:
         trainer.load(processes.on_first(lambda: load_state(out), when))

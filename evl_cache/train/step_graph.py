@@ -113,9 +113,7 @@ class StepGraph:
             recording.replay()
             self._set_gradients(recording.gradients)
             return recording.loss
-        except (
-            Exception
-        ) as error:  # whatever the reason, the passes can be taken without; what is wrong with them they say
+        except Exception as error:  # the passes can be taken without; what is wrong with them, they say
             self._is_given_up = True
             self._on_note(f"no CUDA graph of the step, training goes on without ({_reason(error)})")
         # Behind the error, whose traceback holds what it was computing.
@@ -194,6 +192,12 @@ class StepGraph:
     def _set_gradients(self, gradients: Sequence[torch.Tensor | None]) -> None:
         for parameter, gradient in zip(self._parameters.values(), gradients, strict=True):
             parameter.grad = gradient
+
+
+def may_be_recorded(options: TrainOptions, processes: Processes) -> bool:
+    """Whether steps will be recorded if nothing goes wrong: a recording holds as much memory as a step takes."""
+    is_plain = processes.place.world == 1 and options.accumulate == 1
+    return options.cuda_graph is not False and is_plain and torch.device(options.device).type == "cuda"
 
 
 def step_graph(

@@ -56,6 +56,7 @@ class Trainer:
         stop: where signals are noted; its own by default.
         writer: the right to write `out`, where it can be lost.
         on_note: told in a line what training goes on without.
+        records_steps: see `train_with_loaders`.
 
     Attributes:
         head: that is trained.
@@ -74,6 +75,7 @@ class Trainer:
         stop: StopRequests | None = None,
         writer: RunWriter | None = None,
         on_note: OnNote = lambda message: None,
+        records_steps: bool = True,
     ) -> None:
         self.config, self.options, self.out = config, options, out
         self.processes = processes or Processes()
@@ -85,14 +87,16 @@ class Trainer:
         self._model = self.processes.wrap(self.head, some_unused=self.head.has_idle_parameters)
         self._optimisation = Optimisation(self.head, options, total_steps=self.total_steps)
         self._passes = Passes(self._model, self._optimisation, options, self.processes)
-        self._graph = step_graph(self._passes, self.head, options, self.processes, on_note)
+        graph = (
+            step_graph(self._passes, self.head, options, self.processes, on_note) if records_steps else None
+        )
+        self._graph = graph
         self._state = RunState()
         self._stop = stop or StopRequests()
         self._losses = LossReader(self.processes, self._stop, self.device)
         self._on_loss: Callable[[StepLoss], None] = lambda loss: None
         self._writer = writer
-        is_first = self.processes.place.is_first
-        self._log = RunLog(out if is_first else None, tensorboard=options.tensorboard)
+        self._log = RunLog(out if self.processes.place.is_first else None, tensorboard=options.tensorboard)
 
     @property
     def result_head(self) -> Head:
@@ -224,9 +228,9 @@ class Trainer:
         state.epoch_seconds += time.monotonic() - started
 
     def settle(self) -> None:
-        """Read the loss of the last step, where that is still to be done. All processes of a run do it together.
+        """Read the loss of the last step, where that is still to be done, as all that saves, scores or ends does first.
 
-        Raises: Diverged where it is NaN or infinite: then nothing may be saved.
+        All processes of a run do it together. Raises: Diverged where it is NaN or infinite: then nothing may be saved.
         """
         started = time.monotonic()
         self._note(self._losses.read())
@@ -244,8 +248,6 @@ class Trainer:
         Args:
             scores: of the validation after it.
             bottleneck: what its training waited for.
-
-        Raises: as `settle`.
         """
         self.settle()
         state = self._state
@@ -320,8 +322,6 @@ class Trainer:
         Args:
             scores: of the last validation.
             seconds: that the run took.
-
-        Raises: as `settle`.
         """
         self.settle()
         state = self._state

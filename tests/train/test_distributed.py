@@ -140,7 +140,7 @@ def check_same_gradients(a, b):
 
 @pytest.fixture(scope="module")
 def runs(caches, tmp_path_factory):
-    """One process; two and four; two into a directory that holds a run; two and four of which one dies; going on."""
+    """One process; two and four; two in a directory that holds a run; two that keep samples; some that die; going on."""
     folder = tmp_path_factory.mktemp("runs")
     result, losses = single(caches, folder / "one")
 
@@ -153,6 +153,7 @@ def runs(caches, tmp_path_factory):
         {"options": OPTIONS, "out": str(folder / "late"), "late": True},
         {"options": OPTIONS, "out": str(folder / "stopped"), "late": True, "stops": [6, 1]},
         {"options": {**OPTIONS, "lr": 1e12}, "out": str(folder / "diverged"), "late": True},
+        {"options": {**OPTIONS, "keep_in": "ram"}, "out": str(folder / "kept")},
         saving("lost", dies=[6, 1]),
     ]
     codes, reports = start(2, caches, jobs, folder / "reports")
@@ -170,7 +171,7 @@ def runs(caches, tmp_path_factory):
         "one": {"losses": losses, "top1": result.top1, "val_clips": result.val_clips},
         "codes": codes,
         "codes_of_four": codes_of_four,
-        **dict(zip(("two", "refused", "late", "stopped", "diverged", "lost"), reports, strict=True)),
+        **dict(zip(("two", "refused", "late", "stopped", "diverged", "kept", "lost"), reports, strict=True)),
         **dict(zip(("four", "two to four", "lost of four"), reports_of_four, strict=True)),
         "two to one": [two_to_one],
         "four to one": [four_to_one],
@@ -212,6 +213,12 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(runs):
 def test_a_divergence_read_late_ends_all_processes_alike(runs):
     messages = {report["error"] for report in runs["diverged"]}
     assert len(messages) == 1 and "training diverged" in messages.pop()
+
+
+def test_processes_that_share_the_samples_they_keep_take_the_same_steps(runs):
+    for report in runs["kept"]:
+        assert report["losses"] == pytest.approx(runs["one"]["losses"], abs=2e-5)
+        assert (report["top1"], report["val_clips"]) == (runs["one"]["top1"], 3)
 
 
 def test_an_error_of_the_first_process_ends_all_and_is_told_once(runs):

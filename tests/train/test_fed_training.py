@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 
 import evl_cache.train.loaders as loaders
+import evl_cache.train.step_graph as step_graph
 from evl_cache.batches import BatchMemory
 from evl_cache.sweep import sweep
 from evl_cache.sweep.grid import expand
 from evl_cache.train.stage import TrainOptions, train
+from tests.support.fake_recorder import FakeRecorder
 from tests.support.fake_streams import FakeStreams
 from tests.support.feature_caches import write_pair
 
@@ -58,3 +60,23 @@ def test_a_sweep(caches, tmp_path, fed):
     for run in runs:
         assert epochs(tmp_path / "fed/runs" / run.name) == epochs(tmp_path / "plain/runs" / run.name)
     assert streams.done["copies"] == 2 * (4 + 2)
+
+
+def test_a_recorded_training(caches, tmp_path, fed, monkeypatch):
+    """Each place where the feed puts batches has a recording, which reads them there."""
+    options = replace(OPTIONS, epochs=4)
+    train(*caches, options=options, out=tmp_path / "plain")
+    fed()
+    events, real, said = [], step_graph.StepGraph, []
+
+    def graph(passes, head, recorder, **more):
+        recorder.head, recorder.events = head, events
+        return real(passes, head, recorder, **more)
+
+    monkeypatch.setattr(step_graph, "recorder_of", lambda device: FakeRecorder(None))
+    monkeypatch.setattr(step_graph, "StepGraph", graph)
+    train(*caches, options=options, out=tmp_path / "fed", on_note=said.append)
+    assert epochs(tmp_path / "fed") == epochs(tmp_path / "plain") and said == []
+    whole = 4 * 3 - step_graph.WARM_UP_STEPS  # the fourth batch of an epoch is smaller
+    assert events.count("record") == 2
+    assert events.count("replay") == whole and events.count("apart") == 2 + 2 * step_graph.PROOFS
