@@ -52,9 +52,9 @@ def cache_flags(function: Function) -> Function:
     )
 
 
-precision_flag = click.option(
-    "--precision", metavar="DTYPE", help="float32, float16, bfloat16 [GPU's default]."
-)
+_PRECISIONS = "float32, tf32, bfloat16, float16"
+precision_flag = click.option("--precision", metavar="NAME", help=f"{_PRECISIONS} [device's].")
+run_precision_flag = click.option("--precision", metavar="NAME", help=f"{_PRECISIONS} [the run's].")
 read_threads_flag = click.option(
     "--read-threads", type=int, metavar="N", help="That read and decode [as many as suit]."
 )
@@ -94,7 +94,7 @@ class CacheFlags:
 
     def precision_on(self, device: str) -> str:
         """The precision named, or the device's."""
-        from evl_cache.train.options import default_precision
+        from evl_cache.precision import default_precision
 
         return self.precision or default_precision(device)
 

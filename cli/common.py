@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
 
-from evl_cache.errors import reason_alone
+from evl_cache.errors import NotEnoughMemory, is_want_of_memory, reason_alone, told_of_memory
 from evl_cache.notation import encodable, escaped
 
 if TYPE_CHECKING:
@@ -74,6 +74,28 @@ class Command(click.Command):
             with formatter.section("Examples"):
                 for line in self.examples:
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Raises: NotEnoughMemory, with what to do, where torch gets none."""
+        try:
+            return super().invoke(ctx)
+        except RuntimeError as error:
+            if not is_want_of_memory(error):
+                raise
+            raise NotEnoughMemory(f"{told_of_memory(error)}; {self._memory_remedy()}") from error
+
+    def _memory_remedy(self) -> str:
+        """What takes less memory, of the options that this command has."""
+        flags = {flag for parameter in self.params for flag in parameter.opts}
+        known = {
+            "--batch": "a smaller --batch",
+            "--accumulate": "--batch auto, more --accumulate",
+            "--cache-on-device": "less --cache-on-device",
+            "--head": "fewer --head-layers",
+        }
+        ways = [way for flag, way in known.items() if flag in flags]
+        ways += ["--device cpu, or a device that others leave free"] if "--device" in flags else []
+        return f"use {', '.join(ways)}" if ways else "free some of it"
 
 
 def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import click
 
+from .cache_flags import run_precision_flag
 from .common import Command, default_device, existing_lines, print_json, say, tell_rules
 
 EXAMPLES = """
@@ -25,6 +26,7 @@ evl-cache eval --cache caches/mine --run runs/fold1 --clips held-out.txt --json
 @click.option(
     "--batch", type=click.IntRange(1), default=64, show_default=True, help="Samples of a forward pass."
 )
+@run_precision_flag
 @click.option(
     "--read-threads", type=click.IntRange(1), metavar="N", help="That read and decode [as many as suit]."
 )
@@ -37,6 +39,7 @@ def command(
     best: bool,
     clips: Path | None,
     batch: int,
+    precision: str | None,
     read_threads: int | None,
     device: str | None,
     as_json: bool,
@@ -52,8 +55,16 @@ def command(
     rows = None if clips is None else select(opened.clips, existing_lines(clips), source=str(clips))
     if (features := read_run_config(run).features) is not None:
         tell_rules(run, CacheSpec.from_json(features).frame_rule, opened.place, opened.frame_rule)
+    device = default_device(device)
     result = evaluate(
-        run, opened, clips=rows, batch=batch, device=default_device(device), threads=read_threads, best=best
+        run,
+        opened,
+        clips=rows,
+        batch=batch,
+        device=device,
+        precision=precision,
+        threads=read_threads,
+        best=best,
     )
     if as_json:
         print_json({"run": str(run), "cache": opened.place, **asdict(result)})

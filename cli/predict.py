@@ -10,6 +10,7 @@ import click
 from evl_cache.errors import reason_alone
 from evl_cache.extract_options import Role, options_with
 
+from .cache_flags import run_precision_flag
 from .common import Command, default_device, print_json, say, say_failure, say_outage, write_csv
 from .extract_flags import decoding_of, extract_flags
 
@@ -28,6 +29,7 @@ evl-cache predict videos clips --run runs/fold1 --topk 3 --csv labels.csv
 @click.option("--pretrained", help="Where its weights are now [as the run says].")
 @click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Samples of a pass.")
 @extract_flags(options_with(Role.DECODING))
+@run_precision_flag
 @click.option("--device", help="cpu, cuda, cuda:N [the GPU where there is one].")
 @click.option("--csv", "csv_path", metavar="FILE", help="Write video,rank,label,score; - is the terminal.")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
@@ -44,6 +46,7 @@ def command(
     decoder: str,
     tolerate_bad_frames: bool,
     clip_timeout: float | None,
+    precision: str | None,
     device: str | None,
     csv_path: str | None,
     as_json: bool,
@@ -67,6 +70,7 @@ def command(
         model=model,
         pretrained=pretrained,
         device=device,
+        precision=precision,
         batch=batch,
         workers=decode_workers,
         **decoding_of(device, decoder, tolerate_bad_frames, clip_timeout),
@@ -80,6 +84,7 @@ def command(
         print_json(
             {
                 "run": str(run),
+                "precision": found.precision,
                 "videos": [
                     {"video": video, "labels": [{"label": name, "score": value} for name, value in labels]}
                     for video, labels in labelled

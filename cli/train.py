@@ -33,8 +33,8 @@ evl-cache train --dataset folder --no-temporal-conv --no-temporal-cross-attentio
 @click.command(cls=TrainCommand, name="train", examples=EXAMPLES)
 @train_flags
 def command(**given: Any) -> int:
-    """Train a head from a cache, without videos or the backbone.
-
+    """\b
+    Train a head from a cache, without videos or the backbone.
     torchrun --nproc-per-node N -m evl_cache_cli train … uses N devices.
     """
     from evl_cache.processes import Interrupted, ProcessPlace, ToldElsewhere, processes_of_environment
@@ -94,6 +94,7 @@ def _cached(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
             on_step=line,
             on_bottleneck=line.note_bottleneck,
             on_wait=say_outage,
+            on_note=say_outage,
         )
     return out, 0, result
 

@@ -81,6 +81,7 @@ class TrainFlags(CacheFlags):
     cache_on_device: str | None
     shuffle_blocks: int | None
     tensorboard: bool
+    cuda_graph: bool | None
     online: bool
     rank_timeout: float
     of_videos: Mapping[str, Any]
@@ -159,6 +160,9 @@ def train_flags(function: Function) -> Function:
         ),
         read_threads_flag,
         trust_flag,
+        click.option(
+            "--cuda-graph/--no-cuda-graph", default=None, help="Record a step, replay it [on a GPU]."
+        ),
         click.option("--tensorboard", is_flag=True, help="Write its event files too."),
         click.option("--online", is_flag=True, help="No cache: the backbone live on videos."),
         click.option(

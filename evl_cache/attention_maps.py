@@ -4,12 +4,18 @@ B clips, T frames, P patches, N = 1+P tokens, C channels, H heads, D head width.
 Source: section 3.3 of arXiv 2208.03550.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 
 from evl_cache.errors import UsageError
+
+_DEVICE_SHARE = 1 / 8  # of a device's memory, that maps may take while they are made
+_USUAL_NBYTES = 80 << 30  # of a device that does not tell
+_FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,9 +87,10 @@ def patch_maps(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     scaled = q.permute(0, 1, 3, 2, 4) * q.shape[-1] ** -0.5  # (B,T,H,P,D)
     keys = k.permute(0, 1, 3, 4, 2)  # (B,T,H,D,P)
     maps = q.new_empty(q.shape[0], 2, q.shape[1] - 1, q.shape[2], q.shape[2])
-    for clip in range(q.shape[0]):  # clip by clip: the maps of all heads are H times as large as the result
-        maps[clip, 0] = _mean_attention(scaled[clip, 1:], keys[clip, :-1])
-        maps[clip, 1] = _mean_attention(scaled[clip, :-1], keys[clip, 1:])
+    # The maps of all heads are H times as large as the result.
+    for some in parts_of(len(q), device=q.device, clip_nbytes=_attention_nbytes(q.shape, q.element_size())):
+        maps[some, 0] = _mean_attention(scaled[some, 1:], keys[some, :-1])
+        maps[some, 1] = _mean_attention(scaled[some, :-1], keys[some, 1:])
     return maps
 
 
@@ -110,6 +117,42 @@ def maps_from_tokens(below: torch.Tensor, projection: MapProjection) -> torch.Te
         return adjacent_frame_maps(q, k)
 
 
+def projection_nbytes(tokens_shape: Sequence[int], num_heads: int) -> int:
+    """Return the bytes that `maps_from_tokens` takes for a clip of tokens (…, T, 1+P, C), beside these and its result."""
+    frames, per_frame, channels = tokens_shape[-3:]
+    heads = (1, frames, per_frame - 1, num_heads, channels // num_heads)
+    values = 5 * frames * per_frame * channels  # decoded, normalised, queries and keys, scaled queries
+    return values * _FLOAT32 + _attention_nbytes(heads, _FLOAT32)
+
+
+def parts_of(clips: int, *, device: torch.device, clip_nbytes: int) -> list[slice]:
+    """Split clips into those that are worked on at a time: on a CPU one, on another device as many as memory is for.
+
+    One fits into a processor's cache. Another device wants few launches, each with much to do.
+
+    Args:
+        clips: how many there are.
+        clip_nbytes: bytes that one takes meanwhile.
+    """
+    most = 1 if device.type == "cpu" else max(1, int(_device_nbytes(device)) // clip_nbytes)
+    count = -(-clips // most)  # of parts, nearly equal ones
+    bounds = [clips * part // count for part in range(count + 1)] if count else [0]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]
+
+
+def _device_nbytes(device: torch.device) -> float:
+    if device.type == "cuda" and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return _DEVICE_SHARE * torch.cuda.get_device_properties(device).total_memory
+    return _DEVICE_SHARE * _USUAL_NBYTES
+
+
+def _attention_nbytes(shape: Sequence[int], element_size: int) -> int:
+    """Return the bytes that `_mean_attention` takes for a clip of queries (1, T, P, H, D), beside these and its result."""
+    _, frames, patches, heads, width = shape
+    operands = 2 * patches * width  # queries and keys in one piece
+    return (frames - 1) * heads * (element_size * (operands + patches**2) + _FLOAT32 * patches**2)
+
+
 def _mean_attention(q: torch.Tensor, k_transposed: torch.Tensor) -> torch.Tensor:
-    scores = torch.matmul(q, k_transposed)  # (T-1,H,P,P)
-    return torch.softmax(scores, dim=-1, dtype=torch.float32).mean(dim=1)
+    scores = torch.matmul(q, k_transposed)  # (B,T-1,H,P,P)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).mean(dim=2)

@@ -12,6 +12,11 @@ import re
 NO_SUCH_FILE = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.EILSEQ}
 )
+# What libraries say where they get no memory: torch's allocators, CUDA itself, cuBLAS and cuDNN.
+_NO_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|cudaErrorMemoryAllocation",
+    re.IGNORECASE,
+)
 _LIMITS = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the system's limit of open files (fs.file-max)",
@@ -75,6 +80,10 @@ class CacheDamaged(CacheError):
     """Bytes of a cache are not those that its marks record."""
 
 
+class NotEnoughMemory(EvlCacheError):
+    """A device, or the computer, has no memory left for what was to be computed."""
+
+
 class WorkerError(EvlCacheError):
     """A worker process cannot work at all: something is wrong with the installation, not with a clip."""
 
@@ -98,3 +107,25 @@ def reason_alone(reason: str, name: str) -> str:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or the name of its class where there is no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def is_want_of_memory(error: BaseException) -> bool:
+    """Whether an error of torch says that there is no memory, of a GPU or of the computer; torch need not be loaded.
+
+    torch has a class of its own for its CUDA allocator alone. Pinned memory, cuBLAS and the CPU's allocator raise plain
+    RuntimeErrors, or newer subclasses of it.
+    """
+    if not isinstance(error, RuntimeError) or not type(error).__module__.startswith(("torch", "builtins")):
+        return False
+    return type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY.search(first_line(error)) is not None
+
+
+def told_of_memory(error: BaseException) -> str:
+    """Return what torch says of the memory it did not get, in a few words: how much was asked for, and what was free."""
+    text = str(error)
+    where = "GPU" if re.search("CUDA|CUBLAS|CUDNN|GPU", text, re.IGNORECASE) else "computer"
+    asked = re.search(r"tried to allocate ([\d.]+ \w+)", text, re.IGNORECASE)
+    free = re.search(r"of which ([\d.]+ \w+) is free", text)
+    figures = [f"{asked[1]} asked for"] if asked else []
+    figures += [f"{free[1]} free"] if free else []
+    return f"out of memory on the {where}" + (f" ({', '.join(figures)})" if figures else "")

@@ -9,8 +9,7 @@ from unittest import mock
 from torch import Tensor
 
 from evl_cache.heads import layer_tokens
-from evl_cache.heads.decoder.chunks import StoredTokens
-from evl_cache.heads.decoder.motion import StoredMaps
+from evl_cache.heads.decoder.tensors import StoredMaps, StoredTokens
 from evl_cache.store.reading.sample_reader import SampleReader
 
 
@@ -33,9 +32,9 @@ def counted() -> Iterator[Work]:
         work.read += sum(stack[:, slot].nbytes for _, stack, _ in stacks)
         read(cache, stacks, slot, sample, positions)
 
-    def load_chunk(stored: StoredTokens, chunk: Any, out: Tensor) -> Tensor:
+    def load_chunk(stored: StoredTokens, places: slice, out: Tensor) -> Tensor:
         work.decoded += out.numel() * (stored.affine is not None)
-        return load_tokens(stored, chunk, out)
+        return load_tokens(stored, places, out)
 
     def load_rows(stored: StoredMaps, direction: int, patches: slice, out: Tensor) -> Tensor:
         work.decoded += out.numel() * (stored.row_max is not None)

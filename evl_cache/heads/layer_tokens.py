@@ -65,7 +65,7 @@ def decoded_maps(maps: Tensor | QuantizedMaps, dtype: torch.dtype) -> Tensor:
     if isinstance(maps, Tensor):
         return maps
     root = maps.row_max.to(torch.promote_types(dtype, torch.float32)).sqrt() / 255
-    return maps.codes.to(dtype).mul_(root[..., None].to(dtype)).square_()
+    return (maps.codes * root[..., None]).square_().to(dtype)
 
 
 def _decoded(stored: Tensor | QuantizedTokens) -> Tensor:

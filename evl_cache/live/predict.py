@@ -21,6 +21,7 @@ from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.live.run_tower import live_spec, run_backbone
+from evl_cache.precision import check_precision, precision_of_run
 from evl_cache.processes import Processes
 from evl_cache.runs import load_head, read_run_config, score
 from evl_cache.video import DecodeOptions
@@ -38,12 +39,14 @@ class Predictions:
         videos: those that were scored.
         probabilities: float64 (V, K), softmax averaged over views.
         failures: (video, reason) of those that were not scored.
+        precision: that the head was computed in.
     """
 
     classes: tuple[str, ...]
     videos: tuple[Path, ...]
     probabilities: np.ndarray
     failures: tuple[tuple[Path, str], ...]
+    precision: str
 
     def top(self, k: int) -> list[list[tuple[str, float]]]:
         """The k most probable (class, probability) of each video; ties go to the lower class number."""
@@ -61,6 +64,7 @@ def predict(
     model: str | None = None,
     pretrained: str | None = None,
     device: str = "cpu",
+    precision: str | None = None,
     batch: int = 8,
     workers: int = DEFAULT_DECODE_WORKERS,
     decoding: DecodeOptions | None = None,
@@ -77,6 +81,7 @@ def predict(
         model: where the run's tower is now; it must be the same one. As the run names it by default.
         pretrained: where its weights are now; as the run names them by default.
         device: where the tower and the head run.
+        precision: to compute the head in; that of the run's training by default, where the device has it.
         batch: samples of a pass.
         workers: processes that decode.
         decoding: how; by default with a decoder that gives the pixels that the run was trained on.
@@ -85,11 +90,14 @@ def predict(
         patience_s: how long a disk that is away, say, is waited for.
         on_outage: called with a line when one is away, and with one when it is back.
 
-    Raises: UsageError where there is no such run or no video, or for a decoder of other pixels than the run's;
+    Raises: UsageError where there is no such run or no video, for a decoder of other pixels than the run's, or for a
+        precision that the device cannot compute in;
         WeightsError where the tower is another one; Outage where videos cannot be read, and are not to blame.
     """
     files = find_videos(videos)
     config = read_run_config(run)
+    precision = precision or precision_of_run(config.training, device)
+    check_precision(precision, device)
     spec = live_spec(config, run, num_clips=len(files))
     decoding = decoding_for(spec.pixels, decoding or DecodeOptions(), device=device)
     head = load_head(run, best=best).to(device)
@@ -115,7 +123,7 @@ def predict(
         ) as loader,
     ):
         try:
-            scores = score(head, loader, device=torch.device(device))
+            scores = score(head, loader, device=torch.device(device), precision=precision)
             scored, probabilities = scores.clips.tolist(), scores.probabilities
         except Outage:
             raise
@@ -128,6 +136,7 @@ def predict(
         videos=tuple(files[row] for row in scored),
         probabilities=probabilities,
         failures=tuple((files[row], reason) for row, reason in sorted(loader.failures.items())),
+        precision=precision,
     )
 
 

@@ -74,11 +74,13 @@ def train_online(
         )
     if options.shuffle_blocks:
         raise UsageError("--online has no blocks to shuffle; leave --shuffle-blocks out")
+    if options.cuda_graph:
+        raise UsageError("--online makes batches of any size; leave --cuda-graph out")
     if options.read_threads is not None:
         raise UsageError(
             "--online reads videos; leave --read-threads out, --decode-workers says how many decode"
         )
-    options = replace(options, shuffle_blocks=0)
+    options = replace(options, shuffle_blocks=0, cuda_graph=False)
     decoding = decoding_for(request.pixels, decoding or DecodeOptions(), device=options.device)
     jobs = _sides(plan_extraction(request, device=options.device), val_names)
     with (

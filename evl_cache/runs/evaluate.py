@@ -10,6 +10,7 @@ import torch
 from evl_cache.batches import DEFAULT_BATCH, BatchMemory, FeatureLoader, read_threads, samples_of_clips
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head
+from evl_cache.precision import check_precision, precision_of_run
 from evl_cache.runs.directory import RunConfig, read_run_config
 from evl_cache.runs.fit import check_features, check_maps, head_reads
 from evl_cache.runs.head_files import load_head
@@ -25,6 +26,7 @@ class EvalResult:
         top1, top5: percent of `val_clips`, views averaged.
         loss: mean over single views.
         clips_per_s: samples a second.
+        precision: that the head was computed in.
     """
 
     top1: float
@@ -33,6 +35,7 @@ class EvalResult:
     val_clips: int
     clips_per_s: float
     cache_fingerprint: str
+    precision: str
 
 
 def run_loader(
@@ -69,6 +72,7 @@ def evaluate(
     clips: Sequence[int] | None = None,
     batch: int = DEFAULT_BATCH,
     device: str = "cpu",
+    precision: str | None = None,
     threads: int | None = None,
     best: bool = False,
     on_batch: Callable[[int], None] = lambda samples: None,
@@ -76,11 +80,15 @@ def evaluate(
     """Score a run's head on a cache: the last one, or with `best` that of its best epoch.
 
     Args:
+        precision: to compute in; that of the run's training by default, where the device has it.
         threads: that read and decode; what suits device and processors by default.
 
-    Raises: UsageError naming both sides where the cache's features or classes are not the head's.
+    Raises: UsageError naming both sides where the cache's features or classes are not the head's, or for a precision
+        that the device cannot compute in.
     """
     config = read_run_config(run)
+    precision = precision or precision_of_run(config.training, device)
+    check_precision(precision, device)
     if len(cache.spec.classes) != config.head_config["num_classes"]:
         raise UsageError(
             f"{run}: its head has {config.head_config['num_classes']} classes, {cache.place} has {len(cache.spec.classes)}"
@@ -93,7 +101,7 @@ def evaluate(
     head = load_head(run, best=best).to(device)
     loader = run_loader(run, config, head, cache, clips=clips, batch=batch, device=device, threads=threads)
     started = time.monotonic()
-    scores = score(head, loader, device=torch.device(device), on_batch=on_batch)
+    scores = score(head, loader, device=torch.device(device), precision=precision, on_batch=on_batch)
     return EvalResult(
         top1=scores.top(1),
         top5=scores.top(5),
@@ -101,4 +109,5 @@ def evaluate(
         val_clips=len(scores.clips),
         clips_per_s=len(loader.samples) / (time.monotonic() - started),
         cache_fingerprint=cache.fingerprint,
+        precision=precision,
     )

@@ -14,6 +14,7 @@ from torch import nn
 from evl_cache.batches import Batch, Loader
 from evl_cache.errors import EvlCacheError
 from evl_cache.heads import Maps, Tokens
+from evl_cache.precision import computing, tf32_as
 from evl_cache.store import StoredBatch
 
 
@@ -99,15 +100,16 @@ class ViewSums:
         batch: Batch,
         features: "StoredBatch | HeadInputs",
         loader: Loader,
-        autocast_dtype: torch.dtype | None,
+        precision: str,
     ) -> None:
         """Add what a head says of a batch. The head's mode is restored.
 
         Args:
             features: of the batch, on the head's device.
+            precision: to compute in.
         """
         was_training = head.training
-        logits = head_logits(head.eval(), features, autocast_dtype)
+        logits = head_logits(head.eval(), features, precision)
         head.train(was_training)
         labels = batch.labels.to(logits.device)
         self.loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
@@ -138,13 +140,17 @@ def head_inputs(head: nn.Module, features: StoredBatch) -> HeadInputs:
 
 
 def head_logits(
-    head: nn.Module, features: StoredBatch | HeadInputs, autocast_dtype: torch.dtype | None = None
+    head: nn.Module, features: StoredBatch | HeadInputs, precision: str = "float32"
 ) -> torch.Tensor:
-    """Logits float32 (B, K) from features that are on the head's device."""
-    inputs = features if isinstance(features, HeadInputs) else head_inputs(head, features)
-    device_type = next(head.parameters()).device.type
-    with torch.autocast(device_type, dtype=autocast_dtype, enabled=autocast_dtype is not None):
-        logits: torch.Tensor = head(inputs.tokens, inputs.maps)
+    """Logits float32 (B, K) from features that are on the head's device.
+
+    Raises: UsageError for a precision that the device cannot compute in.
+    """
+    device = next(head.parameters()).device
+    with tf32_as(precision, device):
+        inputs = features if isinstance(features, HeadInputs) else head_inputs(head, features)
+        with computing(precision, device):
+            logits: torch.Tensor = head(inputs.tokens, inputs.maps)
     return logits.float()
 
 
@@ -153,13 +159,14 @@ def score(
     loader: Loader,
     *,
     device: torch.device,
-    autocast_dtype: torch.dtype | None = None,
+    precision: str = "float32",
     on_batch: Callable[[int], None] = lambda samples: None,
     gather: Callable[[ViewSums], list[ViewSums]] = lambda sums: [sums],
 ) -> Scores:
     """Run a head over the loader's samples. The head's mode is restored.
 
     Args:
+        precision: to compute in, one that the device can.
         on_batch: called with the samples of each batch.
         gather: collects what every process found, where several share the samples.
     """
@@ -167,7 +174,7 @@ def score(
     for batch in loader.epoch():
         if batch.is_stand_in:
             continue
-        mine.add_batch(head, batch, batch.features.to(device), loader, autocast_dtype)
+        mine.add_batch(head, batch, batch.features.to(device), loader, precision)
         on_batch(len(batch.labels))
     return scores_of(gather(mine), loader)
 

@@ -9,6 +9,7 @@ import torch
 
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.notation import escaped
+from evl_cache.precision import precision_of_run
 from evl_cache.runs import Scores, run_loader, score, write_text
 from evl_cache.show.view import ShowRun, decoder_of, draw_cached
 from evl_cache.store import FeatureCache
@@ -39,7 +40,7 @@ def show_page(
         folder: where the page and its pictures are written; it is made.
         each: number of clips of either kind.
         clips: rows of the cache; all by default.
-        device: where clips are scored.
+        device: where clips are scored, in the precision of the run's training where the device has it.
         decoding: as `show_cached` takes it.
         clip_timeout_s: longest time for decoding one video.
         on_picture: called after each picture, with the number of pictures done and of all.
@@ -49,7 +50,8 @@ def show_page(
     _check_place(folder, each)
     head = run.head.to(device)
     loader = run_loader(run.path, run.config, head, cache, clips=clips)
-    scores = score(head, loader, device=torch.device(device))
+    precision = precision_of_run(run.config.training, device)
+    scores = score(head, loader, device=torch.device(device), precision=precision)
     head.cpu()
     wrong, right = wrongest_and_surest(scores, each)
     folder.mkdir(parents=True, exist_ok=True)

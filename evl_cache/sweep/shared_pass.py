@@ -4,18 +4,20 @@ import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from evl_cache.batches import Batch, Loader
 from evl_cache.heads import EVLHead, Workspace
+from evl_cache.precision import PRECISIONS, tf32_as
 from evl_cache.processes import Interrupted, StopRequests
 from evl_cache.runs import RunFile, RunWriter, Scores, ViewSums, load_state, scores_of
 from evl_cache.store import Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.shared_batch import SharedBatch
-from evl_cache.train import PRECISIONS, Diverged, Trainer, prepare_run, run_config
+from evl_cache.train import Diverged, Trainer, prepare_run, run_config
 
 OnPassStep = Callable[[int, int, int], None]  # steps done, steps in all, heads that still train
 
@@ -86,7 +88,7 @@ class SweepPass:
         self._reads, self._stop, self._writer = reads, stop, writer
         options = runs[0].run.options
         self.device = torch.device(options.device)
-        self.autocast_dtype = PRECISIONS[options.precision]
+        self.precision = options.precision
         self.members = [self._member(planned, folder / planned.run.name) for planned in runs]
         workspace = Workspace()  # heads take turns
         for member in self.members:
@@ -130,6 +132,9 @@ class SweepPass:
                 if all(m.trainer.has_all_steps for m in here):
                     break
         bottleneck = self.train_loader.times.bottleneck(time.monotonic() - started)
+        for member in here:
+            _unless_diverged(member, member.trainer.settle)
+        here = [m for m in here if m.error is None]
         for member, scores in zip(here, self._validate(here), strict=True):
             member.scores = scores
             member.trainer.end_epoch(scores, bottleneck)
@@ -140,12 +145,9 @@ class SweepPass:
         for member in members:
             if member.has_done(epoch, batch.number):
                 continue
-            try:
-                member.trainer.step(batch, [part.inputs(member.reads) for part in shared])
-            except Diverged as error:
-                member.error = str(error)
-                continue
-            member.trainer.save_if_due()
+            inputs = [part.inputs(member.reads) for part in shared]
+            if _unless_diverged(member, partial(member.trainer.step, batch, inputs)):
+                _unless_diverged(member, member.trainer.save_if_due)
 
     def _validate(self, members: Sequence[Member]) -> list[Scores]:
         """Score each head on the validation clips, in one pass over them."""
@@ -154,19 +156,21 @@ class SweepPass:
             shared = self._share(batch, slice(0, len(batch.labels)))
             for member, found in zip(members, sums, strict=True):
                 inputs, head = shared.inputs(member.reads), member.trainer.result_head
-                found.add_batch(head, batch, inputs, self.val_loader, self.autocast_dtype)
+                found.add_batch(head, batch, inputs, self.val_loader, self.precision)
             self._interrupt_if_asked()
         return [scores_of([found], self.val_loader) for found in sums]
 
     def _share(self, batch: Batch, part: slice) -> SharedBatch:
-        features = batch.features.part(part.start, part.stop).to(self.device, non_blocking=True)
-        return SharedBatch(features, self._reads, products=self.autocast_dtype or torch.float32)
+        features = batch.features.part(part.start, part.stop).to(self.device)
+        products = PRECISIONS[self.precision].autocast_dtype or torch.float32
+        with tf32_as(self.precision, self.device):  # maps that are not stored are made here
+            return SharedBatch(features, self._reads, products=products)
 
     def _interrupt_if_asked(self) -> None:
         if not self._stop.signal_number:
             return
         for member in self._training():
-            member.trainer.save()
+            _unless_diverged(member, member.trainer.save)
         done = max(m.trainer.steps_done for m in self.members)
         raise Interrupted(
             f"stopped after step {done} of a pass of {len(self.members)} heads, which is kept; go on with --resume",
@@ -204,3 +208,12 @@ class SweepPass:
             trainer.load(load_state(out))
         (out / RunFile.RESULT).unlink(missing_ok=True)
         return Member(run=run, reads=reads, trainer=trainer)
+
+
+def _unless_diverged(member: Member, act: Callable[[], None]) -> bool:
+    """Have a member act; where its loss turns out to be no number, it ends there. Returns: whether it goes on."""
+    try:
+        act()
+    except Diverged as error:
+        member.error = str(error)
+    return member.error is None

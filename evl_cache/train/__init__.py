@@ -5,20 +5,21 @@ from evl_cache.train.head_reads import all_reads, training_reads
 from evl_cache.train.loaders import make_loaders, shuffle_blocks
 from evl_cache.train.memory import Loads, Room, kept_nbytes
 from evl_cache.train.needs import HeadNeeds
-from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, PRECISIONS, TrainOptions, options_of
-from evl_cache.train.result import TrainResult
+from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, TrainOptions, options_of
+from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult
 from evl_cache.train.setup import check_pair, pair_differences, prepare_run, run_config, written_by_first
 from evl_cache.train.stage import train, train_with_loaders
-from evl_cache.train.trainer import Diverged, OnBottleneck, OnStep, Trainer
+from evl_cache.train.step_loss import Diverged
+from evl_cache.train.trainer import Trainer
 
 __all__ = [
     "DEFAULT_EPOCHS",
     "OPERATIONAL",
-    "PRECISIONS",
     "Diverged",
     "HeadNeeds",
     "Loads",
     "OnBottleneck",
+    "OnNote",
     "OnStep",
     "Room",
     "TrainOptions",

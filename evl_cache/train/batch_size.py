@@ -9,12 +9,13 @@ import torch
 from evl_cache.batches import DEFAULT_BATCH
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head
+from evl_cache.precision import tf32_as
 from evl_cache.processes import MEMORY_SHARE, Processes, peak_bytes, reset_peak
 from evl_cache.runs import head_logits
 from evl_cache.store import StoredBatch
 from evl_cache.train.memory import GPU_SHARE, Loads, Room, keeps_on_host, kept_nbytes
 from evl_cache.train.optimisation import Optimisation
-from evl_cache.train.options import PRECISIONS, TrainOptions
+from evl_cache.train.options import TrainOptions
 
 _SIZES = (4, 16)  # of the batches that are measured
 
@@ -186,6 +187,7 @@ def training_step(head: Head, features: StoredBatch, options: TrainOptions, *, b
     optimisation = Optimisation(head, options, total_steps=1)
     optimisation.begin(0)
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    logits = head_logits(head, features.to(device).repeated(batch), PRECISIONS[options.precision])
-    optimisation.backward(torch.nn.functional.cross_entropy(logits, labels))
+    with tf32_as(options.precision, device):
+        logits = head_logits(head, features.to(device).repeated(batch), options.precision)
+        optimisation.backward(torch.nn.functional.cross_entropy(logits, labels))
     optimisation.finish(0)

@@ -15,9 +15,11 @@ from torch import nn
 from evl_cache.heads import Head
 from evl_cache.train.options import TrainOptions
 
+_KERNELS = ("fused", "foreach", "capturable")  # how AdamW computes; a part of its groups
+
 
 class Optimisation:
-    """Everything that changes a head's parameters from step to step.
+    """Everything that changes a head's parameters from step to step. On a GPU none of it waits for the device.
 
     Args:
         head: on its device.
@@ -35,6 +37,7 @@ class Optimisation:
                 head, options.weight_decay, decay_norms_and_biases=options.decay_norms_and_biases
             ),
             lr=options.lr,
+            fused=takes_fused(head),
         )
         device = next(head.parameters()).device.type
         # Only float16's range needs it; disabled it does nothing.
@@ -88,8 +91,22 @@ class Optimisation:
         self.head.load_state_dict(state["head"])
         if self.averaged is not None:
             self.averaged.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # A state also names the kernels that it was made with; these are chosen anew, for this device.
+        own = [{name: group[name] for name in _KERNELS} for group in self.optimizer.param_groups]
+        saved = state["optimizer"]
+        groups = [{**group, **kernels} for group, kernels in zip(saved["param_groups"], own, strict=True)]
+        self.optimizer.load_state_dict({**saved, "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
+
+
+def takes_fused(head: nn.Module) -> bool | None:
+    """Whether AdamW runs as one kernel over all parameters: on a GPU; None leaves it to torch.
+
+    With a gradient scaler the kernel itself leaves out a step whose gradients are infinite, where the host would wait to
+    know. On a CPU torch's own choice stays: its results differ in the last bit.
+    """
+    on_gpu = all(p.is_cuda and p.is_floating_point() for p in head.parameters())
+    return True if on_gpu else None
 
 
 def lr_factor(step: int, *, warmup: int, total: int) -> float:

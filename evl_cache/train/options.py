@@ -4,12 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from evl_cache.batches import DEFAULT_BATCH
 from evl_cache.errors import UsageError
+from evl_cache.precision import PRECISIONS
 
-PRECISIONS = {"float32": None, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MEMORIES = ("ram", "device")
 DEFAULT_EPOCHS = 30
 
@@ -30,7 +28,7 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
 
 # They change where and how fast a run is trained, not to what: a continuation may have others.
 OPERATIONAL = frozenset(
-    {"device", "save_every_steps", "keep_in", "keep_bytes", "read_threads", "tensorboard"}
+    {"device", "save_every_steps", "keep_in", "keep_bytes", "read_threads", "tensorboard", "cuda_graph"}
 )
 
 
@@ -54,7 +52,7 @@ class TrainOptions:
         dropout: in the MLP and before the classifier.
         label_smoothing: share of a label that is spread over all classes.
         ema: decay of the parameters' moving average, which is then validated and saved.
-        precision: autocast of the forward pass.
+        precision: of `evl_cache.precision`: `float32`, `tf32`, `bfloat16` or `float16`. Validation has it too.
         seed: of initialisation and dropout.
         order_seed: of the order of the clips; `seed` by default. Runs with one order and several seeds differ in
             initialisation and dropout alone, and a sweep can train them together.
@@ -65,6 +63,8 @@ class TrainOptions:
             what is free by default.
         read_threads: that read and decode in each process; what suits device and processors by default.
         tensorboard: also write TensorBoard's event files.
+        cuda_graph: whether steps of whole batches are recorded once and replayed; by default on a GPU, where one process
+            trains one head in one pass a step.
         shuffle_blocks: 0 draws an epoch's order from all samples. Otherwise blocks are permuted, and samples are
             shuffled within so many at a time. By default what suits the cache's disk; a continuation keeps it.
     """
@@ -96,6 +96,7 @@ class TrainOptions:
     keep_bytes: int | None = None
     read_threads: int | None = None
     tensorboard: bool = False
+    cuda_graph: bool | None = None
     shuffle_blocks: int | None = None
 
     def __post_init__(self) -> None:
@@ -146,11 +147,6 @@ class TrainOptions:
         """The samples of a step, once `batch` is a number."""
         assert self.batch != "auto", "resolved before training begins"
         return self.batch
-
-
-def default_precision(device: str) -> str:
-    """The precision of the forward pass that suits a device."""
-    return "float32" if torch.device(device).type == "cpu" else "bfloat16"
 
 
 def options_of(recipe: str | None, given: Mapping[str, Any]) -> TrainOptions:

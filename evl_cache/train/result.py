@@ -1,6 +1,11 @@
-"""What a run has done so far, and what it came to."""
+"""What a run has done so far, what it tells meanwhile, and what it came to."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
+OnBottleneck = Callable[[str], None]
+OnNote = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

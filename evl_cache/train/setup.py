@@ -11,6 +11,7 @@ from evl_cache.batches import Loader, Source
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.heads import MODULES, head_class
+from evl_cache.precision import check_precision
 from evl_cache.processes import Processes
 from evl_cache.runs import (
     OnWait,
@@ -53,8 +54,9 @@ def run_config(
     Args:
         loaders: by side, `train` and `val`.
 
-    Raises: as `head_config`.
+    Raises: as `head_config`; UsageError for a precision that its device cannot compute in.
     """
+    check_precision(options.precision, options.device)
     spec = cache.spec
     caches = {
         name: {

@@ -13,9 +13,9 @@ from evl_cache.train.head_reads import training_reads
 from evl_cache.train.loaders import make_loaders, shuffle_blocks
 from evl_cache.train.memory import Loads
 from evl_cache.train.options import TrainOptions
-from evl_cache.train.result import TrainResult
+from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult
 from evl_cache.train.setup import check_pair, prepare_run, run_config, written_by_first
-from evl_cache.train.trainer import OnBottleneck, OnStep, Trainer
+from evl_cache.train.trainer import Trainer
 
 __all__ = ["TrainOptions", "TrainResult", "Trainer", "train", "train_with_loaders"]
 
@@ -32,6 +32,7 @@ def train(
     on_step: OnStep = lambda done, total, loss: None,
     on_bottleneck: OnBottleneck = lambda name: None,
     on_wait: OnWait = lambda message: None,
+    on_note: OnNote = lambda message: None,
     processes: Processes | None = None,
 ) -> TrainResult:
     """Train a head and leave a run directory.
@@ -41,9 +42,10 @@ def train(
         out: the run directory.
         train_clips, val_clips: rows of the clip lists; all by default.
         resume: go on from the last state in `out`.
-        on_step: called with (steps done, steps in all, loss).
-        on_bottleneck: called after each step with what training waits for: `device`, `disk` or `processor`.
+        on_step: called with (steps done, steps in all, loss); on a GPU when the next step has been given to it.
+        on_bottleneck: called before `on_step` with what training waits for: `device`, `disk` or `processor`.
         on_wait: told once, if it must first be seen whether a writer of `out` on another machine lives.
+        on_note: told in a line what training goes on without, such as a CUDA graph that cannot be recorded.
         processes: that train together; this one alone by default.
 
     Raises: UsageError where the caches do not fit each other or the head, where `out` holds a run, or where another
@@ -78,6 +80,7 @@ def train(
             resume=resume,
             on_step=on_step,
             on_bottleneck=on_bottleneck,
+            on_note=on_note,
             processes=processes,
             writer=writer,
         )
@@ -93,6 +96,7 @@ def train_with_loaders(
     resume: bool,
     on_step: OnStep,
     on_bottleneck: OnBottleneck,
+    on_note: OnNote = lambda message: None,
     processes: Processes,
     writer: RunWriter | None,
 ) -> TrainResult:
@@ -106,7 +110,16 @@ def train_with_loaders(
     config = run_config(train_loader.cache, {"train": train_loader, "val": val_loader}, options, layers)
     when = "while preparing the run"
     processes.on_first(lambda: prepare_run(out, config, resume=resume), when)
-    trainer = Trainer(config, options, train_loader, val_loader, out=out, processes=processes, writer=writer)
+    trainer = Trainer(
+        config,
+        options,
+        train_loader,
+        val_loader,
+        out=out,
+        processes=processes,
+        writer=writer,
+        on_note=on_note,
+    )
     if resume:
         trainer.load(processes.on_first(lambda: load_state(out), when))
     return trainer.run(on_step, on_bottleneck)

@@ -3,21 +3,21 @@
 A step is the same in both: batch k of an epoch holds the same samples, and its loss is divided by their number.
 """
 
-import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from evl_cache.batches import Batch, Loader
-from evl_cache.errors import EvlCacheError, UsageError
+from evl_cache.errors import EvlCacheError
 from evl_cache.heads import Head
+from evl_cache.precision import tf32_as
 from evl_cache.processes import Interrupted, Processes, StopRequests
 from evl_cache.runs import (
     HeadInputs,
@@ -26,8 +26,6 @@ from evl_cache.runs import (
     RunLog,
     RunWriter,
     Scores,
-    head_inputs,
-    head_logits,
     save_head,
     save_state,
     score,
@@ -35,22 +33,19 @@ from evl_cache.runs import (
     write_report,
 )
 from evl_cache.train.optimisation import Optimisation, seed_step
-from evl_cache.train.options import PRECISIONS, TrainOptions
-from evl_cache.train.result import RunState, TrainResult
-
-OnStep = Callable[[int, int, float], None]
-OnBottleneck = Callable[[str], None]
-
-
-class Diverged(UsageError):
-    """The loss of a run has become NaN or infinite."""
+from evl_cache.train.options import TrainOptions
+from evl_cache.train.passes import Passes
+from evl_cache.train.result import OnBottleneck, OnNote, OnStep, RunState, TrainResult
+from evl_cache.train.step_graph import step_graph
+from evl_cache.train.step_loss import LossReader, StepLoss
 
 
 class Trainer:
     """The training of one run: steps, metrics, last state.
 
     `run` does all of it. A sweep drives several instead, batch by batch: `begin`, `parts` and `step`, `end_epoch`,
-    `finish`.
+    `finish`. On a GPU the loss of a step is read when the next one has been given; `settle` reads it at once, and nothing
+    is saved, scored or ended before that.
 
     Args:
         config: of the run.
@@ -60,6 +55,7 @@ class Trainer:
         processes: that train together.
         stop: where signals are noted; its own by default.
         writer: the right to write `out`, where it can be lost.
+        on_note: told in a line what training goes on without.
 
     Attributes:
         head: that is trained.
@@ -77,6 +73,7 @@ class Trainer:
         processes: Processes | None = None,
         stop: StopRequests | None = None,
         writer: RunWriter | None = None,
+        on_note: OnNote = lambda message: None,
     ) -> None:
         self.config, self.options, self.out = config, options, out
         self.processes = processes or Processes()
@@ -87,9 +84,12 @@ class Trainer:
         self.total_steps = options.steps or (options.epochs or 0) * len(train_loader)
         self._model = self.processes.wrap(self.head, some_unused=self.head.has_idle_parameters)
         self._optimisation = Optimisation(self.head, options, total_steps=self.total_steps)
-        self._autocast_dtype = PRECISIONS[options.precision]
+        self._passes = Passes(self._model, self._optimisation, options, self.processes)
+        self._graph = step_graph(self._passes, self.head, options, self.processes, on_note)
         self._state = RunState()
         self._stop = stop or StopRequests()
+        self._losses = LossReader(self.processes, self._stop, self.device)
+        self._on_loss: Callable[[StepLoss], None] = lambda loss: None
         self._writer = writer
         is_first = self.processes.place.is_first
         self._log = RunLog(out if is_first else None, tensorboard=options.tensorboard)
@@ -145,7 +145,8 @@ class Trainer:
         return self._log
 
     def validate(self) -> Scores:
-        """Score the validation clips."""
+        """Score the validation clips. Raises: as `settle`."""
+        self.settle()
 
         def on_batch(samples: int) -> None:
             # With several processes they would disagree: those stop at their next step.
@@ -156,7 +157,7 @@ class Trainer:
             self.result_head,
             self.val_loader,
             device=self.device,
-            autocast_dtype=self._autocast_dtype,
+            precision=self.options.precision,
             on_batch=on_batch,
             gather=lambda sums: self.processes.gather(sums, "in validation"),
         )
@@ -167,19 +168,24 @@ class Trainer:
         if state.step >= self.total_steps:
             return "device"
         started = before = time.monotonic()
+
+        def on_loss(loss: StepLoss) -> None:
+            on_bottleneck(loader.times.bottleneck(time.monotonic() - started))
+            on_step(loss.step, self.total_steps, loss.value)
+
+        self._on_loss = on_loss
         for batch in loader.epoch(state.epoch, start_batch=state.batches):
             state.epoch_seconds += time.monotonic() - before  # a step counts its own
-            loss, stop = self.step(batch)
+            self.step(batch)
             before = time.monotonic()
-            on_bottleneck(loader.times.bottleneck(before - started))
-            on_step(state.step, self.total_steps, loss)
-            if stop:
-                self._interrupt(stop)
+            self._interrupt_if_asked()
             self.save_if_due()
             if self.has_all_steps:
                 break
         if not state.batches:
             raise EvlCacheError(f"{loader.cache.place}: none of the clips to train on can be used")
+        self.settle()
+        self._interrupt_if_asked()
         return loader.times.bottleneck(time.monotonic() - started)
 
     def save_if_due(self) -> None:
@@ -189,68 +195,48 @@ class Trainer:
 
     def parts(self, batch: Batch) -> list[slice]:
         """Split a batch into the samples of each forward pass."""
-        shared = self.processes.place.world * self.options.accumulate
-        size = -(-self.options.global_batch // shared)
-        return [slice(start, start + size) for start in range(0, len(batch.labels), size)]
+        return self._passes.parts(batch)
 
-    def step(self, batch: Batch, inputs: Iterable[HeadInputs] | None = None) -> tuple[float, int]:
-        """Take one optimiser step.
+    def step(self, batch: Batch, inputs: Iterable[HeadInputs] | None = None) -> None:
+        """Give the device one optimiser step, and read the loss of the one before, or on a CPU this one's.
 
         Args:
             inputs: what the head reads of each of the batch's parts, on the device; by default they are moved there.
 
-        Returns: the mean loss, and the signal that asked a process to stop, or 0.
-        Raises: Diverged where the loss becomes NaN or infinite.
+        Raises: Diverged where the loss that is read is NaN or infinite.
         """
         started = time.monotonic()
         state, place, when = self._state, self.processes.place, f"at step {self._state.step + 1}"
         self._model.train()
-        seed_step(self.options.seed, state.step, place.rank)
+        seed = partial(seed_step, self.options.seed, state.step, place.rank)
         self._optimisation.begin(state.step)
-        with self.processes.watched(when):
-            total = self._passes(batch, iter(self._moved(batch) if inputs is None else inputs))
+        with self.processes.watched(when), tf32_as(self.options.precision, self.device):
+            total = None if self._graph is None or inputs is not None else self._graph.loss(batch, seed)
+            if total is None:
+                seed()
+                total = self._passes.run(batch, inputs)
         self._optimisation.finish(state.step)
-        sums = torch.tensor([float(total), float(self._stop.signal_number)], dtype=torch.float64)
-        loss, stop = self.processes.add(sums, when).tolist()
+        loss = self._losses.give(state.step + 1, total)
         state.step += 1
-        if not math.isfinite(loss):
-            raise Diverged(
-                f"loss is {loss} at step {state.step}: training diverged; use a lower --lr or --precision float32"
-            )
         state.batches, state.epoch_steps = batch.number + 1, state.epoch_steps + 1
-        state.epoch_loss += loss
         state.epoch_samples += batch.total
-        self._log.step(state.step, {"loss": loss, "lr": self._optimisation.lr(state.step - 1)})
+        self._note(loss)
         state.epoch_seconds += time.monotonic() - started
-        return loss, self._stop.signal_number or (signal.SIGTERM if stop else 0)
 
-    def _passes(self, batch: Batch, inputs: Iterator[HeadInputs]) -> torch.Tensor:
-        """Forward and backward over this process's part. Returns: its loss."""
-        parts, world = self.parts(batch), self.processes.place.world
-        total = torch.zeros((), device=self.device)
-        for part in parts:
-            labels = batch.labels[part].to(self.device)
-            with nullcontext() if part is parts[-1] else self._unsynchronised():
-                # Inputs are not held: the next ones are made where these were.
-                logits = head_logits(self._model, next(inputs), self._autocast_dtype)
-                loss = torch.nn.functional.cross_entropy(
-                    logits, labels, reduction="sum", label_smoothing=self.options.label_smoothing
-                )
-                loss = loss / batch.total * (0.0 if batch.is_stand_in else 1.0)
-                # Gradients are averaged over processes; those of a batch are to be added.
-                self._optimisation.backward(loss * world)
-            total = total + loss.detach()
-        return total
+    def settle(self) -> None:
+        """Read the loss of the last step, where that is still to be done. All processes of a run do it together.
 
-    def _moved(self, batch: Batch) -> Iterator[HeadInputs]:
-        for part in self.parts(batch):
-            # No name for the features: they must not live on while the next ones are moved.
-            yield head_inputs(
-                self._model, batch.features.part(part.start, part.stop).to(self.device, non_blocking=True)
-            )
+        Raises: Diverged where it is NaN or infinite: then nothing may be saved.
+        """
+        started = time.monotonic()
+        self._note(self._losses.read())
+        self._state.epoch_seconds += time.monotonic() - started
 
-    def _unsynchronised(self) -> Any:
-        return self._model.no_sync() if isinstance(self._model, DistributedDataParallel) else nullcontext()
+    def _note(self, loss: StepLoss | None) -> None:
+        if loss is not None:
+            self._state.epoch_loss += loss.value
+            self._log.step(loss.step, {"loss": loss.value, "lr": self._optimisation.lr(loss.step - 1)})
+            self._on_loss(loss)
 
     def end_epoch(self, scores: Scores, bottleneck: str) -> None:
         """Log an epoch and keep the state.
@@ -258,7 +244,10 @@ class Trainer:
         Args:
             scores: of the validation after it.
             bottleneck: what its training waited for.
+
+        Raises: as `settle`.
         """
+        self.settle()
         state = self._state
         rate = state.epoch_samples / state.epoch_seconds if state.epoch_seconds else 0.0
         state.epoch += 1
@@ -294,11 +283,14 @@ class Trainer:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
+        if self._graph is not None:
+            self._graph.forget()
         self._optimisation.load(state)
         self._state = RunState(**state["progress"])
 
     def save(self) -> None:
-        """Write the state that the run can be continued from."""
+        """Write the state that the run can be continued from. Raises: as `settle`."""
+        self.settle()
         if self.processes.place.is_first:
             self._check_writer()
             self._log.flush()
@@ -307,6 +299,12 @@ class Trainer:
     def _check_writer(self) -> None:
         if self._writer is not None:
             self._writer.check()
+
+    def _interrupt_if_asked(self) -> None:
+        # Several processes must stop at the same step, so they go by what they told each other.
+        own = self._stop.signal_number
+        if self._losses.is_stopping or (own and self.processes.place.world == 1):
+            self._interrupt(own or signal.SIGTERM)
 
     def _interrupt(self, signal_number: int) -> None:
         self.save()
@@ -322,7 +320,10 @@ class Trainer:
         Args:
             scores: of the last validation.
             seconds: that the run took.
+
+        Raises: as `settle`.
         """
+        self.settle()
         state = self._state
         result = TrainResult(
             top1=scores.top(1),

@@ -136,6 +136,21 @@ def test_a_folder_from_videos_to_scores(work, run):
     assert status == 0
     assert (scored["top1"], scored["top5"]) == (trained["top1"], trained["top5"])
     assert scored["cache_fingerprint"] == caches[1]["cache_digest"]
+    assert scored["precision"] == "float32"
+
+    status, out, _ = run(
+        "eval", "--cache", caches[1]["cache"], "--run", "runs/a", "--precision", "bfloat16", "--json"
+    )
+    lower = json.loads(out)
+    assert status == 0 and lower["precision"] == "bfloat16"
+    assert lower["loss"] != scored["loss"] and lower["loss"] == pytest.approx(scored["loss"], rel=0.05)
+    message = error_of(
+        run(
+            "eval", "--cache", caches[1]["cache"], "--run", "runs/a", "--device", "cpu", "--precision", "tf32"
+        ),
+        2,
+    )
+    assert "tf32 on cpu" in message and "use --precision float32" in message
 
 
 def files_of(folder: Path) -> dict[str, tuple[int, int]]:

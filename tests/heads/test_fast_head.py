@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 
 from evl_cache.errors import UsageError
-from evl_cache.heads.decoder import chunks
+from evl_cache.heads.decoder import paths
+from evl_cache.heads.decoder.chunked import chunks
+from evl_cache.heads.decoder.chunked.threads import map_in_threads
 from evl_cache.heads.decoder.evl import EVLHead
 from evl_cache.heads.decoder.plain import PlainHead
-from evl_cache.heads.decoder.threads import map_in_threads
+from evl_cache.heads.decoder.whole import motion as whole_motion
+from evl_cache.heads.decoder.whole import path as whole_path
 from evl_cache.quantize import (
     QuantizedMaps,
     QuantizedTokens,
@@ -42,10 +46,14 @@ SHAPES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _several_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cut small batches into slices too, as large ones are: the twin is to be compared with what threads join."""
+@pytest.fixture(autouse=True, params=["chunked", "whole"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Compute by each path, and cut small batches into slices too, as large ones are."""
     monkeypatch.setattr(chunks, "CPU_ONE_SLICE_VALUES", 0)
+    monkeypatch.setattr(whole_path, "SLICE_BYTES", 1 << 12)
+    monkeypatch.setattr(whole_motion, "WINDOW_BYTES", 1 << 14)
+    with paths.forced(request.param):
+        yield request.param
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,6 +92,22 @@ def test_predictions_equal_the_scores_from_a_cache(work):
     assert np.ptp(expected, axis=0).max() > 1e-2  # clips do differ
 
 
+def test_a_head_is_computed_in_its_trainings_precision_unless_told(work, tmp_path):
+    cache, one = FeatureCache(work / "cache"), [work / "videos" / "03.mp4"]
+    train(
+        cache, cache, options=replace(OPTIONS, precision="bfloat16"), out=tmp_path / "run", val_clips=[0, 1]
+    )
+    as_trained, exact = (predict(tmp_path / "run", one, precision=name) for name in (None, "float32"))
+    assert (as_trained.precision, exact.precision) == ("bfloat16", "float32")
+    difference = np.abs(as_trained.probabilities - exact.probabilities).max()
+    assert 0 < difference < 0.02
+    report = json.loads(invoke(*one, "--run", tmp_path / "run", "--precision", "float32", "--json").stdout)
+    assert report["precision"] == "float32"
+    assert report["videos"][0]["labels"][0]["score"] == exact.probabilities.max()
+    with pytest.raises(UsageError, match="tf32 on cpu"):
+        predict(tmp_path / "run", one, precision="tf32")
+
+
 def test_a_run_is_whole_without_its_cache_its_list_and_its_towers_file(work, tmp_path):
     here = shutil.copytree(work, tmp_path / "here")
     extracted(here / "videos", here / "cache2")

@@ -12,6 +12,7 @@ import resource
 import signal
 import socket
 import sys
+from contextlib import suppress
 from typing import Any
 
 # The variable with the socket of that process; without it, decoders start by themselves.
@@ -91,7 +92,9 @@ def _decode(job: dict[str, Any]) -> None:
 
 if __name__ == "__main__":
     import av  # noqa: F401
-    import decord  # noqa: F401
+
+    with suppress(ImportError):  # it has no wheels for some platforms
+        import decord  # noqa: F401
 
     from evl_cache.video import with_decord, with_pyav, worker  # noqa: F401
     from tests.support.warm_python import Server, end_with

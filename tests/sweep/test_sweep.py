@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from benchmarks.support.counting import counted
 from evl_cache import load_head
 from evl_cache.errors import UsageError
-from evl_cache.heads.decoder.chunks import StoredTokens, walk
-from evl_cache.heads.decoder.motion import StoredMaps
+from evl_cache.heads.decoder.chunked.chunks import walk
+from evl_cache.heads.decoder.tensors import StoredMaps, StoredTokens
 from evl_cache.heads.layer_tokens import LayerTokens, decoded_maps
 from evl_cache.processes.stop_requests import Interrupted
 from evl_cache.quantize import quantize_maps, quantize_tokens
@@ -128,7 +128,7 @@ def test_decoding_once_gives_the_bits_that_a_head_decodes_for_itself():
     values = LayerTokens(coded).values
     for chunk in walk((3, 4), 1, torch.device("cpu")):
         out = torch.empty(chunk.size, 4, 3, 24)
-        assert torch.equal(stored.load(chunk, out), values[:, :, chunk.tokens].permute(2, 1, 0, 3))
+        assert torch.equal(stored.load(chunk.tokens, out), values[:, :, chunk.tokens].permute(2, 1, 0, 3))
     maps = quantize_maps(torch.rand(2, 2, 3, 12, 12, generator=generator).softmax(-1))
     for dtype in (torch.float32, torch.bfloat16):
         rows = StoredMaps(maps=maps.codes, row_max=maps.row_max).load(

@@ -31,13 +31,15 @@ OPTIONS = {
     "accumulate": 2,
 }
 WORKER = """
-import json, os, sys
+import json, os, signal, sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from evl_cache.processes.group import processes_of_environment
 from evl_cache.errors import EvlCacheError
+from evl_cache.processes import Interrupted
 from evl_cache.store import FeatureCache
+from evl_cache.train import step_loss
 from evl_cache.train.stage import TrainOptions, train
 
 def run(job, processes):
@@ -47,7 +49,10 @@ def run(job, processes):
         losses.append(loss)
         if [done, processes.place.rank] == job.get("dies"):
             os._exit(9)
+        if [done, processes.place.rank] == job.get("stops"):
+            signal.raise_signal(signal.SIGTERM)
 
+    step_loss.is_read_late = lambda device: job.get("late", False)
     options = TrainOptions(**job["options"])
     result = train(*caches, options=options, out=Path(job["out"]), resume=job.get("resume", False),
                    on_step=on_step, processes=processes)
@@ -58,7 +63,7 @@ with processes_of_environment(timeout_s=60) as processes:
     for number, job in enumerate(json.loads(sys.argv[2])):
         try:
             report = run(job, processes)
-        except EvlCacheError as error:
+        except (EvlCacheError, Interrupted) as error:
             report = {"error": f"{type(error).__name__}: {error}"}
         Path(sys.argv[3], f"report-{number}-{processes.place.rank}").write_text(json.dumps(report))
         if "lost another one" in report.get("error", ""):
@@ -146,6 +151,9 @@ def runs(caches, tmp_path_factory):
         {"options": OPTIONS, "out": str(folder / "two")},
         {"options": OPTIONS, "out": str(folder / "one")},
         {"options": {**OPTIONS, "keep_in": "ram"}, "out": str(folder / "kept")},
+        {"options": OPTIONS, "out": str(folder / "late"), "late": True},
+        {"options": OPTIONS, "out": str(folder / "stopped"), "late": True, "stops": [6, 1]},
+        {"options": {**OPTIONS, "lr": 1e12}, "out": str(folder / "diverged"), "late": True},
         saving("lost", dies=[6, 1]),
     ]
     codes, reports = start(2, caches, jobs, folder / "reports")
@@ -156,17 +164,18 @@ def runs(caches, tmp_path_factory):
         saving("lost-four", dies=[6, 3]),
     ]
     codes_of_four, reports_of_four = start(4, caches, jobs, folder / "reports-of-four")
-    jobs = [saving("lost", resume=True), saving("lost-four", resume=True)]
-    _, ((two_to_one,), (four_to_one,)) = start(1, caches, jobs, folder / "more")
+    jobs = [saving("lost", resume=True), saving("lost-four", resume=True), saving("stopped", resume=True)]
+    _, ((two_to_one,), (four_to_one,), (stopped_to_one,)) = start(1, caches, jobs, folder / "more")
     return {
         "folder": folder,
         "one": {"losses": losses, "top1": result.top1, "val_clips": result.val_clips},
         "codes": codes,
         "codes_of_four": codes_of_four,
-        **dict(zip(("two", "refused", "kept", "lost"), reports, strict=True)),
+        **dict(zip(("two", "refused", "kept", "late", "stopped", "diverged", "lost"), reports, strict=True)),
         **dict(zip(("four", "two to four", "lost of four"), reports_of_four, strict=True)),
         "two to one": [two_to_one],
         "four to one": [four_to_one],
+        "stopped to one": [stopped_to_one],
     }
 
 
@@ -190,6 +199,26 @@ def test_processes_that_share_the_samples_they_keep_take_the_same_steps(runs):
     for report in runs["kept"]:
         assert report["losses"] == pytest.approx(runs["one"]["losses"], abs=2e-5)
         assert (report["top1"], report["val_clips"]) == (runs["one"]["top1"], 3)
+
+
+def test_processes_that_read_losses_late_take_the_same_steps(runs):
+    for late, at_once in zip(runs["late"], runs["two"], strict=True):
+        assert late == at_once
+    mine, theirs = (lines(runs["folder"] / name / "steps.jsonl") for name in ("late", "two"))
+    assert mine == theirs
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(runs):
+    messages = {report["error"] for report in runs["stopped"]}
+    assert len(messages) == 1 and "Interrupted: stopped after step 8 of 12" in messages.pop()
+    (rest,) = runs["stopped to one"]
+    assert rest["losses"] == pytest.approx(runs["one"]["losses"][8:], abs=2e-5)
+    check_same_weights(runs["folder"] / "one", runs["folder"] / "stopped")
+
+
+def test_a_divergence_read_late_ends_all_processes_alike(runs):
+    messages = {report["error"] for report in runs["diverged"]}
+    assert len(messages) == 1 and "training diverged" in messages.pop()
 
 
 def test_an_error_of_the_first_process_ends_all_and_is_told_once(runs):

@@ -323,7 +323,7 @@ def test_a_run_is_not_resumed_on_another_fold(caches, tmp_path):
         ({"lr": 0.0}, "lr above 0"),
         ({"weight_decay": -1.0}, "weight_decay -1"),
         ({"warmup_steps": -1}, "warmup_steps -1"),
-        ({"precision": "int8"}, "float32, float16, bfloat16"),
+        ({"precision": "int8"}, "float32, tf32, bfloat16, float16"),
     ],
 )
 def test_options_that_contradict_are_refused(options, message):
@@ -361,7 +361,7 @@ def test_divergence_is_one_line_and_keeps_the_last_state(caches, tmp_path):
 
 
 def test_a_loss_that_is_no_number_keeps_the_state_of_the_epoch_before(caches, tmp_path, monkeypatch):
-    import evl_cache.train.trainer as module
+    import evl_cache.train.passes as module
 
     calls = []
     real = module.head_logits

@@ -21,6 +21,7 @@ from evl_cache.caches.pairing import find_training_caches
 from evl_cache.errors import UsageError
 from evl_cache.heads import build_head
 from evl_cache.live.predict import predict as live_predict
+from evl_cache.precision import PRECISIONS, default_precision
 from evl_cache.processes import MEMORY_SHARE, Interrupted
 from evl_cache.processes.group import DEFAULT_TIMEOUT_S
 from evl_cache.runs.directory import load_state, read_run_config
@@ -32,7 +33,7 @@ from evl_cache.train.batch_size import largest_that
 from evl_cache.train.loaders import BLOCKS_AT_A_TIME
 from evl_cache.train.needs import needs_of
 from evl_cache.train.optimisation import Optimisation, parameter_groups
-from evl_cache.train.options import DEFAULT_EPOCHS, default_precision, options_of
+from evl_cache.train.options import DEFAULT_EPOCHS, options_of
 from evl_cache.train.stage import TrainOptions, train
 from tests.support.feature_caches import write_cache, write_pair
 
@@ -98,11 +99,7 @@ def test_the_command_line_shows_the_defaults_of_the_package():
     assert f"else {BLOCKS_AT_A_TIME}]" in shown[train]["shuffle_blocks"].help
 
 
-def test_a_gpu_trains_in_bfloat16_where_nobody_says():
-    assert [default_precision(device) for device in ("cpu", "cuda", "cuda:1")] == [
-        "float32",
-        *["bfloat16"] * 2,
-    ]
+def test_a_training_that_nobody_configures_has_its_devices_precision():
     assert TrainOptions(epochs=1).precision == default_precision(TrainOptions.device)
 
 
@@ -189,6 +186,48 @@ def test_label_smoothing_is_the_cross_entropy_with_mixed_labels(caches, tmp_path
     plain = -logs[torch.arange(13), batch.labels].mean().item()
     assert losses[0] == pytest.approx(plain, abs=1e-5)
     assert losses[0.3] == pytest.approx(0.7 * plain - 0.3 * logs.mean().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+def test_only_float16_scales_the_loss(name):
+    optimisation = Optimisation(small_head(), replace(OPTIONS, precision=name), total_steps=3)
+    assert optimisation.scaler.is_enabled() == (name == "float16")
+
+
+def test_steps_that_float16_skips_are_no_divergence_and_a_continuation_skips_none_twice(
+    caches, tmp_path, monkeypatch
+):
+    """The loss is scaled up at first until gradients overflow: such a step changes nothing but the scale."""
+    real, finish, moved = torch.amp.GradScaler, Optimisation.finish, []
+
+    def finish_and_note(self, step):
+        before = self.head.classifier.weight.detach().clone()
+        finish(self, step)
+        moved.append(not torch.equal(before, self.head.classifier.weight))
+
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda *args, **more: real(*args, **more | {"init_scale": 2.0**20})
+    )
+    monkeypatch.setattr(Optimisation, "finish", finish_and_note)
+    options = replace(OPTIONS, precision="float16", save_every_steps=1)
+    _, whole = run(caches, tmp_path / "whole", options=options)
+    assert len(whole) == len(moved) == 12
+    assert moved[:2] == [False, False] and any(moved)
+
+    def stop(done):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(caches, tmp_path / "cut", options=options, on_step=stop)
+    _, rest = run(caches, tmp_path / "cut", options=options, resume=True)
+    assert rest == {step: whole[step] for step in rest} and max(rest) == 12
+
+
+def test_a_run_is_not_continued_in_another_precision(caches, tmp_path):
+    run(caches, tmp_path / "run")
+    with pytest.raises(UsageError, match="--resume with other precision"):
+        run(caches, tmp_path / "run", options=replace(OPTIONS, precision="bfloat16"), resume=True)
 
 
 @pytest.mark.parametrize(

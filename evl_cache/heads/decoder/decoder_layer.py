@@ -10,10 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from evl_cache.heads.decoder.chunks import StoredTokens
 from evl_cache.heads.decoder.fast_attention import attend, setting_for
-from evl_cache.heads.decoder.layer_pass import Setting, SharedTensors
-from evl_cache.heads.decoder.motion import StoredMaps
+from evl_cache.heads.decoder.tensors import Setting, SharedTensors, StoredMaps, StoredTokens
 from evl_cache.heads.decoder.workspace import Workspace
 
 

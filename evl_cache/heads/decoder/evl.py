@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from evl_cache.errors import UsageError
-from evl_cache.heads.decoder.chunks import stored_tokens
 from evl_cache.heads.decoder.decoder_layer import DecoderLayer
-from evl_cache.heads.decoder.motion import stored_maps
+from evl_cache.heads.decoder.tensors import stored_maps, stored_tokens
 from evl_cache.heads.decoder.workspace import Workspace
 from evl_cache.heads.head import MODULES, Head, Maps, Tokens, check_floating, check_shape, stored_values
 

@@ -6,30 +6,26 @@ Source: sections 3.2 and 3.3 of arXiv 2208.03550.
 With one query, keys and values need not exist. A logit is `(W n + b) . q`, which is `n . (W^T q)` plus a constant that
 the softmax drops, so the query is multiplied by `W^T` once. The mean of the values is the value projection of the mean
 token. The same holds for the gain and shift of the norm before them. One large tensor is left, the tokens
-`norm(tokens + conv + position + motion)`. They are computed and used chunk by chunk in a processor's cache, and kept for
-the backward pass, which never holds a gradient of their size.
+`norm(tokens + conv + position + motion)`. `paths.py` says which code computes them on which device.
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from evl_cache.heads.decoder.chunks import StoredTokens, slice_sizes
-from evl_cache.heads.decoder.layer_gradients import layer_gradients
-from evl_cache.heads.decoder.layer_pass import (
+from evl_cache.heads.decoder.paths import path_for
+from evl_cache.heads.decoder.tensors import (
     ClipTensors,
-    Kept,
-    LayerPass,
     LayerTensors,
     Setting,
     SharedTensors,
+    StoredMaps,
+    StoredTokens,
 )
-from evl_cache.heads.decoder.motion import StoredMaps
-from evl_cache.heads.decoder.threads import map_in_threads
 from evl_cache.heads.decoder.workspace import Workspace
 
 
@@ -83,66 +79,33 @@ def attend(
 
 
 class _Attend(torch.autograd.Function):
-    """The pass over all clips, in slices; its inputs are the setting and the fields of `LayerTensors`."""
+    """The pass over all clips; its inputs are the setting and the fields of `LayerTensors`."""
 
     @staticmethod
     def forward(ctx: Any, setting: Setting, *tensors: Tensor | None) -> Tensor:
-        def run(part: LayerTensors) -> Kept:
-            return LayerPass(setting, part).forward()
-
         inputs = _gathered(tensors)
-        assert inputs.clips.tokens is not None
-        sizes = slice_sizes(inputs.clips.tokens.shape, setting.device)
-        kept = map_in_threads(run, _slices(inputs, sizes), setting.device)
-        ctx.setting = setting
-        ctx.save_for_backward(*tensors, *(tensor for part in kept for tensor in part))
-        return torch.cat([part.mean for part in kept])
+        path = path_for(setting, inputs)
+        with torch.autocast(setting.device.type, enabled=False):
+            mean, kept = path.forward(setting, inputs)
+        ctx.setting, ctx.path = setting, path
+        ctx.save_for_backward(*tensors, *kept)
+        return mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        setting, saved = ctx.setting, ctx.saved_tensors
-        names = (*ClipTensors._fields, *SharedTensors._fields)
+        saved, names = ctx.saved_tensors, (*ClipTensors._fields, *SharedTensors._fields)
         needed = frozenset(itertools.compress(names, ctx.needs_input_grad[1:]))
-        starts = range(len(names), len(saved), len(Kept._fields))
-        kept = [Kept(*saved[start : start + len(Kept._fields)]) for start in starts]
-        sizes = [len(part.mean) for part in kept]
-
-        def run(part: tuple[LayerTensors, Kept, Tensor]) -> LayerTensors:
-            tensors, kept_of_part, gradient_of_part = part
-            return layer_gradients(LayerPass(setting, tensors), kept_of_part, gradient_of_part, needed)
-
-        slices = _slices(_gathered(saved[: len(names)]), sizes)
-        work = list(zip(slices, kept, torch.split(gradient, sizes), strict=True))
-        parts = map_in_threads(run, work, setting.device)
-        if not _graph_is_kept():
-            setting.workspace.give_back(*(part.normed for part in kept))
-        clips = (_joined(torch.cat, found) for found in zip(*(part.clips for part in parts), strict=True))
-        shared = (_joined(sum, found) for found in zip(*(part.shared for part in parts), strict=True))
-        return None, *clips, *shared
+        inputs, kept = _gathered(saved[: len(names)]), saved[len(names) :]
+        with torch.autocast(ctx.setting.device.type, enabled=False):
+            found = ctx.path.backward(ctx.setting, inputs, kept, gradient, needed, again=_graph_is_kept())
+        return None, *found.clips, *found.shared
 
 
 def _gathered(tensors: Sequence[Tensor | None]) -> LayerTensors:
     """Return `LayerTensors` of all its fields, given in order."""
     own = len(ClipTensors._fields)
     return LayerTensors(ClipTensors(*tensors[:own]), SharedTensors(*tensors[own:]))
-
-
-def _slices(inputs: LayerTensors, sizes: Sequence[int]) -> list[LayerTensors]:
-    """Return the inputs of each slice of so many clips; what clips share is in every one."""
-    return [
-        LayerTensors(
-            ClipTensors(*(t if t is None else t[stop - size : stop] for t in inputs.clips)), inputs.shared
-        )
-        for size, stop in zip(sizes, itertools.accumulate(sizes), strict=True)
-    ]
-
-
-def _joined(join: Callable[[list[Tensor]], Any], gradients: Sequence[Tensor | None]) -> Tensor | None:
-    """Return one tensor's gradient from those of all slices, or None where there is none."""
-    found = [gradient for gradient in gradients if gradient is not None]
-    whole: Tensor | None = join(found) if found else None
-    return whole
 
 
 def _graph_is_kept() -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
-from evl_cache.attention_maps import MapProjection, maps_from_tokens
+from evl_cache.attention_maps import MapProjection, maps_from_tokens, parts_of, projection_nbytes
 from evl_cache.errors import CacheDamaged
 from evl_cache.quantize import QuantizedTokens, dequantize_tokens
 from evl_cache.spec import CacheSpec
@@ -21,7 +21,6 @@ from evl_cache.store.format.limits import projections_limit
 from evl_cache.store.objects.objects import Objects, objects_of
 
 _TENSORS = ("norm_weight", "norm_bias", "weight", "bias")
-_DEVICE_CLIPS = 8  # dequantised at a time: 80 MB for ViT-B/16; a CPU does best with one
 
 
 class ProjectionOnDevices:
@@ -54,20 +53,19 @@ class RecomputedMaps:
         below = self.below
         values = below if isinstance(below, torch.Tensor) else below.codes
         projection = self.projection.on(values.device)
-        step = 1 if values.device.type == "cpu" else _DEVICE_CLIPS
-        return torch.cat(
-            [
-                maps_from_tokens(_dequantized(below, start, start + step), projection)
-                for start in range(0, len(values), step)
-            ]
-        )
+        clip_nbytes = projection_nbytes(values.shape, projection.num_heads)
+        made = [
+            maps_from_tokens(_dequantized(below, some), projection)
+            for some in parts_of(len(values), device=values.device, clip_nbytes=clip_nbytes)
+        ]
+        return made[0] if len(made) == 1 else torch.cat(made)
 
 
-def _dequantized(tokens: QuantizedTokens | torch.Tensor, start: int, stop: int) -> torch.Tensor:
+def _dequantized(tokens: QuantizedTokens | torch.Tensor, some: slice) -> torch.Tensor:
     if isinstance(tokens, torch.Tensor):
-        return tokens[start:stop]
-    scale = None if tokens.scale is None else tokens.scale[start:stop]
-    return dequantize_tokens(tokens.codes[start:stop], tokens.affine[start:stop], scale)
+        return tokens[some]
+    scale = None if tokens.scale is None else tokens.scale[some]
+    return dequantize_tokens(tokens.codes[some], tokens.affine[some], scale)
 
 
 def projections_content(projections: Mapping[int, MapProjection]) -> bytes:

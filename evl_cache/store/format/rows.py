@@ -84,6 +84,17 @@ class StoredBatch:
         """Return a batch of `count` samples, these again and again, in new memory."""
         return self._mapped(lambda v: v[torch.arange(count, device=v.device) % len(v)])
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Return every tensor of the batch once, in a fixed order."""
+        found: list[torch.Tensor] = []
+
+        def noted(value: torch.Tensor) -> torch.Tensor:
+            found.append(value)
+            return value
+
+        self._mapped(noted)
+        return found
+
     def with_made_maps(self) -> "StoredBatch":
         """Return the batch as a head takes it: maps that are not stored are made, float32, on the features' device."""
         if self.maps is None:

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import torch
 
-from evl_cache.heads.decoder.chunks import CPU_SLICES_AT_ONCE
+from evl_cache.heads.decoder.chunked.chunks import CPU_SLICES_AT_ONCE
 
 ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")

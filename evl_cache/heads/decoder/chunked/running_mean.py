@@ -6,6 +6,8 @@ B clips, H heads, C channels, K tokens of a chunk. The method is online softmax 
 import torch
 from torch import Tensor
 
+from evl_cache.heads.decoder.products import product
+
 
 class RunningMean:
     """The quotient sum(exp(logit) token) / sum(exp(logit)), without overflow and in one pass.
@@ -52,5 +54,5 @@ def add_products(totals: Tensor, a: Tensor, b: Tensor, space: Tensor) -> None:
     `space` is memory of the same shape and dtype as `totals`; it is overwritten.
     """
     # Not baddbmm_, which multiplies such matrices one by one on a CPU.
-    products = torch.bmm(a, b, out=space) if b.dtype == totals.dtype else torch.bmm(a.to(b.dtype), b)
-    totals.add_(products)
+    same = b.dtype == totals.dtype
+    totals.add_(product(a if same else a.to(b.dtype), b, totals.dtype, out=space))

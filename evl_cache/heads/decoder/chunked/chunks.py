@@ -8,10 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
-from evl_cache.heads.layer_tokens import LayerTokens
-from evl_cache.quantize import QuantizedTokens
 
 # Measured on two Zen 4 cores: matrix products over queries are fastest with some 256 rows of frames and clips, and a
 # chunk with its intermediate results should stay in the outermost cache.
@@ -110,39 +106,3 @@ def walk(grid: tuple[int, int], bytes_per_token: int, device: torch.device) -> I
         )
         done += len(rows)
         kept += len(rows) * keep
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredTokens:
-    """One layer's tokens of some clips, as they are stored.
-
-    A value is (code * affine[:, 0] + affine[:, 1]) * token_scale.
-
-    Attributes:
-        tokens: (B, T, N, C), floating or int8 codes.
-        affine: scale and offset of each channel, (B, 2, C); None where tokens are floating.
-        token_scale: (B, T, N), or None.
-    """
-
-    tokens: Tensor
-    affine: Tensor | None
-    token_scale: Tensor | None
-
-    def load(self, chunk: Chunk, out: Tensor) -> Tensor:
-        """Write the chunk's decoded tokens into `out` (Q, T, B, C), frames before clips, and return it."""
-        out.copy_(self.tokens[:, :, chunk.tokens].permute(2, 1, 0, 3))
-        if self.affine is not None:
-            affine = self.affine.to(out.dtype)
-            torch.addcmul(affine[:, 1], out, affine[:, 0], out=out)
-        if self.token_scale is not None:
-            out.mul_(self.token_scale[:, :, chunk.tokens].permute(2, 1, 0).to(out.dtype)[..., None])
-        return out
-
-
-def stored_tokens(tokens: Tensor | QuantizedTokens | LayerTokens) -> StoredTokens:
-    """Return one layer's tokens as `StoredTokens`; those that heads share are decoded once for all."""
-    if isinstance(tokens, LayerTokens):
-        tokens = tokens.values
-    if isinstance(tokens, QuantizedTokens):
-        return StoredTokens(tokens=tokens.codes, affine=tokens.affine, token_scale=tokens.scale)
-    return StoredTokens(tokens=tokens, affine=None, token_scale=None)

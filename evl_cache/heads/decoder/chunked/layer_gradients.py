@@ -12,16 +12,11 @@ So a chunk's gradient is one product of two small matrices, which stays in a pro
 import torch
 from torch import Tensor
 
-from evl_cache.heads.decoder.chunks import Chunk
-from evl_cache.heads.decoder.layer_pass import (
-    ClipTensors,
-    Kept,
-    LayerPass,
-    LayerTensors,
-    SharedTensors,
-    by_clip,
-)
-from evl_cache.heads.decoder.running_mean import add_products
+from evl_cache.heads.decoder.chunked.chunks import Chunk
+from evl_cache.heads.decoder.chunked.layer_pass import Kept, LayerPass, by_clip
+from evl_cache.heads.decoder.chunked.running_mean import add_products
+from evl_cache.heads.decoder.products import product
+from evl_cache.heads.decoder.tensors import ClipTensors, LayerTensors, SharedTensors
 
 # The inputs whose gradients come through the norm of the tokens.
 _THROUGH_NORM = frozenset({"tokens", "maps", *SharedTensors._fields})
@@ -46,7 +41,7 @@ def layer_gradients(work: LayerPass, kept: Kept, gradient: Tensor, needed: froze
         unit = inputs.unit(chunk, kept)  # (Q,T,B,C)
         logits = kept.logits[:, :, work.place(chunk)]  # (B,H,K)
         weights = torch.exp(logits - kept.log_total)
-        weight_gradient = torch.bmm(ends[:, heads:], by_clip(unit).transpose(1, 2)).to(sums)
+        weight_gradient = product(ends[:, heads:], by_clip(unit).transpose(1, 2), sums)
         logit_gradient = weights * (weight_gradient - expected)
         add_products(query_gradient, logit_gradient, by_clip(unit), space)
         if inputs.wanted:
@@ -75,7 +70,7 @@ class _InputGradients:
         work = self.work
         if chunk.kept is not None:
             if self.wanted and work.shift.taps is not None:
-                work.tokens.load(chunk, self.spaces[1][: chunk.size])
+                work.tokens.load(chunk.tokens, self.spaces[1][: chunk.size])
             return kept.normed[chunk.kept]
         again = work.centred(chunk, self.spaces[1], self.spaces[3])
         return again.mul_(kept.scale[chunk.order]).to(work.setting.products)

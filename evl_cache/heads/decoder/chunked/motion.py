@@ -10,40 +10,12 @@ order of the maps. The rectangles of one grid column of queries lie in one band 
 each window is a plain slice of it, and so is its gradient.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from evl_cache.heads.decoder.chunks import Chunk
-from evl_cache.heads.decoder.running_mean import add_product
-from evl_cache.quantize import QuantizedMaps
-
-
-@dataclass(frozen=True, kw_only=True)
-class StoredMaps:
-    """One layer's maps of some clips, as they are stored.
-
-    Attributes:
-        maps: (B, 2, T-1, P, P), floating or uint8 codes.
-        row_max: a row's largest value, (B, 2, T-1, P); None where maps are floating.
-    """
-
-    maps: Tensor
-    row_max: Tensor | None
-
-    def load(self, direction: int, patches: slice, out: Tensor) -> Tensor:
-        """Write rows of some query patches into `out` (Q, T-1, B, P), frames before clips, and return it.
-
-        `direction` is 0 for prev, 1 for next.
-        """
-        out.copy_(self.maps[:, direction, :, patches].permute(2, 1, 0, 3))
-        if self.row_max is None:
-            return out
-        top = self.row_max[:, direction, :, patches].permute(2, 1, 0)
-        root = top.to(torch.promote_types(out.dtype, torch.float32)).sqrt() / 255
-        # Multiplied by the root before it is squared: the square of a code alone may overflow float16.
-        return out.mul_(root[..., None].to(out.dtype)).square_()
+from evl_cache.heads.decoder.chunked.chunks import Chunk
+from evl_cache.heads.decoder.chunked.running_mean import add_product
+from evl_cache.heads.decoder.tensors import StoredMaps
 
 
 class Motion:
@@ -147,10 +119,3 @@ def _frames_moved(chunk: Tensor) -> tuple[Tensor, Tensor]:
     """Return views (Q, (T-1) B, C) of a chunk (Q, T, B, C): frames with one before them, and with one after."""
     frames_and_clips, clips = chunk.flatten(1, 2), chunk.shape[2]
     return frames_and_clips[:, clips:], frames_and_clips[:, :-clips]
-
-
-def stored_maps(maps: Tensor | QuantizedMaps) -> StoredMaps:
-    """Return one layer's maps as `StoredMaps`."""
-    if isinstance(maps, QuantizedMaps):
-        return StoredMaps(maps=maps.codes, row_max=maps.row_max)
-    return StoredMaps(maps=maps, row_max=None)

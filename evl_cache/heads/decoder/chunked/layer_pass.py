@@ -4,40 +4,17 @@ B clips, T frames, P patches (grid Hp x Wp), N = 1+P tokens of a frame, C channe
 chunk, K = Q T tokens of a chunk in all frames, R rows of a motion table.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from evl_cache.heads.decoder.chunks import Chunk, StoredTokens, walk
-from evl_cache.heads.decoder.motion import Motion, StoredMaps
+from evl_cache.heads.decoder.chunked.chunks import Chunk, walk
+from evl_cache.heads.decoder.chunked.motion import Motion
+from evl_cache.heads.decoder.chunked.running_mean import RunningMean
 from evl_cache.heads.decoder.position import TemporalShift
-from evl_cache.heads.decoder.running_mean import RunningMean
-from evl_cache.heads.decoder.workspace import Workspace
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setting:
-    """How a pass is computed.
-
-    Attributes:
-        grid: patches (Hp, Wp).
-        epsilon: of the norm.
-        device: of all tensors.
-        sums: dtype of everything that is added up.
-        products: dtype of large matrix products.
-        keep: whether there will be a backward pass.
-        workspace: where large memory comes from.
-    """
-
-    grid: tuple[int, int]
-    epsilon: float
-    device: torch.device
-    sums: torch.dtype
-    products: torch.dtype
-    keep: bool
-    workspace: Workspace
+from evl_cache.heads.decoder.products import product
+from evl_cache.heads.decoder.tensors import LayerTensors, Setting, StoredMaps, StoredTokens
 
 
 class Kept(NamedTuple):
@@ -56,45 +33,6 @@ class Kept(NamedTuple):
     scale: Tensor
     logits: Tensor
     log_total: Tensor
-
-
-class ClipTensors(NamedTuple):
-    """The tensors of a pass that have a row for each clip, or their gradients.
-
-    Attributes:
-        query: (B, H, C).
-        tokens: see `StoredTokens`, as are `affine` and `token_scale`.
-        maps: see `StoredMaps`, as is `row_max`; None adds no motion.
-    """
-
-    query: Tensor | None = None
-    tokens: Tensor | None = None
-    affine: Tensor | None = None
-    token_scale: Tensor | None = None
-    maps: Tensor | None = None
-    row_max: Tensor | None = None
-
-
-class SharedTensors(NamedTuple):
-    """The tensors of a pass that all clips share, or their gradients; None for a temporal module that is off.
-
-    Attributes:
-        taps: see `TemporalShift`, as is `shift`.
-        table_prev: motion table of the frame before, flipped, (R, C).
-        table_next: motion table of the frame after, likewise.
-    """
-
-    taps: Tensor | None
-    shift: Tensor | None
-    table_prev: Tensor | None
-    table_next: Tensor | None
-
-
-class LayerTensors(NamedTuple):
-    """All tensors that a pass reads, or their gradients."""
-
-    clips: ClipTensors
-    shared: SharedTensors
 
 
 class LayerPass:
@@ -142,7 +80,7 @@ class LayerPass:
             kept = self.setting.keep and chunk.kept is not None
             unit = torch.mul(z, scale[chunk.order], out=normed[chunk.kept] if kept else z)
             tokens_by_clip = by_clip(unit.to(products))  # (B,K,C)
-            chunk_logits = torch.bmm(query, tokens_by_clip.transpose(1, 2)).to(sums)  # (B,H,K)
+            chunk_logits = product(query, tokens_by_clip.transpose(1, 2), sums)  # (B,H,K)
             logits[:, :, self.place(chunk)] = chunk_logits
             mean.add(chunk_logits, tokens_by_clip)
         self.give_back(tokens, positioned)
@@ -167,7 +105,7 @@ class LayerPass:
 
         The tokens without position are left in `tokens`. All are (Q, T, B, C).
         """
-        z = self.shift.apply(self.tokens.load(chunk, tokens[: chunk.size]), out[: chunk.size])
+        z = self.shift.apply(self.tokens.load(chunk.tokens, tokens[: chunk.size]), out[: chunk.size])
         if self.motion is not None and chunk.column is not None:
             self.motion.add(z, chunk)
         return z.sub_(z.mean(-1, keepdim=True))
