@@ -13,11 +13,14 @@ from evl_cache.precision import tf32_as
 from evl_cache.processes import MEMORY_SHARE, Processes, peak_bytes, reset_peak
 from evl_cache.runs import head_logits
 from evl_cache.store import StoredBatch
-from evl_cache.train.memory import GPU_SHARE, Loads, Room, keeps_on_host, kept_nbytes
+from evl_cache.train.memory import GPU_SHARE, Loads, Room, keeps_on_host, kept_nbytes, may_be_recorded
 from evl_cache.train.optimisation import Optimisation
 from evl_cache.train.options import TrainOptions
 
-_SIZES = (4, 16)  # of the batches that are measured
+_SIZES, _SMALL_SIZES = (
+    (4, 16),
+    (1, 2),
+)  # of the batches that are measured; the others on a device that is small
 
 
 def share_out_memory(
@@ -81,15 +84,16 @@ def _largest(
 ) -> tuple[int, int]:
     """Return the most samples of a pass, up to `cap`, and the bytes of samples that are kept beside them."""
     place, on_gpu = processes.place, room.device is not None
+    is_recorded = may_be_recorded(options, place)
     least = min(cap, max(1, DEFAULT_BATCH // (place.world * options.accumulate)))
     taken: tuple[float, float] | None = (0.0, 0.0)
-    if not on_gpu or (options.keep_in is not None and not keeps_on_host(options)):
-        sizes = min(_SIZES[0], cap // 2), min(_SIZES[1], cap)
-        taken = step_nbytes(build, features, options, sizes=sizes)
+    if not on_gpu or is_recorded or (options.keep_in is not None and not keeps_on_host(options)):
+        taken = _measured(build, features, options, cap=cap)
     fixed, each = (0.0, 0.0) if taken is None else taken
-    needed = fixed + least * (each + _loaded(options, loads))
+    recorded = (fixed, each) if is_recorded else (0.0, 0.0)
+    needed = fixed + recorded[0] + least * (each + recorded[1] + _loaded(options, loads))
     kept = kept_nbytes(options, loads, room, place, needed=needed)
-    if taken is None:
+    if taken is None and not on_gpu:
         return min(cap, DEFAULT_BATCH), kept
     left = MEMORY_SHARE * room.host - (kept if keeps_on_host(options) else 0)
     if not on_gpu:
@@ -97,9 +101,26 @@ def _largest(
     cap = largest_within(left, loads.on_host(options), cap=cap)
     reserved = 0 if keeps_on_host(options) else kept
     largest = largest_on_gpu(
-        build, features, options, cap=cap, reserved_nbytes=reserved, loaded_nbytes=loads.on_device(options)
+        build,
+        features,
+        options,
+        cap=cap,
+        reserved_nbytes=reserved + int(recorded[0]),
+        loaded_nbytes=loads.on_device(options) + int(recorded[1]),
     )
     return largest, kept
+
+
+def _measured(
+    build: Callable[[], Head], features: StoredBatch, options: TrainOptions, *, cap: int
+) -> tuple[float, float] | None:
+    """Return what a step takes by itself, and for each sample of a pass; None where that cannot be told."""
+    for sizes in (_SIZES, _SMALL_SIZES):
+        try:
+            return step_nbytes(build, features, options, sizes=(min(sizes[0], cap // 2), min(sizes[1], cap)))
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    return None
 
 
 def largest_within(room: float, each: float, *, cap: int) -> int:

@@ -104,9 +104,12 @@ def test_on_a_gpu_all_parts_together_stay_below_what_is_free(machine, free, kept
     machine["cuda"], machine["cpu"] = free, 30_000 * MB
     options = replace(OPTIONS, device=DEVICE, accumulate=accumulate, **kept)
     batch, resident = shared_out(options)
-    on_device = options.keep_in == "device"
+    on_device, steps = (
+        options.keep_in == "device",
+        2 if accumulate == 1 else 1,
+    )  # a recorded step holds its memory
     held = (DEVICE_SLOTS + on_device) * SAMPLE * batch * accumulate
-    assert (resident if on_device else 0) + held + FIXED + EACH * batch <= free
+    assert (resident if on_device else 0) + held + steps * (FIXED + EACH * batch) <= free
     pinned = DEVICE_RING * SAMPLE * batch * accumulate
     assert (0 if on_device else resident) + pinned <= MEMORY_SHARE * machine["cpu"]
     assert resident > 0 or not kept or free == 4_000 * MB
@@ -129,9 +132,10 @@ def test_samples_come_first_but_leave_what_a_batch_of_the_default_size_needs(mac
     machine["cpu"] = machine["cuda"] = 20_000 * MB
     options = replace(OPTIONS, device=device, keep_in="ram" if device == "cpu" else "device")
     batch, kept = shared_out(options)
-    per_sample = EACH + (RING if device == "cpu" else DEVICE_SLOTS + 1) * SAMPLE
+    steps, loaded = (1, RING) if device == "cpu" else (2, DEVICE_SLOTS + 1)
+    needed = steps * (FIXED + 64 * EACH) + 64 * loaded * SAMPLE
     share = MEMORY_SHARE if device == "cpu" else GPU_SHARE
-    assert kept == int(min(KEPT_SHARE * 20_000 * MB, share * 20_000 * MB - FIXED - 64 * per_sample))
+    assert kept == int(min(KEPT_SHARE * 20_000 * MB, share * 20_000 * MB - needed))
     assert batch >= 64
 
 
@@ -156,6 +160,28 @@ def test_processes_of_a_computer_share_what_is_kept_in_its_memory(machine):
     assert shared_out(replace(OPTIONS, batch=64, keep_in="ram"), of_several(4))[1] == LOADS.all_nbytes // 4
     told = replace(OPTIONS, batch=64, keep_in="ram", keep_bytes=400 * MB)
     assert shared_out(told, of_several(8, local_world=4))[1] == 100 * MB
+
+
+def test_a_step_that_is_not_recorded_leaves_room_for_more(machine):
+    machine["cuda"] = machine["cpu"] = 30_000 * MB
+    recorded, _ = shared_out(replace(OPTIONS, device=DEVICE))
+    plain, _ = shared_out(replace(OPTIONS, device=DEVICE, cuda_graph=False))
+    assert 1.3 * recorded < plain
+
+
+def test_a_gpu_too_small_for_the_measured_batches_is_measured_on_smaller_ones(machine, monkeypatch):
+    machine["cuda"], machine["cpu"] = 1_000 * MB, 30_000 * MB
+    tried = []
+
+    def step_nbytes(build, features, options, *, sizes):
+        tried.append(sizes)
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError
+        return FIXED, EACH
+
+    monkeypatch.setattr(batch_size, "step_nbytes", step_nbytes)
+    batch, _ = shared_out(replace(OPTIONS, device=DEVICE, keep_in="device"))
+    assert tried == [(4, 16), (1, 2)] and batch >= 1
 
 
 def test_what_the_system_does_not_tell_leaves_the_default_batch(machine, monkeypatch):
