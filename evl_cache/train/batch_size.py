@@ -13,10 +13,9 @@ from evl_cache.precision import tf32_as
 from evl_cache.processes import MEMORY_SHARE, Processes, peak_bytes, reset_peak
 from evl_cache.runs import head_logits
 from evl_cache.store import StoredBatch
-from evl_cache.train.memory import GPU_SHARE, Loads, Room, keeps_on_host, kept_nbytes
+from evl_cache.train.memory import GPU_SHARE, Loads, Room, keeps_on_host, kept_nbytes, may_be_recorded
 from evl_cache.train.optimisation import Optimisation
 from evl_cache.train.options import TrainOptions
-from evl_cache.train.step_graph import may_be_recorded
 
 _SIZES, _SMALL_SIZES = (
     (4, 16),
@@ -84,7 +83,8 @@ def _largest(
     processes: Processes,
 ) -> tuple[int, int]:
     """Return the most samples of a pass, up to `cap`, and the bytes of samples that are kept beside them."""
-    place, on_gpu, is_recorded = processes.place, room.device is not None, may_be_recorded(options, processes)
+    place, on_gpu = processes.place, room.device is not None
+    is_recorded = may_be_recorded(options, place)
     least = min(cap, max(1, DEFAULT_BATCH // (place.world * options.accumulate)))
     taken: tuple[float, float] | None = (0.0, 0.0)
     if not on_gpu or is_recorded or (options.keep_in is not None and not keeps_on_host(options)):

@@ -93,6 +93,12 @@ def keeps_on_host(options: TrainOptions) -> bool:
     return options.keep_in == "ram" or torch.device(options.device).type == "cpu"
 
 
+def may_be_recorded(options: TrainOptions, place: ProcessPlace) -> bool:
+    """Whether steps are recorded if nothing goes wrong (see `step_graph`): that holds as much memory as a step takes."""
+    is_plain = place.world == 1 and options.accumulate == 1
+    return options.cuda_graph is not False and is_plain and torch.device(options.device).type == "cuda"
+
+
 def kept_nbytes(
     options: TrainOptions, loads: Loads, room: Room, place: ProcessPlace, *, needed: float
 ) -> int:

@@ -194,12 +194,6 @@ class StepGraph:
             parameter.grad = gradient
 
 
-def may_be_recorded(options: TrainOptions, processes: Processes) -> bool:
-    """Whether steps will be recorded if nothing goes wrong: a recording holds as much memory as a step takes."""
-    is_plain = processes.place.world == 1 and options.accumulate == 1
-    return options.cuda_graph is not False and is_plain and torch.device(options.device).type == "cuda"
-
-
 def step_graph(
     passes: Passes,
     head: nn.Module,
