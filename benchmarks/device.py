@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from fnmatch import fnmatch
 from importlib import import_module
 from pathlib import Path
 from types import FrameType
@@ -90,18 +91,22 @@ def run(arguments: argparse.Namespace, results: Results, scratch: Path) -> dict[
         now = time.monotonic()
         share = PARTS[part] / sum(PARTS[name] for name in left)
         ends = now + share * max(0.0, deadline - now)
-        _part(part, place, results, deadline=ends, share=min(1.0, arguments.seconds / DEFAULT_SECONDS))
+        share = min(1.0, arguments.seconds / DEFAULT_SECONDS)
+        _part(part, place, results, only=arguments.only.split(","), deadline=ends, share=share)
         left = rest
     return setting
 
 
-def _part(part: str, place: Place, results: Results, *, deadline: float, share: float) -> None:
+def _part(
+    part: str, place: Place, results: Results, *, only: Sequence[str], deadline: float, share: float
+) -> None:
     try:
         measured = measurements_of(part, place)
     except ModuleNotFoundError as error:
         results.add(part, "all", {"status": "skipped", "reason": f"needs {error.name}", "seconds": 0.0})
         return
-    run_part(part, measured, results, deadline=deadline, share=share)
+    wanted = [m for m in measured if any(fnmatch(f"{part}.{m.name}", pattern) for pattern in only)]
+    run_part(part, wanted, results, deadline=deadline, share=share)
 
 
 def _machine(clock: Clock) -> Iterator[Values]:
@@ -134,6 +139,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
     parser.add_argument("--parts", type=_parts, default=list(PARTS), metavar="tests,head,stage_one,whole")
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERNS", help="such measurements alone, as whole.*,head.step.256"
+    )
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="of all parts [%(default)s]")
     parser.add_argument(
         "--out", type=Path, default=Path("device.jsonl"), help="results as they come [%(default)s]"

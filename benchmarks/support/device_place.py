@@ -69,7 +69,7 @@ class Sizes:
     clips: int = 256
     tower_batch: int = 32
     videos: tuple[int, int] = (128, 160)
-    samples: int = 2048
+    samples: int = 1024
     train_batch: int = 256
     sweep_samples: int = 512
     sweep_batch: int = 64

@@ -5,6 +5,7 @@ B clips, T frames, C channels, H heads.
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -14,15 +15,17 @@ from torch import Tensor
 
 from evl_cache.heads.decoder.tensors import LayerTensors, Setting, SharedTensors, slices_of
 from evl_cache.heads.decoder.whole import path as whole
-from evl_cache.precision import tf32_is_on
+from evl_cache.precision import tf32_as, tf32_is_on
 
 OLDEST_CARD = (8, 0)  # matrix instructions for bfloat16
 MOST_CHANNELS = 1280
 MOST_HEADS = 32
 MOST_FRAMES = 64
 PROOF_CLIPS = 3
-# Of the largest value, where both sides round to this dtype. A wrong address, tap or sign errs by the order of 1.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+# Errors against float32, of the largest value. A wrong address, tap or sign errs by the order of 1. Where tokens are much
+# alike, a gradient is a small difference of large numbers, and rounding alone errs by more: by how much, `whole` tells.
+TOLERANCE = {torch.float32: 2e-2, torch.float16: 2e-2, torch.bfloat16: 5e-2}  # TF32 is as coarse as float16
+TIMES_OF_WHOLE = 4.0
 
 _proved: dict[tuple[Any, ...], bool] = {}
 
@@ -33,6 +36,8 @@ def suits(setting: Setting, inputs: LayerTensors) -> bool:
     assert clip.query is not None and clip.tokens is not None
     return (
         _device_suits(setting.device)
+        # A compiler or a counter passes tensors without memory, of a class of their own.
+        and type(clip.tokens) in (Tensor, torch.nn.Parameter)
         and setting.products in TOLERANCE
         # Without matrix instructions torch's own products of float32 are the faster ones.
         and (setting.products != torch.float32 or tf32_is_on())
@@ -90,15 +95,17 @@ def _objection(setting: Setting, inputs: LayerTensors) -> str | None:
 
 
 def _difference(setting: Setting, inputs: LayerTensors) -> str | None:
-    """Say which result differs from that of `whole` on the first clips, or None."""
+    """Say which result for the first clips errs by more than rounding explains, or None."""
     from evl_cache.heads.decoder.kernels import path as kernels
 
     assert inputs.clips.query is not None
     (few,) = slices_of(inputs, [min(PROOF_CLIPS, len(inputs.clips.query))])[:1]
+    with tf32_as("float32", setting.device):
+        exact = _results(whole.forward, whole.backward, replace(setting, products=setting.sums), few)
     ours, theirs = (_results(path.forward, path.backward, setting, few) for path in (kernels, whole))
-    tolerance = TOLERANCE[setting.products]
-    for name, expected in theirs.items():
-        if not _is_close(ours[name], expected, tolerance):
+    for name, expected in exact.items():
+        allowed = max(TOLERANCE[setting.products], TIMES_OF_WHOLE * _error(theirs[name], expected))
+        if not _error(ours[name], expected) <= allowed:
             return f"their {name} is not that of torch's operations"
     return None
 
@@ -121,14 +128,14 @@ def _results(
     return results | {f"gradient of {name}": value for name, value in named.items() if value is not None}
 
 
-def _is_close(ours: Tensor, expected: Tensor, tolerance: float) -> bool:
-    """Whether no element is off by more than a share of the largest one.
+def _error(got: Tensor, expected: Tensor) -> float:
+    """Return the largest difference, as a share of the largest value; NaN where a result has one.
 
     Raises: FloatingPointError where what is expected is not finite.
     """
     if not bool(expected.isfinite().all()):
         raise FloatingPointError
-    return bool((ours - expected).abs().max() <= tolerance * expected.abs().max().clamp_min(1e-20))
+    return float((got - expected).abs().max() / expected.abs().max().clamp_min(1e-20))
 
 
 @cache
