@@ -1,7 +1,6 @@
 """Kernels are used where they were proved on the run's own first clips, and given up where they err."""
 
 import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -56,14 +55,14 @@ def make_inputs(*, spread: float = 1.0) -> LayerTensors:
 
 
 @pytest.fixture(autouse=True)
-def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The module of the kernels' path, which computes by torch's operations here; nothing is proved yet."""
     from evl_cache.heads.decoder.kernels import path
 
     monkeypatch.setattr(choice, "_proved", {})
     monkeypatch.setattr(path, "forward", whole.forward)
     monkeypatch.setattr(path, "backward", whole.backward)
-    yield path
+    return path
 
 
 def test_right_kernels_are_proved_once_and_without_a_word(
