@@ -109,29 +109,53 @@ def test_kernels_that_do_not_compile_are_given_up(kernels: Any, monkeypatch: pyt
         assert not choice.are_proved(SETTING, make_inputs())
 
 
-def test_rounding_is_no_error_where_tokens_are_alike(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The query's gradient is then a small difference of large numbers: bfloat16 errs by more than it is."""
+def test_tokens_that_are_much_alike_are_no_reason_to_give_the_kernels_up(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The query's gradient is a small difference of large numbers, of which rounding may not leave anything behind."""
     inputs = make_inputs(spread=0.03)
+    exact = replace(SETTING, products=torch.float32)
+    ours, expected = (
+        choice._results(whole.forward, whole.backward, s, inputs)["gradient of query"]
+        for s in (SETTING, exact)
+    )
+    assert choice._error(ours, expected) < choice.TOLERANCE[torch.bfloat16]
 
-    half = choice._results(whole.forward, whole.backward, SETTING, inputs)
-    exact = choice._results(whole.forward, whole.backward, replace(SETTING, products=torch.float32), inputs)
-    name = "gradient of query"
-    assert choice._error(half[name], exact[name]) > choice.TOLERANCE[torch.bfloat16]
+    def exactly(run: Any) -> Any:
+        return lambda setting, *args, **kwargs: run(exact, *args, **kwargs)
 
-    def forward(setting: Setting, few: LayerTensors) -> Any:
-        return whole.forward(replace(setting, products=torch.float32), few)
-
-    def backward(setting: Setting, *args: Any, **kwargs: Any) -> Any:
-        return whole.backward(replace(setting, products=torch.float32), *args, **kwargs)
-
-    monkeypatch.setattr(kernels, "forward", forward)
-    monkeypatch.setattr(kernels, "backward", backward)
+    monkeypatch.setattr(kernels, "forward", exactly(whole.forward))
+    monkeypatch.setattr(kernels, "backward", exactly(whole.backward))
     assert choice.are_proved(SETTING, inputs)
 
 
-def test_a_diverged_run_proves_nothing_either_way() -> None:
+@pytest.mark.parametrize("changed", ["query", "table_prev", "taps"])
+def test_what_is_zero_in_a_new_head_is_proved_too(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    """A new head's first query and its tables are zero: kernels that ignore them would give the right results."""
+    clips, shared = make_inputs()
+    new = LayerTensors(clips, SharedTensors(*(t if t is None else torch.zeros_like(t) for t in shared)))
+
+    def without(run: Any) -> Any:
+        def part(setting: Setting, few: LayerTensors, *args: Any, **kwargs: Any) -> Any:
+            side = "clips" if changed == "query" else "shared"
+            tensors = getattr(few, side)
+            zeros = torch.zeros_like(getattr(tensors, changed))
+            return run(setting, few._replace(**{side: tensors._replace(**{changed: zeros})}), *args, **kwargs)
+
+        return part
+
+    monkeypatch.setattr(kernels, "forward", without(whole.forward))
+    monkeypatch.setattr(kernels, "backward", without(whole.backward))
+    with pytest.warns(RuntimeWarning, match="are not used here"):
+        assert not choice.are_proved(SETTING, new)
+
+
+def test_features_that_are_not_finite_prove_nothing_either_way() -> None:
     inputs = make_inputs()
-    broken = inputs._replace(shared=inputs.shared._replace(shift=torch.full((FRAMES, WIDTH), torch.nan)))
+    assert inputs.clips.affine is not None
+    broken = inputs._replace(clips=inputs.clips._replace(affine=inputs.clips.affine * torch.nan))
     assert not choice.are_proved(SETTING, broken)
     assert choice.are_proved(SETTING, inputs)
 

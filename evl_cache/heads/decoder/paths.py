@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from evl_cache.errors import UsageError
@@ -68,7 +69,10 @@ def path_for(setting: Setting, inputs: LayerTensors) -> AttentionPath:
 def _suiting(setting: Setting, inputs: LayerTensors) -> str:
     if setting.device.type == "cpu":
         return "chunked"
-    return "kernels" if suits(setting, inputs) and are_proved(setting, inputs) else "whole"
+    # A compiler that traces this can follow torch's operations, and may fuse them; it cannot follow a proof.
+    if torch.compiler.is_compiling() or not suits(setting, inputs):
+        return "whole"
+    return "kernels" if are_proved(setting, inputs) else "whole"
 
 
 @contextmanager

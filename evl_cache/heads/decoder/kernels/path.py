@@ -5,7 +5,9 @@ tensor exists, those with position in the dtype of products; their gradient take
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
+import torch
 from torch import Tensor
 
 from evl_cache.heads.decoder.kernels.attention import Attended, attend
@@ -29,8 +31,9 @@ def forward(setting: Setting, inputs: LayerTensors) -> tuple[Tensor, Sequence[Te
     assert inputs.clips.query is not None
     tokens, maps = _stored(inputs)
     tf32 = tf32_is_on()
-    y = positioned(tokens, maps, inputs.shared, setting.grid, setting.products, tf32=tf32)
-    attended = attend(y, inputs.clips.query, setting.epsilon, tf32=tf32)
+    with _on(setting.device):
+        y = positioned(tokens, maps, inputs.shared, setting.grid, setting.products, tf32=tf32)
+        attended = attend(y, inputs.clips.query, setting.epsilon, tf32=tf32)
     return attended.mean, [y, *attended] if setting.keep else []
 
 
@@ -44,6 +47,19 @@ def backward(
     again: bool,
 ) -> LayerTensors:
     """See `paths.AttentionPath`. Stored tokens and maps get no gradient: `choice.suits` leaves such inputs to others."""
+    with _on(setting.device):
+        return _gradients(setting, inputs, kept, gradient, needed, write_over=not again)
+
+
+def _gradients(
+    setting: Setting,
+    inputs: LayerTensors,
+    kept: Sequence[Tensor],
+    gradient: Tensor,
+    needed: frozenset[str],
+    *,
+    write_over: bool,
+) -> LayerTensors:
     assert inputs.clips.query is not None
     tokens, maps = _stored(inputs)
     y, attended = kept[0], Attended(*kept[1:])
@@ -53,7 +69,7 @@ def backward(
         inputs.clips.query,
         gradient.to(setting.sums).contiguous(),
         attended,
-        write_over=not again,
+        write_over=write_over,
         wanted=bool(needed & set(SharedTensors._fields)),
         tf32=tf32,
     )
@@ -65,6 +81,11 @@ def backward(
     if maps is not None and needed & {"table_prev", "table_next"}:
         tables = table_gradients(maps, dy, setting.grid, tf32=tf32)
     return LayerTensors(clips, SharedTensors(*of_position, *tables))
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Make a device the current one: Triton starts kernels there, wherever their tensors are."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _stored(inputs: LayerTensors) -> tuple[StoredTokens, StoredMaps | None]:

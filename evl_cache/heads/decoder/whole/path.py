@@ -50,9 +50,12 @@ class Kept(NamedTuple):
 
 def forward(setting: Setting, inputs: LayerTensors) -> tuple[Tensor, Sequence[Tensor]]:
     """See `paths.AttentionPath`."""
-    parts = [_WholePass(setting, part).forward() for part in slices_of(inputs, _sizes(setting, inputs))]
-    mean = parts[0].mean if len(parts) == 1 else torch.cat([part.mean for part in parts])
-    return mean, [tensor for part in parts for tensor in part] if setting.keep else []
+    means, kept = list[Tensor](), list[Tensor]()
+    for part in slices_of(inputs, _sizes(setting, inputs)):
+        found = _WholePass(setting, part).forward()
+        means.append(found.mean)
+        kept += found if setting.keep else ()
+    return means[0] if len(means) == 1 else torch.cat(means), kept
 
 
 def backward(
@@ -120,10 +123,12 @@ class _WholePass:
         """Return the gradients of the inputs. Arguments as `paths.AttentionPath`."""
         sums, products, heads = self.setting.sums, self.setting.products, self.query.shape[1]
         gradient = gradient.to(sums)
-        expected = (gradient * kept.mean).sum(-1, keepdim=True)  # (B,H,1)
         ends = torch.cat([self.query, gradient - gradient.mean(-1, keepdim=True)], 1).to(products)  # (B,2H,C)
         tokens = _by_clip(kept.unit)
         weight_gradient = product(ends[:, heads:], tokens.transpose(1, 2), sums)  # (B,H,K)
+        # Of the rounded products, so that a head's logit gradients sum to zero: what is left over would be multiplied by
+        # what all tokens have in common, which may be sixty times as large as what tells them apart.
+        expected = (kept.weights * weight_gradient).sum(-1, keepdim=True)  # (B,H,1)
         logit_gradient = kept.weights * (weight_gradient - expected)
         query_gradient = product(logit_gradient.to(products), tokens, sums)
         shared = SharedTensors(None, None, None, None)
