@@ -169,7 +169,8 @@ def test_a_run_that_is_killed_leaves_what_it_measured(tmp_path: Path, number: si
         stdout=subprocess.PIPE,
         text=True,
     )
-    wait_until(reached.exists, what="a measurement that waits")
+    # What the measurement has told is in the file a moment after it waits.
+    wait_until(lambda: reached.exists() and "head.slow" in kept(out), what="a measurement that waits")
     found = kept(out)
     assert found["head.quick"] == {
         "part": "head",
