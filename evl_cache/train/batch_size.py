@@ -31,6 +31,7 @@ def share_out_memory(
     loads: Loads,
     recorded: Callable[[], Any] | None,
     processes: Processes,
+    on_note: Callable[[str], None] = lambda message: None,
 ) -> tuple[TrainOptions, int]:
     """Return the options with a number for the batch, where they say `auto`, and the bytes of samples to keep.
 
@@ -42,6 +43,7 @@ def share_out_memory(
         loads: what will be loaded.
         recorded: reads the batch of the run that is resumed, which keeps it; None for a new run.
         processes: that share a batch; the one with the least memory decides.
+        on_note: told in a line where fewer samples are kept than was asked for.
 
     Raises: UsageError where not even one sample fits, or nothing is recorded.
     """
@@ -56,8 +58,8 @@ def share_out_memory(
     if options.batch == "auto" and cap < 2:
         options = replace(options, batch=shared)
     if options.batch != "auto":
-        needed = -(-options.global_batch // shared) * _loaded(options, loads)
-        return options, kept_nbytes(options, loads, room, place, needed=needed)
+        needed = -(-min(options.global_batch, loads.most_samples) // shared) * _loaded(options, loads)
+        return options, kept_nbytes(options, loads, room, place, needed=needed, on_note=on_note)
     mine, kept = _largest(options, build, probe(), loads, room, cap=cap, processes=processes)
     passed = min(processes.gather(mine, when))
     if passed < 1:

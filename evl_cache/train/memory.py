@@ -3,7 +3,7 @@
 All sizes are of one process. A step has `accumulate` passes, and a loader holds the samples of whole steps.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ from evl_cache.store import FeatureCache, Reads
 from evl_cache.train.options import TrainOptions
 
 GPU_SHARE = 0.9  # of what fits: memory is fragmented differently in every step
+PINNED_ROUNDING = 2  # at most: torch rounds each piece of page-locked memory up to a power of two
 _CPU = torch.device("cpu")
 
 
@@ -55,28 +56,32 @@ class Loads:
         kinds: 2 where the two sides are stored differently, and have buffers of their own; else 1.
         all_nbytes: of all samples, of both sides.
         num_samples: of a training epoch.
+        most_samples: of an epoch of either side: no batch is larger.
     """
 
     sample_nbytes: int
     kinds: int
     all_nbytes: int
     num_samples: int
+    most_samples: int
 
     @classmethod
     def of(cls, caches: Sequence[FeatureCache], samples: Sequence[np.ndarray], reads: Reads) -> "Loads":
         """What the training and the validation samples of two caches are."""
         ones = [cache.buffers(slots=1, reads=reads) for cache in caches]
         counts = [np.count_nonzero(c.is_valid[rows]) for c, rows in zip(caches, samples, strict=True)]
+        num_samples = int(counts[0]) // max(1, caches[0].spec.views.train_views)
         return cls(
             sample_nbytes=max(one.nbytes for one in ones),
             kinds=1 if ones[0].holds_the_same(ones[1]) else 2,
             all_nbytes=sum(int(count) * one.nbytes for count, one in zip(counts, ones, strict=True)),
-            num_samples=int(counts[0]) // max(1, caches[0].spec.views.train_views),
+            num_samples=num_samples,
+            most_samples=max(num_samples, int(counts[1])),
         )
 
     def on_host(self, options: TrainOptions) -> int:
         """Bytes that loaders hold in the computer's memory for each sample of a pass."""
-        ring = RING if torch.device(options.device).type == "cpu" else DEVICE_RING
+        ring = RING if torch.device(options.device).type == "cpu" else DEVICE_RING * PINNED_ROUNDING
         return ring * self.kinds * options.accumulate * self.sample_nbytes
 
     def on_device(self, options: TrainOptions) -> int:
@@ -100,12 +105,19 @@ def may_be_recorded(options: TrainOptions, place: ProcessPlace) -> bool:
 
 
 def kept_nbytes(
-    options: TrainOptions, loads: Loads, room: Room, place: ProcessPlace, *, needed: float
+    options: TrainOptions,
+    loads: Loads,
+    room: Room,
+    place: ProcessPlace,
+    *,
+    needed: float,
+    on_note: Callable[[str], None] = lambda message: None,
 ) -> int:
     """The bytes of samples that this process keeps: what was told, or a share of what is free, as far as it fits.
 
     Args:
         needed: bytes that the training takes beside them, at least, where they lie.
+        on_note: told in a line where that is less than was told.
     """
     if options.keep_in is None:
         return 0
@@ -115,4 +127,10 @@ def kept_nbytes(
     sharing = place.local_world if on_host else 1
     most = -(-loads.all_nbytes // sharing)
     told = KEPT_SHARE * free if options.keep_bytes is None else options.keep_bytes // sharing
-    return max(0, int(min(most, told, share * free - needed)))
+    kept = max(0, int(min(most, told, share * free - needed)))
+    if options.keep_bytes is not None and kept < min(most, told):
+        on_note(
+            f"{kept * sharing / 1e9:.1f} of {options.keep_bytes / 1e9:.1f} GB are kept: {free / 1e9:.1f} GB are free, and "
+            f"steps and batches need {needed / 1e9:.1f} GB of them; a smaller --batch leaves more"
+        )
+    return kept

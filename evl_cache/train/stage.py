@@ -67,6 +67,7 @@ def train(
             loads=Loads.of(caches, samples, reads),
             recorded=(lambda: read_run_config(out).training.get("batch")) if resume else None,
             processes=processes,
+            on_note=on_note,
         )
         blocks = shuffle_blocks(options, train_cache, resumed=out if resume else None)
         options = replace(options, shuffle_blocks=blocks)

@@ -106,19 +106,23 @@ class StepGraph:
             self._warm_up -= 1
             return None
         try:
-            recording = self._recording(batch, seed)
-            if recording.proofs < PROOFS:
-                return self._proved(recording, seed)
-            seed()
-            recording.replay()
-            self._set_gradients(recording.gradients)
-            return recording.loss
+            return self._replayed(batch, seed)
         except Exception as error:  # the passes can be taken without; what is wrong with them, they say
             self._is_given_up = True
             self._on_note(f"no CUDA graph of the step, training goes on without ({_reason(error)})")
         # Behind the error, whose traceback holds what it was computing.
         self.forget()
         return None
+
+    def _replayed(self, batch: Batch, seed: Callable[[], None]) -> torch.Tensor:
+        """Take a step by its recording, or by both ways until that is proved. Returns: its loss."""
+        recording = self._recording(batch, seed)
+        if recording.proofs < PROOFS:
+            return self._proved(recording, seed)
+        seed()
+        recording.replay()
+        self._set_gradients(recording.gradients)
+        return recording.loss
 
     def forget(self) -> None:
         """Drop all recordings; new ones are made, if training has not gone on without."""

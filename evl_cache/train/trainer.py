@@ -179,11 +179,11 @@ class Trainer:
 
         self._on_loss = on_loss
         for batch in loader.epoch(state.epoch, start_batch=state.batches):
-            state.epoch_seconds += time.monotonic() - before  # a step counts its own
+            state.epoch_seconds += time.monotonic() - before  # a step counts its own; to save is no training
             self.step(batch)
-            before = time.monotonic()
             self._interrupt_if_asked()
             self.save_if_due()
+            before = time.monotonic()
             if self.has_all_steps:
                 break
         if not state.batches:

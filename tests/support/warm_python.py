@@ -23,6 +23,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -249,7 +250,7 @@ def end_with(work: Callable[[], None]) -> None:
 
 
 if __name__ == "__main__":
-    for name in _LOADED:
+    for name in (n for n in _LOADED if find_spec(n.partition(".")[0]) is not None):
         importlib.import_module(name)
     server = Server(sys.argv[1])
     sys.stdout.write("ready\n")

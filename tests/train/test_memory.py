@@ -13,7 +13,7 @@ from evl_cache.errors import UsageError
 from evl_cache.processes import MEMORY_SHARE, Processes, ProcessPlace
 from evl_cache.store import FeatureCache, Reads
 from evl_cache.train.batch_size import share_out_memory
-from evl_cache.train.memory import GPU_SHARE, Loads
+from evl_cache.train.memory import GPU_SHARE, PINNED_ROUNDING, Loads
 from evl_cache.train.stage import TrainOptions
 from tests.support.feature_caches import write_pair
 
@@ -21,7 +21,7 @@ OPTIONS = TrainOptions(epochs=1, batch="auto")
 MB = 10**6
 SAMPLE = 7 * MB
 FIXED, EACH = 300 * MB, 20 * MB  # of a step by itself, and for each sample of a pass
-LOADS = Loads(sample_nbytes=SAMPLE, kinds=1, all_nbytes=5_000 * SAMPLE, num_samples=4_000)
+LOADS = Loads(sample_nbytes=SAMPLE, kinds=1, all_nbytes=5_000 * SAMPLE, num_samples=4_000, most_samples=4_000)
 DEVICE = "cuda:0"
 
 
@@ -124,7 +124,7 @@ def test_memory_for_no_sample_at_all_is_told(machine):
 def test_page_locked_memory_bounds_the_batch_where_the_gpu_has_more(machine):
     machine["cuda"], machine["cpu"] = 10**12, 4_000 * MB
     batch, _ = shared_out(replace(OPTIONS, device=DEVICE))
-    assert batch == int(MEMORY_SHARE * 4_000 * MB / (DEVICE_RING * SAMPLE))
+    assert batch == int(MEMORY_SHARE * 4_000 * MB / (PINNED_ROUNDING * DEVICE_RING * SAMPLE))
 
 
 @pytest.mark.parametrize("device", ["cpu", DEVICE])
@@ -163,7 +163,7 @@ def test_processes_of_a_computer_share_what_is_kept_in_its_memory(machine):
 
 
 def test_a_step_that_is_not_recorded_leaves_room_for_more(machine):
-    machine["cuda"] = machine["cpu"] = 30_000 * MB
+    machine["cuda"], machine["cpu"] = 30_000 * MB, 80_000 * MB
     recorded, _ = shared_out(replace(OPTIONS, device=DEVICE))
     plain, _ = shared_out(replace(OPTIONS, device=DEVICE, cuda_graph=False))
     assert 1.3 * recorded < plain
@@ -196,4 +196,35 @@ def test_what_is_loaded_is_what_both_caches_hold(tmp_path):
     reads = Reads(layers=(3, 4))
     one = FeatureCache(caches[0].path).buffers(slots=1, reads=reads).nbytes
     found = Loads.of(caches, samples, reads)
-    assert found == Loads(sample_nbytes=one, kinds=1, all_nbytes=(12 + 2) * one, num_samples=12)
+    assert found == Loads(
+        sample_nbytes=one, kinds=1, all_nbytes=(12 + 2) * one, num_samples=12, most_samples=12
+    )
+
+
+def test_a_batch_larger_than_the_data_leaves_room_for_what_was_told_to_be_kept(machine):
+    machine["cpu"] = 60_000 * MB
+    few = replace(LOADS, all_nbytes=500 * SAMPLE, num_samples=400, most_samples=400)
+    options = replace(OPTIONS, batch=2048, keep_in="ram", keep_bytes=20_000 * MB)
+    _, kept = share_out_memory(
+        options, build=None, probe=None, loads=few, recorded=None, processes=Processes()
+    )
+    assert kept == few.all_nbytes
+
+
+def test_what_was_told_to_be_kept_is_cut_with_a_word(machine):
+    machine["cpu"] = 60_000 * MB
+    options = replace(OPTIONS, batch=64, keep_in="ram", keep_bytes=50_000 * MB)
+    said = []
+    loads = replace(LOADS, all_nbytes=10_000 * SAMPLE)
+    _, kept = share_out_memory(
+        options,
+        build=None,
+        probe=None,
+        loads=loads,
+        recorded=None,
+        processes=Processes(),
+        on_note=said.append,
+    )
+    assert kept < 50_000 * MB
+    (line,) = said
+    assert line.startswith(f"{kept / 1e9:.1f} of 50.0 GB are kept: 60.0 GB are free")
