@@ -75,8 +75,10 @@ class StoredMaps:
         sums = torch.promote_types(out.dtype, torch.float32)
         top = self.row_max[:, direction, :, patches].permute(2, 1, 0)
         root = top.to(sums).sqrt() / 255
-        # In float32, and rounded once: a root and a product rounded to bfloat16 would err three times as much.
-        values = torch.mul(maps, root[..., None], out=out if out.dtype == sums else None)
+        # In float32, and rounded once: a root and a product rounded to bfloat16 would err three times as much. Codes are
+        # widened first: a processor multiplies them with float32 an eighth slower than it does both.
+        values = out if out.dtype == sums else torch.empty_like(out, dtype=sums)
+        values.copy_(maps).mul_(root[..., None])
         return torch.mul(values, values, out=out)
 
 
