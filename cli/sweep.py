@@ -168,6 +168,7 @@ def _sweep(flags: SweepFlags, runs: Sequence[SweepRun]) -> int:
             memory_bytes=None if flags.memory is None else int(flags.memory * 1e9),
             progress=_progress,
             on_wait=say_outage,
+            on_note=say_outage,
         )
     page = _report(out, result)
     if flags.as_json:

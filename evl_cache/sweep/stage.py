@@ -98,17 +98,14 @@ class SweepResult:
 
 @dataclass(frozen=True, kw_only=True)
 class _Data:
-    """The runs as they were asked for, the two caches, the samples of each, and where everything goes.
-
-    Attributes:
-        writer: the right to write there.
-    """
+    """The runs as they were asked for, the caches and samples of both sides, where everything goes, and who may write there."""
 
     runs: Sequence[SweepRun]
     caches: tuple[FeatureCache, FeatureCache]
     samples: tuple[Any, Any]
     folder: Path
     writer: RunWriter
+    on_note: Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +128,7 @@ def sweep(
     memory_bytes: int | None = None,
     progress: ProgressOfPass = lambda description: nullcontext(lambda done, total, heads: None),
     on_wait: OnWait = lambda message: None,
+    on_note: Callable[[str], None] = lambda message: None,
 ) -> SweepResult:
     """Train every run and leave a run directory for each under `out`/runs, and `out`/sweep.json.
 
@@ -142,6 +140,7 @@ def sweep(
         memory_bytes: most that heads and a batch's features may take together; other heads wait for a later pass.
         progress: opens the progress line of a pass.
         on_wait: told once, if it must first be seen whether a writer on another machine lives.
+        on_note: told in a line where fewer samples are kept than was asked for.
 
     Raises: UsageError where caches, heads and options do not fit each other, where `out` holds a sweep, or where
         another process writes it or one of its runs;
@@ -154,7 +153,12 @@ def sweep(
     beside = [out / RUNS_NAME / run.name for run in runs]
     with writing(out, beside=beside, on_wait=on_wait) as writer:
         data = _Data(
-            runs=runs, caches=(train_cache, val_cache), samples=samples, folder=out / RUNS_NAME, writer=writer
+            runs=runs,
+            caches=(train_cache, val_cache),
+            samples=samples,
+            folder=out / RUNS_NAME,
+            writer=writer,
+            on_note=on_note,
         )
         return _in_passes(planned, data, _begin(out, runs, resume=resume), started, memory_bytes, progress)
 
@@ -286,7 +290,7 @@ def _fitting(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) 
     largest = max(needs.state + needs.step for needs in map(memory, runs))
     needed = shared + largest if memory_bytes is None else memory_bytes
     loads = Loads.of(data.caches, data.samples, together)
-    kept = kept_nbytes(options, loads, room, ProcessPlace(), needed=needed)
+    kept = kept_nbytes(options, loads, room, ProcessPlace(), needed=needed, on_note=data.on_note)
     left = room.for_steps(options, kept=kept)
     passes = split_passes(runs, memory, room=left if memory_bytes is None else memory_bytes, shared=shared)
     return [_Pass(runs=part, kept_nbytes=kept) for part in passes]

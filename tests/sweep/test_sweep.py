@@ -126,7 +126,7 @@ def test_decoding_once_gives_the_bits_that_a_head_decodes_for_itself():
     coded = quantize_tokens(torch.randn(3, 4, 13, 24, generator=generator) * 3)
     stored = StoredTokens(tokens=coded.codes, affine=coded.affine, token_scale=coded.scale)
     values = LayerTokens(coded).values
-    for chunk in walk((3, 4), 1, torch.device("cpu")):
+    for chunk in walk((3, 4), 1):
         out = torch.empty(chunk.size, 4, 3, 24)
         assert torch.equal(stored.load(chunk.tokens, out), values[:, :, chunk.tokens].permute(2, 1, 0, 3))
     maps = quantize_maps(torch.rand(2, 2, 3, 12, 12, generator=generator).softmax(-1))

@@ -128,6 +128,15 @@ class ClipTensors(NamedTuple):
     maps: Tensor | None = None
     row_max: Tensor | None = None
 
+    def stored_tokens(self) -> StoredTokens:
+        """Return the tokens as they are stored; there are some."""
+        assert self.tokens is not None
+        return StoredTokens(tokens=self.tokens, affine=self.affine, token_scale=self.token_scale)
+
+    def stored_maps(self) -> StoredMaps | None:
+        """Return the maps as they are stored, or None."""
+        return None if self.maps is None else StoredMaps(maps=self.maps, row_max=self.row_max)
+
 
 class SharedTensors(NamedTuple):
     """The tensors of a pass that all clips share, or their gradients; None for a temporal module that is off.

@@ -20,9 +20,6 @@ CPU_ROWS_AT_LEAST = 64
 # Below this many values a layer takes as long as its Python, so threads do not help: two slices took four times as
 # long as one at 0.14 million values, twice as long at 3.2 million, and the same from 6.4 million on.
 CPU_ONE_SLICE_VALUES = 4 << 20
-# A GPU wants few, large kernels.
-GPU_ROWS = 1 << 14
-GPU_CHUNK_BYTES = 1 << 28
 
 # Every third chunk does not keep its normalised tokens for the backward pass, which computes them again. That takes
 # about a twentieth more time and a quarter less memory.
@@ -58,38 +55,32 @@ class Chunk:
         return slice(self.tokens.start - 1, self.tokens.stop - 1, self.tokens.step)
 
 
-def slice_sizes(shape: torch.Size, device: torch.device) -> list[int]:
-    """Return how many clips each slice of a batch has, as equal as possible; on a CPU there is work for all threads.
+def slice_sizes(shape: torch.Size) -> list[int]:
+    """Return how many clips each slice of a batch has, as equal as possible; there is work for all threads.
 
     Args:
         shape: of one layer's tokens, (B, T, N, C).
-        device: where the tokens are.
     """
     clips, frames = shape[:2]
-    if device.type == "cpu" and shape.numel() <= CPU_ONE_SLICE_VALUES:
+    if shape.numel() <= CPU_ONE_SLICE_VALUES:
         return [clips]
-    if device.type != "cpu":
-        workers, rows = 1, GPU_ROWS
-    else:
-        useful = max(2, min(clips * frames // CPU_ROWS_AT_LEAST, CPU_SLICES_AT_ONCE))
-        workers, rows = min(torch.get_num_threads(), useful), CPU_ROWS
-    rounds = -(-clips * frames // (rows * workers))
+    useful = max(2, min(clips * frames // CPU_ROWS_AT_LEAST, CPU_SLICES_AT_ONCE))
+    workers = min(torch.get_num_threads(), useful)
+    rounds = -(-clips * frames // (CPU_ROWS * workers))
     slices = max(1, min(clips, rounds * workers))
     bounds = [clips * i // slices for i in range(slices + 1)]
     return [stop - start for start, stop in itertools.pairwise(bounds)]
 
 
-def walk(grid: tuple[int, int], bytes_per_token: int, device: torch.device) -> Iterator[Chunk]:
+def walk(grid: tuple[int, int], bytes_per_token: int) -> Iterator[Chunk]:
     """Yield all N tokens in chunks: the class token, then the patches column by column of the grid.
 
     Args:
         grid: (Hp, Wp).
         bytes_per_token: bytes that one of the N tokens has in all frames and clips together.
-        device: whose cache a chunk must fit in.
     """
     height, width = grid
-    budget = CPU_CHUNK_BYTES if device.type == "cpu" else GPU_CHUNK_BYTES
-    parts = -(-height // max(1, budget // bytes_per_token))
+    parts = -(-height // max(1, CPU_CHUNK_BYTES // bytes_per_token))
     step = -(-height // parts)  # as equal as possible
     yield Chunk(tokens=slice(0, 1, 1), order=slice(0, 1), kept=slice(0, 1), column=None, rows=range(0))
     done, kept = 1, 1

@@ -14,7 +14,7 @@ from evl_cache.heads.decoder.chunked.motion import Motion
 from evl_cache.heads.decoder.chunked.running_mean import RunningMean
 from evl_cache.heads.decoder.position import TemporalShift
 from evl_cache.heads.decoder.products import product
-from evl_cache.heads.decoder.tensors import LayerTensors, Setting, StoredMaps, StoredTokens
+from evl_cache.heads.decoder.tensors import LayerTensors, Setting
 
 
 class Kept(NamedTuple):
@@ -47,18 +47,17 @@ class LayerPass:
         clip, shared = tensors
         assert clip.query is not None and clip.tokens is not None
         self.setting, self.query = setting, clip.query
-        self.tokens = StoredTokens(tokens=clip.tokens, affine=clip.affine, token_scale=clip.token_scale)
+        self.tokens, maps = clip.stored_tokens(), clip.stored_maps()
         self.shift = TemporalShift(shared.taps, shared.shift)
         clips, frames, self.count, width = clip.tokens.shape
         self.chunk_shape = (frames, clips, width)
         bytes_per_token = frames * clips * width * setting.sums.itemsize
-        self.chunks = list(walk(setting.grid, bytes_per_token, self.query.device))
+        self.chunks = list(walk(setting.grid, bytes_per_token))
         self.largest = max(chunk.size for chunk in self.chunks)
         self.motion: Motion | None = None
-        if clip.maps is not None and shared.table_prev is not None and shared.table_next is not None:
+        if maps is not None and shared.table_prev is not None and shared.table_next is not None:
             shape = (2, self.largest, frames - 1, clips, self.count - 1)
             space = setting.workspace.take(shape, setting.products, self.query.device)
-            maps = StoredMaps(maps=clip.maps, row_max=clip.row_max)
             self.motion = Motion(maps, (shared.table_prev, shared.table_next), setting.grid, space)
 
     def forward(self) -> Kept:

@@ -22,7 +22,7 @@ def forward(setting: Setting, inputs: LayerTensors) -> tuple[Tensor, Sequence[Te
         return LayerPass(setting, part).forward()
 
     assert inputs.clips.tokens is not None
-    sizes = slice_sizes(inputs.clips.tokens.shape, setting.device)
+    sizes = slice_sizes(inputs.clips.tokens.shape)
     kept = map_in_threads(run, slices_of(inputs, sizes), setting.device)
     return torch.cat([part.mean for part in kept]), [tensor for part in kept for tensor in part]
 

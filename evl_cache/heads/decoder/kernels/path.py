@@ -89,14 +89,7 @@ def _on(device: torch.device) -> AbstractContextManager[object]:
 
 
 def _stored(inputs: LayerTensors) -> tuple[StoredTokens, StoredMaps | None]:
-    clip = inputs.clips
-    assert clip.tokens is not None
-    tokens = StoredTokens(
-        tokens=clip.tokens.contiguous(),
-        affine=None if clip.affine is None else clip.affine.contiguous(),
-        token_scale=None if clip.token_scale is None else clip.token_scale.contiguous(),
-    )
-    if clip.maps is None or inputs.shared.table_prev is None:
-        return tokens, None
-    row_max = None if clip.row_max is None else clip.row_max.contiguous()
-    return tokens, StoredMaps(maps=clip.maps.contiguous(), row_max=row_max)
+    """Return what is read, dense; maps only where there are tables to read by them."""
+    clips = ClipTensors(*(None if t is None else t.contiguous() for t in inputs.clips))
+    moves = inputs.shared.table_prev is not None
+    return clips.stored_tokens(), clips.stored_maps() if moves else None

@@ -19,8 +19,6 @@ from evl_cache.heads.decoder.tensors import (
     LayerTensors,
     Setting,
     SharedTensors,
-    StoredMaps,
-    StoredTokens,
     joined,
     slices_of,
 )
@@ -96,11 +94,10 @@ class _WholePass:
         clip, shared = tensors
         assert clip.query is not None and clip.tokens is not None
         self.setting, self.query = setting, clip.query
-        self.tokens = StoredTokens(tokens=clip.tokens, affine=clip.affine, token_scale=clip.token_scale)
+        self.tokens, maps = clip.stored_tokens(), clip.stored_maps()
         self.shift = TemporalShift(shared.taps, shared.shift)
         self.motion: WholeMotion | None = None
-        if clip.maps is not None and shared.table_prev is not None and shared.table_next is not None:
-            maps = StoredMaps(maps=clip.maps, row_max=clip.row_max)
+        if maps is not None and shared.table_prev is not None and shared.table_next is not None:
             tables = (shared.table_prev, shared.table_next)
             self.motion = WholeMotion(maps, tables, setting.grid, setting.products)
 
