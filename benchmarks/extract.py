@@ -1,4 +1,4 @@
-"""Extraction from decoded frames, in four parts: `python -m benchmarks.extract --json`.
+"""Extraction from decoded frames, in five parts: `python -m benchmarks.extract --json`.
 
 Frames are in memory, 8 of a sample; layers 8 to 12 of ViT-B/16 with random weights, with maps.
 
@@ -9,6 +9,8 @@ Frames are in memory, 8 of a sample; layers 8 to 12 of ViT-B/16 with random weig
   compression). Processor time a sample is told too: other work on the computer changes it less.
 - `ranks`: the same by several processes on one cache, as torchrun starts them, together (`--ranks N`); on a GPU with
   the tower, too.
+- `estimate`: what `estimate --cluster` gives for this machine, from rates of a core that are measured here, against
+  what was measured: the share of the prediction that is reached.
 - `padding`: processor time of a block of 64 samples in batches of 64, 128 and 256, with a small tower.
 
 `--device cuda` is stage one behind the decoder, in float16.
@@ -30,6 +32,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.support.core_costs import core_costs, predicted_rate
 from benchmarks.support.machine import interleaved_seconds, machine, medians
 from benchmarks.support.memory_extraction import (
     StubTower,
@@ -42,9 +45,10 @@ from benchmarks.support.memory_extraction import (
 )
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract_options import default_batch
+from evl_cache.store import sample_nbytes
 from evl_cache.towers import Tower, build_tower
 
-PARTS = ("bare", "written", "ranks", "padding")
+PARTS = ("bare", "written", "estimate", "ranks", "padding")
 BLOCK = 64
 PADDED = (64, 128, 256)
 _CODECS = {"default": "samples_per_s_written", "raw": "samples_per_s_written_raw"}
@@ -55,9 +59,12 @@ def main() -> None:
     arguments = parsed(sys.argv[1:])
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="evl-cache-bench-") as scratch:
+        measure = {"bare": bare, "written": written, "ranks": ranks, "padding": padding}
         for part in arguments.parts:
-            result |= {"bare": bare, "written": written, "ranks": ranks, "padding": padding}[part](
-                arguments, Path(scratch)
+            result |= (
+                estimate(arguments, Path(scratch), result)
+                if part == "estimate"
+                else measure[part](arguments, Path(scratch))
             )
             print(json.dumps(result), file=sys.stderr, flush=True)
     told = ("clips", "blocks", "batch", "rounds", "device", "compute_dtype", "decode_workers")
@@ -73,9 +80,7 @@ def parsed(words: list[str]) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
-    parser.add_argument(
-        "--parts", type=_parts, help="of bare, written, ranks, padding [bare,written; and ranks]"
-    )
+    parser.add_argument("--parts", type=_parts, help=f"of {', '.join(PARTS)} [bare,written; and ranks]")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N")
     parser.add_argument("--compute-dtype", help="[float16 on a GPU]")
     parser.add_argument("--model", default="ViT-B-16-quickgelu", help="of `bare`, and of `ranks` on a GPU")
@@ -100,6 +105,8 @@ def parsed(words: list[str]) -> argparse.Namespace:
 
 def _parts(text: str) -> list[str]:
     named = text.split(",")
+    if "estimate" in named:  # is of what `written` measures
+        named = ["written", *(name for name in named if name not in ("written", "estimate")), "estimate"]
     if unknown := set(named) - set(PARTS):
         raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {', '.join(PARTS)}")
     return named
@@ -188,6 +195,32 @@ def written(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             f"{_CODECS[codec]}_in_rounds": [round(run.samples / run.seconds, 2) for run in runs],
             f"{_CODECS[codec]}_seconds_by_stage": middle.stages,
             f"{_CODECS[codec]}_processor_s_a_sample": middle.processor_s / middle.samples,
+        }
+    return result
+
+
+def estimate(arguments: argparse.Namespace, scratch: Path, measured: dict[str, Any]) -> dict[str, Any]:
+    """Predicted samples a second beside those measured, of the stub, and where `bare` was measured, of the tower."""
+    costs, cores = core_costs(scratch), len(os.sched_getaffinity(0))
+    spec = memory_job(scratch / "none", clips=BLOCK * arguments.blocks).spec
+    result: dict[str, Any] = {"core_costs": {name: round(value, 2) for name, value in asdict(costs).items()}}
+    # What a sample costs before it is written: without compression, the rest of it is appending.
+    rows_s = (
+        measured[f"{_CODECS['raw']}_processor_s_a_sample"] - sample_nbytes(spec)[0] / costs.append_mb_s / 1e6
+    )
+    rates = {"written": (measured[_CODECS["default"]], 1e-9)}
+    if arguments.is_gpu and "bare_clips_per_s" in measured:
+        rates["tower"] = (measured["ours_clips_per_s"], 1 / measured["bare_clips_per_s"])
+    for name, (rate, device_s) in rates.items():
+        rows_ms = max(1e-6, 1e3 * rows_s)
+        predicted, limited_by = predicted_rate(
+            spec, costs, cores=cores, rows_ms=rows_ms, device_s=device_s, border_s=0.0
+        )
+        result[f"predicted_{name}"] = {
+            "samples_per_s": predicted,
+            "limited_by": limited_by,
+            "rows_ms": rows_ms,
+            "measured_vs_predicted": rate / predicted,
         }
     return result
 
