@@ -1,14 +1,14 @@
-"""One block of stage one: decode, forward pass, quantise, hand to the writer."""
+"""Blocks of stage one on their way: decode, forward pass, quantise, hand to the writer."""
 
-from collections import deque
-from collections.abc import Iterator, Sequence
+import gc
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from evl_cache.errors import is_want_of_memory, told_of_memory
 from evl_cache.extract.clips_ahead import ClipsAhead
 from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
 from evl_cache.extract.environment import run_environment
@@ -18,11 +18,12 @@ from evl_cache.extract.prepare import PreparedClip, prepare_clip
 from evl_cache.extract.redo import BlockRedo, KeptRows
 from evl_cache.extract.reuse import ReusableRows
 from evl_cache.extract.stage_seconds import StageSeconds
-from evl_cache.store import BlockLock, BlockWriter, ClipRecord, finished_blocks, valid_mark
+from evl_cache.store import BlockLock, BlockWriter, ClipRecord, valid_mark
 from evl_cache.towers import Backbone
 from evl_cache.video.pool import DecodePool
 
 _LEAST_WAITING = 4  # clips that may wait for the device; more where a batch holds more
+_MOST_BEGUN = 2  # blocks at a time: others want some too
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,15 +46,43 @@ class ExtractedBlock:
         return tuple(clip for clip, is_kept in zip(self.records, self.kept, strict=True) if not is_kept)
 
 
+class BegunBlock:
+    """A block of which clips are on their way.
+
+    Args:
+        kept: what it keeps, where it is redone.
+
+    Attributes:
+        lock: held by this process.
+        redo: why it is done again, if it is.
+    """
+
+    def __init__(
+        self, block: int, lock: BlockLock, redo: BlockRedo | None, kept: KeptRows | None, *, num_clips: int
+    ) -> None:
+        self.block, self.lock, self.redo, self.kept = block, lock, redo, kept
+        self.clips: list[tuple[ClipRecord, bool]] = []  # records, and whether the clip is as it was
+        self.told = 0  # clips that were reported
+        self._num_clips = num_clips
+        self.writer: BlockWriter | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether the writer has all its rows."""
+        return len(self.clips) == self._num_clips
+
+
 class BlockExtractor:
-    """Extracts blocks one at a time. `close` it.
+    """Extracts blocks, a few at a time, in the order in which they are begun. `close` it.
+
+    Threads of its own do the work. Callbacks are called by `wait`, in its caller's thread, but for `on_outage`.
 
     Args:
         job: its tower is moved to the device, and to the spec's compute dtype.
         options: how; the last batch of a block is padded to `batch` samples.
         on_clip: called with whether it failed, after each clip.
         on_bottleneck: called with the stage that takes most (see `StageSeconds`), after each clip.
-        on_outage: called when an outage begins, and when it is over.
+        on_outage: called when an outage begins, when it is over, and where the device has too little memory for a batch.
 
     Attributes:
         kept_instead: why clips that have features could not be made again, by clip id.
@@ -70,15 +99,13 @@ class BlockExtractor:
     ) -> None:
         self.waited = StageSeconds()
         self.kept_instead: dict[str, str] = {}
-        self._kept: KeptRows | None = None
-        self._job, self._on_clip, self._on_bottleneck = job, on_clip, on_bottleneck
-        self._my_locks: deque[Path] = deque(maxlen=2)  # of this block, and of the one being committed
+        self._job, self._options = job, options
+        self._on_clip, self._on_bottleneck, self._on_outage = on_clip, on_bottleneck, on_outage
+        self._begun: list[BegunBlock] = []
+        self._changed = threading.Event()
         spec, workers, device = job.spec, options.decode_workers, torch.device(options.device)
         visual = job.tower.visual.to(device=device, dtype=getattr(torch, spec.compute_dtype))
-        backbone = Backbone(visual, spec.stored_layers, with_maps=spec.stores_maps)
-        self._pipeline = DevicePipeline(
-            backbone, spec, device=device, batch=options.batch, waited=self.waited
-        )
+        self._backbone = Backbone(visual, spec.stored_layers, with_maps=spec.stores_maps)
         self._decode_pool = DecodePool(workers, options=options.decoding, timeout_s=options.clip_timeout_s)
         self._reusable = (
             None
@@ -86,19 +113,37 @@ class BlockExtractor:
             else ReusableRows(options.reuse, spec, doubt=self._decode_pool.doubt)
         )
         self._surroundings = Surroundings(job.root, patience_s=options.outage_patience_s, on_outage=on_outage)
+        self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
         # A thread for each process, and one that crops meanwhile.
         self._threads = workers + 1
-        self._ahead = ClipsAhead(
-            self._prepare,
-            threads=self._threads,
-            waiting=max(_LEAST_WAITING, options.batch // spec.views.per_clip),
-            clip_bytes=4 * 3 * spec.tower.image_size**2 * spec.views.frames * spec.views.per_clip,  # float32
-        )
-        self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
-        self._environment = run_environment(options, spec)
+        self._set_up(min(options.batch, spec.block_samples))
 
-    def extract(self, block: int, lock: BlockLock, redo: BlockRedo | None = None) -> ExtractedBlock | None:
-        """Hand every row of a block to a new writer, which the caller commits and closes.
+    def _set_up(self, batch: int) -> None:
+        """Start the threads that prepare clips and run batches."""
+        spec = self._job.spec
+        self._ahead = ClipsAhead(
+            threads=self._threads,
+            waiting=max(_LEAST_WAITING, batch // spec.views.per_clip),
+            clip_bytes=4 * 3 * spec.tower.image_size**2 * spec.views.frames * spec.views.per_clip,  # float32
+            on_drained=self._changed.set,
+        )
+        self._pipeline = DevicePipeline(
+            self._backbone,
+            spec,
+            device=torch.device(self._options.device),
+            batch=batch,
+            waited=self.waited,
+            on_failure=self._changed.set,
+        )
+        self._environment = run_environment(replace(self._options, batch=batch), spec)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another block should be begun, so that the device does not wait."""
+        return self._ahead.is_drained and len(self._begun) < _MOST_BEGUN
+
+    def begin(self, block: int, lock: BlockLock, redo: BlockRedo | None = None) -> BegunBlock | None:
+        """Have a block extracted after those that were begun before; `end` them in this order.
 
         Args:
             redo: why the block is done again, if it is.
@@ -106,33 +151,106 @@ class BlockExtractor:
         Returns: None where the block stays as it is.
         Raises: CacheError where the disk refuses; Outage where the videos cannot be read.
         """
-        self._my_locks.append(lock.path)
         cache_path, spec = self._job.cache_path, self._job.spec
         mark = None if redo is None else valid_mark(cache_path, spec, block)
-        self._kept = None if mark is None or redo is None else KeptRows(cache_path, spec, mark, redo)
-        if self._kept is not None and not self._kept.redo.rewrite and not self._tries(self._kept):
-            self._kept = None
+        kept = None if mark is None or redo is None else KeptRows(cache_path, spec, mark, redo)
+        if kept is not None and not kept.redo.rewrite and not self._tries(kept):
             return None
-        writer = BlockWriter(cache_path, spec, block, lock=lock, encoders=self._encoders)
-        try:
-            clips = self._pipeline.run(self._clips_of(block))
-            rows = spec.clips_of_block(block)
-            records, kept = zip(
-                *(self._finish(row, clip, writer) for row, clip in zip(rows, clips, strict=True)), strict=True
+        begun = BegunBlock(block, lock, redo, kept, num_clips=len(spec.clips_of_block(block)))
+        self._start(begun)
+        self._begun.append(begun)
+        return begun
+
+    def _start(self, begun: BegunBlock) -> None:
+        """Send the clips of a block on their way."""
+        spec = self._job.spec
+        begun.writer = BlockWriter(
+            self._job.cache_path, spec, begun.block, lock=begun.lock, encoders=self._encoders
+        )
+        rows = spec.clips_of_block(begun.block)
+        prepared = self._ahead.add(rows, lambda row: self._kept_or_prepared(row, begun.kept))
+        clips = (ClipRows(clip, spec.views.per_clip) for clip in prepared)
+        self._pipeline.add(clips, lambda clip: self._finish(begun, clip))
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something has changed, for at most so many seconds; report what clips are done.
+
+        Raises: what stopped the work.
+        """
+        self._changed.wait(seconds)
+        self._changed.clear()
+        for begun in self._begun:
+            self._tell(begun)
+        if (failure := self._pipeline.failure) is not None:
+            if not is_want_of_memory(failure) or self._pipeline.batch == 1:
+                raise failure
+            self._halve_batch(failure)
+
+    def _tell(self, begun: BegunBlock) -> None:
+        while begun.told < len(begun.clips):
+            record, _ = begun.clips[begun.told]
+            begun.told += 1
+            self._on_bottleneck(self.waited.bottleneck)
+            self._on_clip(record.error is not None)
+
+    def end(self, begun: BegunBlock) -> ExtractedBlock:
+        """Return a block that is ready. The caller commits its writer, and closes it."""
+        self._tell(begun)
+        self._begun.remove(begun)
+        records, kept = zip(*begun.clips, strict=True)
+        environment = self._environment
+        if begun.kept is not None:
+            have_features = {is_kept for clip, is_kept in begun.clips if clip.error is None}
+            environment = begun.kept.environment(
+                environment, are_new=False in have_features, are_kept=True in have_features
             )
-        except BaseException:
-            writer.close()
-            raise
-        environment = self._environment_of(records, kept)
-        self._kept = None  # closed before the commit puts other files in the place of these
-        return ExtractedBlock(writer=writer, records=records, kept=kept, environment=environment)
+            begun.kept = None  # closed before the commit puts other files in the place of these
+        assert begun.writer is not None
+        return ExtractedBlock(writer=begun.writer, records=records, kept=kept, environment=environment)
+
+    def close(self) -> None:
+        """Stop the threads and processes; what was begun and not ended is dropped."""
+        self._ahead.close(wait=False)
+        self._surroundings.close()
+        self._decode_pool.close()  # threads that wait for a worker hear that it is gone
+        self._pipeline.close()
+        self._ahead.close(wait=True)
+        self._drop_writers()
+        self._begun.clear()
+        self._encoders.shutdown(wait=True, cancel_futures=True)
+
+    def _drop_writers(self) -> None:
+        for begun in self._begun:
+            if begun.writer is not None:
+                begun.writer.close()
+                begun.writer = None
+
+    def _halve_batch(self, failure: BaseException) -> None:
+        """Do the begun blocks anew in batches of half the size: a block has one size of batch, which its mark names."""
+        batch = (self._pipeline.batch + 1) // 2
+        self._on_outage(
+            f"{told_of_memory(failure)} for batches of {self._pipeline.batch} samples; going on with batches of "
+            f"{batch}, as --batch {batch} would"
+        )
+        self._ahead.close(wait=False)
+        self._pipeline.close()
+        self._drop_writers()
+        failure.__traceback__ = None  # whose frames hold tensors
+        del failure
+        gc.collect()
+        if self._options.device.startswith("cuda"):
+            torch.cuda.empty_cache()
+        self._set_up(batch)
+        for begun in self._begun:
+            begun.clips.clear()
+            self._start(begun)
 
     def _tries(self, kept: KeptRows) -> bool:
         """Whether one of the clips that are to be made again can be: else nothing need be read or written."""
         rows = kept.again
         for start in range(0, len(rows), self._threads):
             group = rows[start : start + self._threads]
-            prepared = dict(zip(group, self._ahead.of(group, likely_next=lambda: ()), strict=True))
+            prepared = dict(zip(group, self._ahead.add(group, self._prepare), strict=True))
             kept.tried(prepared)
             if any(clip.record.error is None for clip in prepared.values()):
                 return True
@@ -141,36 +259,11 @@ class BlockExtractor:
                 self.kept_instead[tried.record.id] = tried.record.error or ""
         return False
 
-    def _environment_of(self, records: Sequence[ClipRecord], kept: Sequence[bool]) -> dict[str, Any]:
-        if self._kept is None:
-            return self._environment
-        have_features = {is_kept for clip, is_kept in zip(records, kept, strict=True) if clip.error is None}
-        return self._kept.environment(
-            self._environment, are_new=False in have_features, are_kept=True in have_features
-        )
-
-    def _clips_of(self, block: int) -> Iterator[ClipRows]:
-        rows = self._job.spec.clips_of_block(block)
-        for prepared in self._ahead.of(rows, likely_next=lambda: self._likely_next(block)):
-            yield ClipRows(prepared, self._job.spec.views.per_clip)
-
-    def _likely_next(self, block: int) -> Sequence[int]:
-        """Clips of the next block that is not done; none where other jobs are at work, which may take it."""
-        try:
-            locks = set(self._my_locks[-1].parent.glob(f"*{self._my_locks[-1].suffix}"))
-        except OSError:
-            return ()  # a disk that refuses to list them: what matters is read elsewhere, and says so
-        if {path for path in locks if path.stem.isdecimal()} - set(self._my_locks):
-            return ()
-        done = finished_blocks(self._job.cache_path)
-        following = (other for other in range(block + 1, self._job.spec.num_blocks) if other not in done)
-        found = next(following, None)
-        return () if found is None else self._job.spec.clips_of_block(found)
+    def _kept_or_prepared(self, row: int, kept: KeptRows | None) -> PreparedClip:
+        found = None if kept is None else kept.take(row)
+        return self._prepare(row) if found is None else found
 
     def _prepare(self, row: int) -> PreparedClip:
-        kept = self._kept
-        if kept is not None and row in kept.rows and (found := kept.take(row)) is not None:
-            return found
         clip = self._job.clips.clips[row]
         path, reusable = self._job.root / clip.path, self._reusable
         return prepare_clip(
@@ -184,34 +277,24 @@ class BlockExtractor:
             may_be_missing=clip.id in self._job.known_missing,
         )
 
-    def _finish(self, row: int, clip: ClipRows, writer: BlockWriter) -> tuple[ClipRecord, bool]:
-        """Hand a clip's rows to the writer. Return its record, and whether it is as it was before."""
-        record, rows, is_kept = clip.record, clip.rows, clip.is_kept
+    def _finish(self, begun: BegunBlock, clip: ClipRows) -> None:
+        """Hand a clip's rows to its block's writer, and note its record, and whether it is as it was before."""
+        row = self._job.spec.clips_of_block(begun.block)[len(begun.clips)]
+        record, rows, is_kept, kept, writer = clip.record, clip.rows, clip.is_kept, begun.kept, begun.writer
+        assert writer is not None
         if record.error is None and not is_kept and not rows:
             assert self._reusable is not None
             record, rows = self._reusable.take(record)
         if not is_kept:
             record = replace(record, frame_rule=self._job.new_frame_rule)
-        kept = self._kept
         if kept is not None and not is_kept and record.error is not None and kept.is_intact(row):
             self.kept_instead[record.id] = record.error
             record, is_kept = kept.record(row), True
-        with self.waited.of("writing"):
-            if kept is not None and is_kept and record.error is None:
-                for stored in kept.stored(row):
-                    writer.append_stored(stored)
-            else:
-                for sample in range(self._job.spec.views.per_clip):
-                    writer.append(None if record.error is not None else rows[sample])
-        self._on_bottleneck(self.waited.bottleneck)
-        self._on_clip(record.error is not None)
-        return record, is_kept
-
-    def close(self) -> None:
-        """Stop the threads and processes."""
-        self._ahead.close(wait=False)
-        self._surroundings.close()
-        self._decode_pool.close()  # threads that wait for a worker hear that it is gone
-        self._pipeline.close()
-        self._ahead.close(wait=True)
-        self._encoders.shutdown(wait=True, cancel_futures=True)
+        if kept is not None and is_kept and record.error is None:
+            for stored in kept.stored(row):
+                writer.append_stored(stored)
+        else:
+            for sample in range(self._job.spec.views.per_clip):
+                writer.append(None if record.error is not None else rows[sample])
+        begun.clips.append((record, is_kept))
+        self._changed.set()

@@ -1,17 +1,16 @@
 """One process's share of the blocks of a cache: takes what no living job holds, waits for the rest."""
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from evl_cache.errors import CacheError
 from evl_cache.extract.block import ExtractedBlock
 from evl_cache.extract.failure_limit import FailureCount
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip
 from evl_cache.extract.redo import BlockRedo
-from evl_cache.extract.stage_seconds import StageSeconds
 from evl_cache.store import (
     LOCKS_NAME,
     REAL,
@@ -34,14 +33,49 @@ _LOOKS_PER_EXPIRY = 8  # at least: a lock is taken over after several
 _MOST_LOSSES = 5  # of one block: after so many, its commits fail for another reason than other jobs
 
 
-class Extractor(Protocol):
-    """What extracts a block."""
+class Begun(Protocol):
+    """A block that is being extracted."""
 
-    waited: StageSeconds
-
-    def extract(self, block: int, lock: BlockLock, redo: BlockRedo | None = None) -> ExtractedBlock | None:
-        """Hand every row of a block to a new writer, which the caller commits and closes; None where the block stays."""
+    @property
+    def is_ready(self) -> bool:
+        """Whether all of it is done but for the commit."""
         ...
+
+
+BegunT = TypeVar("BegunT", bound=Begun)
+
+
+class Extractor(Protocol[BegunT]):
+    """What extracts blocks, in the order in which they are begun, in threads of its own."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether another block should be begun."""
+        ...
+
+    def begin(self, block: int, lock: BlockLock, redo: BlockRedo | None = None) -> BegunT | None:
+        """Send a block on its way; None where it stays as it is."""
+        ...
+
+    def wait(self, seconds: float) -> None:
+        """Wait until something has changed, for at most so long. Raises: what went wrong."""
+        ...
+
+    def end(self, begun: BegunT) -> ExtractedBlock:
+        """Return a block that is ready, with its writer, which the caller commits and closes."""
+        ...
+
+    def close(self) -> None:
+        """Drop what was begun and not ended."""
+        ...
+
+
+class _Taken(NamedTuple, Generic[BegunT]):
+    """A block of this process that is being extracted."""
+
+    block: int
+    lock: BlockLock
+    begun: BegunT
 
 
 class _Commit(NamedTuple):
@@ -53,10 +87,11 @@ class _Commit(NamedTuple):
     future: "Future[CacheError | None]"
 
 
-class BlockTaker:
-    """Extracts blocks that are not done, one at a time, together with other jobs on the same cache.
+class BlockTaker(Generic[BegunT]):
+    """Extracts blocks that are not done, together with other jobs on the same cache.
 
-    It tries the blocks whose numbers the rendezvous gives, as long as it gives any; then the first block that no
+    The next block is begun before the one before is ready, so that what decodes and the device have work, and its commit
+    runs beside. It tries the blocks whose numbers the rendezvous gives, as long as it gives any; then the first block that no
     living job holds. The lock on the disk decides whether it may have a block, the mark whether the block is done.
 
     Args:
@@ -75,7 +110,7 @@ class BlockTaker:
     def __init__(
         self,
         job: ExtractionJob,
-        extractor: Extractor,
+        extractor: Extractor[BegunT],
         *,
         options: ExtractOptions,
         redo: Mapping[int, BlockRedo] | None = None,
@@ -99,6 +134,8 @@ class BlockTaker:
         self.stayed: dict[int, str] = {}
         self._todo: set[int] = set()
         self._losses: Counter[int] = Counter()
+        self._begun: deque[_Taken[BegunT]] = deque()
+        self._found_none_s = -math.inf  # when no block was to be had
         self._committer = runtime.executor("commit")
         self._committing: _Commit | None = None
 
@@ -109,17 +146,30 @@ class BlockTaker:
         """
         self._todo, wait_s = set(blocks), _LEAST_WAIT_S
         try:
+            self.look_around()
             while True:
-                self.look_around()
-                if (taken := self._take_one()) is not None:
-                    self._extract(*taken)
+                if self._begin_one():
                     wait_s = _LEAST_WAIT_S
-                    continue
-                self._wait_for_commit()
-                if not self._todo and not self._reopen(blocks):
-                    return self._clips_done
-                self._runtime.sleep(wait_s)
-                wait_s = min(1.5 * wait_s, self._longest_wait_s)  # many waiting jobs do not besiege a disk
+                elif self._begun:
+                    if self._begun[0].begun.is_ready:
+                        self._end(self._begun.popleft())
+                    else:
+                        self._extractor.wait(_LOOK_EVERY_S)
+                    self.look_around_at_times()  # so that a progress line counts the clips of all jobs
+                else:
+                    self._wait_for_commit()
+                    if not self._todo and not self._reopen(blocks):
+                        return self._clips_done
+                    self._runtime.sleep(wait_s)
+                    wait_s = min(
+                        1.5 * wait_s, self._longest_wait_s
+                    )  # many waiting jobs do not besiege a disk
+                    self.look_around()
+        except BaseException:
+            self._extractor.close()
+            for taken in self._begun:
+                taken.lock.release()
+            raise
         finally:
             self._committer.shutdown(wait=True)
 
@@ -151,37 +201,57 @@ class BlockTaker:
                 return block, lock
         return None
 
-    def _extract(self, block: int, lock: BlockLock) -> None:
-        """Extract a locked block and start its commit."""
+    def _begin_one(self) -> bool:
+        """Lock a block and begin it, where there is room for one and one is to be had."""
+        looked_just_now = self._runtime.now_s() - self._found_none_s < _LOOK_EVERY_S
+        if self._begun and (looked_just_now or not self._extractor.has_room):
+            return False
+        if (found := self._take_one()) is None:
+            self._found_none_s = self._runtime.now_s()
+            return False
+        block, lock = found
+        try:
+            self._begin(block, lock)
+        except BaseException:
+            lock.release()
+            raise
+        return True
+
+    def _begin(self, block: int, lock: BlockLock) -> None:
         self._todo.discard(block)
         if self._found_done(block):  # finished by another job between the look and the lock
             lock.release()
             return
-        extracted: ExtractedBlock | None = None
         redo = self._redo.get(block)
         if is_in_redo(self._cache_path, block):  # begun by a job that died, or that was paused for long
             redo = BlockRedo(again=redo.again if redo else frozenset(), rewrite=True)
+        begun = self._extractor.begin(block, lock, redo)
+        if begun is None:  # nothing is to be changed: it counts as found done
+            self._redo.pop(block, None)
+            self._found_done(block)
+            lock.release()
+            return
+        self._begun.append(_Taken(block, lock, begun))
+
+    def _end(self, taken: _Taken[BegunT]) -> None:
+        """Start the commit of a block that is ready."""
+        block, lock, extracted = taken.block, taken.lock, self._extractor.end(taken.begun)
         try:
-            extracted = self._extractor.extract(block, lock, redo)
             self._wait_for_commit()
-            if extracted is None:
-                self._redo.pop(block, None)  # nothing is to be changed: it counts as found done
             # The block may have been done meanwhile, by a job that had been taken for dead.
-            if self._found_done(block) or extracted is None:
+            if self._found_done(block):
                 self._redo.pop(block, None)
-                if extracted is not None:
-                    extracted.writer.close()
+                extracted.writer.close()
                 lock.release()
                 return
             # Before the commit, so that what went wrong is not recorded.
             failed_before = self._failed_before(block)
             self._failures.after(extracted.made, expected=failed_before).check(self._cache_path)
         except BaseException:
-            if extracted is not None:
-                extracted.writer.close()
+            extracted.writer.close()
             lock.release()
             raise
-        # In the background: the next block's forward pass overlaps this one's fsync.
+        # In the background: what follows goes on meanwhile.
         commit = self._committer.submit(_commit, extracted, lock)
         self._committing = _Commit(block, extracted.made, failed_before, commit)
 
@@ -191,8 +261,7 @@ class BlockTaker:
         if committing is None:
             return
         block, records = committing.block, committing.records
-        with self._extractor.waited.of("writing"):
-            lost = committing.future.result()
+        lost = committing.future.result()
         if isinstance(lost, RowsAtStake):
             self.stayed[block] = str(lost)
             return

@@ -1,7 +1,7 @@
 """Stage one: the frozen tower runs once per clip, and its features are written for good.
 
-Blocks are taken one after another. Each is decoded, run, quantised, compressed and committed whole. Whoever takes a
-block writes the same bytes, because its batches follow from the block alone.
+Blocks are taken one after another, the next one before the last is ready. Each is decoded, run, quantised, compressed and
+committed whole. Whoever takes a block writes the same bytes, because its batches follow from the block alone.
 """
 
 import time
@@ -276,14 +276,9 @@ def extract_blocks(
     Raises: CacheError where the disk refuses; UsageError for a decoder whose pixels are not the cache's; Outage and
         TooManyFailures as `extract`.
     """
-
-    def on_own_clip(failed: bool) -> None:
-        on_clip(failed)
-        taker.look_around_at_times()  # so that a progress line counts the clips of all jobs
-
     job.check_pixels(options.decoding)
     extractor = BlockExtractor(
-        job, options=options, on_clip=on_own_clip, on_bottleneck=on_bottleneck, on_outage=on_outage
+        job, options=options, on_clip=on_clip, on_bottleneck=on_bottleneck, on_outage=on_outage
     )
     with closing(extractor):
         taker = BlockTaker(

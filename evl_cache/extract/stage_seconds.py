@@ -15,6 +15,10 @@ class StageSeconds:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(("decoding", "transfer", "device", "writing"), 0.0)
 
+    def add(self, stage: str, seconds: float) -> None:
+        """Add to a stage."""
+        self.seconds[stage] += seconds
+
     @contextmanager
     def of(self, stage: str) -> Iterator[None]:
         """Add the time inside the `with` block to a stage."""
@@ -22,7 +26,7 @@ class StageSeconds:
         try:
             yield
         finally:
-            self.seconds[stage] += time.monotonic() - started
+            self.add(stage, time.monotonic() - started)
 
     @property
     def bottleneck(self) -> str:

@@ -57,7 +57,7 @@ def test_ranks_share_the_blocks_by_numbers(
     pids = [
         store_server.start(cache, spec=SPEC, gates=gates, environment=place(rank, 2, port)) for rank in (0, 1)
     ]
-    wait_until(lambda: blocks_in_hand(cache) == 2, what="each has a block in hand")
+    wait_until(lambda: blocks_in_hand(cache) == 4, what="each has two blocks in hand")
     (tmp_path / "go on").touch()
     reports = [store_server.wait(pid).report for pid in pids]
     assert sum(report["here"] for report in reports) == 8
@@ -75,7 +75,7 @@ def test_one_of_four_ranks_is_killed_and_the_others_finish_its_blocks(
         store_server.start(cache, spec=SPEC, gates=gates, environment=place(rank, 4, port))
         for rank in range(4)
     ]
-    wait_until(lambda: blocks_in_hand(cache) == 4, what="each has a block in hand")
+    wait_until(lambda: blocks_in_hand(cache) == 8, what="each has two blocks in hand")
     os.kill(pids[killed], signal.SIGKILL)
     (tmp_path / "go on").touch()
     ended = [store_server.wait(pid) for pid in pids]

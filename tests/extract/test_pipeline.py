@@ -1,5 +1,6 @@
 """The device is kept fed, whatever feeds it: order, overlap, what is waited for, and memory that stays bounded."""
 
+import queue
 import threading
 import time
 import tracemalloc
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from evl_cache.clips import Clip
+from evl_cache.errors import CacheError
 from evl_cache.extract.clips_ahead import MOST_WAITING_BYTES, ClipsAhead
 from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
 from evl_cache.extract.prepare import PreparedClip, prepare_clip
@@ -51,20 +53,33 @@ def ids(clips) -> list[int]:
 
 def test_clips_are_decoded_ahead_across_blocks_and_each_once() -> None:
     prepare = Prepared()
-    ahead = ClipsAhead(prepare, threads=1, waiting=3, clip_bytes=1)
-    assert ids(ahead.of(range(4), likely_next=lambda: range(4, 8))) == [0, 1, 2, 3]
-    assert ids(ahead.of(range(4, 8), likely_next=lambda: ())) == [4, 5, 6, 7]
+    ahead = ClipsAhead(threads=1, waiting=3, clip_bytes=1)
+    first, second = ahead.add(range(4), prepare), ahead.add(range(4, 8), prepare)
+    wait_until(lambda: prepare.rows == [0, 1, 2, 3], what="the first block is decoded before anyone asks")
+    assert ids(first) == [0, 1, 2, 3]
+    wait_until(lambda: prepare.rows == list(range(8)), what="the second is decoded meanwhile")
+    assert ids(second) == [4, 5, 6, 7]
     ahead.close(wait=True)
     assert prepare.rows == list(range(8))
 
 
-def test_a_block_that_another_job_took_is_left_for_the_one_that_is_free() -> None:
+def test_clips_that_are_asked_for_out_of_turn_are_begun_at_once() -> None:
     prepare = Prepared()
-    ahead = ClipsAhead(prepare, threads=1, waiting=3, clip_bytes=1)
-    assert ids(ahead.of(range(4), likely_next=lambda: range(4, 8))) == [0, 1, 2, 3]
-    assert ids(ahead.of(range(8, 12), likely_next=lambda: ())) == [8, 9, 10, 11]
+    ahead = ClipsAhead(threads=1, waiting=1, clip_bytes=1)
+    first, second = ahead.add(range(4), prepare), ahead.add(range(4, 6), prepare)
+    assert ids(second) == [4, 5] and ids(first) == [0, 1, 2, 3]
     ahead.close(wait=True)
-    assert len(set(prepare.rows)) == len(prepare.rows)  # what was begun for nothing was not begun twice
+    assert sorted(prepare.rows) == list(range(6))
+
+
+def test_it_is_told_when_no_clip_is_left_to_be_begun() -> None:
+    prepare, told = Prepared(), threading.Event()
+    ahead = ClipsAhead(threads=1, waiting=1, clip_bytes=1, on_drained=told.set)
+    clips = ahead.add(range(3), prepare)
+    assert not ahead.is_drained and not told.is_set()
+    next(clips)
+    assert ahead.is_drained and told.is_set()
+    ahead.close(wait=True)
 
 
 @pytest.mark.parametrize(
@@ -72,16 +87,13 @@ def test_a_block_that_another_job_took_is_left_for_the_one_that_is_free() -> Non
 )
 def test_no_more_clips_wait_than_memory_allows(clip_bytes: int, begun: int) -> None:
     prepare = Prepared()
-    prepare.go_on.clear()
-    ahead = ClipsAhead(prepare, threads=2, waiting=6, clip_bytes=clip_bytes)
-    clips = ahead.of(range(100), likely_next=lambda: ())
-    waiter = threading.Thread(target=next, args=(clips,))
-    waiter.start()
-    wait_until(lambda: len(ahead._ahead) >= begun - 1, what="so many are begun")
+    ahead = ClipsAhead(threads=2, waiting=6, clip_bytes=clip_bytes)
+    clips = ahead.add(range(100), prepare)
+    wait_until(lambda: len(prepare.rows) == begun, what="so many are begun")
     time.sleep(0.02)  # for more, if there were
-    assert len(ahead._ahead) == begun - 1  # and the one that is waited for
-    prepare.go_on.set()
-    waiter.join()
+    assert len(prepare.rows) == begun
+    next(clips)
+    wait_until(lambda: len(prepare.rows) == begun + 1, what="one more is begun for one that was taken")
     ahead.close(wait=True)
 
 
@@ -91,15 +103,24 @@ def test_rows_made_beside_the_next_batch_are_the_same_bytes(
 ) -> None:
     clips = make_clips(tmp_path / "clips")
     plain = extract_small(clips, tmp_path / "plain")
+    rows_are_made_beside(beside, monkeypatch)
+    other = extract_small(clips, tmp_path / "other")
+    assert other.cache_digest == plain.cache_digest and len(other.failures) == 1
+
+
+def rows_are_made_beside(beside: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     start = DevicePipeline._start
 
     def forced(self, staged):
         self.makes_rows_beside = beside
-        return start(self, staged)
+        if not beside and self._is_gpu:
+            torch.cuda.synchronize()
+        started = start(self, staged)
+        if not beside and self._is_gpu:
+            torch.cuda.synchronize()
+        return started
 
     monkeypatch.setattr(DevicePipeline, "_start", forced)
-    other = extract_small(clips, tmp_path / "other")
-    assert other.cache_digest == plain.cache_digest and len(other.failures) == 1
 
 
 @pytest.mark.gpu
@@ -108,29 +129,17 @@ def test_rows_made_on_a_stream_of_their_own_are_the_same_bytes(
 ) -> None:
     clips = make_clips(tmp_path / "clips", count=16)
     beside = extract_small(clips, tmp_path / "beside", device="cuda")
-    start = DevicePipeline._start
-
-    def one_after_another(self, staged):
-        self.makes_rows_beside = False
-        torch.cuda.synchronize()
-        done = start(self, staged)
-        torch.cuda.synchronize()
-        return done
-
-    monkeypatch.setattr(DevicePipeline, "_start", one_after_another)
+    rows_are_made_beside(False, monkeypatch)
     plain = extract_small(clips, tmp_path / "plain", device="cuda")
     assert beside.cache_digest == plain.cache_digest
 
 
-@pytest.mark.parametrize("slow", ["decoding", "transfer", "device"])
+@pytest.mark.parametrize("slow", ["decoding", "transfer", "device", "writing"])
 def test_the_bottleneck_is_what_takes_long(motions: Path, monkeypatch: pytest.MonkeyPatch, slow: str) -> None:
     clips = load_clips(motions)
     tower = small_tower(motions)
     spec = small_spec(clips, tower)
     waited = StageSeconds()
-    pipeline = DevicePipeline(
-        Backbone(tower.visual, spec.stored_layers), spec, device=torch.device("cpu"), batch=2, waited=waited
-    )
 
     def pause() -> None:
         """Longer than the other stages took: on a busy machine that may be long."""
@@ -150,12 +159,45 @@ def test_the_bottleneck_is_what_takes_long(motions: Path, monkeypatch: pytest.Mo
 
         return call
 
-    if slow != "decoding":
-        name = {"transfer": "_transferred", "device": "_start"}[slow]
+    def written(clip: ClipRows) -> None:
+        if slow == "writing":
+            pause()
+        found.put(clip.record.id)
+
+    if slow in ("transfer", "device"):
+        name = {"transfer": "_transferred", "device": "_rows_of"}[slow]
         monkeypatch.setattr(DevicePipeline, name, slowed(getattr(DevicePipeline, name)))
-    found = [clip.record.id for clip in pipeline.run(decoded())]
+    found: queue.SimpleQueue[str] = queue.SimpleQueue()
+    pipeline = DevicePipeline(
+        Backbone(tower.visual, spec.stored_layers), spec, device=torch.device("cpu"), batch=2, waited=waited
+    )
+    pipeline.add(decoded(), written)
+    assert [found.get(timeout=60) for _ in range(6)] == list("012345")
     pipeline.close()
-    assert found == list("012345") and waited.bottleneck == slow
+    assert waited.bottleneck == slow and pipeline.failure is None
+
+
+def test_what_goes_wrong_in_a_thread_ends_the_pipeline_and_is_told(motions: Path) -> None:
+    clips = load_clips(motions)
+    tower = small_tower(motions)
+    spec = small_spec(clips, tower)
+    failed = threading.Event()
+
+    def decoded():
+        yield ClipRows(PreparedClip(record=ClipRecord(id="0"), samples=torch.zeros(1, 4, 3, 32, 32)), 1)
+        raise CacheError("the disk is gone")
+
+    pipeline = DevicePipeline(
+        Backbone(tower.visual, spec.stored_layers),
+        spec,
+        device=torch.device("cpu"),
+        batch=1,
+        waited=StageSeconds(),
+        on_failure=failed.set,
+    )
+    pipeline.add(decoded(), lambda clip: None)
+    assert failed.wait(60) and str(pipeline.failure) == "the disk is gone"
+    pipeline.close()
 
 
 def test_large_pictures_take_no_more_memory_the_more_are_asked_for(

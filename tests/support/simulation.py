@@ -24,7 +24,7 @@ import torch
 
 from evl_cache.clips import Clip, ClipList
 from evl_cache.errors import EvlCacheError
-from evl_cache.extract.block import ExtractedBlock, StageSeconds
+from evl_cache.extract.block import ExtractedBlock
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.redo import BlockRedo, KeptRows, failed_rows, rows_by_block
@@ -63,14 +63,28 @@ MOST_CALLS = 70  # of a process that does one block, about: later it neither die
 _SCRATCH = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
 
 
+class SimulatedBlock:
+    """A block that is being extracted."""
+
+    def __init__(self, block: int, writer: BlockWriter, kept: KeptRows | None) -> None:
+        self.block, self.writer, self.kept = block, writer, kept
+        self.is_ready = False
+        self.records: list[ClipRecord] = []
+        self.are_kept: list[bool] = []
+
+
 class SimulatedExtractor:
     """Takes time, and gives rows that tell their block and, where that differs, the processor."""
 
     def __init__(self, process: Process, spec: CacheSpec, runtime: Runtime) -> None:
-        self.waited = StageSeconds()
         self._process, self._spec, self._runtime = process, spec, runtime
+        self._begun: list[SimulatedBlock] = []
 
-    def extract(self, block: int, lock: BlockLock, redo: BlockRedo | None = None) -> ExtractedBlock:
+    @property
+    def has_room(self) -> bool:
+        return len(self._begun) < 2
+
+    def begin(self, block: int, lock: BlockLock, redo: BlockRedo | None = None) -> SimulatedBlock:
         self._process.extracted.append(block)
         writer = BlockWriter(
             self._process.world.root,
@@ -83,26 +97,44 @@ class SimulatedExtractor:
         kept = None
         if redo is not None and (mark := valid_mark(self._process.world.root, self._spec, block)) is not None:
             kept = KeptRows(self._process.world.root, self._spec, mark, redo)
-        records, are_kept = [], []
-        for row in self._spec.clips_of_block(block):
+        self._begun.append(SimulatedBlock(block, writer, kept))
+        return self._begun[-1]
+
+    def wait(self, seconds: float) -> None:
+        """Extract the first block that was begun."""
+        begun = self._begun[0]
+        kept = begun.kept
+        for row in self._spec.clips_of_block(begun.block):
             self._runtime.sleep(self._process.world.rng.random() * 6.0)
             is_kept = kept is not None and kept.is_intact(row)
             if kept is not None and is_kept:
-                writer.append_stored(kept.stored(row)[0])
+                begun.writer.append_stored(kept.stored(row)[0])
             elif _is_gone(row, self._spec):
-                writer.append(None)
+                begun.writer.append(None)
             else:
-                writer.append(_row(row, self._process.plan.kind))
+                begun.writer.append(_row(row, self._process.plan.kind))
             error = "its video is gone" if _is_gone(row, self._spec) and not is_kept else None
-            records.append(ClipRecord(id=str(row), error=error))
-            are_kept.append(is_kept)
+            begun.records.append(ClipRecord(id=str(row), error=error))
+            begun.are_kept.append(is_kept)
+        begun.is_ready = True
+
+    def end(self, begun: SimulatedBlock) -> ExtractedBlock:
+        self._begun.remove(begun)
         environment = {"kind": self._process.plan.kind}
-        if kept is not None:
-            made = [not is_kept for clip, is_kept in zip(records, are_kept, strict=True) if not clip.error]
-            environment = kept.environment(environment, are_new=True in made, are_kept=False in made)
+        if begun.kept is not None:
+            clips = zip(begun.records, begun.are_kept, strict=True)
+            made = [not is_kept for clip, is_kept in clips if not clip.error]
+            environment = begun.kept.environment(environment, are_new=True in made, are_kept=False in made)
         return ExtractedBlock(
-            writer=writer, records=tuple(records), kept=tuple(are_kept), environment=environment
+            writer=begun.writer,
+            records=tuple(begun.records),
+            kept=tuple(begun.are_kept),
+            environment=environment,
         )
+
+    def close(self) -> None:
+        for begun in self._begun:
+            begun.writer.close()
 
 
 def _is_gone(row: int, spec: CacheSpec) -> bool:
@@ -317,8 +349,8 @@ def _check(root: Path, spec: CacheSpec, processes: list[Process], survivors: lis
                     raise Failed(f"block {block}: {name} holds other values than its mark's processor makes")
     disturbances = sum(process.disturbances for process in processes)
     count = sum(len(process.extracted) for process in processes)
-    # A process holds two: one it extracts, one it commits. What it changed of a redo after it had lost it is redone.
-    most = spec.num_blocks + (2 if spec.block_clips == 1 else 4) * disturbances
+    # A process holds three: two it extracts, one it commits. What it changed of a redo after it had lost it is redone.
+    most = spec.num_blocks + (3 if spec.block_clips == 1 else 6) * disturbances
     if count > most:
         raise Failed(f"{count} extractions of {spec.num_blocks} blocks, {disturbances} disturbances")
 

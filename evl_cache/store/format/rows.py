@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from evl_cache.errors import ClipError
 from evl_cache.quantize import (
     QuantizedMaps,
     QuantizedTokens,
@@ -27,6 +28,29 @@ StoredTokens = QuantizedTokens | torch.Tensor
 StoredMaps = QuantizedMaps | torch.Tensor | RecomputedMaps
 
 
+class FeaturesOverflow(ClipError):
+    """Features computed in float16 are not finite: a remedy is to compute in bfloat16."""
+
+
+def make_rows(
+    tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None, spec: CacheSpec
+) -> list[Row | ClipError]:
+    """Return the row of each sample of a batch, or why its features cannot be stored.
+
+    Args:
+        tokens: (B, T, N, C) of each stored layer.
+        maps: L of (B, 2, T-1, P, P), or None where the spec stores none.
+    """
+    found: list[Row | ClipError] = []
+    for sample in range(len(tokens[0])):
+        its_maps = None if maps is None else [m[sample] for m in maps]
+        try:
+            found.append(make_row([t[sample] for t in tokens], its_maps, spec))
+        except ClipError as error:
+            found.append(error)
+    return found
+
+
 def make_row(tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None, spec: CacheSpec) -> Row:
     """Quantise one sample on the device where its features are.
 
@@ -36,6 +60,21 @@ def make_row(tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None
 
     Raises: ClipError where a feature is not finite or cannot be represented.
     """
+    try:
+        return _quantized_row(tokens, maps, spec)
+    except ClipError as error:
+        stored = [*tokens, *(maps or () if spec.stores_maps else ())]
+        if spec.compute_dtype != "float16" or all(bool(each.isfinite().all()) for each in stored):
+            raise
+        raise FeaturesOverflow(
+            f"{str(error).partition(' cannot be stored')[0]} cannot be stored: got values that are not finite, expected "
+            "finite ones; float16 does not hold what this tower computes: use --compute-dtype bfloat16"
+        ) from None
+
+
+def _quantized_row(
+    tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None, spec: CacheSpec
+) -> Row:
     row: dict[str, torch.Tensor] = {}
     stacked = torch.stack(list(tokens))  # (L,T,N,C)
     row["class_tokens"] = to_float16(stacked[:, :, 0], what="class tokens")
