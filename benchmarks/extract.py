@@ -44,12 +44,12 @@ from benchmarks.support.memory_extraction import (
     memory_job,
 )
 from evl_cache.extract.job import ExtractOptions
-from evl_cache.extract_options import default_batch
 from evl_cache.store import sample_nbytes
 from evl_cache.towers import Tower, build_tower
 
 PARTS = ("bare", "written", "estimate", "ranks", "padding")
 BLOCK = 64
+CPU_BATCH, GPU_BATCH = 8, 32  # as `extract` has them for these towers
 PADDED = (64, 128, 256)
 _CODECS = {"default": "samples_per_s_written", "raw": "samples_per_s_written_raw"}
 _START_TIMEOUT_S = 300.0
@@ -99,7 +99,7 @@ def parsed(words: list[str]) -> argparse.Namespace:
     found.compute_dtype = found.compute_dtype or ("float16" if found.is_gpu else "float32")
     found.clips = found.clips or (512 if found.is_gpu else 16)
     found.blocks = found.blocks or (8 if found.is_gpu else 3)
-    found.batch = found.batch or default_batch(found.device)
+    found.batch = found.batch or (GPU_BATCH if found.is_gpu else CPU_BATCH)
     return found
 
 

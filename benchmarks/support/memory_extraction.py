@@ -19,6 +19,7 @@ from benchmarks.outlier_features import outlier_features, softmax_maps
 from benchmarks.support.stored_features import LAYERS, VIT_B_16, clip_list
 from evl_cache.extract import block, stage
 from evl_cache.extract.block import BlockExtractor
+from evl_cache.extract.device_pipeline import DevicePipeline
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.prepare import PreparedClip
 from evl_cache.processes import Rendezvous
@@ -104,6 +105,22 @@ def frames_at_hand(frames: Tensor) -> Iterator[None]:
         return PreparedClip(record=ClipRecord(id=f"{row:05d}"), samples=frames[row % len(frames)][None])
 
     with mock.patch.object(BlockExtractor, "_prepare", prepare):
+        yield
+
+
+@contextmanager
+def one_thing_at_a_time() -> Iterator[None]:
+    """Have every extraction make the rows of a batch before the next one runs, while nothing else is on the device."""
+    start = DevicePipeline._start
+
+    def alone(pipeline: DevicePipeline, *arguments: Any) -> Any:
+        pipeline.makes_rows_beside = False
+        started = start(pipeline, *arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return started
+
+    with mock.patch.object(DevicePipeline, "_start", alone):
         yield
 
 
