@@ -1,89 +1,309 @@
-"""Extraction from decoded frames against the bare forward pass: `python -m benchmarks.extract --json`.
+"""Extraction from decoded frames, in five parts: `python -m benchmarks.extract --json`.
 
-ViT-B/16 with random weights, 8 frames, layers 8 to 12, on the CPU. The bare side is open_clip's own forward pass
-of the same tower over the same frames in the same batches; ours makes maps, quantises, compresses, writes, syncs
-and marks as well.
+Frames are in memory, 8 of a sample; layers 8 to 12 of ViT-B/16 with random weights, with maps.
+
+- `bare`: against the tower's own forward pass over the same frames in the same batches (`vs_bare_forward`). Ours makes
+  maps, quantises, compresses, writes, syncs and marks as well.
+- `written`: samples a second with a stub in the tower's place, whose features were made once and cost nothing: what
+  stage one writes where nothing else limits it (`samples_per_s_written` in the default profile, `…_raw` without
+  compression). Processor time a sample is told too: other work on the computer changes it less.
+- `ranks`: the same by several processes on one cache, as torchrun starts them, together (`--ranks N`); on a GPU with
+  the tower, too.
+- `estimate`: what `estimate --cluster` gives for this machine, from rates of a core that are measured here, against
+  what was measured: the share of the prediction that is reached.
+- `padding`: processor time of a block of 64 samples in batches of 64, 128 and 256, with a small tower.
+
+`--device cuda` is stage one behind the decoder, in float16.
 """
 
 import argparse
 import json
+import os
 import shutil
+import statistics
+import subprocess
+import sys
 import tempfile
-from contextlib import closing
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.support.core_costs import core_costs, predicted_rate
 from benchmarks.support.machine import interleaved_seconds, machine, medians
-from benchmarks.support.stored_features import LAYERS, clip_list
-from evl_cache.extract.block import BlockExtractor
-from evl_cache.extract.job import ExtractionJob, ExtractOptions
-from evl_cache.extract.prepare import PreparedClip
-from evl_cache.extract.stage import make_spec
-from evl_cache.spec import ViewSpec
-from evl_cache.store import LOCKS_NAME, ClipRecord, LockWatcher, create_cache
+from benchmarks.support.memory_extraction import (
+    StubTower,
+    Written,
+    begin,
+    blocks_written,
+    frames_at_hand,
+    frames_of,
+    memory_job,
+)
+from evl_cache.extract.job import ExtractOptions
+from evl_cache.store import sample_nbytes
 from evl_cache.towers import Tower, build_tower
 
-
-class FromMemory(BlockExtractor):
-    """Stage one behind the decoder: frames are in memory."""
-
-    frames: torch.Tensor
-
-    def _prepare(self, row: int) -> PreparedClip:
-        return PreparedClip(record=ClipRecord(id=str(row)), samples=self.frames[row][None])
+PARTS = ("bare", "written", "estimate", "ranks", "padding")
+BLOCK = 64
+CPU_BATCH, GPU_BATCH = 8, 32  # as `extract` has them for these towers
+PADDED = (64, 128, 256)
+_CODECS = {"default": "samples_per_s_written", "raw": "samples_per_s_written_raw"}
+_START_TIMEOUT_S = 300.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
-    parser.add_argument("--clips", type=int, default=16)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    arguments = parser.parse_args()
-    tower = build_tower("ViT-B-16-quickgelu", "none")
-    frames = torch.randn(arguments.clips, 8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    arguments = parsed(sys.argv[1:])
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="evl-cache-bench-") as scratch:
+        measure = {"bare": bare, "written": written, "ranks": ranks, "padding": padding}
+        for part in arguments.parts:
+            result |= (
+                estimate(arguments, Path(scratch), result)
+                if part == "estimate"
+                else measure[part](arguments, Path(scratch))
+            )
+            print(json.dumps(result), file=sys.stderr, flush=True)
+    told = ("clips", "blocks", "batch", "rounds", "device", "compute_dtype", "decode_workers")
+    named = {name: getattr(arguments, name) for name in told}
+    if arguments.is_gpu:
+        named["card"] = torch.cuda.get_device_name()
+    print(json.dumps({**result, **named, "machine": machine()}))
 
-        @torch.no_grad()
-        def bare() -> None:
-            for start in range(0, arguments.clips, arguments.batch):
-                tower.visual(frames[start : start + arguments.batch].flatten(0, 1))
 
-        def ours() -> None:
-            extract_once(Path(scratch) / "cache", frames, tower, arguments.batch)
+def parsed(words: list[str]) -> argparse.Namespace:
+    """The command line, with defaults that depend on the device."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", action="store_true", help="the last line is one JSON object (always so)")
+    parser.add_argument("--parts", type=_parts, help=f"of {', '.join(PARTS)} [bare,written; and ranks]")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:N")
+    parser.add_argument("--compute-dtype", help="[float16 on a GPU]")
+    parser.add_argument("--model", default="ViT-B-16-quickgelu", help="of `bare`, and of `ranks` on a GPU")
+    parser.add_argument("--clips", type=int, help="of `bare` [16; 512 on a GPU]")
+    parser.add_argument(
+        "--blocks", type=int, help=f"of {BLOCK} samples, of `written` and `ranks` [3; 8 on a GPU]"
+    )
+    parser.add_argument("--batch", type=int, help="samples of a forward pass [as `extract` has it]")
+    parser.add_argument("--decode-workers", type=int, help="and threads that compress [as `extract` has it]")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of `ranks`")
+    parser.add_argument("--small-model", default="evl-tiny", help="of `padding`")
+    parser.add_argument("--rounds", type=int, default=3)
+    found = parser.parse_args(words)
+    found.is_gpu = torch.device(found.device).type == "cuda"
+    found.parts = found.parts or (["bare", "written"] + ["ranks"] * (found.ranks > 1))
+    found.compute_dtype = found.compute_dtype or ("float16" if found.is_gpu else "float32")
+    found.clips = found.clips or (512 if found.is_gpu else 16)
+    found.blocks = found.blocks or (8 if found.is_gpu else 3)
+    found.batch = found.batch or (GPU_BATCH if found.is_gpu else CPU_BATCH)
+    return found
 
-        seconds = medians(interleaved_seconds({"bare": bare, "ours": ours}, arguments.rounds))
-    result = {
+
+def _parts(text: str) -> list[str]:
+    named = text.split(",")
+    if "estimate" in named:  # is of what `written` measures
+        named = ["written", *(name for name in named if name not in ("written", "estimate")), "estimate"]
+    if unknown := set(named) - set(PARTS):
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}: expected some of {', '.join(PARTS)}")
+    return named
+
+
+def options_of(arguments: argparse.Namespace, *, device: str = "", batch: int = 0) -> ExtractOptions:
+    """Options as `extract` has them where none are named."""
+    given: dict[str, Any] = {}
+    if arguments.decode_workers:
+        given["decode_workers"] = arguments.decode_workers
+    return ExtractOptions(device=device or arguments.device, batch=batch or arguments.batch, **given)
+
+
+def _after(arguments: argparse.Namespace) -> Callable[[], None]:
+    return (lambda: torch.cuda.synchronize(arguments.device)) if arguments.is_gpu else lambda: None
+
+
+def bare(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Stage one behind the decoder, against the tower's forward pass alone, in turns."""
+    tower = build_tower(arguments.model, "none")
+    dtype, after = getattr(torch, arguments.compute_dtype), _after(arguments)
+    tower.visual.to(arguments.device, dtype)
+    frames = frames_of(tower.spec, distinct=min(arguments.clips, max(16, arguments.batch)))
+    there = frames[: arguments.batch].flatten(0, 1).to(arguments.device, dtype)
+    stages: dict[str, float] = {}
+
+    @torch.no_grad()
+    def forward() -> None:
+        for start in range(0, arguments.clips, arguments.batch):
+            tower.visual(there[: 8 * min(arguments.batch, arguments.clips - start)])
+        after()
+
+    def ours() -> None:
+        found = extracted(arguments, scratch / "bare", tower, clips=arguments.clips)
+        stages.update(found.stages)
+
+    with frames_at_hand(frames):
+        seconds = medians(interleaved_seconds({"bare": forward, "ours": ours}, arguments.rounds))
+    shutil.rmtree(scratch / "bare")
+    return {
         "vs_bare_forward": seconds["bare"] / seconds["ours"],
         "ours_clips_per_s": arguments.clips / seconds["ours"],
         "bare_clips_per_s": arguments.clips / seconds["bare"],
-        "clips": arguments.clips,
-        "batch": arguments.batch,
-        "rounds": arguments.rounds,
-        "machine": machine(),
+        "seconds_by_stage": stages,
     }
-    print(json.dumps(result))
 
 
-def extract_once(cache: Path, frames: torch.Tensor, tower: Tower, batch: int) -> None:
-    """One block from frames to a marked cache."""
-    shutil.rmtree(cache, ignore_errors=True)
-    clips = clip_list(len(frames))
-    spec = make_spec(
-        clips, dataset="generated", split="train", tower=tower.spec, layers=LAYERS, views=ViewSpec()
+def extracted(
+    arguments: argparse.Namespace,
+    cache: Path,
+    tower: Tower | None,
+    *,
+    clips: int,
+    codec: str = "default",
+    batch: int = 0,
+) -> Written:
+    """Every block of a new cache; what is written before is on the disk when the clock starts."""
+    layers = None if tower is None else tuple(range(tower.spec.blocks - 4, tower.spec.blocks + 1))
+    job = memory_job(
+        cache, tower=tower, clips=clips, codec=codec, compute_dtype=arguments.compute_dtype,
+        **({} if layers is None else {"layers": tuple(layer for layer in layers if layer > 0)}),
+    )  # fmt: skip
+    begin(job)
+    os.sync()
+    return blocks_written(job, options_of(arguments, batch=batch), after=_after(arguments))
+
+
+def written(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Samples a second with a tower that costs nothing, by codec."""
+    cache = scratch / "written"
+    stub = StubTower(memory_job(cache, clips=1, compute_dtype=arguments.compute_dtype).spec, arguments.device)
+    stub.prepare(arguments.batch)
+    found: dict[str, list[Written]] = {codec: [] for codec in _CODECS}
+    with stub.in_use(), frames_at_hand(frames_of(memory_job(cache, clips=1).spec.tower)):
+        for turn in range(arguments.rounds + 1):  # the first does not count: libraries are loaded
+            for codec, runs in found.items():
+                clips = BLOCK * (arguments.blocks if turn else 1)
+                run = extracted(arguments, cache, None, clips=clips, codec=codec)
+                runs.extend([run] * (turn > 0))
+    shutil.rmtree(cache)
+    result: dict[str, Any] = {}
+    for codec, runs in found.items():
+        middle = sorted(runs, key=lambda run: run.seconds)[len(runs) // 2]
+        result |= {
+            _CODECS[codec]: statistics.median(run.samples / run.seconds for run in runs),
+            f"{_CODECS[codec]}_in_rounds": [round(run.samples / run.seconds, 2) for run in runs],
+            f"{_CODECS[codec]}_seconds_by_stage": middle.stages,
+            f"{_CODECS[codec]}_processor_s_a_sample": middle.processor_s / middle.samples,
+        }
+    return result
+
+
+def estimate(arguments: argparse.Namespace, scratch: Path, measured: dict[str, Any]) -> dict[str, Any]:
+    """Predicted samples a second beside those measured, of the stub, and where `bare` was measured, of the tower."""
+    costs, cores = core_costs(scratch), len(os.sched_getaffinity(0))
+    spec = memory_job(scratch / "none", clips=BLOCK * arguments.blocks).spec
+    result: dict[str, Any] = {"core_costs": {name: round(value, 2) for name, value in asdict(costs).items()}}
+    # What a sample costs before it is written: without compression, the rest of it is appending.
+    rows_s = (
+        measured[f"{_CODECS['raw']}_processor_s_a_sample"] - sample_nbytes(spec)[0] / costs.append_mb_s / 1e6
     )
-    create_cache(cache, spec, clips.clips, origin={}, created_with={})
-    job = ExtractionJob(clips=clips, root=cache, cache_path=cache, spec=spec, tower=tower)
-    extractor = FromMemory(job, options=ExtractOptions(batch=batch))
-    extractor.frames = frames
-    lock = LockWatcher(cache / LOCKS_NAME).take(0)
-    assert lock is not None
-    with closing(extractor), lock:
-        extracted = extractor.extract(0, lock)
-        assert extracted is not None
-        extracted.writer.commit(extracted.records, extracted.environment)
-        extracted.writer.close()
+    rates = {"written": (measured[_CODECS["default"]], 1e-9)}
+    if arguments.is_gpu and "bare_clips_per_s" in measured:
+        rates["tower"] = (measured["ours_clips_per_s"], 1 / measured["bare_clips_per_s"])
+    for name, (rate, device_s) in rates.items():
+        rows_ms = max(1e-6, 1e3 * rows_s)
+        predicted, limited_by = predicted_rate(
+            spec, costs, cores=cores, rows_ms=rows_ms, device_s=device_s, border_s=0.0
+        )
+        result[f"predicted_{name}"] = {
+            "samples_per_s": predicted,
+            "limited_by": limited_by,
+            "rows_ms": rows_ms,
+            "measured_vs_predicted": rate / predicted,
+        }
+    return result
+
+
+def padding(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Processor seconds of one block at several batches, in turns, and the dearest against the first."""
+    tower = build_tower(arguments.small_model, "none")
+    cache = scratch / "padding"
+    took: dict[int, list[float]] = {batch: [] for batch in PADDED}
+    with frames_at_hand(frames_of(tower.spec)):
+        for turn in range(arguments.rounds + 1):
+            for batch, seconds in took.items():
+                run = extracted(arguments, cache, tower, clips=BLOCK, batch=batch)
+                seconds.extend([run.processor_s] * (turn > 0))
+    shutil.rmtree(cache)
+    found = {batch: statistics.median(seconds) for batch, seconds in took.items()}
+    return {
+        "padding_model": arguments.small_model,
+        "padding_processor_s": {str(batch): round(seconds, 3) for batch, seconds in found.items()},
+        "padding_dearest_vs_first": max(found.values()) / found[PADDED[0]],
+    }
+
+
+def ranks(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Samples a second of several processes on one cache together, with the stub, and on a GPU with the tower too."""
+    result: dict[str, Any] = {"ranks": arguments.ranks}
+    for name, model in (("stub", ""), *((("tower", arguments.model),) if arguments.is_gpu else ())):
+        runs = [list(_run_ranks(arguments, scratch, model)) for _ in range(arguments.rounds)]
+        rates = [
+            sum(rank["samples"] for rank in run)
+            / (max(rank["ended_s"] for rank in run) - min(rank["began_s"] for rank in run))
+            for run in runs
+        ]
+        result |= {
+            f"ranks_{name}_samples_per_s": statistics.median(rates),
+            f"ranks_{name}_samples_of_each": [rank["samples"] for rank in runs[-1]],
+            f"ranks_{name}_seconds_by_stage": [rank["stages"] for rank in runs[-1]],
+        }
+    return result
+
+
+def _run_ranks(arguments: argparse.Namespace, scratch: Path, model: str) -> Iterator[dict[str, Any]]:
+    """Start processes as torchrun does, let them go together, and yield what each reports."""
+    from benchmarks.support.extract_rank import RankWork, free_port
+
+    folder = scratch / "ranks"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    work = RankWork(
+        folder=str(folder),
+        model=model,
+        clips=BLOCK * arguments.blocks * arguments.ranks,
+        batch=arguments.batch,
+        device=arguments.device,
+        compute_dtype=arguments.compute_dtype,
+        decode_workers=arguments.decode_workers,
+    )
+    shared = {"WORLD_SIZE": arguments.ranks, "LOCAL_WORLD_SIZE": arguments.ranks, "MASTER_PORT": free_port()}
+    started = []
+    try:
+        for rank in range(arguments.ranks):
+            of_rank = {**shared, "RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+            told = {name: str(value) for name, value in of_rank.items()}
+            words = [sys.executable, "-m", "benchmarks.support.extract_rank", json.dumps(asdict(work))]
+            environment = os.environ | {"OMP_NUM_THREADS": "1"} | told
+            started.append(subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True))
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while not all((folder / f"ready-{rank}").exists() for rank in range(arguments.ranks)):
+            assert all(process.poll() is None for process in started), "a process ended before it began"
+            assert time.monotonic() < deadline, "processes do not begin"
+            time.sleep(0.05)
+        os.sync()
+        (folder / "go").touch()
+        for process in started:
+            output, _ = process.communicate()
+            assert process.returncode == 0, f"a process ended with {process.returncode}"
+            yield json.loads(output.splitlines()[-1])
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

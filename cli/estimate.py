@@ -84,10 +84,13 @@ def command(
 
 
 def _say_cluster(costs: ClusterCosts) -> None:
-    stages = ", ".join(f"{name} {hours:.2f} h" for name, hours in costs.hours.items())
+    stages, of_cores = (
+        ", ".join(f"{name} {hours:.2f} h" for name, hours in of.items())
+        for of in (costs.hours, costs.core_hours_of)
+    )
     say(
-        f"  {costs.devices} devices, on paper: {costs.device_hours:.1f} device-hours, {costs.core_hours:.1f} core-hours; "
-        f"{costs.total_hours:.2f} h, limited by {costs.limited_by} ({stages})"
+        f"  {costs.devices} devices, on paper: {costs.device_hours:.1f} device-hours, {costs.core_hours:.1f} core-hours "
+        f"({of_cores}); {costs.total_hours:.2f} h, limited by {costs.limited_by} ({stages})"
     )
     say(
         f"  rates then: disk {costs.disk_gb_s:.2f} GB/s, a node's network {costs.network_gbit_s:.2f} Gbit/s; "

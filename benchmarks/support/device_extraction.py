@@ -2,25 +2,21 @@
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from benchmarks.support.device_place import Place
 from benchmarks.support.device_towers import MeasuredTower
+from benchmarks.support.memory_extraction import frames_at_hand, noted_extractors, seconds_by_stage
+from benchmarks.support.stored_features import clip_list
 from evl_cache.clips import Clip, ClipList
 from evl_cache.extract import stage
-from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
-from evl_cache.extract.prepare import PreparedClip
 from evl_cache.spec import ViewSpec
-from evl_cache.store import ClipRecord
 from evl_cache.towers import Tower
 
 LONG = 128  # frames of a video as data sets have them
@@ -71,53 +67,35 @@ def extract_frames(
     place: Place, tower: MeasuredTower, cache: Path, frames: Tensor, *, clips: int, dtype: str, batch: int
 ) -> Extraction:
     """Extract clips whose decoded frames (K, T, 3, S, S) are in memory; clip i has those of i modulo K."""
-    listed = tuple(Clip(id=f"{i:05d}", path=f"{i:05d}.mp4", label=i % 2, split="train") for i in range(clips))
-    job = extraction_job(
+    job = job_of_frames(tower, cache, clips=clips, dtype=dtype, frames=frames.shape[1])
+    with frames_at_hand(frames):
+        return extracted(job, ExtractOptions(device=place.device, batch=batch))
+
+
+def job_of_frames(tower: MeasuredTower, cache: Path, *, clips: int, dtype: str, frames: int) -> ExtractionJob:
+    """Return a job over clips that have no files, each with one view of so many frames."""
+    return extraction_job(
         tower.tower,
         cache,
-        ClipList(clips=listed, classes=("a", "b"), source="generated"),
+        clip_list(clips),
         root=cache.parent,
-        views=ViewSpec(frames=frames.shape[1]),
+        views=ViewSpec(frames=frames),
         layers=tower.layers,
         dtype=dtype,
     )
-
-    def prepare(extractor: BlockExtractor, row: int) -> PreparedClip:
-        return PreparedClip(record=ClipRecord(id=listed[row].id), samples=frames[row % len(frames)][None])
-
-    with mock.patch.object(BlockExtractor, "_prepare", prepare):
-        return extracted(job, ExtractOptions(device=place.device, batch=batch))
 
 
 def extracted(job: ExtractionJob, options: ExtractOptions) -> Extraction:
     """Run an extraction into a new cache."""
     shutil.rmtree(job.cache_path, ignore_errors=True)
-    with _extractors() as made:
+    with noted_extractors() as made:
         result = stage.extract(job, options=options)
-    stages: dict[str, float] = {}
-    for extractor in made:
-        for name, seconds in extractor.waited.seconds.items():
-            stages[name] = stages.get(name, 0.0) + seconds
     return Extraction(
         clips=result.clips - len(result.failures),
         seconds=result.seconds,
         digest=result.cache_digest,
-        stages={name: round(seconds, 3) for name, seconds in stages.items()},
+        stages=seconds_by_stage(made),
     )
-
-
-@contextmanager
-def _extractors() -> Iterator[list[BlockExtractor]]:
-    """Note the extractors that are made: they know where their time went."""
-    made: list[BlockExtractor] = []
-    begin = BlockExtractor.__init__
-
-    def noting(extractor: BlockExtractor, *arguments: Any, **options: Any) -> None:
-        begin(extractor, *arguments, **options)
-        made.append(extractor)
-
-    with mock.patch.object(BlockExtractor, "__init__", noting):
-        yield made
 
 
 def frames_in_memory(place: Place, tower: MeasuredTower, count: int) -> Tensor:

@@ -1,6 +1,10 @@
-"""Stage one on a device: the tower's bare forward pass, extraction from frames in memory, and from videos, by stage."""
+"""Stage one on a device: the tower's bare forward pass, extraction from frames in memory, and from videos, by stage.
+
+Processes and threads beside the device are those that `extract` takes where nobody says.
+"""
 
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 
@@ -28,6 +32,12 @@ def measurements(place: Place) -> list[Measurement]:
     ]
     return [
         *measured,
+        Measurement(
+            name=f"written.{towers[0][0]}",
+            call=lambda clock: _written(place, towers[0], clock),
+            seconds=30,
+            needs=EXTRACTING,
+        ),
         Measurement(
             name=f"decoded.{towers[0][0]}",
             call=lambda clock: _decoded(place, towers[0], clock),
@@ -89,7 +99,7 @@ def _ours(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Values
         place, tower, cache, frames, clips=batch, dtype=_dtype(place), batch=batch
     )  # libraries are loaded
     found: Extraction | None = None
-    for clips in (place.sizes.clips // 2, 2 * place.sizes.clips):
+    for clips in (place.sizes.clips // 2, 2 * place.sizes.clips, 4 * place.sizes.clips):
         if found is not None and clock.left_s < 6 * found.seconds:
             break
         found = extract_frames(place, tower, cache, frames, clips=clips, dtype=_dtype(place), batch=batch)
@@ -98,6 +108,7 @@ def _ours(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Values
             "model": tower.name,
             "dtype": _dtype(place),
             "batch": batch,
+            "processors": len(os.sched_getaffinity(0)),
             "clips": found.clips,
             "clips_per_s": round(rate, 2),
             "seconds_by_stage": found.stages,
@@ -106,10 +117,43 @@ def _ours(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Values
         }
     after = bare_rate(place, tower, Clock(deadline=time.monotonic() + 2))
     yield {"bare_clips_per_s_after": round(after, 2)}
+    shutil.rmtree(cache)
+
+
+def _written(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Values]:
+    """Samples a second with a stub in the tower's place, whose features are on the device: what a process can write."""
+    from benchmarks.support.device_extraction import (
+        Extraction,
+        extract_frames,
+        frames_in_memory,
+        job_of_frames,
+    )
+    from benchmarks.support.memory_extraction import StubTower
+
+    tower, cache = _tower(place, names), place.scratch / "stage-one-written"
+    frames = frames_in_memory(place, tower, 1)
+    batch, shape = place.sizes.tower_batch, {"dtype": _dtype(place), "frames": place.sizes.frames}
+    stub = StubTower(job_of_frames(tower, cache, clips=1, **shape).spec, place.device)
+    stub.prepare(batch)
+    found: Extraction | None = None
+    with stub.in_use():
+        for clips in (place.sizes.clips // 2, 2 * place.sizes.clips, 4 * place.sizes.clips):
+            if found is not None and clock.left_s < 6 * found.seconds:
+                break
+            found = extract_frames(place, tower, cache, frames, clips=clips, dtype=_dtype(place), batch=batch)
+            yield {
+                "shapes_of": tower.name,
+                "dtype": _dtype(place),
+                "batch": batch,
+                "clips": found.clips,
+                "samples_per_s_written": round(found.clips / found.seconds, 2),
+                "seconds_by_stage": found.stages,
+            }
+    shutil.rmtree(cache)
 
 
 def _decoded(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Values]:
-    """Extraction from generated videos, with as many decoding processes as there are processors."""
+    """Extraction from generated videos."""
     from benchmarks.support.device_extraction import LONG, extracted, extraction_job, generated_videos
     from evl_cache.extract.job import ExtractOptions
     from evl_cache.spec import ViewSpec
@@ -121,7 +165,6 @@ def _decoded(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Val
     yield {"rendering_s": round(time.monotonic() - started, 1), "videos": count, "frames_of_a_video": frames}
     tower = _tower(place, names)
     views = ViewSpec(frames=place.sizes.frames, stride=16 if frames >= LONG else 1)
-    workers = max(1, len(os.sched_getaffinity(0)) - 1) if place.is_gpu else 1
     job = extraction_job(
         tower.tower,
         place.scratch / "stage-one-decoded",
@@ -131,12 +174,12 @@ def _decoded(place: Place, names: tuple[str, str], clock: Clock) -> Iterator[Val
         layers=tower.layers,
         dtype=_dtype(place),
     )
-    options = ExtractOptions(device=place.device, batch=place.sizes.tower_batch, decode_workers=workers)
+    options = ExtractOptions(device=place.device, batch=place.sizes.tower_batch)
     found = extracted(job, options)
     rate = found.clips / found.seconds
     yield {
         "model": tower.name,
-        "decode_workers": workers,
+        "processors": len(os.sched_getaffinity(0)),
         "clips": found.clips,
         "clips_per_s": round(rate, 2),
         "seconds_by_stage": found.stages,

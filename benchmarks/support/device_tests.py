@@ -49,6 +49,13 @@ def measurements(place: Place) -> list[Measurement]:
         _measurement(
             place, "extraction_twice", _training("extraction_twice"), 25, needs=("timm", "av", *STORE)
         ),
+        _measurement(
+            place,
+            "rows_on_a_stream_of_their_own",
+            _training("rows_on_a_stream_of_their_own"),
+            60,
+            needs=("timm", "av", *STORE),
+        ),
         _measurement(place, "one_process_wrapped", _training("one_process_wrapped"), 20, needs=STORE),
         _measurement(
             place, "two_processes_on_one_device", _training("two_processes_on_one_device"), 60, needs=STORE

@@ -39,6 +39,7 @@ from evl_cache.train.batch_size import largest_on_gpu
 
 _SAMPLES = 24
 _RANKS_TIMEOUT_S = 120
+STREAM_ROUNDS = 50  # a race shows now and then only
 
 
 def small_sizes(place: Place) -> Sizes:
@@ -254,6 +255,27 @@ def extraction_twice(place: Place) -> Iterator[Values]:
     ]
     yield {"clips": found[0].clips, "digest": found[0].digest[:16]}
     assert found[0].digest == found[1].digest, "digests differ"
+
+
+def rows_on_a_stream_of_their_own(place: Place) -> Iterator[Values]:
+    """Rows that are made beside the next batch are those that are made while nothing else runs, every time."""
+    from benchmarks.support.device_extraction import extract_frames, frames_in_memory
+    from benchmarks.support.memory_extraction import one_thing_at_a_time
+
+    dtype, times = ("float16", STREAM_ROUNDS) if place.is_gpu else ("float32", 2)
+    tower = image_tower(place, place.sizes.towers[0], dtype=getattr(torch, dtype))
+    frames = frames_in_memory(place, tower, 5)
+
+    def digest(name: str) -> str:
+        return extract_frames(
+            place, tower, place.scratch / f"stream-{name}", frames, clips=35, dtype=dtype, batch=3
+        ).digest
+
+    with one_thing_at_a_time():
+        expected = digest("alone")
+    for done in range(times):
+        assert digest("beside") == expected, f"other bytes in round {done + 1}"
+    yield {"rounds": times, "digest": expected[:16]}
 
 
 def largest_batch_is_found(place: Place) -> Iterator[Values]:

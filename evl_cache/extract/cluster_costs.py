@@ -5,6 +5,7 @@ How fast machines are is assumed, not measured. Bytes, samples and floating-poin
 T frames, N = 1+P tokens of a frame, C channels.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 
@@ -24,7 +25,11 @@ class Assumptions:
             sheet's peak); a multiplication and an addition are two operations.
         decode_ms: time in which one core reads, decodes and crops a clip with all its views.
         compress_mb_s: megabytes before the codec that one core compresses in a second.
-        cores_per_device: cores that decode and compress for one device.
+        append_mb_s: megabytes after the codec that one core appends to shards in a second: checksums, digests, copies.
+        cores_per_device: cores that decode, compress and append for one device.
+        link_gb_s: rate at which frames reach one device and features leave it.
+        border_s: time that a device waits once a cache, at its beginning for the first frames and at its end for the last
+            block's files and for other devices; between blocks it waits for nothing.
         devices_per_node: devices that share a network link.
         network_gbit_s: rate of that link, each way.
         disk_gb_s: rate of the shared disk for all nodes together, reads and writes added up.
@@ -33,8 +38,11 @@ class Assumptions:
 
     device_tflops: float = 60.0
     decode_ms: float = 80.0
-    compress_mb_s: float = 300.0
+    compress_mb_s: float = 350.0
+    append_mb_s: float = 500.0
     cores_per_device: float = 8.0
+    link_gb_s: float = 25.0
+    border_s: float = 5.0
     devices_per_node: float = 8.0
     network_gbit_s: float = 25.0
     disk_gb_s: float = 2.0
@@ -42,7 +50,7 @@ class Assumptions:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if not value > 0:
+            if not (value > 0 or (name == "border_s" and value == 0)):
                 raise UsageError(f"--assume {name}={value:g}; expected more than 0")
 
     @classmethod
@@ -70,9 +78,12 @@ class ClusterCosts:
         tflop_a_sample: operations of a forward pass, in 1e12.
         device_hours: of all devices together.
         core_hours: of all cores together.
-        hours: duration of each stage (device, cores, network, disk) if nothing else limited it.
+        core_hours_of: the same by what they do (decoding, compressing, writing).
+        hours: duration of each stage (device, link, cores, network, disk) if nothing else limited it; devices take whole
+            blocks, so the one that takes most of them counts.
         limited_by: the stage that takes longest.
-        total_hours: duration of that stage; the others run meanwhile.
+        border_hours: time at the cache's beginning and end in which devices wait.
+        total_hours: duration of that stage and of the borders; the other stages run meanwhile.
         bytes_read: size of the videos.
         bytes_written: size of the features.
         disk_gb_s: read and written on average in that time.
@@ -84,8 +95,10 @@ class ClusterCosts:
     tflop_a_sample: float
     device_hours: float
     core_hours: float
+    core_hours_of: Mapping[str, float]
     hours: Mapping[str, float]
     limited_by: str
+    border_hours: float
     total_hours: float
     bytes_read: int
     bytes_written: int
@@ -105,6 +118,17 @@ def forward_tflop(spec: CacheSpec) -> float:
     return (T * (max(spec.layers) * layer + embedding) + maps) / 1e12
 
 
+def busiest_share(spec: CacheSpec, devices: int) -> float:
+    """The share of a cache's samples that the device makes which takes most blocks."""
+    blocks = math.ceil(spec.num_blocks / devices)
+    return min(1.0, blocks * spec.block_clips / spec.num_clips)
+
+
+def _frame_nbytes(spec: CacheSpec) -> int:
+    """Bytes of a sample's frames as they go to a device, in float32."""
+    return 4 * 3 * spec.tower.image_size**2 * spec.views.frames
+
+
 def cluster_costs(spec: CacheSpec, devices: int, assumed: Assumptions) -> ClusterCosts:
     """Costs of extracting the whole cache with so many devices. Raises: UsageError for fewer than one."""
     if devices < 1:
@@ -115,28 +139,38 @@ def cluster_costs(spec: CacheSpec, devices: int, assumed: Assumptions) -> Cluste
     written = samples * stored + projections_nbytes(spec)
     tflop = forward_tflop(spec)
     device_s = samples * tflop / assumed.device_tflops
-    core_s = clips * assumed.decode_ms / 1e3 + samples * raw / (assumed.compress_mb_s * 1e6)
+    core_s = {
+        "decoding": clips * assumed.decode_ms / 1e3,
+        "compressing": 0.0 if spec.codec == "raw" else samples * raw / (assumed.compress_mb_s * 1e6),
+        "writing": written / (assumed.append_mb_s * 1e6),
+    }
+    all_cores_s = sum(core_s.values())
     nodes = max(1.0, devices / assumed.devices_per_node)
-    busiest = max(read, written)
+    share = busiest_share(spec, devices)
+    busier = max(read, written)
     hours = {
-        "device": device_s / devices / _HOUR_S,
-        "cores": core_s / (devices * assumed.cores_per_device) / _HOUR_S,
-        "network": busiest * 8 / (nodes * assumed.network_gbit_s * 1e9) / _HOUR_S,
+        "device": device_s * share / _HOUR_S,
+        "link": samples * max(_frame_nbytes(spec), raw) * share / (assumed.link_gb_s * 1e9) / _HOUR_S,
+        "cores": all_cores_s * share / assumed.cores_per_device / _HOUR_S,
+        "network": busier * 8 / (nodes * assumed.network_gbit_s * 1e9) / _HOUR_S,
         "disk": (read + written) / (assumed.disk_gb_s * 1e9) / _HOUR_S,
     }
     slowest = max(hours, key=lambda name: hours[name])
-    total_s = hours[slowest] * _HOUR_S
+    border_hours = assumed.border_s / _HOUR_S
+    total_s = (hours[slowest] + border_hours) * _HOUR_S
     return ClusterCosts(
         devices=devices,
         tflop_a_sample=tflop,
         device_hours=device_s / _HOUR_S,
-        core_hours=core_s / _HOUR_S,
+        core_hours=all_cores_s / _HOUR_S,
+        core_hours_of={name: seconds / _HOUR_S for name, seconds in core_s.items()},
         hours=hours,
         limited_by=slowest,
-        total_hours=hours[slowest],
+        border_hours=border_hours,
+        total_hours=total_s / _HOUR_S,
         bytes_read=read,
         bytes_written=written,
         disk_gb_s=(read + written) / total_s / 1e9,
-        network_gbit_s=busiest * 8 / nodes / total_s / 1e9,
+        network_gbit_s=busier * 8 / nodes / total_s / 1e9,
         epoch_hours=written / (assumed.disk_gb_s * 1e9) / _HOUR_S,
     )

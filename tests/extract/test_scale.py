@@ -46,8 +46,11 @@ def test_blocks_after_the_last_one_kept_and_maps_that_are_not_stored_cost_nothin
 ONE_SECOND = {  # a device, a core, a link and a disk that need one second a sample each
     "device_tflops": forward_tflop(spec()),
     "decode_ms": 500.0,
-    "compress_mb_s": sample_nbytes(spec())[0] / 1e6 / 0.5,
+    "compress_mb_s": sample_nbytes(spec())[0] / 1e6 / 0.25,
+    "append_mb_s": sample_nbytes(spec())[1] / 1e6 / 0.25,
     "cores_per_device": 1.0,
+    "link_gb_s": sample_nbytes(spec())[0] / 1e9,
+    "border_s": 0.0,
     "devices_per_node": 4.0,
     "network_gbit_s": sample_nbytes(spec())[1] * 8 / 1e9,
     "disk_gb_s": (sample_nbytes(spec())[1] + 1e6) / 1e9,
@@ -61,6 +64,7 @@ ONE_SECOND = {  # a device, a core, a link and a disk that need one second a sam
         ({"device_tflops": 0.5}, 1, 2.0),
         ({"device_tflops": 0.125}, 8, 1.0),
         ({"cores_per_device": 0.25}, 2, 2.0),
+        ({"link_gb_s": 0.5}, 1, 2.0),
         ({"network_gbit_s": 0.5}, 2, 2.0),  # one node
         ({"network_gbit_s": 0.125}, 8, 4.0),  # two nodes
         ({"disk_gb_s": 0.5}, 8, 2.0),  # one for all
@@ -71,7 +75,7 @@ def test_the_slowest_stage_is_the_time_and_is_named(
 ) -> None:
     (name, factor), names = *slower.items(), {"device_tflops": "device", "cores_per_device": "cores"}
     assumed = Assumptions(**{**ONE_SECOND, name: ONE_SECOND[name] * factor})
-    costs = cluster_costs(spec(num_clips=3600), devices, assumed)
+    costs = cluster_costs(spec(num_clips=3600, block_clips=1), devices, assumed)
     assert costs.total_hours == pytest.approx(hours)
     assert costs.limited_by == names.get(name, name.split("_")[0])
     assert costs.device_hours == pytest.approx(3600 * costs.tflop_a_sample / assumed.device_tflops / 3600)
@@ -80,6 +84,47 @@ def test_the_slowest_stage_is_the_time_and_is_named(
     assert costs.disk_gb_s == pytest.approx(moved / 1e9 / (hours * 3600))
     nodes = max(1, devices / 4)
     assert costs.network_gbit_s == pytest.approx(costs.bytes_written * 8 / 1e9 / nodes / (hours * 3600))
+
+
+@pytest.mark.parametrize(
+    ("name", "stage", "factor"),
+    [("decode_ms", "decoding", 2.0), ("compress_mb_s", "compressing", 0.5), ("append_mb_s", "writing", 0.5)],
+)
+def test_what_cores_do_is_told_apart_and_adds_up(name: str, stage: str, factor: float) -> None:
+    usual, slower = (
+        cluster_costs(spec(), 1, Assumptions(**{**ONE_SECOND, name: ONE_SECOND[name] * by}))
+        for by in (1, factor)
+    )
+    assert slower.core_hours_of[stage] == pytest.approx(2 * usual.core_hours_of[stage])
+    others = usual.core_hours_of.keys() - {stage}
+    assert all(slower.core_hours_of[other] == usual.core_hours_of[other] for other in others)
+    assert slower.core_hours == pytest.approx(sum(slower.core_hours_of.values()))
+    assert slower.hours["cores"] - usual.hours["cores"] == pytest.approx(usual.core_hours_of[stage])
+
+
+def test_a_cache_that_is_not_compressed_costs_no_compressing() -> None:
+    assert cluster_costs(spec(codec="raw"), 1, Assumptions()).core_hours_of["compressing"] == 0
+
+
+def test_devices_wait_at_a_caches_borders_once_however_many_blocks_it_has() -> None:
+    without, few, many = (
+        cluster_costs(
+            spec(num_clips=clips, block_clips=1), 4, Assumptions(**{**ONE_SECOND, "border_s": wait})
+        )
+        for clips, wait in ((3600, 0.0), (3600, 36.0), (36_000, 36.0))
+    )
+    assert few.border_hours == many.border_hours == pytest.approx(0.01)
+    assert few.total_hours == pytest.approx(without.total_hours + 0.01)
+    assert many.total_hours == pytest.approx(10 * without.total_hours + 0.01)
+
+
+def test_devices_take_whole_blocks() -> None:
+    # 10 blocks for 4 devices: one makes 3 of them, and 9 of them have 64 samples
+    costs = cluster_costs(spec(num_clips=580), 4, Assumptions(**ONE_SECOND))
+    assert costs.hours["device"] * 3600 == pytest.approx(3 * 64)
+    assert costs.device_hours * 3600 == pytest.approx(580)
+    alone = cluster_costs(spec(num_clips=580), 1, Assumptions(**ONE_SECOND))
+    assert alone.hours["device"] * 3600 == pytest.approx(580)
 
 
 def test_every_view_is_a_sample_and_a_clip_is_decoded_once() -> None:
