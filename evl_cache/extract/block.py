@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from evl_cache.extract.clips_ahead import ClipsAhead
+from evl_cache.extract.defaults import batch_for, workers_for
 from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
 from evl_cache.extract.environment import run_environment
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
@@ -73,13 +74,12 @@ class BlockExtractor:
         self._kept: KeptRows | None = None
         self._job, self._on_clip, self._on_bottleneck = job, on_clip, on_bottleneck
         self._my_locks: deque[Path] = deque(maxlen=2)  # of this block, and of the one being committed
-        spec, workers, device = job.spec, options.decode_workers, torch.device(options.device)
+        spec, device = job.spec, torch.device(options.device)
+        workers, batch = workers_for(options, spec), batch_for(options, spec)
         visual = job.tower.visual.to(device=device, dtype=getattr(torch, spec.compute_dtype))
         backbone = Backbone(visual, spec.stored_layers, with_maps=spec.stores_maps)
-        self._pipeline = DevicePipeline(
-            backbone, spec, device=device, batch=options.batch, waited=self.waited
-        )
-        self._decode_pool = DecodePool(workers, options=options.decoding, timeout_s=options.clip_timeout_s)
+        self._pipeline = DevicePipeline(backbone, spec, device=device, batch=batch, waited=self.waited)
+        self._decode_pool = DecodePool(workers.decoding, options=options.decoding, timeout_s=options.clip_timeout_s)
         self._reusable = (
             None
             if options.reuse is None
@@ -87,15 +87,15 @@ class BlockExtractor:
         )
         self._surroundings = Surroundings(job.root, patience_s=options.outage_patience_s, on_outage=on_outage)
         # A thread for each process, and one that crops meanwhile.
-        self._threads = workers + 1
+        self._threads = workers.decoding + 1
         self._ahead = ClipsAhead(
             self._prepare,
             threads=self._threads,
-            waiting=max(_LEAST_WAITING, options.batch // spec.views.per_clip),
+            waiting=max(_LEAST_WAITING, batch // spec.views.per_clip),
             clip_bytes=4 * 3 * spec.tower.image_size**2 * spec.views.frames * spec.views.per_clip,  # float32
         )
-        self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
-        self._environment = run_environment(options, spec)
+        self._encoders = ThreadPoolExecutor(workers.compressing, thread_name_prefix="encode")
+        self._environment = run_environment(options, spec, batch=batch)
 
     def extract(self, block: int, lock: BlockLock, redo: BlockRedo | None = None) -> ExtractedBlock | None:
         """Hand every row of a block to a new writer, which the caller commits and closes.
