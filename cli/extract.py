@@ -65,7 +65,7 @@ def command(
         return 0
     place = ProcessPlace.of_environment()
     rendezvous = Rendezvous.of_environment(place, on_lost=_say_lost)
-    device = default_device(place.device(default_device(device)))
+    device = default_device(device)
     options = ExtractOptions(
         device=device,
         batch=batch,

@@ -18,6 +18,7 @@ DEFAULT_LAYERS = 4  # that are kept, the last ones
 # Where nobody says: on a CPU. On a GPU, `extract.defaults` goes by the machine.
 CPU_DECODE_WORKERS, CPU_BATCH = 2, 8
 MOST_DECODE_WORKERS = 64
+MOST_DEFAULT_BATCH = 64  # samples of a usual block
 MOST_BATCH = 1 << 16  # a mark names the batch, and `repair` of a stranger's cache runs it
 # Views of the published test recipes (section 4 of arXiv 2208.03550 and its supplement), by data set and frames.
 VIEW_RECIPES: Mapping[str, Mapping[str, object]] = {
@@ -120,7 +121,7 @@ _RUN = Role.NONE
 _HOW = Role.ESTIMATE | Role.ONLINE | Role.DECODING
 _V = ViewSpec()
 _DATASETS = "k400, ssv2, ucf101, hmdb51, folder, list, scenes, motions, …"
-_BATCH = f"Samples at once [{CPU_BATCH}; GPU: by model, T]."
+_BATCH = f"Samples at once [{CPU_BATCH}; GPU: ≤ {MOST_DEFAULT_BATCH}]."
 _WORKERS = f"Processes [CPU {CPU_DECODE_WORKERS}; GPU: all cores]."
 _LAYERS = f"Counted from 1, also 9,11,12 [the last {DEFAULT_LAYERS}]."
 _PRETRAINED = "Tag, file, or none (seeded random) [openai; evl-tiny's own]."

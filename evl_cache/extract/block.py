@@ -79,7 +79,9 @@ class BlockExtractor:
         visual = job.tower.visual.to(device=device, dtype=getattr(torch, spec.compute_dtype))
         backbone = Backbone(visual, spec.stored_layers, with_maps=spec.stores_maps)
         self._pipeline = DevicePipeline(backbone, spec, device=device, batch=batch, waited=self.waited)
-        self._decode_pool = DecodePool(workers.decoding, options=options.decoding, timeout_s=options.clip_timeout_s)
+        self._decode_pool = DecodePool(
+            workers.decoding, options=options.decoding, timeout_s=options.clip_timeout_s
+        )
         self._reusable = (
             None
             if options.reuse is None
@@ -95,7 +97,7 @@ class BlockExtractor:
             clip_bytes=4 * 3 * spec.tower.image_size**2 * spec.views.frames * spec.views.per_clip,  # float32
         )
         self._encoders = ThreadPoolExecutor(workers.compressing, thread_name_prefix="encode")
-        self._environment = run_environment(options, spec, batch=batch)
+        self._environment = run_environment(options, spec, batch=batch, visual=visual)
 
     def extract(self, block: int, lock: BlockLock, redo: BlockRedo | None = None) -> ExtractedBlock | None:
         """Hand every row of a block to a new writer, which the caller commits and closes.

@@ -24,9 +24,7 @@ class ClipsAhead:
         self, prepare: Callable[[int], PreparedClip], *, threads: int, waiting: int, clip_bytes: int
     ) -> None:
         self._prepare = prepare
-        self._threads = ThreadPoolExecutor(
-            threads, thread_name_prefix="decode", initializer=single_threaded
-        )
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=single_threaded)
         self._most = threads + max(1, min(waiting, MOST_WAITING_BYTES // clip_bytes))
         self._ahead: deque[tuple[int, Future[PreparedClip]]] = deque()
 

@@ -8,7 +8,12 @@ from dataclasses import dataclass
 import torch
 
 from evl_cache.extract.job import ExtractOptions
-from evl_cache.extract_options import CPU_BATCH, CPU_DECODE_WORKERS, MOST_DECODE_WORKERS
+from evl_cache.extract_options import (
+    CPU_BATCH,
+    CPU_DECODE_WORKERS,
+    MOST_DECODE_WORKERS,
+    MOST_DEFAULT_BATCH,
+)
 from evl_cache.processes import MEMORY_SHARE, available_bytes, local_processes, processor_share
 from evl_cache.spec import CacheSpec
 from evl_cache.video import DecodeOptions
@@ -19,7 +24,6 @@ WORKER_NBYTES = 256 << 20
 DEVICE_DECODERS = 2  # processes that decode on the GPU: each has a context there, some hundred MB
 LEAST_COMPRESSING = 2
 BATCH_TOKENS = 32 * 8 * 257  # of a pass on a GPU: of 32 samples of 8 frames by ViT-L/14
-MOST_DEFAULT_BATCH = 64  # samples of a usual block
 DEVICE_SHARE = 3  # a pass may take one part in so many of the device's memory
 
 
@@ -129,7 +133,7 @@ def pass_nbytes(spec: CacheSpec, batch: int) -> int:
     the rows of one batch are made while the next one runs; 3 x 4 V for quantising a layer in float32; and the frames in
     float32, twice, and once in the tower's dtype.
     """
-    itemsize = getattr(torch, spec.compute_dtype).itemsize
+    itemsize: int = getattr(torch, spec.compute_dtype).itemsize
     frames, patches = spec.views.frames, spec.num_tokens - 1
     values = batch * frames * spec.num_tokens * spec.tower.width
     maps = batch * 2 * (frames - 1) * patches**2 * len(spec.layers) if spec.stores_maps else 0

@@ -161,7 +161,9 @@ def _redo(
     )
     if not did.clips:
         return did, ()
-    now = run_environment(options, job.spec, batch=batch_for(options, job.spec)) | {"frame_rule": FRAME_RULE}
+    batch = batch_for(options, job.spec)
+    now = run_environment(options, job.spec, batch=batch, visual=job.tower.visual)
+    now |= {"frame_rule": FRAME_RULE}
     return did, _differences(now, {**then, "frame_rule": job.spec.frame_rule})
 
 

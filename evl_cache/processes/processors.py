@@ -3,9 +3,9 @@
 import ctypes
 import math
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -59,14 +59,14 @@ def single_threaded() -> None:
     as there are processors, which wait for each other's turn. Nothing happens where torch's library of threads is not
     found: the results are the same.
     """
-    if (library := _openmp()) is not None:
-        torch.get_num_threads()  # a thread's first call sets the number of the whole process, so it comes first
-        library.omp_set_num_threads(1)
+    torch.get_num_threads()  # a thread's first call sets its numbers to the process's, so it comes first
+    for set_number in _setters():
+        set_number(1)
 
 
 @cache
-def _openmp() -> Any | None:
-    """The OpenMP library that torch uses, which has a number of threads for each thread that asks it.
+def _setters() -> tuple[Callable[[int], object], ...]:
+    """What sets the number of threads of the thread that calls it, of OpenMP and of MKL as torch has them.
 
     `torch.set_num_threads` would set the number of threads that begin later, too.
     """
@@ -75,9 +75,10 @@ def _openmp() -> Any | None:
         try:
             # It is loaded already; a name is looked for in the libraries that it was linked with, too.
             library = ctypes.CDLL(str(libraries / name))
-            library.omp_set_num_threads.argtypes = (ctypes.c_int,)
-            library.omp_set_num_threads.restype = None
-        except (OSError, AttributeError):
+        except OSError:
             continue
-        return library
-    return None
+        found = [
+            getattr(library, name, None) for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")
+        ]
+        return tuple(setter for setter in found if setter is not None)
+    return ()

@@ -31,7 +31,9 @@ def share_of(environment: Mapping[str, str], *, allowed: int, usable: int) -> in
         usable: likewise, or fewer by a quota of their time.
     """
     on_computer, tasks = _number(environment, "SLURM_CPUS_ON_NODE"), _tasks(environment)
-    share = usable if on_computer is None else min(usable, on_computer)  # of the job, on a computer with others
+    share = (
+        usable if on_computer is None else min(usable, on_computer)
+    )  # of the job, on a computer with others
     of_task = _number(environment, "SLURM_CPUS_PER_TASK") if _is_in_step(environment) else None
     if of_task is not None:
         share = min(share, of_task)
