@@ -115,19 +115,22 @@ def existing_lines(path: Path) -> list[str]:
 
 
 def default_device(name: str | None) -> str:
-    """The device asked for, or the GPU where there is one. Raises: UsageError for one that is not there.
+    """The device asked for, or a GPU where there is one: under torchrun and `srun`, the one of this process.
 
     Every command that computes begins here, so torch's threads are limited here too.
+
+    Raises: UsageError for one that is not there.
     """
     import torch
 
     from evl_cache.errors import UsageError
-    from evl_cache.processes import limit_torch_threads
+    from evl_cache.processes import ProcessPlace, limit_torch_threads
 
     limit_torch_threads()
 
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name is None and not torch.cuda.is_available():
+        return "cpu"
+    name = ProcessPlace.on_computer().device(name or "cuda")
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from evl_cache.extract_options import Role, default_batch, options_with
+from evl_cache.extract_options import Role, options_with
 
 from .common import Command, default_device, human_bytes, print_json, say
 from .extract_flags import decoding_of, extract_flags, make_request
@@ -35,7 +35,7 @@ evl-cache estimate --dataset k400 --layers 9-12 --cluster 64 --assume device_tfl
 )
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
-    device: str | None, batch: int | None, decode_workers: int, decoder: str, tolerate_bad_frames: bool,
+    device: str | None, batch: int | None, decode_workers: int | None, decoder: str, tolerate_bad_frames: bool,
     clip_timeout: float | None, measure: bool, cluster: int | None, assumed: tuple[str, ...], as_json: bool,
     **given: Any,
 ) -> int:  # fmt: skip
@@ -51,7 +51,7 @@ def command(
     device = default_device(device)
     options = ExtractOptions(
         device=device,
-        batch=batch or default_batch(device),
+        batch=batch,
         decode_workers=decode_workers,
         **decoding_of(device, decoder, tolerate_bad_frames, clip_timeout),
     )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from evl_cache.extract_options import EXTRACT_OPTIONS, Role, default_batch, options_with
+from evl_cache.extract_options import EXTRACT_OPTIONS, Role, options_with
 from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
@@ -37,7 +37,7 @@ def command(
     explain: bool,
     device: str | None,
     batch: int | None,
-    decode_workers: int,
+    decode_workers: int | None,
     decoder: str,
     tolerate_bad_frames: bool,
     clip_timeout: float | None,
@@ -65,10 +65,10 @@ def command(
         return 0
     place = ProcessPlace.of_environment()
     rendezvous = Rendezvous.of_environment(place, on_lost=_say_lost)
-    device = default_device(place.device(default_device(device)))
+    device = default_device(device)
     options = ExtractOptions(
         device=device,
-        batch=batch or default_batch(device),
+        batch=batch,
         decode_workers=decode_workers,
         **decoding_of(device, decoder, tolerate_bad_frames, clip_timeout),
         most_failures=None if max_failures is None else FailureLimit.parse(max_failures),

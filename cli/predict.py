@@ -42,7 +42,7 @@ def command(
     model: str | None,
     pretrained: str | None,
     batch: int,
-    decode_workers: int,
+    decode_workers: int | None,
     decoder: str,
     tolerate_bad_frames: bool,
     clip_timeout: float | None,

@@ -38,7 +38,7 @@ def command(
     model: str | None,
     pretrained: str | None,
     device: str | None,
-    decode_workers: int,
+    decode_workers: int | None,
     decoder: str,
     tolerate_bad_frames: bool,
     clip_timeout: float | None,

@@ -37,11 +37,11 @@ def command(**given: Any) -> int:
     Train a head from a cache, without videos or the backbone.
     torchrun --nproc-per-node N -m evl_cache_cli train … uses N devices.
     """
-    from evl_cache.processes import Interrupted, ProcessPlace, ToldElsewhere, processes_of_environment
+    from evl_cache.processes import Interrupted, ToldElsewhere, processes_of_environment
 
     of_videos = {option.parameter: given.pop(option.parameter) for option in options_with(Role.ONLINE)}
     flags = TrainFlags(**given, of_videos=of_videos)
-    device = default_device(ProcessPlace.of_environment().device(default_device(flags.device)))
+    device = default_device(flags.device)
     try:
         with processes_of_environment(device, timeout_s=flags.rank_timeout) as processes:
             return _train(flags, flags.train_options(device), processes)

@@ -15,8 +15,10 @@ from evl_cache.untrusted.spec_limits import COMPUTE_DTYPES
 DEFAULT_MODEL = "ViT-B-16-quickgelu"
 DEFAULT_MODEL_LAYERS = 12  # that it has
 DEFAULT_LAYERS = 4  # that are kept, the last ones
-DEFAULT_DECODE_WORKERS = 2
-CPU_BATCH, GPU_BATCH = 8, 32
+# Where nobody says: on a CPU. On a GPU, `extract.defaults` goes by the machine.
+CPU_DECODE_WORKERS, CPU_BATCH = 2, 8
+MOST_DECODE_WORKERS = 64
+MOST_DEFAULT_BATCH = 64  # samples of a usual block
 MOST_BATCH = 1 << 16  # a mark names the batch, and `repair` of a stranger's cache runs it
 # Views of the published test recipes (section 4 of arXiv 2208.03550 and its supplement), by data set and frames.
 VIEW_RECIPES: Mapping[str, Mapping[str, object]] = {
@@ -28,11 +30,6 @@ VIEW_RECIPES: Mapping[str, Mapping[str, object]] = {
     "ssv2-32": {"frames": 32, "sampling": "tsn", "views": "1x3"},
 }
 _MOST = 2**63  # of a number in a stranger's cache
-
-
-def default_batch(device: str) -> int:
-    """Return the samples of one forward pass on a device for which none are named."""
-    return CPU_BATCH if device == "cpu" else GPU_BATCH
 
 
 class Role(Flag):
@@ -124,7 +121,8 @@ _RUN = Role.NONE
 _HOW = Role.ESTIMATE | Role.ONLINE | Role.DECODING
 _V = ViewSpec()
 _DATASETS = "k400, ssv2, ucf101, hmdb51, folder, list, scenes, motions, …"
-_BATCH = f"Samples at once [{CPU_BATCH}; GPU {GPU_BATCH}]."
+_BATCH = f"Samples at once [{CPU_BATCH}; GPU: ≤ {MOST_DEFAULT_BATCH}]."
+_WORKERS = f"Processes [CPU {CPU_DECODE_WORKERS}; GPU: all cores]."
 _LAYERS = f"Counted from 1, also 9,11,12 [the last {DEFAULT_LAYERS}]."
 _PRETRAINED = "Tag, file, or none (seeded random) [openai; evl-tiny's own]."
 _DECODER = "torchcodec: also on a GPU."
@@ -163,8 +161,7 @@ EXTRACT_OPTIONS = (
                   metavar="PERCENT", field="allow_missing_percent"),
     ExtractOption("--device", Role.ESTIMATE, "cpu, cuda, cuda:N [a GPU if any]."),
     ExtractOption("--batch", Role.ESTIMATE, _BATCH, kind=int, least=1, most=MOST_BATCH),
-    ExtractOption("--decode-workers", _HOW, "Processes that decode.", kind=int, least=1,
-                  default=DEFAULT_DECODE_WORKERS, shows_default=True),
+    ExtractOption("--decode-workers", _HOW, _WORKERS, kind=int, least=1, metavar="N"),
     ExtractOption("--decoder", _HOW, _DECODER, choices=DECODERS, default=DECODERS[0], shows_default=True),
     ExtractOption("--tolerate-bad-frames", _HOW, "Keep clips with damaged frames.", kind=bool),
     ExtractOption("--clip-timeout", _HOW, "For decoding a clip [120].", kind=float, metavar="SECONDS"),

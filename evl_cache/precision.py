@@ -96,6 +96,12 @@ def tf32_is_on() -> bool:
     return _switches()[0].is_on
 
 
+def tf32_of_towers() -> dict[str, bool]:
+    """Whether a frozen tower's float32 products on a GPU may be computed in TF32 now: matrix products, convolutions."""
+    matmul, convolution, *_ = _switches()
+    return {"matmul": matmul.is_on, "convolution": convolution.is_on}
+
+
 @contextmanager
 def computing(name: str, device: str | torch.device) -> Iterator[None]:
     """Run a forward pass in a precision. A backward pass belongs outside of it, and inside of `tf32_as`.

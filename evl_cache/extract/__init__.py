@@ -1,6 +1,7 @@
 """Stage one: the frozen tower runs once per clip, and its features are written to a cache."""
 
 from evl_cache.extract.decoding import decoding_for
+from evl_cache.extract.defaults import default_batch_on, default_workers_on
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.outages import OnOutage, Surroundings
 from evl_cache.extract.prepare import Decode, PreparedClip, prepare_clip
@@ -18,6 +19,8 @@ __all__ = [
     "Progress",
     "Surroundings",
     "decoding_for",
+    "default_batch_on",
+    "default_workers_on",
     "extract",
     "extract_dataset",
     "plan_extraction",

@@ -10,6 +10,7 @@ import torch
 
 from evl_cache.errors import is_want_of_memory, told_of_memory
 from evl_cache.extract.clips_ahead import ClipsAhead
+from evl_cache.extract.defaults import batch_for, workers_for
 from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
 from evl_cache.extract.environment import run_environment
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
@@ -103,20 +104,23 @@ class BlockExtractor:
         self._on_clip, self._on_bottleneck, self._on_outage = on_clip, on_bottleneck, on_outage
         self._begun: list[BegunBlock] = []
         self._changed = threading.Event()
-        spec, workers, device = job.spec, options.decode_workers, torch.device(options.device)
-        visual = job.tower.visual.to(device=device, dtype=getattr(torch, spec.compute_dtype))
+        spec, workers = job.spec, workers_for(options, job.spec)
+        dtype: torch.dtype = getattr(torch, spec.compute_dtype)
+        visual = job.tower.visual.to(device=options.device, dtype=dtype)
         self._backbone = Backbone(visual, spec.stored_layers, with_maps=spec.stores_maps)
-        self._decode_pool = DecodePool(workers, options=options.decoding, timeout_s=options.clip_timeout_s)
+        self._decode_pool = DecodePool(
+            workers.decoding, options=options.decoding, timeout_s=options.clip_timeout_s
+        )
         self._reusable = (
             None
             if options.reuse is None
             else ReusableRows(options.reuse, spec, doubt=self._decode_pool.doubt)
         )
         self._surroundings = Surroundings(job.root, patience_s=options.outage_patience_s, on_outage=on_outage)
-        self._encoders = ThreadPoolExecutor(workers, thread_name_prefix="encode")
+        self._encoders = ThreadPoolExecutor(workers.compressing, thread_name_prefix="encode")
         # A thread for each process, and one that crops meanwhile.
-        self._threads = workers + 1
-        self._set_up(min(options.batch, spec.block_samples))
+        self._threads = workers.decoding + 1
+        self._set_up(batch_for(options, spec))
 
     def _set_up(self, batch: int) -> None:
         """Start the threads that prepare clips and run batches."""
@@ -135,7 +139,7 @@ class BlockExtractor:
             waited=self.waited,
             on_failure=self._changed.set,
         )
-        self._environment = run_environment(replace(self._options, batch=batch), spec)
+        self._environment = run_environment(self._options, spec, batch=batch, visual=self._backbone.visual)
 
     @property
     def has_room(self) -> bool:

@@ -191,7 +191,8 @@ class BlockTaker(Generic[BegunT]):
         return bool(self._todo)
 
     def _take_one(self) -> tuple[int, BlockLock] | None:
-        while not self._numbers_are_through and (block := self._next_number()) is not None:
+        # Not where nothing is left: the process that keeps the numbers may have ended, as all is done.
+        while self._todo and not self._numbers_are_through and (block := self._next_number()) is not None:
             self._numbers_are_through = block >= self._spec.num_blocks
             if block in self._todo and (lock := self._locks.take(block)) is not None:
                 return block, lock

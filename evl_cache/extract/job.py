@@ -8,7 +8,7 @@ from typing import Any
 from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract.failure_limit import FailureLimit
-from evl_cache.extract_options import CPU_BATCH, DEFAULT_DECODE_WORKERS, MOST_BATCH
+from evl_cache.extract_options import MOST_BATCH
 from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.towers import Tower
 from evl_cache.video import DecodeOptions
@@ -83,8 +83,11 @@ class ExtractOptions:
 
     Attributes:
         device: where the tower runs.
-        batch: samples of one forward pass; part of what makes bytes identical.
-        decode_workers: processes that decode, and as many threads that crop and that compress.
+        batch: samples of one forward pass; part of what makes bytes identical. By default what suits the device and the
+            tower (see `batch_for`).
+        decode_workers: processes that decode, and as many threads that crop. By default what the device and this
+            process's share of the computer allow (see `workers_for`).
+        compress_threads: threads that compress; by default likewise.
         retry_failed: try the clips that failed again.
         check_sources: hash the video of every clip that is done, and extract those again whose video is another now.
         retry_doubtful: in a cache whose frames an older rule chose, extract those clips again that may have other frames
@@ -100,8 +103,9 @@ class ExtractOptions:
     """
 
     device: str = "cpu"
-    batch: int = CPU_BATCH
-    decode_workers: int = DEFAULT_DECODE_WORKERS
+    batch: int | None = None
+    decode_workers: int | None = None
+    compress_threads: int | None = None
     retry_failed: bool = False
     check_sources: bool = False
     retry_doubtful: bool = False
@@ -113,10 +117,11 @@ class ExtractOptions:
     lock_expiry_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for name in ("batch", "decode_workers"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if self.batch > MOST_BATCH:
+        for name in ("batch", "decode_workers", "compress_threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; expected at least 1")
+        if self.batch is not None and self.batch > MOST_BATCH:
             raise UsageError(f"batch is {self.batch}; expected at most {MOST_BATCH}")
         if not self.clip_timeout_s > 0:
             raise UsageError(f"clip_timeout_s is {self.clip_timeout_s}; expected more than 0 seconds")

@@ -13,6 +13,7 @@ from evl_cache.canonical_json import flatten
 from evl_cache.clips import ClipList
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract.decoding import decoding_for
+from evl_cache.extract.defaults import batch_for
 from evl_cache.extract.environment import run_environment
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip, check_tower
 from evl_cache.extract.outages import OnOutage
@@ -152,7 +153,7 @@ def _redo(
 ) -> tuple[BlocksResult, tuple[str, ...]]:
     """Redo blocks, in batches as then. Return what was done, and how the environment differs from the one in the marks."""
     then = _environment_then(job, broken)
-    options = replace(options, batch=int(then.get("batch", options.batch)))
+    options = replace(options, batch=int(then.get("batch") or batch_for(options, job.spec)))
     decoding = decoding_for(job.spec.pixels, options.decoding, device=options.device)
     options = replace(options, decoding=decoding)
     did = extract_blocks(
@@ -160,7 +161,9 @@ def _redo(
     )
     if not did.clips:
         return did, ()
-    now = run_environment(options, job.spec) | {"frame_rule": FRAME_RULE}
+    batch = batch_for(options, job.spec)
+    now = run_environment(options, job.spec, batch=batch, visual=job.tower.visual)
+    now |= {"frame_rule": FRAME_RULE}
     return did, _differences(now, {**then, "frame_rule": job.spec.frame_rule})
 
 

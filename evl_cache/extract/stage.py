@@ -17,6 +17,7 @@ from evl_cache.clips import ClipList
 from evl_cache.errors import CacheDamaged, CacheError, reason_alone
 from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.block_taker import BlockTaker
+from evl_cache.extract.defaults import workers_for
 from evl_cache.extract.doubts import DoubtCheck, check_doubts, has_older_frames, record_cleared
 from evl_cache.extract.environment import package_versions
 from evl_cache.extract.finished import found_finished
@@ -235,7 +236,7 @@ def _examine(job: ExtractionJob, options: ExtractOptions) -> tuple[SourceCheck, 
     sources = check_sources(*place, prove=options.check_sources or is_asked)
     if not is_asked:
         return sources, DoubtCheck()
-    threads = options.decode_workers
+    threads = workers_for(options, job.spec).decoding
     with DecodePool(threads, options=options.decoding, timeout_s=options.clip_timeout_s) as pool:
         return sources, check_doubts(*place, sources=sources, doubt=pool.doubt, threads=threads)
 

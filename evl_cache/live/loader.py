@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from evl_cache.batches import Batch, BatchPart, EpochOrder, LoaderTimes
-from evl_cache.extract import Decode, OnOutage, PreparedClip, Surroundings, prepare_clip
-from evl_cache.extract_options import default_batch
+from evl_cache.extract import Decode, OnOutage, PreparedClip, Surroundings, default_batch_on, prepare_clip
 from evl_cache.live.clips import LiveClips
 from evl_cache.processes import Processes
 from evl_cache.store import StoredBatch, StoredMaps, StoredTokens
@@ -73,7 +72,7 @@ class OnlineLoader:
             world=processes.place.world,
         )
         self._backbone, self._device = backbone, device
-        self._forward = default_batch(device.type)  # samples of a pass of the backbone
+        self._forward = default_batch_on(device, source.spec)  # samples of a pass of the backbone
         self._decode, self._processes = decode, processes
         self._threads = workers + 1  # one for each process that decodes, and one that crops meanwhile
         self._running: list[ExitStack] = []  # what ends an epoch, of those that nobody has read to their end

@@ -16,8 +16,7 @@ from evl_cache.batches import samples_of_clips
 from evl_cache.clips import Clip
 from evl_cache.datasets import is_passed_over, is_video
 from evl_cache.errors import EvlCacheError, Outage, UsageError
-from evl_cache.extract import OnOutage, decoding_for
-from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
+from evl_cache.extract import OnOutage, decoding_for, default_workers_on
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.live.run_tower import live_spec, run_backbone
@@ -66,7 +65,7 @@ def predict(
     device: str = "cpu",
     precision: str | None = None,
     batch: int = 8,
-    workers: int = DEFAULT_DECODE_WORKERS,
+    workers: int | None = None,
     decoding: DecodeOptions | None = None,
     clip_timeout_s: float = DEFAULT_TIMEOUT_S,
     best: bool = False,
@@ -83,7 +82,7 @@ def predict(
         device: where the tower and the head run.
         precision: to compute the head in; that of the run's training by default, where the device has it.
         batch: samples of a pass.
-        workers: processes that decode.
+        workers: processes that decode; by default as `extract` has it.
         decoding: how; by default with a decoder that gives the pixels that the run was trained on.
         clip_timeout_s: longest time for decoding one video.
         best: use the head of the best epoch.
@@ -100,6 +99,7 @@ def predict(
     check_precision(precision, device)
     spec = live_spec(config, run, num_clips=len(files))
     decoding = decoding_for(spec.pixels, decoding or DecodeOptions(), device=device)
+    workers = workers or default_workers_on(device, spec, decoding).decoding
     head = load_head(run, best=best).to(device)
     backbone = run_backbone(
         config, run, spec, model, pretrained, with_maps=head.reads_maps, device=torch.device(device)

@@ -13,8 +13,14 @@ import torch
 from evl_cache.batches import samples_of_clips, split_clips
 from evl_cache.clips import TRAIN_SPLITS, VAL_SPLITS
 from evl_cache.errors import UsageError
-from evl_cache.extract import ExtractionJob, ExtractRequest, OnOutage, decoding_for, plan_extraction
-from evl_cache.extract_options import DEFAULT_DECODE_WORKERS
+from evl_cache.extract import (
+    ExtractionJob,
+    ExtractRequest,
+    OnOutage,
+    decoding_for,
+    default_workers_on,
+    plan_extraction,
+)
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.processes import Processes
@@ -41,7 +47,7 @@ def train_online(
     train_names: Sequence[str] | None = None,
     val_names: Sequence[str] | None = None,
     resume: bool = False,
-    workers: int = DEFAULT_DECODE_WORKERS,
+    workers: int | None = None,
     decoding: DecodeOptions | None = None,
     clip_timeout_s: float = DEFAULT_TIMEOUT_S,
     on_step: OnStep = lambda done, total, loss: None,
@@ -57,7 +63,7 @@ def train_online(
         request: the videos, the tower and the views, as for an extraction; its storage is not used.
         train_names: ids or paths of clips to train on; all by default.
         val_names: ids or paths of clips to validate on; all by default.
-        workers: processes that decode.
+        workers: processes that decode; by default as `extract` has it.
         decoding: how; by default with a decoder that gives the pixels of the request.
         clip_timeout_s: longest time for decoding one clip.
         on_failure: called at the end with each clip that could not be decoded, and why.
@@ -83,6 +89,7 @@ def train_online(
     options = replace(options, shuffle_blocks=0)
     decoding = decoding_for(request.pixels, decoding or DecodeOptions(), device=options.device)
     jobs = _sides(plan_extraction(request, device=options.device), val_names)
+    workers = workers or default_workers_on(options.device, jobs[0].spec, decoding).decoding
     with (
         written_by_first(out, processes, on_wait) as writer,
         DecodePool(workers, options=decoding, timeout_s=clip_timeout_s) as pool,

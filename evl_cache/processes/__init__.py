@@ -3,7 +3,13 @@
 from evl_cache.processes.group import Processes, ToldElsewhere, processes_of_environment
 from evl_cache.processes.memory import MEMORY_SHARE, available_bytes, peak_bytes, reset_peak
 from evl_cache.processes.place import ProcessPlace
-from evl_cache.processes.processors import limit_torch_threads, sharing_processors, usable_cpus
+from evl_cache.processes.processors import (
+    limit_torch_threads,
+    sharing_processors,
+    single_threaded,
+    usable_cpus,
+)
 from evl_cache.processes.rendezvous import Rendezvous
+from evl_cache.processes.shares import local_processes, processor_share
 from evl_cache.processes.sharing import shared_memory, sharing_groups
 from evl_cache.processes.stop_requests import Interrupted, StopRequests

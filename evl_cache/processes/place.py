@@ -1,11 +1,19 @@
-"""Which process this is among those of its run."""
+"""Which process this is among those of its run, and which of its computer's GPUs is its own."""
 
 import contextlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from evl_cache.errors import UsageError
+
+
+def count_gpus() -> int:
+    """Return the number of GPUs that this process sees."""
+    import torch
+
+    return torch.cuda.device_count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +23,9 @@ class ProcessPlace:
     Attributes:
         rank: 0 for the one that writes the run directory and talks to the user.
         world: how many there are.
-        local_rank: its number among those of its computer; None where nobody counts them.
+        local_rank: its number among those of its computer, as torchrun counts; None where it does not.
         local_world: how many there are on its computer.
+        local_task: its number among the tasks of its computer, as SLURM counts; None where it does not.
         restarts: how often torchrun has started them all anew.
         is_supervised: torchrun ends and restarts all where one ends with a status that is not 0.
     """
@@ -25,6 +34,7 @@ class ProcessPlace:
     world: int = 1
     local_rank: int | None = None
     local_world: int = 1
+    local_task: int | None = None
     restarts: int = 0
     is_supervised: bool = False
 
@@ -33,9 +43,28 @@ class ProcessPlace:
         """Whether this is the process that writes the run directory and talks to the user."""
         return self.rank == 0
 
-    def device(self, name: str) -> str:
-        """The device of this process: its own GPU of its computer's, where `name` is `cuda` without a number."""
-        return name if name != "cuda" or self.local_rank is None else f"cuda:{self.local_rank}"
+    def device(self, name: str, gpus: Callable[[], int] = count_gpus) -> str:
+        """The device of this process: its own GPU of its computer's, where `name` is `cuda` without a number.
+
+        A task of SLURM may see the GPUs of all tasks, or its own alone.
+
+        Args:
+            gpus: returns how many GPUs this process sees.
+        """
+        if name != "cuda":
+            return name
+        if self.local_rank is not None:
+            return f"cuda:{self.local_rank}"
+        if self.local_task is None or (seen := gpus()) == 0:
+            return name
+        return f"cuda:{self.local_task % seen}"
+
+    @classmethod
+    def on_computer(cls) -> "ProcessPlace":
+        """Return the place among the processes of this computer alone, as torchrun tells it in LOCAL_RANK, or SLURM."""
+        rank, task = _number("LOCAL_RANK"), _number("SLURM_LOCALID")
+        is_task = _number("SLURM_PROCID") is not None
+        return cls(local_rank=rank, local_task=task if is_task else None)
 
     @classmethod
     def of_environment(cls) -> "ProcessPlace":
@@ -43,10 +72,9 @@ class ProcessPlace:
 
         Raises: UsageError for a WORLD_SIZE without a RANK.
         """
-        local_rank = os.environ.get("LOCAL_RANK", "")
-        own = int(local_rank) if local_rank.isdecimal() else None
+        here = cls.on_computer()
         if "WORLD_SIZE" not in os.environ:
-            return cls(local_rank=own)
+            return here
         try:
             rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
             local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
@@ -58,11 +86,17 @@ class ProcessPlace:
         return cls(
             rank=rank,
             world=world,
-            local_rank=own,
+            local_rank=here.local_rank,
             local_world=local_world,
+            local_task=here.local_task,
             restarts=restarts,
             is_supervised="TORCHELASTIC_RUN_ID" in os.environ,
         )
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() else None
 
 
 def this_computer() -> str:

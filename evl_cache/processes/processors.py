@@ -1,7 +1,10 @@
 """How many processors this process may use, and that torch starts no more threads than that."""
 
+import ctypes
 import math
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -17,11 +20,12 @@ def usable_cpus(root: Path = ROOT) -> int:
     Args:
         root: where /proc and the control groups are found.
     """
-    on, quota = len(_processors()), cpu_quota(root)
+    on, quota = len(allowed_processors()), cpu_quota(root)
     return on if quota is None else max(1, min(on, math.ceil(quota)))
 
 
-def _processors() -> set[int]:
+def allowed_processors() -> set[int]:
+    """Return the processors that this process may run on."""
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
 
 
@@ -32,7 +36,7 @@ def sharing_processors(processes: Processes) -> int:
     """
     if processes.place.world == 1:
         return 1
-    mine = (this_computer(), _processors())
+    mine = (this_computer(), allowed_processors())
     found = processes.gather(mine, "while sharing processors")
     return sum(computer == mine[0] and bool(on & mine[1]) for computer, on in found)
 
@@ -46,3 +50,35 @@ def limit_torch_threads(root: Path = ROOT) -> None:
     is_told = any(os.environ.get(name) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
     if not is_told and torch.get_num_threads() > (number := usable_cpus(root)):
         torch.set_num_threads(number)
+
+
+def single_threaded() -> None:
+    """Have torch compute with one thread where it is called in this thread; others keep theirs.
+
+    It begins a thread of a pool whose threads share the processors among themselves. Else each starts a team of as many
+    as there are processors, which wait for each other's turn. Nothing happens where torch's library of threads is not
+    found: the results are the same.
+    """
+    torch.get_num_threads()  # a thread's first call sets its numbers to the process's, so it comes first
+    for set_number in _setters():
+        set_number(1)
+
+
+@cache
+def _setters() -> tuple[Callable[[int], object], ...]:
+    """What sets the number of threads of the thread that calls it, of OpenMP and of MKL as torch has them.
+
+    `torch.set_num_threads` would set the number of threads that begin later, too.
+    """
+    libraries = Path(torch.__file__).parent / "lib"
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        try:
+            # It is loaded already; a name is looked for in the libraries that it was linked with, too.
+            library = ctypes.CDLL(str(libraries / name))
+        except OSError:
+            continue
+        found = [
+            getattr(library, name, None) for name in ("omp_set_num_threads", "MKL_Set_Num_Threads_Local")
+        ]
+        return tuple(setter for setter in found if setter is not None)
+    return ()

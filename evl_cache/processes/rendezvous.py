@@ -33,7 +33,8 @@ class Rendezvous:
     Args:
         connect: opens the store; called in a thread.
         place: which process this is.
-        on_lost: called once with the reason, where the store will not answer any more.
+        on_lost: called once with the reason, where the store will not answer any more, and there is still something to
+            ask for: the process that keeps the store ends when all is done, which is no loss.
         patience_s: how long the first to ask waits for an answer.
     """
 
@@ -49,6 +50,7 @@ class Rendezvous:
         self._asked: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._answers: queue.SimpleQueue[tuple[str, int | str]] = queue.SimpleQueue()
         self._awaited: str | None = None
+        self._lost: str | None = None  # why, until it is said
         self._is_lost = False
         # No pool: an interpreter that ends would wait for a call that the network has swallowed.
         threading.Thread(target=self._serve, name="rendezvous", daemon=True).start()
@@ -83,8 +85,14 @@ class Rendezvous:
         return cls(connect, place=place, on_lost=on_lost, patience_s=patience_s)
 
     def next(self, name: str) -> int | None:
-        """The next number of a series, or None where the store does not answer (now)."""
+        """The next number of a series, or None where the store does not answer (now).
+
+        To be asked for only while there is something to do: who asks again after a loss is told of it.
+        """
         if self._is_lost:
+            if self._lost is not None:
+                reason, self._lost = self._lost, None
+                self._on_lost(reason)
             return None
         is_new = self._awaited is None
         if self._awaited is None:
@@ -96,8 +104,7 @@ class Rendezvous:
             return None
         self._awaited = None
         if isinstance(answer, str):
-            self._is_lost = True
-            self._on_lost(answer)
+            self._is_lost, self._lost = True, answer
             return None
         return answer if asked == f"evl-cache/{name}/{self._place.restarts}" else None
 

@@ -19,6 +19,7 @@ from evl_cache.batches import DEFAULT_BATCH, FeatureLoader
 from evl_cache.batches.resident import KEPT_SHARE
 from evl_cache.caches.pairing import find_training_caches
 from evl_cache.errors import UsageError
+from evl_cache.extract_options import CPU_DECODE_WORKERS
 from evl_cache.heads import build_head
 from evl_cache.live.predict import predict as live_predict
 from evl_cache.precision import PRECISIONS, default_precision
@@ -82,7 +83,8 @@ def test_the_command_line_shows_the_defaults_of_the_package():
     }
     assert shown[evaluate]["batch"].default == DEFAULT_BATCH == TrainOptions.batch
     assert shown[predict]["batch"].default == signature(live_predict).parameters["batch"].default
-    assert shown[predict]["decode_workers"].default == signature(live_predict).parameters["workers"].default
+    assert f"[CPU {CPU_DECODE_WORKERS}; GPU: all cores]" in shown[predict]["decode_workers"].help
+    assert signature(live_predict).parameters["workers"].default is None
     assert shown[train]["rank_timeout"].default == DEFAULT_TIMEOUT_S
     for module in (train, sweep):
         numbers = {
