@@ -140,14 +140,30 @@ def test_more_layers_and_float32_take_more_memory() -> None:
     assert pass_nbytes(spec(), 64) == 2 * usual
 
 
-def test_a_batch_that_is_named_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> None:
     class Card:
         total_memory = CARD
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Card)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_batch_that_is_named_is_taken_up_to_a_block() -> None:
     assert batch_for(ExtractOptions(device="cuda"), spec()) == 32
-    assert batch_for(ExtractOptions(device="cuda", batch=100), spec()) == 100
+    assert batch_for(ExtractOptions(device="cuda", batch=48), spec()) == 48
+    assert batch_for(ExtractOptions(device="cuda", batch=100), spec()) == 64
     assert [batch_for(ExtractOptions(**given), spec()) for given in ({}, {"batch": 3})] == [8, 3]
+
+
+@pytest.mark.parametrize(("views", "clips", "batch"), [(3, 21, 32), (10, 6, 30), (40, 1, 20), (100, 1, 25)])
+@pytest.mark.usefixtures("card")
+def test_passes_on_a_gpu_share_out_a_block_with_next_to_no_padding(
+    views: int, clips: int, batch: int
+) -> None:
+    given = spec(views=ViewSpec(temporal_views=views), block_clips=clips)
+    assert batch_for(ExtractOptions(device="cuda"), given) == batch
+    assert -(views * clips) % batch <= 1
 
 
 # Marks
