@@ -152,7 +152,7 @@ class BlockTaker(Generic[BegunT]):
                     wait_s = _LEAST_WAIT_S
                 elif self._begun:
                     if self._begun[0].begun.is_ready:
-                        self._end(self._begun.popleft())
+                        self._end_first()
                     else:
                         self._extractor.wait(_LOOK_EVERY_S)
                     self.look_around_at_times()  # so that a progress line counts the clips of all jobs
@@ -233,9 +233,10 @@ class BlockTaker(Generic[BegunT]):
             return
         self._begun.append(_Taken(block, lock, begun))
 
-    def _end(self, taken: _Taken[BegunT]) -> None:
-        """Start the commit of a block that is ready."""
-        block, lock, extracted = taken.block, taken.lock, self._extractor.end(taken.begun)
+    def _end_first(self) -> None:
+        """Start the commit of the first begun block, which is ready."""
+        extracted = self._extractor.end(self._begun[0].begun)
+        block, lock, _ = self._begun.popleft()
         try:
             self._wait_for_commit()
             # The block may have been done meanwhile, by a job that had been taken for dead.
