@@ -226,7 +226,7 @@ def estimate(arguments: argparse.Namespace, scratch: Path, measured: dict[str, A
 
 
 def padding(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Processor seconds of one block at several batches, in turns, and the dearest against the first."""
+    """Processor seconds of one block at several batches, the least of rounds in turns, and the dearest against the cheapest."""
     tower = build_tower(arguments.small_model, "none")
     cache = scratch / "padding"
     took: dict[int, list[float]] = {batch: [] for batch in PADDED}
@@ -236,11 +236,11 @@ def padding(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 run = extracted(arguments, cache, tower, clips=BLOCK, batch=batch)
                 seconds.extend([run.processor_s] * (turn > 0))
     shutil.rmtree(cache)
-    found = {batch: statistics.median(seconds) for batch, seconds in took.items()}
+    found = {batch: min(seconds) for batch, seconds in took.items()}
     return {
         "padding_model": arguments.small_model,
         "padding_processor_s": {str(batch): round(seconds, 3) for batch, seconds in found.items()},
-        "padding_dearest_vs_first": max(found.values()) / found[PADDED[0]],
+        "padding_dearest_vs_cheapest": max(found.values()) / min(found.values()),
     }
 
 

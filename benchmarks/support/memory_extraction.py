@@ -58,6 +58,9 @@ class StubTower:
     Args:
         spec: their shapes.
         device: where they are.
+
+    Attributes:
+        asked: samples of each batch that it was asked for.
     """
 
     def __init__(self, spec: CacheSpec, device: str, *, distinct: int = DISTINCT) -> None:
@@ -69,6 +72,7 @@ class StubTower:
         self._tokens = [layer.to(device, dtype, copy=True) for layer in tokens.unbind(1)]
         self._maps = [] if maps is None else [layer.to(device, dtype, copy=True) for layer in maps.unbind(1)]
         self._of_batch: dict[int, Features] = {}
+        self.asked: list[int] = []
 
     def prepare(self, batch: int) -> None:
         """Make the features of a batch, so that asking for them takes no time."""
@@ -87,6 +91,7 @@ class StubTower:
 
     def __call__(self, frames: Tensor) -> Features:
         """Return the features of a batch (B, T, 3, S, S)."""
+        self.asked.append(len(frames))
         self.prepare(len(frames))
         return self._of_batch[len(frames)]
 
