@@ -22,24 +22,31 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from evl_cache.cpu_codes import (
+    INT8_MIN,
+    SMALLEST_TYPICAL_SHARE,
+    STEPS,
+    TINY,
+    MapRows,
+    TokenItem,
+    encode,
+    float16_at_least,
+    inverse_or_zero,
+    outlier_scale,
+)
 from evl_cache.errors import ClipError, UsageError
 
 CodesT = TypeVar("CodesT", Tensor, npt.NDArray[Any])
 
-STEPS = 255
-INT8_MIN = -128
-
-# Values of one pass. A CPU is fastest on 8 MiB of float32, which fit its caches and are reused by the allocator; from 32
-# MiB on a pass takes four times as long. Small items share a pass, as all threads must meet after every kernel.
+# Values of one pass. A CPU takes whole items only where they are small: they share a pass, as a call costs as much as they.
 CPU_PASS_VALUES = 2**21
 DEVICE_PASS_VALUES = 2**26
+SMALL_ITEM_VALUES = 2**15
+CPU_ROWS_VALUES = 2**19  # of attention maps, for a thread at once
 
-# A token of up to this many times the median size costs the others at most log2(1.5) bits, and keeps scale 1.
-OUTLIER_RATIO = 1.5
-
-# A channel that is zero except in one token has nearly no typical size. Without this floor that channel alone would make
-# the token an enormous outlier, and its other channels would lose precision.
-SMALLEST_TYPICAL_SHARE = 1.0 / 256.0
+TOKENS_EXPECTED = "finite values that int8 codes can span"
+MAPS_EXPECTED = "finite values of at least 0 and at most 65504"
+HALVES_EXPECTED = "finite values of at most 65504, the largest float16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,18 +109,9 @@ def quantize_tokens(tokens: Tensor, *, token_scale: bool = True) -> QuantizedTok
     codes = torch.empty(items.shape, dtype=torch.int8, device=tokens.device)
     affine = torch.empty((len(items), 2, channels), dtype=torch.float32, device=tokens.device)
     scale = torch.ones(items.shape[:2], dtype=torch.float16, device=tokens.device)
-    values_per_pass = CPU_PASS_VALUES if tokens.device.type == "cpu" else DEVICE_PASS_VALUES
-    step = max(1, values_per_pass // (frames * per_frame * channels))  # items in a pass
-    for start in range(0, len(items), step):
-        part = slice(start, start + step)
-        values = items[part].float()
-        if token_scale:
-            scale[part] = _token_scale(values)
-            # Divide by the rounded scale: it is the one that decoding multiplies by.
-            values = values / scale[part].float().unsqueeze(-1)
-        codes[part], affine[part] = _encode_channels(values)
+    encode_tokens(items, codes, affine, scale if token_scale else None)
     finite = affine.isfinite().flatten(1).all(1) & scale.isfinite().all(1)
-    _raise_for_first(~finite.reshape(lead), "tokens", "finite values that int8 codes can span")
+    _raise_for_first(~finite.reshape(lead), "tokens", TOKENS_EXPECTED)
     return QuantizedTokens(
         codes=codes.reshape(tokens.shape),
         affine=affine.reshape(*lead, 2, channels),
@@ -150,15 +148,65 @@ def quantize_maps(maps: Tensor) -> QuantizedMaps:
             f"maps are {maps.dtype} of shape {tuple(maps.shape)}; quantize_maps needs floating-point maps of "
             "shape (..., patches): pass a backbone's attention maps"
         )
-    values = maps.detach().float()
-    row_max = _float16_at_least(values.amax(-1))
-    usable = row_max.isfinite() & (values.amin(-1) >= 0)
-    _raise_for_first(~usable, "attention maps", "finite values of at least 0 and at most 65504")
+    rows = maps.detach().reshape(-1, maps.shape[-1])
+    codes = torch.empty(rows.shape, dtype=torch.uint8, device=maps.device)
+    row_max = torch.empty(len(rows), dtype=torch.float16, device=maps.device)
+    encode_maps(rows, codes, row_max)
+    row_max = row_max.reshape(maps.shape[:-1])
+    _raise_for_first(~row_max.isfinite(), "attention maps", MAPS_EXPECTED)
+    return QuantizedMaps(codes=codes.reshape(maps.shape), row_max=row_max)
+
+
+def encode_tokens(items: Tensor, codes: Tensor, affine: Tensor, scale: Tensor | None) -> None:
+    """Write the codes of items. Where an item cannot be stored, `affine` or `scale` is not finite.
+
+    Args:
+        items: floating, (I, K, C).
+        codes: int8 (I, K, C).
+        affine: float32 (I, 2, C).
+        scale: float16 (I, K), or None for tokens without a scale.
+    """
+    if not items.numel():
+        return
+    size = items[0].numel()
+    if items.device.type == "cpu" and size >= SMALL_ITEM_VALUES:
+        scales = [None] * len(items) if scale is None else scale.unbind()
+        encode(list(map(TokenItem, items.unbind(), codes.unbind(), affine.unbind(), scales)))
+        return
+    values_per_pass = CPU_PASS_VALUES if items.device.type == "cpu" else DEVICE_PASS_VALUES
+    step = max(1, values_per_pass // size)  # items in a pass
+    for start in range(0, len(items), step):
+        part = slice(start, start + step)
+        values = items[part].float()
+        if scale is not None:
+            scale[part] = _token_scale(values)
+            # Divide by the rounded scale: it is the one that decoding multiplies by.
+            values = values / scale[part].float().unsqueeze(-1)
+        _encode_channels(values, codes[part], affine[part])
+
+
+def encode_maps(rows: Tensor, codes: Tensor, row_max: Tensor) -> None:
+    """Write the codes of rows of attention maps. Where a row cannot be stored, `row_max` is not finite.
+
+    Args:
+        rows: floating, (R, P).
+        codes: uint8 (R, P).
+        row_max: float16 (R,).
+    """
+    if rows.device.type == "cpu":
+        step = max(1, CPU_ROWS_VALUES // rows.shape[1])
+        encode(
+            list(map(MapRows, *(torch.split(each, step) for each in (rows, codes, row_max))))
+            if len(rows)
+            else []
+        )
+        return
+    values = rows.float()
+    row_max.copy_(torch.where(values.amin(-1) >= 0, float16_at_least(values.amax(-1)), torch.nan))
     top = row_max.float()
     gain = torch.where(top > 0, STEPS / top.sqrt(), 0.0).unsqueeze(-1)
     # Adding a half and cutting rounds; row_max >= every value, so 255.5 is never passed.
-    codes = (values.sqrt().mul_(gain).add_(0.5)).to(torch.uint8)
-    return QuantizedMaps(codes=codes, row_max=row_max)
+    codes.copy_(values.sqrt().mul_(gain).add_(0.5))
 
 
 def dequantize_maps(codes: Tensor, row_max: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -172,7 +220,7 @@ def to_float16(values: Tensor, *, what: str = "tokens") -> Tensor:
     halves = values.detach().to(torch.float16)
     # The float32 sum of finite float16 values is finite, so one cheap reduction is enough unless something is wrong.
     if not bool(halves.sum(dtype=torch.float32).isfinite()):
-        _raise_for_first(~halves.isfinite(), what, "finite values of at most 65504, the largest float16")
+        _raise_for_first(~halves.isfinite(), what, HALVES_EXPECTED)
     return halves
 
 
@@ -213,48 +261,40 @@ def _token_scale(values: Tensor) -> Tensor:
     is scaled too, by less; of the powers measured it was the best.
     """
     magnitude = values.abs()
-    typical = magnitude.sqrt().mean(1, keepdim=True).square()  # (I, 1, C)
-    typical = torch.maximum(typical, magnitude.amax(1, keepdim=True) * SMALLEST_TYPICAL_SHARE)
-    inverse = torch.where(typical == 0, 0.0, 1.0 / typical.clamp_min(torch.finfo(torch.float32).tiny))
+    typical = magnitude.sqrt().mean(1, keepdim=True).square_()  # (I, 1, C)
+    largest = magnitude.amax(1, keepdim=True)
+    inverse = inverse_or_zero(torch.maximum(typical, largest.mul_(SMALLEST_TYPICAL_SHARE)))
     relative = magnitude.mul_(inverse).square_()  # at most 256**2: nothing overflows
-    size = torch.linalg.vector_norm(relative, dim=-1).sqrt_()  # (I, K)
-    usual = size.median(1, keepdim=True).values
-    ratio = size / torch.where(usual > 0, usual, 1.0)
-    # `~(<=)` and not `>`: a token that is not finite must not count as ordinary.
-    outlier = ~(ratio <= OUTLIER_RATIO) & ~(usual == 0)
-    return torch.where(outlier, ratio, 1.0).to(torch.float16)
+    return outlier_scale(torch.linalg.vector_norm(relative, dim=-1).sqrt_())
 
 
-def _encode_channels(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes (I, K, C) and float32 affine (I, 2, C) of float32 values (I, K, C), minimum to maximum."""
+def _encode_channels(values: Tensor, codes: Tensor, affine: Tensor) -> None:
+    """Write int8 codes (I, K, C) and float32 affine (I, 2, C) of float32 values (I, K, C), minimum to maximum."""
     low = values.amin(1, keepdim=True)  # (I, 1, C)
     step = (values.amax(1, keepdim=True) - low) / STEPS
     # A constant channel (or one narrower than float32 can divide) gets step 0 and is its offset.
-    step = torch.where(step < torch.finfo(torch.float32).tiny, 0.0, step)
+    step = torch.where(step < TINY, 0.0, step)
     inverse = torch.where(step == 0, 0.0, 1.0 / step)
-    codes = torch.addcmul(torch.full_like(low, INT8_MIN), values - low, inverse).round_().to(torch.int8)
+    codes.copy_(torch.addcmul(torch.full_like(low, INT8_MIN), values - low, inverse).round_())
     # Computed from the zeroed step: there every code is -128, and the offset must be the minimum itself.
-    affine = torch.cat([step, low - INT8_MIN * step], dim=1)
-    return codes, affine
+    torch.cat([step, low - INT8_MIN * step], dim=1, out=affine)
 
 
-def _float16_at_least(values: Tensor) -> Tensor:
-    """Return the smallest float16 not below each of `values` (not negative), so that a row's codes never pass 255."""
-    halves = values.to(torch.float16)
-    next_up = (halves.view(torch.int16) + 1).view(torch.float16)  # adjacent bit patterns are adjacent numbers
-    return torch.where(halves.float() < values, next_up, halves)
+def not_storable(bad: Tensor, what: str, expected: str) -> ClipError:
+    """Return the error that names the first index where `bad` is True, or none where it is nowhere."""
+    places = bad.nonzero()
+    index = tuple(int(i) for i in places[0]) if len(places) else ()
+    where = f" at index {index}" if index else ""
+    return ClipError(
+        f"{what}{where} cannot be stored: got values that are not finite or out of range, "
+        f"expected {expected}; check the clip's frames, or compute in float32 if half precision overflows"
+    )
 
 
 def _raise_for_first(bad: Tensor, what: str, expected: str) -> None:
     """Raise a ClipError naming the first index where `bad` is True, if there is one."""
-    if not bool(bad.any()):
-        return
-    index = tuple(int(i) for i in bad.nonzero()[0])
-    where = f" at index {index}" if index else ""
-    raise ClipError(
-        f"{what}{where} cannot be stored: got values that are not finite or out of range, "
-        f"expected {expected}; check the clip's frames, or compute in float32 if half precision overflows"
-    )
+    if bool(bad.any()):
+        raise not_storable(bad, what, expected)
 
 
 def _check_codes(codes: Tensor | npt.NDArray[Any]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.outlier_features import outlier_features, softmax_maps, worst_channel_error
+from evl_cache import cpu_codes, quantize
 from evl_cache.errors import ClipError, UsageError
 from evl_cache.quantize import (
     QuantizedTokens,
@@ -22,6 +25,7 @@ from evl_cache.quantize import (
     quantize_tokens,
     to_float16,
 )
+from tests.support.plain_codes import plain_map_codes, plain_token_codes
 
 
 def decode(stored: QuantizedTokens) -> Tensor:
@@ -260,6 +264,85 @@ def test_dequantised_tokens_have_the_dtype_asked_for() -> None:
     halves = dequantize_tokens(stored.codes, stored.affine, stored.scale, torch.bfloat16)
     assert halves.dtype == torch.bfloat16
     assert torch.equal(halves, decode(stored).bfloat16())
+
+
+def assert_plain_codes(tokens: Tensor, *, token_scale: bool = True) -> None:
+    """Codes of tokens that can be stored are those made the plain way, bit for bit."""
+    stored = quantize_tokens(tokens, token_scale=token_scale)
+    codes, affine, scale = plain_token_codes(tokens, token_scale=token_scale)
+    assert torch.equal(stored.codes, codes)
+    assert torch.equal(stored.affine.view(torch.int32), affine.view(torch.int32))
+    assert (stored.scale is None) == (not token_scale)
+    assert stored.scale is None or torch.equal(stored.scale, scale)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 33, 64, 96, 384, 768, 1024, 1280])
+@pytest.mark.parametrize(("frames", "per_frame"), [(1, 1), (1, 5), (1, 197), (2, 50), (8, 50), (3, 257)])
+def test_blocks_of_an_item_give_the_codes_of_the_whole(
+    channels: int, frames: int, per_frame: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantize, "SMALL_ITEM_VALUES", 1)
+    monkeypatch.setattr(cpu_codes, "BLOCK_VALUES", 20_000)
+    generator = torch.Generator().manual_seed(channels)
+    tokens = torch.randn(2, frames, per_frame, channels, generator=generator)
+    tokens = tokens * (torch.rand(channels, generator=generator) * 5).exp() + 3
+    tokens[:, :, ::23] *= 9
+    assert_plain_codes(tokens)
+    assert_plain_codes(tokens, token_scale=False)
+
+
+TOKENS_OF_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "constant": torch.ones_like,
+    "zero": torch.zeros_like,
+    "denormal": lambda tokens: tokens * 1e-40,
+    "tiny": lambda tokens: tokens * 1e-36,
+    "huge": lambda tokens: tokens * 1e37,
+    "all outliers but one": lambda tokens: torch.cat([tokens[:, :, :1], tokens[:, :, 1:] * 100], dim=2),
+    "one outlier": lambda tokens: torch.cat([tokens[:, :, :-1], tokens[:, :, -1:] * 100], dim=2),
+    "mostly zero": lambda tokens: torch.where(tokens > 3, tokens, 0.0),
+    "float16": Tensor.half,
+    "bfloat16": Tensor.bfloat16,
+    "not contiguous": lambda tokens: tokens.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENS_OF_KINDS)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_blocks_give_the_codes_of_the_whole_for_any_values_and_threads(kind: str, threads: int) -> None:
+    before = torch.get_num_threads()
+    tokens = torch.randn(3, 4, 99, 192, generator=torch.Generator().manual_seed(0))
+    assert tokens[0].numel() > quantize.SMALL_ITEM_VALUES
+    torch.set_num_threads(threads)
+    try:
+        assert_plain_codes(TOKENS_OF_KINDS[kind](tokens))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    found = ThreadPoolExecutor(1).submit(torch.get_num_threads).result()
+    assert found == before  # nor have threads of others become fewer
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_an_item_of_many_blocks_that_cannot_be_stored_is_named(bad: float) -> None:
+    tokens = torch.randn(3, 4, 99, 192, generator=torch.Generator().manual_seed(0))
+    tokens[2, 3, 98, 191] = bad
+    tokens[2, 0, 0, 191] = -bad
+    with pytest.raises(ClipError, match=r"^tokens at index \(2,\)"):
+        quantize_tokens(tokens)
+
+
+@pytest.mark.parametrize("patches", [1, 7, 49, 196, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_blocks_of_rows_give_the_codes_of_all_maps(patches: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(patches)
+    maps = (torch.randn(3, 2, 500, patches, generator=generator) * 4).softmax(-1)
+    maps[0, 0, :9] = 0.0
+    maps[0, 0, 9, 0] = -0.0
+    maps[1, 1, 7:20] *= 60000
+    maps[2, 1] *= 1e-9
+    stored, (codes, row_max, usable) = quantize_maps(maps.to(dtype)), plain_map_codes(maps.to(dtype))
+    assert bool(usable.all())
+    assert torch.equal(stored.codes, codes) and torch.equal(stored.row_max, row_max)
 
 
 def test_maps_agree_with_a_loop_over_rows() -> None:
