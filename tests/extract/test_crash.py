@@ -214,7 +214,23 @@ def check_order(calls: list[Call], cache: Path) -> None:
         mark = mark_path(cache, block)
         linked = _only(calls, "link", lambda call, name=str(mark): call.paths[1] == name)
         assert max(published) <= linked.began, f"{mark} has its name before the data is safe"
+        for shard in shards:
+            _check_directories(calls, shard, cache, before=linked.began)
         _check_published(calls, mark)
+
+
+def _check_directories(calls: list[Call], shard: Path, cache: Path, *, before: float) -> None:
+    """Every name on the way to a shard was made durable, after it was made."""
+    for child in shard.parents:
+        if child.parent == cache:
+            break
+        made = [call.ended for call in calls if call.name == "mkdir" and call.paths[0] == str(child)]
+        synced = [
+            call
+            for call in calls
+            if call.name == "fsync" and call.paths[0] == str(child.parent) and call.ended <= before
+        ]
+        assert any(call.began >= min(made, default=0.0) for call in synced), f"{child} may be lost"
 
 
 def _check_published(calls: list[Call], path: Path) -> float:
@@ -223,7 +239,7 @@ def _check_published(calls: list[Call], path: Path) -> float:
     staged = link.paths[0]
     assert is_staging_name(Path(staged).name)
     synced = _only(calls, "fsync", lambda call: call.paths[0] == staged)
-    writes = [call for call in calls if call.name == "write" and call.paths[0] == staged]
+    writes = [call for call in calls if call.name in ("write", "writev") and call.paths[0] == staged]
     assert writes
     assert max(call.ended for call in writes) <= synced.began
     assert synced.ended <= link.began

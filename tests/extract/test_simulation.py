@@ -96,7 +96,7 @@ def _a_lock_once_held_is_believed_in(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _what_was_written_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publication.BlockPublication, "_written_lies_there", lambda self, staged: True)
+    monkeypatch.setattr(publication.BlockPublication, "_written_lies_there", lambda self, *args: True)
     monkeypatch.setattr(publication.BlockPublication, "_lies_there", lambda self, records: True)
 
 
@@ -106,16 +106,18 @@ def _broken_marks_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _nothing_is_synced(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        publish.StagedFile, "_seal", lambda self, final: (self._flush(self._descriptor), self._close())
+        publish.StagedFile,
+        "seal",
+        lambda self: self._descriptor and (self._flush(self._descriptor), self._close()),
     )
 
 
 def _the_mark_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     real = publication.BlockPublication._publish_block
 
-    def publish_block(self: Any, mark: Any, content: Any, staged: Any) -> Any:
+    def publish_block(self: Any, mark: Any, content: Any, *files: Any) -> Any:
         self.publish_mark(mark, content)
-        return real(self, mark, content, staged)
+        return real(self, mark, content, *files)
 
     monkeypatch.setattr(publication.BlockPublication, "_publish_block", publish_block)
 

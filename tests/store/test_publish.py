@@ -18,13 +18,8 @@ from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.store.disk import publish
 from evl_cache.store.disk.checksum import file_digest
-from evl_cache.store.disk.publish import (
-    AlreadyPublished,
-    is_staging_name,
-    make_directories,
-    stage_file,
-    write_atomic,
-)
+from evl_cache.store.disk.directories import make_directories
+from evl_cache.store.disk.publish import AlreadyPublished, is_staging_name, stage_file, write_atomic
 
 
 def failing(number: int) -> Callable[..., NoReturn]:
@@ -125,7 +120,7 @@ def test_repeated_link_request_of_nfs_counts_as_success(
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
 
 
-@pytest.mark.parametrize("call", ["write", "fsync", "link"])
+@pytest.mark.parametrize("call", ["writev", "fsync", "link"])
 def test_full_disk_leaves_nothing_behind_and_names_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:

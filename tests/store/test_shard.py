@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.store.disk.checksum import crc32c
-from evl_cache.store.disk.publish import make_directories, stage_file, write_atomic
+from evl_cache.store.disk.directories import make_directories
+from evl_cache.store.disk.publish import stage_file, write_atomic
 from evl_cache.store.reading.sparse_shard import SparseShard
 from evl_cache.store.shards.codec import ChunkCodec
 from evl_cache.store.shards.metadata import array_metadata, group_metadata, shard_path

@@ -23,7 +23,7 @@ from evl_cache.store.disk.runtime import Runtime
 
 EXPIRY_S = 20.0
 MOST_STEPS = 15_000  # of one schedule: it hangs
-_SWITCHED = "open write fsync link unlink rename replace mkdir pwrite stat listdir".split()
+_SWITCHED = "open write writev fsync link unlink rename replace mkdir pwrite stat listdir".split()
 _LOOKS = ("stat", "listdir")
 
 
@@ -192,7 +192,7 @@ class World:
             self.last_marked_s = self.now_s
         if name == "open":
             process.open[result] = 0
-        elif name in ("write", "pwrite") and args[0] in process.open:
+        elif name in ("write", "writev", "pwrite") and args[0] in process.open:
             process.written.add(args[0])
         elif name == "fsync" and args[0] in process.written:
             process.open[args[0]] = os.fstat(args[0]).st_size
@@ -243,7 +243,7 @@ class SimulatedRuntime(Runtime):
         self._world.spawn(self._process, loop)
         return stop
 
-    def executor(self, name: str) -> Executor:
+    def executor(self, name: str, *, threads: int = 1) -> Executor:
         return SimulatedExecutor(self._process) if name == "commit" else Inline()
 
 

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 BROKEN = "05.mp4"  # of the clips that `make_clips` writes
 BLOCK_CLIPS = 3
 # Calls by which a process changes a directory or a file of a cache.
-CHANGES = ("open", "write", "fsync", "link", "unlink", "rename", "replace", "mkdir", "pwrite")
+CHANGES = ("open", "write", "writev", "fsync", "link", "unlink", "rename", "replace", "mkdir", "pwrite")
 _TOWER = {
     "embed_dim": 32,
     "quick_gelu": True,

@@ -17,9 +17,10 @@ from evl_cache.store.copying.source import (
     open_source,
     read_source_mark,
 )
+from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import check_no_links, remove_file
 from evl_cache.store.disk.locks import BlockLock, LockWatcher
-from evl_cache.store.disk.publish import StagedFile, make_directories, stage_file
+from evl_cache.store.disk.publish import StagedFile, stage_file
 from evl_cache.store.format.description import read_description
 from evl_cache.store.format.layout import (
     LOCKS_NAME,

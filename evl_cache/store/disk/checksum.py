@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from awscrt import checksums
 from awscrt.checksums import crc32c as _crc32c
 
 from evl_cache.store.disk.file_system import again_if_stale, disk_error, open_regular
+
+# Not in every awscrt that is accepted.
+_combine: Any = getattr(checksums, "combine_crc32c", None)
 
 Buffer = bytes | bytearray | memoryview | np.ndarray[Any, Any]
 _PART_NBYTES = 1 << 20  # read and checked while it is in the processor's cache
@@ -59,3 +63,13 @@ def crc32c(data: Buffer, previous: int = 0) -> int:
     `previous` is the checksum of what comes before the buffer.
     """
     return int(_crc32c(data, previous))
+
+
+def longer_crc32c(previous: int, data: memoryview, checksum: int | None) -> int:
+    """Return the CRC-32C of bytes whose checksum is `previous` and then `data`, whose own is `checksum` where known.
+
+    Knowing it saves a pass over the data.
+    """
+    if checksum is None or _combine is None:
+        return crc32c(data, previous)
+    return int(_combine(previous, checksum, data.nbytes))

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from evl_cache.errors import CacheError
+from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import disk_error, names_in, remove_leftover
 from evl_cache.store.disk.lock_files import (
     ASIDE_NAME,
@@ -34,7 +35,6 @@ from evl_cache.store.disk.lock_files import (
     read_lock,
     take_name,
 )
-from evl_cache.store.disk.publish import make_directories
 from evl_cache.store.disk.runtime import REAL, Runtime
 
 BEAT_S = 5.0

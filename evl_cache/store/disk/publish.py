@@ -7,7 +7,6 @@ name. Published files are never replaced, except by `publish_replacing`, so what
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import re
@@ -19,30 +18,28 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.store.disk.checksum import content_digest, crc32c, file_digest
+from evl_cache.store.disk.checksum import content_digest, file_digest, longer_crc32c
+from evl_cache.store.disk.directories import FILE_MODE, fsync_directory
 from evl_cache.store.disk.file_system import (
     NoHardLinks,
     again_if_stale,
     disk_error,
     give_second_name,
-    is_there,
     open_regular,
     remove_leftover,
     start_writeback,
 )
-from evl_cache.store.disk.permissions import give_directory_mode, give_file_mode
+from evl_cache.store.disk.permissions import give_file_mode
 
-FILE_MODE = 0o644  # less the umask, which the kernel applies
 _STAGING_NAME = re.compile(r"\.tmp-[A-Za-z0-9_-]{1,40}-[0-9]+-[0-9a-f]{16}")
-_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _PLACEHOLDER_WAIT_S = 2.0
 # Written at a time, at multiples of it: the page cache then holds the file in pages of this size, which are copied
 # a tenth faster than small ones and mapped by one entry each.
 _HUGE_PAGE_NBYTES = 2 << 20
+_SMALL_NBYTES = (
+    1 << 14
+)  # what is smaller is gathered, so that a page is of few pieces: a call takes at most 1024
 _WRITEBACK_NBYTES = 8 << 20  # handed to the disk at a time, so that the sync at the end has little left
 
 
@@ -75,7 +72,7 @@ class StagedFile:
     def __init__(self, directory: Path) -> None:
         self.path = _staging_path(Path(directory))
         self.size = self.crc32c = 0
-        self._pending: NDArray[np.uint8] | None = None  # the last huge page, not written yet
+        self._pending: list[bytes | bytearray | memoryview] = []  # of the last huge page, not written yet
         self._written = 0  # bytes that the kernel has
         self._handed_on = 0  # and of these, those on their way to the disk
         self._hash = hashlib.sha256()
@@ -100,51 +97,81 @@ class StagedFile:
         """Hexadecimal digest of the bytes written so far."""
         return self._hash.hexdigest()
 
-    def write(self, data: bytes | bytearray | memoryview) -> None:
-        """Append all of `data`, by huge pages. Raises CacheError (disk full, ...), which names the remedy."""
+    def write(self, data: bytes | bytearray | memoryview, *, checksum: int | None = None) -> None:
+        """Append all of `data`, by huge pages. Raises CacheError (disk full, ...), which names the remedy.
+
+        `checksum` is the CRC-32C of `data`, where it is known.
+        """
         if self._descriptor is None:
             raise UsageError(f"{self.path} is closed: write before publishing")
-        view = np.frombuffer(memoryview(data).cast("B"), np.uint8)
-        self._hash.update(view.data)
-        self.crc32c = crc32c(view, self.crc32c)
-        if self._pending is None:
-            self._pending = np.empty(_HUGE_PAGE_NBYTES, np.uint8)
-        while len(view) > 0:
-            filled = self.size - self._written
-            part = view[: _HUGE_PAGE_NBYTES - filled]
-            self._pending[filled : filled + len(part)] = part
+        # Bytes are not copied, they wait as they are. What could change before it is written is copied.
+        left = memoryview(data if isinstance(data, bytes) else bytes(data))
+        self._hash.update(left)
+        self.crc32c = longer_crc32c(self.crc32c, left, checksum)
+        while len(left) > 0:
+            part = left[: self._written + _HUGE_PAGE_NBYTES - self.size]
+            self._wait_with(part)
             self.size += len(part)
-            view = view[len(part) :]
+            left = left[len(part) :]
             if self.size - self._written == _HUGE_PAGE_NBYTES:
                 self._flush(self._descriptor)
 
-    def _flush(self, descriptor: int) -> None:
-        """Give the kernel what is pending."""
-        if self._pending is None:
+    def _wait_with(self, part: memoryview) -> None:
+        if len(part) >= _SMALL_NBYTES:
+            self._pending.append(part)
             return
-        pending = self._pending[: self.size - self._written].data
+        last = self._pending[-1] if self._pending else None
+        if not isinstance(last, bytearray):
+            last = bytearray()
+            self._pending.append(last)
+        last += part
+
+    def _flush(self, descriptor: int) -> None:
+        """Give the kernel what is pending, in one call: it makes one large page of it."""
+        pending = [memoryview(part) for part in self._pending]
+        self._pending = []
         with self._discarded_on_error("write", self.path):
-            while len(pending) > 0:
-                pending = pending[os.write(descriptor, pending) :]
+            while pending:
+                count = os.writev(descriptor, pending)
+                while pending and count >= len(pending[0]):
+                    count -= len(pending.pop(0))
+                if count:
+                    pending[0] = pending[0][count:]
         self._written = self.size
         if self._written - self._handed_on >= _WRITEBACK_NBYTES:
             start_writeback(descriptor, self._handed_on, self._written)
             self._handed_on = self._written
 
-    def publish(self, final: Path) -> None:
+    def seal(self) -> None:
+        """End the file and make its bytes durable, which publishing does where it was not done before."""
+        if self._descriptor is None:
+            if self._staged:
+                return
+            raise UsageError(f"{self.path} is closed: stage a new file")
+        self._flush(self._descriptor)
+        with self._discarded_on_error("sync", self.path):
+            os.fsync(self._descriptor)
+            self._inode = os.fstat(self._descriptor).st_ino
+            self._close()
+
+    def publish(self, final: Path, *, sync_directory: bool = True) -> None:
         """Give the file the name `final` (same directory), durably, never replacing what exists.
 
+        Where `sync_directory` is false, the caller syncs the directory: only then is the name durable.
         Raises AlreadyPublished where the name is taken, CacheError where the file system refuses.
         """
-        self._seal(final)
+        self._check_directory(final)
+        self.seal()
         with self._discarded_on_error("publish", final):
             self._take_name(final)
             self._remove()
+        if sync_directory:
             fsync_directory(final.parent)
 
-    def publish_replacing(self, final: Path) -> None:
-        """Give the file the name `final` (same directory), durably, in place of what may exist there."""
-        self._seal(final)
+    def publish_replacing(self, final: Path, *, sync_directory: bool = True) -> None:
+        """Give the file the name `final` (same directory), in place of what may exist there. Otherwise as `publish`."""
+        self._check_directory(final)
+        self.seal()
         with self._discarded_on_error("publish", final):
             try:
                 os.replace(self.path, final)
@@ -153,6 +180,7 @@ class StagedFile:
                 if not _is_file(final, self._inode):
                     raise
             self._staged = False
+        if sync_directory:
             fsync_directory(final.parent)
 
     def discard(self) -> None:
@@ -161,16 +189,9 @@ class StagedFile:
             self._close()
         self._remove()
 
-    def _seal(self, final: Path) -> None:
+    def _check_directory(self, final: Path) -> None:
         if final.parent != self.path.parent:
             raise UsageError(f"cannot publish {self.path} as {final}: stage in the same directory")
-        if self._descriptor is None:
-            raise UsageError(f"{self.path} is closed: stage a new file for {final}")
-        self._flush(self._descriptor)
-        with self._discarded_on_error("sync", self.path):
-            os.fsync(self._descriptor)
-            self._inode = os.fstat(self._descriptor).st_ino
-            self._close()
 
     @contextlib.contextmanager
     def _discarded_on_error(self, action: str, path: Path) -> Iterator[None]:
@@ -218,7 +239,7 @@ class StagedFile:
 
     def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, None
-        self._pending = None
+        self._pending = []
         if descriptor is not None:
             os.close(descriptor)
 
@@ -272,47 +293,6 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         staging.unlink(missing_ok=True)
     fsync_directory(path.parent)
-
-
-def make_directories(path: Path) -> None:
-    """Create `path` and its missing parents, each made durable. Several writers may do so at once."""
-    missing = [path]
-    while not is_there(missing[-1]) and missing[-1] != missing[-1].parent:
-        missing.append(missing[-1].parent)
-    for directory in reversed(missing[:-1]):
-        try:
-            with contextlib.suppress(FileExistsError):
-                directory.mkdir()
-                give_directory_mode(directory)
-        except OSError as error:
-            raise disk_error("create", directory, error) from error
-        fsync_directory(directory.parent)
-
-
-def make_empty_file(path: Path) -> None:
-    """Make a file that says something by being there, durably; one that is there stays. Raises CacheError."""
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, FILE_MODE)
-        try:
-            give_file_mode(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise disk_error("create", path, error) from error
-    fsync_directory(path.parent)
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable, where the file system can. Raises CacheError where it fails."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        if error.errno not in _NO_DIRECTORY_SYNC:
-            raise disk_error("sync", path, error) from error
 
 
 def _staging_path(directory: Path) -> Path:

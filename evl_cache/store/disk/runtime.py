@@ -34,9 +34,9 @@ class Runtime:
 
         return stop
 
-    def executor(self, name: str) -> Executor:
-        """Return what runs tasks in the background, one after another."""
-        return ThreadPoolExecutor(1, thread_name_prefix=name)
+    def executor(self, name: str, *, threads: int = 1) -> Executor:
+        """Return what runs tasks in the background, one after another, or as many at once as there are threads."""
+        return ThreadPoolExecutor(threads, thread_name_prefix=name)
 
 
 REAL = Runtime()

@@ -13,8 +13,9 @@ from evl_cache.canonical_json import canonical_json, digest
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store.disk.checksum import content_digest
+from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import check_no_links
-from evl_cache.store.disk.publish import make_directories, write_atomic
+from evl_cache.store.disk.publish import write_atomic
 from evl_cache.store.format.description import (
     CacheDescription,
     clips_lines,

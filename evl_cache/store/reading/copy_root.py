@@ -19,8 +19,8 @@ from pathlib import Path
 
 from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheError, UsageError
+from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import check_no_links, read_limited
-from evl_cache.store.disk.publish import make_directories
 from evl_cache.store.format.description import read_description
 from evl_cache.store.format.layout import (
     CLIPS_NAME,

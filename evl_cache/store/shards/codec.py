@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numcodecs import zstd
@@ -44,6 +44,13 @@ def scratch(nbytes: int) -> NDArray[np.uint8]:
     return kept[:nbytes]
 
 
+class EncodedChunk(NamedTuple):
+    """A chunk as it is stored, and what `ChunkCodec.checksum` says of it."""
+
+    stored: bytes
+    checksum: int
+
+
 @dataclass(frozen=True)
 class ChunkCodec:
     """How chunks are stored: `zstd` (frames with checksum) or `raw` (the bytes, then their CRC-32C)."""
@@ -65,6 +72,13 @@ class ChunkCodec:
         if self.name == "raw":
             return b"".join((payload.data, crc32c(payload).to_bytes(CRC_NBYTES, "little")))
         return bytes(zstd.compress(payload, self.zstd_level, True))
+
+    def encode_checked(self, chunk: Array | memoryview) -> EncodedChunk:
+        """Return the stored form of a chunk with its checksum, taken while the bytes are in the processor's cache."""
+        stored = self.encode(chunk)
+        if self.name == "raw":  # its own checksum is the same number
+            return EncodedChunk(stored, int.from_bytes(stored[-CRC_NBYTES:], "little"))
+        return EncodedChunk(stored, crc32c(stored))
 
     def decode(self, encoded: Buffer, out: Array) -> None:
         """Fill `out` (C-contiguous, of the chunk's shape and dtype) from the stored form.

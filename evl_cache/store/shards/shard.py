@@ -90,20 +90,26 @@ class ShardWriter:
         self._template = self._template or template
         if template != self._template:
             raise UsageError(f"chunk is {template}, the first one was {self._template}: make them equal")
-        self.append_encoded(self.codec.encode(chunk), position=position)
+        self.append_encoded(*self.codec.encode_checked(chunk), position=position)
 
-    def append_encoded(self, encoded: bytes | None, *, position: int | None = None) -> None:
-        """Write the next chunk as `codec.encode` made it, so that threads may encode. Errors as `append`."""
+    def append_encoded(
+        self, encoded: bytes | None, checksum: int | None = None, *, position: int | None = None
+    ) -> None:
+        """Write the next chunk as `codec.encode_checked` made it, so that threads may encode. Errors as `append`."""
         self._check_next(position)
         if encoded is None:
             self._checksums.append(MISSING_CHECKSUM)
             return
         if len(encoded) == 0:
             raise UsageError("encoded chunk has no bytes: pass None for a missing chunk")
-        self._staged.write(bytes(self.codec.place(self._staged.size, len(encoded)) - self._staged.size))
+        if gap := self.codec.place(self._staged.size, len(encoded)) - self._staged.size:
+            self._staged.write(bytes(gap))
+        checksum = self.codec.checksum(encoded) if checksum is None else checksum
         self._index[len(self._checksums)] = self._staged.size, len(encoded)
-        self._checksums.append(self.codec.checksum(encoded))
-        self._staged.write(encoded)
+        self._checksums.append(checksum)
+        # A raw chunk's checksum leaves out the last bytes, which hold it.
+        whole = crc32c(encoded[-CRC_NBYTES:], checksum) if self.codec.name == "raw" else checksum
+        self._staged.write(encoded, checksum=whole)
 
     def close(self) -> ShardRecord:
         """Write the index; chunks not appended (the end of a short last shard) are missing."""

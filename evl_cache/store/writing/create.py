@@ -11,10 +11,11 @@ from evl_cache.attention_maps import MapProjection
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.spec import CacheSpec
+from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import check_no_links, is_there, names_in
 from evl_cache.store.disk.lock_files import CACHE_LOCK
 from evl_cache.store.disk.locks import EXPIRY_S, LockWatcher
-from evl_cache.store.disk.publish import AlreadyPublished, make_directories, write_atomic
+from evl_cache.store.disk.publish import AlreadyPublished, write_atomic
 from evl_cache.store.format.description import (
     CacheDescription,
     clips_lines,

@@ -7,12 +7,13 @@ promises. `redo_path` tells whoever comes after a redo that was killed halfway. 
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, reason_alone
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.checksum import content_digest, file_crc32c, file_digest
+from evl_cache.store.disk.checksum import content_digest, file_digest
+from evl_cache.store.disk.directories import fsync_directory, make_directories, make_empty_file
 from evl_cache.store.disk.file_system import (
     check_no_links,
     disk_error,
@@ -22,14 +23,8 @@ from evl_cache.store.disk.file_system import (
     remove_file,
 )
 from evl_cache.store.disk.locks import BlockLock
-from evl_cache.store.disk.publish import (
-    AlreadyPublished,
-    StagedFile,
-    fsync_directory,
-    make_directories,
-    make_empty_file,
-    write_atomic,
-)
+from evl_cache.store.disk.publish import AlreadyPublished, StagedFile, write_atomic
+from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.layout import (
     MANIFEST_NAME,
     array_layouts,
@@ -41,6 +36,7 @@ from evl_cache.store.format.layout import (
 )
 from evl_cache.store.format.marks import ClipRecord, Mark, ShardFiles, mark_content, read_mark
 from evl_cache.store.shards.shard_index import MISSING, read_index
+from evl_cache.store.writing.staged_block import StagedBlock
 
 _MOST_NAMED = 3  # clips in an error
 
@@ -101,22 +97,36 @@ class BlockPublication:
 
     Args:
         lock: held by this process; others may take it over where this one is paused for long.
+        runtime: gives the threads that sync.
     """
 
-    def __init__(self, cache_path: Path, spec: CacheSpec, block: int, *, lock: BlockLock) -> None:
+    def __init__(
+        self, cache_path: Path, spec: CacheSpec, block: int, *, lock: BlockLock, runtime: Runtime = REAL
+    ) -> None:
         self._cache_path, self._spec, self._block, self._lock = cache_path, spec, block, lock
+        self._runtime = runtime
         self._layouts = array_layouts(spec)
         self._mark_path = mark_path(cache_path, block)
         make_directories(self._mark_path.parent)  # what copies a cache may leave empty directories out
         self._mark_before = file_identity(self._mark_path)
         self.is_redo = _was_marked(cache_path, block)
 
-    def publish(self, mark: Mark, staged: Mapping[str, StagedFile], *, written: bytes | None = None) -> Mark:
+    def publish(
+        self,
+        mark: Mark,
+        staged: Mapping[str, StagedFile],
+        *,
+        written: bytes | None = None,
+        unsynced: Collection[Path] = (),
+    ) -> Mark:
         """Give the block these files and this mark.
+
+        The files are synced at once, then named, then the directories are synced at once; then comes the mark.
 
         Args:
             staged: by array; left out where the right file is there already.
             written: the mark's bytes, where another cache has them.
+            unsynced: directories whose names may not be durable yet, beside those of the files.
 
         Returns: the mark that stands: this one, or an equal block's that another job finished meanwhile.
         Raises: RowsAtStake; BlockLost where another job holds the block now; CacheError where the disk refuses.
@@ -126,9 +136,9 @@ class BlockPublication:
         try:
             if self._is_done_meanwhile():
                 raise self._lost()
-            if self.is_redo:
-                return self._replace_block(mark, content, staged)
-            return self._publish_block(mark, content, staged)
+            with StagedBlock(staged, unsynced, self._runtime) as block:
+                publish = self._replace_block if self.is_redo else self._publish_block
+                return publish(mark, content, block)
         except CacheError as error:
             # What fails after a takeover fails because of it. And a job that was paused, and still believes that it
             # has the lock, takes for a leftover what the job that has it now has staged, and removes it.
@@ -144,8 +154,11 @@ class BlockPublication:
         if not self._lock.is_held():
             raise self._lost()
 
-    def publish_file(self, name: str, file: StagedFile) -> None:
-        """Give one array's file its name, in a block that has no mark. Errors as `publish`."""
+    def publish_file(self, name: str, file: StagedFile, *, sync_directory: bool = True) -> None:
+        """Give one array's file its name, in a block that has no mark. Errors as `publish`.
+
+        Where `sync_directory` is false, the caller syncs the directory before the mark comes.
+        """
         path = self._layouts[name].shard(self._cache_path, self._block)
         check_no_links(self._cache_path, path.parent)
         # What is there was left by a job that died before its mark, or is of one that took the block over. The right
@@ -154,7 +167,7 @@ class BlockPublication:
             self.check_lock()
             remove_file(path)
         with contextlib.suppress(AlreadyPublished):
-            file.publish(path)
+            file.publish(path, sync_directory=sync_directory)
 
     def publish_mark(self, mark: Mark, content: bytes) -> Mark:
         """Give a block that had no mark, and whose files lie there, its mark. Errors as `publish`."""
@@ -176,9 +189,11 @@ class BlockPublication:
             there = clips_there(self._cache_path, self._spec, self._block)
             check_nothing_lost(mark.clips, there, place=str(self._cache_path), block=self._block)
 
-    def _publish_block(self, mark: Mark, content: bytes, staged: Mapping[str, StagedFile]) -> Mark:
-        for name, file in staged.items():
-            self.publish_file(name, file)
+    def _publish_block(self, mark: Mark, content: bytes, staged: StagedBlock) -> Mark:
+        staged.seal()
+        for name, file in staged.files.items():
+            self.publish_file(name, file, sync_directory=False)
+        staged.sync_names()
         if not self._written_lies_there(staged):
             raise self._lost()
         found = self.publish_mark(mark, content)
@@ -188,18 +203,20 @@ class BlockPublication:
             raise self._lost()
         return found
 
-    def _replace_block(self, mark: Mark, content: bytes, staged: Mapping[str, StagedFile]) -> Mark:
+    def _replace_block(self, mark: Mark, content: bytes, staged: StagedBlock) -> Mark:
         """Put files, then the mark, in place of those that are there; what is equal stays."""
         self.check_nothing_lost(mark)
+        staged.seal()
         is_other = not has_digest(self._mark_path, content_digest(content))
         if is_other:
             self._begin_redo()
-        for name, file in staged.items():
+        for name, file in staged.files.items():
             path = self._layouts[name].shard(self._cache_path, self._block)
             check_no_links(self._cache_path, path.parent)
             if not has_digest(path, mark.files[name].digest):
                 self.check_lock()
-                file.publish_replacing(path)
+                file.publish_replacing(path, sync_directory=False)
+        staged.sync_names()
         if not self._lies_there(mark.files):
             raise self._lost()
         self.check_lock()
@@ -260,13 +277,11 @@ class BlockPublication:
         if not self.is_redo:
             _unlink_for_good(self._cache_path, self._mark_path)
 
-    def _written_lies_there(self, staged: Mapping[str, StagedFile]) -> bool:
-        """Whether the names lead to what was written. A CRC is enough against accidents, and ten times as fast."""
+    def _written_lies_there(self, staged: StagedBlock) -> bool:
+        """Whether the names lead to what was written."""
         try:
-            return all(
-                file_crc32c(self._layouts[name].shard(self._cache_path, self._block))
-                == (file.size, file.crc32c)
-                for name, file in staged.items()
+            return staged.lies_at(
+                {name: self._layouts[name].shard(self._cache_path, self._block) for name in staged.files}
             )
         except CacheError as error:
             _raise_if_refused(self._mark_path, error)
