@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from evl_cache.video.which_decord import decord_libraries, has_decord
+from evl_cache.video.which_decord import decord_libraries, has_decord, load_decord
 
 _AV_LOG_PRINT_LEVEL = 2
 _MOST_BYTES = 1 << 16
@@ -21,8 +21,7 @@ def own_stderr() -> None:
     """Let `heard` read this process's stderr, as nothing else writes to it and one clip is decoded at a time."""
     if not has_decord():
         return
-    import decord
-
+    decord = load_decord()
     global _owns_stderr, _says_all
     _owns_stderr, _says_all = True, _say_levels()
     decord.logging.set_level(decord.logging.INFO if _says_all else decord.logging.ERROR)

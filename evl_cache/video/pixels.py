@@ -1,8 +1,8 @@
 """How decoded pictures become RGB. H and W stored pixels.
 
-Measured with decord 0.6.0 (FFmpeg 4.1), decord2 3.4.0 (FFmpeg 8.1) and PyAV 18.1 (FFmpeg 8.1); `tests/video/test_pixels.py`
-has a case of each kind. All give the same bytes for 8-bit pictures of even height that are not interlaced. Elsewhere swscale interpolates chroma,
-bicubically for decord and bilinearly for PyAV, or takes fields apart.
+Measured with decord 0.6.0 (FFmpeg 4.1), decord2 3.4.0 (8.1) and PyAV 18.1 (8.1); `tests/video/test_pixels.py` has a case of
+each kind. All give the same bytes for 8-bit pictures of even height that are not interlaced. Elsewhere
+swscale interpolates chroma, bicubically for decord and bilinearly for PyAV, or takes fields apart.
 """
 
 import errno

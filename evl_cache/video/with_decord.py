@@ -10,11 +10,11 @@ from evl_cache.errors import ClipError
 from evl_cache.video import native_messages
 from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
 from evl_cache.video.packets import Packets
-from evl_cache.video.which_decord import decord_and_version
+from evl_cache.video.which_decord import decord_and_version, load_decord
 
 # decord counts the frames that it recovered; more than this share of all frames is an error.
 _NO_FAULT = 1e-9
-# Of others FFmpeg 4.1, which decord 0.6 brings, overlooks damage (HEVC), may be interlaced without saying so, or is never asked for.
+# Of others the FFmpeg of decord 0.6 (4.1) overlooks damage (HEVC); they may be interlaced without saying so, or are rare.
 _CODECS = ("h264", "vp8", "vp9")
 
 
@@ -37,7 +37,7 @@ def decord_frames(
 
     Raises: ClipError where it complains, or counts other frames than there are packets.
     """
-    import decord
+    decord = load_decord()
 
     try:
         with native_messages.heard() as complaints:
@@ -53,7 +53,7 @@ def decord_frames(
 
 
 def _read(path: str | Path, choose: Choose, options: DecodeOptions, packets: Packets) -> Iterator[FrameEvent]:
-    import decord
+    decord = load_decord()
 
     # A new reader for each clip, as a reused one leaks memory, and one thread, as more would compete with the other workers'.
     reader = decord.VideoReader(

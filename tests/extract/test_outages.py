@@ -385,7 +385,9 @@ def test_torchcodec_without_ffmpeg_is_an_outage_and_no_fault_of_a_file(
     motions: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def finds_none(*_: object, **__: object) -> None:
-        raise RuntimeError("Could not load libtorchcodec. Likely causes:\n  1. FFmpeg is not properly installed")
+        raise RuntimeError(
+            "Could not load libtorchcodec. Likely causes:\n  1. FFmpeg is not properly installed"
+        )
 
     decoders = ModuleType("torchcodec.decoders")
     monkeypatch.setattr(decoders, "VideoDecoder", finds_none, raising=False)

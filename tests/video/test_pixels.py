@@ -8,7 +8,7 @@ from av.bitstream import BitStreamFilterContext
 from evl_cache.errors import ClipError
 from evl_cache.video.h264 import is_progressive
 from evl_cache.video.pixels import decord_converts_alike, rgb
-from evl_cache.video.which_decord import has_decord
+from evl_cache.video.which_decord import has_decord, load_decord
 
 needs_decord = pytest.mark.skipif(not has_decord(), reason="decord is not installed")
 
@@ -42,9 +42,7 @@ def by_pyav(path):
 
 
 def by_decord(path):
-    import decord
-
-    return decord.VideoReader(str(path), num_threads=1).get_batch([0, 1, 2]).asnumpy()
+    return load_decord().VideoReader(str(path), num_threads=1).get_batch([0, 1, 2]).asnumpy()
 
 
 ALIKE = {

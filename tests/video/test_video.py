@@ -216,5 +216,7 @@ def test_without_decord_pyav_decodes(tmp_path, monkeypatch):
     write_video(tmp_path / "clip.mp4", drawn())
     monkeypatch.setitem(sys.modules, "decord", None)  # as where it is not installed
     assert decode_clip(tmp_path / "clip.mp4", some).header.decoder.startswith("PyAV")
-    with pytest.raises(UsageError, match=r"decord' is not installed; pip install decord2 .* use --decoder auto"):
+    with pytest.raises(
+        UsageError, match=r"decord' is not installed; pip install decord2 .* use --decoder auto"
+    ):
         DecodeOptions(decoder="decord")

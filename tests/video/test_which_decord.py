@@ -1,13 +1,14 @@
 """Which of the two packages serves as `decord` is told by what is imported, as both claim the name."""
 
 import importlib.metadata
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from evl_cache.video.which_decord import decord_and_version, decord_libraries
+from evl_cache.video.which_decord import decord_and_version, decord_libraries, has_decord
 
 
 def imported(monkeypatch: pytest.MonkeyPatch, version: str, folder: Path = Path("/x")) -> None:
@@ -57,3 +58,18 @@ def test_its_libraries_are_those_of_the_package_that_was_imported(
         (tmp_path / f"{name}.libs").mkdir()
         (tmp_path / f"{name}.libs" / "libavutil-1.so").touch()
     assert decord_libraries("libavutil") == [tmp_path / f"{package}.libs" / "libavutil-1.so"]
+
+
+@pytest.mark.skipif(not has_decord(), reason="decord is not installed")
+def test_pyav_cannot_find_its_libraries() -> None:
+    """decord2's FFmpeg has the names and versions of PyAV's: found first, it would be called in its place."""
+    look = """
+import ctypes
+from evl_cache.video.which_decord import load_decord
+load_decord()
+print(hasattr(ctypes.CDLL(None), "DECORDGetLastError"), ctypes.RTLD_GLOBAL != ctypes.RTLD_LOCAL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", look], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.split() == ["False", "True"]
