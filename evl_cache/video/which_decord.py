@@ -22,11 +22,11 @@ def load_decord() -> Any:
     then call decord2's, half of one library and half of the other, and hear what that one complains of in its place.
     """
     usual = ctypes.RTLD_GLOBAL
-    ctypes.RTLD_GLOBAL = ctypes.RTLD_LOCAL
+    ctypes.RTLD_GLOBAL = ctypes.RTLD_LOCAL  # type: ignore[misc]  # it asks for this one
     try:
         return importlib.import_module("decord")
     finally:
-        ctypes.RTLD_GLOBAL = usual
+        ctypes.RTLD_GLOBAL = usual  # type: ignore[misc]
 
 
 def decord_package() -> str:
