@@ -8,27 +8,36 @@ same frames.
 
 `avi` (MPEG-4 with B-frames, as Xvid codes) and `ts` (H.264) have the same figures without decord, whose seeks give other
 frames there.
+
+`h264`, `hevc` and `vp9` set the pool beside decord, decord2, torchcodec (exact, with PyAV's FFmpeg) and our own reading,
+each in one process with one thread: what each takes of a processor for a clip, how much faster the pool is, and whether
+all frames are PyAV's to the bit. Those that are not installed are null, with the reason. decord and decord2 are imported
+by one name, so one of them must be in a folder of its own (`pip install --target FOLDER decord2`):
+`--package decord2=FOLDER`.
 """
 
 import argparse
 import json
+import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import av
-import decord
 import numpy as np
 import torch  # noqa: F401  # before decord: their bundled libraries clash otherwise
 
 from benchmarks.long_clips import NUM_FRAMES, SIZES, render_clips
+from benchmarks.support.decode_peers import NAMES, Peer, digest
 from benchmarks.support.machine import interleaved_seconds, machine, medians
 from evl_cache.sampling import strided_test_views
 from evl_cache.video import collect
 from evl_cache.video.pool import DecodePool
+from evl_cache.video.which_decord import decord_and_version, has_decord, load_decord
 
 WORKERS = 2
+CODECS = {"h264": ("libx264", "mp4"), "hevc": ("libx265", "mp4"), "vp9": ("libvpx-vp9", "webm")}
 
 
 def main() -> None:
@@ -37,12 +46,16 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=6, help="distinct ones")
     parser.add_argument("--repeats", type=int, default=4, help="how often each is decoded in a round")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--package", action="append", default=[], metavar="NAME=FOLDER", help="where one is kept"
+    )
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="evl-cache-bench-") as scratch, DecodePool(WORKERS) as pool:
         result = {
             **measure_mp4(pool, Path(scratch) / "mp4", arguments),
             "avi": measure(pool, render(Path(scratch) / "avi", arguments, codec="mpeg4"), arguments),
             "ts": measure(pool, render(Path(scratch) / "ts", arguments, codec="libx264"), arguments),
+            **measure_peers(pool, Path(scratch), arguments),
         }
     result |= {
         "workers": WORKERS,
@@ -60,12 +73,14 @@ def render(folder: Path, arguments: argparse.Namespace, *, codec: str) -> list[P
     return render_clips(folder, count=arguments.clips, codec=codec, suffix=folder.name)
 
 
-def measure_mp4(pool: DecodePool, folder: Path, arguments: argparse.Namespace) -> dict[str, float]:
-    """Return the ratios of H.264 in mp4, which decord seeks in rightly: against it too."""
+def measure_mp4(pool: DecodePool, folder: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """Return the ratios of H.264 in mp4, which decord seeks in rightly: against it too, where it is installed."""
     paths = render(folder, arguments, codec="libx264")
+    if not has_decord():
+        return {"vs_plain_decord": None, "plain_decord": "not installed", **measure(pool, paths, arguments)}
     for path in paths:
         assert np.array_equal(with_pool(pool, [path])[0], with_decord(path))
-    return measure(pool, paths, arguments, plain_decord=True)
+    return {**measure(pool, paths, arguments, plain_decord=True), "plain_decord": decord_and_version()}
 
 
 def measure(
@@ -96,6 +111,45 @@ def measure(
     return ratios | rates
 
 
+def measure_peers(pool: DecodePool, scratch: Path, arguments: argparse.Namespace) -> dict[str, object]:
+    """Return, for each codec, the figures of every other decoder beside the pool's; and which they are."""
+    folders = dict(package.split("=", 1) for package in arguments.package)
+    peers = {name: Peer(name, scratch, folders) for name in NAMES}
+    found: dict[str, object] = {"peers": {name: peer.served or peer.reason for name, peer in peers.items()}}
+    for kind, (codec, suffix) in CODECS.items():
+        paths = render_clips(scratch / kind, count=arguments.clips, codec=codec, suffix=suffix)
+        found[kind] = beside_peers(pool, paths, peers, arguments)
+    for peer in peers.values():
+        peer.close()
+    return found
+
+
+def beside_peers(
+    pool: DecodePool, paths: list[Path], peers: dict[str, Peer], arguments: argparse.Namespace
+) -> dict[str, object]:
+    """Return what each peer takes for clips of one kind, and how much faster the pool is; null where it is missing."""
+    work = paths * arguments.repeats
+    right = [digest(with_every_frame(path)) for path in paths]
+    there = {name: peer for name, peer in peers.items() if peer.served}
+    equal = {name: peer.decode(paths) == right for name, peer in there.items()}
+    sides: dict[str, Callable[[], object]] = {"pool": lambda: with_pool(pool, work)}
+    sides |= {name: lambda peer=peer: peer.decode(work) for name, peer in there.items()}  # type: ignore[misc]
+    seconds = medians(interleaved_seconds(sides, arguments.rounds))
+    found: dict[str, object] = {"pool_clips_per_s": len(work) / seconds["pool"]}
+    for name, peer in peers.items():
+        if name not in there:
+            found |= {f"vs_{name}": None}
+            continue
+        processor_s = statistics.median(peer.processor_s[-arguments.rounds :])
+        found |= {
+            f"vs_{name}": seconds[name] / seconds["pool"],
+            f"{name}_ms": 1000 * seconds[name] / len(work),
+            f"{name}_processor_ms": 1000 * processor_s / len(work),
+            f"{name}_frames_are_pyavs": equal[name],
+        }
+    return found
+
+
 def choose(count: int) -> np.ndarray:
     """As `extract` does by default."""
     return strided_test_views(count, frames=8, stride=16)
@@ -108,7 +162,7 @@ def with_pool(pool: DecodePool, paths: Sequence[Path]) -> list[np.ndarray]:
 
 
 def with_decord(path: Path) -> np.ndarray:
-    reader = decord.VideoReader(str(path), num_threads=1)
+    reader = load_decord().VideoReader(str(path), num_threads=1)
     frames: np.ndarray = reader.get_batch(choose(len(reader))[0]).asnumpy()
     return frames
 

@@ -2,8 +2,9 @@
 
 Frame n of a file is the n-th picture that a decode of its best video stream from the start shows. PyAV seeks where the
 packets of a file prove that this gives the same; all other files, and all of which it complains, are decoded from their
-start. decord and torchcodec serve who asks for them, likewise only where that is proved. A process that uses torch must
-import it before this room decodes, as their bundled libraries clash otherwise.
+start. decord and torchcodec serve who asks for them, likewise only where that is proved: what decord may not serve PyAV
+decodes, whose pixels are the same, and torchcodec refuses it. A process that uses torch must import it before this room
+decodes, as their bundled libraries clash otherwise.
 T frames asked for, H and W source pixels.
 """
 
@@ -26,7 +27,7 @@ from evl_cache.video.linear import linear_frames
 from evl_cache.video.native_messages import hears
 from evl_cache.video.packets import Packets, is_first_stream, read_packets
 from evl_cache.video.proof import frames_proved, proves_frames
-from evl_cache.video.with_decord import decord_frames, why_not_decord
+from evl_cache.video.with_decord import decord_frames, is_for_decord
 from evl_cache.video.with_pyav import Unsure, seek_frames
 from evl_cache.video.with_torchcodec import torchcodec_frames
 
@@ -95,17 +96,13 @@ def _decoded(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterat
     if packets.lost is not None and not options.tolerate_bad_frames:
         raise ClipError(f"{path}: has lost data ({packets.lost})")
     if options.decoder == "torchcodec":
-        _trust(
-            path,
-            "torchcodec",
-            packets.unproved
-            or ("its edit list hides frames" if packets.has_hidden else None)
-            or (packets.only_pyav if packets.is_mirrored else None),
-        )
+        reason = packets.unproved or ("its edit list hides frames" if packets.has_hidden else None)
+        reason = reason or (packets.only_pyav if packets.is_mirrored else None)
+        if reason is not None:
+            raise ClipError(f"{path}: torchcodec may serve other frames of it ({reason}); use --decoder auto")
         yield from torchcodec_frames(path, choose, options, packets)
         return
-    if options.decoder == "decord":
-        _trust(path, "decord", why_not_decord(path, packets))
+    if options.decoder == "decord" and is_for_decord(path, packets):
         if not options.tolerate_bad_frames and not hears():
             # decord conceals damage: PyAV must say that there is none.
             deque(linear_frames(path, choose, options, packets), maxlen=0)
@@ -119,12 +116,6 @@ def _decoded(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterat
         else:
             return
     yield from linear_frames(path, choose, options, packets)
-
-
-def _trust(path: str | Path, decoder: str, reason: str | None) -> None:
-    """Raises: ClipError where there is a reason why a decoder may serve other frames than it is asked for."""
-    if reason is not None:
-        raise ClipError(f"{path}: {decoder} may serve other frames of it ({reason}); use --decoder auto")
 
 
 def decode_clip(path: str | Path, choose: Choose, *, options: DecodeOptions | None = None) -> DecodedClip:

@@ -12,6 +12,7 @@ import numpy as np
 
 from evl_cache.errors import UsageError
 from evl_cache.spec import DECODERS, SOFTWARE_PIXELS
+from evl_cache.video.which_decord import has_decord
 
 # Frames are passed on in pieces of about this size, so that memory does not grow with their number.
 PIECE_BYTES = 8 << 20
@@ -80,8 +81,8 @@ class DecodeOptions:
     """How clips are decoded.
 
     Attributes:
-        decoder: `auto` and `pyav` are PyAV; `decord` and `torchcodec` refuse files of which it is not proved that they
-            serve the same frames.
+        decoder: `auto` and `pyav` are PyAV; `decord` is PyAV too for files of which it is not proved that decord serves the
+            same frames and pixels; `torchcodec`, whose pixels are its own, refuses files whose frames it may mistake.
         tolerate_bad_frames: whether to take what a decoder puts in place of damaged frames, instead of failing the clip.
         device: where torchcodec decodes; the others use the CPU.
 
@@ -97,7 +98,7 @@ class DecodeOptions:
             raise UsageError(f"decoder {self.decoder!r}; expected one of {', '.join(DECODERS)}")
         if self.decoder == "decord" and not has_decord():
             raise UsageError(
-                "decoder 'decord' is not installed (it exists for Linux on x86-64 and Windows); use --decoder pyav"
+                "decoder 'decord' is not installed; pip install decord2 (or decord, its predecessor), or use --decoder auto"
             )
         if self.decoder == "torchcodec" and importlib.util.find_spec("torchcodec") is None:
             raise UsageError(
@@ -142,11 +143,6 @@ def frames_in_pieces(
             )
         yield frames
         done += len(frames)
-
-
-def has_decord() -> bool:
-    """Whether decord is installed, which does not exist for every platform."""
-    return importlib.util.find_spec("decord") is not None
 
 
 def reason_of(error: BaseException) -> str:

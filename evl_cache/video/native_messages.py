@@ -7,41 +7,38 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-from evl_cache.video.frames import has_decord
+from evl_cache.video.which_decord import decord_libraries, has_decord, load_decord
 
 _AV_LOG_PRINT_LEVEL = 2
 _MOST_BYTES = 1 << 16
 
 _owns_stderr = False
+_says_all = False
 
 
 def own_stderr() -> None:
     """Let `heard` read this process's stderr, as nothing else writes to it and one clip is decoded at a time."""
     if not has_decord():
         return
-    import decord
-
-    global _owns_stderr
-    _owns_stderr = True
-    decord.logging.set_level(decord.logging.INFO if _say_levels() else decord.logging.ERROR)
+    decord = load_decord()
+    global _owns_stderr, _says_all
+    _owns_stderr, _says_all = True, _say_levels()
+    decord.logging.set_level(decord.logging.INFO if _says_all else decord.logging.ERROR)
 
 
 def _say_levels() -> bool:
     """Make decord's FFmpeg write the level before each message, and return whether that was possible."""
-    import decord
-
-    libraries = sorted((Path(decord.__file__).parent.parent / "decord.libs").glob("libavutil*"))
-    if not libraries:  # as on Windows: then only errors are shown
+    libraries = decord_libraries("libavutil")
+    if not libraries:  # as on Windows and macOS: then only errors are shown
         return False
     ctypes.CDLL(str(libraries[0])).av_log_set_flags(_AV_LOG_PRINT_LEVEL)
     return True
 
 
 def hears() -> bool:
-    """Whether `heard` can hear anything in this process."""
-    return _owns_stderr
+    """Whether `heard` hears of all damage in this process: errors alone do not tell what was concealed."""
+    return _owns_stderr and _says_all
 
 
 @contextmanager

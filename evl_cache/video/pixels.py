@@ -1,8 +1,8 @@
 """How decoded pictures become RGB. H and W stored pixels.
 
-Measured with decord 0.6.0 (FFmpeg 4.1) and PyAV 18.1 (FFmpeg 8.1); `tests/video/test_pixels.py` has a case of each kind.
-Both give the same bytes for 8-bit pictures of even height that are not interlaced. Elsewhere swscale interpolates chroma,
-bicubically for decord and bilinearly for PyAV, or takes fields apart.
+Measured with decord 0.6.0 (FFmpeg 4.1), decord2 3.4.0 (8.1) and PyAV 18.1 (8.1); `tests/video/test_pixels.py` has a case of
+each kind. All give the same bytes for 8-bit pictures of even height that are not interlaced. Elsewhere
+swscale interpolates chroma, bicubically for decord and bilinearly for PyAV, or takes fields apart.
 """
 
 import errno
@@ -20,8 +20,8 @@ _ALIKE_FORMATS = ("yuv420p", "yuvj420p")
 # Numbers of ITU-T H.273. swscale refuses the others; FFmpeg before 8 converted them as if they were BT.601.
 _CONVERTED_MATRICES = (0, 1, 2, 3, 4, 5, 6, 7, 9)
 _BT2020_CONSTANT_LUMINANCE = 10
-# Of 1 to 2,100: decord fails with an error about sizes.
-_MISCOPIED_WIDTHS = frozenset((1, 2, 3, 4, 6, 8, 12, 16, 24, 48, 72))
+# Of 1 to 2,100: decord fails with an error about sizes (72), decord2 does (32, 96, 144), or both do.
+_MISCOPIED_WIDTHS = frozenset((1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 72, 96, 144))
 
 
 def rgb(frame: "av.VideoFrame") -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Decode with decord. T frames asked for, H and W source pixels."""
+"""Decode with decord, from whichever package. T frames asked for, H and W source pixels."""
 
 import os
 from collections.abc import Iterator
@@ -10,26 +10,24 @@ from evl_cache.errors import ClipError
 from evl_cache.video import native_messages
 from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
 from evl_cache.video.packets import Packets
+from evl_cache.video.which_decord import decord_and_version, load_decord
 
 # decord counts the frames that it recovered; more than this share of all frames is an error.
 _NO_FAULT = 1e-9
-# Of others its FFmpeg (4.1) overlooks damage (HEVC), may be interlaced without saying so, or is never asked for.
+# Of others the FFmpeg of decord 0.6 (4.1) overlooks damage (HEVC); they may be interlaced without saying so, or are rare.
 _CODECS = ("h264", "vp8", "vp9")
 
 
-def why_not_decord(path: str | Path, packets: Packets) -> str | None:
-    """Return why decord may serve other frames or pixels of a file than PyAV; None where it cannot."""
-    if packets.unproved is not None:
-        return packets.unproved
-    if packets.has_hidden:
-        return "its edit list hides frames"
-    if packets.times[0] < 0:
-        return "its times begin below zero"
-    if packets.codec not in _CODECS:
-        return f"its codec is {packets.codec}"
-    if not _is_utf8(path):
-        return "its name is not UTF-8"
-    return packets.only_pyav
+def is_for_decord(path: str | Path, packets: Packets) -> bool:
+    """Whether it is proved that decord serves the same frames and pixels of a file as PyAV."""
+    return (
+        packets.unproved is None
+        and not packets.has_hidden
+        and packets.times[0] >= 0
+        and packets.codec in _CODECS
+        and packets.only_pyav is None
+        and _is_utf8(path)
+    )
 
 
 def decord_frames(
@@ -39,7 +37,7 @@ def decord_frames(
 
     Raises: ClipError where it complains, or counts other frames than there are packets.
     """
-    import decord
+    decord = load_decord()
 
     try:
         with native_messages.heard() as complaints:
@@ -55,7 +53,7 @@ def decord_frames(
 
 
 def _read(path: str | Path, choose: Choose, options: DecodeOptions, packets: Packets) -> Iterator[FrameEvent]:
-    import decord
+    decord = load_decord()
 
     # A new reader for each clip, as a reused one leaks memory, and one thread, as more would compete with the other workers'.
     reader = decord.VideoReader(
@@ -73,7 +71,7 @@ def _read(path: str | Path, choose: Choose, options: DecodeOptions, packets: Pac
         return frames
 
     yield from frames_in_pieces(
-        count, choose, read, frame_bytes=packets.frame_bytes, decoder=f"decord {decord.__version__}"
+        count, choose, read, frame_bytes=packets.frame_bytes, decoder=decord_and_version()
     )
 
 

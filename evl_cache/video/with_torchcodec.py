@@ -10,6 +10,10 @@ from evl_cache.errors import ClipError, Outage
 from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
 from evl_cache.video.packets import Packets
 
+# How it begins where FFmpeg is missing. Newer ones can be imported without, as they decode pictures too, and then say so
+# of every file.
+_NOT_LOADED = "Could not load libtorchcodec"
+
 
 def torchcodec_frames(
     path: str | Path, choose: Choose, options: DecodeOptions, packets: Packets
@@ -17,6 +21,8 @@ def torchcodec_frames(
     """Yield what `video.decode_frames` yields, decoded by torchcodec on `options.device`.
 
     Damaged frames that its decoder conceals are not noticed; others are errors.
+
+    Raises: ClipError where it cannot; Outage where the device or torchcodec itself is at fault.
     """
     import torch
     import torchcodec
@@ -50,4 +56,9 @@ def torchcodec_frames(
             remedy="free the GPU, or use fewer --decode-workers",
         ) from error
     except (RuntimeError, ValueError, IndexError, OSError) as error:
+        if str(error).startswith(_NOT_LOADED):
+            raise Outage(
+                "torchcodec finds no FFmpeg that it can use",
+                remedy="install FFmpeg's shared libraries, of version 4 to 9, or use --decoder auto",
+            ) from error
         raise ClipError(f"{path}: cannot be decoded ({reason_of(error)})") from error

@@ -381,6 +381,23 @@ def test_a_gpu_without_memory_for_its_decoder_is_an_outage(
         list(torchcodec_frames(motions / "00.mp4", lambda count: WANTED, options, packets))
 
 
+def test_torchcodec_without_ffmpeg_is_an_outage_and_no_fault_of_a_file(
+    motions: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def finds_none(*_: object, **__: object) -> None:
+        raise RuntimeError(
+            "Could not load libtorchcodec. Likely causes:\n  1. FFmpeg is not properly installed"
+        )
+
+    decoders = ModuleType("torchcodec.decoders")
+    monkeypatch.setattr(decoders, "VideoDecoder", finds_none, raising=False)
+    monkeypatch.setitem(sys.modules, "torchcodec", ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", decoders)
+    packets = read_packets(motions / "00.mp4")
+    with pytest.raises(Outage, match=r"finds no FFmpeg that it can use; install FFmpeg's shared libraries"):
+        list(torchcodec_frames(motions / "00.mp4", lambda count: WANTED, DecodeOptions(), packets))
+
+
 # Processes that decode
 
 

@@ -190,8 +190,6 @@ def _serve(folder: Path) -> None:
     torch.set_num_threads(1)
     tower = small_tower(folder)
     warm_worker.use_where_there()
-    import decord  # noqa: F401  here, so that children need not
-
     serve(lambda job: _run_job(job, clips, tower))
 
 

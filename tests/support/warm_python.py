@@ -31,7 +31,6 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 # What the processes of tests load, none of which starts a thread.
 _LOADED = (
-    "decord",
     "open_clip",
     "torch.distributed.run",
     "evl_cache.caches.pairing",

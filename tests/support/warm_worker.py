@@ -93,10 +93,11 @@ def _decode(job: dict[str, Any]) -> None:
 if __name__ == "__main__":
     import av  # noqa: F401
 
-    with suppress(ImportError):  # it has no wheels for some platforms
-        import decord  # noqa: F401
-
     from evl_cache.video import with_decord, with_pyav, worker  # noqa: F401
+    from evl_cache.video.which_decord import load_decord
+
+    with suppress(ImportError):  # it has no wheels for some platforms
+        load_decord()
     from tests.support.warm_python import Server, end_with
 
     server = Server(sys.argv[1])

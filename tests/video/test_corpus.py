@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from evl_cache.video import DecodeOptions, collect, decode_clip
-from evl_cache.video.frames import has_decord
 from evl_cache.video.pool import DecodePool
+from evl_cache.video.which_decord import has_decord
 from tests.support.decoding_survey import RIGHT, VIEWS, Linear, is_served, linear_decodes
 from tests.support.video_corpus import NumberedFile
 

@@ -8,8 +8,8 @@ import pytest
 
 from evl_cache.errors import ClipError
 from evl_cache.video import DecodedClip, DecodeOptions, FrameEvent, collect, decode_clip
-from evl_cache.video.frames import has_decord
 from evl_cache.video.pool import DecodePool
+from evl_cache.video.which_decord import has_decord
 from tests.support.fixture_videos import Expected, copy_fixture_videos, expected_of_all
 
 ALL = expected_of_all()

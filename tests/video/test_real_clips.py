@@ -9,8 +9,8 @@ from benchmarks.long_clips import OPTIONS, render_clips
 from evl_cache.errors import ClipError
 from evl_cache.sampling import strided_test_views, tsn_test_views
 from evl_cache.video import Choose, DecodeOptions, collect
-from evl_cache.video.frames import has_decord
 from evl_cache.video.pool import DecodePool
+from evl_cache.video.which_decord import has_decord
 from tests.support.video_writing import plain_linear_decode
 
 VIEWS: dict[str, Choose] = {
