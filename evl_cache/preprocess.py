@@ -56,8 +56,19 @@ def spatial_crops(
     pixels = normalised(tensor, mean, std)  # (T,3,H,W)
     resized = (height * size // short, width * size // short)
     if resized != (height, width):
-        pixels = F.interpolate(pixels, size=resized, mode="bilinear", align_corners=False)
+        pixels = resize(pixels, resized)
     return torch.stack([_crop(pixels, offset, size) for offset in _offsets(max(resized) - size, crops)])
+
+
+def resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return pictures (T, 3, H, W) in another size, bilinear with `align_corners=False`, without antialias.
+
+    The bits are the same for any number of threads. Each colour is a picture of its own for torch: pictures of three colours
+    have another kernel in a single thread than in several, which rounds otherwise.
+    """
+    planes = pixels.reshape(-1, 1, *pixels.shape[2:])
+    resized = F.interpolate(planes, size=size, mode="bilinear", align_corners=False)
+    return resized.view(*pixels.shape[:2], *size)
 
 
 def normalised(frames: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

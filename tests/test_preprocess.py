@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from evl_cache.errors import ClipError, UsageError
-from evl_cache.preprocess import spatial_crops
+from evl_cache.preprocess import resize, spatial_crops
 
 MEAN, STD = (0.48, 0.4, 0.3), (0.2, 0.3, 0.25)
 
@@ -143,3 +143,28 @@ def test_other_numbers_of_crops_means_and_sizes_are_refused():
 def test_frames_without_pixels_fail_the_clip():
     with pytest.raises(ClipError, match="no pixels"):
         spatial_crops(np.zeros((2, 0, 8, 3), dtype=np.uint8), size=8, mean=MEAN, std=STD)
+
+
+@pytest.mark.parametrize("frames", [1, 3, 4])
+@pytest.mark.parametrize("size", [(32, 40), (64, 85), (224, 298)])
+def test_resized_pictures_have_the_same_bits_for_any_number_of_threads(
+    frames: int, size: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randn(frames, 96, 128, 3, generator=generator).permute(0, 3, 1, 2)
+    cut = pixels[..., 5:90, 7:100]
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append((resize(pixels, size), resize(cut, size)))
+        torch.set_num_threads(2)  # as caches were made on more than one processor
+        plain = tuple(
+            torch.nn.functional.interpolate(some, size=size, mode="bilinear", align_corners=False)
+            for some in (pixels, cut)
+        )
+    finally:
+        torch.set_num_threads(before)
+    for whole, part in found:
+        assert torch.equal(whole, plain[0]) and torch.equal(part, plain[1])
