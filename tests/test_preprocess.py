@@ -1,11 +1,14 @@
 """From uint8 frames to the tower's input, against a bilinear resize written with loops."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from evl_cache.errors import ClipError, UsageError
-from evl_cache.preprocess import spatial_crops
+from evl_cache.preprocess import resize_as_several_threads, spatial_crops
 
 MEAN, STD = (0.48, 0.4, 0.3), (0.2, 0.3, 0.25)
 
@@ -143,3 +146,20 @@ def test_other_numbers_of_crops_means_and_sizes_are_refused():
 def test_frames_without_pixels_fail_the_clip():
     with pytest.raises(ClipError, match="no pixels"):
         spatial_crops(np.zeros((2, 0, 8, 3), dtype=np.uint8), size=8, mean=MEAN, std=STD)
+
+
+@pytest.mark.parametrize("size", [16, 64, 65, 224])
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 240, 320), (3, 320, 240), (2, 37, 53)])
+def test_one_thread_makes_the_bits_that_several_make(size, frames, height, width):
+    pictures = np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    crop = partial(spatial_crops, pictures, size=size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), crops=3)
+    torch.set_num_threads(2)
+    together = crop()
+    torch.set_num_threads(1)
+
+    def alone():
+        resize_as_several_threads()
+        return crop()
+
+    with ThreadPoolExecutor(1) as thread:
+        assert torch.equal(thread.submit(alone).result(), together)

@@ -4,8 +4,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from evl_cache.extract.prepare import PreparedClip
-from evl_cache.processes import single_threaded
+from evl_cache.extract.prepare import PreparedClip, begin_crop_thread
 
 MOST_WAITING_BYTES = 512 << 20  # of prepared clips that wait; each thread may hold one more
 
@@ -24,7 +23,9 @@ class ClipsAhead:
         self, prepare: Callable[[int], PreparedClip], *, threads: int, waiting: int, clip_bytes: int
     ) -> None:
         self._prepare = prepare
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=single_threaded)
+        self._threads = ThreadPoolExecutor(
+            threads, thread_name_prefix="decode", initializer=begin_crop_thread
+        )
         self._most = threads + max(1, min(waiting, MOST_WAITING_BYTES // clip_bytes))
         self._ahead: deque[tuple[int, Future[PreparedClip]]] = deque()
 
