@@ -3,6 +3,7 @@
 T frames, H and W source pixels, S the tower's image size.
 """
 
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,21 +55,40 @@ def spatial_crops(
     height, width = tensor.shape[1:3]
     short = min(height, width)
     pixels = normalised(tensor, mean, std)  # (T,3,H,W)
-    resized = (height * size // short, width * size // short)
-    if resized != (height, width):
-        pixels = resize(pixels, resized)
-    return torch.stack([_crop(pixels, offset, size) for offset in _offsets(max(resized) - size, crops)])
+    scaled = (height * size // short, width * size // short)
+    if scaled != (height, width):
+        pixels = resized(pixels, scaled)
+    return torch.stack([_crop(pixels, offset, size) for offset in _offsets(max(scaled) - size, crops)])
 
 
-def resize(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Return pictures (T, 3, H, W) in another size, bilinear with `align_corners=False`, without antialias.
+class _ThisThread(threading.local):
+    """How the calling thread resizes."""
 
-    The bits are the same for any number of threads. Each colour is a picture of its own for torch: pictures of three colours
-    have another kernel in a single thread than in several, which rounds otherwise.
+    as_several = False
+
+
+_THIS_THREAD = _ThisThread()
+
+
+def resize_as_several_threads() -> None:
+    """Have this thread resize to the same bits as several threads together, although it computes alone."""
+    _THIS_THREAD.as_several = True
+
+
+def resized(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Return pictures, float32 (T, 3, H, W), in another size: bilinear, without antialias.
+
+    torch resizes three channels by another kernel where it has one thread than where it has several; they round
+    differently. It has a single kernel for one channel, that of several threads.
     """
-    planes = pixels.reshape(-1, 1, *pixels.shape[2:])
-    resized = F.interpolate(planes, size=size, mode="bilinear", align_corners=False)
-    return resized.view(*pixels.shape[:2], *size)
+    if not _THIS_THREAD.as_several:
+        return _interpolated(pixels, size)
+    planes = _interpolated(pixels.reshape(-1, 1, *pixels.shape[2:]), size)
+    return planes.view(*pixels.shape[:2], *size)
+
+
+def _interpolated(pixels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(pixels, size=size, mode="bilinear", align_corners=False)
 
 
 def normalised(frames: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

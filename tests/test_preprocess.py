@@ -1,11 +1,14 @@
 """From uint8 frames to the tower's input, against a bilinear resize written with loops."""
 
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
 from evl_cache.errors import ClipError, UsageError
-from evl_cache.preprocess import resize, spatial_crops
+from evl_cache.preprocess import resize_as_several_threads, spatial_crops
 
 MEAN, STD = (0.48, 0.4, 0.3), (0.2, 0.3, 0.25)
 
@@ -145,26 +148,18 @@ def test_frames_without_pixels_fail_the_clip():
         spatial_crops(np.zeros((2, 0, 8, 3), dtype=np.uint8), size=8, mean=MEAN, std=STD)
 
 
-@pytest.mark.parametrize("frames", [1, 3, 4])
-@pytest.mark.parametrize("size", [(32, 40), (64, 85), (224, 298)])
-def test_resized_pictures_have_the_same_bits_for_any_number_of_threads(
-    frames: int, size: tuple[int, int]
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randn(frames, 96, 128, 3, generator=generator).permute(0, 3, 1, 2)
-    cut = pixels[..., 5:90, 7:100]
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append((resize(pixels, size), resize(cut, size)))
-        torch.set_num_threads(2)  # as caches were made on more than one processor
-        plain = tuple(
-            torch.nn.functional.interpolate(some, size=size, mode="bilinear", align_corners=False)
-            for some in (pixels, cut)
-        )
-    finally:
-        torch.set_num_threads(before)
-    for whole, part in found:
-        assert torch.equal(whole, plain[0]) and torch.equal(part, plain[1])
+@pytest.mark.parametrize("size", [16, 64, 65, 224])
+@pytest.mark.parametrize(("frames", "height", "width"), [(1, 240, 320), (3, 320, 240), (2, 37, 53)])
+def test_one_thread_makes_the_bits_that_several_make(size, frames, height, width):
+    pictures = np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
+    crop = partial(spatial_crops, pictures, size=size, mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25), crops=3)
+    torch.set_num_threads(2)
+    together = crop()
+    torch.set_num_threads(1)
+
+    def alone():
+        resize_as_several_threads()
+        return crop()
+
+    with ThreadPoolExecutor(1) as thread:
+        assert torch.equal(thread.submit(alone).result(), together)

@@ -4,7 +4,7 @@ from evl_cache.extract.decoding import decoding_for
 from evl_cache.extract.defaults import default_batch_on, default_workers_on
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.outages import OnOutage, Surroundings
-from evl_cache.extract.prepare import Decode, PreparedClip, prepare_clip
+from evl_cache.extract.prepare import Decode, PreparedClip, begin_crop_thread, prepare_clip
 from evl_cache.extract.request import ExtractRequest, Progress, extract_dataset, plan_extraction
 from evl_cache.extract.stage import ExtractResult, extract
 
@@ -18,6 +18,7 @@ __all__ = [
     "PreparedClip",
     "Progress",
     "Surroundings",
+    "begin_crop_thread",
     "decoding_for",
     "default_batch_on",
     "default_workers_on",

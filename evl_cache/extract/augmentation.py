@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from evl_cache.errors import ClipError
-from evl_cache.preprocess import normalised, resize
+from evl_cache.preprocess import normalised, resized
 
 _OPERATIONS = 4  # n4
 _MAGNITUDE, _MAGNITUDE_STD, _LARGEST = 7.0, 0.5, 10.0  # m7, mstd0.5
@@ -147,5 +147,5 @@ class ViewAugmentation:
         )  # (T,3,H,W)
         box = self.box
         cut = pixels[..., box.top : box.top + box.height, box.left : box.left + box.width]
-        resized = resize(cut, (size, size))
-        return resized.flip(-1) if self.is_mirrored else resized
+        view = resized(cut, (size, size))
+        return view.flip(-1) if self.is_mirrored else view

@@ -5,8 +5,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from evl_cache.extract.prepare import PreparedClip
-from evl_cache.processes import single_threaded
+from evl_cache.extract.prepare import PreparedClip, begin_crop_thread
 
 MOST_WAITING_BYTES = 512 << 20  # of prepared clips that wait; each thread may hold one more
 Prepare = Callable[[int], PreparedClip]
@@ -25,7 +24,9 @@ class ClipsAhead:
     def __init__(
         self, *, threads: int, waiting: int, clip_bytes: int, on_drained: Callable[[], None] = lambda: None
     ) -> None:
-        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode", initializer=single_threaded)
+        self._threads = ThreadPoolExecutor(
+            threads, thread_name_prefix="decode", initializer=begin_crop_thread
+        )
         self._most = threads + max(1, min(waiting, MOST_WAITING_BYTES // clip_bytes))
         self._on_drained = on_drained
         self._lock = threading.Lock()

@@ -35,7 +35,9 @@ def run_environment(
         return found | {"threads": torch.get_num_threads()}
     if device.type == "cuda" and spec.compute_dtype == "float32":
         found["tf32"] = tf32_of_towers()
-    return found | {"pixels_by": device_name(torch.device("cpu"))}  # who crops and resizes
+    # Who crops and resizes: torch resizes otherwise where it has one thread (see `preprocess.resized`).
+    threads = "one thread" if torch.get_num_threads() == 1 else "several threads"
+    return found | {"pixels_by": f"{device_name(torch.device('cpu'))}, {threads}"}
 
 
 def package_versions(*beside: str) -> dict[str, str]:

@@ -13,7 +13,8 @@ from evl_cache.clips import Clip
 from evl_cache.errors import ClipError
 from evl_cache.extract.augmentation import ViewAugmentation, view_generator
 from evl_cache.extract.outages import Surroundings
-from evl_cache.preprocess import spatial_crops
+from evl_cache.preprocess import resize_as_several_threads, spatial_crops
+from evl_cache.processes import single_threaded
 from evl_cache.sampling import strided_test_views, strided_train_view, tsn_test_views, tsn_train_view
 from evl_cache.spec import TowerSpec, ViewSpec
 from evl_cache.store import ClipRecord
@@ -37,6 +38,15 @@ class PreparedClip:
     record: ClipRecord
     samples: torch.Tensor | None
     is_kept: bool = False
+
+
+def begin_crop_thread() -> None:
+    """Begin a thread that prepares clips beside others: it crops alone, to the bits that torch's threads would make.
+
+    The initializer of the executor whose threads call `prepare_clip`.
+    """
+    if single_threaded():
+        resize_as_several_threads()
 
 
 def prepare_clip(

@@ -14,7 +14,15 @@ import numpy as np
 import torch
 
 from evl_cache.batches import Batch, BatchPart, EpochOrder, LoaderTimes
-from evl_cache.extract import Decode, OnOutage, PreparedClip, Surroundings, default_batch_on, prepare_clip
+from evl_cache.extract import (
+    Decode,
+    OnOutage,
+    PreparedClip,
+    Surroundings,
+    begin_crop_thread,
+    default_batch_on,
+    prepare_clip,
+)
 from evl_cache.live.clips import LiveClips
 from evl_cache.processes import Processes
 from evl_cache.store import StoredBatch, StoredMaps, StoredTokens
@@ -122,7 +130,9 @@ class OnlineLoader:
     @contextmanager
     def _begun(self) -> Iterator[tuple[ThreadPoolExecutor, Surroundings]]:
         """The threads of an epoch, and what they read through; both end with it, or with the loader."""
-        threads = ThreadPoolExecutor(self._threads, thread_name_prefix="decode")
+        threads = ThreadPoolExecutor(
+            self._threads, thread_name_prefix="decode", initializer=begin_crop_thread
+        )
         around = Surroundings(self.cache.path, patience_s=self._patience_s, on_outage=self._on_outage)
         with ExitStack() as end:
             # Nobody waits for a thread whose decoder hangs: it ends with the pool's process, or at the clip's time limit.

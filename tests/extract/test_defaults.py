@@ -181,10 +181,11 @@ def test_on_a_gpu_a_mark_tells_of_tf32_and_of_the_processor_that_made_the_pixels
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A card")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     options = ExtractOptions(device="cuda")
     found = run_environment(options, spec(), batch=32)
     assert found.keys() == {"batch", "device", "compute_dtype", "pixels_by", "versions"}
-    assert (found["device"], found["pixels_by"]) == ("A card", "cpu AVX2")
+    assert (found["device"], found["pixels_by"]) == ("A card", "cpu AVX2, several threads")
     in_float32 = spec(compute_dtype="float32")
     assert run_environment(options, in_float32, batch=32)["tf32"]["matmul"] is False
     for precision, is_on in (("tf32", True), ("float32", False)):

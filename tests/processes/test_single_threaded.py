@@ -9,8 +9,8 @@ import os, threading
 from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
+from evl_cache.extract import begin_crop_thread
 from evl_cache.preprocess import spatial_crops
-from evl_cache.processes import single_threaded
 
 torch.set_num_threads(4)
 frames = np.random.default_rng(0).integers(0, 256, (8, 240, 320, 3), dtype=np.uint8)
@@ -30,7 +30,7 @@ def tasks():
 
 expected = crop()
 before = tasks()
-with ThreadPoolExecutor(3, initializer=single_threaded) as pool:
+with ThreadPoolExecutor(3, initializer=begin_crop_thread) as pool:
     found = list(pool.map(crop_together, range(3)))
     print(tasks() - before, found)
 later = []
