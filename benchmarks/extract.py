@@ -194,7 +194,8 @@ def written(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
             _CODECS[codec]: statistics.median(run.samples / run.seconds for run in runs),
             f"{_CODECS[codec]}_in_rounds": [round(run.samples / run.seconds, 2) for run in runs],
             f"{_CODECS[codec]}_seconds_by_stage": middle.stages,
-            f"{_CODECS[codec]}_processor_s_a_sample": middle.processor_s / middle.samples,
+            f"{_CODECS[codec]}_processor_s_a_sample": min(run.processor_s / run.samples for run in runs),
+            f"{_CODECS[codec]}_processors_used": round(middle.processor_s / middle.seconds, 2),
         }
     return result
 

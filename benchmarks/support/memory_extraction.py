@@ -60,6 +60,7 @@ class StubTower:
         device: where they are.
 
     Attributes:
+        visual: in the place of the tower's module.
         asked: samples of each batch that it was asked for.
     """
 
@@ -68,7 +69,7 @@ class StubTower:
         layers, dtype = len(spec.stored_layers), getattr(torch, spec.compute_dtype)
         tokens = outlier_features(**shape, channels=spec.tower.width, layers=layers, seed=0).tokens
         maps = softmax_maps(**shape, layers=len(spec.layers), seed=0) if spec.stores_maps else None
-        self._spec = spec
+        self._spec, self.visual = spec, nn.Identity()
         self._tokens = [layer.to(device, dtype, copy=True) for layer in tokens.unbind(1)]
         self._maps = [] if maps is None else [layer.to(device, dtype, copy=True) for layer in maps.unbind(1)]
         self._of_batch: dict[int, Features] = {}
