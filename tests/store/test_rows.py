@@ -124,10 +124,15 @@ def test_a_batch_of_none_has_no_rows() -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-def test_rows_of_large_features_are_the_same_for_any_number_of_threads(threads: int) -> None:
+def test_rows_of_large_features_are_the_same_for_any_number_of_threads(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     generator = torch.Generator().manual_seed(0)
     tokens = [torch.randn(2, 4, 50, 192, generator=generator) for _ in LAYERS]
     maps = [torch.randn(2, 2, 3, 49, 49, generator=generator).softmax(-1) for _ in LAYERS]
+    monkeypatch.setattr(
+        quantize, "CPU_ROWS_VALUES", 1000
+    )  # a thread's chunk has parts, which it makes itself
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
