@@ -42,7 +42,7 @@ SUM_ROWS = 16
 # Tokens whose minima and maxima are kept together; those of a group with an outlier are taken again.
 GROUP_ROWS = 8
 
-_scratch = threading.local()
+_local = threading.local()
 _pools: dict[
     tuple[int, int], ThreadPoolExecutor
 ] = {}  # by process (a fork has no threads) and number of threads
@@ -95,7 +95,9 @@ def encode(items: Sequence[TokenItem | MapRows]) -> None:
 def for_each(function: Callable[[ItemT], None], items: Sequence[ItemT]) -> None:
     """Call a function with every item, in as many threads as torch would use for one operation."""
     workers = min(torch.get_num_threads(), len(items))
-    if workers < 2:
+    if workers < 2 or getattr(
+        _local, "is_worker", False
+    ):  # a thread that waits for its own pool would wait forever
         for item in items:
             function(item)
     else:
@@ -292,10 +294,10 @@ def _float32(part: Tensor, which: int) -> Tensor:
 def _space(part: Tensor, which: int) -> Tensor:
     """Return this thread's float32 memory in the shape of `part`: new memory would cost as much as a pass over it."""
     name = f"values{which}"
-    kept: np.ndarray[Any, Any] | None = getattr(_scratch, name, None)
+    kept: np.ndarray[Any, Any] | None = getattr(_local, name, None)
     if kept is None or kept.size < part.numel():
         kept = np.empty(part.numel(), np.float32)
-        setattr(_scratch, name, kept)
+        setattr(_local, name, kept)
     return torch.from_numpy(kept)[: part.numel()].view(part.shape)
 
 
@@ -311,6 +313,8 @@ def _pool(workers: int) -> ThreadPoolExecutor:
             begun = threading.Barrier(workers + 1)
 
             def begin() -> None:
+                _local.is_worker = True
+                torch.get_num_threads()  # the first question gives a thread the number of all, the next line its own
                 torch.set_num_threads(1)
                 begun.wait()
 

@@ -201,12 +201,16 @@ def encode_maps(rows: Tensor, codes: Tensor, row_max: Tensor) -> None:
             else []
         )
         return
-    values = rows.float()
-    row_max.copy_(torch.where(values.amin(-1) >= 0, float16_at_least(values.amax(-1)), torch.nan))
-    top = row_max.float()
-    gain = torch.where(top > 0, STEPS / top.sqrt(), 0.0).unsqueeze(-1)
-    # Adding a half and cutting rounds; row_max >= every value, so 255.5 is never passed.
-    codes.copy_(values.sqrt().mul_(gain).add_(0.5))
+    step = max(1, DEVICE_PASS_VALUES // rows.shape[1])  # rows in a pass
+    for start in range(0, len(rows), step):
+        part = slice(start, start + step)
+        values = rows[part].float()
+        largest = torch.where(values.amin(-1) >= 0, float16_at_least(values.amax(-1)), torch.nan)
+        row_max[part] = largest
+        top = largest.float()
+        gain = torch.where(top > 0, STEPS / top.sqrt(), 0.0).unsqueeze(-1)
+        # Adding a half and cutting rounds; row_max >= every value, so 255.5 is never passed.
+        codes[part] = values.sqrt().mul_(gain).add_(0.5)
 
 
 def dequantize_maps(codes: Tensor, row_max: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:

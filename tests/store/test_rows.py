@@ -6,11 +6,17 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.support.fake_cuda import Counting, fake_cuda
+from evl_cache import quantize
 from evl_cache.clips import ClipList
 from evl_cache.errors import ClipError
 from evl_cache.spec import CacheSpec
 from evl_cache.store import FeaturesOverflow, make_row, make_rows
+from evl_cache.store.format import row_making
+from evl_cache.store.format.row_making import begin_rows
 from tests.support.feature_caches import TOWER, VIEWS, clip_list
+from tests.support.plain_codes import plain_map_codes, plain_token_codes
+from tests.support.watched_cuda import Watched
 
 T, P, C, LAYERS = VIEWS.frames, 4, TOWER.width, (2, 3, 4)
 
@@ -58,6 +64,110 @@ def test_rows_of_a_batch_are_those_of_its_samples(stored: str, maps_stored: str)
         for name, value in row.items():
             assert value.dtype == alone[name].dtype and np.array_equal(value, alone[name])
             assert all(chunk.flags.c_contiguous for chunk in value)
+
+
+@pytest.mark.parametrize("stored", ["int8", "fp16"])
+@pytest.mark.parametrize("maps_stored", ["uint8", "fp16", "none"])
+@pytest.mark.parametrize("samples_at_once", [1, 2, 5])
+def test_rows_packed_as_on_a_gpu_are_the_same(
+    stored: str, maps_stored: str, samples_at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = spec_of(tokens=stored, maps=maps_stored)
+    tokens, maps = batch_of(5)
+    maps[0][3, 0, 1, 2, 0] = -1.0
+    tokens[1][1, 0, 1, 0] = float("nan")
+    per_sample = len(LAYERS) * tokens[0][0].numel()
+    monkeypatch.setattr(quantize, "DEVICE_PASS_VALUES", samples_at_once * per_sample)
+    stored_maps = maps if spec.stores_maps else []
+    assert len(begin_rows(tokens, stored_maps, spec)) == -(-5 // samples_at_once)
+    expected = make_rows(tokens, stored_maps or None, spec)
+    monkeypatch.setattr(row_making, "_on_cpu", begin_rows)
+    found = make_rows(tokens, stored_maps or None, spec)
+    assert [isinstance(row, ClipError) for row in found] == [
+        False,
+        True,
+        False,
+        maps_stored == "uint8",
+        False,
+    ]
+    for row, before in zip(found, expected, strict=True):
+        if isinstance(row, ClipError) or isinstance(before, ClipError):
+            assert str(row) == str(before)
+            continue
+        assert row.keys() == before.keys()
+        for name, value in row.items():
+            assert value.flags.c_contiguous and value.dtype == before[name].dtype
+            assert np.array_equal(value, before[name])
+
+
+def launches(samples: int, spec: CacheSpec) -> tuple[Counting, list[str]]:
+    """What rows of ViT-B/16 with five layers start on a GPU, and what copies from it to the processor there were."""
+    with fake_cuda() as device, device:
+        tokens = [torch.empty(samples, 8, 197, 768) for _ in range(5)]
+        maps = [torch.empty(samples, 2, 7, 196, 196) for _ in range(5)]
+        with torch.device("cpu"), Watched() as watched, Counting() as counting:
+            begin_rows(tokens, maps, spec)
+    return counting, watched.to_host
+
+
+def test_rows_of_a_batch_start_few_operations_on_a_gpu_and_wait_for_none() -> None:
+    # It was 107 operations and nine waits for every sample. Three times what 11 samples at once take:
+    batch, to_host = launches(32, spec_of())
+    assert batch.launches <= 260
+    assert to_host == ["aten.copy_.default"] * 3  # each into page-locked memory; nothing that waits
+
+
+def test_a_batch_of_none_has_no_rows() -> None:
+    tokens, maps = batch_of(1)
+    assert make_rows([t[:0] for t in tokens], [m[:0] for m in maps], spec_of()) == []
+    assert begin_rows([t[:0] for t in tokens], [m[:0] for m in maps], spec_of()) == []
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_rows_of_large_features_are_the_same_for_any_number_of_threads(
+    threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    tokens = [torch.randn(2, 4, 50, 192, generator=generator) for _ in LAYERS]
+    maps = [torch.randn(2, 2, 3, 49, 49, generator=generator).softmax(-1) for _ in LAYERS]
+    monkeypatch.setattr(
+        quantize, "CPU_ROWS_VALUES", 1000
+    )  # a thread's chunk has parts, which it makes itself
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        rows = make_rows(tokens, maps, spec_of())
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    for sample, row in enumerate(rows):
+        assert not isinstance(row, ClipError)
+        codes, affine, scale = plain_token_codes(torch.stack([t[sample] for t in tokens]))
+        map_codes, map_scale, _ = plain_map_codes(torch.stack([m[sample] for m in maps]))
+        expected = {
+            "class_tokens": torch.stack([t[sample, :, 0] for t in tokens]).half(),
+            "tokens": codes,
+            "token_affine": affine,
+            "token_scale": scale,
+            "maps": map_codes,
+            "map_scale": map_scale,
+        }
+        assert list(row) == list(expected)
+        assert all(np.array_equal(row[name], value.numpy()) for name, value in expected.items())
+
+
+@pytest.mark.gpu
+def test_rows_made_on_a_gpu_are_its_quantised_features() -> None:
+    tokens, maps = batch_of(3)
+    maps[1][1, 0, 0, 0, 0] = float("nan")
+    rows = make_rows([t.cuda() for t in tokens], [m.cuda() for m in maps], spec_of())
+    assert [isinstance(row, ClipError) for row in rows] == [False, True, False]
+    for sample in (0, 2):
+        row = rows[sample]
+        assert not isinstance(row, ClipError)
+        stored = quantize.quantize_tokens(torch.stack([t[sample] for t in tokens]))
+        assert np.abs(row["tokens"].astype(int) - stored.codes.numpy().astype(int)).max() <= 1
+        assert np.allclose(row["token_affine"], stored.affine.numpy(), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -1,98 +1,26 @@
-"""Features of a sample as the rows of the store's arrays, and back.
+"""Features as they are stored, and back; `row_making` makes them.
 
-T frames, P patches, N = 1+P tokens, C channels, L layers. A row is `{array name: (L, *chunk)}` in numpy.
+B samples of a batch, T frames, P patches, N = 1+P tokens, C channels, L layers.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from evl_cache.errors import ClipError
 from evl_cache.quantize import (
     QuantizedMaps,
     QuantizedTokens,
     dequantize_maps,
     dequantize_tokens,
-    quantize_maps,
-    quantize_tokens,
-    to_float16,
 )
-from evl_cache.spec import CacheSpec
 from evl_cache.store.format.recomputed import RecomputedMaps
 
-Row = Mapping[str, np.ndarray[Any, Any]]
+Row = Mapping[str, np.ndarray[Any, Any]]  # array name -> (L, *chunk)
 StoredTokens = QuantizedTokens | torch.Tensor
 StoredMaps = QuantizedMaps | torch.Tensor | RecomputedMaps
-
-
-class FeaturesOverflow(ClipError):
-    """Features computed in float16 are not finite: a remedy is to compute in bfloat16."""
-
-
-def make_rows(
-    tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None, spec: CacheSpec
-) -> list[Row | ClipError]:
-    """Return the row of each sample of a batch, or why its features cannot be stored.
-
-    Args:
-        tokens: (B, T, N, C) of each stored layer.
-        maps: L of (B, 2, T-1, P, P), or None where the spec stores none.
-    """
-    found: list[Row | ClipError] = []
-    for sample in range(len(tokens[0])):
-        its_maps = None if maps is None else [m[sample] for m in maps]
-        try:
-            found.append(make_row([t[sample] for t in tokens], its_maps, spec))
-        except ClipError as error:
-            found.append(error)
-    return found
-
-
-def make_row(tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None, spec: CacheSpec) -> Row:
-    """Quantise one sample on the device where its features are.
-
-    Args:
-        tokens: (T, N, C) of each stored layer.
-        maps: L of (2, T-1, P, P), or None where the spec stores none.
-
-    Raises: ClipError where a feature is not finite or cannot be represented.
-    """
-    try:
-        return _quantized_row(tokens, maps, spec)
-    except ClipError as error:
-        stored = [*tokens, *(maps or () if spec.stores_maps else ())]
-        if spec.compute_dtype != "float16" or all(bool(each.isfinite().all()) for each in stored):
-            raise
-        raise FeaturesOverflow(
-            f"{str(error).partition(' cannot be stored')[0]} cannot be stored: got values that are not finite, expected "
-            "finite ones; float16 does not hold what this tower computes: use --compute-dtype bfloat16"
-        ) from None
-
-
-def _quantized_row(
-    tokens: Sequence[torch.Tensor], maps: Sequence[torch.Tensor] | None, spec: CacheSpec
-) -> Row:
-    row: dict[str, torch.Tensor] = {}
-    stacked = torch.stack(list(tokens))  # (L,T,N,C)
-    row["class_tokens"] = to_float16(stacked[:, :, 0], what="class tokens")
-    if spec.tokens == "int8":
-        quantized = quantize_tokens(stacked)
-        assert quantized.scale is not None
-        row |= {"tokens": quantized.codes, "token_affine": quantized.affine, "token_scale": quantized.scale}
-    else:
-        row["tokens"] = to_float16(stacked, what="tokens")
-    if spec.stores_maps:
-        assert maps is not None
-        stacked = torch.stack(list(maps))  # (L,2,T-1,P,P)
-        if spec.maps == "uint8":
-            coded = quantize_maps(stacked)
-            row |= {"maps": coded.codes, "map_scale": coded.row_max}
-        else:
-            row["maps"] = to_float16(stacked, what="attention maps")
-    return {name: value.cpu().numpy() for name, value in row.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
