@@ -168,7 +168,7 @@ def _lost_blocks_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         (_locks_of_the_dead_stay, 0),
         (_a_lock_once_held_is_believed_in, 130),
         (_what_was_written_is_not_looked_at, 1950),
-        (_broken_marks_are_left, 4690),
+        (_broken_marks_are_left, 2600),
         (_nothing_is_synced, 300),
         (_the_mark_comes_first, 0),
         (_lost_blocks_are_forgotten, 0),

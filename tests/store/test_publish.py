@@ -57,6 +57,39 @@ def test_published_file_is_whole_and_nothing_else_is_left(tmp_path: Path, file_s
     assert file_digest(tmp_path / "final") == (len(data), hashlib.sha256(data).hexdigest())
 
 
+@pytest.mark.parametrize("most", [1 << 40, 100_001], ids=["whole", "in parts"])
+def test_pieces_of_any_size_are_written_in_order_however_much_the_kernel_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    real = os.writev
+
+    def takes_a_part(descriptor: int, parts: list[memoryview]) -> int:
+        taken, left = [], most
+        for part in parts:
+            taken.append(part[:left])
+            left -= len(taken[-1])
+        return real(descriptor, taken)
+
+    monkeypatch.setattr(os, "writev", takes_a_part)
+    pieces = [os.urandom(count) for count in (3, 5_000_000, 0, 20_000, 100, 100, (2 << 20) + 1, 1)]
+    pieces += [bytes([count % 256]) * 9 for count in range(3000)]  # more than one call takes
+    with stage_file(tmp_path) as staged:
+        for piece in pieces:
+            staged.write(piece)
+        staged.publish(tmp_path / "final")
+    assert (tmp_path / "final").read_bytes() == b"".join(pieces)
+
+
+def test_what_changes_after_it_was_written_is_stored_as_it_was(tmp_path: Path) -> None:
+    data = bytearray(b"first" * 10_000)
+    with stage_file(tmp_path) as staged:
+        staged.write(data)
+        data[:] = bytes(len(data))
+        staged.write(memoryview(data))
+        staged.publish(tmp_path / "final")
+    assert (tmp_path / "final").read_bytes() == b"first" * 10_000 + bytes(50_000)
+
+
 def test_existing_file_is_never_replaced(tmp_path: Path, file_system: str) -> None:
     publish_bytes(tmp_path / "final", b"first")
     with pytest.raises(AlreadyPublished, match="final exists already"):

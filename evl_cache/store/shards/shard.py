@@ -102,8 +102,7 @@ class ShardWriter:
             return
         if len(encoded) == 0:
             raise UsageError("encoded chunk has no bytes: pass None for a missing chunk")
-        if gap := self.codec.place(self._staged.size, len(encoded)) - self._staged.size:
-            self._staged.write(bytes(gap))
+        self._staged.write(bytes(self.codec.place(self._staged.size, len(encoded)) - self._staged.size))
         checksum = self.codec.checksum(encoded) if checksum is None else checksum
         self._index[len(self._checksums)] = self._staged.size, len(encoded)
         self._checksums.append(checksum)
