@@ -1,8 +1,8 @@
 """Codes of tokens and maps on a CPU, made in blocks that stay in a core's cache: the bits that `quantize` defines.
 
 An item is one sample and layer: K tokens of C channels. A pass over a whole item reads it from memory, and quantising takes
-about fourteen; over a block of it that stays in the cache they take half the time. What a channel needs of all tokens is
-done in blocks of channels, what a token needs of all channels in blocks of tokens, so that no sum changes its order.
+about fourteen. Here an item is read three times, in blocks of tokens: for minima, maxima and sums of roots, for sizes of
+tokens, for codes. Minima and maxima are the same in any order, and sums are added up in torch's order.
 Items are shared among threads, each with torch operations of one thread.
 """
 
