@@ -119,10 +119,10 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
 def _stop_before_publishing() -> None:
     real = BlockPublication.publish_file
 
-    def publish_file(self: BlockPublication, *args: Any) -> None:
+    def publish_file(self: BlockPublication, *args: Any, **options: Any) -> None:
         BlockPublication.publish_file = real  # type: ignore[method-assign]
         signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
-        real(self, *args)
+        real(self, *args, **options)
 
     BlockPublication.publish_file = publish_file  # type: ignore[method-assign]
 
