@@ -3,6 +3,7 @@
 import gc
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +14,14 @@ from evl_cache.extract.clips_ahead import ClipsAhead
 from evl_cache.extract.defaults import batch_for, workers_for
 from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
 from evl_cache.extract.environment import run_environment
+from evl_cache.extract.handoff import Closed
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
 from evl_cache.extract.outages import OnOutage, Surroundings
 from evl_cache.extract.prepare import PreparedClip, prepare_clip
 from evl_cache.extract.redo import BlockRedo, KeptRows
 from evl_cache.extract.reuse import ReusableRows
 from evl_cache.extract.stage_seconds import StageSeconds
-from evl_cache.store import BlockLock, BlockWriter, ClipRecord, valid_mark
+from evl_cache.store import BlockLock, BlockWriter, ClipRecord, finished_blocks, valid_mark
 from evl_cache.towers import Backbone
 from evl_cache.video.pool import DecodePool
 
@@ -120,9 +122,9 @@ class BlockExtractor:
         self._encoders = ThreadPoolExecutor(workers.compressing, thread_name_prefix="encode")
         # A thread for each process, and one that crops meanwhile.
         self._threads = workers.decoding + 1
-        self._set_up(batch_for(options, spec))
+        self._set_up(batch_for(options, spec), has_stored=bool(finished_blocks(job.cache_path)))
 
-    def _set_up(self, batch: int) -> None:
+    def _set_up(self, batch: int, *, has_stored: bool) -> None:
         """Start the threads that prepare clips and run batches."""
         spec = self._job.spec
         self._ahead = ClipsAhead(
@@ -137,9 +139,15 @@ class BlockExtractor:
             device=torch.device(self._options.device),
             batch=batch,
             waited=self.waited,
+            has_stored=has_stored,
             on_failure=self._changed.set,
         )
         self._environment = run_environment(self._options, spec, batch=batch, visual=self._backbone.visual)
+
+    @property
+    def batch(self) -> int:
+        """Samples of a pass: fewer than at first where the device's memory did not suffice."""
+        return self._pipeline.batch
 
     @property
     def has_room(self) -> bool:
@@ -161,8 +169,8 @@ class BlockExtractor:
         if kept is not None and not kept.redo.rewrite and not self._tries(kept):
             return None
         begun = BegunBlock(block, lock, redo, kept, num_clips=len(spec.clips_of_block(block)))
-        self._start(begun)
         self._begun.append(begun)
+        self._start(begun)
         return begun
 
     def _start(self, begun: BegunBlock) -> None:
@@ -174,7 +182,8 @@ class BlockExtractor:
         rows = spec.clips_of_block(begun.block)
         prepared = self._ahead.add(rows, lambda row: self._kept_or_prepared(row, begun.kept))
         clips = (ClipRows(clip, spec.views.per_clip) for clip in prepared)
-        self._pipeline.add(clips, lambda clip: self._finish(begun, clip))
+        with suppress(Closed):  # it has stopped: `wait` tells why, or starts the block anew
+            self._pipeline.add(clips, lambda clip: self._finish(begun, clip))
 
     def wait(self, seconds: float) -> None:
         """Wait until something has changed, for at most so many seconds; report what clips are done.
@@ -186,7 +195,7 @@ class BlockExtractor:
         for begun in self._begun:
             self._tell(begun)
         if (failure := self._pipeline.failure) is not None:
-            if not is_want_of_memory(failure) or self._pipeline.batch == 1:
+            if not is_want_of_memory(failure) or self._pipeline.failed_at_clips or self.batch == 1:
                 raise failure
             self._halve_batch(failure)
 
@@ -231,9 +240,9 @@ class BlockExtractor:
 
     def _halve_batch(self, failure: BaseException) -> None:
         """Do the begun blocks anew in batches of half the size: a block has one size of batch, which its mark names."""
-        batch = (self._pipeline.batch + 1) // 2
+        batch = (self.batch + 1) // 2
         self._on_outage(
-            f"{told_of_memory(failure)} for batches of {self._pipeline.batch} samples; going on with batches of "
+            f"{told_of_memory(failure)} for batches of {self.batch} samples; going on with batches of "
             f"{batch}, as --batch {batch} would"
         )
         self._ahead.close(wait=False)
@@ -244,7 +253,7 @@ class BlockExtractor:
         gc.collect()
         if self._options.device.startswith("cuda"):
             torch.cuda.empty_cache()
-        self._set_up(batch)
+        self._set_up(batch, has_stored=self._pipeline.has_stored)
         for begun in self._begun:
             begun.clips.clear()
             self._start(begun)

@@ -11,6 +11,7 @@ from evl_cache.extract.block import ExtractedBlock
 from evl_cache.extract.failure_limit import FailureCount
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip
 from evl_cache.extract.redo import BlockRedo
+from evl_cache.extract.stage_seconds import StageSeconds
 from evl_cache.store import (
     LOCKS_NAME,
     REAL,
@@ -47,6 +48,8 @@ BegunT = TypeVar("BegunT", bound=Begun)
 
 class Extractor(Protocol[BegunT]):
     """What extracts blocks, in the order in which they are begun, in threads of its own."""
+
+    waited: StageSeconds
 
     @property
     def has_room(self) -> bool:
@@ -148,27 +151,32 @@ class BlockTaker(Generic[BegunT]):
         try:
             self.look_around()
             while True:
-                if self._begin_one():
+                if self._begun and self._begun[0].begun.is_ready:
+                    self._end_first()
+                elif self._begin_one():
                     wait_s = _LEAST_WAIT_S
+                    if self._begun:
+                        self._extractor.wait(0.0)  # what was found done, or stays, may be many blocks
                 elif self._begun:
-                    if self._begun[0].begun.is_ready:
-                        self._end_first()
-                    else:
-                        self._extractor.wait(_LOOK_EVERY_S)
+                    self._extractor.wait(_LOOK_EVERY_S)
                     self.look_around_at_times()  # so that a progress line counts the clips of all jobs
                 else:
                     self._wait_for_commit()
                     if not self._todo and not self._reopen(blocks):
                         return self._clips_done
                     self._runtime.sleep(wait_s)
-                    wait_s = min(
-                        1.5 * wait_s, self._longest_wait_s
-                    )  # many waiting jobs do not besiege a disk
+                    # Many waiting jobs do not besiege a disk.
+                    wait_s = min(1.5 * wait_s, self._longest_wait_s)
                     self.look_around()
         except BaseException:
-            self._extractor.close()
-            for taken in self._begun:
-                taken.lock.release()
+            try:
+                self._committer.shutdown(
+                    wait=True
+                )  # what is ready is committed; that needs the extractor's threads
+                self._extractor.close()
+            finally:
+                for taken in self._begun:
+                    taken.lock.release()
             raise
         finally:
             self._committer.shutdown(wait=True)
@@ -263,7 +271,9 @@ class BlockTaker(Generic[BegunT]):
         if committing is None:
             return
         block, records = committing.block, committing.records
-        lost = committing.future.result()
+        # It is waited for where the next block is ready before: the disk is slower than the rest.
+        with self._extractor.waited.of("writing"):
+            lost = committing.future.result()
         if isinstance(lost, RowsAtStake):
             self.stayed[block] = str(lost)
             return

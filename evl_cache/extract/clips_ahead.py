@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
+import torch
+
 from evl_cache.extract.prepare import PreparedClip, begin_crop_thread
 
 MOST_WAITING_BYTES = 512 << 20  # of prepared clips that wait; each thread may hold one more
@@ -25,7 +27,10 @@ class ClipsAhead:
         self, *, threads: int, waiting: int, clip_bytes: int, on_drained: Callable[[], None] = lambda: None
     ) -> None:
         self._threads = ThreadPoolExecutor(
-            threads, thread_name_prefix="decode", initializer=begin_crop_thread
+            threads,
+            thread_name_prefix="decode",
+            initializer=begin_crop_thread,
+            initargs=(torch.get_num_threads() > 1,),
         )
         self._most = threads + max(1, min(waiting, MOST_WAITING_BYTES // clip_bytes))
         self._on_drained = on_drained

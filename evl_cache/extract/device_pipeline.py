@@ -61,7 +61,7 @@ class _Staged:
         frames: float32 (B, T, 3, S, S); None where no slot has a sample.
         waited_s: time that gathering its clips took.
         transfer_s: time that bringing them to the device took.
-        idle_s: time that was spent without a block, while those before were committed.
+        idle_s: time that was spent without a block: others have those that are left, or the one before is committed.
     """
 
     slots: Sequence[Slot]
@@ -94,10 +94,13 @@ class DevicePipeline:
         backbone: on `device`.
         batch: samples of a pass.
         waited: the seconds that the device's thread waits are added to it.
+        has_stored: whether features of the tower were stored before.
         on_failure: called, from any thread, when the pipeline has stopped because of `failure`.
 
     Attributes:
         failure: what ended it.
+        failed_at_clips: whether that came with the clips, and neither from the device nor from what becomes of rows.
+        has_stored: whether features of the tower were stored.
     """
 
     def __init__(
@@ -108,16 +111,19 @@ class DevicePipeline:
         device: torch.device,
         batch: int,
         waited: StageSeconds,
+        has_stored: bool = False,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
+        if str(device) == "cuda":  # without a number it is another one in other threads
+            device = torch.device("cuda", torch.cuda.current_device())
         self._backbone, self._spec, self._device, self.batch = backbone, spec, device, batch
         self._waited, self._on_failure = waited, on_failure
         self.failure: BaseException | None = None
+        self.failed_at_clips, self.has_stored = False, has_stored
         self._is_gpu = self.makes_rows_beside = device.type == "cuda"
         # Copies to the device and rows wait neither for the batch that runs nor for each other.
         self._copies = torch.cuda.Stream(device) if self._is_gpu else None  # type: ignore[no-untyped-call]
         self._rows = torch.cuda.Stream(device) if self._is_gpu else None  # type: ignore[no-untyped-call]
-        self._has_stored = False
         self._blocks: Handoff[tuple[Iterable[ClipRows], OnReady]] = Handoff()
         self._staged: Handoff[_Staged] = Handoff(1)
         self._ran: Handoff[_Ran] = Handoff()
@@ -143,6 +149,8 @@ class DevicePipeline:
 
     def _guarded(self, work: Callable[[], None]) -> None:
         try:
+            if self._is_gpu:
+                torch.cuda.set_device(self._device)
             work()
         except Closed:
             return
@@ -156,11 +164,18 @@ class DevicePipeline:
         started = time.monotonic()
         for clips, on_ready in self._blocks:
             idle_s = time.monotonic() - started
-            for staged in self._batches(clips, on_ready):
+            for staged in self._batches(self._watched(clips), on_ready):
                 self._staged.put(replace(staged, idle_s=idle_s))
                 del staged
                 idle_s = 0.0
             started = time.monotonic()
+
+    def _watched(self, clips: Iterable[ClipRows]) -> Iterator[ClipRows]:
+        try:
+            yield from clips
+        except BaseException:
+            self.failed_at_clips = self.failure is None
+            raise
 
     def _batches(self, clips: Iterable[ClipRows], on_ready: OnReady) -> Iterator[_Staged]:
         slots: list[Slot] = []
@@ -229,11 +244,11 @@ class DevicePipeline:
             started = time.monotonic()
 
     def _note_wait(self, staged: _Staged, waited_s: float) -> None:
-        """Share out the time that the device's thread waited for a batch by what was done for it meanwhile."""
-        took = {"decoding": staged.waited_s, "transfer": staged.transfer_s, "writing": staged.idle_s}
-        whole = max(sum(took.values()), 1e-9)
-        for stage, seconds in took.items():
-            self._waited.add(stage, seconds / whole * waited_s)
+        """Share out the time that the device's thread waited for a batch by what gathering and transferring took of it."""
+        waited_s = max(0.0, waited_s - staged.idle_s)
+        decoding = staged.waited_s / max(staged.waited_s + staged.transfer_s, 1e-9)
+        self._waited.add("decoding", decoding * waited_s)
+        self._waited.add("transfer", (1 - decoding) * waited_s)
 
     def _start(self, staged: _Staged) -> _Ran:
         with self._waited.of("device"):
@@ -278,11 +293,14 @@ class DevicePipeline:
             return make_rows(tokens, maps, spec)
 
     def _check_overflow(self, rows: Sequence[Row | ClipError]) -> None:
-        """Raises: UsageError for a batch of which nothing can be stored because the tower overflows: no clip is to blame."""
+        """Check that a tower of which nothing was stored yet does not overflow on all of a batch: then no clip is to blame.
+
+        Raises: UsageError.
+        """
         are_overflows = [isinstance(row, FeaturesOverflow) for row in rows]
-        if are_overflows and all(are_overflows) and (len(rows) > 1 or not self._has_stored):
+        if are_overflows and all(are_overflows) and not self.has_stored:
             raise UsageError(f"every clip of a batch overflows in the tower: {rows[0]}")
-        self._has_stored |= not all(are_overflows)
+        self.has_stored |= not all(isinstance(row, ClipError) for row in rows)
 
     def _end(self) -> None:
         for handoff in (self._blocks, self._staged, self._ran, self._places):

@@ -40,13 +40,17 @@ class PreparedClip:
     is_kept: bool = False
 
 
-def begin_crop_thread() -> None:
+def begin_crop_thread(several: bool) -> None:
     """Begin a thread that prepares clips beside others: it crops alone, to the bits that torch's threads would make.
 
     The initializer of the executor whose threads call `prepare_clip`.
+
+    Args:
+        several: whether torch has several threads in the thread that starts the executor.
     """
-    if single_threaded():
+    if several:
         resize_as_several_threads()
+    single_threaded()
 
 
 def prepare_clip(

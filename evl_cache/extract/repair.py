@@ -103,7 +103,7 @@ def repair(
     description = read_description(cache_path)
     restored += _restore_projections(cache_path, description, tower)
     broken = sorted({problem.block for problem in problems if problem.block is not None})
-    did = BlocksResult(clips=0, stayed={}, kept_instead={})
+    did = BlocksResult(clips=0, batch=0, stayed={}, kept_instead={})
     differs: tuple[str, ...] = ()
     if broken:
         job = _job_of(cache_path, tower, root)
@@ -161,8 +161,7 @@ def _redo(
     )
     if not did.clips:
         return did, ()
-    batch = batch_for(options, job.spec)
-    now = run_environment(options, job.spec, batch=batch, visual=job.tower.visual)
+    now = run_environment(options, job.spec, batch=did.batch, visual=job.tower.visual)
     now |= {"frame_rule": FRAME_RULE}
     return did, _differences(now, {**then, "frame_rule": job.spec.frame_rule})
 
@@ -212,11 +211,8 @@ def _environment_then(job: ExtractionJob, broken: Sequence[int]) -> Mapping[str,
 
 def _differences(now: Mapping[str, Any], then: Mapping[str, Any]) -> tuple[str, ...]:
     mine, theirs = flatten(now), flatten(then)
-    return tuple(
-        f"{name}: {mine.get(name)}, not {theirs.get(name)}"
-        for name in sorted(mine.keys() | theirs.keys())
-        if mine.get(name) != theirs.get(name)
-    )
+    both = sorted(mine.keys() & theirs.keys())  # marks of other versions tell less, or more
+    return tuple(f"{name}: {mine[name]}, not {theirs[name]}" for name in both if mine[name] != theirs[name])
 
 
 def load_tower(

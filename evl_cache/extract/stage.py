@@ -81,11 +81,13 @@ class BlocksResult:
 
     Attributes:
         clips: that it extracted.
+        batch: samples of a forward pass, at the end.
         stayed: why a block stays as it is though it was to be redone, by block.
         kept_instead: why a clip's features stay though they were to be made again, by clip id.
     """
 
     clips: int
+    batch: int
     stayed: Mapping[int, str]
     kept_instead: Mapping[str, str]
 
@@ -291,7 +293,9 @@ def extract_blocks(
             next_number=_block_numbers(rendezvous, job.spec),
         )
         clips = taker.run(blocks)
-    return BlocksResult(clips=clips, stayed=taker.stayed, kept_instead=extractor.kept_instead)
+    return BlocksResult(
+        clips=clips, batch=extractor.batch, stayed=taker.stayed, kept_instead=extractor.kept_instead
+    )
 
 
 def _block_numbers(rendezvous: Rendezvous | None, spec: CacheSpec) -> Callable[[], int | None]:

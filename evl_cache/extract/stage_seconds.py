@@ -1,23 +1,26 @@
 """What an extraction spends its time on."""
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 
 class StageSeconds:
-    """Seconds that the thread which drives the device spends on each stage; the run waits for the longest.
+    """Seconds that a run waits for each stage, for the most part its thread that drives the device; threads may share it.
 
     Stages: `decoding` (waiting for frames), `transfer` (to the device), `device` (forward pass and quantisation),
     `writing` (compression and the disk).
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self.seconds = dict.fromkeys(("decoding", "transfer", "device", "writing"), 0.0)
 
     def add(self, stage: str, seconds: float) -> None:
         """Add to a stage."""
-        self.seconds[stage] += seconds
+        with self._lock:
+            self.seconds[stage] += seconds
 
     @contextmanager
     def of(self, stage: str) -> Iterator[None]:

@@ -131,7 +131,10 @@ class OnlineLoader:
     def _begun(self) -> Iterator[tuple[ThreadPoolExecutor, Surroundings]]:
         """The threads of an epoch, and what they read through; both end with it, or with the loader."""
         threads = ThreadPoolExecutor(
-            self._threads, thread_name_prefix="decode", initializer=begin_crop_thread
+            self._threads,
+            thread_name_prefix="decode",
+            initializer=begin_crop_thread,
+            initargs=(torch.get_num_threads() > 1,),
         )
         around = Surroundings(self.cache.path, patience_s=self._patience_s, on_outage=self._on_outage)
         with ExitStack() as end:

@@ -52,22 +52,16 @@ def limit_torch_threads(root: Path = ROOT) -> None:
         torch.set_num_threads(number)
 
 
-def single_threaded() -> bool:
+def single_threaded() -> None:
     """Have torch compute with one thread where it is called in this thread; others keep theirs.
 
     It begins a thread of a pool whose threads share the processors among themselves. Else each starts a team of as many
     as there are processors, which wait for each other's turn. Nothing happens where torch's libraries of threads are not
     found.
-
-    Returns: whether it computes with one now, and would have with more.
     """
-    if (
-        torch.get_num_threads() == 1
-    ):  # a thread's first call sets its numbers to the process's, so it comes first
-        return False
+    torch.get_num_threads()  # a thread's first call sets its numbers to the process's, so it comes first
     for set_number in _setters():
         set_number(1)
-    return torch.get_num_threads() == 1
 
 
 @cache

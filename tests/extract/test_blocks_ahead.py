@@ -8,19 +8,19 @@ import pytest
 import torch
 
 from evl_cache.errors import UsageError
-from evl_cache.extract import ExtractOptions, block_taker, extract
+from evl_cache.extract import block_taker
 from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.device_pipeline import DevicePipeline
 from evl_cache.extract.stage_seconds import StageSeconds
 from evl_cache.store import LOCKS_NAME, LockWatcher, create_cache
-from evl_cache.towers import Backbone, Features
+from evl_cache.towers import Backbone
+from tests.support.blocks_ahead import Device, extract_in, overflown
 from tests.support.store_helpers import (
     BLOCK_CLIPS,
     BROKEN,
     differences,
     load_clips,
     make_clips,
-    one_thread,
     small_job,
     small_spec,
     small_tower,
@@ -28,39 +28,9 @@ from tests.support.store_helpers import (
 )
 
 
-class Device:
-    """Notes the batches that the tower runs, and does what a test says before each."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.batches: list[int] = []
-        self.before = lambda frames: None
-        self.after = lambda features: features
-        forward = Backbone.forward
-
-        def noted(backbone: Backbone, frames: torch.Tensor) -> Features:
-            self.before(frames)
-            self.batches.append(len(frames))
-            return self.after(forward(backbone, frames))
-
-        monkeypatch.setattr(Backbone, "forward", noted)
-
-
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     return Device(monkeypatch)
-
-
-def extract_in(batch: int, clips, cache: Path, **options):
-    outages: list[str] = []
-    told: list[bool] = []
-    with one_thread():
-        result = extract(
-            small_job(clips, cache, spec=options.pop("spec", None)),
-            options=ExtractOptions(batch=batch, decode_workers=1, **options),
-            on_clip=told.append,
-            on_outage=outages.append,
-        )
-    return result, told, outages
 
 
 def environments(cache: Path) -> list[dict]:
@@ -112,12 +82,6 @@ def test_out_of_memory_for_a_single_sample_is_an_error(motions: Path, tmp_path: 
     with pytest.raises(torch.OutOfMemoryError):
         extract_in(2, load_clips(motions), tmp_path / "cache")
     assert list((tmp_path / "cache" / "locks").glob("0*.lock")) == []
-
-
-def overflown(features: Features, slots: slice) -> Features:
-    for tokens in features.tokens.values():
-        tokens[slots, 0, 0, 0] = torch.inf
-    return features
 
 
 def float16_spec(clips, folder: Path):

@@ -30,7 +30,7 @@ def tasks():
 
 expected = crop()
 before = tasks()
-with ThreadPoolExecutor(3, initializer=begin_crop_thread) as pool:
+with ThreadPoolExecutor(3, initializer=begin_crop_thread, initargs=(True,)) as pool:
     found = list(pool.map(crop_together, range(3)))
     print(tasks() - before, found)
 later = []

@@ -28,6 +28,7 @@ from evl_cache.extract.block import ExtractedBlock
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.redo import BlockRedo, KeptRows, failed_rows, rows_by_block
+from evl_cache.extract.stage_seconds import StageSeconds
 from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import (
     LOCKS_NAME,
@@ -77,6 +78,7 @@ class SimulatedExtractor:
     """Takes time, and gives rows that tell their block and, where that differs, the processor."""
 
     def __init__(self, process: Process, spec: CacheSpec, runtime: Runtime) -> None:
+        self.waited = StageSeconds()
         self._process, self._spec, self._runtime = process, spec, runtime
         self._begun: list[SimulatedBlock] = []
 
@@ -101,7 +103,9 @@ class SimulatedExtractor:
         return self._begun[-1]
 
     def wait(self, seconds: float) -> None:
-        """Extract the first block that was begun."""
+        """Extract the first block that was begun, if there is time."""
+        if seconds == 0:
+            return
         begun = self._begun[0]
         kept = begun.kept
         for row in self._spec.clips_of_block(begun.block):
