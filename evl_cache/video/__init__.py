@@ -88,7 +88,8 @@ def doubt(path: str | Path, decoder: str) -> str | None:
         if packets.is_mirrored:
             return packets.only_pyav
         return None if is_first_stream(path) else "another of its video streams was taken"
-    return packets.unproved or packets.only_pyav
+    is_old = decoder.startswith("decord 0.")  # decord2 was recorded as decord too, by its own version
+    return packets.unproved or (packets.only_pyav_or_decord2 if is_old else packets.only_pyav)
 
 
 def _decoded(path: str | Path, choose: Choose, options: DecodeOptions) -> Iterator[FrameEvent]:

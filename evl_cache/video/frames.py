@@ -98,7 +98,8 @@ class DecodeOptions:
             raise UsageError(f"decoder {self.decoder!r}; expected one of {', '.join(DECODERS)}")
         if self.decoder == "decord" and not has_decord():
             raise UsageError(
-                "decoder 'decord' is not installed; pip install decord2 (or decord, its predecessor), or use --decoder auto"
+                "decoder 'decord' is not installed; pip install decord2 (or decord, its predecessor; where one of them "
+                "was there before, first pip uninstall decord decord2), or use --decoder auto"
             )
         if self.decoder == "torchcodec" and importlib.util.find_spec("torchcodec") is None:
             raise UsageError(

@@ -7,7 +7,7 @@ files prove that this cannot happen; all other files are decoded from their star
 import os
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from evl_cache.errors import ClipError
 from evl_cache.video import h264
 from evl_cache.video.orientation import display_matrix, is_plain_turn
-from evl_cache.video.pixels import decord_converts_alike
+from evl_cache.video.pixels import MISCOPIED_WIDTHS, OLD_MISCOPIED_WIDTHS, decord_converts_alike
 from evl_cache.video.pyav_messages import listening
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ class Packets:
         lost: what shows that data of the file are missing, so that frames after them have other numbers; None where
             nothing does.
         only_pyav: why another decoder may give other pixels; None where they are the same.
+        only_pyav_or_decord2: why decord 0.6 may, which served caches before decord2 did; None where it did not.
         is_mirrored: whether its pictures are mirrored, or turned by no right angle.
         codec: FFmpeg's name of it.
         frame_bytes: bytes of a frame as RGB.
@@ -59,6 +60,7 @@ class Packets:
     has_hidden: bool = False
     lost: str | None = None
     only_pyav: str | None = None
+    only_pyav_or_decord2: str | None = None
     is_mirrored: bool = False
     codec: str
     frame_bytes: int
@@ -235,7 +237,7 @@ class _Reading:
             first = next(container.decode(stream), None)
             return first is None or not is_plain_turn(display_matrix(first))
 
-    def _other_pixels(self) -> str | None:
+    def _other_pixels(self, miscopied: Set[int]) -> str | None:
         coded = self._stream.codec_context
         if self._has_matrix and not self._container.format.name.startswith("mov"):
             return "decord does not turn files of its kind"
@@ -245,7 +247,7 @@ class _Reading:
             return "decord turns it by a tag that others ignore"
         if len(self._container.streams.video) > 1:
             return "it has several video streams"
-        if not decord_converts_alike(coded):
+        if not decord_converts_alike(coded, miscopied=miscopied):
             return f"its colours or sizes ({coded.pix_fmt}, {coded.width} x {coded.height}) are converted in several ways"
         if self._changes_pictures or (self._codec == "h264" and not h264.is_progressive(coded.extradata)):
             return "it may be interlaced"
@@ -297,13 +299,18 @@ class _Reading:
             doubt = "its times may be those at which frames are decoded"
         if doubt is None and sum(entry.is_keyframe for entry in self._stream.index_entries) > len(keys):
             doubt = "its index calls frames key frames that are none"
+        only_pyav = _MIRRORED if is_mirrored else self._other_pixels(MISCOPIED_WIDTHS)
+        only_pyav_or_decord2 = only_pyav
+        if only_pyav is not None and not is_mirrored:  # of fewer widths
+            only_pyav_or_decord2 = self._other_pixels(OLD_MISCOPIED_WIDTHS)
         return Packets(
             count=self._count,
             times=() if doubt else times,
             keys=() if doubt else keys,
             unproved=doubt,
             has_hidden=self._has_hidden,
-            only_pyav=_MIRRORED if is_mirrored else self._other_pixels(),
+            only_pyav=only_pyav,
+            only_pyav_or_decord2=only_pyav_or_decord2,
             is_mirrored=is_mirrored,
             codec=self._codec,
             frame_bytes=3 * coded.width * coded.height,

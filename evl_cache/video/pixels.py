@@ -7,6 +7,7 @@ swscale interpolates chroma, bicubically for decord and bilinearly for PyAV, or 
 
 import errno
 import warnings
+from collections.abc import Set
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +21,9 @@ _ALIKE_FORMATS = ("yuv420p", "yuvj420p")
 # Numbers of ITU-T H.273. swscale refuses the others; FFmpeg before 8 converted them as if they were BT.601.
 _CONVERTED_MATRICES = (0, 1, 2, 3, 4, 5, 6, 7, 9)
 _BT2020_CONSTANT_LUMINANCE = 10
-# Of 1 to 2,100: decord fails with an error about sizes (72), decord2 does (32, 96, 144), or both do.
-_MISCOPIED_WIDTHS = frozenset((1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 72, 96, 144))
+# Of 1 to 2,100: decord 0.6 fails with an error about sizes. decord2 does not at 72, but at three others.
+OLD_MISCOPIED_WIDTHS = frozenset((1, 2, 3, 4, 6, 8, 12, 16, 24, 48, 72))
+MISCOPIED_WIDTHS = OLD_MISCOPIED_WIDTHS | {32, 96, 144}
 
 
 def rgb(frame: "av.VideoFrame") -> np.ndarray:
@@ -52,15 +54,18 @@ def rgb(frame: "av.VideoFrame") -> np.ndarray:
     return picture
 
 
-def decord_converts_alike(coded: "av.VideoCodecContext") -> bool:
+def decord_converts_alike(coded: "av.VideoCodecContext", *, miscopied: Set[int] = MISCOPIED_WIDTHS) -> bool:
     """Whether decord gives the same RGB as `rgb` for a stream's pictures, as far as it can be told before they are decoded.
 
     Of H.264, `h264.is_progressive` and `h264.changes_pictures` must be asked as well; of MPEG-4 both decoders differ by 1
     or 2 of 255 in some pixels even so.
+
+    Args:
+        miscopied: widths that are not for it; by default those of decord and those of decord2.
     """
     return (
         coded.pix_fmt in _ALIKE_FORMATS
         and coded.height % 2 == 0
-        and coded.width not in _MISCOPIED_WIDTHS
+        and coded.width not in miscopied
         and int(coded.colorspace) in _CONVERTED_MATRICES
     )

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 from importlib.metadata import distribution
 from pathlib import Path
@@ -130,6 +131,27 @@ def test_the_installed_version_is_the_packages_own():
     assert distribution("evl-cache").version == evl_cache.__version__
     requirements = [Requirement(text) for text in distribution("evl-cache").requires or ()]
     assert {"torch", "zarr", "click"} <= {requirement.name for requirement in requirements}
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "python", "is_asked_for"),
+    [
+        ("linux", "x86_64", "3.11", True),
+        ("linux", "aarch64", "3.14", True),
+        ("win32", "AMD64", "3.14", True),
+        ("linux", "ppc64le", "3.13", False),
+        ("linux", "x86_64", "3.15", False),  # none for it yet, and no sources
+        ("darwin", "arm64", "3.13", False),  # for macOS 14 only: pip would fail on those before
+        ("darwin", "x86_64", "3.13", False),
+        ("win32", "ARM64", "3.13", False),
+    ],
+)
+def test_decord2_is_asked_for_only_where_each_system_has_a_wheel(system, machine, python, is_asked_for):
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = {asked.name: asked for asked in map(Requirement, project["dependencies"])}
+    marker = requirements["decord2"].marker
+    place = {"sys_platform": system, "platform_machine": machine, "python_version": python}
+    assert marker.evaluate(place) is is_asked_for
 
 
 def test_issue_forms_are_readable_and_those_of_faults_ask_for_info():

@@ -42,3 +42,15 @@ def test_of_several_streams_the_first_is_pyavs_without_doubt(tmp_path: Path) -> 
     path = written(tmp_path / "two.mkv", after=(LARGER,), default=0)
     assert doubt(path, PYAV) is None
     assert doubt(path, DECORD) == "it has several video streams"
+
+
+@pytest.mark.parametrize("width", [32, 96, 144])
+def test_what_decord_served_rightly_is_not_doubtful_as_decord2_could_not(tmp_path: Path, width: int) -> None:
+    path = written(tmp_path / "narrow.mp4", h264(width=width, height=96))
+    assert doubt(path, DECORD) is None
+    assert "96) are converted in several ways" in str(doubt(path, "decord 3.4.0"))
+
+
+def test_widths_that_decord_itself_copied_wrongly_are_doubtful(tmp_path: Path) -> None:
+    path = written(tmp_path / "narrow.mp4", h264(width=72, height=96))
+    assert "72 x 96" in str(doubt(path, DECORD))
