@@ -29,10 +29,12 @@ from evl_cache.store.disk import publish
 from evl_cache.store.disk.checksum import crc32c
 from evl_cache.store.disk.publish import StagedFile, is_staging_name
 from evl_cache.store.format.layout import ArrayLayout
-from evl_cache.store.writing.block_writer import ROWS_IN_FLIGHT
+from evl_cache.store.format.size import sample_nbytes
+from evl_cache.store.writing.block_writer import rows_in_flight
 from tests.support.feature_caches import TOWER, VIEWS, clip_list
 
 LIMIT_S = 60.0  # that no thread comes near
+MOST = 16  # small rows in flight
 LAYERS, FAILED = (2, 3, 4), (1, 6)
 # Chunks of tokens are large, and their files longer than a huge page; the others are small.
 LARGE = replace(TOWER, image_size=112, patch_size=8, width=192)
@@ -41,9 +43,17 @@ Rows = list[dict[str, np.ndarray[Any, Any]] | None]
 
 def make_spec(clips: int, **changes: Any) -> CacheSpec:
     clip = clip_list([0] * clips, classes=1)
-    fields = {"tower": LARGE, "tokens": "int8", "maps": "uint8", "codec": "default", "block_clips": clips}
+    fields = {
+        "tower": LARGE,
+        "views": VIEWS,
+        "layers": LAYERS,
+        "tokens": "int8",
+        "maps": "uint8",
+        "codec": "default",
+        "block_clips": clips,
+    }
     return CacheSpec(
-        dataset="test", split="train", classes=clip.classes, views=VIEWS, layers=LAYERS,
+        dataset="test", split="train", classes=clip.classes,
         compute_dtype="float32", num_clips=clips, content_id=clip.content_id, **{**fields, **changes},
     )  # fmt: skip
 
@@ -153,7 +163,7 @@ def left_behind(cache: Path) -> list[str]:
 def test_an_error_in_one_appender_reaches_the_owner_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    spec = make_spec(3 * ROWS_IN_FLIGHT, tower=TOWER if name == "map_scale" else LARGE)
+    spec = make_spec(3 * MOST, tower=TOWER if name == "map_scale" else LARGE)
     (row, *_) = make_rows(replace(spec, num_clips=1))
     write, count = StagedFile.write, iter(range(10**6))
 
@@ -191,7 +201,7 @@ def test_a_row_that_cannot_be_compressed_is_the_owners_error(tmp_path: Path) -> 
 
 
 def test_rows_in_flight_are_bounded_and_no_caller_waits_for_fewer(tmp_path: Path) -> None:
-    spec = make_spec(ROWS_IN_FLIGHT + 1, tower=TOWER)
+    spec = make_spec(MOST + 1, tower=TOWER)
     rows, appended = make_rows(spec), threading.Semaphore(0)
     may_encode = threading.Event()
 
@@ -203,7 +213,7 @@ def test_rows_in_flight_are_bounded_and_no_caller_waits_for_fewer(tmp_path: Path
     with begun(tmp_path / "cache", spec, threads=1) as writer, ThreadPoolExecutor(1) as caller:
         busy = writer._encoders.submit(may_encode.wait, LIMIT_S)
         appending = caller.submit(append_all, writer)
-        for _ in range(ROWS_IN_FLIGHT):
+        for _ in range(MOST):
             assert appended.acquire(timeout=LIMIT_S)
         assert not appended.acquire(timeout=0.1)
         may_encode.set()
@@ -214,12 +224,12 @@ def test_rows_in_flight_are_bounded_and_no_caller_waits_for_fewer(tmp_path: Path
 
 
 def test_a_block_that_is_closed_under_load_stops_and_tells_who_appends(tmp_path: Path) -> None:
-    spec = make_spec(2 * ROWS_IN_FLIGHT + 1, tower=TOWER)
+    spec = make_spec(2 * MOST + 1, tower=TOWER)
     rows, may_encode, is_full = make_rows(spec), threading.Event(), threading.Event()
 
     def append_all(writer: BlockWriter) -> None:
         for number, row in enumerate(rows):
-            if number == ROWS_IN_FLIGHT:
+            if number == MOST:
                 is_full.set()
             writer.append(row)
 
@@ -236,7 +246,55 @@ def test_a_block_that_is_closed_under_load_stops_and_tells_who_appends(tmp_path:
     assert left_behind(tmp_path / "cache") == []
 
 
-def test_opening_a_later_block_syncs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_appends_or_commits_after_a_close_under_load_hears_that_it_is_closed(tmp_path: Path) -> None:
+    spec, may_encode = make_spec(4, tower=TOWER), threading.Event()
+    rows = make_rows(spec)
+    with begun(tmp_path / "cache", spec, threads=1) as writer, ThreadPoolExecutor(1) as other:
+        writer._encoders.submit(may_encode.wait, LIMIT_S)
+        writer.append(rows[0])
+        closing = other.submit(writer.close)
+        while not writer._is_closed:
+            pass
+        may_encode.set()
+        closing.result(LIMIT_S)
+        with pytest.raises(UsageError, match="is closed"):
+            writer.append(rows[1])
+        with pytest.raises(UsageError, match="is closed"):
+            writer.append_stored({})
+        with pytest.raises(UsageError, match="is closed"):
+            writer.commit(records(spec), {})
+
+
+def test_a_stored_row_that_lacks_an_array_keeps_its_block_from_being_committed(tmp_path: Path) -> None:
+    """It may be in some arrays and not in others."""
+    spec = make_spec(1)
+    stored = {name: [b"chunk"] * len(LAYERS) for name in array_layouts(spec)}
+    del stored["class_tokens"]
+    with begun(tmp_path / "cache", spec) as writer:
+        with pytest.raises(KeyError, match="class_tokens"):
+            writer.append_stored(stored)
+        with pytest.raises(KeyError, match="class_tokens"):
+            writer.append_stored(stored)
+        with pytest.raises(KeyError, match="class_tokens"):
+            writer.commit(records(spec), {})
+    assert valid_mark(tmp_path / "cache", spec, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("image_size", "frames", "layers", "nbytes", "rows"),
+    [(336, 32, 24, 952e6, 2), (224, 16, 24, 150e6, 3), (224, 16, 12, 75e6, 7), (224, 16, 4, 25e6, 16)],
+)
+def test_rows_in_flight_go_by_their_bytes(
+    image_size: int, frames: int, layers: int, nbytes: float, rows: int
+) -> None:
+    """Rows of CLIP's L/14: half a gigabyte of them, two at least and sixteen at most."""
+    tower = replace(TOWER, image_size=image_size, patch_size=14, width=1024, blocks=24)
+    spec = make_spec(64, tower=tower, views=replace(VIEWS, frames=frames), layers=tuple(range(1, layers + 1)))
+    assert sample_nbytes(spec)[0] == pytest.approx(nbytes, rel=0.01)
+    assert rows_in_flight(spec) == rows
+
+
+def test_opening_a_block_syncs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A sync would wait for what the block before has on its way to the disk."""
     spec = make_spec(4, tower=TOWER, block_clips=2)
     synced: list[int] = []
@@ -273,10 +331,8 @@ def test_every_file_is_safe_before_one_has_its_name_and_every_name_before_the_ma
         calls.clear()
         writer.commit(records(spec), {})
     arrays = array_layouts(spec).values()
-    # Directories on the way to the files, each once, and the mark's own bytes.
-    ways = {
-        parent for layout in arrays for parent in layout.shard(Path(), 0).parents if len(parent.parts) > 1
-    }
+    # The cache's directory and those on the way to the files, each once, and the mark's own bytes.
+    ways = {parent for layout in arrays for parent in layout.shard(Path(), 0).parents}
     files, names = ["sync"] * len(arrays), ["name "] * len(arrays)
     assert calls == [*files, *names, *["sync"] * (len(ways) + 1), "name .json", "sync"]
 

@@ -1,14 +1,19 @@
 """A copy put over another cache: what is good there is not lost, neither by failures in the source nor by a bad transfer."""
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from evl_cache.caches.share import pull, push
 from evl_cache.errors import CacheDamaged, CacheError
-from evl_cache.store import FeatureCache, verify_cache
-from evl_cache.store.format.layout import MANIFEST_NAME, redo_path
+from evl_cache.store import LOCKS_NAME, FeatureCache, LockWatcher, array_layouts, valid_mark, verify_cache
+from evl_cache.store.disk.directories import make_directories
+from evl_cache.store.format.layout import MANIFEST_NAME, mark_path, redo_path
+from evl_cache.store.writing import publication
 from tests.support.feature_caches import write_cache
 from tests.support.store_helpers import clear_mark, differences, tree
 
@@ -79,3 +84,79 @@ def test_an_unfinished_cache_leaves_a_complete_one_complete(whole: Path, worse: 
     assert FeatureCache(whole).is_complete
     assert (whole / MANIFEST_NAME).exists()
     assert verify_cache(whole).problems == ()
+
+
+def ways(cache: Path, block: int) -> set[Path]:
+    """A cache's directory, and all on the way to the files of a block."""
+    shards = [layout.shard(cache, block) for layout in array_layouts(FeatureCache(cache).spec).values()]
+    return {parent for shard in shards for parent in shard.parents if parent.is_relative_to(cache)}
+
+
+@pytest.fixture
+def marked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, list[Path]]]:
+    """Marks as they are written, each with the directories that were synced since the one before."""
+    synced, found = list[Path](), list[tuple[Path, list[Path]]]()
+    sync, write = os.fsync, publication.write_atomic
+
+    def fsync(descriptor: int) -> None:
+        sync(descriptor)
+        synced.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")))
+
+    def write_atomic(path: Path, content: bytes, **options: Any) -> bool:
+        found.append((path, [path for path in synced if path.is_dir()]))
+        synced.clear()
+        return write(path, content, **options)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(publication, "write_atomic", write_atomic)
+    return found
+
+
+@pytest.mark.parametrize("has_files", [False, True], ids=["directories", "names too"])
+@pytest.mark.parametrize(
+    "copy",
+    [lambda a, b: push(a, str(b), threads=1), lambda a, b: pull(str(a), str(b), threads=1)],
+    ids=["push", "pull"],
+)
+def test_what_a_dead_job_left_unsynced_is_synced_before_a_copy_puts_its_mark(
+    whole: Path,
+    tmp_path: Path,
+    marked: list[tuple[Path, list[Path]]],
+    copy: Callable[..., object],
+    has_files: bool,
+) -> None:
+    """A job that extracts syncs no directory before its block is ready, and may be killed until then."""
+    target = tmp_path / "target"
+    pull(str(whole), str(target))
+    (target / MANIFEST_NAME).unlink()
+    spec = FeatureCache(whole).spec
+    for block in range(spec.num_blocks):
+        mark_path(target, block).unlink()
+        for layout in array_layouts(spec).values():
+            if not has_files:
+                layout.shard(target, block).unlink()
+            make_directories(layout.shard(target, block).parent, sync=False)
+    marked.clear()
+    copy(whole, target)
+    assert [path for path, _ in marked] == [mark_path(target, block) for block in range(spec.num_blocks)]
+    for block, (_, synced) in enumerate(marked):
+        assert ways(target, block) - set(synced) == set()
+
+
+def test_a_mark_in_place_of_another_comes_after_its_directories_are_synced_once_each(
+    whole: Path, marked: list[tuple[Path, list[Path]]]
+) -> None:
+    spec = FeatureCache(whole).spec
+    mark = valid_mark(whole, spec, 1)
+    assert mark is not None
+    (whole / MANIFEST_NAME).unlink()
+    lock = LockWatcher(whole / LOCKS_NAME).take(1)
+    assert lock is not None
+    with lock:
+        block = publication.BlockPublication(whole, spec, 1, lock=lock)
+        block.publish(replace(mark, environment={"host": "another"}), {})
+    ((path, synced),) = marked
+    assert path == mark_path(whole, 1)
+    assert sorted(directory for directory in synced if directory.name not in ("done", LOCKS_NAME)) == sorted(
+        ways(whole, 1)
+    )

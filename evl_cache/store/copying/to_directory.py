@@ -115,7 +115,7 @@ def _copy_block(source: SourceCache, target: Path, block: int, lock: BlockLock) 
             check_no_links(target, shard.parent)
             if has_digest(shard, promised):
                 continue
-            make_directories(shard.parent)
+            make_directories(shard.parent, sync=False)
             remove_leftovers(shard.parent)
             staged[name] = staging.enter_context(stage_file(shard.parent))
             _receive(source.objects, layout.shard(Path(), block).as_posix(), promised, staged[name])

@@ -1,10 +1,9 @@
 """Writing one block: rows in, shards and the done mark out, whole or not at all. `publication` gives them their names."""
 
-import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,17 @@ from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.layout import ArrayLayout, array_layouts
 from evl_cache.store.format.marks import ClipRecord, Mark
 from evl_cache.store.format.rows import Row
+from evl_cache.store.format.size import sample_nbytes
 from evl_cache.store.shards.codec import EncodedChunk, scratch
 from evl_cache.store.shards.shard import ShardWriter
 from evl_cache.store.writing.finish import remove_leftovers
 from evl_cache.store.writing.publication import BlockPublication
 from evl_cache.store.writing.stored_rows import StoredRow
 
-ROWS_IN_FLIGHT = 16  # rows being compressed or waiting for the disk: what bounds the memory of a block
+# Rows being compressed or waiting for the disk, by their bytes before the codec: what bounds the memory of a block. One
+# waits while one is written in any case; more than the most would make nothing faster.
+_IN_FLIGHT_NBYTES = 512 << 20
+_FEWEST_IN_FLIGHT, _MOST_IN_FLIGHT = 2, 16
 _SMALL_NBYTES = (
     1 << 16
 )  # arrays of smaller chunks are compressed by one task, and share a thread that appends
@@ -42,9 +45,13 @@ class _Appender:
 
     names: Sequence[str]
     thread: Executor
-    room: threading.BoundedSemaphore = field(
-        default_factory=lambda: threading.BoundedSemaphore(ROWS_IN_FLIGHT)
-    )
+    room: threading.BoundedSemaphore
+
+
+def rows_in_flight(spec: CacheSpec) -> int:
+    """Return how many rows of a block may be compressed or wait for the disk at a time."""
+    row_nbytes, _ = sample_nbytes(spec)
+    return min(max(_IN_FLIGHT_NBYTES // row_nbytes, _FEWEST_IN_FLIGHT), _MOST_IN_FLIGHT)
 
 
 class BlockWriter:
@@ -73,12 +80,11 @@ class BlockWriter:
         self._layouts = array_layouts(spec)
         self._staged: dict[str, StagedFile] = {}
         self._writers: dict[str, ShardWriter] = {}
-        self._unsynced: dict[Path, None] = {}
         self._publication = BlockPublication(cache_path, spec, block, lock=lock, runtime=runtime)
-        large = [name for name, layout in self._layouts.items() if _chunk_nbytes(layout) >= _SMALL_NBYTES]
+        large = [name for name, layout in self._layouts.items() if layout.chunk_nbytes >= _SMALL_NBYTES]
         small = [name for name in self._layouts if name not in large]
         self._appenders = [
-            _Appender(names, runtime.executor("append"))
+            _Appender(names, runtime.executor("append"), threading.BoundedSemaphore(rows_in_flight(spec)))
             for names in [*([name] for name in large), small]
             if names
         ]
@@ -98,36 +104,28 @@ class BlockWriter:
 
         Raises: what went wrong with an earlier row; UsageError where the writer is closed.
         """
-        self._wait_for_room()
-        try:
-            for appender in self._appenders:
-                if row is None:
-                    self._submit(appender, self._missing(appender.names))
-                else:
-                    self._submit(appender, _results(self._encoding(appender.names, row)))
-        except BaseException as error:  # the row may be in some arrays and not in others
-            self._note(error)
-            raise
+        if row is None:
+            self._hand_over(self._missing)
+        else:
+            self._hand_over(lambda names: _results(self._encoding(names, row)))
 
     def append_stored(self, row: StoredRow) -> None:
         """Hand over the next sample's row as it lies in a file of this block. Waits and raises as `append`."""
-        self._wait_for_room()
-        for appender in self._appenders:
-            self._submit(appender, [(name, chunk, None) for name in appender.names for chunk in row[name]])
+        self._hand_over(lambda names: [(name, chunk, None) for name in names for chunk in row[name]])
 
     def commit(self, clips: Sequence[ClipRecord], environment: Mapping[str, Any]) -> Mark:
         """Publish the block and its mark.
 
         Returns: the mark that stands: this one, or an equal block's that another job finished meanwhile.
         Raises: RowsAtStake where the block has features that would be lost; BlockLost where another job holds the
-            block now; CacheError where the disk refuses.
+            block now; CacheError where the disk refuses; otherwise as `append`.
         """
         for appender in self._appenders:
             appender.thread.shutdown(wait=True)
-        self._raise_failure()
+        self._check_usable()
         records = {name: writer.close() for name, writer in self._writers.items()}
         mark = Mark(block=self.block, files=records, clips=tuple(clips), environment=environment)
-        return self._publication.publish(mark, self._staged, unsynced=self._unsynced)
+        return self._publication.publish(mark, self._staged)
 
     def close(self) -> None:
         """Stop the threads and remove what was not published. Who waits in `append` gets an error."""
@@ -140,27 +138,27 @@ class BlockWriter:
     def _open(self, name: str, layout: ArrayLayout) -> None:
         directory = layout.shard(self.cache_path, self.block).parent
         check_no_links(self.cache_path, directory)
-        # What all blocks share is durable before any of them writes. A block's own directories need not be before its
-        # mark is, and a sync now would wait for the data of the blocks before; those that a job left that died may not
-        # have been synced either.
-        shared = self.cache_path / name / directory.relative_to(self.cache_path / name).parts[0]
-        make_directories(shared)
+        # The publication syncs before the mark. A sync now would wait for the data of the blocks before.
         is_new = make_directories(directory, sync=False)
-        own = (parent for parent in directory.parents if parent.is_relative_to(shared))
-        self._unsynced |= dict.fromkeys(own)
         if not is_new and self._lock.is_held():
             remove_leftovers(directory)
         self._staged[name] = stage_file(directory)
         grid = (self.spec.block_samples, len(self.spec.stored_layers))
         self._writers[name] = ShardWriter(self._staged[name], grid=grid, codec=layout.codec)
 
-    def _wait_for_room(self) -> None:
-        self._raise_failure()
+    def _hand_over(self, chunks: Callable[[Sequence[str]], Iterable[_NextChunk]]) -> None:
+        """Give every appender its arrays' chunks of the next row, once there is room."""
+        self._check_usable()
         for appender in self._appenders:
             appender.room.acquire()
-        self._raise_failure()
-        if self._is_closed:
-            raise UsageError(f"block {self.block} is closed: append before it is closed")
+        self._check_usable()
+        try:
+            for appender in self._appenders:
+                self._submit(appender, chunks(appender.names))
+        except BaseException as error:  # the row may be in some arrays and not in others
+            self._note(error)
+            self._check_open()  # a thread that was stopped meanwhile takes nothing
+            raise
 
     def _encoding(self, names: Sequence[str], row: Row) -> list[Future[list[_NextChunk]]]:
         layers = range(len(self.spec.stored_layers))
@@ -191,20 +189,22 @@ class BlockWriter:
             self._note(error)  # for the thread that owns the block
 
     def _note(self, error: BaseException) -> None:
-        self._failure = self._failure or error
+        if not (self._is_closed and isinstance(error, CancelledError)):  # closing cancels: that is no failure
+            self._failure = self._failure or error
 
-    def _raise_failure(self) -> None:
+    def _check_usable(self) -> None:
+        self._check_open()
         if self._failure is not None:
             raise self._failure
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise UsageError(f"block {self.block} is closed: append and commit before it is closed")
 
 
 def _results(parts: Sequence[Future[list[_NextChunk]]]) -> Iterable[_NextChunk]:
     for part in parts:
         yield from part.result()
-
-
-def _chunk_nbytes(layout: ArrayLayout) -> int:
-    return math.prod(layout.chunk_shape) * np.dtype(layout.dtype).itemsize
 
 
 def _encoded(layout: ArrayLayout, chunk: np.ndarray[Any, Any]) -> EncodedChunk:

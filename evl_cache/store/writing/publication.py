@@ -7,7 +7,7 @@ promises. `redo_path` tells whoever comes after a redo that was killed halfway. 
 """
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, reason_alone
@@ -95,6 +95,9 @@ def clips_there(cache_path: Path, spec: CacheSpec, block: int) -> tuple[bool, ..
 class BlockPublication:
     """Publishes one block, under its lock.
 
+    Before every mark it syncs all directories on the way to the block's files. Nobody else has to, and those that a job
+    left that died are synced as well.
+
     Args:
         lock: held by this process; others may take it over where this one is paused for long.
         runtime: gives the threads that sync.
@@ -108,17 +111,13 @@ class BlockPublication:
         self._layouts = array_layouts(spec)
         self._mark_path = mark_path(cache_path, block)
         make_directories(self._mark_path.parent)  # what copies a cache may leave empty directories out
+        shards = [layout.shard(cache_path, block) for layout in self._layouts.values()]
+        ways = (parent for shard in shards for parent in shard.parents if parent.is_relative_to(cache_path))
+        self._directories = tuple(dict.fromkeys(ways))
         self._mark_before = file_identity(self._mark_path)
         self.is_redo = _was_marked(cache_path, block)
 
-    def publish(
-        self,
-        mark: Mark,
-        staged: Mapping[str, StagedFile],
-        *,
-        written: bytes | None = None,
-        unsynced: Collection[Path] = (),
-    ) -> Mark:
+    def publish(self, mark: Mark, staged: Mapping[str, StagedFile], *, written: bytes | None = None) -> Mark:
         """Give the block these files and this mark.
 
         The files are synced at once, then named, then the directories are synced at once; then comes the mark.
@@ -126,7 +125,6 @@ class BlockPublication:
         Args:
             staged: by array; left out where the right file is there already.
             written: the mark's bytes, where another cache has them.
-            unsynced: directories whose names may not be durable yet, beside those of the files.
 
         Returns: the mark that stands: this one, or an equal block's that another job finished meanwhile.
         Raises: RowsAtStake; BlockLost where another job holds the block now; CacheError where the disk refuses.
@@ -136,7 +134,7 @@ class BlockPublication:
         try:
             if self._is_done_meanwhile():
                 raise self._lost()
-            with StagedBlock(staged, unsynced, self._runtime) as block:
+            with StagedBlock(staged, self._directories, self._runtime) as block:
                 publish = self._replace_block if self.is_redo else self._publish_block
                 return publish(mark, content, block)
         except CacheError as error:
@@ -154,11 +152,8 @@ class BlockPublication:
         if not self._lock.is_held():
             raise self._lost()
 
-    def publish_file(self, name: str, file: StagedFile, *, sync_directory: bool = True) -> None:
-        """Give one array's file its name, in a block that has no mark. Errors as `publish`.
-
-        Where `sync_directory` is false, the caller syncs the directory before the mark comes.
-        """
+    def publish_file(self, name: str, file: StagedFile) -> None:
+        """Give one array's file its name, in a block that has no mark; durable with the mark. Errors as `publish`."""
         path = self._layouts[name].shard(self._cache_path, self._block)
         check_no_links(self._cache_path, path.parent)
         # What is there was left by a job that died before its mark, or is of one that took the block over. The right
@@ -167,10 +162,21 @@ class BlockPublication:
             self.check_lock()
             remove_file(path)
         with contextlib.suppress(AlreadyPublished):
-            file.publish(path, sync_directory=sync_directory)
+            file.publish(path, sync_directory=False)
 
     def publish_mark(self, mark: Mark, content: bytes) -> Mark:
         """Give a block that had no mark, and whose files lie there, its mark. Errors as `publish`."""
+        with StagedBlock({}, self._directories, self._runtime) as block:
+            block.sync_names()
+        return self._write_mark(mark, content)
+
+    def check_nothing_lost(self, mark: Mark) -> None:
+        """Check that the block may be replaced by what a mark describes. Raises: RowsAtStake."""
+        if self.is_redo:
+            there = clips_there(self._cache_path, self._spec, self._block)
+            check_nothing_lost(mark.clips, there, place=str(self._cache_path), block=self._block)
+
+    def _write_mark(self, mark: Mark, content: bytes) -> Mark:
         self.check_lock()
         try:
             write_atomic(self._mark_path, content, replace=False)
@@ -183,20 +189,14 @@ class BlockPublication:
             write_atomic(self._mark_path, content)
         return self._written_mark()
 
-    def check_nothing_lost(self, mark: Mark) -> None:
-        """Check that the block may be replaced by what a mark describes. Raises: RowsAtStake."""
-        if self.is_redo:
-            there = clips_there(self._cache_path, self._spec, self._block)
-            check_nothing_lost(mark.clips, there, place=str(self._cache_path), block=self._block)
-
     def _publish_block(self, mark: Mark, content: bytes, staged: StagedBlock) -> Mark:
         staged.seal()
         for name, file in staged.files.items():
-            self.publish_file(name, file, sync_directory=False)
+            self.publish_file(name, file)
         staged.sync_names()
         if not self._written_lies_there(staged):
             raise self._lost()
-        found = self.publish_mark(mark, content)
+        found = self._write_mark(mark, content)
         # Whoever took the block over before this look may have changed its files after the look above; whoever
         # takes it over from now on finds the mark.
         if not self._lock.is_held() and not self._lies_there(found.files):

@@ -1,6 +1,6 @@
 """The files of one block before they have their names: what may happen to all of them at once does."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
@@ -20,13 +20,15 @@ class StagedBlock:
     """Staged files by array. A context manager, which ends its threads; the files are the caller's to discard.
 
     Args:
-        unsynced: directories whose names may not be durable yet, beside those of the files.
+        directories: on the way to the block's files; whoever made them, or gave a file its name, may have died since.
         runtime: gives the threads.
     """
 
-    def __init__(self, files: Mapping[str, StagedFile], unsynced: Collection[Path], runtime: Runtime) -> None:
+    def __init__(
+        self, files: Mapping[str, StagedFile], directories: Iterable[Path], runtime: Runtime
+    ) -> None:
         self.files = files
-        self._unsynced = unsynced
+        self._directories = directories
         self._threads = runtime.executor("sync", threads=_AT_ONCE)
 
     def seal(self) -> None:
@@ -35,8 +37,7 @@ class StagedBlock:
 
     def sync_names(self) -> None:
         """Make the names in all directories durable. Raises: CacheError."""
-        directories = [file.path.parent for file in self.files.values()]
-        self._each(fsync_directory, dict.fromkeys([*directories, *self._unsynced]))
+        self._each(fsync_directory, self._directories)
 
     def lies_at(self, paths: Mapping[str, Path]) -> bool:
         """Whether paths, by array, lead to what was written. A CRC is enough against accidents, and ten times as fast.
