@@ -220,7 +220,9 @@ def estimate(arguments: argparse.Namespace, scratch: Path, measured: dict[str, A
     """Predicted samples a second beside those measured, of the stub, and where `bare` was measured, of the tower."""
     costs, cores = core_costs(scratch), len(os.sched_getaffinity(0))
     result: dict[str, Any] = {"core_costs": {name: round(value, 2) for name, value in asdict(costs).items()}}
-    rates = {"written": (None, BLOCK * arguments.blocks, measured[_CODECS["default"]], 1e-9)}
+    rates: dict[str, tuple[Tower | None, int, float, float]] = {
+        "written": (None, BLOCK * arguments.blocks, measured[_CODECS["default"]], 1e-9)
+    }
     if arguments.is_gpu and "bare_clips_per_s" in measured:
         tower, device_s = build_tower(arguments.model, "none"), 1 / measured["bare_clips_per_s"]
         rates["tower"] = (tower, arguments.clips, measured["ours_clips_per_s"], device_s)

@@ -63,7 +63,10 @@ def _processor_s(scratch: Path, rows: list[Row], samples: int, codec: str, round
 
 
 def rows_ms(spec: CacheSpec, device: str, *, batch: int, rounds: int = 3) -> float:
-    """Measure the processor time of a sample's row, made alone: of all threads, a batch at a time as stage one makes them."""
+    """Measure the processor time of a sample's row, made alone, a batch at a time as stage one makes them.
+
+    It is that of all threads; beside a GPU, which makes the rows, that of starting its work and of waiting for it.
+    """
     views = spec.views.frames, 3, spec.tower.image_size, spec.tower.image_size
     features = StubTower(spec, device)(torch.empty(1).expand(batch, *views))
     tokens = [features.tokens[layer] for layer in spec.stored_layers]
