@@ -2,15 +2,19 @@
 
 import os
 import shutil
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from benchmarks.support.memory_extraction import StubTower
 from benchmarks.support.stored_features import as_bytes, generated_rows, write_rows
 from evl_cache.extract.cluster_costs import Assumptions, cluster_costs
 from evl_cache.spec import CacheSpec
-from evl_cache.store import Row
+from evl_cache.store import Row, make_rows
 
 _SYNCED_BYTES = 256 << 20
 
@@ -56,6 +60,23 @@ def _processor_s(scratch: Path, rows: list[Row], samples: int, codec: str, round
         found.append((seconds, sum(file.stat().st_size for file in cache.rglob("c/**/*") if file.is_file())))
         shutil.rmtree(cache)
     return sorted(found[1:])[rounds // 2]
+
+
+def rows_ms(spec: CacheSpec, device: str, *, batch: int, rounds: int = 3) -> float:
+    """Measure the processor time of a sample's row, made alone, a batch at a time as stage one makes them.
+
+    It is that of all threads; beside a GPU, which makes the rows, that of starting its work and of waiting for it.
+    """
+    views = spec.views.frames, 3, spec.tower.image_size, spec.tower.image_size
+    features = StubTower(spec, device)(torch.empty(1).expand(batch, *views))
+    tokens = [features.tokens[layer] for layer in spec.stored_layers]
+    maps = [features.maps[layer] for layer in spec.layers] if features.maps else None
+    took: list[float] = []
+    for _ in range(rounds + 1):  # the first does not count: threads are started
+        began = time.process_time()
+        make_rows(tokens, maps, spec)
+        took.append(time.process_time() - began)
+    return 1e3 * statistics.median(took[1:]) / batch
 
 
 def _sync_s(path: Path) -> float:

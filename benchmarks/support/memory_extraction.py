@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.outlier_features import outlier_features, softmax_maps
-from benchmarks.support.stored_features import LAYERS, VIT_B_16, clip_list
+from benchmarks.support.stored_features import VIT_B_16, clip_list
 from evl_cache.extract import block, stage
 from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.device_pipeline import DevicePipeline
@@ -27,6 +27,7 @@ from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import ClipRecord, create_cache
 from evl_cache.towers import Features, Tower
 
+STORED_LAYERS = 5  # the last ones of a tower, or as many as there are
 DISTINCT = 8  # clips whose frames or features are in memory; clip i has those of i modulo this
 
 
@@ -165,17 +166,17 @@ def memory_job(
     tower: Tower | None = None,
     clips: int,
     block_clips: int = stage.SHARD_SAMPLES,
-    layers: tuple[int, ...] = LAYERS,
     codec: str = "default",
     compute_dtype: str = "float32",
 ) -> ExtractionJob:
-    """Return a job over clips without files, each of which has one view of 8 frames, with maps and int8 rows.
+    """Return a job over clips without files: one view of 8 frames, the tower's last layers, with maps and int8 rows.
 
     Args:
         tower: None for that of a stub, of ViT-B/16's shapes.
     """
     tower = tower or Tower(visual=nn.Identity(), spec=VIT_B_16)
-    listed = clip_list(clips)
+    listed, last = clip_list(clips), tower.spec.blocks
+    layers = tuple(range(max(1, last - STORED_LAYERS + 1), last + 1))
     spec = stage.make_spec(
         listed, dataset="generated", split="train", tower=tower.spec, layers=layers, views=ViewSpec(),
         codec=codec, compute_dtype=compute_dtype,

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from benchmarks import extract as benchmark
-from benchmarks.support.core_costs import CoreCosts, predicted_rate
+from benchmarks.support.core_costs import CoreCosts, predicted_rate, rows_ms
 from benchmarks.support.memory_extraction import (
     StubTower,
+    Written,
     begin,
     blocks_written,
     frames_at_hand,
@@ -74,6 +75,75 @@ def test_a_prediction_adds_up_what_cores_do() -> None:
     assert limit == "cores" and rate == pytest.approx(2 / 0.04)
     rate, limit = predicted_rate(spec, costs, cores=2, rows_ms=10.0, device_s=0.5, border_s=0.0)
     assert limit == "device" and rate == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "layers"), [(24, (20, 21, 22, 23, 24)), (12, (8, 9, 10, 11, 12)), (3, (1, 2, 3))]
+)
+def test_a_job_has_the_last_layers_of_its_tower(blocks: int, layers: tuple[int, ...]) -> None:
+    """Of a ViT-L/14, the passes of half the tower would be measured otherwise, with `--ranks` too."""
+    tower = Tower(visual=nn.Identity(), spec=replace(VIT_B_16, blocks=blocks))
+    assert memory_job(Path("none"), tower=tower, clips=1).spec.layers == layers
+
+
+def noted(monkeypatch: pytest.MonkeyPatch, *, seconds: float) -> list[ExtractionJob]:
+    """Have runs over blocks end at once, in so many seconds by their own clock; their jobs are noted."""
+    jobs: list[ExtractionJob] = []
+
+    def run(job: ExtractionJob, options: ExtractOptions, **_: object) -> Written:
+        jobs.append(job)
+        took = seconds if len(jobs) > 1 else 100 * seconds
+        return Written(
+            samples=job.spec.num_samples, began_s=5.0, ended_s=5.0 + took, processor_s=1.0, stages={}
+        )
+
+    monkeypatch.setattr(benchmark, "blocks_written", run)
+    return jobs
+
+
+def test_the_share_of_the_bare_pass_goes_by_the_time_of_the_blocks_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = noted(monkeypatch, seconds=0.5)
+    monkeypatch.setattr(benchmark, "begin", lambda job: None)
+    monkeypatch.setattr(benchmark.os, "sync", lambda: None)
+    words = "--model evl-tiny --clips 6 --batch 2 --rounds 1".split()
+    found = benchmark.bare(benchmark.parsed(words), tmp_path)
+    assert found["ours_clips_per_s"] == pytest.approx(6 / 0.5)
+    assert found["vs_bare_forward"] == pytest.approx(12 / found["bare_clips_per_s"])
+    assert [job.spec.num_blocks for job in jobs] == [2, 2]
+
+
+def test_the_bare_pass_has_two_blocks_by_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = noted(monkeypatch, seconds=0.5)
+    monkeypatch.setattr(benchmark, "begin", lambda job: None)
+    monkeypatch.setattr(benchmark.os, "sync", lambda: None)
+    found = benchmark.bare(benchmark.parsed("--model evl-tiny --rounds 1".split()), tmp_path)
+    assert found["blocks_of_bare"] == jobs[0].spec.num_blocks == 2
+
+
+def test_passes_of_the_bare_tower_are_those_of_the_blocks() -> None:
+    assert benchmark.passes_of(16, 8, 8) == [8, 8]
+    assert benchmark.passes_of(17, 8, 4) == [4, 4, 4, 4, 1]
+    assert benchmark.passes_of(130, 64, 32) == [32, 32, 32, 32, 2]
+
+
+def test_a_prediction_takes_nothing_from_the_run_that_it_is_held_against(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    costs = CoreCosts(compress_mb_s=1e6, append_mb_s=1e6, disk_gb_s=1e3)
+    monkeypatch.setattr(benchmark, "core_costs", lambda scratch: costs)
+    monkeypatch.setattr(benchmark, "rows_ms", lambda spec, device, batch: 10.0)
+    monkeypatch.setattr(benchmark.os, "sched_getaffinity", lambda pid: {0, 1})
+    measured = {"samples_per_s_written": 50.0, "samples_per_s_written_raw_processor_s_a_sample": 1e3}
+    found = benchmark.estimate(benchmark.parsed(["--parts", "estimate"]), tmp_path, measured)
+    assert found["predicted_written"]["samples_per_s"] == pytest.approx(200.0, rel=0.1)
+    assert found["predicted_written"]["measured_vs_predicted"] == pytest.approx(0.25, rel=0.1)
+
+
+def test_rows_are_measured_alone() -> None:
+    spec = memory_job(Path("none"), tower=SMALL, clips=1).spec
+    assert 0 < rows_ms(spec, "cpu", batch=4, rounds=1) < 1e3
 
 
 def test_what_is_measured_is_chosen_by_part() -> None:
