@@ -364,16 +364,16 @@ def test_a_file_in_the_way_and_a_full_disk_are_one_line_each(
     (tmp_path / "file").write_text("")
     with pytest.raises(CacheError, match=r"cannot create .*file"):
         push(caches / "a", str(tmp_path / "file" / "a"))
-    real = os.write
+    real = os.writev
 
-    def full(descriptor: int, data: bytes) -> int:
+    def full(descriptor: int, data: list[bytes]) -> int:
         if ".tmp-" in os.readlink(f"/proc/self/fd/{descriptor}") and "/tokens/c/4" in os.readlink(
             f"/proc/self/fd/{descriptor}"
         ):
             raise OSError(28, "No space left on device")
         return real(descriptor, data)
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "writev", full)
     with pytest.raises(CacheError, match="No space left on device; free space"):
         push(caches / "a", str(tmp_path / "b"), threads=1)
     monkeypatch.undo()
