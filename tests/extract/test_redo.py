@@ -8,6 +8,7 @@ import random
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,10 +19,12 @@ from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.repair import RepairResult, repair
 from evl_cache.rendered import DEMO_CLASSES
 from evl_cache.store import FeatureCache, verify_cache
-from evl_cache.store.format.layout import redo_path
+from evl_cache.store.format.layout import mark_path, redo_path
 from evl_cache.store.reading import sample_reader
+from evl_cache.store.writing import publication
 from evl_cache.video.pool import DecodePool
 from tests.support.store_helpers import (
+    BLOCK_CLIPS,
     BROKEN,
     differences,
     extract_small,
@@ -255,6 +258,27 @@ def test_a_redo_that_was_begun_is_a_problem_until_repair_or_the_same_command_end
     extract_small(load_clips(motions), cache)
     assert differences(tree(cache), tree(made)) == []
     assert decoded == []
+
+
+def test_a_redo_that_is_killed_between_its_files_and_its_mark_is_noted_and_ended_by_the_same_command(
+    cache: Path, videos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_clips(videos, broken=False)
+    block = int(BROKEN.split(".")[0]) // BLOCK_CLIPS
+    write = publication.write_atomic
+
+    def killed(path: Path, content: bytes, **given: Any) -> bool:
+        if path == mark_path(cache, block):
+            raise KeyboardInterrupt
+        return write(path, content, **given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publication, "write_atomic", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extract_small(load_clips(videos), cache, retry_failed=True)
+    assert redo_path(cache, block).exists()  # else the old mark would pass for that of these files
+    assert extract_small(load_clips(videos), cache).failures == ()
+    assert verify_cache(cache).problems == () and not redo_path(cache, block).exists()
 
 
 def test_a_block_that_lost_its_mark_keeps_its_features_when_a_redo_of_another_removes_the_manifest(

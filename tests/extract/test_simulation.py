@@ -127,10 +127,6 @@ def _a_redo_is_published_whatever_it_lacks(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(StoredRows, "is_intact", lambda self, row: False)
 
 
-def _a_redo_that_was_begun_is_not_noted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publication.BlockPublication, "_note_redo", lambda self: None)
-
-
 def _the_old_mark_goes_before_the_new_files_come(monkeypatch: pytest.MonkeyPatch) -> None:
     real = publication.BlockPublication._begin_redo
 
@@ -145,7 +141,6 @@ def _the_old_mark_goes_before_the_new_files_come(monkeypatch: pytest.MonkeyPatch
     ("mutate", "first"),  # first: as below
     [
         (_a_redo_is_published_whatever_it_lacks, 0),
-        (_a_redo_that_was_begun_is_not_noted, 1440),
         (_the_old_mark_goes_before_the_new_files_come, 10),
     ],
 )
