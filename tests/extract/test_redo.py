@@ -277,7 +277,7 @@ def test_a_redo_that_is_killed_between_its_files_and_its_mark_is_noted_and_ended
         with pytest.raises(KeyboardInterrupt):
             extract_small(load_clips(videos), cache, retry_failed=True)
     assert redo_path(cache, block).exists()  # else the old mark would pass for that of these files
-    assert extract_small(load_clips(videos), cache).failures == ()
+    assert extract_small(load_clips(videos), cache, retry_failed=True).failures == ()
     assert verify_cache(cache).problems == () and not redo_path(cache, block).exists()
 
 
