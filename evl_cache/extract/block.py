@@ -53,17 +53,12 @@ class BegunBlock:
     """A block of which clips are on their way.
 
     Args:
-        kept: what it keeps, where it is redone.
-
-    Attributes:
         lock: held by this process.
-        redo: why it is done again, if it is.
+        kept: what it keeps, where it is redone.
     """
 
-    def __init__(
-        self, block: int, lock: BlockLock, redo: BlockRedo | None, kept: KeptRows | None, *, num_clips: int
-    ) -> None:
-        self.block, self.lock, self.redo, self.kept = block, lock, redo, kept
+    def __init__(self, block: int, lock: BlockLock, kept: KeptRows | None, *, num_clips: int) -> None:
+        self.block, self.lock, self.kept = block, lock, kept
         self.clips: list[tuple[ClipRecord, bool]] = []  # records, and whether the clip is as it was
         self.told = 0  # clips that were reported
         self._num_clips = num_clips
@@ -168,7 +163,7 @@ class BlockExtractor:
         kept = None if mark is None or redo is None else KeptRows(cache_path, spec, mark, redo)
         if kept is not None and not kept.redo.rewrite and not self._tries(kept):
             return None
-        begun = BegunBlock(block, lock, redo, kept, num_clips=len(spec.clips_of_block(block)))
+        begun = BegunBlock(block, lock, kept, num_clips=len(spec.clips_of_block(block)))
         self._begun.append(begun)
         self._start(begun)
         return begun

@@ -173,7 +173,7 @@ class DevicePipeline:
     def _watched(self, clips: Iterable[ClipRows]) -> Iterator[ClipRows]:
         try:
             yield from clips
-        except BaseException:
+        except Exception:  # not where a failure elsewhere closes this generator
             self.failed_at_clips = self.failure is None
             raise
 
