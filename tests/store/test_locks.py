@@ -1,6 +1,7 @@
 """Locks where the disk has no hard links, keeps what is removed, or holds what is not ours."""
 
 import errno
+import itertools
 import os
 import threading
 import time
@@ -164,6 +165,27 @@ def test_a_lock_that_cannot_be_read_is_an_error_and_no_endless_wait(tmp_path: Pa
     (tmp_path / "000000.lock").mkdir()  # as one whose maker's umask closed it to other users
     with pytest.raises(CacheError, match=r"cannot read .*000000\.lock"):
         LockWatcher(tmp_path).wait_for("000000")
+
+
+@pytest.mark.parametrize("looks", [4, None])
+def test_a_lock_that_stays_stale_is_an_error_and_one_that_was_stale_for_a_moment_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, looks: int | None
+) -> None:
+    lock, read, stale = taken(LockWatcher(tmp_path)), Path.read_bytes, itertools.count()
+
+    def read_bytes(path: Path) -> bytes:
+        if looks is None or next(stale) < looks:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    if looks is None:
+        with pytest.raises(CacheError, match=r"cannot read .*000000\.lock: Stale file handle"):
+            LockWatcher(tmp_path).take(0)
+    else:
+        assert LockWatcher(tmp_path).take(0) is None
+        lock.release()
+        assert not (tmp_path / "000000.lock").exists()
 
 
 def test_locks_in_a_directory_that_is_gone_are_an_error(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Extractions in children that may be killed, stopped or starved. As a script: the process that forks them."""
 
+import faulthandler
 import json
 import os
 import resource
@@ -186,6 +187,7 @@ class _Passes:
 
 
 def _serve(folder: Path) -> None:
+    faulthandler.enable()  # a job that hangs is ended by SIGABRT, and says where it hung
     clips = load_clips(folder)
     torch.set_num_threads(1)
     tower = small_tower(folder)

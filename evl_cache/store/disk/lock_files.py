@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 
 from evl_cache.errors import CacheError
@@ -26,6 +27,7 @@ CACHE_LOCK = "cache"  # who holds it may write what belongs to no block
 # What lies among locks and is neither, such as NFS's `.nfs…`, is somebody else's.
 LOCK_NAME = re.compile(rf"([0-9]{{6,}}|{CACHE_LOCK})\.lock")
 ASIDE_NAME = re.compile(rf"\.{LOCK_NAME.pattern}-[0-9a-f]{{16}}")
+_STALE_LOOKS = 5  # before a lock counts as unreadable
 GONE = {errno.ENOENT, errno.ESTALE}  # errors of what another machine has removed
 
 
@@ -118,6 +120,25 @@ def is_of(token: bytes, path: Path) -> bool:
         if error.errno in GONE:
             return False
         raise disk_error("read", path, error) from error
+
+
+def check_readable(path: Path, *, pause: Callable[[], None]) -> None:
+    """Check that a lock is gone by now, or can be read: otherwise nobody could wait for its end.
+
+    ESTALE is what a lock answers that is replaced at this moment, and also a disk whose server has forgotten this
+    machine: there it lasts. Raises: CacheError.
+    """
+    for looks_left in reversed(range(_STALE_LOOKS)):
+        try:
+            again_if_stale(path.read_bytes)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            if error.errno == errno.ESTALE and looks_left:
+                pause()
+                continue
+            raise disk_error("read", path, error) from error
+        return
 
 
 def read_lock(path: Path) -> bytes | None:

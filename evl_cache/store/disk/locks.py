@@ -29,6 +29,7 @@ from evl_cache.store.disk.lock_files import (
     LOCK_NAME,
     SUFFIX,
     aside_name,
+    check_readable,
     is_of,
     open_lock,
     put_back,
@@ -207,7 +208,7 @@ class LockWatcher:
             self._remove_abandoned(path)
         lock = self._create(path)
         if lock is None and content is None:
-            is_of(b"", path)  # raises where it is there and cannot be read: nobody could wait for its end
+            check_readable(path, pause=lambda: self._runtime.sleep(_LEAST_POLL_S))
         return lock
 
     def _create(self, path: Path) -> BlockLock | None:
