@@ -32,17 +32,18 @@ from evl_cache.cpu_codes import (
     encode,
     float16_at_least,
     inverse_or_zero,
+    is_compiled,
     outlier_scale,
 )
 from evl_cache.errors import ClipError, UsageError
 
 CodesT = TypeVar("CodesT", Tensor, npt.NDArray[Any])
 
-# Values of one pass. A CPU takes whole items only where they are small: they share a pass, as a call costs as much as they.
+# Values of one pass of torch. On a CPU small items share one, as a call costs as much as they; larger ones have compiled loops.
 CPU_PASS_VALUES = 2**21
 DEVICE_PASS_VALUES = 2**26
 SMALL_ITEM_VALUES = 2**15
-CPU_ROWS_VALUES = 2**19  # of attention maps, for a thread at once
+CPU_ROWS_VALUES = 2**20  # of attention maps, for a thread at once
 
 TOKENS_EXPECTED = "finite values that int8 codes can span"
 MAPS_EXPECTED = "finite values of at least 0 and at most 65504"
@@ -169,12 +170,11 @@ def encode_tokens(items: Tensor, codes: Tensor, affine: Tensor, scale: Tensor | 
     if not items.numel():
         return
     size = items[0].numel()
-    if items.device.type == "cpu" and size >= SMALL_ITEM_VALUES:
+    if items.device.type == "cpu" and size >= SMALL_ITEM_VALUES and is_compiled():
         scales = [None] * len(items) if scale is None else scale.unbind()
         encode(list(map(TokenItem, items.unbind(), codes.unbind(), affine.unbind(), scales)))
         return
-    values_per_pass = CPU_PASS_VALUES if items.device.type == "cpu" else DEVICE_PASS_VALUES
-    step = max(1, values_per_pass // size)  # items in a pass
+    step = max(1, _pass_values(items.device) // size)  # items in a pass
     for start in range(0, len(items), step):
         part = slice(start, start + step)
         values = items[part].float()
@@ -193,15 +193,11 @@ def encode_maps(rows: Tensor, codes: Tensor, row_max: Tensor) -> None:
         codes: uint8 (R, P).
         row_max: float16 (R,).
     """
-    if rows.device.type == "cpu":
+    if rows.device.type == "cpu" and rows.numel() >= SMALL_ITEM_VALUES and is_compiled():
         step = max(1, CPU_ROWS_VALUES // rows.shape[1])
-        encode(
-            list(map(MapRows, *(torch.split(each, step) for each in (rows, codes, row_max))))
-            if len(rows)
-            else []
-        )
+        encode(list(map(MapRows, *(torch.split(each, step) for each in (rows, codes, row_max)))))
         return
-    step = max(1, DEVICE_PASS_VALUES // rows.shape[1])  # rows in a pass
+    step = max(1, _pass_values(rows.device) // rows.shape[1])  # rows in a pass
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         values = rows[part].float()
@@ -211,6 +207,10 @@ def encode_maps(rows: Tensor, codes: Tensor, row_max: Tensor) -> None:
         gain = torch.where(top > 0, STEPS / top.sqrt(), 0.0).unsqueeze(-1)
         # Adding a half and cutting rounds; row_max >= every value, so 255.5 is never passed.
         codes[part] = values.sqrt().mul_(gain).add_(0.5)
+
+
+def _pass_values(device: torch.device) -> int:
+    return CPU_PASS_VALUES if device.type == "cpu" else DEVICE_PASS_VALUES
 
 
 def dequantize_maps(codes: Tensor, row_max: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.outlier_features import outlier_features, softmax_maps, worst_channel_error
-from evl_cache import cpu_codes, quantize
+from evl_cache import quantize
+from evl_cache.cpu_codes import encoding, is_compiled
 from evl_cache.errors import ClipError, UsageError
 from evl_cache.quantize import (
     QuantizedTokens,
@@ -218,6 +220,38 @@ def test_a_range_too_small_to_divide_is_a_constant_channel() -> None:
     torch.testing.assert_close(decode(stored), tokens, rtol=0, atol=1e-37)
 
 
+@pytest.mark.parametrize("fuses", [True, False])
+def test_a_code_is_rounded_once_or_twice_as_torch_does_it_on_this_processor(fuses: bool) -> None:
+    kernels = pytest.importorskip("evl_cache.cpu_codes.kernels")
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((300, 64)).astype(np.float32)
+    low, inverse = values.min(0), (255 / np.ptp(values, axis=0)).astype(np.float32)
+    # Halves, where a product that is rounded first may fall to the other side.
+    values[1:] = low + ((np.arange(299)[:, None] % 255 + np.float32(0.5)) / inverse).astype(np.float32)
+    codes = np.empty(values.shape, np.int8)
+    kernels.codes(values, np.ones(300, np.float32), low, inverse, fuses, codes)
+    exact = (values - low).astype(np.float64) * inverse  # 48 bits: float64 holds it
+    product = exact if fuses else exact.astype(np.float32)
+    expected = np.rint((product - 128).astype(np.float32)).astype(np.int8)
+    assert np.array_equal(codes, expected)
+    other = exact.astype(np.float32) if fuses else exact
+    assert not np.array_equal(codes, np.rint((other - 128).astype(np.float32)).astype(np.int8))
+
+
+def test_a_numba_that_cannot_be_imported_is_told_and_torch_makes_the_codes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken() -> NoReturn:
+        raise ImportError("Numba needs NumPy 2.5 or less")
+
+    tokens = torch.randn(1, 4, 99, 192, generator=torch.Generator().manual_seed(0))
+    is_compiled.cache_clear()
+    monkeypatch.setattr(encoding, "_kernels", broken)
+    with pytest.warns(RuntimeWarning, match="slowly, as numba cannot be used: Numba needs NumPy 2.5 or less"):
+        assert_plain_codes(tokens)
+    is_compiled.cache_clear()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("token_scale", [True, False])
 def test_a_value_that_is_not_finite_is_a_clip_error_that_names_the_item(
@@ -282,7 +316,7 @@ def test_blocks_of_an_item_give_the_codes_of_the_whole(
     channels: int, frames: int, per_frame: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(quantize, "SMALL_ITEM_VALUES", 1)
-    monkeypatch.setattr(cpu_codes, "BLOCK_VALUES", 20_000)
+    monkeypatch.setattr(encoding, "BLOCK_VALUES", 20_000)
     generator = torch.Generator().manual_seed(channels)
     tokens = torch.randn(2, frames, per_frame, channels, generator=generator)
     tokens = tokens * (torch.rand(channels, generator=generator) * 5).exp() + 3
@@ -306,6 +340,27 @@ TOKENS_OF_KINDS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+WAYS_OF_CODING: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "compiled": lambda patch: None,
+    "sums of torch": lambda patch: patch.setattr("evl_cache.cpu_codes.kernels.sums_as_torch", False),
+    "without numba": lambda patch: patch.setattr(importlib.util, "find_spec", lambda name: None),
+}
+
+
+@pytest.fixture
+def coded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Codes are made in the way that the test's parameter names."""
+    if request.param != "without numba":
+        pytest.importorskip("numba")
+    is_compiled.cache_clear()
+    WAYS_OF_CODING[request.param](monkeypatch)
+    assert is_compiled() == (request.param != "without numba")
+    yield
+    is_compiled.cache_clear()
+
+
+@pytest.mark.parametrize("coded", WAYS_OF_CODING, indirect=True)
+@pytest.mark.usefixtures("coded")
 @pytest.mark.parametrize("kind", TOKENS_OF_KINDS)
 @pytest.mark.parametrize("threads", [1, 3])
 def test_blocks_give_the_codes_of_the_whole_for_any_values_and_threads(kind: str, threads: int) -> None:
@@ -331,6 +386,8 @@ def test_an_item_of_many_blocks_that_cannot_be_stored_is_named(bad: float) -> No
         quantize_tokens(tokens)
 
 
+@pytest.mark.parametrize("coded", ["compiled", "without numba"], indirect=True)
+@pytest.mark.usefixtures("coded")
 @pytest.mark.parametrize("patches", [1, 7, 49, 196, 257])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_blocks_of_rows_give_the_codes_of_all_maps(patches: int, dtype: torch.dtype) -> None:

@@ -20,7 +20,8 @@ ROOMS = """
 room           may import, beside errors and (below it) pure                      only it knows
 errors
 untrusted
-pure           untrusted
+cpu_codes                                                                         llvmlite numba
+pure           cpu_codes untrusted
 rendered                                                                          av
 datasets       rendered
 processes
@@ -30,7 +31,7 @@ heads                                                                           
 store/disk                                                                        awscrt
 store/objects  store/disk                                                         obstore
 store/shards   store/disk                                                         numcodecs
-store/format   store/disk store/objects store/shards untrusted
+store/format   cpu_codes store/disk store/objects store/shards untrusted
 store/reading  store/disk store/format store/objects store/shards
 store/writing  store/disk store/format store/shards
 store/copying  store/disk store/format store/objects store/reading store/writing

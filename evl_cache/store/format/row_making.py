@@ -159,15 +159,17 @@ def _on_cpu(tokens: Sequence[Tensor], maps: Sequence[Tensor], spec: CacheSpec) -
         encode = _encode_tokens if features is tokens else _encode_maps
         encode(features[layer][sample : sample + 1], chunk)
 
-    for_each(
-        make_chunk,
-        [
-            (sample, features, layer)
-            for sample in range(len(found))
-            for features in (tokens, maps)
-            for layer in range(len(features))
-        ],
-    )
+    chunks = [
+        (sample, features, layer)
+        for sample in range(len(found))
+        for features in (tokens, maps)
+        for layer in range(len(features))
+    ]
+    if math.prod(tokens[0].shape[1:]) < quantize.SMALL_ITEM_VALUES:
+        for chunk in chunks:  # a thread costs more than it saves
+            make_chunk(chunk)
+    else:
+        for_each(make_chunk, chunks)
     for arrays in found:
         _note_proofs(arrays)
     return found
