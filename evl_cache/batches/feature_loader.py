@@ -19,7 +19,8 @@ from evl_cache.batches.epoch_order import BatchPart, EpochOrder
 from evl_cache.batches.resident import ResidentSamples
 from evl_cache.batches.ring import PartInRing, Ring
 from evl_cache.errors import UsageError
-from evl_cache.store import BatchBuffers, FeatureCache, Reads, StoredBatch, TokensRead
+from evl_cache.notation import layers_of
+from evl_cache.store import BatchBuffers, FeatureCache, Indices, Reads, StoredBatch, TokensRead
 
 
 class FeatureLoader:
@@ -27,7 +28,7 @@ class FeatureLoader:
 
     Args:
         cache: open for reading.
-        samples: rows; failed ones are left out.
+        samples: rows, as `FeatureCache.read` takes them; failed ones are left out.
         reads: what is read of each.
         layers, with_maps, tokens: the same, where `reads` is not given.
         batch: samples of a batch, in all processes; the last of an epoch is smaller.
@@ -49,11 +50,11 @@ class FeatureLoader:
     def __init__(
         self,
         cache: FeatureCache,
-        samples: Sequence[int] | np.ndarray,
+        samples: Indices,
         *,
         batch: int,
         reads: Reads | None = None,
-        layers: Sequence[int] = (),
+        layers: Sequence[int] | int = (),
         with_maps: bool = True,
         tokens: TokensRead = "all",
         shuffle_seed: int | None = None,
@@ -65,20 +66,25 @@ class FeatureLoader:
         resident: ResidentSamples | None = None,
         memory: BatchMemory | None = None,
     ) -> None:
-        rows = np.asarray(samples, dtype=np.int64)
+        rows = cache.rows_of(samples)
         cache.check_marks(rows)
         self.samples = rows[cache.is_valid[rows]]
         if not len(self.samples):
             raise UsageError(
                 f"{cache.place}: none of the {len(rows)} samples asked for are extracted; run extract first"
+                if len(rows)
+                else f"{cache.place}: no sample is asked for; expected at least one"
             )
         if batch < 1 or threads < 1:
             raise UsageError(f"batch is {batch}, threads {threads}; expected at least 1 of each")
-        if (reads is None) != bool(layers):
-            raise UsageError(f"layers are {list(layers)}, reads {reads}; expected one of them")
-        self.reads = reads or Reads(layers=tuple(layers), with_maps=with_maps, tokens=tokens)
+        numbers = () if isinstance(layers, tuple) and not layers else layers_of(layers)
+        if (reads is None) != bool(numbers):
+            raise UsageError(f"layers are {list(numbers)}, reads {reads}; expected one of them")
+        self.reads = reads or Reads(layers=numbers, with_maps=with_maps, tokens=tokens)
         self.cache, self.batch = cache, batch
         self.skipped_clips = len(np.unique(cache.sample_clips[rows[~cache.is_valid[rows]]]))
+        views = 1 if shuffle_seed is None else max(1, cache.spec.views.train_views)
+        _check_views(cache, self.samples, views)
         self.times = LoaderTimes()
         self.order = EpochOrder(
             samples=self.samples,
@@ -86,7 +92,7 @@ class FeatureLoader:
             seed=shuffle_seed,
             block_samples=cache.spec.block_samples,
             shuffle_blocks=shuffle_blocks,
-            views=1 if shuffle_seed is None else max(1, cache.spec.views.train_views),
+            views=views,
             rank=rank,
             world=world,
             keepers=None if resident is None else resident.keepers,
@@ -209,6 +215,22 @@ class FeatureLoader:
         cpu = time.thread_time() - cpu
         self.times.cpu += cpu
         self.times.io += max(0.0, time.perf_counter() - wall - cpu)
+
+
+def _check_views(cache: FeatureCache, samples: np.ndarray, views: int) -> None:
+    """Check that samples are all views of their clips, if an epoch has one view of each. Raises: UsageError."""
+    if views == 1:
+        return
+    is_whole = len(samples) % views == 0
+    if is_whole:
+        by_clip = samples.reshape(-1, views)
+        clips = cache.sample_clips[by_clip]
+        is_whole = bool((clips == clips[:, :1]).all() and (np.diff(np.sort(by_clip, axis=1)) > 0).all())
+    if not is_whole:
+        raise UsageError(
+            f"{cache.place}: samples are some of the {views} training views of clips, of which an epoch draws one; expected "
+            "all views of each clip, one after another, as samples_of_clips gives them"
+        )
 
 
 def _copy(host: BatchBuffers, device: BatchBuffers, count: int) -> None:

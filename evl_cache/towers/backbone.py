@@ -11,6 +11,7 @@ from torch import nn
 
 from evl_cache.attention_maps import MapProjection, patch_maps
 from evl_cache.errors import UsageError
+from evl_cache.notation import layer_set
 from evl_cache.towers.families import adapter_of
 
 
@@ -105,7 +106,7 @@ def map_projections(
 
 def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Return the distinct layers, ascending. Raises: UsageError for none, or for one outside 1 .. num_layers."""
-    out = tuple(sorted({int(layer) for layer in layers}))
+    out = layer_set(layers)
     if not out or out[0] < 1 or out[-1] > num_layers:
-        raise UsageError(f"layers {list(layers)}; this tower has layers 1 to {num_layers}: choose among them")
+        raise UsageError(f"layers {list(out)}; this tower has layers 1 to {num_layers}: choose among them")
     return out
