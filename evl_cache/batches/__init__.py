@@ -1,6 +1,6 @@
 """Batches of samples for stage two: their order in an epoch, and how they are read from a cache."""
 
-from evl_cache.batches.batch import Batch, LoaderTimes
+from evl_cache.batches.batch import Batch, BatchOverwritten, LoaderTimes
 from evl_cache.batches.batch_memory import DEVICE_RING, DEVICE_SLOTS, RING, BatchMemory
 from evl_cache.batches.epoch_order import BatchPart, EpochOrder, Keepers, shared_out
 from evl_cache.batches.feature_loader import FeatureLoader
@@ -17,6 +17,7 @@ __all__ = [
     "RING",
     "Batch",
     "BatchMemory",
+    "BatchOverwritten",
     "BatchPart",
     "EpochOrder",
     "FeatureLoader",

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from evl_cache.batches.batch import Batch, LoaderTimes
+from evl_cache.batches.batch import Batch, Hold, LoaderTimes, held
 from evl_cache.batches.batch_memory import DEVICE_SLOTS, BatchMemory, DeviceSlot, HostSlot
 from evl_cache.batches.device_feed import DeviceFeed
 from evl_cache.batches.epoch_order import BatchPart, EpochOrder
@@ -115,7 +115,11 @@ class FeatureLoader:
         return self.cache.buffers(slots=1, reads=self.reads).nbytes
 
     def epoch(self, number: int = 0, *, start_batch: int = 0) -> Iterator[Batch]:
-        """Yield this process's part of every batch, from batch `start_batch` on (to resume in mid-epoch)."""
+        """Yield this process's part of every batch, from batch `start_batch` on (to resume in mid-epoch).
+
+        Batches lie in memory that is used again: to touch one that was overwritten raises BatchOverwritten, and
+        `batch.clone()` keeps one.
+        """
         parts = self.order.parts(number, start_batch=start_batch)
         self.times = LoaderTimes()
         left = max(1, len(self) - start_batch)
@@ -148,7 +152,8 @@ class FeatureLoader:
         """Yield batches where they were read."""
         while (read := ring.next()) is not None:
             labels = torch.from_numpy(self.cache.labels[read.part.rows])
-            yield self._batch(read.part, read.slot.buffers.batch(len(read.part.rows)), labels)
+            features = read.slot.buffers.batch(len(read.part.rows))
+            yield self._batch(read.part, features, labels, Hold.of(read.slot.turns))
             ring.free(read.slot)
 
     def _copies(self, read: PartInRing, slot: DeviceSlot) -> Callable[[], None]:
@@ -171,19 +176,26 @@ class FeatureLoader:
 
     def _on_device_batch(self, read: PartInRing, slot: DeviceSlot) -> Batch:
         count = len(read.part.rows)
-        return self._batch(read.part, slot.buffers.batch(count), slot.labels[:count], slot=slot.number)
+        hold = Hold.of(slot.turns)
+        return self._batch(read.part, slot.buffers.batch(count), slot.labels[:count], hold, slot=slot.number)
 
     def _batch(
-        self, part: BatchPart, features: StoredBatch, labels: torch.Tensor, slot: int | None = None
+        self,
+        part: BatchPart,
+        features: StoredBatch,
+        labels: torch.Tensor,
+        hold: Hold,
+        slot: int | None = None,
     ) -> Batch:
         return Batch(
-            features=features,
+            features=held(features, hold),
             labels=labels,
             samples=part.rows,
             number=part.number,
             total=part.total,
             is_stand_in=part.is_stand_in,
             slot=slot,
+            hold=hold,
         )
 
     def _start(
