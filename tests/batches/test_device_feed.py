@@ -73,7 +73,8 @@ def what_the_device_sees(loader, streams, epochs=2):
     for epoch in range(epochs):
         for batch in loader.epoch(epoch):
             rows.append(batch.samples.tolist())
-            streams.use(lambda tensors=tensors_of(batch): seen.append(copied(tensors)))
+            tensors = tensors_of(batch)
+            streams.use(lambda tensors=tensors: seen.append(copied(tensors)))
             streams.run_some()
     streams.run_all()
     return seen, rows
@@ -182,7 +183,8 @@ def test_two_iterators_at_once_have_their_own_memory(cache):
     for pair in zip(loader.epoch(), loader.epoch(), strict=True):
         assert pair[0].slot != pair[1].slot
         for found, batch in zip(seen, pair, strict=True):
-            streams.use(lambda tensors=tensors_of(batch), found=found: found.append(copied(tensors)))
+            tensors = tensors_of(batch)
+            streams.use(lambda tensors=tensors, found=found: found.append(copied(tensors)))
     streams.run_all()
     assert are_equal(seen[0], expected) and are_equal(seen[1], expected)
 
@@ -197,7 +199,8 @@ def test_an_epoch_cut_short_leaves_no_copy_pending_and_the_next_one_is_whole(cac
     epoch = loader.epoch(0)
     try:
         for number, batch in enumerate(epoch):
-            streams.use(lambda tensors=tensors_of(batch): seen.append(copied(tensors)))
+            tensors = tensors_of(batch)
+            streams.use(lambda tensors=tensors: seen.append(copied(tensors)))
             if number == 2:
                 if how == "error":
                     raise KeyError("the step fails")

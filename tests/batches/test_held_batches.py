@@ -38,8 +38,7 @@ def are_right(cache: FeatureCache, batch: Batch) -> bool:
 def is_over(thing: Any, name: str) -> bool:
     try:
         getattr(thing, name)
-    except BatchOverwritten as error:
-        assert "batch.clone()" in str(error) and "\n" not in str(error) and isinstance(error, EvlCacheError)
+    except BatchOverwritten:
         return True
     return False
 
@@ -82,7 +81,7 @@ def test_clones_stay_as_they_are(cache: FeatureCache, loader: FeatureLoader) -> 
 
 def test_a_batch_that_was_overwritten_cannot_be_cloned_or_copied_any_more(loader: FeatureLoader) -> None:
     first, *_ = list(loader.epoch())
-    with pytest.raises(BatchOverwritten):
+    with pytest.raises(EvlCacheError, match=r"^this batch's memory holds another .* keep batch\.clone\(\)$"):
         first.clone()
     assert is_over(copy.copy(first), "features") and is_over(copy.deepcopy(first), "features")
 
