@@ -15,6 +15,8 @@ import click
 from evl_cache.errors import NotEnoughMemory, is_want_of_memory, reason_alone, told_of_memory
 from evl_cache.notation import encodable, escaped
 
+from .environment import check_environment, name_variables
+
 if TYPE_CHECKING:
     from evl_cache.store import FeatureCache, TransferResult
 
@@ -74,6 +76,13 @@ class Command(click.Command):
             with formatter.section("Examples"):
                 for line in self.examples:
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read arguments and environment. Raises: click.UsageError for a variable that is none of the command's."""
+        name_variables(ctx)
+        rest = super().parse_args(ctx, args)  # --help ends here
+        check_environment(ctx)
+        return rest
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Raises: NotEnoughMemory, with what to do, where torch gets none."""
