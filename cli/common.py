@@ -113,11 +113,16 @@ def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
 
 
 def existing_lines(path: Path) -> list[str]:
-    """Non-empty lines of a text file; click has checked that it exists. Raises: UsageError where it is no text."""
+    """Non-empty lines of a text file; click has checked that it exists. Raises: UsageError where it cannot be read so."""
     from evl_cache.errors import UsageError
 
     # Names of files need not be UTF-8; in another encoding, such as UTF-16, zeros stand between the letters.
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror}); expected a file with one name a line"
+        ) from error
     if "\0" in text:
         raise UsageError(f"{path}: not UTF-8 text (it holds zeros); expected one name a line")
     return [line.strip() for line in text.split("\n") if line.strip()]

@@ -30,7 +30,6 @@ OTHERS: Mapping[str, str] = MappingProxyType(
         "EVL_CACHE_DISK_SCHEDULE": "tests",
         "EVL_CACHE_CONCURRENT_S": "tests",
         "EVL_CACHE_FULL_SIZE": "tests",
-        "EVL_CACHE_FUZZ": "tests",
     }
 )
 
