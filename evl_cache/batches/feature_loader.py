@@ -19,7 +19,7 @@ from evl_cache.batches.epoch_order import BatchPart, EpochOrder
 from evl_cache.batches.resident import ResidentSamples
 from evl_cache.batches.ring import PartInRing, Ring
 from evl_cache.errors import UsageError
-from evl_cache.notation import layers_of
+from evl_cache.notation import layers_of, whole_number
 from evl_cache.store import BatchBuffers, FeatureCache, Indices, Reads, StoredBatch, TokensRead
 
 
@@ -75,7 +75,7 @@ class FeatureLoader:
                 if len(rows)
                 else f"{cache.place}: no sample is asked for; expected at least one"
             )
-        if batch < 1 or threads < 1:
+        if min(whole_number(batch) or 0, whole_number(threads) or 0) < 1:
             raise UsageError(f"batch is {batch}, threads {threads}; expected at least 1 of each")
         numbers = () if isinstance(layers, tuple) and not layers else layers_of(layers)
         if (reads is None) != bool(numbers):
@@ -120,6 +120,8 @@ class FeatureLoader:
         Batches lie in memory that is used again: to touch one that was overwritten raises BatchOverwritten, and
         `batch.clone()` keeps one.
         """
+        if min(-1 if n is None else n for n in map(whole_number, (number, start_batch))) < 0:
+            raise UsageError(f"epoch {number!r} from batch {start_batch!r}; expected whole numbers from 0")
         parts = self.order.parts(number, start_batch=start_batch)
         self.times = LoaderTimes()
         left = max(1, len(self) - start_batch)

@@ -141,6 +141,25 @@ def test_no_sample_to_load_is_an_error_of_ours(caches: tuple[FeatureCache, Featu
         FeatureLoader(caches[0], np.zeros(13, dtype=bool), layers=(4,), batch=4)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"batch": 2.5}, {"batch": "4"}, {"batch": 0}, {"threads": 0.5}, {"batch": True}]
+)
+def test_a_batch_and_threads_are_whole_numbers_from_one(
+    caches: tuple[FeatureCache, FeatureCache], changes: dict[str, Any]
+) -> None:
+    with pytest.raises(UsageError, match="expected at least 1 of each"):
+        FeatureLoader(caches[0], [0], layers=(4,), **{"batch": 1, **changes})
+
+
+@pytest.mark.parametrize("epoch", [-1, 0.5, "0", True])
+def test_an_epoch_is_a_whole_number(caches: tuple[FeatureCache, FeatureCache], epoch: Any) -> None:
+    loader = FeatureLoader(caches[0], [0, 2], layers=(4,), batch=1, shuffle_seed=0)
+    with pytest.raises(UsageError, match="expected whole numbers from 0"):
+        next(loader.epoch(epoch))
+    with pytest.raises(UsageError, match="expected whole numbers from 0"):
+        next(loader.epoch(0, start_batch=epoch))
+
+
 def test_samples_that_are_not_all_training_views_of_their_clips_are_refused(tmp_path: Path) -> None:
     cache = write_cache(
         tmp_path / "cache", labels=(0, 1, 2), views=ViewSpec(frames=3, stride=2, train_views=2)
