@@ -3,7 +3,7 @@
 from evl_cache.batches.batch import Batch, BatchOverwritten, LoaderTimes
 from evl_cache.batches.batch_memory import DEVICE_RING, DEVICE_SLOTS, RING, BatchMemory
 from evl_cache.batches.epoch_order import BatchPart, EpochOrder, Keepers, shared_out
-from evl_cache.batches.feature_loader import FeatureLoader
+from evl_cache.batches.feature_loader import FeatureLoader, served_samples
 from evl_cache.batches.folds import split_clips
 from evl_cache.batches.reading_threads import read_threads
 from evl_cache.batches.resident import KEPT_SHARE, ResidentSamples, default_budget, nbytes_of
@@ -30,6 +30,7 @@ __all__ = [
     "nbytes_of",
     "read_threads",
     "samples_of_clips",
+    "served_samples",
     "shared_out",
     "split_clips",
 ]

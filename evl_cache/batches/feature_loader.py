@@ -68,13 +68,7 @@ class FeatureLoader:
     ) -> None:
         rows = cache.rows_of(samples)
         cache.check_marks(rows)
-        self.samples = rows[cache.is_valid[rows]]
-        if not len(self.samples):
-            raise UsageError(
-                f"{cache.place}: none of the {len(rows)} samples asked for are extracted; run extract first"
-                if len(rows)
-                else f"{cache.place}: no sample is asked for; expected at least one"
-            )
+        self.samples = served_samples(cache, rows)
         if min(whole_number(batch) or 0, whole_number(threads) or 0) < 1:
             raise UsageError(f"batch is {batch}, threads {threads}; expected at least 1 of each")
         numbers = () if isinstance(layers, tuple) and not layers else layers_of(layers)
@@ -229,6 +223,23 @@ class FeatureLoader:
         cpu = time.thread_time() - cpu
         self.times.cpu += cpu
         self.times.io += max(0.0, time.perf_counter() - wall - cpu)
+
+
+def served_samples(cache: FeatureCache, samples: Indices) -> np.ndarray:
+    """Return the rows that have features, int64, of the samples asked for.
+
+    Raises: UsageError where none has; CacheDamaged where that is because marks are not intact.
+    """
+    rows = cache.rows_of(samples)
+    served: np.ndarray = rows[cache.is_valid[rows]]
+    if not len(rows):
+        raise UsageError(f"{cache.place}: no sample is asked for; expected at least one")
+    if not len(served):
+        cache.check_marks(rows)
+        raise UsageError(
+            f"{cache.place}: none of the {len(rows)} samples asked for are extracted; run extract first"
+        )
+    return served
 
 
 def _check_views(cache: FeatureCache, samples: np.ndarray, views: int) -> None:

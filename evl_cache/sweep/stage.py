@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evl_cache.batches import samples_of_clips
+from evl_cache.batches import samples_of_clips, served_samples
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.processes import Processes, ProcessPlace, StopRequests
@@ -149,6 +149,8 @@ def sweep(
     started, out = time.monotonic(), Path(out)
     check_pair(train_cache, val_cache)
     samples = samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips)
+    for cache, rows in zip((train_cache, val_cache), samples, strict=True):
+        served_samples(cache, rows)
     planned = [_planned(run, train_cache, val_cache) for run in runs]
     beside = [out / RUNS_NAME / run.name for run in runs]
     with writing(out, beside=beside, on_wait=on_wait) as writer:

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from evl_cache.batches import Loader, samples_of_clips
+from evl_cache.batches import Loader, samples_of_clips, served_samples
 from evl_cache.processes import Processes
 from evl_cache.runs import OnWait, RunWriter, check_maps, load_state, read_run_config
 from evl_cache.store import FeatureCache, Indices
@@ -56,7 +56,7 @@ def train(
     for cache in (train_cache, val_cache):
         check_maps(reads, cache)
     samples = (samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips))
-    served = samples[0][train_cache.is_valid[samples[0]]]
+    served, _ = served_samples(train_cache, samples[0]), served_samples(val_cache, samples[1])
     with written_by_first(out, processes, on_wait) as writer:
         caches = train_cache, val_cache
         options, kept = share_out_memory(

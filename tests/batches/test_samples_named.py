@@ -141,6 +141,20 @@ def test_no_sample_to_load_is_an_error_of_ours(caches: tuple[FeatureCache, Featu
         FeatureLoader(caches[0], np.zeros(13, dtype=bool), layers=(4,), batch=4)
 
 
+@pytest.mark.parametrize("side", ["train_clips", "val_clips"])
+@pytest.mark.parametrize("clips", [[1], [], np.zeros(0, dtype=int)], ids=["failed", "none", "empty"])
+def test_clips_without_features_end_trainings_and_sweeps_before_anything_is_written(
+    caches: tuple[FeatureCache, FeatureCache], tmp_path: Path, side: str, clips: Any
+) -> None:
+    runs = expand([{"head": ["linear"], "head_layers": [[4]], "steps": [1]}], {})
+    chosen = {side: clips}
+    with pytest.raises(UsageError, match=r"none of the 1 samples|no sample is asked for"):
+        train(*caches, options=OPTIONS, out=tmp_path / "run", **chosen)
+    with pytest.raises(UsageError, match=r"none of the 1 samples|no sample is asked for"):
+        sweep(*caches, runs=runs, out=tmp_path / "sweep", **chosen)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     "changes", [{"batch": 2.5}, {"batch": "4"}, {"batch": 0}, {"threads": 0.5}, {"batch": True}]
 )

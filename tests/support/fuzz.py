@@ -22,6 +22,7 @@ COMMANDS = ("train", "train", "train", "sweep", "eval", "report", "predict")
 Values = tuple[Sequence[str | None], Sequence[str | None]]
 _WRONG = ("0", "-1", "nan", "inf", "1e30", "x", "")
 _COUNT: Values = (("1", "2", "3"), ("0", "-1", "1.5", "x", "", "9" * 30))
+_LENGTH = _COUNT[1][:-1]  # so many epochs would end in a result, but nobody waits for it
 _SEED: Values = (("0", "1", "7"), ("-1", str(2**31), str(2**40), str(2**64), "x"))
 _FLAG: Values = ((None,), (None,))
 _PRECISION: Values = (("float32", "bfloat16", "tf32", "float16"), ("int8", "", "FLOAT32"))
@@ -141,10 +142,10 @@ class _Draw:
     """Words of a command line, of whose options some have odd values."""
 
     def __init__(self, random: Random) -> None:
-        self._random, self._given = random, list[tuple[str, Values]]()
+        self._random, self._given = random, list[tuple[str | None, Values]]()
 
-    def give(self, name: str, values: Values, share: float = 1.0) -> None:
-        """Add an option, or a word without a name, in a share of all cases."""
+    def give(self, name: str | None, values: Values, share: float = 1.0) -> None:
+        """Add an option, or a value without a name, in a share of all cases."""
         if self._random.random() < share:
             self._given.append((name, values))
 
@@ -154,11 +155,8 @@ class _Draw:
         found = []
         for place, (name, values) in enumerate(self._given):
             value = self._random.choice(values[place in odd])
-            found += [word for word in (name, value) if word is not None and (word or name)]
-        return [word for word in found if word != _NAMELESS]
-
-
-_NAMELESS = "-"
+            found += [word for word in (name, value) if word is not None]
+        return found
 
 
 def arguments(seed: int) -> list[str]:
@@ -177,11 +175,11 @@ def arguments(seed: int) -> list[str]:
         options = EVALUATING
     elif command == "report":
         for _ in range(random.randint(1, 3)):
-            draw.give(_NAMELESS, (("good", "linear", "sweep"), _RUN[1]))
+            draw.give(None, (("good", "linear", "sweep"), _RUN[1]))
         options = {"--json": _FLAG}
     else:
         draw.give(
-            _NAMELESS, (("videos", "videos/00.mp4"), ("absent.mp4", "half.txt", "train", "videos/broken.mp4"))
+            None, (("videos", "videos/00.mp4"), ("absent.mp4", "half.txt", "train", "videos/broken.mp4"))
         )
         draw.give("--run", (("live",), ("good", *_RUN[1])))
         options = PREDICTING
@@ -203,7 +201,7 @@ def _give_training(draw: _Draw, random: Random) -> None:
         draw.give("--cache", (("views",), _CACHE[1]))
         draw.give("--val-cache", (("train", "val"), _CACHE[1]))
         draw.give("--train-clips", _REST, 0.3)
-    draw.give(*random.choice([("--epochs", (("1", "2"), _COUNT[1])), ("--steps", (("1", "3"), _COUNT[1]))]))
+    draw.give(*random.choice([("--epochs", (("1", "2"), _LENGTH)), ("--steps", (("1", "3"), _LENGTH))]))
 
 
 @dataclass(frozen=True, kw_only=True)
