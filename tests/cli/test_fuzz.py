@@ -106,7 +106,32 @@ def place(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "seed", [*range(OFTEN), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(OFTEN, SEEDS))]
 )
 def test_a_set_of_options_ends_in_a_result_or_in_one_line(place: Path, seed: int) -> None:
-    words = fuzz.arguments(seed)
+    check(fuzz.arguments(seed), place)
+
+
+PAIR = "--cache train --val-cache val --out out"
+FAULTS = [  # that were found by hand or by the seeds
+    f"train {PAIR} --head linear --steps 1 --lr 1e30",
+    f"train {PAIR} --head linear --epochs 2 --lr 1e30",
+    f"train {PAIR} --head linear --steps 1 --grad-clip nan",
+    f"train {PAIR} --head linear --steps 1 --weight-decay inf",
+    f"train {PAIR} --head linear --steps 1 --seed -1",
+    f"train {PAIR} --head linear --steps 1 --device meta",
+    f"train {PAIR} --head linear --steps 1 --cache-in-ram inf",
+    f"train {PAIR} --head linear --steps 1 --val-clips .",
+    f"sweep {PAIR} --head linear --steps 1 --lr 1e30,1e-3",
+    f"sweep {PAIR} --head linear --steps 1 --grad-clip inf",
+    f"sweep {PAIR} --head linear --steps 1 --memory nan",
+    "sweep --cache all-failed --val-cache val --head linear --steps 1 --out out",
+]
+
+
+@pytest.mark.parametrize("line", FAULTS)
+def test_what_was_a_fault_is_none(place: Path, line: str) -> None:
+    check(shlex.split(line), place)
+
+
+def check(words: list[str], place: Path) -> None:
     ended = fuzz.run(words)
     own = [path for path in place.iterdir() if not path.is_symlink()]
     found = fuzz.faults(words, ended, own)
