@@ -112,6 +112,15 @@ def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         os.environ["EVL_CACHE_DEBUG"] = "1"
 
 
+def check_file_to_write(flag: str, path: Path) -> None:
+    """Check before the work that a file can be written after it. Raises: UsageError."""
+    from evl_cache.errors import UsageError
+
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        why = "is a folder" if path.is_dir() else f"there is no folder {path.resolve().parent}"
+        raise UsageError(f"{flag} {path}: {why}; expected a file in a folder that is there")
+
+
 def existing_lines(path: Path) -> list[str]:
     """Non-empty lines of a text file; click has checked that it exists. Raises: UsageError where it cannot be read so."""
     from evl_cache.errors import UsageError

@@ -122,6 +122,10 @@ FAULTS = [  # that were found by hand or by the seeds
     f"sweep {PAIR} --head linear --steps 1 --lr 1e30,1e-3",
     f"sweep {PAIR} --head linear --steps 1 --grad-clip inf",
     f"sweep {PAIR} --head linear --steps 1 --memory nan",
+    "predict videos --run live --csv .",
+    "predict videos --run live --csv absent/labels.csv",
+    "show c0 --cache train --out .",
+    "show c0 --cache train --out absent/clip.png",
     "sweep --cache all-failed --val-cache val --head linear --steps 1 --out out",
 ]
 
