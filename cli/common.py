@@ -15,6 +15,8 @@ import click
 from evl_cache.errors import NotEnoughMemory, is_want_of_memory, reason_alone, told_of_memory
 from evl_cache.notation import encodable, escaped
 
+from .environment import check_environment, name_variables
+
 if TYPE_CHECKING:
     from evl_cache.store import FeatureCache, TransferResult
 
@@ -75,6 +77,13 @@ class Command(click.Command):
                 for line in self.examples:
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read arguments and environment. Raises: click.UsageError for a variable that is none of the command's."""
+        name_variables(ctx)
+        rest = super().parse_args(ctx, args)  # --help ends here
+        check_environment(ctx)
+        return rest
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command. Raises: NotEnoughMemory, with what to do, where torch gets none."""
         try:
@@ -103,12 +112,26 @@ def _set_debug(ctx: click.Context, param: click.Parameter, value: bool) -> None:
         os.environ["EVL_CACHE_DEBUG"] = "1"
 
 
+def check_file_to_write(flag: str, path: Path) -> None:
+    """Check before the work that a file can be written after it. Raises: UsageError."""
+    from evl_cache.errors import UsageError
+
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        why = "is a folder" if path.is_dir() else f"there is no folder {path.resolve().parent}"
+        raise UsageError(f"{flag} {path}: {why}; expected a file in a folder that is there")
+
+
 def existing_lines(path: Path) -> list[str]:
-    """Non-empty lines of a text file; click has checked that it exists. Raises: UsageError where it is no text."""
+    """Non-empty lines of a text file; click has checked that it exists. Raises: UsageError where it cannot be read so."""
     from evl_cache.errors import UsageError
 
     # Names of files need not be UTF-8; in another encoding, such as UTF-16, zeros stand between the letters.
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror}); expected a file with one name a line"
+        ) from error
     if "\0" in text:
         raise UsageError(f"{path}: not UTF-8 text (it holds zeros); expected one name a line")
     return [line.strip() for line in text.split("\n") if line.strip()]

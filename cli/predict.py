@@ -11,7 +11,16 @@ from evl_cache.errors import reason_alone
 from evl_cache.extract_options import Role, options_with
 
 from .cache_flags import run_precision_flag
-from .common import Command, default_device, print_json, say, say_failure, say_outage, write_csv
+from .common import (
+    Command,
+    check_file_to_write,
+    default_device,
+    print_json,
+    say,
+    say_failure,
+    say_outage,
+    write_csv,
+)
 from .extract_flags import decoding_of, extract_flags
 
 EXAMPLES = """
@@ -58,6 +67,8 @@ def command(
     from evl_cache.datasets import describe_passed_over
     from evl_cache.live.predict import count_passed_over, predict
 
+    if csv_path is not None and csv_path != "-":
+        check_file_to_write("--csv", Path(csv_path))
     device = default_device(device)
     if others := count_passed_over(videos):
         say(

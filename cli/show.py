@@ -6,7 +6,7 @@ import click
 
 from evl_cache.extract_options import Role, options_with
 
-from .common import Command, default_device, existing_lines, print_json, say
+from .common import Command, check_file_to_write, default_device, existing_lines, print_json, say
 from .extract_flags import decoding_of, extract_flags
 
 EXAMPLES = """
@@ -74,6 +74,8 @@ def command(
 
     if (clip is None) == (page is None):
         raise UsageError("show takes a CLIP, or --page FOLDER with --run; give one of them")
+    if page is None:
+        check_file_to_write("--out", out)
     opened = None if run is None else ShowRun.read(run, best=best)
     if opened is None and (page is not None or cache is None):
         raise UsageError(f"{'--page' if page else 'a video'} needs --run; a clip of a cache needs --cache")

@@ -79,7 +79,7 @@ class DemoResult:
 
 
 def run_demo(
-    directory: Path,
+    directory: str | Path,
     *,
     options: DemoOptions,
     progress: Progress,
@@ -95,6 +95,7 @@ def run_demo(
 
     Raises: UsageError where the directory holds the runs of another demo.
     """
+    directory = Path(directory)
     seconds: dict[str, float] = {}
 
     @contextmanager

@@ -95,7 +95,13 @@ class ExtractOption:
     @property
     def variable(self) -> str:
         """The variable of the environment that sets it for `extract`."""
-        return f"EVL_CACHE_EXTRACT_{self.parameter.upper()}"
+        return self.variables[0]
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """All that set it: one bears the parameter's name, and one the flag's, where that is another."""
+        names = (self.parameter, self.flag.removeprefix("--").replace("-", "_"))
+        return tuple(dict.fromkeys(f"EVL_CACHE_EXTRACT_{name.upper()}" for name in names))
 
     def accepts(self, value: object) -> bool:
         """Whether a value, of a cache that a stranger may have written, is one that the option takes."""

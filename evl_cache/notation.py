@@ -1,8 +1,11 @@
 """Read and write what users do: layers (`8-12`, `9,11,12`), views (`3x1`), command lines, names of any bytes."""
 
+import operator
 import re
+import reprlib
 import shlex
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from evl_cache.errors import UsageError
 
@@ -30,6 +33,50 @@ def format_layers(layers: Sequence[int]) -> str:
     if len(layers) > 1 and list(layers) == list(range(layers[0], layers[-1] + 1)):
         return f"{layers[0]}-{layers[-1]}"
     return ",".join(map(str, layers))
+
+
+def layers_of(wanted: object) -> tuple[int, ...]:
+    """Return numbers of layers as Python code gives them: shallow to deep, each once. One number is a list of one.
+
+    Another order is refused, not sorted: features come back as a list, whose places would be taken for other layers.
+
+    Raises: UsageError for anything else.
+    """
+    layers, ascending = _whole_numbers(wanted), layer_set(wanted)
+    if layers != ascending:
+        expected = ", ".join(map(str, ascending))
+        raise UsageError(f"layers {list(layers)}; expected shallow to deep, each once: ({expected})")
+    if not layers:
+        raise UsageError("layers (); expected at least one")
+    return layers
+
+
+def layer_set(wanted: object) -> tuple[int, ...]:
+    """Return numbers of layers that are given in any order: ascending, each once. Errors as `layers_of`."""
+    return tuple(sorted(set(_whole_numbers(wanted))))
+
+
+def _whole_numbers(wanted: Any) -> tuple[int, ...]:
+    given = wanted.tolist() if hasattr(wanted, "tolist") else wanted
+    is_list = isinstance(given, Sequence) and not isinstance(given, str | bytes | bytearray)
+    numbers = [whole_number(value) for value in (given if is_list else [given])]
+    found = tuple(number for number in numbers if number is not None)
+    if len(found) < len(numbers):
+        raise UsageError(f"layers {reprlib.repr(wanted)}; expected whole numbers, such as (9, 10)")
+    return found
+
+
+def whole_number(value: Any) -> int | None:
+    """Return a whole number of Python, numpy or torch; None for anything else.
+
+    Truth values, which Python counts among the numbers, are none.
+    """
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")) in ("bool", "torch.bool"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def parse_views(text: str) -> tuple[int, int]:

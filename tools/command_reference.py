@@ -23,7 +23,8 @@ _HEAD = f"""\
 Every command exits with 0 when it is done, 1 when it failed or found damage, 2 when it was used wrongly, and 3
 when it finished but some clips failed. Errors are one line on stderr; `--debug` adds the traceback. Results go to
 stdout, as one JSON object with `--json`. Every option can be set in the environment:
-`EVL_CACHE_<COMMAND>_<OPTION>`, such as `EVL_CACHE_EXTRACT_MODEL`.
+`EVL_CACHE_<COMMAND>_<OPTION>`, such as `EVL_CACHE_EXTRACT_MODEL`. A command refuses a variable that begins with its
+name and is none of its options, as it does a misspelt option, and tells of any other `EVL_CACHE_…` that is not heeded.
 """
 
 

@@ -1,9 +1,9 @@
 """Batches of samples for stage two: their order in an epoch, and how they are read from a cache."""
 
-from evl_cache.batches.batch import Batch, LoaderTimes
+from evl_cache.batches.batch import Batch, BatchOverwritten, LoaderTimes
 from evl_cache.batches.batch_memory import DEVICE_RING, DEVICE_SLOTS, RING, BatchMemory
 from evl_cache.batches.epoch_order import BatchPart, EpochOrder, Keepers, shared_out
-from evl_cache.batches.feature_loader import FeatureLoader
+from evl_cache.batches.feature_loader import FeatureLoader, served_samples
 from evl_cache.batches.folds import split_clips
 from evl_cache.batches.reading_threads import read_threads
 from evl_cache.batches.resident import KEPT_SHARE, ResidentSamples, default_budget, nbytes_of
@@ -17,6 +17,7 @@ __all__ = [
     "RING",
     "Batch",
     "BatchMemory",
+    "BatchOverwritten",
     "BatchPart",
     "EpochOrder",
     "FeatureLoader",
@@ -29,6 +30,7 @@ __all__ = [
     "nbytes_of",
     "read_threads",
     "samples_of_clips",
+    "served_samples",
     "shared_out",
     "split_clips",
 ]

@@ -4,11 +4,12 @@ B samples of a batch, L layers.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 import torch
 
+from evl_cache.batches.batch import Turns
 from evl_cache.batches.streams import CudaStreams, Mark, Streams, numbered
 from evl_cache.store import BatchBuffers, FeatureCache, Reads
 
@@ -26,11 +27,13 @@ class HostSlot:
         buffers: for features.
         labels: int64 (B,).
         index: int64 (3 B,), which samples of the batch are where, for samples kept on a device.
+        turns: of the batches that were read into it.
     """
 
     buffers: BatchBuffers
     labels: torch.Tensor
     index: torch.Tensor
+    turns: Turns = field(default_factory=Turns)
 
 
 @dataclass(kw_only=True, eq=False)
@@ -42,12 +45,14 @@ class DeviceSlot:
         buffers: for features.
         labels: int64 (B,).
         used: the mark behind the last computation with what it holds.
+        turns: of the batches that were copied into it.
     """
 
     number: int
     buffers: BatchBuffers
     labels: torch.Tensor
     used: Mark
+    turns: Turns = field(default_factory=Turns)
 
 
 class _HasBuffers(Protocol):

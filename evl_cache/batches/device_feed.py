@@ -80,6 +80,7 @@ class DeviceFeed:
         if part is None:
             return
         slot = self._free.popleft()
+        slot.turns.begin()
         self._streams.copy_after(slot.used)
         copied = self._streams.copy(self._copies(part, slot))
         self._copying.append((copied, part.slot))

@@ -12,14 +12,15 @@ from functools import partial
 import numpy as np
 import torch
 
-from evl_cache.batches.batch import Batch, LoaderTimes
+from evl_cache.batches.batch import Batch, Hold, LoaderTimes, held
 from evl_cache.batches.batch_memory import DEVICE_SLOTS, BatchMemory, DeviceSlot, HostSlot
 from evl_cache.batches.device_feed import DeviceFeed
 from evl_cache.batches.epoch_order import BatchPart, EpochOrder
 from evl_cache.batches.resident import ResidentSamples
 from evl_cache.batches.ring import PartInRing, Ring
 from evl_cache.errors import UsageError
-from evl_cache.store import BatchBuffers, FeatureCache, Reads, StoredBatch, TokensRead
+from evl_cache.notation import layers_of, whole_number
+from evl_cache.store import BatchBuffers, FeatureCache, Indices, Reads, StoredBatch, TokensRead
 
 
 class FeatureLoader:
@@ -27,7 +28,7 @@ class FeatureLoader:
 
     Args:
         cache: open for reading.
-        samples: rows; failed ones are left out.
+        samples: rows, as `FeatureCache.read` takes them; failed ones are left out.
         reads: what is read of each.
         layers, with_maps, tokens: the same, where `reads` is not given.
         batch: samples of a batch, in all processes; the last of an epoch is smaller.
@@ -49,11 +50,11 @@ class FeatureLoader:
     def __init__(
         self,
         cache: FeatureCache,
-        samples: Sequence[int] | np.ndarray,
+        samples: Indices,
         *,
         batch: int,
         reads: Reads | None = None,
-        layers: Sequence[int] = (),
+        layers: Sequence[int] | int = (),
         with_maps: bool = True,
         tokens: TokensRead = "all",
         shuffle_seed: int | None = None,
@@ -65,20 +66,19 @@ class FeatureLoader:
         resident: ResidentSamples | None = None,
         memory: BatchMemory | None = None,
     ) -> None:
-        rows = np.asarray(samples, dtype=np.int64)
+        rows = cache.rows_of(samples)
         cache.check_marks(rows)
-        self.samples = rows[cache.is_valid[rows]]
-        if not len(self.samples):
-            raise UsageError(
-                f"{cache.place}: none of the {len(rows)} samples asked for are extracted; run extract first"
-            )
-        if batch < 1 or threads < 1:
+        self.samples = served_samples(cache, rows)
+        if min(whole_number(batch) or 0, whole_number(threads) or 0) < 1:
             raise UsageError(f"batch is {batch}, threads {threads}; expected at least 1 of each")
-        if (reads is None) != bool(layers):
-            raise UsageError(f"layers are {list(layers)}, reads {reads}; expected one of them")
-        self.reads = reads or Reads(layers=tuple(layers), with_maps=with_maps, tokens=tokens)
+        numbers = () if isinstance(layers, tuple) and not layers else layers_of(layers)
+        if (reads is None) != bool(numbers):
+            raise UsageError(f"layers are {list(numbers)}, reads {reads}; expected one of them")
+        self.reads = reads or Reads(layers=numbers, with_maps=with_maps, tokens=tokens)
         self.cache, self.batch = cache, batch
         self.skipped_clips = len(np.unique(cache.sample_clips[rows[~cache.is_valid[rows]]]))
+        views = 1 if shuffle_seed is None else max(1, cache.spec.views.train_views)
+        _check_views(cache, self.samples, views)
         self.times = LoaderTimes()
         self.order = EpochOrder(
             samples=self.samples,
@@ -86,7 +86,7 @@ class FeatureLoader:
             seed=shuffle_seed,
             block_samples=cache.spec.block_samples,
             shuffle_blocks=shuffle_blocks,
-            views=1 if shuffle_seed is None else max(1, cache.spec.views.train_views),
+            views=views,
             rank=rank,
             world=world,
             keepers=None if resident is None else resident.keepers,
@@ -109,7 +109,13 @@ class FeatureLoader:
         return self.cache.buffers(slots=1, reads=self.reads).nbytes
 
     def epoch(self, number: int = 0, *, start_batch: int = 0) -> Iterator[Batch]:
-        """Yield this process's part of every batch, from batch `start_batch` on (to resume in mid-epoch)."""
+        """Yield this process's part of every batch, from batch `start_batch` on (to resume in mid-epoch).
+
+        Batches lie in memory that is used again: to touch one that was overwritten raises BatchOverwritten, and
+        `batch.clone()` keeps one.
+        """
+        if min(-1 if n is None else n for n in map(whole_number, (number, start_batch))) < 0:
+            raise UsageError(f"epoch {number!r} from batch {start_batch!r}; expected whole numbers from 0")
         parts = self.order.parts(number, start_batch=start_batch)
         self.times = LoaderTimes()
         left = max(1, len(self) - start_batch)
@@ -142,7 +148,8 @@ class FeatureLoader:
         """Yield batches where they were read."""
         while (read := ring.next()) is not None:
             labels = torch.from_numpy(self.cache.labels[read.part.rows])
-            yield self._batch(read.part, read.slot.buffers.batch(len(read.part.rows)), labels)
+            features = read.slot.buffers.batch(len(read.part.rows))
+            yield self._batch(read.part, features, labels, Hold.of(read.slot.turns))
             ring.free(read.slot)
 
     def _copies(self, read: PartInRing, slot: DeviceSlot) -> Callable[[], None]:
@@ -165,19 +172,26 @@ class FeatureLoader:
 
     def _on_device_batch(self, read: PartInRing, slot: DeviceSlot) -> Batch:
         count = len(read.part.rows)
-        return self._batch(read.part, slot.buffers.batch(count), slot.labels[:count], slot=slot.number)
+        hold = Hold.of(slot.turns)
+        return self._batch(read.part, slot.buffers.batch(count), slot.labels[:count], hold, slot=slot.number)
 
     def _batch(
-        self, part: BatchPart, features: StoredBatch, labels: torch.Tensor, slot: int | None = None
+        self,
+        part: BatchPart,
+        features: StoredBatch,
+        labels: torch.Tensor,
+        hold: Hold,
+        slot: int | None = None,
     ) -> Batch:
         return Batch(
-            features=features,
+            features=held(features, hold),
             labels=labels,
             samples=part.rows,
             number=part.number,
             total=part.total,
             is_stand_in=part.is_stand_in,
             slot=slot,
+            hold=hold,
         )
 
     def _start(
@@ -209,6 +223,39 @@ class FeatureLoader:
         cpu = time.thread_time() - cpu
         self.times.cpu += cpu
         self.times.io += max(0.0, time.perf_counter() - wall - cpu)
+
+
+def served_samples(cache: FeatureCache, samples: Indices) -> np.ndarray:
+    """Return the rows that have features, int64, of the samples asked for.
+
+    Raises: UsageError where none has; CacheDamaged where that is because marks are not intact.
+    """
+    rows = cache.rows_of(samples)
+    served: np.ndarray = rows[cache.is_valid[rows]]
+    if not len(rows):
+        raise UsageError(f"{cache.place}: no sample is asked for; expected at least one")
+    if not len(served):
+        cache.check_marks(rows)
+        raise UsageError(
+            f"{cache.place}: none of the {len(rows)} samples asked for are extracted; run extract first"
+        )
+    return served
+
+
+def _check_views(cache: FeatureCache, samples: np.ndarray, views: int) -> None:
+    """Check that samples are all views of their clips, if an epoch has one view of each. Raises: UsageError."""
+    if views == 1:
+        return
+    is_whole = len(samples) % views == 0
+    if is_whole:
+        by_clip = samples.reshape(-1, views)
+        clips = cache.sample_clips[by_clip]
+        is_whole = bool((clips == clips[:, :1]).all() and (np.diff(np.sort(by_clip, axis=1)) > 0).all())
+    if not is_whole:
+        raise UsageError(
+            f"{cache.place}: samples are some of the {views} training views of clips, of which an epoch draws one; expected "
+            "all views of each clip, one after another, as samples_of_clips gives them"
+        )
 
 
 def _copy(host: BatchBuffers, device: BatchBuffers, count: int) -> None:

@@ -82,4 +82,6 @@ class Ring:
 
     def _fill(self) -> None:
         while self._free and (part := next(self._parts, None)) is not None:
-            self._filling.append(self._start(part, self._free.popleft()))
+            slot = self._free.popleft()
+            slot.turns.begin()
+            self._filling.append(self._start(part, slot))

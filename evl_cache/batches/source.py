@@ -8,6 +8,7 @@ import numpy as np
 from evl_cache.batches.batch import Batch, LoaderTimes
 from evl_cache.clips import Clip
 from evl_cache.spec import CacheSpec
+from evl_cache.store import Indices, rows_of
 
 DEFAULT_BATCH = 64  # samples of a step or of a scored batch, unless told otherwise
 
@@ -69,8 +70,15 @@ class Loader(Protocol):
         """Yield every sample once, in batches, from batch `start_batch` on."""
 
 
-def samples_of_clips(source: Source, clips: Sequence[int] | None) -> np.ndarray:
-    """Return the rows of the samples of some clips, int64; None stands for all clips."""
+def samples_of_clips(source: Source, clips: Indices | None) -> np.ndarray:
+    """Return the rows of the samples of some clips, int64, in the order of the samples; None stands for all clips.
+
+    Args:
+        clips: rows of the clip list, one or several; a slice; or a mask of all clips.
+
+    Raises: UsageError for anything else, and for a clip that is not there.
+    """
     if clips is None:
         return np.arange(len(source.sample_clips), dtype=np.int64)
-    return np.flatnonzero(np.isin(source.sample_clips, np.asarray(clips, dtype=np.int64)))
+    rows = rows_of(clips, len(source.clips), what="clip", place=source.place)
+    return np.flatnonzero(np.isin(source.sample_clips, rows))

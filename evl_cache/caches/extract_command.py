@@ -57,8 +57,9 @@ def extract_command(
         # What the spec tells is named even where it is the default, as a variable may hold another one.
         if told := option.words(value):
             words += told
-        elif (option.role & Role.REQUEST or option.field == "decoder") and environ.get(option.variable):
-            unset += ["-u", option.variable]
+        elif option.role & Role.REQUEST or option.field == "decoder":
+            for variable in filter(environ.get, option.variables):
+                unset += ["-u", variable]
     return command_line(["env", *unset, *words] if unset else words)
 
 

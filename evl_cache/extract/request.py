@@ -34,7 +34,7 @@ class ExtractRequest(ViewChoice):
 
     Attributes:
         dataset: name.
-        root, annotations, list_path: where the data set lies.
+        root, annotations, list_path: where the data set lies; a `str` becomes a Path, here and below.
         split: the only split to extract; both train and val by default.
         model, pretrained: the tower.
         layers: the tower's layers to keep, counted from 1; the last four by default.
@@ -62,6 +62,12 @@ class ExtractRequest(ViewChoice):
     limit: int | None = None
     allow_missing_percent: float = 0.0
     pixels: str = SOFTWARE_PIXELS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("root", "annotations", "list_path", "cache"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
 
     @property
     def weights(self) -> str:

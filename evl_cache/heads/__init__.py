@@ -15,6 +15,7 @@ from evl_cache.heads.linear import LinearHead
 from evl_cache.heads.meanpool import MeanPoolHead
 from evl_cache.heads.mlap import MLAPHead
 from evl_cache.heads.uniformerv2 import UniFormerV2Head
+from evl_cache.notation import layers_of
 
 # A new head is one file and one line here: docs/heads.md. A name that ends in N takes a number, the layers it reads.
 HEADS: dict[str, type[Head]] = {
@@ -66,6 +67,7 @@ def head_layers(name: str, cached: tuple[int, ...], wanted: tuple[int, ...] | No
                 f"use {name.removesuffix(str(number))}{len(cached)}, or extract more --layers"
             )
         return cached if depth is None else cached[-depth:]
+    wanted = layers_of(wanted)
     missing = [layer for layer in wanted if layer not in cached]
     if missing:
         raise UsageError(

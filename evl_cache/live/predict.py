@@ -57,8 +57,8 @@ class Predictions:
 
 
 def predict(
-    run: Path,
-    videos: Sequence[Path],
+    run: str | Path,
+    videos: Sequence[str | Path],
     *,
     model: str | None = None,
     pretrained: str | None = None,
@@ -93,7 +93,7 @@ def predict(
         precision that the device cannot compute in;
         WeightsError where the tower is another one; Outage where videos cannot be read, and are not to blame.
     """
-    files = find_videos(videos)
+    files, run = find_videos(videos), Path(run)
     config = read_run_config(run)
     precision = precision or precision_of_run(config.training, device)
     check_precision(precision, device)
@@ -140,13 +140,13 @@ def predict(
     )
 
 
-def find_videos(given: Sequence[Path]) -> list[Path]:
+def find_videos(given: Sequence[str | Path]) -> list[Path]:
     """Files as they are given, and the videos in folders and below, by name; each once.
 
     Raises: UsageError for what is not there, and for a folder that holds no video.
     """
     found: dict[Path, None] = {}
-    for path in given:
+    for path in map(Path, given):
         if not path.exists():
             raise UsageError(f"{path}: no such file or folder")
         inside = list(filter(is_video, _files_below(path))) if path.is_dir() else [path]
@@ -156,9 +156,9 @@ def find_videos(given: Sequence[Path]) -> list[Path]:
     return list(found)
 
 
-def count_passed_over(given: Sequence[Path]) -> Mapping[str, int]:
+def count_passed_over(given: Sequence[str | Path]) -> Mapping[str, int]:
     """Return by endings how many files in the folders given `find_videos` passes over: any file is taken if it is named."""
-    below = (file for path in given if path.is_dir() for file in _files_below(path))
+    below = (file for path in map(Path, given) if path.is_dir() for file in _files_below(path))
     return Counter(file.suffix.lower() for file in below if is_passed_over(file))
 
 

@@ -43,7 +43,7 @@ def train_online(
     request: ExtractRequest,
     *,
     options: TrainOptions,
-    out: Path,
+    out: str | Path,
     train_names: Sequence[str] | None = None,
     val_names: Sequence[str] | None = None,
     resume: bool = False,
@@ -73,7 +73,7 @@ def train_online(
     Raises: as `plan_extraction` and `train`; UsageError for options that need a cache; Outage where
         the videos cannot be read, and no clip is to blame: `resume` goes on.
     """
-    processes = processes or Processes()
+    out, processes = Path(out), processes or Processes()
     if options.batch == "auto" or options.keep_in is not None:
         raise UsageError(
             "--online has no cache to measure or to keep; give --batch a number, no --cache-in-…"

@@ -141,11 +141,11 @@ class ReportData:
         return max(self.groups[0].runs, key=lambda run: run.top1)
 
 
-def gather(paths: Sequence[Path]) -> ReportData:
+def gather(paths: Sequence[str | Path]) -> ReportData:
     """Read directories of runs and sweeps. Raises: UsageError for other directories, or where no run is finished."""
     runs: list[RunAccount] = []
     unfinished: list[tuple[str, str]] = []
-    for path in paths:
+    for path in map(Path, paths):
         if not (path / SWEEP_NAME).exists():
             runs.append(read_account(path))
             continue
@@ -157,7 +157,7 @@ def gather(paths: Sequence[Path]) -> ReportData:
     if not runs:
         raise UsageError(f"{', '.join(map(str, paths))}: no run is finished; train one to its end first")
     groups = _grouped(runs)
-    title = ", ".join(path.resolve().name for path in paths)
+    title = ", ".join(Path(path).resolve().name for path in paths)
     return ReportData(title=title, groups=tuple(groups), unfinished=tuple(unfinished))
 
 

@@ -59,12 +59,12 @@ class Report:
     pictures: tuple[Path, ...]
 
 
-def write_report_page(data: ReportData, out: Path) -> Report:
+def write_report_page(data: ReportData, out: str | Path) -> Report:
     """Write `report.html` and the PNG files into a directory, which is made.
 
     Raises: UsageError without matplotlib, or where files of others would be written over.
     """
-    plots = draw_plots(data)
+    plots, out = draw_plots(data), Path(out)
     _check_place(out, [PAGE_NAME, *(f"{name}.png" for name in plots)])
     out.mkdir(parents=True, exist_ok=True)
     pictures = []

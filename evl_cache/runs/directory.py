@@ -118,8 +118,9 @@ def check_no_others_files(out: Path) -> None:
         ) from error
 
 
-def read_run_config(run: Path) -> RunConfig:
+def read_run_config(run: str | Path) -> RunConfig:
     """Read a run's `config.json`. Raises: UsageError where there is no run."""
+    run = Path(run)
     try:
         content = read_json_object(run / RunFile.CONFIG)
         if content.pop("format", None) != _FORMAT:
@@ -144,8 +145,9 @@ def save_state(run: Path, state: Mapping[str, Any]) -> None:
         torch.save(dict(state), file)
 
 
-def load_state(run: Path) -> dict[str, Any]:
+def load_state(run: str | Path) -> dict[str, Any]:
     """Read the resumable state. Raises: UsageError where there is none or it is not intact."""
+    run = Path(run)
     try:
         check_archive(run / RunFile.STATE)
         state: dict[str, Any] = torch.load(run / RunFile.STATE, map_location="cpu", weights_only=True)

@@ -1,7 +1,7 @@
 """Stage two's other half: a trained or imported head scored on a cache."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from evl_cache.runs.directory import RunConfig, read_run_config
 from evl_cache.runs.fit import check_features, check_maps, head_reads
 from evl_cache.runs.head_files import load_head
 from evl_cache.runs.scoring import score
-from evl_cache.store import FeatureCache
+from evl_cache.store import FeatureCache, Indices
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,12 +39,12 @@ class EvalResult:
 
 
 def run_loader(
-    run: Path,
+    run: str | Path,
     config: RunConfig,
     head: Head,
     cache: FeatureCache,
     *,
-    clips: Sequence[int] | None,
+    clips: Indices | None,
     batch: int = DEFAULT_BATCH,
     device: str = "cpu",
     threads: int | None = None,
@@ -66,10 +66,10 @@ def run_loader(
 
 
 def evaluate(
-    run: Path,
+    run: str | Path,
     cache: FeatureCache,
     *,
-    clips: Sequence[int] | None = None,
+    clips: Indices | None = None,
     batch: int = DEFAULT_BATCH,
     device: str = "cpu",
     precision: str | None = None,
@@ -80,6 +80,7 @@ def evaluate(
     """Score a run's head on a cache: the last one, or with `best` that of its best epoch.
 
     Args:
+        clips: rows of the clip list, one or several, a slice, or a mask of all clips; all by default.
         precision: to compute in; that of the run's training by default, where the device has it.
         threads: that read and decode; what suits device and processors by default.
 

@@ -11,8 +11,8 @@ from evl_cache.runs.writer import writing
 
 
 def import_head(
-    checkpoint: Path,
-    out: Path,
+    checkpoint: str | Path,
+    out: str | Path,
     *,
     num_heads: int | None = None,
     layers: tuple[int, ...] | None = None,
@@ -27,6 +27,7 @@ def import_head(
     Raises: WeightsError where the file is no such checkpoint; UsageError where `out` holds a run, or counts
         do not match.
     """
+    checkpoint, out = Path(checkpoint), Path(out)
     head = load_official_checkpoint(checkpoint, num_heads)
     depth, num_classes = len(head.layers), head.classifier.out_features
     if layers is not None and len(layers) != depth:

@@ -12,7 +12,7 @@ from evl_cache.notation import escaped
 from evl_cache.precision import precision_of_run
 from evl_cache.runs import Scores, run_loader, score, write_text
 from evl_cache.show.view import ShowRun, decoder_of, draw_cached
-from evl_cache.store import FeatureCache
+from evl_cache.store import FeatureCache, Indices
 from evl_cache.video import DecodeOptions
 from evl_cache.video.pool import DEFAULT_TIMEOUT_S
 
@@ -23,10 +23,10 @@ _NOTE = "Scores are means over a clip's views; the pictures show its first view.
 def show_page(
     run: ShowRun,
     cache: FeatureCache,
-    folder: Path,
+    folder: str | Path,
     *,
     each: int = 6,
-    clips: Sequence[int] | None = None,
+    clips: Indices | None = None,
     device: str = "cpu",
     decoding: DecodeOptions | None = None,
     clip_timeout_s: float = DEFAULT_TIMEOUT_S,
@@ -39,7 +39,7 @@ def show_page(
         cache: of clips with labels.
         folder: where the page and its pictures are written; it is made.
         each: number of clips of either kind.
-        clips: rows of the cache; all by default.
+        clips: rows of the clip list, one or several, a slice, or a mask of all clips; all by default.
         device: where clips are scored, in the precision of the run's training where the device has it.
         decoding: as `show_cached` takes it.
         clip_timeout_s: longest time for decoding one video.
@@ -47,6 +47,7 @@ def show_page(
 
     Raises: as `evaluate` and `show_cached` do; UsageError where files of others would be written over.
     """
+    folder = Path(folder)
     _check_place(folder, each)
     head = run.head.to(device)
     loader = run_loader(run.path, run.config, head, cache, clips=clips)

@@ -40,15 +40,15 @@ class ShowRun:
     head: Head
 
     @classmethod
-    def read(cls, path: Path, *, best: bool = False) -> "ShowRun":
+    def read(cls, path: str | Path, *, best: bool = False) -> "ShowRun":
         """Read a run. Raises: UsageError where there is none; WeightsError where its head cannot be read."""
-        return cls(path=path, config=read_run_config(path), head=load_head(path, best=best))
+        return cls(path=Path(path), config=read_run_config(path), head=load_head(path, best=best))
 
 
 def show_cached(
     cache: FeatureCache,
     name: str,
-    out: Path,
+    out: str | Path,
     *,
     run: ShowRun | None,
     view: int = 0,
@@ -71,7 +71,7 @@ def show_cached(
     Raises: UsageError for a clip or view that is not there; CacheError for one without features.
     """
     with decoder_of(cache.spec, decoding, clip_timeout_s) as decode:
-        draw_cached(cache, name, out, run=run, decode=decode, view=view, layer=layer)
+        draw_cached(cache, name, Path(out), run=run, decode=decode, view=view, layer=layer)
 
 
 @contextmanager
@@ -129,8 +129,8 @@ def draw_cached(
 
 
 def show_video(
-    video: Path,
-    out: Path,
+    video: str | Path,
+    out: str | Path,
     *,
     run: ShowRun,
     view: int = 0,
@@ -157,6 +157,7 @@ def show_video(
 
     Raises: ClipError where the video cannot be decoded; as `run_backbone` does.
     """
+    video, out = Path(video), Path(out)
     spec = live_spec(run.config, run.path, num_clips=1)
     if not 0 <= view < spec.views.per_clip:
         raise UsageError(

@@ -55,6 +55,7 @@ from evl_cache.store.format.size import check_free_space, num_files, sample_nbyt
 from evl_cache.store.objects.address import SCHEMES, is_url, public_url
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch
+from evl_cache.store.reading.indices import Indices, rows_of
 from evl_cache.store.reading.reader import FeatureCache
 from evl_cache.store.verify import Problem, verify_cache
 from evl_cache.store.writing.block_writer import BlockWriter

@@ -22,7 +22,7 @@ from typing import Any
 
 from evl_cache.errors import UsageError
 from evl_cache.heads import MODULES, has_module
-from evl_cache.notation import parse_layers
+from evl_cache.notation import layers_of, parse_layers
 from evl_cache.train import DEFAULT_EPOCHS, OPERATIONAL, TrainOptions
 
 _SHORT = {name.removeprefix("temporal_").replace("_", "-"): name for name in MODULES}
@@ -126,7 +126,7 @@ def _value(name: str, value: Any) -> Any:
             raise UsageError(f"temporal {value!r}; expected one of {', '.join(TEMPORAL)}")
         return value
     if name == "head_layers":
-        return parse_layers(value) if isinstance(value, str) else tuple(value)
+        return parse_layers(value) if isinstance(value, str) else layers_of(value)
     kind = str(_OPTIONS[name])
     expected = next(k for k in (bool, float, int, str) if k.__name__ in kind)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):

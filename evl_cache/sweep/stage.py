@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from evl_cache.batches import samples_of_clips
+from evl_cache.batches import samples_of_clips, served_samples
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.processes import Processes, ProcessPlace, StopRequests
 from evl_cache.runs import RUNS_NAME, OnWait, RunFile, RunWriter, check_maps, write_json, writing
-from evl_cache.store import FeatureCache, Reads
+from evl_cache.store import FeatureCache, Indices, Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.memory import HeadMemory, head_memory, split_passes
 from evl_cache.sweep.shared_pass import OnPassStep, PlannedRun, SweepPass
@@ -121,9 +121,9 @@ def sweep(
     val_cache: FeatureCache,
     *,
     runs: Sequence[SweepRun],
-    out: Path,
-    train_clips: Sequence[int] | None = None,
-    val_clips: Sequence[int] | None = None,
+    out: str | Path,
+    train_clips: Indices | None = None,
+    val_clips: Indices | None = None,
     resume: bool = False,
     memory_bytes: int | None = None,
     progress: ProgressOfPass = lambda description: nullcontext(lambda done, total, heads: None),
@@ -135,7 +135,7 @@ def sweep(
     Args:
         runs: from `sweep.grid.expand`.
         out: directory of the sweep.
-        train_clips, val_clips: rows of the clip lists; all by default.
+        train_clips, val_clips: as `train` takes them.
         resume: go on with a sweep of the same runs.
         memory_bytes: most that heads and a batch's features may take together; other heads wait for a later pass.
         progress: opens the progress line of a pass.
@@ -146,9 +146,11 @@ def sweep(
         another process writes it or one of its runs;
         Interrupted where a signal asked to stop, after every state was kept.
     """
-    started = time.monotonic()
+    started, out = time.monotonic(), Path(out)
     check_pair(train_cache, val_cache)
     samples = samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips)
+    for cache, rows in zip((train_cache, val_cache), samples, strict=True):
+        served_samples(cache, rows)
     planned = [_planned(run, train_cache, val_cache) for run in runs]
     beside = [out / RUNS_NAME / run.name for run in runs]
     with writing(out, beside=beside, on_wait=on_wait) as writer:
@@ -204,8 +206,9 @@ def _in_passes(
     return found
 
 
-def read_sweep(out: Path) -> SweepResult:
+def read_sweep(out: str | Path) -> SweepResult:
     """Read what a sweep came to, so far. Raises: UsageError where there is none."""
+    out = Path(out)
     try:
         content = json.loads((out / SWEEP_NAME).read_text(encoding="utf-8"))
         if content.pop("format") != _FORMAT:

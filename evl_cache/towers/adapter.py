@@ -45,6 +45,8 @@ class TowerAdapter(Protocol):
     ) -> dict[int, torch.Tensor]:
         """Return the tokens (S, 1+P, C) that leave each layer, by layer; nothing runs after the last one asked for.
 
+        The tower may be switched to ways of computing that show queries and keys: it is a backbone's own.
+
         Args:
             frames: normalised, (S, 3, height, width).
             layers: numbers from 1, ascending.

@@ -11,7 +11,9 @@ from torch import nn
 
 from evl_cache.attention_maps import MapProjection, patch_maps
 from evl_cache.errors import UsageError
+from evl_cache.notation import layer_set
 from evl_cache.towers.families import adapter_of
+from evl_cache.towers.frozen_twin import frozen_twin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,9 @@ class Features:
 class Backbone(nn.Module):
     """A frozen image tower in eval mode, which stops after the last layer needed.
 
+    The tower that is given stays as it is, in its mode and with its gradients: the backbone computes with a twin of it,
+    `visual`, whose weights lie in the same memory. To move it, move the backbone.
+
     Args:
         visual: an open_clip VisionTransformer or TimmModel, or a VisionTransformer or Eva of timm.
         layers: layers whose features are returned, numbered from 1.
@@ -40,9 +45,9 @@ class Backbone(nn.Module):
 
     def __init__(self, visual: nn.Module, layers: Sequence[int], *, with_maps: bool = True) -> None:
         super().__init__()
-        self._tower = adapter_of(visual)
-        self.layers = check_layers(layers, self._tower.num_layers)
-        self.visual = visual.eval().requires_grad_(False)
+        self.layers = check_layers(layers, adapter_of(visual).num_layers)
+        self.visual = frozen_twin(visual)
+        self._tower = adapter_of(self.visual)
         self.with_maps = with_maps
 
     def train(self, mode: bool = True) -> "Backbone":
@@ -56,9 +61,10 @@ class Backbone(nn.Module):
         Args:
             frames: floating, (B, T, 3, S, S), normalised with the tower's mean and std, on its device.
 
-        Raises: UsageError for another shape.
+        Raises: UsageError for another shape, and for frames of bytes.
         """
         size = self._tower.image_size
+        _check_numbers(frames)
         if frames.ndim != 5 or frames.shape[2] != 3 or tuple(frames.shape[-2:]) != size:
             raise UsageError(
                 f"frames are {tuple(frames.shape)}; this tower expects (B, T, 3, {size[0]}, {size[1]}): crop them to it"
@@ -77,6 +83,16 @@ class Backbone(nn.Module):
         return Features(
             tokens={layer: values.view(*shape, *values.shape[1:]) for layer, values in tokens.items()},
             maps=maps,
+        )
+
+
+def _check_numbers(frames: object) -> None:
+    """Check that frames are a floating tensor: bytes of pictures are not normalised. Raises: UsageError."""
+    if not isinstance(frames, torch.Tensor) or not frames.is_floating_point():
+        kind = str(getattr(frames, "dtype", type(frames).__name__)).removeprefix("torch.")
+        raise UsageError(
+            f"frames are {kind}; expected a floating tensor, normalised with the tower's mean and std: "
+            "evl_cache.preprocess.spatial_crops makes one of decoded frames"
         )
 
 
@@ -105,7 +121,7 @@ def map_projections(
 
 def check_layers(layers: Sequence[int], num_layers: int) -> tuple[int, ...]:
     """Return the distinct layers, ascending. Raises: UsageError for none, or for one outside 1 .. num_layers."""
-    out = tuple(sorted({int(layer) for layer in layers}))
+    out = layer_set(layers)
     if not out or out[0] < 1 or out[-1] > num_layers:
-        raise UsageError(f"layers {list(layers)}; this tower has layers 1 to {num_layers}: choose among them")
+        raise UsageError(f"layers {list(out)}; this tower has layers 1 to {num_layers}: choose among them")
     return out

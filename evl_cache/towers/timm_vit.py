@@ -43,8 +43,6 @@ class TimmVit:
         model: Any = trunk
         _check(model)
         self._trunk, self._blocks = model, model.blocks
-        for block in self._blocks:
-            block.attn.fused_attn = True  # by the one call that shows queries and keys
         self.image_size = _pair(model.patch_embed.img_size)
         grid = model.patch_embed.grid_size
         self.patch_size = (self.image_size[0] // grid[0], self.image_size[1] // grid[1])
@@ -69,6 +67,8 @@ class TimmVit:
             if keep is not None and number in layers:
                 keep(number, _patches_of(q, self._prefix), _patches_of(k, self._prefix))
 
+        for block in self._blocks:
+            block.attn.fused_attn = True  # by the one call that shows queries and keys
         with _Attentions(attended) as seen:
             found = self._trunk.forward_intermediates(
                 frames,

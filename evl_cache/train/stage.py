@@ -1,13 +1,12 @@
 """Stage two: a head trained from a cache, without a video or the backbone."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from evl_cache.batches import Loader, samples_of_clips
+from evl_cache.batches import Loader, samples_of_clips, served_samples
 from evl_cache.processes import Processes
 from evl_cache.runs import OnWait, RunWriter, check_maps, load_state, read_run_config
-from evl_cache.store import FeatureCache
+from evl_cache.store import FeatureCache, Indices
 from evl_cache.train.batch_size import share_out_memory
 from evl_cache.train.head_reads import training_reads
 from evl_cache.train.loaders import make_loaders, shuffle_blocks
@@ -25,9 +24,9 @@ def train(
     val_cache: FeatureCache,
     *,
     options: TrainOptions,
-    out: Path,
-    train_clips: Sequence[int] | None = None,
-    val_clips: Sequence[int] | None = None,
+    out: str | Path,
+    train_clips: Indices | None = None,
+    val_clips: Indices | None = None,
     resume: bool = False,
     on_step: OnStep = lambda done, total, loss: None,
     on_bottleneck: OnBottleneck = lambda name: None,
@@ -40,7 +39,7 @@ def train(
     Args:
         options: how to train.
         out: the run directory.
-        train_clips, val_clips: rows of the clip lists; all by default.
+        train_clips, val_clips: rows of the clip lists, one or several, a slice, or a mask of all clips; all by default.
         resume: go on from the last state in `out`.
         on_step: called with (steps done, steps in all, loss); on a GPU when the next step has been given to it.
         on_bottleneck: called before `on_step` with what training waits for: `device`, `disk` or `processor`.
@@ -51,13 +50,13 @@ def train(
     Raises: UsageError where the caches do not fit each other or the head, where `out` holds a run, or where another
         process writes it; Interrupted where a signal asked to stop, after the state was kept.
     """
-    processes = processes or Processes()
+    out, processes = Path(out), processes or Processes()
     check_pair(train_cache, val_cache)
     reads = training_reads(options, train_cache.spec)
     for cache in (train_cache, val_cache):
         check_maps(reads, cache)
     samples = (samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips))
-    served = samples[0][train_cache.is_valid[samples[0]]]
+    served, _ = served_samples(train_cache, samples[0]), served_samples(val_cache, samples[1])
     with written_by_first(out, processes, on_wait) as writer:
         caches = train_cache, val_cache
         options, kept = share_out_memory(

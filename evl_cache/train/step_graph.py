@@ -143,7 +143,8 @@ class StepGraph:
         return made
 
     def _made(self, batch: Batch, seed: Callable[[], None]) -> _Recording:
-        features, labels, is_own = batch.features, batch.labels, batch.slot is None
+        # The addresses are kept, whatever batch lies there: `to` gives the tensors without the batch's hold on them.
+        features, labels, is_own = batch.features.to(batch.labels.device), batch.labels, batch.slot is None
         if is_own:
             device = next(iter(self._parameters.values())).device
             features = features.to(device).repeated(len(labels))  # in new memory

@@ -63,8 +63,8 @@ def tensors_of(batch):
     return found
 
 
-def copied(batch):
-    return {name: tensor.clone() for name, tensor in tensors_of(batch).items()}
+def copied(tensors):
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def what_the_device_sees(loader, streams, epochs=2):
@@ -73,7 +73,8 @@ def what_the_device_sees(loader, streams, epochs=2):
     for epoch in range(epochs):
         for batch in loader.epoch(epoch):
             rows.append(batch.samples.tolist())
-            streams.use(lambda batch=batch: seen.append(copied(batch)))
+            tensors = tensors_of(batch)
+            streams.use(lambda tensors=tensors: seen.append(copied(tensors)))
             streams.run_some()
     streams.run_all()
     return seen, rows
@@ -81,7 +82,11 @@ def what_the_device_sees(loader, streams, epochs=2):
 
 def what_the_loader_gives(cache, epochs=2):
     loader = loader_of(cache, None)
-    batches = [(copied(batch), batch.samples.tolist()) for n in range(epochs) for batch in loader.epoch(n)]
+    batches = [
+        (copied(tensors_of(batch)), batch.samples.tolist())
+        for n in range(epochs)
+        for batch in loader.epoch(n)
+    ]
     return [tensors for tensors, _ in batches], [rows for _, rows in batches]
 
 
@@ -178,7 +183,8 @@ def test_two_iterators_at_once_have_their_own_memory(cache):
     for pair in zip(loader.epoch(), loader.epoch(), strict=True):
         assert pair[0].slot != pair[1].slot
         for found, batch in zip(seen, pair, strict=True):
-            streams.use(lambda batch=batch, found=found: found.append(copied(batch)))
+            tensors = tensors_of(batch)
+            streams.use(lambda tensors=tensors, found=found: found.append(copied(tensors)))
     streams.run_all()
     assert are_equal(seen[0], expected) and are_equal(seen[1], expected)
 
@@ -193,7 +199,8 @@ def test_an_epoch_cut_short_leaves_no_copy_pending_and_the_next_one_is_whole(cac
     epoch = loader.epoch(0)
     try:
         for number, batch in enumerate(epoch):
-            streams.use(lambda batch=batch: seen.append(copied(batch)))
+            tensors = tensors_of(batch)
+            streams.use(lambda tensors=tensors: seen.append(copied(tensors)))
             if number == 2:
                 if how == "error":
                     raise KeyError("the step fails")
@@ -255,7 +262,7 @@ def test_a_gpu_that_is_busy_sees_the_batches_of_the_loader(cache, kept):
     for epoch in range(2):
         for batch in loader.epoch(epoch):
             torch.cuda._sleep(20_000_000)  # the device lags behind the host
-            seen.append(copied(batch))
+            seen.append(copied(tensors_of(batch)))
             rows.append(batch.samples.tolist())
             slots.add(batch.slot)
     found = [{name: tensor.cpu() for name, tensor in tensors.items()} for tensors in seen]

@@ -71,7 +71,7 @@ def test_raw_and_compressed_mapped_and_read_by_calls_give_the_same(
     caches += [FeatureCache(cache.path) for cache in caches]
     caches += [FeatureCache(cache.path, trust=True) for cache in caches[:2]]
     assert [cache.is_local for cache in caches[:4]] == [True, True, False, False]
-    for layers in (None, (3,), (2, 4), (4, 2)):
+    for layers in (None, (3,), (2, 4), (2, 3)):
         for sample in (0, 5, 6):
             first, *others = (values(cache, sample, layers) for cache in caches)
             assert all(same(other, first) for other in others)

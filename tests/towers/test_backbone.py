@@ -3,14 +3,18 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import LayerNormFp32, QuickGELU, VisionTransformer
+from torch import nn
 
 from evl_cache import Backbone, adjacent_frame_maps
 from evl_cache.errors import UsageError
-from evl_cache.towers import build_tower
+from evl_cache.towers import build_tower, map_projections
+from evl_cache.towers.frozen_twin import frozen_twin
 
 CONFIG = {"image_size": 32, "patch_size": 8, "width": 48, "layers": 5, "head_width": 16, "mlp_ratio": 2.0}
 
@@ -142,6 +146,83 @@ def test_the_tower_is_frozen_and_stays_in_eval_mode():
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
     after = backbone(clip_frames().requires_grad_()).tokens[2]
     assert torch.equal(before, after) and not after.requires_grad
+
+
+def as_it_is(module):
+    """Everything of a module that freezing it could change."""
+    parameters = [(name, p, p.requires_grad, p.data_ptr(), p.dtype) for name, p in module.named_parameters()]
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    flags = {
+        name: {k: v for k, v in part.__dict__.items() if isinstance(v, bool | int | float | str)}
+        for name, part in module.named_modules()
+    }
+    hooks = [len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules()]
+    return parameters, state, flags, hooks
+
+
+@pytest.mark.parametrize("family", ["open_clip", "timm"])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_the_callers_tower_stays_as_it_is(family, is_training):
+    if family == "timm":
+        visual = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, num_classes=0, depth=4)
+        visual.blocks[1].attn.fused_attn = False
+    else:
+        visual = tower(patch_dropout=0.5)
+    visual.train(is_training).requires_grad_(is_training)
+    visual.get_parameter("conv1.weight" if family == "open_clip" else "pos_embed").requires_grad_(
+        not is_training
+    )
+    before = as_it_is(visual)
+    backbone = Backbone(visual, layers=(2, 3))
+    backbone(clip_frames())
+    backbone.to(torch.bfloat16)(clip_frames())
+    map_projections(visual, (2,), compute_dtype=torch.float32)
+    after = as_it_is(visual)
+    assert [p[0] for p in after[0]] == [p[0] for p in before[0]]
+    assert all(a[1] is b[1] and a[2:] == b[2:] for a, b in zip(after[0], before[0], strict=True))
+    assert all(torch.equal(after[1][name], value) for name, value in before[1].items())
+    assert after[2:] == before[2:]
+    assert all(p.grad is None for p in visual.parameters())
+
+
+def test_the_backbone_shares_the_towers_memory_until_it_is_moved():
+    visual = tower()
+    backbone = Backbone(visual, layers=(2,))
+    own = {name: p.data_ptr() for name, p in visual.named_parameters()}
+    assert {name: p.data_ptr() for name, p in backbone.visual.named_parameters()} == own
+    before = backbone(clip_frames()).tokens[2]
+    with torch.no_grad():
+        visual.conv1.weight.mul_(2)
+    assert not torch.equal(backbone(clip_frames()).tokens[2], before)
+    assert next(backbone.double().parameters()).dtype == torch.float64
+    assert next(visual.parameters()).dtype == torch.float32
+
+
+def test_modules_and_weights_that_are_used_twice_are_one_in_the_twin():
+    shared = nn.Linear(3, 3)
+    other = nn.Linear(3, 3)
+    other.weight = shared.weight
+    twin = frozen_twin(nn.ModuleList([shared, shared, other]))
+    assert twin[0] is twin[1] and twin[0] is not shared
+    assert twin[2].weight is twin[0].weight and twin[2].weight is not shared.weight
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        torch.zeros(1, 2, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(1, 2, 3, 32, 32, dtype=torch.int64),
+        torch.zeros(1, 2, 3, 32, 32, dtype=torch.bool),
+        np.zeros((1, 2, 3, 32, 32), dtype=np.uint8),
+        [[0.0]],
+    ],
+    ids=lambda frames: str(getattr(frames, "dtype", "list")),
+)
+def test_frames_that_are_not_normalised_numbers_are_refused(frames):
+    with pytest.raises(
+        UsageError, match=r"^frames are \w+; expected a floating tensor, normalised .*preprocess"
+    ):
+        Backbone(tower(), layers=(1,))(frames)
 
 
 def test_frames_are_not_changed():

@@ -306,7 +306,7 @@ def test_a_stand_in_is_not_recorded(tmp_path):
 
 def test_loading_a_state_drops_what_was_recorded(tmp_path):
     steps = Steps(tmp_path)
-    batches = [batch for epoch in range(4) for batch in steps.loader.epoch(epoch)]
+    batches = [batch.clone() for epoch in range(4) for batch in steps.loader.epoch(epoch)]
     for batch in batches[:6]:
         steps.take(batch)
     steps.graph.forget()

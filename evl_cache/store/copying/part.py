@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from evl_cache.errors import UsageError
+from evl_cache.notation import layers_of
 from evl_cache.spec import CacheSpec
 from evl_cache.store.copying.source import OnBlock, TransferResult
 from evl_cache.store.disk.locks import LockWatcher
@@ -25,7 +26,7 @@ from evl_cache.store.writing.publication import valid_mark
 
 def part_spec(spec: CacheSpec, *, layers: Sequence[int] | None, codec: str | None) -> CacheSpec:
     """Return the spec of a part. Raises: UsageError for layers that the cache has not, or an unknown codec."""
-    wanted = spec.layers if layers is None else tuple(layers)
+    wanted = spec.layers if layers is None else layers_of(layers)
     missing = [layer for layer in wanted if layer not in spec.layers]
     if missing:
         raise UsageError(

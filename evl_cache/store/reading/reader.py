@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from evl_cache.errors import CacheDamaged, UsageError
+from evl_cache.notation import layers_of
 from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.layout import array_layouts, as_range
@@ -27,6 +28,7 @@ from evl_cache.store.reading.buffers import (
     ProjectedMaps,
     Reads,
 )
+from evl_cache.store.reading.indices import Indices, row_of, rows_of
 from evl_cache.store.reading.local_copy import LocalCopy
 from evl_cache.store.reading.sample_reader import SampleReader
 
@@ -147,9 +149,9 @@ class FeatureCache:
         """See blocks that were finished since the cache was opened."""
         self._done.refresh()
 
-    def check_marks(self, samples: np.ndarray[Any, Any]) -> None:
+    def check_marks(self, samples: Indices) -> None:
         """Check that blocks of samples are not there, or whole and as the manifest has them. Raises: CacheDamaged."""
-        self._done.check(np.unique(samples // self.spec.block_samples).tolist())
+        self._done.check(np.unique(self.rows_of(samples) // self.spec.block_samples).tolist())
 
     def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
         """Return the places of layers in the arrays' layer axis. Raises: UsageError for one that is not stored."""
@@ -162,28 +164,34 @@ class FeatureCache:
         return [self.spec.stored_layers.index(layer) for layer in wanted]
 
     def read(
-        self, samples: Sequence[int], layers: Sequence[int] | None = None
+        self, samples: Indices, layers: Sequence[int] | None = None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
         """Return dequantised features, shallow to deep.
 
         Args:
-            samples: rows, in any order.
-            layers: layers of the tower; all stored ones by default.
+            samples: rows, in any order; a slice; a mask of all samples, such as `is_valid`; or one row, which is read as
+                a list of one.
+            layers: layers of the tower, shallow to deep; all stored ones by default.
 
         Returns: float32 tokens, a (B, T, 1+P, C) for each layer; maps, a (B, 2, T-1, P, P) each, or None.
         Raises: CacheError for a sample that failed or is not extracted yet; CacheDamaged where bytes are not
-            those that were written; UsageError for a sample or layer that does not exist.
+            those that were written; UsageError for a sample or layer that does not exist, or for what is no such number.
         """
         return self.read_stored(
-            samples, None if layers is None else Reads(layers=tuple(layers))
+            samples, None if layers is None else Reads(layers=layers_of(layers))
         ).dequantized()
 
-    def read_stored(self, samples: Sequence[int], reads: Reads | None = None) -> StoredBatch:
-        """Features as they are stored: all that are, or what `reads` says. Errors as `read`."""
+    def read_stored(self, samples: Indices, reads: Reads | None = None) -> StoredBatch:
+        """Features as they are stored: all that are, or what `reads` says. `samples` and errors as `read`."""
         reads = reads or Reads(layers=self.spec.layers)
-        buffers = self.buffers(slots=len(samples), reads=reads)
-        self.read_into(buffers, enumerate(samples), reads.layers)
-        return buffers.batch(len(samples))
+        rows = self.rows_of(samples)
+        buffers = self.buffers(slots=len(rows), reads=reads)
+        self.read_into(buffers, enumerate(rows.tolist()), reads.layers)
+        return buffers.batch(len(rows))
+
+    def rows_of(self, samples: Indices) -> np.ndarray[Any, Any]:
+        """Return the rows of samples, int64 (M,), that `read` would read. Raises: UsageError as `read`."""
+        return rows_of(samples, self._num_samples, what="sample", place=self.place)
 
     def buffers(
         self,
@@ -269,18 +277,14 @@ class FeatureCache:
         self._read_positions(buffers, [(0, sample)], positions)
         return {name: np.concatenate(arrays) for name, arrays in buffers.arrays.items()}
 
-    def read_class_tokens(
-        self, samples: Sequence[int], layers: Sequence[int] | None = None
-    ) -> list[torch.Tensor]:
-        """Return class tokens alone, float32, a (B, T, C) for each layer. Errors as `read`."""
-        wanted = self.spec.layers if layers is None else tuple(layers)
+    def read_class_tokens(self, samples: Indices, layers: Sequence[int] | None = None) -> list[torch.Tensor]:
+        """Return class tokens alone, float32, a (B, T, C) for each layer. Arguments and errors as `read`."""
+        wanted = self.spec.layers if layers is None else layers_of(layers)
         stored = self.read_stored(samples, Reads(layers=wanted, with_maps=False, tokens="class"))
         return [tokens[:, :, 0].float() for tokens in stored.class_tokens or ()]
 
     def _checked_sample(self, sample: int) -> int:
-        sample = int(sample)
-        if not 0 <= sample < self._num_samples:
-            raise UsageError(f"sample {sample} of {self.place}; expected 0 to {len(self) - 1}")
+        sample = row_of(sample, self._num_samples, what="sample", place=self.place)
         if not self.is_valid[sample]:
             raise self._done.why_not_served(sample, self.clips, self.place)
         return sample
