@@ -1,6 +1,5 @@
 """Files of a run, and what is made of runs, written whole or not at all."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from evl_cache.canonical_json import json_text
 from evl_cache.errors import EvlCacheError, first_line
 from evl_cache.notation import encodable
 from evl_cache.store import replacing
@@ -36,8 +36,8 @@ def refusals_named(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON for people, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Write indented JSON for people, whole or not at all. Raises: as `json_text`."""
+    write_text(path, json_text(content, indent=2) + "\n")
 
 
 def write_text(path: Path, content: str) -> None:

@@ -9,7 +9,7 @@ from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, TrainOptions, o
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult
 from evl_cache.train.setup import check_pair, pair_differences, prepare_run, run_config, written_by_first
 from evl_cache.train.stage import train, train_with_loaders
-from evl_cache.train.step_loss import Diverged
+from evl_cache.train.step_loss import Diverged, told_of_training
 from evl_cache.train.trainer import Trainer
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "run_config",
     "shuffle_blocks",
     "step_nbytes",
+    "told_of_training",
     "train",
     "train_with_loaders",
     "training_reads",

@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from evl_cache.heads import Head
+from evl_cache.runs import extremes
 from evl_cache.train.options import TrainOptions
 
+LEAST_SCALE = 2.0**-20  # of float16 losses; torch begins with 2 ** 16, and halves it where gradients overflow
 _KERNELS = ("fused", "foreach", "capturable")  # how AdamW computes; a part of its groups
 
 
@@ -72,6 +74,15 @@ class Optimisation:
             with torch.no_grad():
                 mine, theirs = tuple(self.averaged.parameters()), tuple(self.head.parameters())
                 torch._foreach_lerp_(mine, theirs, 1 - decay)
+
+    @property
+    def overflows(self) -> bool:
+        """Whether float16 has no room for gradients at any scale: steps are left out, and nothing is learnt. Waits."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE
+
+    def parameters(self) -> torch.Tensor:
+        """Return the largest magnitude of the parameters, as `extremes` does."""
+        return extremes(list(self.head.parameters()))
 
     def lr(self, step: int) -> float:
         """The learning rate of a step."""
