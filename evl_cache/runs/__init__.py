@@ -26,7 +26,7 @@ from evl_cache.runs.scoring import (
     scores_of,
 )
 from evl_cache.runs.tables import write_report
-from evl_cache.runs.whole_files import whole_file, write_json, write_text
+from evl_cache.runs.whole_files import read_json, read_json_lines, whole_file, write_json, write_text
 from evl_cache.runs.writer import RUNS_NAME, OnWait, RunWriter, new_run_directory, removed_if_empty, writing
 
 __all__ = [
@@ -54,6 +54,8 @@ __all__ = [
     "load_state",
     "new_run_directory",
     "not_finite",
+    "read_json",
+    "read_json_lines",
     "read_run_config",
     "removed_if_empty",
     "run_loader",

@@ -11,6 +11,7 @@ from evl_cache.canonical_json import json_text
 from evl_cache.errors import EvlCacheError, first_line
 from evl_cache.notation import encodable
 from evl_cache.store import replacing
+from evl_cache.untrusted.json_text import parse_json
 
 
 @contextmanager
@@ -38,6 +39,16 @@ def refusals_named(path: Path) -> Iterator[None]:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write indented JSON for people, whole or not at all. Raises: as `json_text`."""
     write_text(path, json_text(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read what `write_json` wrote. Raises: OSError; ValueError for what is no JSON, such as NaN of older versions."""
+    return parse_json(path.read_bytes())
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Read a log. Raises: as `read_json`."""
+    return [parse_json(line) for line in path.read_bytes().splitlines()]
 
 
 def write_text(path: Path, content: str) -> None:

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from evl_cache.runs import Scores
+from evl_cache.errors import UsageError
+from evl_cache.runs import RunFile, Scores, read_json
 
 OnStep = Callable[[int, int, float], None]  # steps done, steps in all, loss
 OnBottleneck = Callable[[str], None]
@@ -40,6 +42,17 @@ class TrainResult:
     skipped_clips: int
     parameters: int
     ms_per_step: float
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """Return the figures of a run that a sweep shows. Raises: UsageError where they are damaged, or no numbers."""
+    try:
+        found = read_json(run / RunFile.RESULT)
+        return {name: found[name] for name in ("top1", "top5", "parameters", "ms_per_step")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(
+            f"{run / RunFile.RESULT}: not what train writes ({error}); remove it, then go on with --resume"
+        ) from error
 
 
 @dataclass(kw_only=True)

@@ -102,19 +102,19 @@ class LossReader:
         self._unread: tuple[int, int, DeviceNumbers] | None = None
         self.is_stopping = False
 
-    def give(self, step: int, loss: torch.Tensor, parameters: torch.Tensor, samples: int) -> StepLoss | None:
+    def give(self, step: int, loss: torch.Tensor, health: torch.Tensor, samples: int) -> StepLoss | None:
         """Note the loss of a step that the device was given, and what it has made of the parameters.
 
         Args:
             step: its number, from 1.
             loss: of this process's part, ().
-            parameters: as `extremes` of them gives it, (), after the step: that tells of its gradients too.
+            health: the largest parameter after the step, (): NaN or infinite as its gradients were. See `Optimisation.health`.
             samples: of the step, in all processes.
 
         Returns: the loss of the step before, or on a CPU of this one; None where the first is not read yet.
         Raises: as `read`.
         """
-        numbers = DeviceNumbers(torch.stack([loss.detach(), parameters.to(loss.dtype)]))
+        numbers = DeviceNumbers(torch.stack([loss.detach(), health.to(loss.dtype)]))
         before = self.read()
         self._unread = step, samples, numbers
         return before if self._is_late else self.read()
@@ -122,19 +122,19 @@ class LossReader:
     def read(self) -> StepLoss | None:
         """Wait for the loss that is not read yet. Returns: it, or None where all are read.
 
-        Raises: Diverged where it is NaN or infinite, or a parameter is after its step.
+        Raises: Diverged where it is NaN or infinite, or what its step has made of the parameters is.
         """
         if self._unread is None:
             return None
         (step, samples, numbers), self._unread = self._unread, None
-        loss, parameters = numbers.read()
+        loss, health = numbers.read()
         # Processes may differ in what they have: all go by the sum, and end alike.
-        told = [loss, float(self._stop.signal_number), 0.0 if math.isfinite(parameters) else 1.0]
+        told = [loss, float(self._stop.signal_number), 0.0 if math.isfinite(health) else 1.0]
         sums = torch.tensor(told, dtype=torch.float64)
         loss, signals, spoiled = self._processes.add(sums, f"at step {step}").tolist()
         self.is_stopping = self.is_stopping or bool(signals)
         if not math.isfinite(loss):
             raise Diverged(f"loss is {loss} at step {step}")
         if spoiled:
-            raise Diverged(f"parameters are NaN or infinite after step {step}, as its gradients were")
+            raise Diverged(f"parameters, or the logits by them, are NaN or infinite after step {step}")
         return StepLoss(step=step, value=loss, samples=samples)

@@ -135,7 +135,7 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """The seconds that the run has taken, in the parts before this one up to their last states too."""
+        """The seconds that the run has taken, in earlier parts too, up to their last states."""
         return self._seconds_before + (0.0 if self._began is None else time.monotonic() - self._began)
 
     def run(self, on_step: OnStep, on_bottleneck: OnBottleneck = lambda name: None) -> TrainResult:
@@ -144,7 +144,7 @@ class Trainer:
         Raises: Interrupted where a signal asks to stop, after the state was kept; Diverged where the loss becomes
             NaN or infinite; EvlCacheError where another process is lost.
         """
-        scores: Scores | None = None
+        scores = None
         with self._stop, self.begin():
             while not self.is_done:
                 bottleneck = self._train_epoch(on_step, on_bottleneck)
@@ -205,8 +205,12 @@ class Trainer:
 
     def save_if_due(self) -> None:
         """Keep the state, where options ask for it after so many steps."""
-        if self.options.save_every_steps and self._state.step % self.options.save_every_steps == 0:
+        if self._is_save_due():
             self.save()
+
+    def _is_save_due(self) -> bool:
+        every = self.options.save_every_steps
+        return every is not None and self._state.step % every == 0
 
     def parts(self, batch: Batch) -> list[slice]:
         """Split a batch into the samples of each forward pass."""
@@ -231,8 +235,10 @@ class Trainer:
                 seed()
                 total = self._passes.run(batch, inputs)
         self._optimisation.finish(state.step)
-        loss = self._losses.give(state.step + 1, total, self._optimisation.parameters(), batch.total)
         state.step += 1
+        # A head of a sweep that diverges never goes on from its state: that needs no proof.
+        proof = self._passes.proof(batch) if self._is_save_due() and inputs is None else None
+        loss = self._losses.give(state.step, total, self._optimisation.health(proof), batch.total)
         state.batches = batch.number + 1
         state.epoch_samples += batch.total
         self._note(loss)
@@ -327,11 +333,7 @@ class Trainer:
         )
 
     def finish(self, scores: Scores) -> TrainResult:
-        """Write what the run came to.
-
-        Args:
-            scores: of the last validation.
-        """
+        """Write what the run came to. Args: scores: of the last validation."""
         self.settle()
         result = self._state.result(
             scores,
