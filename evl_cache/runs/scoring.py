@@ -219,8 +219,9 @@ def scores_of(parts: Sequence[ViewSums], loader: Loader) -> Scores:
     """
     refused = sorted(set().union(*(part.refused for part in parts)))
     if refused:
+        count = f"{len(refused)} clip{'s' if len(refused) > 1 else ''}"
         raise NotFinite(
-            f"{loader.cache.place}: logits of {len(refused)} clips are NaN or infinite, first those of "
+            f"{loader.cache.place}: logits of {count} are NaN or infinite, first those of "
             f"{loader.cache.clips[refused[0]].id!r}: there is no score; use --precision float32, or a head that was trained "
             "with a lower --lr"
         )
