@@ -134,5 +134,5 @@ def gigabytes(flag: str, amount: str | None) -> int | None:
         return None
     try:
         return int(float(str(amount)) * 1e9)
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:  # an infinite amount is none either
         raise UsageError(f"{flag} {amount!r}; expected gigabytes, or nothing") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -147,6 +146,7 @@ def default_device(name: str | None) -> str:
     import torch
 
     from evl_cache.errors import UsageError
+    from evl_cache.precision import device_named
     from evl_cache.processes import ProcessPlace, limit_torch_threads
 
     limit_torch_threads()
@@ -155,9 +155,9 @@ def default_device(name: str | None) -> str:
         return "cpu"
     name = ProcessPlace.on_computer().device(name or "cuda")
     try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name!r}: not a device; expected cpu, cuda or cuda:N") from error
+        device = torch.device(device_named(name))
+    except UsageError as error:
+        raise UsageError(f"--{error}") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; use cpu, or another"
@@ -181,7 +181,9 @@ def show_transfer(result: TransferResult, as_json: bool) -> None:
 
 def print_json(content: Mapping[str, object]) -> None:
     """One JSON object on stdout."""
-    click.echo(json.dumps(content, indent=2))
+    from evl_cache.canonical_json import json_text
+
+    click.echo(json_text(content, indent=2))
 
 
 def human_bytes(count: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -59,10 +58,11 @@ def command(cache: Path, failures: bool, as_csv: bool, watched: bool, every: flo
 
 def _watch(cache: Path, every_s: float, *, as_json: bool) -> None:
     from evl_cache.caches.watch import watch
+    from evl_cache.canonical_json import json_text
 
     for look in watch(cache, every_s=every_s):
         if as_json:
-            click.echo(json.dumps(asdict(look)))
+            click.echo(json_text(asdict(look)))
             continue
         again = sys.stdout.isatty() and not look.is_complete  # one line that is written over
         click.echo(("\r\x1b[K" if sys.stdout.isatty() else "") + shown(_look_line(look)), nl=not again)

@@ -76,7 +76,7 @@ def _sweep_flags(function: Function) -> Function:
         path_flag("--out", "Directory of the sweep [a new one under runs/]."),
         click.option("--resume", is_flag=True, help="Go on with the sweep in --out."),
         click.option("--save-every-steps", type=int, metavar="N", help="The last states [every epoch]."),
-        click.option("--memory", type=float, metavar="GB", help="Of a pass's heads [0.7 of what is free]."),
+        click.option("--memory", metavar="GB", help="Of a pass's heads [0.7 of what is free]."),
         gigabytes_flag("--cache-in-ram", "Keep samples once read."),
         read_threads_flag,
         trust_flag,
@@ -91,7 +91,7 @@ class SweepFlags(CacheFlags):
     """The values of sweep's options, as the command line has them. `axes`: of the options with several values."""
 
     head_layers: tuple[str, ...]
-    memory: float | None
+    memory: str | None
     axes: Mapping[str, str | None]
 
     def given_axes(self) -> dict[str, list[str | float]]:
@@ -165,7 +165,7 @@ def _sweep(flags: SweepFlags, runs: Sequence[SweepRun]) -> int:
             train_clips=data.train_rows,
             val_clips=data.val_rows,
             resume=flags.resume,
-            memory_bytes=None if flags.memory is None else int(flags.memory * 1e9),
+            memory_bytes=gigabytes("--memory", flags.memory),
             progress=_progress,
             on_wait=say_outage,
             on_note=say_outage,

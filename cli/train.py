@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from evl_cache.train import TrainOptions, TrainResult
 
 _MOST_FAILURES_SAID = 5
+_MOST_TIMEOUT_S = 1e8  # three years
 _DECODING = ("decoder", "tolerate_bad_frames", "clip_timeout")
 EXAMPLES = """
 evl-cache train --dataset folder --head decoder4
@@ -42,6 +43,10 @@ def command(**given: Any) -> int:
     of_videos = {option.parameter: given.pop(option.parameter) for option in options_with(Role.ONLINE)}
     flags = TrainFlags(**given, of_videos=of_videos)
     device = default_device(flags.device)
+    if not 0 < flags.rank_timeout <= _MOST_TIMEOUT_S:
+        raise UsageError(
+            f"--rank-timeout {flags.rank_timeout}; expected seconds, above 0 and at most {_MOST_TIMEOUT_S:.0e}"
+        )
     try:
         with processes_of_environment(device, timeout_s=flags.rank_timeout) as processes:
             return _train(flags, flags.train_options(device), processes)

@@ -1,9 +1,39 @@
-"""Write JSON that is the same for equal content, and digests of it."""
+"""Write JSON as the standard has it; some of it the same for equal content, with digests of it."""
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
+
+from evl_cache.errors import NotFinite
+
+
+def json_text(content: object, *, indent: int | None = None) -> str:
+    """Return JSON that any reader takes. All JSON that is written or printed, and not canonical, comes from here.
+
+    Raises: NotFinite that names the first value that is NaN or infinite.
+    """
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except ValueError as error:
+        if (found := not_finite_in(content)) is None:
+            raise
+        raise NotFinite(f"{found}, which JSON has no number for: nothing is written of it") from error
+
+
+def not_finite_in(content: object, name: str = "") -> str | None:
+    """Return the first number in nested mappings and lists that is NaN or infinite, as `a.b is nan`, or None."""
+    if isinstance(content, float):
+        return None if math.isfinite(content) else f"{name or 'a value'} is {content}"
+    if isinstance(content, Mapping):
+        parts = [(str(key), value) for key, value in content.items()]
+    elif isinstance(content, list | tuple):
+        parts = [(str(place), value) for place, value in enumerate(content)]
+    else:
+        return None
+    told = (not_finite_in(value, f"{name}.{key}" if name else key) for key, value in parts)
+    return next(filter(None, told), None)
 
 
 def canonical_json(content: object) -> bytes:

@@ -37,6 +37,10 @@ class UsageError(EvlCacheError, ValueError):
     """An option, argument or input file is wrong; nothing was changed."""
 
 
+class NotFinite(UsageError):
+    """What is to be saved, scored or shown is NaN or infinite: a head has diverged, or an option led there."""
+
+
 class ClipError(EvlCacheError):
     """One clip cannot be used (decoding, sampling, non-finite features). The run goes on without it."""
 

@@ -36,6 +36,20 @@ PRECISIONS: Mapping[str, Precision] = {
 }
 
 
+def device_named(name: str | torch.device) -> str:
+    """Return the one name that a device has everywhere: `cpu` (for `cpu:0` too), `cuda` or `cuda:N`.
+
+    Raises: UsageError for another.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type == "cuda" or (device.type == "cpu" and not device.index):
+        return "cpu" if device.type == "cpu" else str(device)
+    raise UsageError(f"device {str(name)!r}; expected cpu, cuda or cuda:N")
+
+
 def default_precision(device: str | torch.device) -> str:
     """Return the precision that suits a device: float32 on a CPU; on a GPU bfloat16, or float16 where it is emulated."""
     device = torch.device(device)

@@ -13,11 +13,13 @@ import torch
 from evl_cache import precision as module
 from evl_cache.batches import FeatureLoader
 from evl_cache.errors import UsageError
+from evl_cache.extract.job import ExtractOptions
 from evl_cache.precision import (
     PRECISIONS,
     check_precision,
     computing,
     default_precision,
+    device_named,
     precision_of_run,
     tf32_as,
     tf32_is_on,
@@ -30,6 +32,7 @@ from evl_cache.sweep.grid import expand
 from evl_cache.train.batch_size import training_step
 from evl_cache.train.optimisation import Optimisation
 from evl_cache.train.stage import TrainOptions, train
+from evl_cache_cli.common import default_device
 from tests.support.feature_caches import write_pair
 
 OPTIONS = TrainOptions(head="decoder2", epochs=1, batch=4, lr=3e-3)
@@ -407,3 +410,22 @@ def test_a_gpu_rounds_products_to_tf32_only_where_it_is_told_to() -> None:
         with computing(name, "cuda"):
             errors[name] = float((values.float() @ values.float() - exact).norm() / exact.norm())
     assert errors["float32"] < 1e-6 < 1e-4 < errors["tf32"] < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"), [("cpu", "cpu"), ("cpu:0", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda:1")]
+)
+def test_a_device_has_one_name_everywhere(name: str, expected: str) -> None:
+    assert device_named(name) == expected
+    assert TrainOptions(epochs=1, device=name).device == expected
+    assert ExtractOptions(device=name).device == expected
+
+
+@pytest.mark.parametrize("name", ["cpu:1", "mps", "meta", "CPU", "", "cuda:-1", "cuda:x"])
+def test_a_device_that_is_none_here_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="expected cpu, cuda or cuda:N"):
+        device_named(name)
+
+
+def test_the_first_cpu_of_a_command_line_is_the_cpu() -> None:
+    assert default_device("cpu:0") == "cpu"

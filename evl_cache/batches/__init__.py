@@ -2,7 +2,7 @@
 
 from evl_cache.batches.batch import Batch, BatchOverwritten, LoaderTimes
 from evl_cache.batches.batch_memory import DEVICE_RING, DEVICE_SLOTS, RING, BatchMemory
-from evl_cache.batches.epoch_order import BatchPart, EpochOrder, Keepers, shared_out
+from evl_cache.batches.epoch_order import BatchPart, EpochOrder, Keepers, check_seed, shared_out
 from evl_cache.batches.feature_loader import FeatureLoader, served_samples
 from evl_cache.batches.folds import split_clips
 from evl_cache.batches.reading_threads import read_threads
@@ -26,6 +26,7 @@ __all__ = [
     "LoaderTimes",
     "ResidentSamples",
     "Source",
+    "check_seed",
     "default_budget",
     "nbytes_of",
     "read_threads",

@@ -8,6 +8,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from evl_cache.errors import UsageError
+
+MOST_SEED = 2**64 - 1  # that torch takes
+
 
 @dataclass(frozen=True, kw_only=True)
 class BatchPart:
@@ -66,6 +70,9 @@ class EpochOrder:
     world: int = 1
     keepers: Keepers | None = None
 
+    def __post_init__(self) -> None:
+        check_seed("shuffle_seed", self.seed)
+
     def __len__(self) -> int:
         """Batches of an epoch, the same for every process."""
         return -(-self.samples_of_epoch // self.batch)
@@ -108,6 +115,12 @@ class EpochOrder:
         blocks = rng.permutation(np.unique(block_of))
         groups = [blocks[i : i + self.shuffle_blocks] for i in range(0, len(blocks), self.shuffle_blocks)]
         return np.concatenate([rng.permutation(samples[np.isin(block_of, group)]) for group in groups])
+
+
+def check_seed(name: str, seed: int | None) -> None:
+    """Check a seed, which everything random of a run is drawn from. Raises: UsageError for one out of range."""
+    if seed is not None and not 0 <= seed <= MOST_SEED:
+        raise UsageError(f"{name} is {seed}; expected 0 to {MOST_SEED}")
 
 
 def dealt_to_keepers(whole: np.ndarray, keepers: Keepers) -> np.ndarray:

@@ -9,6 +9,7 @@ from evl_cache.clips import ClipList
 from evl_cache.errors import UsageError
 from evl_cache.extract.failure_limit import FailureLimit
 from evl_cache.extract_options import MOST_BATCH
+from evl_cache.precision import device_named
 from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.towers import Tower
 from evl_cache.video import DecodeOptions
@@ -117,6 +118,7 @@ class ExtractOptions:
     lock_expiry_s: float = 60.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "device", device_named(self.device))
         for name in ("batch", "decode_workers", "compress_threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

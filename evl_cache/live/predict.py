@@ -20,7 +20,7 @@ from evl_cache.extract import OnOutage, decoding_for, default_workers_on
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.live.run_tower import live_spec, run_backbone
-from evl_cache.precision import check_precision, precision_of_run
+from evl_cache.precision import check_precision, device_named, precision_of_run
 from evl_cache.processes import Processes
 from evl_cache.runs import load_head, read_run_config, score
 from evl_cache.video import DecodeOptions
@@ -93,7 +93,7 @@ def predict(
         precision that the device cannot compute in;
         WeightsError where the tower is another one; Outage where videos cannot be read, and are not to blame.
     """
-    files, run = find_videos(videos), Path(run)
+    files, run, device = find_videos(videos), Path(run), device_named(device)
     config = read_run_config(run)
     precision = precision or precision_of_run(config.training, device)
     check_precision(precision, device)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from evl_cache.canonical_json import json_text
 from evl_cache.errors import UsageError
 from evl_cache.rendered import motions, scenes
 from evl_cache.rendered.files import Frames, write_video
@@ -211,7 +212,7 @@ def _write_record(root: Path, record: dict[str, Any], *, is_new: bool = False) -
     """Write the record whole; a new one stays as it is where another process was first."""
     unfinished = root / f".tmp-{secrets.token_hex(8)}{_RECORD}"
     try:
-        unfinished.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        unfinished.write_text(json_text(record, indent=2) + "\n", encoding="utf-8")
         if is_new:
             with contextlib.suppress(OSError):  # taken; or no hard links, and then the last one's stays
                 os.link(unfinished, root / _RECORD)

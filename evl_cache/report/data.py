@@ -1,7 +1,6 @@
 """Gather what run directories hold for a report: curves, results, confusion, clips."""
 
 import csv
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
-from evl_cache.runs import RunConfig, RunFile, read_run_config
+from evl_cache.runs import RunConfig, RunFile, read_json, read_json_lines, read_run_config
 from evl_cache.sweep import RUNS_NAME, SWEEP_NAME, read_sweep
 from evl_cache.train import OPERATIONAL
 
@@ -168,10 +167,8 @@ def read_account(path: Path, *, name: str | None = None, group: str | None = Non
     """
     config = read_run_config(path)
     try:
-        result = json.loads((path / RunFile.RESULT).read_text(encoding="utf-8"))
-        epochs = [
-            json.loads(line) for line in (path / RunFile.METRICS).read_text(encoding="utf-8").splitlines()
-        ]
+        result = read_json(path / RunFile.RESULT)
+        epochs = read_json_lines(path / RunFile.METRICS)
         with (path / RunFile.CONFUSION).open(encoding="utf-8", newline="") as file:
             confusion = np.asarray([row[1:] for row in list(csv.reader(file))[1:]], dtype=np.int64)
         scored = _read_scored(path / RunFile.SCORED)

@@ -10,13 +10,23 @@ from evl_cache.runs.directory import (
     write_run_config,
 )
 from evl_cache.runs.evaluate import run_loader
+from evl_cache.runs.finite import extremes, not_finite
 from evl_cache.runs.fit import check_features, check_maps, feature_differences, frame_rules_differ, head_reads
 from evl_cache.runs.head_files import load_head, save_head
 from evl_cache.runs.log import RunLog
 from evl_cache.runs.official_checkpoint import load_official_checkpoint
-from evl_cache.runs.scoring import HeadInputs, Scores, ViewSums, head_inputs, head_logits, score, scores_of
+from evl_cache.runs.scoring import (
+    HeadInputs,
+    Scores,
+    ViewSums,
+    class_probabilities,
+    head_inputs,
+    head_logits,
+    score,
+    scores_of,
+)
 from evl_cache.runs.tables import write_report
-from evl_cache.runs.whole_files import whole_file, write_json, write_text
+from evl_cache.runs.whole_files import read_json, read_json_lines, whole_file, write_json, write_text
 from evl_cache.runs.writer import RUNS_NAME, OnWait, RunWriter, new_run_directory, removed_if_empty, writing
 
 __all__ = [
@@ -32,6 +42,8 @@ __all__ = [
     "check_features",
     "check_maps",
     "check_no_others_files",
+    "class_probabilities",
+    "extremes",
     "feature_differences",
     "frame_rules_differ",
     "head_inputs",
@@ -41,6 +53,9 @@ __all__ = [
     "load_official_checkpoint",
     "load_state",
     "new_run_directory",
+    "not_finite",
+    "read_json",
+    "read_json_lines",
     "read_run_config",
     "removed_if_empty",
     "run_loader",

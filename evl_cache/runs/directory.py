@@ -1,6 +1,5 @@
 """Run directories: what a trained head is, and its weights. safetensors and JSON: data, never code."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -9,8 +8,10 @@ from typing import Any
 
 import torch
 
-from evl_cache.errors import UsageError
+from evl_cache.canonical_json import json_text
+from evl_cache.errors import NotFinite, UsageError
 from evl_cache.heads import Head, build_head
+from evl_cache.runs.finite import check_finite, not_finite
 from evl_cache.runs.whole_files import whole_file, write_json
 from evl_cache.untrusted.head_files import (
     MOST_JSON_NBYTES,
@@ -90,7 +91,7 @@ def write_run_config(run: Path, config: RunConfig) -> None:
 
 def _check_readable(path: Path, content: Mapping[str, Any]) -> None:
     """Check that a configuration will be read again. Raises: UsageError, before a run is trained."""
-    nbytes = len(json.dumps(content, indent=2)) + 1
+    nbytes = len(json_text(content, indent=2)) + 1
     if nbytes > MOST_JSON_NBYTES:
         raise UsageError(
             f"{path} would have {nbytes} bytes, and no reader takes more than {MOST_JSON_NBYTES}: its classes have long "
@@ -140,13 +141,21 @@ def read_run_config(run: str | Path) -> RunConfig:
 
 
 def save_state(run: Path, state: Mapping[str, Any]) -> None:
-    """Write the resumable state: tensors and plain values only, whole or not at all."""
+    """Write the resumable state: tensors and plain values only, whole or not at all.
+
+    Raises: NotFinite for one that holds NaN or infinite values; what was there stays.
+    """
+    check_finite(state, run / RunFile.STATE)
     with whole_file(run / RunFile.STATE) as staging, staging.open("wb") as file:
         torch.save(dict(state), file)
 
 
 def load_state(run: str | Path) -> dict[str, Any]:
-    """Read the resumable state. Raises: UsageError where there is none or it is not intact."""
+    """Read the resumable state.
+
+    Raises: UsageError where there is none or it is not intact; NotFinite where it is of a run that had diverged, as
+        versions before this guard wrote it.
+    """
     run = Path(run)
     try:
         check_archive(run / RunFile.STATE)
@@ -159,4 +168,9 @@ def load_state(run: str | Path) -> dict[str, Any]:
         raise UsageError(
             f"{run / RunFile.STATE}: cannot be read ({error}); train without --resume"
         ) from error
+    if (found := not_finite(state)) is not None:
+        raise NotFinite(
+            f"{run / RunFile.STATE}: {found} is NaN or infinite, as that run had diverged: nothing can go on from there; "
+            "train anew with another --out, and a lower --lr"
+        )
     return state

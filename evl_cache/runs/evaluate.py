@@ -10,7 +10,7 @@ import torch
 from evl_cache.batches import DEFAULT_BATCH, BatchMemory, FeatureLoader, read_threads, samples_of_clips
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head
-from evl_cache.precision import check_precision, precision_of_run
+from evl_cache.precision import check_precision, device_named, precision_of_run
 from evl_cache.runs.directory import RunConfig, read_run_config
 from evl_cache.runs.fit import check_features, check_maps, head_reads
 from evl_cache.runs.head_files import load_head
@@ -87,7 +87,7 @@ def evaluate(
     Raises: UsageError naming both sides where the cache's features or classes are not the head's, or for a precision
         that the device cannot compute in.
     """
-    config = read_run_config(run)
+    config, device = read_run_config(run), device_named(device)
     precision = precision or precision_of_run(config.training, device)
     check_precision(precision, device)
     if len(cache.spec.classes) != config.head_config["num_classes"]:

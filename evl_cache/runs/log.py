@@ -1,11 +1,12 @@
 """What a run writes while it trains: a JSON line a step, one an epoch, and TensorBoard's files if asked for."""
 
-import json
+import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from evl_cache.canonical_json import json_text
 from evl_cache.errors import UsageError
 from evl_cache.runs.directory import RunFile
 from evl_cache.runs.whole_files import refusals_named, write_text
@@ -42,18 +43,21 @@ class RunLog:
             self._writer = self._writer_class(str(self._out / TENSORBOARD_NAME), purge_step=steps + 1)
 
     def step(self, number: int, values: Mapping[str, float]) -> None:
-        """Add a line to `steps.jsonl`; it is on the disk after the next `flush`."""
+        """Add a line to `steps.jsonl`; it is on the disk after the next `flush`. Raises: as `json_text`."""
         if self._out is not None and self._steps is not None:
+            line = json_text({"step": number, **values})
             with refusals_named(self._out / RunFile.STEPS):
-                self._steps.write(json.dumps({"step": number, **values}) + "\n")
+                self._steps.write(line + "\n")
         self._write_scalars("train", number, values)
 
     def epoch(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`."""
+        """Add a line to `metrics.jsonl`. Raises: as `json_text`; the file stays as it was."""
         if self._out is not None:
-            path = self._out / RunFile.METRICS
+            path, line = self._out / RunFile.METRICS, json_text(values)
             with refusals_named(path), path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(values) + "\n")
+                file.write(line + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         self._write_scalars("epoch", step, values)
 
     def flush(self) -> None:
@@ -61,6 +65,7 @@ class RunLog:
         if self._out is not None and self._steps is not None:
             with refusals_named(self._out / RunFile.STEPS):
                 self._steps.flush()
+                os.fsync(self._steps.fileno())
 
     def _write_scalars(self, group: str, step: int, values: Mapping[str, Any]) -> None:
         if self._writer is not None:

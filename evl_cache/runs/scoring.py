@@ -3,6 +3,7 @@
 B samples, K classes.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from evl_cache.batches import Batch, Loader
-from evl_cache.errors import EvlCacheError
+from evl_cache.errors import EvlCacheError, NotFinite
 from evl_cache.heads import Maps, Tokens
 from evl_cache.precision import computing, tf32_as
 from evl_cache.store import StoredBatch
@@ -41,14 +42,23 @@ class Scores:
     Attributes:
         clips: int64 (clips,), rows of the cache's clip list.
         labels: int64 (clips,).
-        probabilities: float64 (clips, K), mean over views.
-        loss: mean cross-entropy of single views.
+        probabilities: float64 (clips, K), mean over views; finite.
+        loss: mean cross-entropy of single views; finite.
+
+    Raises: NotFinite for others.
     """
 
     clips: np.ndarray
     labels: np.ndarray
     probabilities: np.ndarray
     loss: float
+
+    def __post_init__(self) -> None:
+        # A row of NaN would count as class 0: nothing can be ranked of it.
+        if not (np.isfinite(self.probabilities).all() and math.isfinite(self.loss)):
+            raise NotFinite(
+                "probabilities or the loss are NaN or infinite: they have no score; train a head anew"
+            )
 
     def top(self, k: int) -> float:
         """The percent of clips whose label is among the k most probable; of equals the lower class number comes first."""
@@ -82,11 +92,13 @@ class ViewSums:
     Attributes:
         clips: clip row -> (sum of probabilities (K,), views).
         loss: sum over samples.
+        refused: clip rows with a view whose logits are NaN or infinite. All processes are told before one raises.
     """
 
     clips: dict[int, tuple[np.ndarray, int]] = field(default_factory=dict)
     loss: float = 0.0
     samples: int = 0
+    refused: set[int] = field(default_factory=set)
 
     def add(self, clip: int, probabilities: np.ndarray, views: int = 1) -> None:
         """Add views of a clip."""
@@ -109,13 +121,22 @@ class ViewSums:
             precision: to compute in.
         """
         was_training = head.training
-        logits = head_logits(head.eval(), features, precision)
+        logits = head_logits(head.eval(), features, precision).cpu()  # the one wait for the device
         head.train(was_training)
-        labels = batch.labels.to(logits.device)
-        self.loss += float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        self.add_logits(logits, batch.labels.cpu(), loader.cache.sample_clips[batch.samples].tolist())
+
+    def add_logits(self, logits: torch.Tensor, labels: torch.Tensor, clips: Sequence[int]) -> None:
+        """Add what a head says of samples, float32 (B, K): each must be finite, or its clip is refused."""
+        is_finite = torch.isfinite(logits).all(dim=-1).tolist()
+        self.refused |= {clip for clip, counts in zip(clips, is_finite, strict=True) if not counts}
+        if not all(is_finite):
+            return
+        loss = float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        if not math.isfinite(loss):  # differences of huge logits
+            loss = float(torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
+        self.loss += loss
         self.samples += len(labels)
-        probabilities = torch.softmax(logits.double(), dim=-1).cpu().numpy()
-        for clip, row in zip(loader.cache.sample_clips[batch.samples].tolist(), probabilities, strict=True):
+        for clip, row in zip(clips, class_probabilities(logits).numpy(), strict=True):
             self.add(clip, row)
 
 
@@ -154,6 +175,16 @@ def head_logits(
     return logits.float()
 
 
+def class_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    """Return the softmax of logits (..., K), float64. Raises: NotFinite for logits that are NaN or infinite."""
+    if not bool(torch.isfinite(logits).all()):
+        raise NotFinite(
+            "the head's logits are NaN or infinite: they have no probabilities; use --precision float32, or a head that was "
+            "trained with a lower --lr"
+        )
+    return torch.softmax(logits.double(), dim=-1)
+
+
 def score(
     head: nn.Module,
     loader: Loader,
@@ -169,6 +200,8 @@ def score(
         precision: to compute in, one that the device can.
         on_batch: called with the samples of each batch.
         gather: collects what every process found, where several share the samples.
+
+    Raises: as `scores_of`.
     """
     mine = ViewSums()
     for batch in loader.epoch():
@@ -180,7 +213,18 @@ def score(
 
 
 def scores_of(parts: Sequence[ViewSums], loader: Loader) -> Scores:
-    """Add up what all processes found. Raises: EvlCacheError where no clip has features."""
+    """Add up what all processes found.
+
+    Raises: NotFinite where logits are NaN or infinite; EvlCacheError where no clip has features.
+    """
+    refused = sorted(set().union(*(part.refused for part in parts)))
+    if refused:
+        count = f"{len(refused)} clip{'s' if len(refused) > 1 else ''}"
+        raise NotFinite(
+            f"{loader.cache.place}: logits of {count} are NaN or infinite, first those of "
+            f"{loader.cache.clips[refused[0]].id!r}: there is no score; use --precision float32, or a head that was trained "
+            "with a lower --lr"
+        )
     total = ViewSums()
     for part in parts:
         total.loss += part.loss

@@ -1,6 +1,5 @@
 """Files of a run, and what is made of runs, written whole or not at all."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,9 +7,11 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from evl_cache.canonical_json import json_text
 from evl_cache.errors import EvlCacheError, first_line
 from evl_cache.notation import encodable
 from evl_cache.store import replacing
+from evl_cache.untrusted.json_text import parse_json
 
 
 @contextmanager
@@ -36,8 +37,18 @@ def refusals_named(path: Path) -> Iterator[None]:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write indented JSON for people, whole or not at all."""
-    write_text(path, json.dumps(content, indent=2) + "\n")
+    """Write indented JSON for people, whole or not at all. Raises: as `json_text`."""
+    write_text(path, json_text(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read what `write_json` wrote. Raises: OSError; ValueError for what is no JSON, such as NaN of older versions."""
+    return parse_json(path.read_bytes())
+
+
+def read_json_lines(path: Path) -> list[Any]:
+    """Read a log. Raises: as `read_json`."""
+    return [parse_json(line) for line in path.read_bytes().splitlines()]
 
 
 def write_text(path: Path, content: str) -> None:

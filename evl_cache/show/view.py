@@ -16,7 +16,15 @@ from evl_cache.heads import EVLHead, Head, PlainHead
 from evl_cache.live.run_tower import live_spec, run_backbone
 from evl_cache.notation import format_layers
 from evl_cache.precision import precision_of_run
-from evl_cache.runs import HeadInputs, RunConfig, check_features, head_logits, load_head, read_run_config
+from evl_cache.runs import (
+    HeadInputs,
+    RunConfig,
+    check_features,
+    class_probabilities,
+    head_logits,
+    load_head,
+    read_run_config,
+)
 from evl_cache.show.displacement import displacements
 from evl_cache.show.picture import ViewPicture, draw_view
 from evl_cache.spec import CacheSpec
@@ -268,7 +276,7 @@ def _said(run: ShowRun, features: _Features) -> str:
     """Return the head's two most probable classes for this view, as text."""
     precision = precision_of_run(run.config.training, "cpu")
     inputs = HeadInputs(tokens=features.tokens, maps=features.maps)
-    probabilities = torch.softmax(head_logits(run.head, inputs, precision)[0].double(), dim=-1)
+    probabilities = class_probabilities(head_logits(run.head, inputs, precision)[0])
     best = torch.argsort(probabilities, descending=True, stable=True)[:2].tolist()
     return "said: " + ", ".join(
         f"{run.config.classes[i]} {100 * float(probabilities[i]):.0f} %" for i in best

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from evl_cache.batches import Batch, Loader
+from evl_cache.errors import NotFinite
 from evl_cache.heads import EVLHead, Workspace
 from evl_cache.precision import PRECISIONS, tf32_as
 from evl_cache.processes import Interrupted, StopRequests
@@ -17,7 +18,7 @@ from evl_cache.runs import RunFile, RunWriter, Scores, ViewSums, load_state, sco
 from evl_cache.store import Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.shared_batch import SharedBatch
-from evl_cache.train import Diverged, Trainer, prepare_run, run_config
+from evl_cache.train import Trainer, prepare_run, run_config, told_of_training
 
 OnPassStep = Callable[[int, int, int], None]  # steps done, steps in all, heads that still train
 
@@ -100,18 +101,15 @@ class SweepPass:
 
         Raises: Interrupted where a signal asks to stop, after every state was kept.
         """
-        started = time.monotonic()
         with contextlib.ExitStack() as logs:
             for member in self.members:
                 logs.enter_context(member.trainer.begin())
             while waiting := [m for m in self._training() if not m.trainer.is_done]:
                 self._epoch(min(m.trainer.epoch for m in waiting), on_step)
-            unscored = [m for m in self._training() if m.scores is None]
-            for member, scores in zip(unscored, self._validate(unscored), strict=True):
-                member.scores = scores
+            self._validate([m for m in self._training() if m.scores is None])
             for member in self._training():
                 assert member.scores is not None
-                member.trainer.finish(member.scores, time.monotonic() - started)
+                member.trainer.finish(member.scores)
 
     def _training(self) -> list[Member]:
         return [m for m in self.members if m.error is None]
@@ -134,10 +132,9 @@ class SweepPass:
         bottleneck = self.train_loader.times.bottleneck(time.monotonic() - started)
         for member in here:
             _unless_diverged(member, member.trainer.settle)
-        here = [m for m in here if m.error is None]
-        for member, scores in zip(here, self._validate(here), strict=True):
-            member.scores = scores
-            member.trainer.end_epoch(scores, bottleneck)
+        for member in self._validate([m for m in here if m.error is None]):
+            assert member.scores is not None
+            _unless_diverged(member, partial(member.trainer.end_epoch, member.scores, bottleneck))
 
     def _step(self, batch: Batch, epoch: int, members: Sequence[Member]) -> None:
         """Have every head that has not seen a batch take its step on it; the batch is decoded once."""
@@ -149,8 +146,8 @@ class SweepPass:
             if _unless_diverged(member, partial(member.trainer.step, batch, inputs)):
                 _unless_diverged(member, member.trainer.save_if_due)
 
-    def _validate(self, members: Sequence[Member]) -> list[Scores]:
-        """Score each head on the validation clips, in one pass over them."""
+    def _validate(self, members: Sequence[Member]) -> list[Member]:
+        """Score each head on the validation clips, in one pass over them. Returns: those that have a score."""
         sums = [ViewSums() for _ in members]
         for batch in self.val_loader.epoch() if members else ():
             shared = self._share(batch, slice(0, len(batch.labels)))
@@ -158,7 +155,15 @@ class SweepPass:
                 inputs, head = shared.inputs(member.reads), member.trainer.result_head
                 found.add_batch(head, batch, inputs, self.val_loader, self.precision)
             self._interrupt_if_asked()
-        return [scores_of([found], self.val_loader) for found in sums]
+        return [
+            m
+            for m, found in zip(members, sums, strict=True)
+            if _unless_diverged(m, partial(self._score, m, found))
+        ]
+
+    def _score(self, member: Member, found: ViewSums) -> None:
+        with told_of_training(member.trainer.steps_done):
+            member.scores = scores_of([found], self.val_loader)
 
     def _share(self, batch: Batch, part: slice) -> SharedBatch:
         features = batch.features.part(part.start, part.stop).to(self.device)
@@ -205,16 +210,17 @@ class SweepPass:
             writer=self._writer,
             records_steps=False,  # heads share what is decoded of a batch
         )
-        if resume:
-            trainer.load(load_state(out))
         (out / RunFile.RESULT).unlink(missing_ok=True)
-        return Member(run=run, reads=reads, trainer=trainer)
+        member = Member(run=run, reads=reads, trainer=trainer)
+        if resume:
+            _unless_diverged(member, lambda: trainer.load(load_state(out)))
+        return member
 
 
 def _unless_diverged(member: Member, act: Callable[[], None]) -> bool:
-    """Have a member act; where its loss turns out to be no number, it ends there. Returns: whether it goes on."""
+    """Have a member act; where something of it turns out to be no number, it ends there. Returns: whether it goes on."""
     try:
         act()
-    except Diverged as error:
+    except NotFinite as error:
         member.error = str(error)
     return member.error is None

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from evl_cache.batches import samples_of_clips, served_samples
-from evl_cache.canonical_json import digest
+from evl_cache.canonical_json import digest, json_text
 from evl_cache.errors import UsageError
 from evl_cache.processes import Processes, ProcessPlace, StopRequests
-from evl_cache.runs import RUNS_NAME, OnWait, RunFile, RunWriter, check_maps, write_json, writing
+from evl_cache.runs import RUNS_NAME, OnWait, RunFile, RunWriter, check_maps, read_json, write_json, writing
 from evl_cache.store import FeatureCache, Indices, Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.memory import HeadMemory, head_memory, split_passes
@@ -26,6 +26,7 @@ from evl_cache.train import (
     check_pair,
     kept_nbytes,
     make_loaders,
+    read_result,
     run_config,
     shuffle_blocks,
     training_reads,
@@ -86,7 +87,7 @@ class SweepResult:
         groups: the best first.
         passes: names of the runs that this call trained together.
         sample_nbytes: bytes read of a sample, decompressed, by pass.
-        seconds: that this call took.
+        seconds: that the sweep took, in this call and those that it goes on with.
     """
 
     runs: tuple[SweepRow, ...]
@@ -162,7 +163,8 @@ def sweep(
             writer=writer,
             on_note=on_note,
         )
-        return _in_passes(planned, data, _begin(out, runs, resume=resume), started, memory_bytes, progress)
+        errors, seconds = _begin(out, runs, resume=resume)
+        return _in_passes(planned, data, errors, started - seconds, memory_bytes, progress)
 
 
 def _in_passes(
@@ -177,7 +179,7 @@ def _in_passes(
 
     Args:
         errors: why runs ended early, by name.
-        started: when the sweep did, by the monotonic clock.
+        started: when the sweep did, by the monotonic clock, as if it had not been cut.
     """
     waiting = [p for p in planned if p.run.name not in errors and not _is_done(data.folder / p.run.name)]
     passes = _plan(waiting, data, memory_bytes)
@@ -200,9 +202,11 @@ def _in_passes(
             together = all_reads([p.reads for p in part.runs])
             nbytes.append(cache.buffers(slots=1, reads=together).nbytes)
             with progress(f"sweep pass {number}/{len(passes)}, {len(part.runs)} heads") as on_step:
-                errors |= _train(part, together, data, stop=stop, on_step=on_step)
-            data.writer.check()
-            found = _write(out, result())
+                try:
+                    errors |= _train(part, together, data, stop=stop, on_step=on_step)
+                finally:  # also where it is stopped, for its seconds
+                    data.writer.check()
+                    found = _write(out, result())
     return found
 
 
@@ -210,7 +214,7 @@ def read_sweep(out: str | Path) -> SweepResult:
     """Read what a sweep came to, so far. Raises: UsageError where there is none."""
     out = Path(out)
     try:
-        content = json.loads((out / SWEEP_NAME).read_text(encoding="utf-8"))
+        content = read_json(out / SWEEP_NAME)
         if content.pop("format") != _FORMAT:
             raise UsageError(f"{out / SWEEP_NAME}: of another format; this evl-cache reads format {_FORMAT}")
         return SweepResult(
@@ -226,21 +230,21 @@ def read_sweep(out: str | Path) -> SweepResult:
         raise UsageError(f"{out / SWEEP_NAME}: not what sweep writes ({error})") from error
 
 
-def _begin(out: Path, runs: Sequence[SweepRun], *, resume: bool) -> dict[str, str]:
-    """Say why runs of the sweep to go on with ended early, by name. Raises: UsageError where it is another sweep."""
+def _begin(out: Path, runs: Sequence[SweepRun], *, resume: bool) -> tuple[dict[str, str], float]:
+    """Return why runs ended early, by name, and the seconds of the sweep so far. Raises: UsageError where it is another one."""
     if not resume:
         if (out / SWEEP_NAME).exists():
             raise UsageError(f"{out} holds a sweep already; use --resume, or another --out")
-        return {}
+        return {}, 0.0
     before = read_sweep(out)
     mine = {run.name: _lasting(asdict(run.options)) for run in runs}
     theirs = {row.name: _lasting(row.options) for row in before.runs}
-    if json.loads(json.dumps(mine)) != theirs:
+    if json.loads(json_text(mine)) != theirs:
         differing = sorted({name for name in mine.keys() | theirs if mine.get(name) != theirs.get(name)})
         raise UsageError(
             f"{out}: --resume with other runs ({', '.join(differing[:3])}, …); use the sweep's own grid, or another --out"
         )
-    return {row.name: row.error or "" for row in before.runs if row.status == "diverged"}
+    return {row.name: row.error or "" for row in before.runs if row.status == "diverged"}, before.seconds
 
 
 def _lasting(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -316,8 +320,7 @@ def _row(run: SweepRun, folder: Path, error: str | None) -> SweepRow:
     """Return the row of a run, from what its directory says."""
     figures: dict[str, Any] = {}
     if error is None and _is_done(folder):
-        found = json.loads((folder / RunFile.RESULT).read_text(encoding="utf-8"))
-        figures = {name: found[name] for name in ("top1", "top5", "parameters", "ms_per_step")}
+        figures = read_result(folder)
     status = "diverged" if error is not None else "done" if figures else "waiting"
     options = asdict(run.options)
     return SweepRow(name=run.name, group=run.group, status=status, options=options, error=error, **figures)

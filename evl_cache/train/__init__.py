@@ -6,10 +6,10 @@ from evl_cache.train.loaders import make_loaders, shuffle_blocks
 from evl_cache.train.memory import Loads, Room, kept_nbytes
 from evl_cache.train.needs import HeadNeeds
 from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, TrainOptions, options_of
-from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult
+from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult, read_result
 from evl_cache.train.setup import check_pair, pair_differences, prepare_run, run_config, written_by_first
 from evl_cache.train.stage import train, train_with_loaders
-from evl_cache.train.step_loss import Diverged
+from evl_cache.train.step_loss import Diverged, told_of_training
 from evl_cache.train.trainer import Trainer
 
 __all__ = [
@@ -32,9 +32,11 @@ __all__ = [
     "options_of",
     "pair_differences",
     "prepare_run",
+    "read_result",
     "run_config",
     "shuffle_blocks",
     "step_nbytes",
+    "told_of_training",
     "train",
     "train_with_loaders",
     "training_reads",

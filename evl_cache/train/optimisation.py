@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from evl_cache.heads import Head
+from evl_cache.runs import HeadInputs, extremes, head_logits
 from evl_cache.train.options import TrainOptions
 
+LEAST_SCALE = 2.0**-20  # of float16 losses; torch begins with 2 ** 16, and halves it where gradients overflow
 _KERNELS = ("fused", "foreach", "capturable")  # how AdamW computes; a part of its groups
 
 
@@ -72,6 +74,26 @@ class Optimisation:
             with torch.no_grad():
                 mine, theirs = tuple(self.averaged.parameters()), tuple(self.head.parameters())
                 torch._foreach_lerp_(mine, theirs, 1 - decay)
+
+    @property
+    def overflows(self) -> bool:
+        """Whether float16 has no room for gradients at any scale: steps are left out, and nothing is learnt. Waits."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() < LEAST_SCALE
+
+    @torch.no_grad()
+    def health(self, proof: HeadInputs | None) -> torch.Tensor:
+        """Return the largest magnitude of the parameters, as `extremes` does; nothing waits for the device.
+
+        Args:
+            proof: logits of this count too: parameters of 1e30 are numbers, and a state of them is worth nothing.
+        """
+        values: list[torch.Tensor] = list(self.head.parameters())
+        if proof is None:
+            return extremes(values)
+        was_training = self.head.training
+        logits = head_logits(self.head.eval(), proof, self.options.precision)
+        self.head.train(was_training)
+        return extremes([*values, logits])
 
     def lr(self, step: int) -> float:
         """The learning rate of a step."""

@@ -1,12 +1,13 @@
 """How to train: options, published recipes, and what may differ between a run and its continuation."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from evl_cache.batches import DEFAULT_BATCH
+from evl_cache.batches import DEFAULT_BATCH, check_seed
 from evl_cache.errors import UsageError
-from evl_cache.precision import PRECISIONS
+from evl_cache.precision import PRECISIONS, device_named
 
 MEMORIES = ("ram", "device")
 DEFAULT_EPOCHS = 30
@@ -100,6 +101,14 @@ class TrainOptions:
     shuffle_blocks: int | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "device", device_named(self.device))
+        check_seed("seed", self.seed)
+        check_seed("order_seed", self.order_seed)
+        for name, value in vars(
+            self
+        ).items():  # comparisons with NaN hold for nothing, so it would pass below
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UsageError(f"{name} is {value}; expected a number")
         if (self.epochs is None) == (self.steps is None):
             raise UsageError(f"epochs {self.epochs} and steps {self.steps}; expected exactly one of them")
         for name in ("epochs", "steps", "batch", "accumulate", "save_every_steps", "read_threads"):

@@ -84,6 +84,10 @@ class Passes:
         """What the head reads of features that are on the device."""
         return head_inputs(self._model, features)
 
+    def proof(self, batch: Batch) -> HeadInputs:
+        """What the head reads of one sample of a batch, on the device."""
+        return self.inputs(batch.features.part(0, 1).to(self._device))
+
     def _moved(self, batch: Batch) -> Iterator[HeadInputs]:
         for part in self.parts(batch):
             # No name for the features: they must not live on while the next ones are moved.

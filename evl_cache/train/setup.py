@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evl_cache.batches import Loader, Source
-from evl_cache.canonical_json import digest
+from evl_cache.canonical_json import digest, json_text
 from evl_cache.errors import UsageError
 from evl_cache.heads import MODULES, head_class
 from evl_cache.precision import check_precision
@@ -142,7 +142,7 @@ def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
                 staging.write_bytes(model.read_bytes())
         return
     before = read_run_config(out)
-    mine, theirs = (json.loads(json.dumps(asdict(c))) for c in (config, before))
+    mine, theirs = (json.loads(json_text(asdict(c))) for c in (config, before))
     for side in (mine, theirs):
         side["training"] = {k: v for k, v in side["training"].items() if k not in OPERATIONAL}
     theirs["training"].setdefault("order_seed", None)  # runs from before it was an option

@@ -26,6 +26,7 @@ from evl_cache.runs import (
     RunLog,
     RunWriter,
     Scores,
+    not_finite,
     save_head,
     save_state,
     score,
@@ -37,7 +38,7 @@ from evl_cache.train.options import TrainOptions
 from evl_cache.train.passes import Passes
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, RunState, TrainResult
 from evl_cache.train.step_graph import step_graph
-from evl_cache.train.step_loss import LossReader, StepLoss
+from evl_cache.train.step_loss import Diverged, LossReader, StepLoss, told_of_training
 
 
 class Trainer:
@@ -92,6 +93,8 @@ class Trainer:
         )
         self._graph = graph
         self._state = RunState()
+        self._began: float | None = None
+        self._seconds_before = 0.0
         self._stop = stop or StopRequests()
         self._losses = LossReader(self.processes, self._stop, self.device)
         self._on_loss: Callable[[StepLoss], None] = lambda loss: None
@@ -125,8 +128,15 @@ class Trainer:
 
     @property
     def is_done(self) -> bool:
-        """Whether the last step is done, and the epoch it ended."""
-        return self.has_all_steps and not self._state.batches
+        """Whether the last epoch is done, or the last step and the epoch it ended: batches of no clip take no step."""
+        state, epochs = self._state, self.options.epochs
+        is_over = self.has_all_steps if epochs is None else state.epoch >= epochs
+        return is_over and not state.batches
+
+    @property
+    def seconds(self) -> float:
+        """The seconds that the run has taken, in earlier parts too, up to their last states."""
+        return self._seconds_before + (0.0 if self._began is None else time.monotonic() - self._began)
 
     def run(self, on_step: OnStep, on_bottleneck: OnBottleneck = lambda name: None) -> TrainResult:
         """Train to the last step.
@@ -134,22 +144,22 @@ class Trainer:
         Raises: Interrupted where a signal asks to stop, after the state was kept; Diverged where the loss becomes
             NaN or infinite; EvlCacheError where another process is lost.
         """
-        started = time.monotonic()
-        scores: Scores | None = None
+        scores = None
         with self._stop, self.begin():
             while not self.is_done:
                 bottleneck = self._train_epoch(on_step, on_bottleneck)
                 scores = self.validate()
                 self.end_epoch(scores, bottleneck)
-            return self.finish(scores or self.validate(), time.monotonic() - started)
+            return self.finish(scores or self.validate())
 
     def begin(self) -> AbstractContextManager[RunLog]:
         """Open the logs, without the lines of what a continued run does again. Returns: what closes them."""
+        self._began = time.monotonic()
         self._log.keep(steps=self._state.step, epochs=self._state.epoch)
         return self._log
 
     def validate(self) -> Scores:
-        """Score the validation clips. Raises: as `settle`."""
+        """Score the validation clips. Raises: as `settle` and `told_of_training`."""
         self.settle()
 
         def on_batch(samples: int) -> None:
@@ -157,14 +167,15 @@ class Trainer:
             if self._stop.signal_number and self.processes.place.world == 1:
                 self._interrupt(self._stop.signal_number)
 
-        return score(
-            self.result_head,
-            self.val_loader,
-            device=self.device,
-            precision=self.options.precision,
-            on_batch=on_batch,
-            gather=lambda sums: self.processes.gather(sums, "in validation"),
-        )
+        with told_of_training(self._state.step):
+            return score(
+                self.result_head,
+                self.val_loader,
+                device=self.device,
+                precision=self.options.precision,
+                on_batch=on_batch,
+                gather=lambda sums: self.processes.gather(sums, "in validation"),
+            )
 
     def _train_epoch(self, on_step: OnStep, on_bottleneck: OnBottleneck) -> str:
         """Train the rest of the epoch, or of the run. Returns: what it waited for."""
@@ -194,8 +205,12 @@ class Trainer:
 
     def save_if_due(self) -> None:
         """Keep the state, where options ask for it after so many steps."""
-        if self.options.save_every_steps and self._state.step % self.options.save_every_steps == 0:
+        if self._is_save_due():
             self.save()
+
+    def _is_save_due(self) -> bool:
+        every = self.options.save_every_steps
+        return every is not None and self._state.step % every == 0
 
     def parts(self, batch: Batch) -> list[slice]:
         """Split a batch into the samples of each forward pass."""
@@ -207,7 +222,7 @@ class Trainer:
         Args:
             inputs: what the head reads of each of the batch's parts, on the device; by default they are moved there.
 
-        Raises: Diverged where the loss that is read is NaN or infinite.
+        Raises: as `settle`.
         """
         started = time.monotonic()
         state, place, when = self._state, self.processes.place, f"at step {self._state.step + 1}"
@@ -220,9 +235,11 @@ class Trainer:
                 seed()
                 total = self._passes.run(batch, inputs)
         self._optimisation.finish(state.step)
-        loss = self._losses.give(state.step + 1, total)
         state.step += 1
-        state.batches, state.epoch_steps = batch.number + 1, state.epoch_steps + 1
+        # A head of a sweep that diverges never goes on from its state: that needs no proof.
+        proof = self._passes.proof(batch) if self._is_save_due() and inputs is None else None
+        loss = self._losses.give(state.step, total, self._optimisation.health(proof), batch.total)
+        state.batches = batch.number + 1
         state.epoch_samples += batch.total
         self._note(loss)
         state.epoch_seconds += time.monotonic() - started
@@ -230,7 +247,8 @@ class Trainer:
     def settle(self) -> None:
         """Read the loss of the last step, where that is still to be done, as all that saves, scores or ends does first.
 
-        All processes of a run do it together. Raises: Diverged where it is NaN or infinite: then nothing may be saved.
+        All processes of a run do it together. Raises: Diverged where it is NaN or infinite, or a parameter is after its
+        step: then nothing may be saved.
         """
         started = time.monotonic()
         self._note(self._losses.read())
@@ -238,7 +256,7 @@ class Trainer:
 
     def _note(self, loss: StepLoss | None) -> None:
         if loss is not None:
-            self._state.epoch_loss += loss.value
+            self._state.epoch_loss_sum += loss.value * loss.samples
             self._log.step(loss.step, {"loss": loss.value, "lr": self._optimisation.lr(loss.step - 1)})
             self._on_loss(loss)
 
@@ -248,31 +266,15 @@ class Trainer:
         Args:
             scores: of the validation after it.
             bottleneck: what its training waited for.
+
+        Raises: as `save`, before anything is written.
         """
-        self.settle()
+        self._check_state()
         state = self._state
-        rate = state.epoch_samples / state.epoch_seconds if state.epoch_seconds else 0.0
-        state.epoch += 1
-        row = {
-            "epoch": state.epoch,
-            "step": state.step,
-            "train_loss": state.epoch_loss / max(1, state.epoch_steps),
-            "val_loss": scores.loss,
-            "top1": scores.top(1),
-            "top5": scores.top(5),
-            "lr": self._optimisation.lr(state.step - 1),
-            "clips_per_s": rate,
-            "bottleneck": bottleneck,
-        }
+        lr = self._optimisation.lr(state.step - 1)
         self._check_writer()
-        self._log.epoch(state.step, row)
-        state.samples += state.epoch_samples
-        state.seconds += state.epoch_seconds
-        state.batches, state.epoch_steps, state.epoch_samples = 0, 0, 0
-        state.epoch_loss, state.epoch_seconds = 0.0, 0.0
-        is_best = scores.top(1) > state.best_top1
-        if is_best:
-            state.best_top1, state.best_epoch = scores.top(1), state.epoch
+        self._log.epoch(state.step, {**state.epoch_row(scores), "lr": lr, "bottleneck": bottleneck})
+        is_best = state.end_epoch(scores.top(1))
         if self.processes.place.is_first:
             save_head(self.out, self.result_head)
             if is_best:
@@ -281,22 +283,36 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything that a resumed run needs to give the same losses; what is random is drawn step by step."""
-        return {**self._optimisation.state(), "progress": asdict(self._state)}
+        return {**self._optimisation.state(), "progress": asdict(self._state), "seconds": self.seconds}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         if self._graph is not None:
             self._graph.forget()
         self._optimisation.load(state)
-        self._state = RunState(**state["progress"])
+        self._state = RunState.of(state["progress"])
+        self._seconds_before = state.get(
+            "seconds", self._state.seconds
+        )  # earlier versions kept those of steps
 
     def save(self) -> None:
-        """Write the state that the run can be continued from. Raises: as `settle`."""
-        self.settle()
+        """Write the state that the run can be continued from.
+
+        Raises: as `settle`; Diverged where something else of the state is NaN or infinite, such as AdamW's moments.
+        """
+        self._check_state()
         if self.processes.place.is_first:
             self._check_writer()
             self._log.flush()
             save_state(self.out, self.state())
+
+    def _check_state(self) -> None:
+        """Look at all that a state holds, before it or anything of it is written. Raises: as `save`."""
+        self.settle()
+        if (found := not_finite(self.state())) is not None:
+            raise Diverged(f"{found} is NaN or infinite after step {self._state.step}")
+        if self._optimisation.overflows:
+            raise Diverged(f"float16 gradients overflow at any scale, up to step {self._state.step}")
 
     def _check_writer(self) -> None:
         if self._writer is not None:
@@ -316,30 +332,16 @@ class Trainer:
             signal_number,
         )
 
-    def finish(self, scores: Scores, seconds: float) -> TrainResult:
-        """Write what the run came to.
-
-        Args:
-            scores: of the last validation.
-            seconds: that the run took.
-        """
+    def finish(self, scores: Scores) -> TrainResult:
+        """Write what the run came to. Args: scores: of the last validation."""
         self.settle()
-        state = self._state
-        result = TrainResult(
-            top1=scores.top(1),
-            top5=scores.top(5),
-            val_clips=len(scores.clips),
-            clips_per_s=state.samples / state.seconds if state.seconds else 0.0,
+        result = self._state.result(
+            scores,
+            seconds=self.seconds,
             cache_fingerprint=self.train_loader.cache.fingerprint,
-            epochs=state.epoch,
-            steps=state.step,
-            seconds=seconds,
-            best_top1=state.best_top1,
-            best_epoch=state.best_epoch,
             batch=self.options.global_batch,
             skipped_clips=self.train_loader.skipped_clips + self.val_loader.skipped_clips,
             parameters=sum(p.numel() for p in self.head.parameters()),
-            ms_per_step=1e3 * state.seconds / max(1, state.step),
         )
         if self.processes.place.is_first:
             self._check_writer()

@@ -181,6 +181,18 @@ def test_a_clip_that_cannot_be_decoded_is_skipped_and_counted(videos, tmp_path):
     assert len(losses) == 6 and np.isfinite(losses).all()
 
 
+def test_a_batch_whose_clips_all_fail_trains_no_epoch_more(videos, tmp_path):
+    folder = tmp_path / "clips"
+    shutil.copytree(videos, folder)
+    (folder / "03.mp4").write_bytes(b"no video")
+    options = replace(OPTIONS, epochs=2, batch=1)
+    result, losses = online(folder, VIEWS["centre"], tmp_path / "run", options=options)
+    assert (result.epochs, result.steps, len(losses)) == (2, 2 * 5, 2 * 5)  # of six clips one fails
+    assert result.skipped_clips == 1
+    again, more = online(folder, VIEWS["centre"], tmp_path / "run", options=options, resume=True)
+    assert (again.epochs, again.steps, more) == (2, 2 * 5, [])
+
+
 def test_nothing_to_train_on_is_an_error_and_no_endless_run(videos, tmp_path):
     folder = tmp_path / "videos"
     shutil.copytree(videos, folder)

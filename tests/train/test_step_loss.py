@@ -24,6 +24,7 @@ from tests.support.feature_caches import write_pair
 
 OPTIONS = TrainOptions(head="decoder2", epochs=3, batch=4, lr=3e-3, seed=5, save_every_steps=1)
 CPU = torch.device("cpu")
+FINE = torch.tensor(1.0)  # the largest parameter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -72,23 +73,24 @@ def timeless(path):
 def test_a_loss_is_read_when_the_next_step_has_been_given(monkeypatch):
     events = []
 
-    class Number:
-        def __init__(self, value):
-            self.value = float(value)
-            events.append(("given", self.value))
+    class Numbers:
+        def __init__(self, values):
+            self.values = values.tolist()
+            events.append(("given", self.values[0]))
 
         def read(self):
-            events.append(("read", self.value))
-            return self.value
+            events.append(("read", self.values[0]))
+            return self.values
 
-    monkeypatch.setattr(step_loss, "DeviceNumber", Number)
+    monkeypatch.setattr(step_loss, "DeviceNumbers", Numbers)
     for is_late, expected in ((True, [None, 1, 2, 3]), (False, [1, 2, 3, None])):
         events.clear()
         monkeypatch.setattr(step_loss, "is_read_late", lambda device, is_late=is_late: is_late)
         reader = LossReader(Processes(), StopRequests(), CPU)
-        found = [reader.give(step, torch.tensor(10.0 * step)) for step in (1, 2, 3)] + [reader.read()]
-        assert found == [
-            None if step is None else StepLoss(step=step, value=10.0 * step) for step in expected
+        found = [reader.give(step, torch.tensor(10.0 * step), FINE, step) for step in (1, 2, 3)]
+        assert [*found, reader.read()] == [
+            None if step is None else StepLoss(step=step, value=10.0 * step, samples=step)
+            for step in expected
         ]
         order = [what for what, _ in events]
         late_order = ["given", *["given", "read"] * 2, "read"]
@@ -98,9 +100,9 @@ def test_a_loss_is_read_when_the_next_step_has_been_given(monkeypatch):
 
 def test_a_number_stays_though_the_device_overwrites_it(late):
     reader, loss = LossReader(Processes(), StopRequests(), CPU), torch.tensor(1.0)
-    reader.give(1, loss)
+    reader.give(1, loss, FINE, 4)
     loss.fill_(math.nan)  # a replayed graph writes every loss to one place
-    assert reader.read() == StepLoss(step=1, value=1.0)
+    assert reader.read() == StepLoss(step=1, value=1.0, samples=4)
 
 
 @pytest.mark.parametrize("how", [{"epochs": 3}, {"epochs": None, "steps": 7, "accumulate": 2, "ema": 0.9}])
@@ -183,13 +185,13 @@ def test_processes_add_in_the_order_of_steps_and_stop_by_the_sum(late, monkeypat
 
     def add(self, values, when):
         added.append((when, values.tolist()))
-        return values + torch.tensor([0.5, 15.0 if len(added) == 2 else 0.0], dtype=torch.float64)
+        return values + torch.tensor([0.5, 15.0 if len(added) == 2 else 0.0, 0.0], dtype=torch.float64)
 
     monkeypatch.setattr(Processes, "add", add)
     reader = LossReader(Processes(place=ProcessPlace(rank=1, world=2)), StopRequests(), CPU)
     stopping, found = [], []
     for step in (1, 2, 3):
-        found.append(reader.give(step, torch.tensor(float(step))))
+        found.append(reader.give(step, torch.tensor(float(step)), FINE, 4))
         stopping.append(reader.is_stopping)
     found.append(reader.read())
     assert [(when, values[0]) for when, values in added] == [(f"at step {n}", float(n)) for n in (1, 2, 3)]
