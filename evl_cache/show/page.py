@@ -12,7 +12,7 @@ from evl_cache.notation import escaped
 from evl_cache.precision import precision_of_run
 from evl_cache.runs import Scores, run_loader, score, write_text
 from evl_cache.show.view import ShowRun, decoder_of, draw_cached
-from evl_cache.store import FeatureCache
+from evl_cache.store import FeatureCache, is_url
 from evl_cache.video import DecodeOptions
 from evl_cache.video.pool import DEFAULT_TIMEOUT_S
 
@@ -117,7 +117,7 @@ def _page(
         ),
         f"<h1>Clips of {html.escape(run.name)}</h1>",
         (
-            f"<p>{len(scores.labels)} clips of <code>{html.escape(cache.path.name)}</code>, "
+            f"<p>{len(scores.labels)} clips of <code>{html.escape(cache.name)}</code>, "
             f"tower {html.escape(cache.spec.tower.model)}, top-1 {scores.top(1):.1f} %. "
             f"{_NOTE}</p>"
         ),
@@ -132,9 +132,21 @@ def _page(
     return "\n".join(out) + "\n"
 
 
-def cache_of_run(run: ShowRun) -> Path:
-    """Return the path of the validation cache that the run names. Raises: CacheError where it is not there."""
-    path = Path(str(run.config.caches.get("val", {}).get("path", "")))
-    if not (path / "zarr.json").is_file():
-        raise CacheError(f"{run.path}: its validation cache {path} is not there; give --cache")
-    return path
+def cache_of_run(run: ShowRun) -> FeatureCache:
+    """Open the validation cache that the run names, a directory or a URL.
+
+    Raises: UsageError where it names none; CacheError where there is none, or it cannot be read.
+    """
+    recorded = run.config.caches.get("val", {})
+    place = str(recorded.get("path", ""))
+    if not place or str(recorded.get("fingerprint", "")).startswith("online-"):
+        how = "was trained from videos (--online)" if place else "was imported"
+        raise UsageError(f"{run.path}: it {how}, so it names no cache; give --cache")
+    if not is_url(place) and not (Path(place) / "zarr.json").is_file():
+        raise CacheError(f"{run.path}: its validation cache {place} is not there; give --cache")
+    try:
+        return FeatureCache(place)
+    except CacheError as error:  # a run does not keep a URL's password
+        raise CacheError(
+            f"{run.path}: its validation cache cannot be opened ({error}); give --cache"
+        ) from error
