@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evl_cache.errors import CacheError, UsageError
+from evl_cache.errors import UsageError
 from evl_cache.notation import escaped
 from evl_cache.precision import precision_of_run
-from evl_cache.runs import Scores, run_loader, score, write_text
+from evl_cache.runs import Scores, recorded_cache, run_loader, score, write_text
 from evl_cache.show.view import ShowRun, decoder_of, draw_cached
-from evl_cache.store import FeatureCache, is_url
+from evl_cache.store import FeatureCache
 from evl_cache.video import DecodeOptions
 from evl_cache.video.pool import DEFAULT_TIMEOUT_S
 
@@ -133,20 +133,5 @@ def _page(
 
 
 def cache_of_run(run: ShowRun) -> FeatureCache:
-    """Open the validation cache that the run names, a directory or a URL.
-
-    Raises: UsageError where it names none; CacheError where there is none, or it cannot be read.
-    """
-    recorded = run.config.caches.get("val", {})
-    place = str(recorded.get("path", ""))
-    if not place or str(recorded.get("fingerprint", "")).startswith("online-"):
-        how = "was trained from videos (--online)" if place else "was imported"
-        raise UsageError(f"{run.path}: it {how}, so it names no cache; give --cache")
-    if not is_url(place) and not (Path(place) / "zarr.json").is_file():
-        raise CacheError(f"{run.path}: its validation cache {place} is not there; give --cache")
-    try:
-        return FeatureCache(place)
-    except CacheError as error:  # a run does not keep a URL's password
-        raise CacheError(
-            f"{run.path}: its validation cache cannot be opened ({error}); give --cache"
-        ) from error
+    """Open the validation cache that the run names, a directory or a URL. Raises: as `recorded_cache`."""
+    return recorded_cache(run.path, run.config, "val")

@@ -7,20 +7,25 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evl_cache.batches import Loader, Source
-from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.heads import MODULES, head_class
+from evl_cache.notation import format_rows
 from evl_cache.precision import check_precision
 from evl_cache.processes import Processes
 from evl_cache.runs import (
+    ALL_CLIPS,
     OnWait,
     RunConfig,
     RunFile,
     RunWriter,
     check_no_others_files,
     feature_differences,
+    other_sides,
     read_run_config,
+    samples_digest,
     whole_file,
     write_run_config,
     writing,
@@ -62,9 +67,11 @@ def run_config(
         name: {
             "path": loader.cache.place,
             "fingerprint": loader.cache.fingerprint,
+            "content_id": loader.cache.spec.content_id,
+            "clips": _clips(loader),
             "samples": len(loader.samples),
             "sample_nbytes": loader.sample_nbytes,
-            "samples_sha256": digest(sorted(loader.samples.tolist())),
+            "samples_sha256": samples_digest(loader.samples),
         }
         for name, loader in loaders.items()
     }
@@ -78,6 +85,13 @@ def run_config(
         caches=caches,
         tower=_tower(cache, loaders["val"].cache if "val" in loaders else cache),
     )
+
+
+def _clips(loader: Loader) -> str:
+    """The clips of a loader, as `config.json` has them: those with features, or `all` if none was left out."""
+    rows = np.unique(loader.cache.sample_clips[loader.samples])
+    is_all = len(rows) + loader.skipped_clips == len(loader.cache.clips)
+    return ALL_CLIPS if is_all else format_rows(rows.tolist())
 
 
 def head_config(spec: CacheSpec, options: TrainOptions, layers: tuple[int, ...]) -> dict[str, Any]:
@@ -148,12 +162,7 @@ def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
     theirs["training"].setdefault("order_seed", None)  # runs from before it was an option
     fields = [name for name in ("head", "head_config", "layers", "training") if mine[name] != theirs[name]]
     detail = [n for n in mine["training"] if mine["training"][n] != theirs["training"].get(n)]
-    sides = [
-        f"{side} {what}"
-        for side in ("train", "val")
-        for what, key in (("cache", "fingerprint"), ("clips", "samples_sha256"))
-        if mine["caches"][side][key] != theirs["caches"][side].get(key)
-    ]
+    sides = other_sides(theirs["caches"], mine["caches"])
     if fields or sides:
         raise UsageError(
             f"{out}: --resume with other {', '.join(detail or fields or sides)}; use the run's own, or another --out"
