@@ -30,7 +30,7 @@ from evl_cache.runs.head_files import load_head, save_head
 from evl_cache.runs.intervals import Interval, deviation_of, spread_text, wilson_interval
 from evl_cache.runs.log import RunLog
 from evl_cache.runs.official_checkpoint import load_official_checkpoint
-from evl_cache.runs.recorded import recorded_cache, recorded_clips
+from evl_cache.runs.recorded import count_trained_on, recorded_cache, recorded_clips
 from evl_cache.runs.scoring import HeadInputs, Scores, ViewSums, head_inputs, head_logits, score, scores_of
 from evl_cache.runs.tables import write_report
 from evl_cache.runs.whole_files import whole_file, write_json, write_text
@@ -56,6 +56,7 @@ __all__ = [
     "clips_of_run",
     "comparable_key",
     "comparable_rows",
+    "count_trained_on",
     "deviation_of",
     "differences",
     "distinct_names",

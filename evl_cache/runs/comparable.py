@@ -6,7 +6,7 @@ rows of their own.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -45,6 +45,13 @@ def comparable_key(config: RunConfig) -> str:
 def is_same_training(one: RunConfig, other: RunConfig) -> bool:
     """Whether two runs are one training done twice: comparable, and of equal seeds."""
     return comparable_key(one) == comparable_key(other) and _seeds(one) == _seeds(other)
+
+
+class Scored(TypedDict):
+    """What was scored: rows of samples of the cache with this fingerprint."""
+
+    fingerprint: str
+    samples: np.ndarray
 
 
 def scored_key(config: RunConfig, *, fingerprint: str, samples: np.ndarray) -> str:

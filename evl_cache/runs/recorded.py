@@ -1,5 +1,6 @@
 """What a run's `config.json` records of its data, opened again."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from evl_cache.errors import CacheError, UsageError
@@ -51,3 +52,19 @@ def recorded_clips(run: Path, config: RunConfig, side: str, cache: FeatureCache)
         return parse_rows(clips, below=len(cache.clips))
     except ValueError as error:
         raise UsageError(f"{run}: its clips of {side} are not those of {cache.place} ({error})") from error
+
+
+def count_trained_on(config: RunConfig, cache: FeatureCache, clips: Sequence[int]) -> int | None:
+    """Return how many clips of a cache a run was trained on; None where that is not known, as of caches of other lists.
+
+    Args:
+        clips: rows of the cache's list.
+    """
+    recorded = config.caches.get("train", {})
+    if recorded.get("content_id") != cache.spec.content_id:
+        return None
+    try:
+        trained = recorded_clips(Path(), config, "train", cache)
+    except UsageError:
+        return None
+    return len(clips) if trained is None else len(set(trained).intersection(clips))

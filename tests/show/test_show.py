@@ -13,6 +13,7 @@ from evl_cache.extract.prepare import prepare_clip
 from evl_cache.heads import EVLHead
 from evl_cache.heads.decoder.plain import PlainHead
 from evl_cache.runs.head_files import load_head
+from evl_cache.runs.intervals import wilson_interval
 from evl_cache.runs.scoring import Scores
 from evl_cache.show import page, view
 from evl_cache.show.displacement import displacements
@@ -236,6 +237,18 @@ def test_the_page_has_a_picture_of_every_clip(work, tmp_path, run_command):
     images = re.findall(r'<img src="([^"]+)"', written)
     assert images and all((tmp_path / "page" / name).read_bytes().startswith(PNG) for name in images)
     assert len(images) == written.count("<h3>") and "5 clips" in written
+    assert (
+        "5 clips of <code>cache</code> (not the clips that the run was validated on, 5 of which the run was trained on)"
+        in written
+    )
+    (tmp_path / "clips.txt").write_text("00.mp4\n01.mp4\n")
+    given = ("--run", work / "run", "--clips", tmp_path / "clips.txt", "--clips-each", 1)
+    assert run_command("show", "--page", tmp_path / "two", *given)[0] == 0
+    written = (tmp_path / "two" / "index.html").read_text()
+    assert "2 clips of <code>cache</code> that the run was validated on" in written
+    top1 = float(re.search(r"top-1 ([\d.]+) % \(", written)[1])
+    low, high = wilson_interval(top1, 2)
+    assert f"top-1 {top1:.1f} % ({low:.1f} to {high:.1f})" in written
 
 
 @pytest.fixture
