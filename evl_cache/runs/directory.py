@@ -52,8 +52,8 @@ class RunConfig:
         caches: of `train` and `val` each the path, `fingerprint` and `content_id` of the cache, its `clips` (as
             `format_rows`, or `all`), and number, bytes and digest of their `samples`.
         tower: `model` and `pretrained` as extract was given them, and the `views` of validation; None where unknown.
-        environment: what it was begun with: versions, device, threads, processes, precision, command and date; None in
-            runs of earlier versions.
+        environment: what it was begun with: versions, device, threads, processes, precision, command and date, and
+            under `resumed` those of continuations where they were others; None in runs of earlier versions.
     """
 
     head: str

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from evl_cache.runs import (
     writing,
 )
 from evl_cache.spec import CacheSpec
+from evl_cache.train.again import not_as_it_was
 from evl_cache.train.options import OPERATIONAL, TrainOptions
 
 
@@ -167,3 +168,12 @@ def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
         raise UsageError(
             f"{out}: --resume with other {', '.join(detail or fields or sides)}; use the run's own, or another --out"
         )
+    _record_resumption(out, before, config.environment)
+
+
+def _record_resumption(out: Path, before: RunConfig, now: Mapping[str, Any] | None) -> None:
+    """Add to `config.json` what a run goes on with, where that is not what it was begun with."""
+    if before.environment is None or now is None or not not_as_it_was(before, now):
+        return
+    resumed = [*before.environment.get("resumed", []), dict(now)]
+    write_run_config(out, replace(before, environment={**before.environment, "resumed": resumed}))

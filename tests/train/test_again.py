@@ -99,6 +99,27 @@ def test_a_run_records_versions_device_threads_precision_command_and_date(caches
     assert timedelta(seconds=-1) <= date - before < timedelta(minutes=5)
 
 
+def test_a_continuation_with_other_threads_is_recorded_beside_the_start(caches, tmp_path):
+    class Killed(Exception):
+        pass
+
+    def kill(done, total, loss):
+        if done == 5:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(*caches, options=OPTIONS, out=tmp_path / "run", on_step=kill)
+    begun = content(tmp_path / "run")
+    train(*caches, options=OPTIONS, out=tmp_path / "run", resume=True)
+    assert content(tmp_path / "run") == begun
+    torch.set_num_threads(2)
+    train(*caches, options=OPTIONS, out=tmp_path / "run", resume=True)
+    torch.set_num_threads(1)
+    found = content(tmp_path / "run")
+    (resumed,) = found["environment"].pop("resumed")
+    assert found == begun and (resumed["threads"], found["environment"]["threads"]) == (2, 1)
+
+
 def test_runs_of_a_sweep_and_of_python_record_it_too(caches, tmp_path):
     runs = expand([{"head": ["linear", "meanpool"]}], {"epochs": 1, "batch": 8})
     sweep(*caches, runs=runs, out=tmp_path / "sweep", command="evl-cache sweep …")
