@@ -15,6 +15,7 @@ from evl_cache.runs import (
     Interval,
     RunConfig,
     RunFile,
+    comparable_key,
     comparable_rows,
     deviation_of,
     differences,
@@ -286,18 +287,29 @@ def _read_scored(path: Path) -> tuple[ScoredClip, ...]:
 def _scored_on(config: RunConfig) -> tuple[Any, ...]:
     """What says which clips a run was scored on; earlier versions recorded samples of a cache, not clips of a list."""
     val = config.caches.get("val", {})
-    names = ("content_id", "clips") if "clips" in val else ("fingerprint", "samples_sha256")
+    names = ("content_id", "clips") if val.get("clips") else ("fingerprint", "samples_sha256")
     return tuple(val.get(name) for name in names)
+
+
+def _told_apart(firsts: Sequence[RunAccount]) -> list[str]:
+    """Return what tells rows apart, by the first run of each; nothing for groups of one sweep, whose names say it all."""
+    told = differences([run.config for run in firsts])
+    of_sweep = [run.sweep_group for run in firsts]
+    folders = {run.path.resolve().parent for run in firsts}
+    if None not in of_sweep and len(folders) == 1 and len(set(of_sweep)) == len(firsts):
+        return ["" for _ in firsts]
+    keys = [comparable_key(run.config) for run in firsts]
+    for place, key in enumerate(keys):
+        if key in keys[:place]:
+            told[place] = ", ".join(filter(None, (told[place], "done again with the same seed")))
+    return told
 
 
 def _grouped(runs: Sequence[RunAccount]) -> list[Group]:
     """Return groups, the best first, each with the name that a sweep gave it, or that of its first run."""
     members = [[runs[place] for place in row] for row in comparable_rows([run.config for run in runs])]
     firsts = [found[0] for found in members]
-    told = differences([run.config for run in firsts])
-    of_sweep = [run.sweep_group for run in firsts]
-    if None not in of_sweep and len(set(of_sweep)) == len(firsts):  # names that say it all
-        told = ["" for _ in firsts]
+    told = _told_apart(firsts)
     names = distinct_names(
         [run.sweep_group or run.name for run in firsts],
         told,

@@ -45,7 +45,7 @@ def recorded_clips(run: Path, config: RunConfig, side: str, cache: FeatureCache)
     if clips == ALL_CLIPS:
         return None
     if not isinstance(clips, str):
-        raise UsageError(f"{run}: it is of a version that did not record its clips; name them with {option}")
+        raise UsageError(f"{run}: it does not record its clips; name them with {option}")
     if recorded.get("content_id") != cache.spec.content_id:
         raise UsageError(f"{cache.place}: has other clips than {run} had; name them with {option}")
     try:

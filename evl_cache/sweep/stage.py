@@ -191,6 +191,9 @@ def _begin(out: Path, runs: Sequence[SweepRun], *, resume: bool) -> dict[str, st
 
 def _check_sides(data: _Data) -> None:
     """Refuse to go on with runs of other caches or clips: means would be taken over both. Raises: UsageError."""
+    folders = [folder for run in data.runs if ((folder := data.folder / run.name) / RunFile.CONFIG).exists()]
+    if not folders:
+        return
     now = {
         side: {
             "fingerprint": cache.fingerprint,
@@ -198,11 +201,8 @@ def _check_sides(data: _Data) -> None:
         }
         for side, cache, rows in zip(("train", "val"), data.caches, data.samples, strict=True)
     }
-    for run in data.runs:
-        folder = data.folder / run.name
-        if (folder / RunFile.CONFIG).exists() and (
-            others := other_sides(read_run_config(folder).caches, now)
-        ):
+    for folder in folders:
+        if others := other_sides(read_run_config(folder).caches, now):
             raise UsageError(
                 f"{folder}: --resume with other {', '.join(others)}; use the sweep's own, or another --out"
             )

@@ -34,6 +34,8 @@ from evl_cache.spec import CacheSpec
 from evl_cache.train.again import not_as_it_was
 from evl_cache.train.options import OPERATIONAL, TrainOptions
 
+_MOST_CLIPS_NBYTES = 4 << 20  # of a list of clips in `config.json`
+
 
 def pair_differences(train: CacheSpec, val: CacheSpec) -> list[str]:
     """Why a head that is trained on one cache cannot be validated on the other; empty where it can."""
@@ -88,11 +90,15 @@ def run_config(
     )
 
 
-def _clips(loader: Loader) -> str:
-    """The clips of a loader, as `config.json` has them: those with features, or `all` if none was left out."""
+def _clips(loader: Loader) -> str | None:
+    """The clips of a loader, as `config.json` has them: those with features, or `all` if none was left out.
+
+    None where that would be too long: a random part of millions of clips.
+    """
     rows = np.unique(loader.cache.sample_clips[loader.samples])
     is_all = len(rows) + loader.skipped_clips == len(loader.cache.clips)
-    return ALL_CLIPS if is_all else format_rows(rows.tolist())
+    text = ALL_CLIPS if is_all else format_rows(rows.tolist())
+    return text if len(text) <= _MOST_CLIPS_NBYTES else None
 
 
 def head_config(spec: CacheSpec, options: TrainOptions, layers: tuple[int, ...]) -> dict[str, Any]:

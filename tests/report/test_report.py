@@ -129,6 +129,10 @@ def test_a_run_is_counted_once_and_the_same_again_is_no_further_seed(apart):
     assert len(alone.runs) == 1 and alone.deviation is None
     data = gather([apart / "usual", apart / "again", apart / "seed"])
     assert {tuple(run.name for run in group.runs) for group in data.groups} == {("usual", "seed"), ("again",)}
+    assert {group.name: group.told for group in data.groups} == {
+        "usual": "",
+        "again": "done again with the same seed",
+    }
 
 
 def test_sweeps_of_other_caches_are_not_averaged_where_their_groups_have_one_name(apart, tmp_path):
@@ -142,6 +146,10 @@ def test_sweeps_of_other_caches_are_not_averaged_where_their_groups_have_one_nam
         "linear (weights tiny 34343434)",
     ]
     assert [len(group.runs) for group in data.groups] == [2, 2]
+    # Names that differ say nothing of the caches.
+    sweep(*pair, runs=expand([{"head": "meanpool"}], {"epochs": 1, "batch": 8}), out=tmp_path / "other")
+    for group in gather([tmp_path / "usual", tmp_path / "other"]).groups:
+        assert "weights tiny" in group.told
     # A sweep's run beside a run of its own, with another seed: one row.
     options = replace(runs[0].options, seed=5)
     pair = [FeatureCache(apart / "usual" / side) for side in ("train", "val")]

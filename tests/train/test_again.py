@@ -15,6 +15,7 @@ import evl_cache
 from evl_cache.errors import EvlCacheError, UsageError
 from evl_cache.notation import format_rows, parse_rows
 from evl_cache.runs.directory import read_run_config
+from evl_cache.runs.intervals import wilson_interval
 from evl_cache.store import FeatureCache, public_text
 from evl_cache.sweep import sweep
 from evl_cache.sweep.grid import expand
@@ -173,7 +174,9 @@ def test_a_run_again_is_the_same_head_on_the_same_clips(caches, fold, tmp_path):
     done = again(fold, tmp_path / "run", "--json")
     assert head_and_losses(tmp_path / "run") == head_and_losses(fold)
     mine, theirs = content(tmp_path / "run"), content(fold)
-    assert json.loads(done.stdout)["is_same_head"] is True
+    told = json.loads(done.stdout)
+    assert told["is_same_head"] is True
+    assert told["top1_interval"] == list(wilson_interval(told["top1"], told["val_clips"]))
     for config in (mine, theirs):
         config.pop("environment")
     assert mine == theirs
@@ -189,6 +192,14 @@ def test_all_clips_stay_all_and_a_chosen_batch_stays_a_number(caches, tmp_path):
     assert head_and_losses(tmp_path / "all") == head_and_losses(tmp_path / "second")
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("all", "second")]
     assert len({result["skipped_clips"] for result in results}) == 1
+
+
+def test_a_list_of_clips_that_is_too_long_to_keep_is_asked_for(caches, fold, tmp_path, monkeypatch):
+    monkeypatch.setattr("evl_cache.train.setup._MOST_CLIPS_NBYTES", 4)
+    train(*caches, options=replace(OPTIONS, epochs=1), out=tmp_path / "run", train_clips=[0, 3, 5])
+    assert [content(tmp_path / "run")["caches"][side]["clips"] for side in ("train", "val")] == [None, "all"]
+    done = command("--again", tmp_path / "run", "--out", tmp_path / "out")
+    assert "does not record its clips; name them with --train-clips" in str(done.exception)
 
 
 def test_a_head_of_a_sweep_is_trained_again_alone(caches, tmp_path):
@@ -252,7 +263,7 @@ def test_what_is_not_as_it_was_is_told(fold, tmp_path):
         ({}, ("--dataset", "folder"), "--again and --dataset"),
         ({}, ("--online",), "--again and --online"),
         ({}, ("--epochs", "1", "--steps", "1"), "expected exactly one of them"),
-        ({("caches", "train", "clips"): None}, (), r"did not record its clips; name them with --train-clips"),
+        ({("caches", "train", "clips"): None}, (), r"does not record its clips; name them with --train-clips"),
         ({("caches", "train", "clips"): "0-99"}, (), r"its clips of train are not those of .* expected ascending"),
         ({("caches", "val", "path"): "/away"}, (), "its validation cache /away is not there; give --val-cache"),
         ({("caches", "val", "fingerprint"): "12" * 32}, (), r"is not what .* trained with any more .*--val-cache"),
