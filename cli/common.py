@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from evl_cache.store import FeatureCache, TransferResult
 
 
+_WORDS = "evl_cache.words"  # where a context keeps them
 Function = TypeVar("Function", bound=Callable[..., object])
 
 
@@ -68,6 +70,15 @@ class Command(click.Command):
                 help="Show the traceback of an error.",
             )
         )
+
+    def make_context(
+        self, info_name: str | None, args: list[str], parent: click.Context | None = None, **extra: Any
+    ) -> click.Context:
+        """The context, which knows the command line as it was given."""
+        words = (info_name or "", *args)
+        context = super().make_context(info_name, args, parent, **extra)
+        context.meta[_WORDS] = words
+        return context
 
     def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The examples, each on its own line."""
@@ -118,6 +129,14 @@ def check_file_to_write(flag: str, path: Path) -> None:
     if path.is_dir() or not path.resolve().parent.is_dir():
         why = "is a folder" if path.is_dir() else f"there is no folder {path.resolve().parent}"
         raise UsageError(f"{flag} {path}: {why}; expected a file in a folder that is there")
+
+
+def given_command() -> str:
+    """The command line, as it may be stored: URLs without their credentials, and in one line."""
+    from evl_cache.store import public_text
+
+    words = click.get_current_context().meta[_WORDS]
+    return escaped(shlex.join(["evl-cache", *map(public_text, words)]))
 
 
 def existing_lines(path: Path) -> list[str]:

@@ -46,7 +46,7 @@ def command(
 ) -> int:
     """Score a run's head on a cache: softmax averaged over a clip's views, top-1 and top-5."""
     from evl_cache.clips import select
-    from evl_cache.runs import read_run_config
+    from evl_cache.runs import read_run_config, spread_text
     from evl_cache.runs.evaluate import evaluate
     from evl_cache.spec import CacheSpec
     from evl_cache.store import FeatureCache
@@ -66,11 +66,19 @@ def command(
         threads=read_threads,
         best=best,
     )
+    if result.clips_trained_on:
+        say(
+            f"note: {run} was trained on {result.clips_trained_on} of these {result.val_clips} clips: the accuracy of "
+            "them says little of others",
+            err=True,
+        )
     if as_json:
         print_json({"run": str(run), "cache": opened.place, **asdict(result)})
     else:
+        whose = " that the run was validated on" if result.scored_on == "validation" else ""
         say(
-            f"top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.val_clips} clips; "
+            f"top-1 {result.top1:.2f} %{spread_text(None, result.top1_interval)}, top-5 {result.top5:.2f} % of "
+            f"{result.val_clips} clips{whose}; "
             f"loss {result.loss:.4f}, {result.clips_per_s:.1f} samples/s"
         )
     return 0

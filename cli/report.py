@@ -23,12 +23,19 @@ def command(runs: tuple[Path, ...], out: Path | None, as_json: bool) -> int:
     report.html needs nothing beside it and fetches nothing; each plot lies beside it as a PNG. RUN is a directory that
     train or sweep wrote. Needs matplotlib: pip install 'evl-cache[report]'.
     """
-    from evl_cache.report.data import gather
+    from evl_cache.report.data import gather, group_json
     from evl_cache.report.page import write_report_page
 
-    report = write_report_page(gather(runs), out or runs[0] / "report")
+    data = gather(runs)
+    report = write_report_page(data, out or runs[0] / "report")
     if as_json:
-        print_json({"page": str(report.page), "pictures": [str(path) for path in report.pictures]})
+        print_json(
+            {
+                "page": str(report.page),
+                "pictures": [str(path) for path in report.pictures],
+                "groups": [group_json(group) for group in data.groups],
+            }
+        )
     else:
         say(f"{report.page}: open it in a browser; {len(report.pictures)} pictures beside it")
     return 0

@@ -83,7 +83,7 @@ def command(
     how = decoding_of(device, decoder, tolerate_bad_frames, clip_timeout)
     if page is not None:
         assert opened is not None
-        source = FeatureCache(cache or cache_of_run(opened))
+        source = cache_of_run(opened) if cache is None else FeatureCache(cache)
         rows = None
         if clips is not None:
             from evl_cache.clips import select

@@ -28,12 +28,12 @@ from .cache_flags import (
     read_threads_flag,
     trust_flag,
 )
-from .common import Command, Function, default_device, print_json, say, say_outage
+from .common import Command, Function, default_device, given_command, print_json, say, say_outage
 
 if TYPE_CHECKING:
+    from evl_cache.sweep.account import SweepResult
     from evl_cache.sweep.grid import SweepRun
     from evl_cache.sweep.shared_pass import OnPassStep
-    from evl_cache.sweep.stage import SweepResult
 
 EXAMPLES = """
 evl-cache sweep --dataset k400 --head decoder1,decoder4,linear --seed 0,1,2 --epochs 10
@@ -169,6 +169,7 @@ def _sweep(flags: SweepFlags, runs: Sequence[SweepRun]) -> int:
             progress=_progress,
             on_wait=say_outage,
             on_note=say_outage,
+            command=given_command(),
         )
     page = _report(out, result)
     if flags.as_json:
@@ -206,13 +207,17 @@ def _report(out: Path, result: SweepResult) -> str:
 
 def _show(out: Path, result: SweepResult) -> None:
     """The table, the best first; then what ended early."""
+    from evl_cache.runs import spread_text
+
     width = max((len(group.group) for group in result.groups), default=4)
-    say(f"{'':{width}}   top-1 %          top-5 %  parameters  ms a step  runs")
+    say(f"{'':{width}}   top-1 %                   top-5 %  parameters  ms a step  runs")
     for g in result.groups:
-        spread = "" if g.deviation is None else f" ± {g.deviation:.2f}"
+        spread = spread_text(g.deviation, g.top1_interval, digits=2)
         say(
-            f"{g.group:{width}}  {g.top1:6.2f}{spread:9}  {g.top5:6.2f}  {g.parameters:12,}  {g.ms_per_step:9.1f}  {g.runs:4}"
+            f"{g.group:{width}}  {g.top1:6.2f}{spread:18}  {g.top5:6.2f}  {g.parameters:12,}  {g.ms_per_step:9.1f}  {g.runs:4}"
         )
+    if result.groups:
+        say("± over seeds; of one run: 95 % interval over the validation clips (Wilson)")
     for row in result.runs:
         if row.status == "diverged":
             say(f"{row.name}: {row.error}", err=True)

@@ -13,7 +13,7 @@ from evl_cache.errors import UsageError
 from evl_cache.extract_options import Role, options_with
 from evl_cache.progress_lines import StepProgress, step_progress
 
-from .common import default_device, print_json, say, say_failure, say_outage
+from .common import default_device, given_command, print_json, say, say_failure, say_outage
 from .extract_flags import decoding_of, make_request
 from .training_flags import TrainCommand, TrainFlags, refuse_online_options, train_flags
 
@@ -25,9 +25,8 @@ _MOST_FAILURES_SAID = 5
 _MOST_TIMEOUT_S = 1e8  # three years
 _DECODING = ("decoder", "tolerate_bad_frames", "clip_timeout")
 EXAMPLES = """
-evl-cache train --dataset folder --head decoder4
+evl-cache train --dataset folder --head decoder4 --no-temporal-conv --no-temporal-cross-attention --lr 1e-3
 evl-cache train --cache caches/mine --val-clips held-out.txt --head decoder2 --epochs 20 --out runs/fold1
-evl-cache train --dataset folder --no-temporal-conv --no-temporal-cross-attention --lr 1e-3
 """
 
 
@@ -42,7 +41,7 @@ def command(**given: Any) -> int:
 
     of_videos = {option.parameter: given.pop(option.parameter) for option in options_with(Role.ONLINE)}
     flags = TrainFlags(**given, of_videos=of_videos)
-    device = default_device(flags.device)
+    device = default_device(flags.device_again())
     if not 0 < flags.rank_timeout <= _MOST_TIMEOUT_S:
         raise UsageError(
             f"--rank-timeout {flags.rank_timeout}; expected seconds, above 0 and at most {_MOST_TIMEOUT_S:.0e}"
@@ -62,15 +61,26 @@ def _train(flags: TrainFlags, options: TrainOptions, processes: Processes) -> in
     out, status, result = run(flags, options, processes)
     if not processes.place.is_first:
         return status
+    from evl_cache.runs import spread_text, wilson_interval
+    from evl_cache.runs.tables import worst_classes
+    from evl_cache.train.again import has_the_same_head
+
+    is_same = None if flags.again is None else has_the_same_head(flags.again, out)
+    top1, top5 = (wilson_interval(percent, result.val_clips) for percent in (result.top1, result.top5))
     if flags.as_json:
         from dataclasses import asdict
 
-        print_json({"run": str(out), **asdict(result)})
+        intervals = {"top1_interval": top1, "top5_interval": top5}
+        print_json({"run": str(out), **asdict(result), **intervals, "is_same_head": is_same})
         return status
-    from evl_cache.runs.tables import worst_classes
-
+    if is_same is not None:
+        say(
+            f"{out}: its head is {'the same, bit for bit, as' if is_same else 'not that'} of {flags.again}",
+            err=True,
+        )
     say(
-        f"{out}: top-1 {result.top1:.2f} %, top-5 {result.top5:.2f} % of {result.val_clips} clips; "
+        f"{out}: top-1 {result.top1:.2f} %{spread_text(None, top1)}, top-5 {result.top5:.2f} % of "
+        f"{result.val_clips} clips; "
         f"best {result.best_top1:.2f} % in epoch {result.best_epoch}; "
         f"{result.epochs} epochs, {result.clips_per_s:.1f} clips/s, {result.seconds:.1f} s"
     )
@@ -85,8 +95,14 @@ def _cached(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
     from evl_cache.train.needs import needs_of
 
     refuse_online_options()
-    data = flags.find(needs_of([options]), is_told=processes.place.is_first)
-    with _out(flags, data.train.name, processes) as out, _progress(flags, processes) as line:
+    is_first = processes.place.is_first
+    if flags.again is None:
+        data = flags.find(needs_of([options]), is_told=is_first)
+    else:
+        data = flags.find_again(is_told=is_first)
+        if is_first:
+            _tell_what_differs(flags, options, processes)
+    with _out(flags, options, data.train.name, processes) as out, _progress(options, processes) as line:
         result = train(
             data.train,
             data.val,
@@ -100,6 +116,7 @@ def _cached(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
             on_bottleneck=line.note_bottleneck,
             on_wait=say_outage,
             on_note=say_outage,
+            command=given_command(),
         )
     return out, 0, result
 
@@ -111,7 +128,8 @@ def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
         raise UsageError("--online reads videos: give --dataset and --root, as for extract, and no cache")
     failed: list[tuple[str, str]] = []
     how = decoding_of(options.device, *(flags.of_videos[name] for name in _DECODING))
-    with _out(flags, f"{flags.dataset}-online", processes) as out, _progress(flags, processes) as line:
+    name = f"{flags.dataset}-online"
+    with _out(flags, options, name, processes) as out, _progress(options, processes) as line:
         result = train_online(
             make_request({"dataset": flags.dataset, **flags.of_videos}, pixels=how["decoding"].pixels),
             options=options,
@@ -127,6 +145,7 @@ def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
             on_outage=say_outage,
             on_wait=say_outage,
             processes=processes,
+            command=given_command(),
         )
     for clip, reason in failed[:_MOST_FAILURES_SAID]:
         say_failure(clip, reason)
@@ -135,19 +154,29 @@ def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
     return out, 3 if result.skipped_clips else 0, result
 
 
-def _progress(flags: TrainFlags, processes: Processes) -> AbstractContextManager[StepProgress]:
-    return step_progress(f"train {flags.head}", shown=processes.place.is_first)
+def _tell_what_differs(flags: TrainFlags, options: TrainOptions, processes: Processes) -> None:
+    """Say on stderr with what a run is done again that it was not done with: its losses may differ in the last digits."""
+    from evl_cache.processes import training_environment
+    from evl_cache.train.again import not_as_it_was
+
+    now = training_environment(options.device, options.precision, processes.place, None)
+    if others := not_as_it_was(flags.run_again, now):
+        say(f"note: {flags.again} had {'; '.join(others)}: losses may differ by rounding", err=True)
+
+
+def _progress(options: TrainOptions, processes: Processes) -> AbstractContextManager[StepProgress]:
+    return step_progress(f"train {options.head}", shown=processes.place.is_first)
 
 
 @contextmanager
-def _out(flags: TrainFlags, name: str, processes: Processes) -> Iterator[Path]:
+def _out(flags: TrainFlags, options: TrainOptions, name: str, processes: Processes) -> Iterator[Path]:
     """The run directory; the first process makes a new one for all, which goes again if nothing is written there."""
     from evl_cache.runs import new_run_directory, removed_if_empty
 
     is_first = processes.place.is_first
     made = flags.out is None
     out = flags.out or processes.on_first(
-        lambda: new_run_directory(name, flags.head), "while choosing the run directory"
+        lambda: new_run_directory(name, options.head), "while choosing the run directory"
     )
     with removed_if_empty(out) if made and is_first else nullcontext():
         if is_first:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +17,7 @@ from evl_cache.notation import parse_layers
 from .cache_flags import (
     CacheFlags,
     Flag,
+    TrainingData,
     add_flags,
     cache_flags,
     device_flag,
@@ -26,15 +29,22 @@ from .cache_flags import (
     read_threads_flag,
     trust_flag,
 )
-from .common import Command, Function
+from .common import Command, Function, tell_rules
 from .extract_flags import hidden_flag
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from evl_cache.runs import RunConfig
     from evl_cache.train import TrainOptions
 
 _MODULES = ("temporal_conv", "temporal_pos_embed", "temporal_cross_attention")
+# The flags that say what an option is, where they have not its name.
+_FLAGS_OF = {
+    **{name: (f"no_{name}",) for name in _MODULES},
+    "keep_in": ("cache_in_ram", "cache_on_device"),
+    "keep_bytes": ("cache_in_ram", "cache_on_device"),
+}
 
 
 class TrainCommand(Command):
@@ -58,6 +68,7 @@ class TrainCommand(Command):
 class TrainFlags(CacheFlags):
     """The values of train's options, as the command line has them. `of_videos`: those of extract, by parameter."""
 
+    again: Path | None
     recipe: str | None
     head: str
     head_layers: str | None
@@ -89,20 +100,63 @@ class TrainFlags(CacheFlags):
     def train_options(self, device: str) -> TrainOptions:
         """The package's options. Raises: UsageError for those that cannot be."""
         from evl_cache.train import TrainOptions, options_of
+        from evl_cache.train.again import options_again
 
         same = {f.name: getattr(self, f.name) for f in fields(TrainOptions) if hasattr(self, f.name)}
-        return options_of(
-            self.recipe,
-            {
-                **same,
-                "batch": _batch(self.batch),
-                **{name: not getattr(self, f"no_{name}") for name in _MODULES},
-                "head_layers": None if self.head_layers is None else parse_layers(self.head_layers),
-                "precision": self.precision_on(device),
-                "device": device,
-                **self._kept_samples(),
-            },
+        values = {
+            **same,
+            "batch": _batch(self.batch),
+            **{name: not getattr(self, f"no_{name}") for name in _MODULES},
+            "head_layers": None if self.head_layers is None else parse_layers(self.head_layers),
+            "precision": self.precision_on(device),
+            "device": device,
+            **self._kept_samples(),
+        }
+        if self.again is None:
+            return options_of(self.recipe, values)
+        chosen = {"device", *(name for name in values if any(map(is_given, _FLAGS_OF.get(name, (name,)))))}
+        return options_again(self.again, self.run_again, {name: values[name] for name in chosen})
+
+    @cached_property
+    def run_again(self) -> RunConfig:
+        """The configuration of the run to do again. Raises: UsageError where that cannot be, or not with other options."""
+        from evl_cache.runs import read_run_config
+        from evl_cache.train.again import check_again
+
+        assert self.again is not None
+        others = {"--online": self.online, "--recipe": self.recipe, "--dataset": self.dataset}
+        if named := [flag for flag, value in others.items() if value]:
+            raise UsageError(
+                f"--again and {named[0]}; expected one of them: --again takes options and caches from a run, and other "
+                "options beside it"
+            )
+        config = read_run_config(self.again)
+        check_again(self.again, config)
+        return config
+
+    def device_again(self) -> str | None:
+        """The device asked for, or the kind of device that the run to do again had; None for the default."""
+        if self.device is not None or self.again is None:
+            return self.device
+        return str(self.run_again.training.get("device", "cpu")).partition(":")[0]
+
+    def find_again(self, *, is_told: bool) -> TrainingData:
+        """The caches and clips of the run to do again, but for those named."""
+        from evl_cache.train.again import data_again
+
+        assert self.again is not None
+        train, val, train_rows, val_rows = data_again(
+            self.again,
+            self.run_again,
+            cache=self.cache,
+            val_cache=self.val_cache,
+            train_names=self.train_names,
+            val_names=self.val_names,
+            trust=self.trust,
         )
+        if is_told:
+            tell_rules(train.place, train.frame_rule, val.place, val.frame_rule)
+        return TrainingData(train=train, val=val, train_rows=train_rows, val_rows=val_rows)
 
     def _kept_samples(self) -> dict[str, str | int | None]:
         """Where samples are kept once read, and how many bytes of them."""
@@ -119,6 +173,7 @@ def train_flags(function: Function) -> Function:
     """What is trained, how, and where."""
     flags: list[Flag[Function]] = [
         cache_flags,
+        path_flag("--again", "A run, to do as it was; options given win."),
         click.option("--recipe", metavar="k400|ssv2", help="Published settings; options given win."),
         click.option(
             "--head",
@@ -172,6 +227,12 @@ def train_flags(function: Function) -> Function:
         json_flag,
     ]
     return add_flags(function, flags)
+
+
+def is_given(parameter: str) -> bool:
+    """Whether the command line, or the environment, names an option of the command that runs."""
+    source = click.get_current_context().get_parameter_source(parameter)
+    return source is not None and source.name in ("COMMANDLINE", "ENVIRONMENT")
 
 
 def _batch(text: str | None) -> int | str | None:

@@ -79,6 +79,33 @@ def whole_number(value: Any) -> int | None:
         return None
 
 
+def format_rows(rows: Iterable[int]) -> str:
+    """Return rows, each once and in order, as `parse_rows` reads them: `0-79,100`."""
+    parts: list[str] = []
+    first = last = -2
+    for row in [*sorted(set(rows)), -2]:
+        if row == last + 1:
+            last = row
+            continue
+        if last >= 0:
+            parts.append(f"{first}" if first == last else f"{first}-{last}")
+        first = last = row
+    return ",".join(parts)
+
+
+def parse_rows(text: str, *, below: int) -> list[int]:
+    """Return the rows of `0-79,100`, which are all below a number. Raises: ValueError for anything else."""
+    rows: list[int] = []
+    for part in text.split(",") if text else ():
+        first, _, last = part.partition("-")
+        begin, end = int(first), int(last or first)
+        previous = rows[-1] if rows else -1
+        if not previous < begin <= end < below:
+            raise ValueError(f"rows {part[:40]!r}; expected ascending numbers below {below}")
+        rows.extend(range(begin, end + 1))
+    return rows
+
+
 def parse_views(text: str) -> tuple[int, int]:
     """Return the numbers of temporal and spatial views of `3x1`. Raises: UsageError for anything else."""
     temporal, cross, spatial = text.lower().partition("x")

@@ -85,7 +85,7 @@ class ViewSpec:
         frames: frames T of a view.
         sampling: `strided` or `tsn`.
         stride: step from one frame of a view to the next; None for `tsn`.
-        temporal_views: views over time; a clip's samples are ordered by temporal view, then by spatial view.
+        temporal_views: views over time; a clip's samples are ordered by spatial view, then by temporal view.
         spatial_views: crops of each temporal view, 1 (centre) or 3.
         train_views: random augmented views instead of these; 0 for none.
         augment_seed: seed of the augmented views, beside clip id and view number.
@@ -131,6 +131,10 @@ class ViewSpec:
     def per_clip(self) -> int:
         """The number of samples of one clip."""
         return self.train_views or self.temporal_views * self.spatial_views
+
+    def temporal_view(self, view: int) -> int:
+        """Return which choice of frames a clip's sample has, by the sample's number in the clip."""
+        return view if self.train_views else view % self.temporal_views
 
     @property
     def crops(self) -> str:

@@ -1,6 +1,5 @@
 """What features were made with: device, batch size, precision and versions, as each mark records it."""
 
-import importlib.metadata
 from typing import Any
 
 import torch
@@ -8,6 +7,8 @@ from torch import nn
 
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.precision import tf32_of_towers
+from evl_cache.processes import device_name
+from evl_cache.processes import package_versions as versions_of
 from evl_cache.spec import CacheSpec
 
 _PACKAGES = ("evl-cache", "torch", "open_clip_torch", "numpy", "numcodecs")
@@ -46,13 +47,7 @@ def package_versions(*beside: str) -> dict[str, str]:
     Args:
         beside: others than those that every cache is made with.
     """
-    found = {}
-    for package in (*_PACKAGES, *beside):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "unknown"
-    return found
+    return versions_of(*_PACKAGES, *beside)
 
 
 def _packages_beside(spec: CacheSpec, visual: nn.Module | None) -> tuple[str, ...]:
@@ -61,10 +56,3 @@ def _packages_beside(spec: CacheSpec, visual: nn.Module | None) -> tuple[str, ..
         return ("timm", "Pillow")
     parts = () if visual is None else visual.modules()
     return ("timm",) if any(type(part).__module__.startswith("timm.") for part in parts) else ()
-
-
-def device_name(device: torch.device) -> str:
-    """The GPU's name; a CPU is named by its instruction set, which decides the order of its sums."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{device.type} {torch.backends.cpu.get_cpu_capability()}" if device.type == "cpu" else device.type

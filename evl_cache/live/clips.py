@@ -10,6 +10,7 @@ import numpy as np
 
 from evl_cache.canonical_json import digest
 from evl_cache.clips import Clip
+from evl_cache.runs import ONLINE_PREFIX
 from evl_cache.spec import CacheSpec
 
 
@@ -45,4 +46,6 @@ class LiveClips:
     @property
     def fingerprint(self) -> str:
         """Digest of what a cache of these features would be made from."""
-        return f"online-{digest([self.spec.feature_id, self.spec.content_id, list(self.spec.layers)])}"
+        return (
+            f"{ONLINE_PREFIX}{digest([self.spec.feature_id, self.spec.content_id, list(self.spec.layers)])}"
+        )

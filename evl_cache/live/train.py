@@ -56,6 +56,7 @@ def train_online(
     on_outage: OnOutage = lambda message: None,
     on_wait: OnWait = lambda message: None,
     processes: Processes | None = None,
+    command: str | None = None,
 ) -> TrainResult:
     """Train a head on features made anew in every epoch, and leave a run directory as `train` does.
 
@@ -68,7 +69,7 @@ def train_online(
         clip_timeout_s: longest time for decoding one clip.
         on_failure: called at the end with each clip that could not be decoded, and why.
         on_outage: called with a line when a disk, say, is away, and with one when it is back.
-        on_wait: as for `train`.
+        on_wait, command: as for `train`.
 
     Raises: as `plan_extraction` and `train`; UsageError for options that need a cache; Outage where
         the videos cannot be read, and no clip is to blame: `resume` goes on.
@@ -126,6 +127,7 @@ def train_online(
             processes=processes,
             writer=writer,
             records_steps=False,
+            command=command,
         )
     for loader in (train_loader, val_loader):
         for row, reason in sorted(loader.failures.items()):

@@ -12,4 +12,5 @@ from evl_cache.processes.processors import (
 from evl_cache.processes.rendezvous import Rendezvous
 from evl_cache.processes.shares import local_processes, processor_share
 from evl_cache.processes.sharing import shared_memory, sharing_groups
+from evl_cache.processes.software import device_name, package_versions, training_environment
 from evl_cache.processes.stop_requests import Interrupted, StopRequests

@@ -9,7 +9,7 @@ from pathlib import Path
 from evl_cache.errors import UsageError
 from evl_cache.report.data import Group, ReportData, RunAccount
 from evl_cache.report.plots import CURVES, as_bytes, draw_plots
-from evl_cache.runs import whole_file, write_text
+from evl_cache.runs import is_online, spread_text, whole_file, write_text
 
 PAGE_NAME = "report.html"
 WRONGEST = 12
@@ -126,9 +126,8 @@ def render(data: ReportData, images: Mapping[str, bytes]) -> str:
 
 def _cards(data: ReportData) -> str:
     best, group = data.best, data.groups[0]
-    spread = "" if group.deviation is None else f" ± {group.deviation:.1f}"
     cards = [
-        (f"{group.top1:.1f}{spread} %", f"top-1, {group.name}"),
+        (f"{group.top1:.1f}{spread_text(group.deviation, group.interval)} %", f"top-1, {group.name}"),
         (f"{best.result['top5']:.1f} %", f"top-5, {best.label}"),
         (str(best.result["val_clips"]), f"validation clips of {len(best.config.classes)} classes"),
         (str(len(data.runs)), f"runs in {len(data.groups)} groups"),
@@ -140,20 +139,26 @@ def _cards(data: ReportData) -> str:
 
 def _ablation(data: ReportData) -> str:
     rows = "".join(_ablation_row(group) for group in data.groups)
-    note = "Bars: top-1 from 0 to 100 %, mean over seeds; whiskers: standard deviation of the seeds."
+    note = (
+        "Bars: top-1 from 0 to 100 %, mean over seeds; whiskers: standard deviation of the seeds, or of one run the 95 % "
+        "interval over its validation clips (Wilson)."
+    )
+    if data.is_of_several_clip_sets:
+        note += " Rows were scored on different clips: their accuracies do not compare."
     return f'<h2>Ablation</h2><p class="soft">{note}</p><div class="rows ablation" role="table">{rows}</div>'
 
 
 def _ablation_row(group: Group) -> str:
-    spread = group.deviation
-    value = f"{group.top1:.1f}" + ("" if spread is None else f" ± {spread:.1f}")
-    left, right = max(0.0, group.top1 - (spread or 0)), min(100.0, group.top1 + (spread or 0))
-    whisker = "" if spread is None else f'<u style="left:{left:.2f}%;width:{right - left:.2f}%"></u>'
+    value = f"{group.top1:.1f}{spread_text(group.deviation, group.interval)}"
+    left, right = group.whisker
+    whisker = f'<u style="left:{left:.2f}%;width:{right - left:.2f}%"></u>'
     result = group.runs[0].result
     details = [f"{len(group.runs)} seeds" if len(group.runs) > 1 else "1 run"]
     if "parameters" in result:
         details.append(f"{_count(result['parameters'])} parameters")
         details.append(f"{result['ms_per_step']:.0f} ms a step")
+    if group.told and group.told not in group.name:
+        details.append(group.told)
     return (
         f'<div class="row" role="row"><span role="cell">{_text(group.name)}</span>'
         f'<span class="value" role="cell">{value} %</span>'
@@ -174,7 +179,8 @@ def _cost(data: ReportData) -> str:
     for group in data.groups:
         run = group.runs[0]
         read, steps, result = run.bytes_read, run.step_seconds, run.result
-        value = "not recorded" if read is None else f"{_bytes(read)} read"
+        unread = "no cache read" if is_online(run.config) else "not recorded"
+        value = unread if read is None else f"{_bytes(read)} read"
         value += "" if steps is None else f", {steps:.1f} s of steps"
         more = f"{result['clips_per_s']:.0f} clips/s in steps, batch {result['batch']}; {result['seconds']:.1f} s in all"
         if read is not None:
@@ -182,7 +188,10 @@ def _cost(data: ReportData) -> str:
         rows.append(
             f'<div class="row"><span>{_text(group.name)}</span><span class="more">{value}; {more}</span></div>'
         )
-    note = "Of one run each: what it would read by itself (decompressed), its steps, and the whole run or pass of a sweep."
+    note = (
+        "Of one run each: what it would read by itself (decompressed; samples kept in memory count in each epoch), its "
+        "steps, and the whole run or pass of a sweep."
+    )
     return f'<h2>Bytes and seconds</h2><p class="soft">{note}</p><div class="rows">{"".join(rows)}</div>'
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from evl_cache.errors import UsageError
 from evl_cache.notation import escaped
 from evl_cache.report.data import Group, ReportData
+from evl_cache.runs import spread_text
 
 # Okabe and Ito's palette, for all kinds of colour vision; black comes first, and yellow is too pale for a line.
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -113,13 +114,15 @@ def _line(group: Group, name: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _bars(groups: Sequence[Group]) -> Figure:
-    """Draw the top-1 of every group with its deviation, the best on top."""
+    """Draw the top-1 of every group with its deviation, or the interval of one run, the best on top."""
     figure, axes = _figure(PANEL_INCHES, 0.9 + 0.42 * len(groups))
     places = np.arange(len(groups))[::-1]
-    spread = [group.deviation or 0.0 for group in groups]
-    axes.barh(places, [group.top1 for group in groups], height=0.34, color="#0072B2", zorder=2, align="edge")
+    whiskers = np.asarray([group.whisker for group in groups])  # (groups,2)
+    top1 = np.asarray([group.top1 for group in groups])
+    spread = np.stack([top1 - whiskers[:, 0], whiskers[:, 1] - top1]).clip(0.0)
+    axes.barh(places, top1, height=0.34, color="#0072B2", zorder=2, align="edge")
     axes.errorbar(
-        [group.top1 for group in groups],
+        top1,
         places + 0.17,
         xerr=spread,
         fmt="none",
@@ -128,7 +131,7 @@ def _bars(groups: Sequence[Group]) -> Figure:
         zorder=3,
     )
     for place, group in zip(places, groups, strict=True):
-        value = f"{group.top1:.1f}" + ("" if group.deviation is None else f" ± {group.deviation:.1f}")
+        value = f"{group.top1:.1f}{spread_text(group.deviation, group.interval)}"
         axes.text(0, place - 0.03, f" {escaped(group.name)}: {value}", va="top", ha="left", fontsize=8.5)
     axes.set_yticks([])
     axes.set_xlim(0, 100)

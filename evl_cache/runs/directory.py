@@ -50,8 +50,11 @@ class RunConfig:
         classes: names by label.
         features: the training cache's spec as JSON; None for imported heads.
         training: options of the run.
-        caches: path and fingerprint of `train` and `val`.
+        caches: of `train` and `val` each the path, `fingerprint` and `content_id` of the cache, its `clips` (as
+            `format_rows`, or `all`), and number, bytes and digest of their `samples`.
         tower: `model` and `pretrained` as extract was given them, and the `views` of validation; None where unknown.
+        environment: what it was begun with: versions, device, threads, processes, precision, command and date, and
+            under `resumed` those of continuations where they were others; None in runs of earlier versions.
     """
 
     head: str
@@ -62,6 +65,7 @@ class RunConfig:
     training: Mapping[str, Any]
     caches: Mapping[str, Any]
     tower: Mapping[str, Any] | None = None
+    environment: Mapping[str, Any] | None = None
 
     def sketch(self) -> Head:
         """Return a head of this configuration whose parameters take no memory, to ask for their shapes."""
@@ -130,6 +134,9 @@ def read_run_config(run: str | Path) -> RunConfig:
             )
         layers = content.pop("layers")
         classes = tuple(content.pop("classes"))
+        for part in (content["training"], content["caches"], *content["caches"].values()):
+            if not isinstance(part, dict):
+                raise ValueError(f"training and caches hold {str(part)[:40]!r}, expected objects")
         check_head_config(content["head_config"])
         return RunConfig(layers=None if layers is None else tuple(layers), classes=classes, **content)
     except OSError as error:

@@ -8,12 +8,16 @@ from pathlib import Path
 import torch
 
 from evl_cache.batches import DEFAULT_BATCH, BatchMemory, FeatureLoader, read_threads, samples_of_clips
+from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head
 from evl_cache.precision import check_precision, device_named, precision_of_run
+from evl_cache.runs.comparable import Scored, clips_of_run, scored_key
 from evl_cache.runs.directory import RunConfig, read_run_config
 from evl_cache.runs.fit import check_features, check_maps, head_reads
 from evl_cache.runs.head_files import load_head
+from evl_cache.runs.intervals import Interval, wilson_interval
+from evl_cache.runs.recorded import count_trained_on
 from evl_cache.runs.scoring import score
 from evl_cache.store import FeatureCache, Indices
 
@@ -27,6 +31,10 @@ class EvalResult:
         loss: mean over single views.
         clips_per_s: samples a second.
         precision: that the head was computed in.
+        top1_interval, top5_interval: 95 % of them over the clips, in percent, by Wilson's score.
+        scored_on: the run's `validation` clips, its `training` clips, or `other` ones.
+        clips_trained_on: how many of the clips the run was trained on; None where that is not known.
+        comparable_key: equal for runs whose figures are those of seeds of one training, scored on the same clips.
     """
 
     top1: float
@@ -36,6 +44,11 @@ class EvalResult:
     clips_per_s: float
     cache_fingerprint: str
     precision: str
+    top1_interval: Interval
+    top5_interval: Interval
+    scored_on: str
+    clips_trained_on: int | None
+    comparable_key: str
 
 
 def run_loader(
@@ -103,12 +116,19 @@ def evaluate(
     loader = run_loader(run, config, head, cache, clips=clips, batch=batch, device=device, threads=threads)
     started = time.monotonic()
     scores = score(head, loader, device=torch.device(device), precision=precision, on_batch=on_batch)
+    top1, top5, clips_scored = scores.top(1), scores.top(5), len(scores.clips)
+    scored: Scored = {"fingerprint": cache.fingerprint, "samples": loader.samples}
     return EvalResult(
-        top1=scores.top(1),
-        top5=scores.top(5),
+        top1=top1,
+        top5=top5,
         loss=scores.loss,
-        val_clips=len(scores.clips),
+        val_clips=clips_scored,
         clips_per_s=len(loader.samples) / (time.monotonic() - started),
         cache_fingerprint=cache.fingerprint,
         precision=precision,
+        top1_interval=wilson_interval(top1, clips_scored),
+        top5_interval=wilson_interval(top5, clips_scored),
+        scored_on=clips_of_run(config, **scored),
+        clips_trained_on=count_trained_on(config, cache, scores.clips.tolist()),
+        comparable_key=digest([scored_key(config, **scored), precision, best]),
     )

@@ -7,10 +7,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evl_cache.errors import CacheError, UsageError
+from evl_cache.errors import UsageError
 from evl_cache.notation import escaped
 from evl_cache.precision import precision_of_run
-from evl_cache.runs import Scores, run_loader, score, write_text
+from evl_cache.runs import (
+    Scores,
+    clips_of_run,
+    count_trained_on,
+    recorded_cache,
+    run_loader,
+    score,
+    spread_text,
+    wilson_interval,
+    write_text,
+)
 from evl_cache.show.view import ShowRun, decoder_of, draw_cached
 from evl_cache.store import FeatureCache, Indices
 from evl_cache.video import DecodeOptions
@@ -68,7 +78,8 @@ def show_page(
                 on_picture(len(sections) * each + number, len(wrong) + len(right))
             sections.append((name, rows))
     page = folder / PAGE_NAME
-    write_text(page, _page(run.path, cache, scores, sections))
+    whose = _whose_clips(run, cache, scores, loader.samples)
+    write_text(page, _page(run.path, cache, scores, sections, whose=whose))
     return page
 
 
@@ -94,6 +105,17 @@ def wrongest_and_surest(scores: Scores, each: int) -> tuple[list[int], list[int]
     return wrong, [int(i) for i in order if is_right[i]][:each]
 
 
+def _whose_clips(run: ShowRun, cache: FeatureCache, scores: Scores, samples: np.ndarray) -> str:
+    """Return, for the sentence that counts the clips, what the run knows of them."""
+    if not run.config.caches:  # an imported head, which was validated nowhere
+        return ""
+    if clips_of_run(run.config, fingerprint=cache.fingerprint, samples=samples) == "validation":
+        return " that the run was validated on"
+    trained = count_trained_on(run.config, cache, scores.clips.tolist())
+    told = f", {trained} of which the run was trained on" if trained else ""
+    return f" (not the clips that the run was validated on{told})"
+
+
 def _verdict(scores: Scores, place: int, classes: Sequence[str]) -> str:
     row, label = scores.probabilities[place], int(scores.labels[place])
     said = int(row.argmax())
@@ -107,7 +129,10 @@ def _page(
     cache: FeatureCache,
     scores: Scores,
     sections: Sequence[tuple[str, Sequence[tuple[str, str, str]]]],
+    *,
+    whose: str,
 ) -> str:
+    interval = spread_text(None, wilson_interval(scores.top(1), len(scores.labels)))
     heading = {"wrongest": "Mistakes, the least probable label first", "surest": "Found, the surest first"}
     out = [
         "<!doctype html><html lang=en><meta charset=utf-8>",
@@ -118,8 +143,8 @@ def _page(
         ),
         f"<h1>Clips of {html.escape(run.name)}</h1>",
         (
-            f"<p>{len(scores.labels)} clips of <code>{html.escape(cache.path.name)}</code>, "
-            f"tower {html.escape(cache.spec.tower.model)}, top-1 {scores.top(1):.1f} %. "
+            f"<p>{len(scores.labels)} clips of <code>{html.escape(cache.name)}</code>{whose}, "
+            f"tower {html.escape(cache.spec.tower.model)}, top-1 {scores.top(1):.1f} %{interval}. "
             f"{_NOTE}</p>"
         ),
     ]
@@ -133,9 +158,6 @@ def _page(
     return "\n".join(out) + "\n"
 
 
-def cache_of_run(run: ShowRun) -> Path:
-    """Return the path of the validation cache that the run names. Raises: CacheError where it is not there."""
-    path = Path(str(run.config.caches.get("val", {}).get("path", "")))
-    if not (path / "zarr.json").is_file():
-        raise CacheError(f"{run.path}: its validation cache {path} is not there; give --cache")
-    return path
+def cache_of_run(run: ShowRun) -> FeatureCache:
+    """Open the validation cache that the run names, a directory or a URL. Raises: as `recorded_cache`."""
+    return recorded_cache(run.path, run.config, "val")

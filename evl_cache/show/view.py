@@ -117,10 +117,10 @@ def draw_cached(
     layer: int | None = None,
 ) -> None:
     """Draw as `show_cached` does, with a decoder that several pictures share."""
-    (row,) = select(cache.clips, [name], source=str(cache.path))
+    (row,) = select(cache.clips, [name], source=cache.place)
     views = cache.spec.views.per_clip
     if not 0 <= view < views:
-        raise UsageError(f"--view {view}: a clip of {cache.path} has {views}; expected 0 to {views - 1}")
+        raise UsageError(f"--view {view}: a clip of {cache.place} has {views}; expected 0 to {views - 1}")
     layers = cache.spec.layers if run is None else check_features(run.config, cache.spec, run=run.path)
     stored = cache.read_stored([row * views + view], Reads(layers=tuple(layers)))  # maps give the arrows
     tokens, maps = stored.with_made_maps().dequantized()
@@ -257,8 +257,7 @@ def _frame_names(prepared: PreparedClip, view: int, spec: CacheSpec) -> list[str
     indices = prepared.record.indices
     if not indices:
         return [f"t = {t}" for t in range(spec.views.frames)]
-    temporal = view if spec.views.train_views else view // spec.views.spatial_views
-    return [f"frame {index}" for index in indices[temporal]]
+    return [f"frame {index}" for index in indices[spec.views.temporal_view(view)]]
 
 
 def _motion(features: _Features, layer: int | None) -> np.ndarray | None:

@@ -168,4 +168,6 @@ def _temporal_name(options: TrainOptions) -> list[str]:
 def _text(value: Any) -> str:
     if isinstance(value, tuple):
         return ",".join(map(str, value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):  # briefly, unless other values would have the same name
+        return f"{value:g}" if float(f"{value:g}") == value else repr(value)
+    return str(value)

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from evl_cache.batches import Batch, Loader
 from evl_cache.errors import NotFinite
 from evl_cache.heads import EVLHead, Workspace
 from evl_cache.precision import PRECISIONS, tf32_as
-from evl_cache.processes import Interrupted, StopRequests
+from evl_cache.processes import Interrupted, ProcessPlace, StopRequests, training_environment
 from evl_cache.runs import RunFile, RunWriter, Scores, ViewSums, load_state, scores_of
 from evl_cache.store import Reads
 from evl_cache.sweep.grid import SweepRun
@@ -30,12 +30,12 @@ class PlannedRun:
     Attributes:
         run: its name and options.
         reads: what its head reads of the caches.
-        sample_nbytes: bytes of a sample that this is.
+        sample_nbytes: bytes of a sample that this is, by side, `train` and `val`.
     """
 
     run: SweepRun
     reads: Reads
-    sample_nbytes: int
+    sample_nbytes: Mapping[str, int]
 
 
 @dataclass(kw_only=True)
@@ -72,6 +72,7 @@ class SweepPass:
         folder: of the run directories.
         stop: where signals are noted.
         writer: the right to write the sweep.
+        command: that each run records, if it is known.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class SweepPass:
         folder: Path,
         stop: StopRequests,
         writer: RunWriter,
+        command: str | None,
     ) -> None:
         self.train_loader, self.val_loader = train_loader, val_loader
-        self._reads, self._stop, self._writer = reads, stop, writer
+        self._reads, self._stop, self._writer, self._command = reads, stop, writer, command
         options = runs[0].run.options
         self.device = torch.device(options.device)
         self.precision = options.precision
@@ -192,9 +194,13 @@ class SweepPass:
             reads.layers,
         )
         caches = {
-            side: {**cache, "sample_nbytes": planned.sample_nbytes} for side, cache in config.caches.items()
+            side: {**cache, "sample_nbytes": planned.sample_nbytes[side]}
+            for side, cache in config.caches.items()
         }
-        config = replace(config, caches=caches)
+        environment = training_environment(
+            run.options.device, run.options.precision, ProcessPlace(), self._command
+        )
+        config = replace(config, caches=caches, environment=environment)
         resume = (out / RunFile.STATE).exists()
         if not resume:  # a head whose state was not kept any more begins anew
             for name in (RunFile.HEAD, RunFile.BEST):

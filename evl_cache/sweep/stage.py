@@ -1,7 +1,6 @@
 """Ablations in one pass: many heads trained together from one cache, each as a training of its own would train it."""
 
 import json
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -13,8 +12,27 @@ from evl_cache.batches import samples_of_clips, served_samples
 from evl_cache.canonical_json import digest, json_text
 from evl_cache.errors import UsageError
 from evl_cache.processes import Processes, ProcessPlace, StopRequests
-from evl_cache.runs import RUNS_NAME, OnWait, RunFile, RunWriter, check_maps, read_json, write_json, writing
+from evl_cache.runs import (
+    RUNS_NAME,
+    OnWait,
+    RunFile,
+    RunWriter,
+    check_maps,
+    other_sides,
+    read_run_config,
+    samples_digest,
+    writing,
+)
 from evl_cache.store import FeatureCache, Indices, Reads
+from evl_cache.sweep.account import (
+    SWEEP_NAME,
+    SweepResult,
+    groups_of,
+    is_done,
+    read_sweep,
+    row_of,
+    write_sweep,
+)
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.memory import HeadMemory, head_memory, split_passes
 from evl_cache.sweep.shared_pass import OnPassStep, PlannedRun, SweepPass
@@ -26,80 +44,23 @@ from evl_cache.train import (
     check_pair,
     kept_nbytes,
     make_loaders,
-    read_result,
     run_config,
     shuffle_blocks,
     training_reads,
 )
 
-SWEEP_NAME = "sweep.json"
-_FORMAT = 1
 # Runs that differ in these see other batches, or the same ones otherwise: they are not trained in one pass.
 _OF_A_PASS = ("epochs", "steps", "batch", "accumulate", "precision", "shuffle_blocks")
 ProgressOfPass = Callable[[str], AbstractContextManager[OnPassStep]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepRow:
-    """One run of a sweep, as `sweep.json` has it.
-
-    Attributes:
-        name, group, options: as `SweepRun`.
-        status: `done`, `diverged` or `waiting`.
-        error: how it diverged.
-        top1, top5, parameters: figures of a run that is done, as `TrainResult`.
-        ms_per_step: forward, backward and optimiser of this head alone, without reading and decoding.
-    """
-
-    name: str
-    group: str
-    status: str
-    options: Mapping[str, Any]
-    error: str | None = None
-    top1: float | None = None
-    top5: float | None = None
-    parameters: int | None = None
-    ms_per_step: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepGroup:
-    """Means over runs that differ in their seed alone.
-
-    Attributes:
-        deviation: standard deviation of top1, as of a sample; None for one run.
-    """
-
-    group: str
-    runs: int
-    top1: float
-    deviation: float | None
-    top5: float
-    parameters: int
-    ms_per_step: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepResult:
-    """What `sweep.json` holds.
-
-    Attributes:
-        groups: the best first.
-        passes: names of the runs that this call trained together.
-        sample_nbytes: bytes read of a sample, decompressed, by pass.
-        seconds: that the sweep took, in this call and those that it goes on with.
-    """
-
-    runs: tuple[SweepRow, ...]
-    groups: tuple[SweepGroup, ...]
-    passes: tuple[tuple[str, ...], ...]
-    sample_nbytes: tuple[int, ...]
-    seconds: float
-
-
-@dataclass(frozen=True, kw_only=True)
 class _Data:
-    """The runs as they were asked for, the caches and samples of both sides, where everything goes, and who may write there."""
+    """The runs as they were asked for, the caches and samples of both sides, where everything goes, and who may write there.
+
+    Attributes:
+        command: what asked for them, if it is known.
+    """
 
     runs: Sequence[SweepRun]
     caches: tuple[FeatureCache, FeatureCache]
@@ -107,6 +68,7 @@ class _Data:
     folder: Path
     writer: RunWriter
     on_note: Callable[[str], None]
+    command: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +92,7 @@ def sweep(
     progress: ProgressOfPass = lambda description: nullcontext(lambda done, total, heads: None),
     on_wait: OnWait = lambda message: None,
     on_note: Callable[[str], None] = lambda message: None,
+    command: str | None = None,
 ) -> SweepResult:
     """Train every run and leave a run directory for each under `out`/runs, and `out`/sweep.json.
 
@@ -142,6 +105,7 @@ def sweep(
         progress: opens the progress line of a pass.
         on_wait: told once, if it must first be seen whether a writer on another machine lives.
         on_note: told in a line where fewer samples are kept than was asked for.
+        command: the command line that called, without credentials; each run records it.
 
     Raises: UsageError where caches, heads and options do not fit each other, where `out` holds a sweep, or where
         another process writes it or one of its runs;
@@ -162,8 +126,10 @@ def sweep(
             folder=out / RUNS_NAME,
             writer=writer,
             on_note=on_note,
+            command=command,
         )
         errors, seconds = _begin(out, runs, resume=resume)
+        _check_sides(data)
         return _in_passes(planned, data, errors, started - seconds, memory_bytes, progress)
 
 
@@ -181,22 +147,22 @@ def _in_passes(
         errors: why runs ended early, by name.
         started: when the sweep did, by the monotonic clock, as if it had not been cut.
     """
-    waiting = [p for p in planned if p.run.name not in errors and not _is_done(data.folder / p.run.name)]
+    waiting = [p for p in planned if p.run.name not in errors and not is_done(data.folder / p.run.name)]
     passes = _plan(waiting, data, memory_bytes)
     nbytes: list[int] = []
 
     def result() -> SweepResult:
-        rows = tuple(_row(run, data.folder / run.name, errors.get(run.name)) for run in data.runs)
+        rows = tuple(row_of(run, data.folder / run.name, errors.get(run.name)) for run in data.runs)
         return SweepResult(
             runs=rows,
-            groups=tuple(_groups(rows)),
+            groups=tuple(groups_of(rows, data.folder)),
             passes=tuple(tuple(p.run.name for p in part.runs) for part in passes),
             sample_nbytes=tuple(nbytes),
             seconds=time.monotonic() - started,
         )
 
     out, cache = data.writer.out, data.caches[0]
-    found = _write(out, result())
+    found = write_sweep(out, result())
     with StopRequests() as stop:
         for number, part in enumerate(passes, start=1):
             together = all_reads([p.reads for p in part.runs])
@@ -206,28 +172,8 @@ def _in_passes(
                     errors |= _train(part, together, data, stop=stop, on_step=on_step)
                 finally:  # also where it is stopped, for its seconds
                     data.writer.check()
-                    found = _write(out, result())
+                    found = write_sweep(out, result())
     return found
-
-
-def read_sweep(out: str | Path) -> SweepResult:
-    """Read what a sweep came to, so far. Raises: UsageError where there is none."""
-    out = Path(out)
-    try:
-        content = read_json(out / SWEEP_NAME)
-        if content.pop("format") != _FORMAT:
-            raise UsageError(f"{out / SWEEP_NAME}: of another format; this evl-cache reads format {_FORMAT}")
-        return SweepResult(
-            runs=tuple(SweepRow(**row) for row in content["runs"]),
-            groups=tuple(SweepGroup(**group) for group in content["groups"]),
-            passes=tuple(tuple(part) for part in content["passes"]),
-            sample_nbytes=tuple(content["sample_nbytes"]),
-            seconds=content["seconds"],
-        )
-    except OSError as error:
-        raise UsageError(f"{out}: no sweep there ({error.strerror}); expected what sweep wrote") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{out / SWEEP_NAME}: not what sweep writes ({error})") from error
 
 
 def _begin(out: Path, runs: Sequence[SweepRun], *, resume: bool) -> tuple[dict[str, str], float]:
@@ -247,12 +193,27 @@ def _begin(out: Path, runs: Sequence[SweepRun], *, resume: bool) -> tuple[dict[s
     return {row.name: row.error or "" for row in before.runs if row.status == "diverged"}, before.seconds
 
 
+def _check_sides(data: _Data) -> None:
+    """Refuse to go on with runs of other caches or clips: means would be taken over both. Raises: UsageError."""
+    folders = [folder for run in data.runs if ((folder := data.folder / run.name) / RunFile.CONFIG).exists()]
+    if not folders:
+        return
+    now = {
+        side: {
+            "fingerprint": cache.fingerprint,
+            "samples_sha256": samples_digest(rows[cache.is_valid[rows]]),
+        }
+        for side, cache, rows in zip(("train", "val"), data.caches, data.samples, strict=True)
+    }
+    for folder in folders:
+        if others := other_sides(read_run_config(folder).caches, now):
+            raise UsageError(
+                f"{folder}: --resume with other {', '.join(others)}; use the sweep's own, or another --out"
+            )
+
+
 def _lasting(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in OPERATIONAL}
-
-
-def _is_done(folder: Path) -> bool:
-    return (folder / RunFile.RESULT).exists() and (folder / RunFile.CONFIG).exists()
 
 
 def _planned(run: SweepRun, train_cache: FeatureCache, val_cache: FeatureCache) -> PlannedRun:
@@ -262,7 +223,8 @@ def _planned(run: SweepRun, train_cache: FeatureCache, val_cache: FeatureCache) 
     reads = training_reads(run.options, train_cache.spec)
     for cache in (train_cache, val_cache):
         check_maps(reads, cache)
-    nbytes = train_cache.buffers(slots=1, reads=reads).nbytes
+    sides = {"train": train_cache, "val": val_cache}
+    nbytes = {side: cache.buffers(slots=1, reads=reads).nbytes for side, cache in sides.items()}
     return PlannedRun(run=run, reads=reads, sample_nbytes=nbytes)
 
 
@@ -311,42 +273,8 @@ def _train(
     loaders = make_loaders(
         data.caches, data.samples, together, options, Processes(), kept_nbytes=one.kept_nbytes
     )
-    training = SweepPass(one.runs, together, *loaders, folder=data.folder, stop=stop, writer=data.writer)
+    training = SweepPass(
+        one.runs, together, *loaders, folder=data.folder, stop=stop, writer=data.writer, command=data.command
+    )
     training.run(on_step)
     return {member.run.name: member.error for member in training.members if member.error is not None}
-
-
-def _row(run: SweepRun, folder: Path, error: str | None) -> SweepRow:
-    """Return the row of a run, from what its directory says."""
-    figures: dict[str, Any] = {}
-    if error is None and _is_done(folder):
-        figures = read_result(folder)
-    status = "diverged" if error is not None else "done" if figures else "waiting"
-    options = asdict(run.options)
-    return SweepRow(name=run.name, group=run.group, status=status, options=options, error=error, **figures)
-
-
-def _groups(rows: Sequence[SweepRow]) -> list[SweepGroup]:
-    """Average the runs that are done over seeds; the best group comes first, equals by name."""
-    by_group: dict[str, list[SweepRow]] = {}
-    for row in rows:
-        if row.status == "done":
-            by_group.setdefault(row.group, []).append(row)
-    groups = [
-        SweepGroup(
-            group=name,
-            runs=len(members),
-            top1=statistics.mean(row.top1 or 0.0 for row in members),
-            deviation=statistics.stdev(row.top1 or 0.0 for row in members) if len(members) > 1 else None,
-            top5=statistics.mean(row.top5 or 0.0 for row in members),
-            parameters=members[0].parameters or 0,
-            ms_per_step=statistics.mean(row.ms_per_step or 0.0 for row in members),
-        )
-        for name, members in by_group.items()
-    ]
-    return sorted(groups, key=lambda group: (-group.top1, group.group))
-
-
-def _write(out: Path, result: SweepResult) -> SweepResult:
-    write_json(out / SWEEP_NAME, {"format": _FORMAT, **asdict(result)})
-    return result

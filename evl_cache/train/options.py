@@ -8,6 +8,9 @@ from typing import Any, Literal
 from evl_cache.batches import DEFAULT_BATCH, check_seed
 from evl_cache.errors import UsageError
 from evl_cache.precision import PRECISIONS, device_named
+from evl_cache.runs import OPERATIONAL
+
+__all__ = ["DEFAULT_EPOCHS", "MEMORIES", "OPERATIONAL", "RECIPES", "TrainOptions", "options_of"]
 
 MEMORIES = ("ram", "device")
 DEFAULT_EPOCHS = 30
@@ -26,11 +29,6 @@ RECIPES: Mapping[str, Mapping[str, Any]] = {
     "k400": {**_PUBLISHED, "steps": 50_000},
     "ssv2": {**_PUBLISHED, "steps": 30_000},
 }
-
-# They change where and how fast a run is trained, not to what: a continuation may have others.
-OPERATIONAL = frozenset(
-    {"device", "save_every_steps", "keep_in", "keep_bytes", "read_threads", "tensorboard", "cuda_graph"}
-)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ def read_result(run: Path) -> dict[str, Any]:
     """Return the figures of a run that a sweep shows. Raises: UsageError where they are damaged, or no numbers."""
     try:
         found = read_json(run / RunFile.RESULT)
-        return {name: found[name] for name in ("top1", "top5", "parameters", "ms_per_step")}
+        return {name: found[name] for name in ("top1", "top5", "val_clips", "parameters", "ms_per_step")}
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{run / RunFile.RESULT}: not what train writes ({error}); remove it, then go on with --resume"

@@ -3,30 +3,39 @@
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from evl_cache.batches import Loader, Source
-from evl_cache.canonical_json import digest, json_text
+from evl_cache.canonical_json import json_text
 from evl_cache.errors import UsageError
 from evl_cache.heads import MODULES, head_class
+from evl_cache.notation import format_rows
 from evl_cache.precision import check_precision
 from evl_cache.processes import Processes
 from evl_cache.runs import (
+    ALL_CLIPS,
     OnWait,
     RunConfig,
     RunFile,
     RunWriter,
     check_no_others_files,
     feature_differences,
+    other_sides,
     read_run_config,
+    samples_digest,
     whole_file,
     write_run_config,
     writing,
 )
 from evl_cache.spec import CacheSpec
+from evl_cache.train.again import not_as_it_was
 from evl_cache.train.options import OPERATIONAL, TrainOptions
+
+_MOST_CLIPS_NBYTES = 4 << 20  # of a list of clips in `config.json`
 
 
 def pair_differences(train: CacheSpec, val: CacheSpec) -> list[str]:
@@ -62,9 +71,11 @@ def run_config(
         name: {
             "path": loader.cache.place,
             "fingerprint": loader.cache.fingerprint,
+            "content_id": loader.cache.spec.content_id,
+            "clips": _clips(loader),
             "samples": len(loader.samples),
             "sample_nbytes": loader.sample_nbytes,
-            "samples_sha256": digest(sorted(loader.samples.tolist())),
+            "samples_sha256": samples_digest(loader.samples),
         }
         for name, loader in loaders.items()
     }
@@ -78,6 +89,17 @@ def run_config(
         caches=caches,
         tower=_tower(cache, loaders["val"].cache if "val" in loaders else cache),
     )
+
+
+def _clips(loader: Loader) -> str | None:
+    """The clips of a loader, as `config.json` has them: those with features, or `all` if none was left out.
+
+    None where that would be too long: a random part of millions of clips.
+    """
+    rows = np.unique(loader.cache.sample_clips[loader.samples])
+    is_all = len(rows) + loader.skipped_clips == len(loader.cache.clips)
+    text = ALL_CLIPS if is_all else format_rows(rows.tolist())
+    return text if len(text) <= _MOST_CLIPS_NBYTES else None
 
 
 def head_config(spec: CacheSpec, options: TrainOptions, layers: tuple[int, ...]) -> dict[str, Any]:
@@ -148,13 +170,17 @@ def prepare_run(out: Path, config: RunConfig, *, resume: bool) -> None:
     theirs["training"].setdefault("order_seed", None)  # runs from before it was an option
     fields = [name for name in ("head", "head_config", "layers", "training") if mine[name] != theirs[name]]
     detail = [n for n in mine["training"] if mine["training"][n] != theirs["training"].get(n)]
-    sides = [
-        f"{side} {what}"
-        for side in ("train", "val")
-        for what, key in (("cache", "fingerprint"), ("clips", "samples_sha256"))
-        if mine["caches"][side][key] != theirs["caches"][side].get(key)
-    ]
+    sides = other_sides(theirs["caches"], mine["caches"])
     if fields or sides:
         raise UsageError(
             f"{out}: --resume with other {', '.join(detail or fields or sides)}; use the run's own, or another --out"
         )
+    _record_resumption(out, before, config.environment)
+
+
+def _record_resumption(out: Path, before: RunConfig, now: Mapping[str, Any] | None) -> None:
+    """Add to `config.json` what a run goes on with, where that is not what it was begun with."""
+    if before.environment is None or now is None or not not_as_it_was(before, now):
+        return
+    resumed = [*before.environment.get("resumed", []), dict(now)]
+    write_run_config(out, replace(before, environment={**before.environment, "resumed": resumed}))

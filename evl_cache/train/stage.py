@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from evl_cache.batches import Loader, samples_of_clips, served_samples
-from evl_cache.processes import Processes
+from evl_cache.processes import Processes, training_environment
 from evl_cache.runs import OnWait, RunWriter, check_maps, load_state, read_run_config
 from evl_cache.store import FeatureCache, Indices
 from evl_cache.train.batch_size import share_out_memory
@@ -33,6 +33,7 @@ def train(
     on_wait: OnWait = lambda message: None,
     on_note: OnNote = lambda message: None,
     processes: Processes | None = None,
+    command: str | None = None,
 ) -> TrainResult:
     """Train a head and leave a run directory.
 
@@ -46,6 +47,7 @@ def train(
         on_wait: told once, if it must first be seen whether a writer of `out` on another machine lives.
         on_note: told in a line what training goes on without, such as a CUDA graph that cannot be recorded.
         processes: that train together; this one alone by default.
+        command: the command line that called, without credentials; the run records it.
 
     Raises: UsageError where the caches do not fit each other or the head, where `out` holds a run, or where another
         process writes it; Interrupted where a signal asked to stop, after the state was kept.
@@ -83,6 +85,7 @@ def train(
             on_note=on_note,
             processes=processes,
             writer=writer,
+            command=command,
         )
 
 
@@ -100,6 +103,7 @@ def train_with_loaders(
     processes: Processes,
     writer: RunWriter | None,
     records_steps: bool = True,
+    command: str | None = None,
 ) -> TrainResult:
     """Train on the batches that loaders give of this process's part. Other arguments and errors as `train`.
 
@@ -110,6 +114,8 @@ def train_with_loaders(
         records_steps: batches have one size and few places, so that a step may be recorded and replayed.
     """
     config = run_config(train_loader.cache, {"train": train_loader, "val": val_loader}, options, layers)
+    environment = training_environment(options.device, options.precision, processes.place, command)
+    config = replace(config, environment=environment)
     when = "while preparing the run"
     processes.on_first(lambda: prepare_run(out, config, resume=resume), when)
     trainer = Trainer(

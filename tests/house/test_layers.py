@@ -40,7 +40,7 @@ batches        processes store
 runs           batches heads store untrusted
 train          batches heads processes runs store
 sweep          batches heads processes runs store train
-report         runs sweep train                                                   matplotlib
+report         runs sweep                                                         matplotlib
 caches         store train
 extract        caches datasets processes store towers video                       PIL timm
 live           batches datasets extract processes runs store towers train video

@@ -13,16 +13,20 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
+from evl_cache.batches import FeatureLoader
 from evl_cache.errors import UsageError
 from evl_cache.report.data import gather
 from evl_cache.report.page import write_report_page
 from evl_cache.report.plots import COLOURS
+from evl_cache.runs import wilson_interval
+from evl_cache.spec import ViewSpec
+from evl_cache.store import FeatureCache
 from evl_cache.sweep import sweep
 from evl_cache.sweep.grid import expand
 from evl_cache.train.stage import TrainOptions, train
 from evl_cache_cli.main import cli
 from tests.support.browser import Browser, find_chromium
-from tests.support.feature_caches import write_cache, write_pair
+from tests.support.feature_caches import TOWER, write_cache, write_pair
 
 HOSTILE = 'clips/<img src="http://example.com/x.png"> & a name that is rather long for a phone, '
 
@@ -77,6 +81,125 @@ def test_single_runs_are_grouped_by_all_but_their_seed(swept, tmp_path):
     assert sorted((g.name, len(g.runs)) for g in data.groups) == [("one", 2), ("other", 1)]
     alone = write_report_page(gather([tmp_path / "other"]), tmp_path / "out")
     assert "Ablation" not in alone.page.read_text() and "ablation.png" not in {p.name for p in alone.pictures}
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory):
+    """Runs of one head and equal options, each on other data than the first, whose other seed is `seed`."""
+    folder = tmp_path_factory.mktemp("apart")
+    torch.set_num_threads(1)
+    options = TrainOptions(head="linear", epochs=1, batch=8)
+    caches = {
+        "usual": write_pair(folder / "usual"),
+        "weights": write_pair(folder / "w", tower=replace(TOWER, weights_sha256="34" * 32)),
+        "storage": write_pair(folder / "s", tokens="fp16"),
+        "content": (write_cache(folder / "content", seed=7), write_pair(folder / "c")[1]),
+        "classes": write_pair(folder / "k", classes=4),
+    }
+    for name, pair in caches.items():
+        train(*pair, options=options, out=folder / name)
+    for seed, name in ((0, "again"), (1, "seed")):
+        train(*caches["usual"], options=replace(options, seed=seed), out=folder / name)
+    train(*caches["usual"], options=options, out=folder / "fold", val_clips=[0, 1, 3])
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("weights", "weights tiny 34343434"),
+        ("storage", "tokens fp16"),
+        ("content", "train cache content ("),
+        ("classes", "classes 4 ("),
+        ("fold", "val clips 3 samples ("),
+    ],
+)
+def test_runs_on_other_data_are_rows_of_their_own_and_say_what_differs(apart, name, told, tmp_path):
+    data = gather([apart / "usual", apart / name, apart / "seed"])
+    rows = {group.name: group for group in data.groups}
+    assert {name: len(group.runs) for name, group in rows.items()} == {"usual": 2, name: 1}
+    assert told in rows[name].told and told not in rows["usual"].told
+    written = write_report_page(data, tmp_path / "out").page.read_text()
+    assert told in written
+    assert ("their accuracies do not compare" in written) is (name == "fold")
+
+
+def test_a_run_is_counted_once_and_the_same_again_is_no_further_seed(apart):
+    (alone,) = gather([apart / "usual", apart / "usual", apart / "fold" / ".." / "usual"]).groups
+    assert len(alone.runs) == 1 and alone.deviation is None
+    data = gather([apart / "usual", apart / "again", apart / "seed"])
+    assert {tuple(run.name for run in group.runs) for group in data.groups} == {("usual", "seed"), ("again",)}
+    assert {group.name: group.told for group in data.groups} == {
+        "usual": "",
+        "again": "done again with the same seed",
+    }
+
+
+def test_sweeps_of_other_caches_are_not_averaged_where_their_groups_have_one_name(apart, tmp_path):
+    runs = expand([{"head": "linear", "seed": [0, 1]}], {"epochs": 1, "batch": 8})
+    for name in ("usual", "w"):
+        pair = [FeatureCache(apart / name / side) for side in ("train", "val")]
+        sweep(*pair, runs=runs, out=tmp_path / name)
+    data = gather([tmp_path / "usual", tmp_path / "w"])
+    assert sorted(group.name for group in data.groups) == [
+        "linear (weights tiny 12121212)",
+        "linear (weights tiny 34343434)",
+    ]
+    assert [len(group.runs) for group in data.groups] == [2, 2]
+    # Names that differ say nothing of the caches.
+    sweep(*pair, runs=expand([{"head": "meanpool"}], {"epochs": 1, "batch": 8}), out=tmp_path / "other")
+    for group in gather([tmp_path / "usual", tmp_path / "other"]).groups:
+        assert "weights tiny" in group.told
+    # A sweep's run beside a run of its own, with another seed: one row.
+    options = replace(runs[0].options, seed=5)
+    pair = [FeatureCache(apart / "usual" / side) for side in ("train", "val")]
+    train(*pair, options=options, out=tmp_path / "five")
+    (one,) = gather([tmp_path / "usual", tmp_path / "five"]).groups
+    assert (one.name, len(one.runs)) == ("linear", 3)
+
+
+def test_one_run_has_an_interval_over_clips_and_several_a_deviation_over_seeds(apart, tmp_path):
+    data = gather([apart / "usual", apart / "seed", apart / "fold"])
+    two, one = sorted(data.groups, key=lambda group: len(group.runs), reverse=True)
+    assert two.interval is None and two.deviation is not None
+    assert one.interval == wilson_interval(one.top1, 3) and one.deviation is None
+    written = write_report_page(data, tmp_path / "out").page.read_text()
+    assert f"{one.top1:.1f} ({one.interval[0]:.1f} to {one.interval[1]:.1f}) %" in written
+    done = CliRunner().invoke(
+        cli,
+        [
+            "report",
+            *(str(apart / n) for n in ("usual", "seed", "fold")),
+            "--out",
+            str(tmp_path / "b"),
+            "--json",
+        ],
+    )
+    found = {row["name"]: row for row in json.loads(done.stdout)["groups"]}
+    assert found["fold"]["top1_interval"] == list(one.interval) and found["fold"]["val_clips"] == 3
+    assert found["usual"]["top1_deviation"] == two.deviation and found["usual"]["top1_interval"] is None
+
+
+def test_bytes_are_those_of_the_samples_that_the_steps_read(tmp_path):
+    """Of four augmented views of a clip an epoch reads one; a run may end within one; the sides' storage may differ."""
+    views = ViewSpec(frames=3, stride=2, train_views=4)
+    caches = (
+        write_cache(tmp_path / "train", views=views),
+        write_cache(tmp_path / "val", labels=(0, 1, 2), prefix="v", split="val", tokens="fp16", maps="fp16"),
+    )
+    train_nbytes, val_nbytes = (
+        FeatureLoader(cache, [0], batch=1, layers=(3, 4)).sample_nbytes for cache in caches
+    )
+    assert train_nbytes < val_nbytes
+    for length, samples, epochs in (({"epochs": 2}, 26, 2), ({"steps": 5}, 13 + 4, 2)):
+        options = TrainOptions(head="decoder2", batch=4, **length)
+        name = f"{next(iter(length))}"
+        train(*caches, options=options, out=tmp_path / name)
+        expected = samples * train_nbytes + 3 * epochs * val_nbytes
+        assert gather([tmp_path / name]).best.bytes_read == expected
+        runs = expand([{"head": "decoder2"}], {"batch": 4, **length})
+        sweep(*caches, runs=runs, out=tmp_path / f"{name}-sweep")
+        assert gather([tmp_path / f"{name}-sweep"]).best.bytes_read == expected
 
 
 def test_the_page_holds_what_it_shows_and_no_address(page):

@@ -1,5 +1,6 @@
 """A run's configuration that no reader would take is refused before the run is trained."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,3 +41,13 @@ def test_what_no_reader_takes_is_not_written(config: RunConfig, reason: str, tmp
     with pytest.raises(UsageError, match=reason):
         write_run_config(tmp_path / "run", config)
     assert not (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("change", [{"caches": []}, {"caches": {"val": "place"}}, {"training": "adam"}])
+def test_what_is_no_object_in_a_configuration_is_refused_in_one_line(change: dict, tmp_path: Path) -> None:
+    write_run_config(tmp_path / "run", CONFIG)
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UsageError, match="not a run's configuration") as refused:
+        read_run_config(tmp_path / "run")
+    assert "\n" not in str(refused.value)

@@ -1,5 +1,6 @@
 """Pictures of what a tower and a head see: the numbers drawn are right, and every way to ask for one works."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from evl_cache.extract.prepare import prepare_clip
 from evl_cache.heads import EVLHead
 from evl_cache.heads.decoder.plain import PlainHead
 from evl_cache.runs.head_files import load_head
+from evl_cache.runs.intervals import wilson_interval
 from evl_cache.runs.scoring import Scores
 from evl_cache.show import page, view
 from evl_cache.show.displacement import displacements
@@ -22,6 +24,7 @@ from evl_cache.train.stage import TrainOptions, train
 from evl_cache.video import decode_frames
 from evl_cache_cli.main import main
 from tests.live.test_predict import extracted
+from tests.support.servers import faulty_server
 from tests.support.store_helpers import make_clips
 
 matplotlib = pytest.importorskip("matplotlib")
@@ -130,6 +133,24 @@ def test_frames_names_motion_and_attention_are_those_of_the_view(work, drawn, tm
     assert picture.subtitle.startswith(f"label: {label}") and re.search(r"said: .* \d+ %, ", picture.subtitle)
 
 
+def test_every_crop_is_drawn_with_the_frames_it_was_cut_from(work):
+    cache = FeatureCache(work / "cache")
+    views = replace(VIEWS, spatial_views=3)
+    centre, all_crops = (
+        prepare_clip(cache.clips[3], work / "videos", tower=cache.spec.tower, views=v, decode=decode_frames)
+        for v in (VIEWS, views)
+    )
+    indices = [[f"frame {i}" for i in row] for row in centre.record.indices]
+    assert indices[0] != indices[1]
+    spec = replace(cache.spec, views=views)
+    named = [view._frame_names(all_crops, number, spec) for number in range(views.per_clip)]
+    for temporal in range(2):
+        middle = 1 * 2 + temporal  # crops first, choices of frames within
+        assert torch.equal(all_crops.samples[middle], centre.samples[temporal])
+        assert named[middle] == indices[temporal]
+    assert named == [indices[0], indices[1]] * 3
+
+
 def test_one_layer_gives_its_own_arrows(work, drawn, tmp_path):
     cache = FeatureCache(work / "cache")
     view.show_cached(cache, "00.mp4", tmp_path / "x.png", run=None, layer=3)
@@ -216,6 +237,53 @@ def test_the_page_has_a_picture_of_every_clip(work, tmp_path, run_command):
     images = re.findall(r'<img src="([^"]+)"', written)
     assert images and all((tmp_path / "page" / name).read_bytes().startswith(PNG) for name in images)
     assert len(images) == written.count("<h3>") and "5 clips" in written
+    assert (
+        "5 clips of <code>cache</code> (not the clips that the run was validated on, 5 of which the run was trained on)"
+        in written
+    )
+    (tmp_path / "clips.txt").write_text("00.mp4\n01.mp4\n")
+    given = ("--run", work / "run", "--clips", tmp_path / "clips.txt", "--clips-each", 1)
+    assert run_command("show", "--page", tmp_path / "two", *given)[0] == 0
+    written = (tmp_path / "two" / "index.html").read_text()
+    assert "2 clips of <code>cache</code> that the run was validated on" in written
+    top1 = float(re.search(r"top-1 ([\d.]+) % \(", written)[1])
+    low, high = wilson_interval(top1, 2)
+    assert f"top-1 {top1:.1f} % ({low:.1f} to {high:.1f})" in written
+
+
+@pytest.fixture
+def served(work, tmp_path, monkeypatch):
+    """A run trained from a cache behind a URL, and the server."""
+    monkeypatch.setenv("EVL_CACHE_COPY_ROOT", str(tmp_path / "copies"))
+    with faulty_server(work) as server:
+        cache = FeatureCache(f"{server.url}/cache")
+        options = TrainOptions(head="decoder2", epochs=1, batch=4, lr=2e-3)
+        train(cache, cache, options=options, out=tmp_path / "run", val_clips=[0, 1])
+        yield server
+
+
+def test_the_page_of_a_run_from_a_url_is_that_of_its_cache(served, tmp_path, run_command):
+    given = ("show", "--page", tmp_path / "page", "--run", tmp_path / "run", "--clips-each", 1)
+    status, _, err = run_command(*given)
+    assert status == 0, err
+    written = (tmp_path / "page" / "index.html").read_text()
+    assert "<code>cache</code>" in written and written.count("<h3>") >= 1
+
+
+def test_a_cache_of_a_run_that_cannot_be_opened_is_told_with_its_place(served, work, tmp_path, run_command):
+    given = ("show", "--page", tmp_path / "page", "--run")
+    served.root = tmp_path / "away"
+    status, _, err = run_command(*given, tmp_path / "run")
+    assert status == 1 and f"{served.url}/cache" in err and "give --cache" in err and err.count("\n") == 1
+    for change, told in (({"fingerprint": "online-12"}, "--online"), (None, "was imported")):
+        content = json.loads((work / "run" / "config.json").read_text())
+        content["caches"] = {} if change is None else {"val": {**content["caches"]["val"], **change}}
+        other = tmp_path / told.strip("-")
+        other.mkdir()
+        (other / "head.safetensors").write_bytes((work / "run" / "head.safetensors").read_bytes())
+        (other / "config.json").write_text(json.dumps(content))
+        status, _, err = run_command(*given, other)
+        assert status == 2 and told in err and err.count("\n") == 1
 
 
 def test_the_command_draws_from_a_cache_and_from_a_video(work, tmp_path, run_command):

@@ -44,6 +44,28 @@ def clip_list(labels: Sequence[int], *, classes: int, prefix: str = "c", split: 
     return ClipList(clips=clips, classes=tuple(f"class{i}" for i in range(classes)), source="test")
 
 
+def cache_spec(clips: ClipList | None = None, *, classes: int = 3, **fields: Any) -> CacheSpec:
+    """The spec of a cache of some clips; of thirteen by default."""
+    clips = clips or clip_list([i % classes for i in range(13)], classes=classes)
+    usual = {
+        "dataset": "test",
+        "split": "train",
+        "tower": TOWER,
+        "views": VIEWS,
+        "layers": (2, 3, 4),
+        "tokens": "int8",
+        "maps": "uint8",
+        "compute_dtype": "float32",
+        "block_clips": 5,
+    }
+    return CacheSpec(
+        classes=clips.classes,
+        num_clips=len(clips.clips),
+        content_id=clips.content_id,
+        **{**usual, **fields},
+    )
+
+
 def write_cache(
     path: Path,
     *,
@@ -52,6 +74,7 @@ def write_cache(
     tower: TowerSpec = TOWER,
     views: ViewSpec = VIEWS,
     layers: tuple[int, ...] = (2, 3, 4),
+    tokens: str = "int8",
     maps: str = "uint8",
     codec: str = "default",
     failed: Collection[int] = (),
@@ -65,21 +88,18 @@ def write_cache(
 ) -> FeatureCache:
     """Write a finished cache whose tokens carry their clip's label among noise. `failed`: rows of failed clips."""
     clips = clip_list(labels, classes=classes, prefix=prefix, split=split)
-    spec = CacheSpec(
+    spec = cache_spec(
+        clips,
         dataset=dataset,
         split=split,
-        classes=clips.classes,
         tower=tower,
         views=views,
         layers=layers,
-        tokens="int8",
+        tokens=tokens,
         maps=maps,
         codec=codec,
-        compute_dtype="float32",
         pixels=pixels,
         frame_rule=frame_rule,
-        num_clips=len(clips.clips),
-        content_id=clips.content_id,
         block_clips=block_clips,
     )
     create_cache(path, spec, clips.clips, origin={}, created_with={"evl-cache": "test"})

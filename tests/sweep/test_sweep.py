@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -18,6 +19,7 @@ from evl_cache.heads.layer_tokens import LayerTokens, decoded_maps
 from evl_cache.processes.stop_requests import Interrupted
 from evl_cache.quantize import quantize_maps, quantize_tokens
 from evl_cache.runs.evaluate import evaluate
+from evl_cache.runs.intervals import wilson_interval
 from evl_cache.store import Reads
 from evl_cache.sweep import read_sweep, sweep
 from evl_cache.sweep.grid import expand, read_grid
@@ -82,6 +84,8 @@ def test_sixteen_heads_lose_what_their_own_trainings_lose(caches, tmp_path):
         mine, alone = (
             json.loads((place / "config.json").read_text()) for place in (folder, tmp_path / run.name)
         )
+        for config in (mine, alone):
+            assert config["environment"].pop("date")
         assert mine == alone
 
 
@@ -306,7 +310,41 @@ def test_the_table_is_sorted_and_has_mean_and_deviation_over_seeds(caches, tmp_p
         mean = sum(found) / 3
         assert group.top1 == pytest.approx(mean)
         assert group.deviation == pytest.approx(math.sqrt(sum((x - mean) ** 2 for x in found) / 2))
+        assert group.top1_interval is None
     assert read_sweep(tmp_path / "sweep") == result
+
+
+def test_one_run_has_the_interval_of_its_clips_in_the_table_and_in_the_file(caches, tmp_path):
+    result = sweep(*caches, runs=small(heads=("linear",)), out=tmp_path / "sweep")
+    (group,), (row,) = result.groups, result.runs
+    assert group.top1_interval == row.top1_interval == wilson_interval(row.top1, 5)
+    assert group.deviation is None and row.val_clips == 5
+    assert read_sweep(tmp_path / "sweep") == result
+    content = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    for part in ("runs", "groups"):  # as earlier versions wrote it
+        for values in content[part]:
+            del values["top1_interval"]
+            values.pop("val_clips", None)
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(content))
+    assert read_sweep(tmp_path / "sweep").groups[0].top1 == group.top1
+
+
+def test_a_sweep_does_not_go_on_with_other_caches_or_clips(caches, tmp_path):
+    runs = small(seeds=(0, 1), heads=("linear",))
+    sweep(*caches, runs=runs, out=tmp_path / "sweep")
+    shutil.rmtree(tmp_path / "sweep" / "runs" / runs[1].name)
+    others = write_pair(tmp_path / "other", layers=(1, 2, 3, 4), codec="raw")
+    with pytest.raises(UsageError, match="--resume with other train cache, val cache"):
+        sweep(*others, runs=runs, out=tmp_path / "sweep", resume=True)
+    with pytest.raises(UsageError, match="--resume with other val clips"):
+        sweep(*caches, runs=runs, out=tmp_path / "sweep", resume=True, val_clips=[0, 1])
+    assert sweep(*caches, runs=runs, out=tmp_path / "sweep", resume=True).groups[0].runs == 2
+
+
+def test_values_that_are_nearly_equal_have_names_of_their_own():
+    runs = expand([{"head": "linear", "lr": [1e-3, 0.00100000001]}], COMMON)
+    assert len({run.name for run in runs}) == len({run.group for run in runs}) == 2
+    assert runs[0].group == "linear lr=0.001"
 
 
 # Grids

@@ -15,6 +15,7 @@ from evl_cache.caches.pairing import find_training_caches
 from evl_cache.errors import EvlCacheError, UsageError, WeightsError
 from evl_cache.runs.directory import load_state
 from evl_cache.runs.evaluate import evaluate
+from evl_cache.runs.intervals import wilson_interval
 from evl_cache.runs.scoring import score
 from evl_cache.spec import ViewSpec
 from evl_cache.train.needs import needs_of
@@ -227,6 +228,27 @@ def test_eval_equals_the_result_of_train(caches, tmp_path):
         assert (scored.top1, scored.top5, scored.val_clips) == (result.top1, result.top5, result.val_clips)
     last = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
     assert scored.loss == pytest.approx(last["val_loss"], abs=1e-6)
+
+
+def test_eval_says_how_sure_it_is_and_whose_clips_it_scored(caches, tmp_path):
+    cache = caches[0]
+    options = replace(OPTIONS, epochs=1)
+    for seed in (0, 1):
+        sides = {"train_clips": range(6), "val_clips": [6, 7, 8]}
+        run((cache, cache), tmp_path / f"{seed}", options=replace(options, seed=seed), **sides)
+    own = evaluate(tmp_path / "0", cache, clips=[8, 7, 6])
+    assert (own.scored_on, own.clips_trained_on) == ("validation", 0)
+    assert own.top1_interval == wilson_interval(own.top1, 3) and own.top5_interval[1] == 100.0
+    seen = evaluate(tmp_path / "0", cache, clips=range(6))
+    assert (seen.scored_on, seen.clips_trained_on) == ("training", 6)
+    some = evaluate(tmp_path / "0", cache, clips=[5, 6, 9])
+    assert (some.scored_on, some.clips_trained_on) == ("other", 1)
+    other = evaluate(tmp_path / "0", caches[1])
+    assert (other.scored_on, other.clips_trained_on) == ("other", None)
+    seed = evaluate(tmp_path / "1", cache, clips=[6, 7, 8])
+    assert own.comparable_key == seed.comparable_key
+    assert len({found.comparable_key for found in (own, seen, some, other)}) == 4
+    assert own.comparable_key != evaluate(tmp_path / "0", cache, clips=[6, 7, 8], best=True).comparable_key
 
 
 def test_a_head_without_modules_needs_no_maps(tmp_path):

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit, urlunsplit
 SCHEMES = ("s3", "http", "https")
 Data = bytes | bytearray | memoryview
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
+_URL_INSIDE = re.compile(r"[a-z][a-z0-9+.-]+:/+", re.IGNORECASE)
 
 
 def is_url(place: str | Path) -> bool:
@@ -17,6 +18,17 @@ def is_url(place: str | Path) -> bool:
 def as_url(place: str | Path) -> str:
     """Return a URL with both its slashes."""
     return _URL.sub(r"\1://", str(place), count=1)
+
+
+def public_text(text: str) -> str:
+    """Return a word of a command line as it may be printed and stored: a URL in it as `public_url` has it."""
+    found = _URL_INSIDE.search(text)
+    if found is None:
+        return text
+    try:
+        return text[: found.start()] + public_url(text[found.start() :])
+    except ValueError:  # no URL, but what looks like one may hold a password all the same
+        return f"{text[: found.end()]}…"
 
 
 def public_url(url: str) -> str:
