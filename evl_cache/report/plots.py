@@ -20,6 +20,7 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#D
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")  # for those who see no colours
 PANEL_INCHES = 4.4
 CURVES = {"train_loss": "training loss", "val_loss": "validation loss", "top1": "top-1, %"}
+_MOST_LETTERS = 60  # of a name; the tables have it whole
 _NUMBERED_CLASSES = 15  # with more classes the matrix shows no numbers
 _NAMED_CLASSES = 40  # with more classes it shows no names
 _STYLE = {
@@ -90,7 +91,7 @@ def _curves(groups: Sequence[Group], name: str, label: str) -> Figure:
         every = max(1, len(epochs) // 8)
         axes.plot(
             epochs, mean, color=COLOURS[place], marker=MARKERS[place], markevery=every, markersize=5,
-            linewidth=1.6, label=escaped(group.name), zorder=3,
+            linewidth=1.6, label=_named(group), zorder=3,
         )  # fmt: skip
         if len(group.runs) > 1:
             found = group.curve(name)
@@ -106,6 +107,12 @@ def _curves(groups: Sequence[Group], name: str, label: str) -> Figure:
         axes.set_ylim(0, 100)
     figure.legend(loc="outside lower left", fontsize=9.5, frameon=False, ncols=1)
     return figure
+
+
+def _named(group: Group) -> str:
+    """Return a name of one line that fits: all that tells a group from others may be longer than the picture is wide."""
+    name = escaped(group.name)
+    return name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 1]}…"
 
 
 def _line(group: Group, name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -132,7 +139,7 @@ def _bars(groups: Sequence[Group]) -> Figure:
     )
     for place, group in zip(places, groups, strict=True):
         value = f"{group.top1:.1f}{spread_text(group.deviation, group.interval)}"
-        axes.text(0, place - 0.03, f" {escaped(group.name)}: {value}", va="top", ha="left", fontsize=8.5)
+        axes.text(0, place - 0.03, f" {_named(group)}: {value}", va="top", ha="left", fontsize=8.5)
     axes.set_yticks([])
     axes.set_xlim(0, 100)
     axes.set_ylim(-0.55, len(groups) - 0.4)

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from evl_cache.canonical_json import digest, flatten
+from evl_cache.canonical_json import digest, flatten, json_text
 from evl_cache.errors import CacheError
 from evl_cache.heads import MODULES
 from evl_cache.runs.directory import RunConfig
@@ -141,7 +141,7 @@ def distinct_names(
 def _seeds(config: RunConfig) -> str:
     """The seeds of a run; the order's own, unless another is named, is that of the rest."""
     seed, order_seed = (config.training.get(name) for name in SEEDS)
-    return json.dumps([seed, seed if order_seed is None else order_seed])
+    return json_text([seed, seed if order_seed is None else order_seed])
 
 
 def _identity(config: RunConfig) -> dict[str, Any]:
@@ -188,7 +188,7 @@ def _options(config: RunConfig) -> dict[str, Any]:
         if name not in OPERATIONAL | _TOLD_BY_HEAD and name not in SEEDS
     }
     head = {"head": config.head, "layers": config.layers, **config.head_config}
-    content: dict[str, Any] = json.loads(json.dumps({**head, **left}))
+    content: dict[str, Any] = json.loads(json_text({**head, **left}))
     return content
 
 
