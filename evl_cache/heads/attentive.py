@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evl_cache.heads.dropout import Dropout
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
 from evl_cache.heads.parts import MLP, QueryAttention, SelfAttention
@@ -69,7 +70,7 @@ class AttentiveHead(Head):
         self.query = nn.Parameter(torch.empty(self.width))
         nn.init.trunc_normal_(self.query, std=INITIAL_DEVIATION)
         self.pool = QueryBlock(self.width, self.num_heads)
-        self.dropout = nn.Dropout(self.config["dropout"])
+        self.dropout = Dropout(self.config["dropout"])
         self.classifier = nn.Linear(self.width, self.num_classes)
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:

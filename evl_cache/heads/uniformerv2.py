@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evl_cache.heads.decoder.decoder_layer import QuickGELU
+from evl_cache.heads.dropout import Dropout
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
 from evl_cache.heads.parts import MLP, QueryAttention, zero
@@ -65,7 +66,7 @@ class UniFormerV2Head(Head):
         )
         self.balance = nn.Parameter(torch.zeros(self.width))
         self.norm = nn.LayerNorm(self.width)
-        self.dropout = nn.Dropout(self.config["dropout"])
+        self.dropout = Dropout(self.config["dropout"])
         self.classifier = nn.Linear(self.width, self.num_classes)
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 
 from evl_cache.batches import DEFAULT_BATCH
 from evl_cache.errors import UsageError
-from evl_cache.heads import Head
+from evl_cache.heads import Head, SampleMasks
 from evl_cache.precision import tf32_as
 from evl_cache.processes import MEMORY_SHARE, Processes, peak_bytes, reset_peak
 from evl_cache.runs import head_logits
@@ -210,7 +210,8 @@ def training_step(head: Head, features: StoredBatch, options: TrainOptions, *, b
     optimisation = Optimisation(head, options, total_steps=1)
     optimisation.begin(0)
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    with tf32_as(options.precision, device):
+    keys = torch.arange(batch, device=device)
+    with tf32_as(options.precision, device), SampleMasks(head).of(keys):
         logits = head_logits(head, features.to(device).repeated(batch), options.precision)
         optimisation.backward(torch.nn.functional.cross_entropy(logits, labels))
     optimisation.finish(0)

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from evl_cache.runs import (
     write_json,
     write_report,
 )
-from evl_cache.train.optimisation import Optimisation, seed_step
+from evl_cache.train.optimisation import Optimisation, StepRandom
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.passes import Passes
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, RunState, TrainResult
@@ -212,13 +211,13 @@ class Trainer:
         started = time.monotonic()
         state, place, when = self._state, self.processes.place, f"at step {self._state.step + 1}"
         self._model.train()
-        seed = partial(seed_step, self.options.seed, state.step, place.rank)
+        random = StepRandom(seed=self.options.seed, step=state.step, rank=place.rank)
         self._optimisation.begin(state.step)
         with self.processes.watched(when), tf32_as(self.options.precision, self.device):
-            total = None if self._graph is None or inputs is not None else self._graph.loss(batch, seed)
+            total = None if self._graph is None or inputs is not None else self._graph.loss(batch, random)
             if total is None:
-                seed()
-                total = self._passes.run(batch, inputs)
+                random.begin()
+                total = self._passes.run(batch, inputs, random=random)
         self._optimisation.finish(state.step)
         loss = self._losses.give(state.step + 1, total)
         state.step += 1

@@ -13,6 +13,7 @@ from torch import nn
 from evl_cache.heads.decoder.fast_attention import attend, setting_for
 from evl_cache.heads.decoder.tensors import Setting, SharedTensors, StoredMaps, StoredTokens
 from evl_cache.heads.decoder.workspace import Workspace
+from evl_cache.heads.dropout import Dropout
 
 
 class QuickGELU(nn.Module):
@@ -41,7 +42,7 @@ class LayerParameters(nn.Module):
         self.out_proj = nn.Linear(qkv_width, width)
         self.fc1 = nn.Linear(width, config["mlp_width"])
         self.fc2 = nn.Linear(config["mlp_width"], width)
-        self.mlp_dropout = nn.Dropout(config["dropout"])
+        self.mlp_dropout = Dropout(config["dropout"])
         self.activation = QuickGELU()
         if config["temporal_conv"]:
             self.conv = nn.Conv1d(width, width, kernel_size=3, padding=1, groups=width)

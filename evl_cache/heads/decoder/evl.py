@@ -14,6 +14,7 @@ from evl_cache.errors import UsageError
 from evl_cache.heads.decoder.decoder_layer import DecoderLayer
 from evl_cache.heads.decoder.tensors import stored_maps, stored_tokens
 from evl_cache.heads.decoder.workspace import Workspace
+from evl_cache.heads.dropout import Dropout
 from evl_cache.heads.head import MODULES, Head, Maps, Tokens, check_floating, check_shape, stored_values
 
 
@@ -107,7 +108,7 @@ class EVLHead(Head):
         self.class_query = nn.Parameter(torch.zeros(width))
         self.layers = nn.ModuleList(DecoderLayer(self.config) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, tokens: Sequence[Tokens], maps: Sequence[Maps] | None = None) -> Tensor:
