@@ -81,6 +81,6 @@ class AttentiveHead(Head):
         x = x.flatten(1, 2)  # (B,T*N,C)
         for block in self.blocks:
             x = block(x)
-        pooled = self.pool(self.query.expand(len(x), -1), x)  # (B,C)
+        pooled = self.pool(self.query.expand(x.shape[0], -1), x)  # (B,C)
         result: Tensor = self.classifier(self.dropout(pooled))
         return result

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from evl_cache.errors import UsageError
+from evl_cache.heads.tracing import are_ordinary
 
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # multipliers of SplitMix64
 
@@ -80,10 +81,13 @@ class SampleMasks:
     def _places_of(self, number: int, size: int, device: torch.device) -> Tensor:
         """Return a number for each value of a sample in a layer, int64 (F,); made once, as a copy waits for a GPU."""
         key = number, size, device
-        if key not in self._places:
-            mixed = _mixed(np.arange(size, dtype=np.uint64) + np.uint64(number << 32))
-            self._places[key] = torch.from_numpy(mixed.view(np.int64)).to(device)
-        return self._places[key]
+        if key in self._places:
+            return self._places[key]
+        mixed = _mixed(np.arange(size, dtype=np.uint64) + np.uint64(number << 32))
+        places = torch.from_numpy(mixed.view(np.int64)).to(device)
+        if are_ordinary(places):
+            self._places[key] = places
+        return places
 
 
 def sample_keys(seed: int, step: int, samples: np.ndarray) -> Tensor:

@@ -61,7 +61,7 @@ class MLAPHead(Head):
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:
         """See `Head.logits`."""
-        query = self.query.expand(len(tokens[0].values), -1)  # (B,C)
+        query = self.query.expand(tokens[0].values.shape[0], -1)  # (B,C)
         for pooler, layer in zip(self.blocks, tokens, strict=True):
             query = pooler(query, layer)
         result: Tensor = self.classifier(self.dropout(self.norm(query)))

@@ -71,7 +71,7 @@ class UniFormerV2Head(Head):
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:
         """See `Head.logits`."""
-        query = self.query.expand(len(tokens[0].values), -1)  # (B,C)
+        query = self.query.expand(tokens[0].values.shape[0], -1)  # (B,C)
         for block, layer in zip(self.blocks, tokens, strict=True):
             query = block(query, layer.values, self.grid)
         share = torch.sigmoid(self.balance)

@@ -107,7 +107,7 @@ class DecoderLayer(LayerParameters):
         # row a clip costs nothing.
         with torch.autocast(x.device.type, enabled=False):
             x = x.to(self.q_proj.weight.dtype)
-            query = self.q_proj(x).view(len(x), self.num_heads, -1)  # (B,H,D)
+            query = self.q_proj(x).unflatten(-1, (self.num_heads, -1))  # (B,H,D)
             carried = torch.einsum("bhd,hdc->bhc", query, self.k_proj.weight.view(by_head))
             # The key bias moves all logits of a head alike, so nothing depends on it: its gradient is zero.
             carried = carried + 0 * self.k_proj.bias.sum()

@@ -124,7 +124,7 @@ class EVLHead(Head):
         Raises: UsageError for a list or shape that is not this head's.
         """
         self.check_tokens(tokens)
-        clips = len(stored_values(tokens[0]))
+        clips = stored_values(tokens[0]).shape[0]
         if self.reads_maps:
             self._check_maps(clips, maps)
         x = self.class_query.expand(clips, -1)  # (B,C)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from evl_cache.heads.decoder.paths import path_for
+from evl_cache.heads.decoder import differentiable
+from evl_cache.heads.decoder.paths import are_closed, path_for
 from evl_cache.heads.decoder.tensors import (
     ClipTensors,
     LayerTensors,
@@ -27,6 +27,7 @@ from evl_cache.heads.decoder.tensors import (
     StoredTokens,
 )
 from evl_cache.heads.decoder.workspace import Workspace
+from evl_cache.heads.tracing import is_many
 
 
 def setting_for(parameter: Tensor, *, grid: tuple[int, int], epsilon: float, workspace: Workspace) -> Setting:
@@ -60,7 +61,7 @@ def attend(
         shared: what the temporal modules add to tokens, in the dtype of sums; without tables where `maps` is None.
         setting: of the pass.
 
-    Returns: (B, H, C) in the dtype of sums, differentiable once in everything floating.
+    Returns: (B, H, C) in the dtype of sums, differentiable in everything floating.
     """
     query = query.to(setting.sums)
     # Normalised tokens have mean zero over channels, so the query's mean has no effect on logits.
@@ -73,6 +74,8 @@ def attend(
         maps=None if maps is None else maps.maps,
         row_max=None if maps is None else maps.row_max,
     )
+    if are_closed(setting, LayerTensors(clips, shared)):
+        return differentiable.attended(setting, LayerTensors(clips, shared))
     # As plain arguments, since torch differentiates in no others.
     attended: Tensor = _Attend.apply(setting, *clips, *shared)
     return attended
@@ -92,11 +95,12 @@ class _Attend(torch.autograd.Function):
         return mean
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         saved, names = ctx.saved_tensors, (*ClipTensors._fields, *SharedTensors._fields)
         needed = frozenset(itertools.compress(names, ctx.needs_input_grad[1:]))
         inputs, kept = _gathered(saved[: len(names)]), saved[len(names) :]
+        if torch.is_grad_enabled() or is_many(gradient):  # a gradient to be differentiated, or many at once
+            return None, *itertools.chain(*differentiable.gradients(ctx.setting, inputs, gradient, needed))
         with torch.autocast(ctx.setting.device.type, enabled=False):
             found = ctx.path.backward(ctx.setting, inputs, kept, gradient, needed, again=_graph_is_kept())
         return None, *found.clips, *found.shared
