@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from evl_cache.errors import UsageError
-from evl_cache.heads.tracing import are_ordinary
 
 _FIRST, _SECOND = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # multipliers of SplitMix64
 
@@ -45,7 +44,7 @@ class SampleMasks:
 
     def __init__(self, head: nn.Module) -> None:
         self._layers = [module for module in head.modules() if isinstance(module, Dropout)]
-        self._places: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._places: dict[tuple[int, int, torch.device, type[Tensor]], Tensor] = {}
 
     @contextmanager
     def of(self, keys: Tensor | None) -> Iterator[None]:
@@ -68,8 +67,7 @@ class SampleMasks:
             raise UsageError(
                 f"dropout got values {tuple(like.shape)} of {len(keys)} samples; expected one row for each sample"
             )
-        places = self._places_of(number, like[0].numel(), keys.device)
-        bits = keys[:, None] + places
+        bits = keys[:, None] + self._places_of(number, like[0].numel(), keys)
         # A shift of signed numbers copies the sign, which costs one bit of 64.
         bits ^= bits >> 30
         bits *= _signed(_FIRST)
@@ -78,16 +76,13 @@ class SampleMasks:
         kept = bits >= int(probability * 2**64) - 2**63
         return kept.to(like.dtype).mul_(1 / (1 - probability)).view_as(like)
 
-    def _places_of(self, number: int, size: int, device: torch.device) -> Tensor:
+    def _places_of(self, number: int, size: int, keys: Tensor) -> Tensor:
         """Return a number for each value of a sample in a layer, int64 (F,); made once, as a copy waits for a GPU."""
-        key = number, size, device
-        if key in self._places:
-            return self._places[key]
-        mixed = _mixed(np.arange(size, dtype=np.uint64) + np.uint64(number << 32))
-        places = torch.from_numpy(mixed.view(np.int64)).to(device)
-        if are_ordinary(places):
-            self._places[key] = places
-        return places
+        kind = number, size, keys.device, type(keys)  # fake ones are for fake keys alone
+        if kind not in self._places:
+            mixed = _mixed(np.arange(size, dtype=np.uint64) + np.uint64(number << 32))
+            self._places[kind] = torch.from_numpy(mixed.view(np.int64)).to(keys.device)
+        return self._places[kind]
 
 
 def sample_keys(seed: int, step: int, samples: np.ndarray) -> Tensor:

@@ -143,3 +143,4 @@ def test_masks_are_the_same_in_any_precision(dtype):
     with SampleMasks(layer).of(keys):
         found, expected = layer(torch.ones(8, 32, dtype=dtype)), layer(torch.ones(8, 32))
     assert found.dtype == dtype and torch.equal(found.ne(0), expected.ne(0))
+    assert set(found.unique().tolist()) == {0.0, float(torch.tensor(1 / 0.75, dtype=dtype))}
