@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.autograd import forward_ad
 
 _ORDINARY = frozenset({Tensor, torch.nn.Parameter})
@@ -26,7 +27,8 @@ def is_transformed() -> bool:
 
 def is_watched() -> bool:
     """Whether a dispatch mode of this thread sees all operations, as `FakeTensorMode` or a counter of operations does."""
-    return torch._C._len_torch_dispatch_stack() > 0
+    before_autograd: int = _len_torch_dispatch_stack_pre_dispatch()  # type: ignore[no-untyped-call]  # as exporters do
+    return torch._C._len_torch_dispatch_stack() > 0 or before_autograd > 0
 
 
 def is_many(gradient: Tensor) -> bool:

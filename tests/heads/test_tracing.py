@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.func import functional_call, functionalize, grad, hessian, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
@@ -195,7 +196,8 @@ def test_traced_operations_are_those_of_the_features_and_no_constants(case):
     head, inputs, _ = case
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated, and warns of every branch
-        traced = [torch.jit.trace(head, inputs), make_fx(lambda *given: head(*given))(*inputs)]
+        traced = [torch.jit.trace(head, inputs)]
+    traced += [make_fx(lambda *given: head(*given), pre_dispatch=early)(*inputs) for early in (False, True)]
     for trace in traced:
         other = features(head, seed=7)
         torch.testing.assert_close(trace(*other), head(*other), rtol=1e-5, atol=1e-5)
@@ -219,6 +221,23 @@ def test_a_fake_head_has_the_shapes_of_a_real_one():
         fake([torch.randn(3, 3, 5, 16)] * 2, [torch.rand(3, 2, 2, 4, 4)] * 2).sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in fake.parameters())
     assert fake.workspace._spare == []
+
+
+def test_a_head_on_the_meta_device_has_the_shapes_and_gradients_of_a_real_one():
+    for name in NAMES:
+        head = new_head(name).to("meta")
+        inputs = [[t.to("meta") for t in part] for part in features(new_head(name))]
+        logits = head(*inputs)
+        logits.sum().backward()
+        assert logits.shape == (3, 4) and all(p.grad.shape == p.shape for p in head.parameters()), name
+
+
+def test_functional_tensors_pass_and_leave_nothing_behind(decoder):
+    head, inputs, expected = decoder
+    torch.testing.assert_close(functionalize(lambda *given: head(*given))(*inputs), expected[0])
+    with FunctionalTensorMode():
+        wrapped = [[FunctionalTensor.to_functional(t) for t in part] for part in inputs]
+        assert type(head(*wrapped)) is FunctionalTensor
 
 
 class Marked(torch.Tensor):

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from evl_cache.heads.decoder.fast_attention import attend, setting_for
+from evl_cache.heads.decoder.products import without_autocast
 from evl_cache.heads.decoder.tensors import Setting, SharedTensors, StoredMaps, StoredTokens
 from evl_cache.heads.decoder.workspace import Workspace
 from evl_cache.heads.dropout import Dropout
@@ -105,7 +106,7 @@ class DecoderLayer(LayerParameters):
         by_head = (self.num_heads, -1, x.shape[-1])  # (H,D,C)
         # In the parameters' dtype under autocast too: rounded queries would err more than all the rest of a weight, and one
         # row a clip costs nothing.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             x = x.to(self.q_proj.weight.dtype)
             query = self.q_proj(x).unflatten(-1, (self.num_heads, -1))  # (B,H,D)
             carried = torch.einsum("bhd,hdc->bhc", query, self.k_proj.weight.view(by_head))

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evl_cache.heads.decoder.products import without_autocast
 from evl_cache.heads.decoder.tensors import (
     ClipTensors,
     LayerTensors,
@@ -24,7 +25,7 @@ def attended(setting: Setting, inputs: LayerTensors) -> Tensor:
     """Return the mean (B, H, C) in the dtype of sums, as an `AttentionPath` does."""
     query, sums = inputs.clips.query, setting.sums
     assert query is not None
-    with torch.autocast(setting.device.type, enabled=False):
+    with without_autocast(setting.device):
         y = _positioned(setting, inputs)  # (B,T,N,C)
         unit = F.layer_norm(y, y.shape[-1:], eps=setting.epsilon).flatten(1, 2)  # (B,K,C)
         unit = _rounded(unit, setting)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from evl_cache.heads.decoder import differentiable
 from evl_cache.heads.decoder.paths import are_closed, path_for
+from evl_cache.heads.decoder.products import without_autocast
 from evl_cache.heads.decoder.tensors import (
     ClipTensors,
     LayerTensors,
@@ -34,7 +35,7 @@ def setting_for(parameter: Tensor, *, grid: tuple[int, int], epsilon: float, wor
     """Return the setting of a pass: sums in the parameter's dtype or float32, products in autocast's dtype if it is on."""
     device, dtype = parameter.device.type, parameter.dtype
     sums = torch.promote_types(dtype, torch.float32)
-    if torch.is_autocast_enabled(device) and sums == torch.float32:
+    if device != "meta" and torch.is_autocast_enabled(device) and sums == torch.float32:
         dtype = torch.get_autocast_dtype(device)
     return Setting(
         grid=grid,
@@ -88,7 +89,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, setting: Setting, *tensors: Tensor | None) -> Tensor:
         inputs = _gathered(tensors)
         path = path_for(setting, inputs)
-        with torch.autocast(setting.device.type, enabled=False):
+        with without_autocast(setting.device):
             mean, kept = path.forward(setting, inputs)
         ctx.setting, ctx.path = setting, path
         ctx.save_for_backward(*tensors, *kept)
@@ -101,7 +102,7 @@ class _Attend(torch.autograd.Function):
         inputs, kept = _gathered(saved[: len(names)]), saved[len(names) :]
         if torch.is_grad_enabled() or is_many(gradient):  # a gradient to be differentiated, or many at once
             return None, *itertools.chain(*differentiable.gradients(ctx.setting, inputs, gradient, needed))
-        with torch.autocast(ctx.setting.device.type, enabled=False):
+        with without_autocast(ctx.setting.device):
             found = ctx.path.backward(ctx.setting, inputs, kept, gradient, needed, again=_graph_is_kept())
         return None, *found.clips, *found.shared
 
