@@ -31,6 +31,7 @@ from evl_cache.train import (
     OnStep,
     TrainOptions,
     TrainResult,
+    check_caches,
     train_with_loaders,
     training_reads,
     written_by_first,
@@ -153,6 +154,7 @@ def _live(
         )
         for job in jobs
     ]
+    check_caches(sources, [reads])
     return reads.layers, Backbone(visual, reads.layers, with_maps=reads.with_maps), sources
 
 

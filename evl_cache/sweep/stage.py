@@ -13,7 +13,7 @@ from evl_cache.batches import samples_of_clips
 from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.processes import Processes, ProcessPlace, StopRequests
-from evl_cache.runs import RUNS_NAME, OnWait, RunFile, RunWriter, check_maps, write_json, writing
+from evl_cache.runs import RUNS_NAME, OnWait, RunFile, RunWriter, write_json, writing
 from evl_cache.store import FeatureCache, Reads
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.memory import HeadMemory, head_memory, split_passes
@@ -23,7 +23,7 @@ from evl_cache.train import (
     Loads,
     Room,
     all_reads,
-    check_pair,
+    check_caches,
     kept_nbytes,
     make_loaders,
     run_config,
@@ -147,9 +147,9 @@ def sweep(
         Interrupted where a signal asked to stop, after every state was kept.
     """
     started = time.monotonic()
-    check_pair(train_cache, val_cache)
     samples = samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips)
-    planned = [_planned(run, train_cache, val_cache) for run in runs]
+    planned = [_planned(run, train_cache) for run in runs]
+    check_caches((train_cache, val_cache), [p.reads for p in planned])
     beside = [out / RUNS_NAME / run.name for run in runs]
     with writing(out, beside=beside, on_wait=on_wait) as writer:
         data = _Data(
@@ -248,13 +248,11 @@ def _is_done(folder: Path) -> bool:
     return (folder / RunFile.RESULT).exists() and (folder / RunFile.CONFIG).exists()
 
 
-def _planned(run: SweepRun, train_cache: FeatureCache, val_cache: FeatureCache) -> PlannedRun:
-    """Add what a run reads. Raises: UsageError, before anything is trained, for a head that the caches do not fit."""
+def _planned(run: SweepRun, train_cache: FeatureCache) -> PlannedRun:
+    """Add what a run reads. Raises: UsageError, before anything is trained, for a head that the cache's layers do not fit."""
     blocks = shuffle_blocks(run.options, train_cache, resumed=None)
     run = replace(run, options=replace(run.options, shuffle_blocks=blocks))
     reads = training_reads(run.options, train_cache.spec)
-    for cache in (train_cache, val_cache):
-        check_maps(reads, cache)
     nbytes = train_cache.buffers(slots=1, reads=reads).nbytes
     return PlannedRun(run=run, reads=reads, sample_nbytes=nbytes)
 

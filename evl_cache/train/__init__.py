@@ -7,7 +7,7 @@ from evl_cache.train.memory import Loads, Room, kept_nbytes
 from evl_cache.train.needs import HeadNeeds
 from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, TrainOptions, options_of
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult
-from evl_cache.train.setup import check_pair, pair_differences, prepare_run, run_config, written_by_first
+from evl_cache.train.setup import check_caches, pair_differences, prepare_run, run_config, written_by_first
 from evl_cache.train.stage import train, train_with_loaders
 from evl_cache.train.step_loss import Diverged
 from evl_cache.train.trainer import Trainer
@@ -26,7 +26,7 @@ __all__ = [
     "TrainResult",
     "Trainer",
     "all_reads",
-    "check_pair",
+    "check_caches",
     "kept_nbytes",
     "make_loaders",
     "options_of",
