@@ -6,6 +6,7 @@ The published recipe is AdamW that decays everything, cosine to zero (arXiv 2208
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -129,6 +130,32 @@ def parameter_groups(
     names = {id(parameter) for parameter in free}
     groups = [{"params": [p for p in head.parameters() if id(p) not in names], "weight_decay": weight_decay}]
     return groups + ([{"params": free, "weight_decay": 0.0}] if free else [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class RandomState:
+    """How far torch's generators have come, of the CPU and of one device.
+
+    Attributes:
+        device: whose generator it is, beside the CPU's.
+        cpu, gpu: the states; no other is there for a CPU.
+    """
+
+    device: torch.device
+    cpu: torch.Tensor
+    gpu: torch.Tensor | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "RandomState":
+        """Return the state now. The device is not waited for."""
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(device=device, cpu=torch.get_rng_state(), gpu=gpu)
+
+    def restore(self) -> None:
+        """Have the generators go on from here."""
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, self.device)
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

@@ -1,7 +1,8 @@
 """Forward and backward of a step, over this process's part of a batch."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +10,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from evl_cache.batches import Batch
+from evl_cache.precision import tf32_as
 from evl_cache.processes import Processes
 from evl_cache.runs import HeadInputs, head_inputs, head_logits
 from evl_cache.store import StoredBatch
-from evl_cache.train.optimisation import Optimisation
+from evl_cache.train.optimisation import Optimisation, RandomState, seed_step
 from evl_cache.train.options import TrainOptions
 
 
@@ -33,24 +35,36 @@ class Passes:
         self, model: nn.Module, optimisation: Optimisation, options: TrainOptions, processes: Processes
     ) -> None:
         self._model, self._optimisation, self._options = model, optimisation, options
-        self._world = processes.place.world
+        self._processes, self._world = processes, processes.place.world
         self._device = torch.device(options.device)
+        self._total: torch.Tensor | None = None  # loss of the parts that `add` took
+        self._random: RandomState | None = None  # after the last of them
 
     def parts(self, batch: Batch) -> list[slice]:
         """Split a batch into the samples of each forward pass."""
         size = -(-self._options.global_batch // (self._world * self._options.accumulate))
         return [slice(start, start + size) for start in range(0, len(batch.labels), size)]
 
-    def run(self, batch: Batch, inputs: Iterable[HeadInputs] | None = None) -> torch.Tensor:
-        """Take all passes of a batch.
+    @contextmanager
+    def of_step(self, step: int, *, is_begun: bool) -> Iterator[Callable[[], None]]:
+        """Have the passes of a step (counted from 0) computed as the options say. Yields: what seeds what is random in it.
 
         Args:
-            inputs: what the head reads of each part, on the device; by default they are moved there.
-
-        Returns: the loss of this process's part, ().
+            is_begun: other passes of it came before.
         """
+        self._model.train()
+        if not is_begun:
+            self._optimisation.begin(step)
+        with (
+            self._processes.watched(f"at step {step + 1}"),
+            tf32_as(self._options.precision, self._device),
+        ):
+            yield partial(seed_step, self._options.seed, step, self._processes.place.rank)
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """Take all passes of a batch. Returns: the loss of this process's part, ()."""
         parts = self.parts(batch)
-        of_parts = iter(self._moved(batch) if inputs is None else inputs)
+        of_parts = self._moved(batch)
         total = torch.zeros((), device=self._device)
         for part in parts:
             labels = moved_labels(batch.labels[part], self._device)
@@ -58,6 +72,29 @@ class Passes:
                 # Inputs are not held: the next ones are made where these were.
                 loss = self.take(next(of_parts), labels, batch.total, is_stand_in=batch.is_stand_in)
             total = total + loss
+        return total
+
+    def add(self, batch: Batch, part: slice, inputs: HeadInputs, seed: Callable[[], None]) -> None:
+        """Take the pass of one part of a batch; between it and the next, other heads may take theirs of the same part.
+
+        Args:
+            part: of `parts`, in their order.
+            inputs: what the head reads of it, on the device.
+            seed: seeds what is random in the step.
+        """
+        if self._total is None:
+            self._total = torch.zeros((), device=self._device)
+            seed()
+        elif self._random is not None:
+            self._random.restore()
+        labels = moved_labels(batch.labels[part], self._device)
+        self._total = self._total + self.take(inputs, labels, batch.total, is_stand_in=batch.is_stand_in)
+        self._random = RandomState.of(self._device) if part.stop < len(batch.labels) else None
+
+    def added(self) -> torch.Tensor:
+        """Return the loss of the passes that `add` took, (), which ends the step."""
+        total, self._total, self._random = self._total, None, None
+        assert total is not None, "a step has a pass"
         return total
 
     def take(

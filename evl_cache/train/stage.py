@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from evl_cache.batches import Loader, samples_of_clips
-from evl_cache.processes import Processes
+from evl_cache.processes import Processes, giving_back_memory
 from evl_cache.runs import OnWait, RunWriter, load_state, read_run_config
 from evl_cache.store import FeatureCache
 from evl_cache.train.batch_size import share_out_memory
@@ -20,6 +20,7 @@ from evl_cache.train.trainer import Trainer
 __all__ = ["TrainOptions", "TrainResult", "Trainer", "train", "train_with_loaders"]
 
 
+@giving_back_memory
 def train(
     train_cache: FeatureCache,
     val_cache: FeatureCache,
