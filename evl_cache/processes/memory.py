@@ -48,8 +48,8 @@ def reset_peak(device: torch.device = _CPU) -> bool:
     return True
 
 
-def give_back_memory() -> None:
-    """Free what is held by cycles of objects alone, and return freed memory to the system, where it can.
+def give_back_memory(device: torch.device = _CPU) -> None:
+    """Free what is held by cycles of objects alone, and return freed memory, of a GPU too, to the system, where it can.
 
     What a training leaves behind is large, few objects: Python would look for them only after many more, and the C library
     keeps what was freed for the next one, of which a run of another shape makes no use.
@@ -57,6 +57,8 @@ def give_back_memory() -> None:
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # of another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def giving_back_memory(function: Callable[ArgumentsT, ResultT]) -> Callable[ArgumentsT, ResultT]:

@@ -9,7 +9,7 @@ import numpy as np
 from evl_cache.canonical_json import digest
 from evl_cache.heads import Head
 from evl_cache.processes import ProcessPlace
-from evl_cache.store import FeatureCache, StoredBatch
+from evl_cache.store import FeatureCache, Reads, StoredBatch
 from evl_cache.sweep.shared_pass import PlannedRun
 from evl_cache.train import (
     Loads,
@@ -24,8 +24,7 @@ from evl_cache.train import (
 
 # Runs that differ in these see other batches, or the same ones otherwise: they are not trained in one pass.
 _OF_A_PASS = ("epochs", "steps", "batch", "accumulate", "precision", "shuffle_blocks")
-_DECODED = 2 * 4  # bytes of a stored one at most, in float32, and once more where heads normalise it
-_SAMPLES = (1, 3)
+_SAMPLES = (2, 8)  # of the steps that are measured
 RunT = TypeVar("RunT")
 
 
@@ -87,16 +86,19 @@ def _fitting(
 ) -> list[SharedRuns]:
     """Split runs that see the same batches. Arguments as `plan_passes`."""
     options, place = runs[0].run.options, ProcessPlace()
-    loads = Loads.of(caches, samples, all_reads([p.reads for p in runs]))
-    in_pass, room = loads.in_pass(options, place), Room.of(options, place)
+    together = all_reads([p.reads for p in runs])
+    loads = Loads.of(caches, samples, together)
+    in_pass = loads.in_pass(options, place)
     memory = _memories(caches[0], samples[0], in_pass)
+    largest = max(needs.state + needs.step for needs in map(memory, runs))
+    room = Room.of(options, place)  # when what the first step loads is loaded
     # One part at a time is decoded; loaders hold whole batches.
     loaded = loads.on_host(options) if room.device is None else loads.on_device(options)
-    shared = in_pass * loads.sample_nbytes * _DECODED + loads.per_pass(options, place) * loaded
+    decoded = max(_decoded_nbytes(cache, together) for cache in caches)
+    shared = in_pass * decoded + loads.per_pass(options, place) * loaded
     needed: float = loads.per_pass(options, place) * loads.beside_kept(options)
     if steps_beside_kept(options):
         # Samples that are kept come first, and leave what the largest head needs, or what the user gives to heads.
-        largest = max(needs.state + needs.step for needs in map(memory, runs))
         needed = shared + largest if memory_bytes is None else memory_bytes
     kept = kept_nbytes(options, loads, room, place, needed=needed, on_note=on_note)
     left = room.for_steps(options, kept=kept) if memory_bytes is None else memory_bytes
@@ -104,6 +106,17 @@ def _fitting(
         SharedRuns(runs=part, kept_nbytes=kept)
         for part in split_passes(runs, memory, room=left, shared=shared)
     ]
+
+
+def _decoded_nbytes(cache: FeatureCache, reads: Reads) -> int:
+    """Return the bytes of a sample that all heads of a pass share: in float32, tokens once more as heads normalise them."""
+    values = {name: t.numel() for name, t in cache.buffers(slots=1, reads=reads).whole.items()}
+    tokens = values.get("tokens", 0) + values.get("class_tokens", 0)
+    maps = values.get("maps", 0)
+    if reads.with_maps and cache.spec.recomputes_maps:  # made of the tokens, and then as those that are read
+        frames, patches = cache.spec.views.frames, cache.spec.num_tokens - 1
+        maps = 2 * len(reads.layers) * 2 * (frames - 1) * patches**2
+    return 4 * (2 * tokens + maps)
 
 
 def _memories(cache: FeatureCache, samples: np.ndarray, in_pass: int) -> Callable[[PlannedRun], HeadMemory]:

@@ -10,7 +10,14 @@ from evl_cache.batches import DEFAULT_BATCH
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head
 from evl_cache.precision import tf32_as
-from evl_cache.processes import MEMORY_SHARE, Processes, ProcessPlace, peak_bytes, reset_peak
+from evl_cache.processes import (
+    MEMORY_SHARE,
+    Processes,
+    ProcessPlace,
+    give_back_memory,
+    peak_bytes,
+    reset_peak,
+)
 from evl_cache.runs import head_logits
 from evl_cache.store import StoredBatch
 from evl_cache.train.memory import (
@@ -57,8 +64,7 @@ def share_out_memory(
 
     Raises: UsageError where not even one sample fits, or nothing is recorded.
     """
-    place, shared = processes.place, processes.place.world * options.accumulate
-    room, when = Room.of(options, place), "while looking for the largest batch"
+    shared, when = processes.place.world * options.accumulate, "while looking for the largest batch"
     if options.batch == "auto" and recorded is not None:
         found = processes.on_first(recorded, when)
         if not isinstance(found, int):
@@ -68,8 +74,8 @@ def share_out_memory(
     if options.batch == "auto" and cap < 2:
         options = replace(options, batch=shared)
     if options.batch != "auto":
-        return options, _kept_beside(options, build, probe, loads, room, place, on_note)
-    mine, kept = _largest(options, build, probe(), loads, room, cap=cap, processes=processes, on_note=on_note)
+        return options, _kept_beside(options, build, probe, loads, processes.place, on_note)
+    mine, kept = _largest(options, build, probe(), loads, cap=cap, place=processes.place, on_note=on_note)
     passed = min(processes.gather(mine, when))
     if passed < 1:
         raise UsageError(
@@ -83,12 +89,11 @@ def _kept_beside(
     build: Callable[[], Head],
     probe: Callable[[], StoredBatch],
     loads: Loads,
-    room: Room,
     place: ProcessPlace,
     on_note: Callable[[str], None],
 ) -> int:
     """Return the bytes of samples that are kept beside a batch that is given. A step is measured where they are many."""
-    samples = loads.in_pass(options, place)
+    samples, room = loads.in_pass(options, place), Room.of(options, place)
     needed = float(loads.per_pass(options, place) * loads.beside_kept(options))
     kept = kept_nbytes(options, loads, room, place, needed=needed)
     free = room.host if keeps_on_host(options) or room.device is None else room.device
@@ -96,6 +101,7 @@ def _kept_beside(
         step = _measured(build, probe(), options, cap=max(2, samples))
         copies = 2 if may_be_recorded(options, place) else 1
         needed += 0.0 if step is None else copies * step.of(samples)
+        room = Room.of(options, place)  # without what was loaded for the first step
     return kept_nbytes(options, loads, room, place, needed=needed, on_note=on_note)
 
 
@@ -104,19 +110,19 @@ def _largest(
     build: Callable[[], Head],
     features: StoredBatch,
     loads: Loads,
-    room: Room,
     *,
     cap: int,
-    processes: Processes,
+    place: ProcessPlace,
     on_note: Callable[[str], None],
 ) -> tuple[int, int]:
     """Return the most samples of a pass, up to `cap`, and the bytes of samples that are kept beside them."""
-    place, on_gpu = processes.place, room.device is not None
+    on_gpu = torch.device(options.device).type != "cpu"
     is_recorded = may_be_recorded(options, place)
     least = min(cap, max(1, DEFAULT_BATCH // (place.world * options.accumulate)))
     found: StepNeeds | None = StepNeeds(fixed=0.0, each=0.0)
     if not on_gpu or is_recorded or (options.keep_in is not None and steps_beside_kept(options)):
         found = _measured(build, features, options, cap=cap)
+    room = Room.of(options, place)  # when what the first step loads is loaded
     step = found or StepNeeds(fixed=0.0, each=0.0)
     recorded = step if is_recorded else StepNeeds(fixed=0.0, each=0.0)
     steps = step.of(least) + recorded.of(least) if steps_beside_kept(options) else 0.0
@@ -217,24 +223,32 @@ def step_nbytes(
 ) -> StepNeeds | None:
     """Measure a step with each of two batches; None where the system does not tell what it takes."""
     device, taken = torch.device(options.device), []
+    training_step(build(), features, options, batch=1)  # what a process sets up once is no step's
     for size in sizes:
         if not reset_peak(device):
             return None
         before = peak_bytes(device)
         training_step(build(), features, options, batch=size)
         taken.append(peak_bytes(device) - before)
+    give_back_memory(device)
     each = max(0.0, (taken[1] - taken[0]) / (sizes[1] - sizes[0]))
     return StepNeeds(fixed=max(0.0, taken[0] - each * sizes[0]), each=each)
 
 
 def training_step(head: Head, features: StoredBatch, options: TrainOptions, *, batch: int) -> None:
-    """Take one optimiser step of a head on a batch of `batch` samples, which are the given ones repeated."""
+    """Take an optimiser step of a head on a batch of `batch` samples, which are the given ones repeated.
+
+    One on a single sample comes first: from then on the optimiser has its moments, which most steps of a training take
+    beside everything else, and what is set up once is there.
+    """
     device = torch.device(options.device)
     head = head.to(device).train()
-    optimisation = Optimisation(head, options, total_steps=1)
-    optimisation.begin(0)
-    labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    with tf32_as(options.precision, device):
-        logits = head_logits(head, features.to(device).repeated(batch), options.precision)
-        optimisation.backward(torch.nn.functional.cross_entropy(logits, labels))
-    optimisation.finish(0)
+    optimisation = Optimisation(head, options, total_steps=2)
+    for step, size in enumerate((1, batch)):
+        optimisation.begin(step)
+        labels = torch.zeros(size, dtype=torch.int64, device=device)
+        with tf32_as(options.precision, device):
+            logits = head_logits(head, features.to(device).repeated(size), options.precision)
+            optimisation.backward(torch.nn.functional.cross_entropy(logits, labels))
+        del logits
+        optimisation.finish(step)

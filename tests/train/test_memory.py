@@ -172,7 +172,9 @@ def test_few_samples_beside_a_batch_that_is_given_are_kept_without_measuring_a_s
 def test_the_passes_of_a_batch_that_is_given_are_counted_as_the_data_fill_them(machine):
     machine["cpu"] = 8_000 * MB
     few = replace(LOADS, num_samples=100, most_samples=100)
-    options = replace(OPTIONS, batch=1024, accumulate=4, keep_in="ram")  # a pass of up to 256: all in the first
+    options = replace(
+        OPTIONS, batch=1024, accumulate=4, keep_in="ram"
+    )  # a pass of up to 256: all in the first
     needed = 100 * RING * SAMPLE + FIXED + 100 * EACH
     assert shared_out(options, loads=few)[1] == int(MEMORY_SHARE * 8_000 * MB - needed)
 
