@@ -10,7 +10,13 @@ from evl_cache.runs.directory import (
     write_run_config,
 )
 from evl_cache.runs.evaluate import run_loader
-from evl_cache.runs.fit import check_features, check_maps, feature_differences, frame_rules_differ, head_reads
+from evl_cache.runs.fit import (
+    check_features,
+    check_reads,
+    feature_differences,
+    frame_rules_differ,
+    head_reads,
+)
 from evl_cache.runs.head_files import load_head, save_head
 from evl_cache.runs.log import RunLog
 from evl_cache.runs.official_checkpoint import load_official_checkpoint
@@ -30,8 +36,8 @@ __all__ = [
     "Scores",
     "ViewSums",
     "check_features",
-    "check_maps",
     "check_no_others_files",
+    "check_reads",
     "feature_differences",
     "frame_rules_differ",
     "head_inputs",

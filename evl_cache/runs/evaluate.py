@@ -12,7 +12,7 @@ from evl_cache.errors import UsageError
 from evl_cache.heads import Head
 from evl_cache.precision import check_precision, precision_of_run
 from evl_cache.runs.directory import RunConfig, read_run_config
-from evl_cache.runs.fit import check_features, check_maps, head_reads
+from evl_cache.runs.fit import check_features, check_reads, head_reads
 from evl_cache.runs.head_files import load_head
 from evl_cache.runs.scoring import score
 from evl_cache.store import FeatureCache
@@ -54,7 +54,7 @@ def run_loader(
     Raises: UsageError naming both sides where the cache's features are not the head's.
     """
     reads = head_reads(head, check_features(config, cache.spec, run=run))
-    check_maps(reads, cache)
+    check_reads(reads, cache)
     return FeatureLoader(
         cache,
         samples_of_clips(cache, clips),

@@ -133,6 +133,32 @@ def parameter_groups(
 
 
 @dataclass(frozen=True, kw_only=True)
+class RandomState:
+    """How far torch's generators have come, of the CPU and of one device.
+
+    Attributes:
+        device: whose generator it is, beside the CPU's.
+        cpu, gpu: the states; no other is there for a CPU.
+    """
+
+    device: torch.device
+    cpu: torch.Tensor
+    gpu: torch.Tensor | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "RandomState":
+        """Return the state now. The device is not waited for."""
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(device=device, cpu=torch.get_rng_state(), gpu=gpu)
+
+    def restore(self) -> None:
+        """Have the generators go on from here."""
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StepRandom:
     """What is random in a step. Nothing is kept of it, so a continued run draws what an uninterrupted one would.
 

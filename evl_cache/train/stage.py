@@ -5,8 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from evl_cache.batches import Loader, samples_of_clips
-from evl_cache.processes import Processes
-from evl_cache.runs import OnWait, RunWriter, check_maps, load_state, read_run_config
+from evl_cache.processes import Processes, giving_back_memory
+from evl_cache.runs import OnWait, RunWriter, load_state, read_run_config
 from evl_cache.store import FeatureCache
 from evl_cache.train.batch_size import share_out_memory
 from evl_cache.train.head_reads import training_reads
@@ -14,12 +14,13 @@ from evl_cache.train.loaders import make_loaders, shuffle_blocks
 from evl_cache.train.memory import Loads
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult
-from evl_cache.train.setup import check_pair, prepare_run, run_config, written_by_first
+from evl_cache.train.setup import check_caches, prepare_run, run_config, written_by_first
 from evl_cache.train.trainer import Trainer
 
 __all__ = ["TrainOptions", "TrainResult", "Trainer", "train", "train_with_loaders"]
 
 
+@giving_back_memory
 def train(
     train_cache: FeatureCache,
     val_cache: FeatureCache,
@@ -52,10 +53,8 @@ def train(
         process writes it; Interrupted where a signal asked to stop, after the state was kept.
     """
     processes = processes or Processes()
-    check_pair(train_cache, val_cache)
     reads = training_reads(options, train_cache.spec)
-    for cache in (train_cache, val_cache):
-        check_maps(reads, cache)
+    check_caches((train_cache, val_cache), [reads])
     samples = (samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips))
     served = samples[0][train_cache.is_valid[samples[0]]]
     with written_by_first(out, processes, on_wait) as writer:

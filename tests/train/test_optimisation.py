@@ -104,7 +104,7 @@ def test_no_step_waits_for_the_device(cache, monkeypatch, head, how):
         for step, batch in zip(range(2), loader.epoch(), strict=False):
             waits.found.clear()  # what a first step sets up may wait
             optimisation.begin(step)
-            passes.run(batch, random=StepRandom(seed=0, step=step, rank=0))
+            passes.run(batch, StepRandom(seed=0, step=step, rank=0))
             optimisation.finish(step)
     assert waits.found == []
 

@@ -232,7 +232,7 @@ class Steps:
             loss = self.graph.loss(batch, random) if place == 0 else None
             if loss is None:
                 random.begin()
-                loss = passes.run(batch, random=random)
+                loss = passes.run(batch, random)
             optimisation.finish(self.step)
             losses.append(float(loss))
         self.step += 1
