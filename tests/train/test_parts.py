@@ -7,11 +7,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import evl_cache.runs.scoring as scoring
 import evl_cache.sweep.memory as sweep_memory
 import evl_cache.sweep.shared_pass as shared_pass
 from evl_cache.batches import RING
+from evl_cache.heads import Dropout
 from evl_cache.sweep import sweep
 from evl_cache.sweep.grid import expand
 from evl_cache.sweep.memory import HeadMemory, plan_passes
@@ -97,8 +99,13 @@ def test_a_sweep_has_one_part_decoded_at_a_time(caches, tmp_path, monkeypatch):
     assert seen == [(1, size) for size in (2, 2, 2, 2, 2, 2, 1, 2, 2, 1)]
 
 
+@pytest.mark.parametrize("dropout", [Dropout, nn.Dropout])
 @pytest.mark.parametrize("head", ["decoder2", "attentive"])
-def test_a_head_of_a_sweep_draws_the_dropout_of_its_own_training_in_every_part(caches, tmp_path, head):
+def test_a_head_of_a_sweep_draws_the_dropout_of_its_own_training_in_every_part(
+    caches, tmp_path, monkeypatch, head, dropout
+):
+    for module in ("attentive", "linear", "decoder.plain", "decoder.decoder_layer"):
+        monkeypatch.setattr(f"evl_cache.heads.{module}.Dropout", dropout)
     grid = {"head": [head, "linear"], "seed": [0, 1]}
     runs = expand([grid], {"epochs": 2, "batch": 8, "accumulate": 4, "lr": 3e-3, "dropout": 0.5})
     sweep(*caches, runs=runs, out=tmp_path / "sweep")
@@ -108,6 +115,17 @@ def test_a_head_of_a_sweep_draws_the_dropout_of_its_own_training_in_every_part(c
         for a, b in zip(found, own, strict=True):
             assert a["train_loss"] == pytest.approx(b["train_loss"], abs=1e-5)
             assert a["val_loss"] == pytest.approx(b["val_loss"], abs=1e-5)
+
+
+def test_a_sweep_that_accumulates_trains_as_one_that_does_not(caches, tmp_path):
+    found = []
+    for accumulate in (1, 4):
+        grid = {"epochs": 2, "batch": 8, "accumulate": accumulate, "lr": 3e-3, "dropout": 0.5}
+        runs = expand([{"head": ["decoder2", "linear"]}], grid)
+        sweep(*caches, runs=runs, out=tmp_path / str(accumulate))
+        rows = [row for run in runs for row in epochs(tmp_path / str(accumulate) / "runs" / run.name)]
+        found.append([value for row in rows for value in (row["train_loss"], row["val_loss"])])
+    assert found[0] == pytest.approx(found[1], abs=1e-5)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 4])
