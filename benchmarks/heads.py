@@ -75,7 +75,7 @@ def over_folds(
 
 
 def step_nbytes(path: Path, options: TrainOptions) -> int | None:
-    """How much the peak grows in a head's first step; None where the system does not tell. In a fresh process:
+    """How much the peak grows in a head's second step; None where the system does not tell. In a fresh process:
     an old one has freed memory at hand."""
     cache = FeatureCache(path)
     reads = training_reads(options, cache.spec)

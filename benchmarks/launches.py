@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.support.fake_cuda import Counting, backward, fake_cuda
-from evl_cache.heads import HEADS, EVLHead, PlainHead, build_head, head_depth
+from evl_cache.heads import HEADS, EVLHead, PlainHead, SampleMasks, build_head, head_depth
 from evl_cache.quantize import QuantizedMaps, QuantizedTokens, dequantize_maps, dequantize_tokens
 
 FRAMES, GRID, WIDTH, CLASSES = 8, (14, 14), 768, 400
@@ -73,15 +73,19 @@ def step_launches(name: str, precision: str, *, batch: int) -> Counting:
                 head = PlainHead(head)
         optimizer = torch.optim.AdamW(head.parameters(), lr=4e-4, weight_decay=0.05, fused=True)
         labels = torch.empty(batch, dtype=torch.int64, device=device)
-        features = quantized(batch, layers, device)
-        for counting in (Counting(), Counting()):  # the first makes the optimiser's state
+        features, masks = quantized(batch, layers, device), SampleMasks(head)
+        for counting in (
+            Counting(),
+            Counting(),
+        ):  # the first makes what is kept, such as the optimiser's state
             with counting:
-                _step(head, *features, labels, optimizer, PRECISIONS[precision], plain=twin)
+                _step(head, masks, *features, labels, optimizer, PRECISIONS[precision], plain=twin)
     return counting
 
 
 def _step(
     head: torch.nn.Module,
+    masks: SampleMasks,
     tokens: Sequence[QuantizedTokens],
     maps: Sequence[QuantizedMaps],
     labels: torch.Tensor,
@@ -96,7 +100,11 @@ def _step(
             [dequantize_tokens(t.codes, t.affine, t.scale) for t in tokens],
             [dequantize_maps(m.codes, m.row_max) for m in maps],
         )
-    with torch.autocast("cuda", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+    keys = torch.empty_like(labels)  # of samples, as a training has them
+    with (
+        masks.of(keys),
+        torch.autocast("cuda", dtype=dtype or torch.bfloat16, enabled=dtype is not None),
+    ):
         logits = head(*inputs)
     backward(F.cross_entropy(logits.float(), labels))
     optimizer.step()

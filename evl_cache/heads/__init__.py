@@ -8,6 +8,7 @@ from evl_cache.heads.attentive import AttentiveHead
 from evl_cache.heads.decoder.evl import EVLHead
 from evl_cache.heads.decoder.plain import PlainHead
 from evl_cache.heads.decoder.workspace import Workspace
+from evl_cache.heads.dropout import Dropout, SampleMasks, sample_keys
 from evl_cache.heads.head import MODULES, Head, Maps, Tokens
 from evl_cache.heads.ladder import LadderHead
 from evl_cache.heads.layer_tokens import LayerTokens, decoded_maps

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evl_cache.heads.dropout import Dropout
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
 from evl_cache.heads.parts import MLP, QueryAttention, SelfAttention
@@ -69,7 +70,7 @@ class AttentiveHead(Head):
         self.query = nn.Parameter(torch.empty(self.width))
         nn.init.trunc_normal_(self.query, std=INITIAL_DEVIATION)
         self.pool = QueryBlock(self.width, self.num_heads)
-        self.dropout = nn.Dropout(self.config["dropout"])
+        self.dropout = Dropout(self.config["dropout"])
         self.classifier = nn.Linear(self.width, self.num_classes)
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:
@@ -80,6 +81,6 @@ class AttentiveHead(Head):
         x = x.flatten(1, 2)  # (B,T*N,C)
         for block in self.blocks:
             x = block(x)
-        pooled = self.pool(self.query.expand(len(x), -1), x)  # (B,C)
+        pooled = self.pool(self.query.expand(x.shape[0], -1), x)  # (B,C)
         result: Tensor = self.classifier(self.dropout(pooled))
         return result

@@ -114,7 +114,7 @@ class Head(nn.Module):
             raise UsageError(
                 f"got tokens of {len(tokens)} layers; this head has {self.num_layers} layers: give tokens of each"
             )
-        clips = len(stored_values(tokens[0]))
+        clips = stored_values(tokens[0]).shape[0]  # no `len`, which makes a number of a size that is to vary
         expected = (clips, self.num_frames, 1 + self.grid[0] * self.grid[1], self.width)
         for t in tokens:
             shape = tuple(stored_values(t).shape)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evl_cache.heads.dropout import Dropout
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
 from evl_cache.heads.parts import MLP, SelfAttention, normalised, over_frames, zero
@@ -78,7 +79,7 @@ class LadderHead(Head):
             for _ in range(self.num_layers)
         )
         self.norm = nn.LayerNorm(side_width)
-        self.dropout = nn.Dropout(self.config["dropout"])
+        self.dropout = Dropout(self.config["dropout"])
         self.classifier = nn.Linear(side_width, self.num_classes)
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:

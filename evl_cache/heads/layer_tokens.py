@@ -3,11 +3,12 @@
 B clips, T frames, N = 1+P tokens of a frame, C channels.
 """
 
-from functools import cached_property
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from evl_cache.heads.tracing import is_followed, is_watched
 from evl_cache.quantize import QuantizedMaps, QuantizedTokens
 
 NORM_EPSILON = 1e-5  # of torch's LayerNorm
@@ -17,6 +18,7 @@ class LayerTokens:
     """The tokens of one layer of the tower, and what can be computed from them without parameters.
 
     Each result is computed when it is first asked for and then kept: heads of a sweep that read the same layer share it.
+    What a tracer or a transform makes in its place is not kept, nor what inference mode made used by autograd.
 
     Args:
         stored: (B, T, N, C) floating, or 8-bit codes. It must not be overwritten while this is in use.
@@ -24,16 +26,35 @@ class LayerTokens:
 
     def __init__(self, stored: Tensor | QuantizedTokens) -> None:
         self.stored = stored
+        self._kept: dict[str, Tensor] = {}
 
-    @cached_property
+    @property
     def values(self) -> Tensor:
         """The tokens (B, T, N, C), float32 or wider."""
-        return _decoded(self.stored)
+        return self._once("values", lambda: _decoded(self.stored))
 
-    @cached_property
+    @property
     def class_tokens(self) -> Tensor:
         """The frames' class tokens (B, T, C), float32 or wider; patch tokens are not decoded for them."""
-        if "values" in self.__dict__:
+        return self._once("class_tokens", self._class_tokens)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean over all tokens of all frames, (B, C)."""
+        return self._once("mean", lambda: self.values.mean((1, 2)))
+
+    @property
+    def unit(self) -> Tensor:
+        """The layer norm of the tokens without gain and bias, (B, T, N, C)."""
+        return self._once("unit", self._unit)
+
+    @property
+    def has_values(self) -> bool:
+        """Whether all tokens were decoded."""
+        return "values" in self._kept
+
+    def _class_tokens(self) -> Tensor:
+        if self.has_values:
             return self.values[:, :, 0]
         if isinstance(self.stored, Tensor):
             return _decoded(self.stored[:, :, 0])
@@ -41,15 +62,17 @@ class LayerTokens:
         scale = None if scale is None else scale[:, :, :1]
         return _decoded(QuantizedTokens(codes=codes, affine=self.stored.affine, scale=scale))[:, :, 0]
 
-    @cached_property
-    def mean(self) -> Tensor:
-        """The mean over all tokens of all frames, (B, C)."""
-        return self.values.mean((1, 2))
+    def _unit(self) -> Tensor:
+        values = self.values
+        return torch.nn.functional.layer_norm(values, values.shape[-1:], eps=NORM_EPSILON)
 
-    @cached_property
-    def unit(self) -> Tensor:
-        """The layer norm of the tokens without gain and bias, (B, T, N, C)."""
-        return torch.nn.functional.layer_norm(self.values, self.values.shape[-1:], eps=NORM_EPSILON)
+    def _once(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        if is_followed() or is_watched():
+            return make()
+        kept = self._kept.get(name)
+        if kept is None or (kept.is_inference() and not torch.is_inference_mode_enabled()):
+            kept = self._kept[name] = make()
+        return kept
 
 
 def layer_tokens(tokens: Tensor | QuantizedTokens | LayerTokens) -> LayerTokens:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evl_cache.heads.dropout import Dropout
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
 
@@ -23,7 +24,7 @@ class LinearHead(Head):
     def __init__(self, **config: Any) -> None:
         super().__init__(**config)
         self.norms = nn.ModuleList(nn.LayerNorm(self.width) for _ in range(self.num_layers))
-        self.dropout = nn.Dropout(self.config["dropout"])
+        self.dropout = Dropout(self.config["dropout"])
         self.classifier = nn.Linear(self.num_layers * self.width, self.num_classes)
 
     def pooled(self, tokens: LayerTokens) -> Tensor:

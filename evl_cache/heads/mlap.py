@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from evl_cache.heads.dropout import Dropout
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
 from evl_cache.heads.parts import MLP, QueryAttention, normalised
@@ -55,12 +56,12 @@ class MLAPHead(Head):
             LayerPooler(self.width, self.num_heads, positions) for _ in range(self.num_layers)
         )
         self.norm = nn.LayerNorm(self.width)
-        self.dropout = nn.Dropout(self.config["dropout"])
+        self.dropout = Dropout(self.config["dropout"])
         self.classifier = nn.Linear(self.width, self.num_classes)
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:
         """See `Head.logits`."""
-        query = self.query.expand(len(tokens[0].values), -1)  # (B,C)
+        query = self.query.expand(tokens[0].values.shape[0], -1)  # (B,C)
         for pooler, layer in zip(self.blocks, tokens, strict=True):
             query = pooler(query, layer)
         result: Tensor = self.classifier(self.dropout(self.norm(query)))

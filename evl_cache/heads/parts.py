@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from evl_cache.errors import UsageError
 from evl_cache.heads.layer_tokens import LayerTokens
+from evl_cache.heads.tracing import is_transformed
 
 
 class QueryAttention(nn.Module):
@@ -50,7 +51,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return (S, K, C), the shape of `x`."""
         q, k, v = self.qkv_proj(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (S,H,K,D)
-        attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        if torch.compiler.is_compiling() or not is_transformed():
+            attended = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:  # torch's fused attention has no derivative of a derivative, and none forward
+            attended = torch.softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, dim=-1) @ v
         result: Tensor = self.out_proj(attended.transpose(1, 2).flatten(2))
         return result
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evl_cache.heads.decoder.decoder_layer import QuickGELU
+from evl_cache.heads.dropout import Dropout
 from evl_cache.heads.head import Head
 from evl_cache.heads.layer_tokens import LayerTokens
 from evl_cache.heads.parts import MLP, QueryAttention, zero
@@ -65,12 +66,12 @@ class UniFormerV2Head(Head):
         )
         self.balance = nn.Parameter(torch.zeros(self.width))
         self.norm = nn.LayerNorm(self.width)
-        self.dropout = nn.Dropout(self.config["dropout"])
+        self.dropout = Dropout(self.config["dropout"])
         self.classifier = nn.Linear(self.width, self.num_classes)
 
     def logits(self, tokens: Sequence[LayerTokens]) -> Tensor:
         """See `Head.logits`."""
-        query = self.query.expand(len(tokens[0].values), -1)  # (B,C)
+        query = self.query.expand(tokens[0].values.shape[0], -1)  # (B,C)
         for block, layer in zip(self.blocks, tokens, strict=True):
             query = block(query, layer.values, self.grid)
         share = torch.sigmoid(self.balance)

@@ -23,7 +23,7 @@ from evl_cache.extract import (
 )
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
-from evl_cache.processes import Processes
+from evl_cache.processes import Processes, giving_back_memory
 from evl_cache.runs import OnWait
 from evl_cache.towers import Backbone
 from evl_cache.train import (
@@ -31,6 +31,7 @@ from evl_cache.train import (
     OnStep,
     TrainOptions,
     TrainResult,
+    check_caches,
     train_with_loaders,
     training_reads,
     written_by_first,
@@ -39,6 +40,7 @@ from evl_cache.video import DecodeOptions
 from evl_cache.video.pool import DEFAULT_TIMEOUT_S, DecodePool
 
 
+@giving_back_memory
 def train_online(
     request: ExtractRequest,
     *,
@@ -155,6 +157,7 @@ def _live(
         )
         for job in jobs
     ]
+    check_caches(sources, [reads])
     return reads.layers, Backbone(visual, reads.layers, with_maps=reads.with_maps), sources
 
 

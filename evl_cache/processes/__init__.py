@@ -1,7 +1,14 @@
 """The processes of one run: which one this is, what they tell each other, how they are stopped, what they may use."""
 
 from evl_cache.processes.group import Processes, ToldElsewhere, processes_of_environment
-from evl_cache.processes.memory import MEMORY_SHARE, available_bytes, peak_bytes, reset_peak
+from evl_cache.processes.memory import (
+    MEMORY_SHARE,
+    available_bytes,
+    give_back_memory,
+    giving_back_memory,
+    peak_bytes,
+    reset_peak,
+)
 from evl_cache.processes.place import ProcessPlace
 from evl_cache.processes.processors import (
     limit_torch_threads,

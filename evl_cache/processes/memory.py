@@ -1,8 +1,14 @@
 """How much memory is free, and how much was taken at most."""
 
+import contextlib
+import ctypes
+import gc
 import resource
 import sys
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 import torch
 
@@ -10,6 +16,8 @@ from evl_cache.processes.control_groups import ROOT, memory_left
 
 MEMORY_SHARE = 0.7  # of the free memory, that training steps may take: others want some too
 _CPU = torch.device("cpu")
+ArgumentsT = ParamSpec("ArgumentsT")
+ResultT = TypeVar("ResultT")
 # What `ulimit -v` and `ulimit -d` bound, and the line of /proc/self/status that says how much of it is taken.
 _RESOURCE_LIMITS = ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData"))
 
@@ -32,11 +40,38 @@ def reset_peak(device: torch.device = _CPU) -> bool:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
+    give_back_memory()  # what is taken out of freed memory would not be seen
     try:
         (ROOT / "proc/self/clear_refs").write_text("5")
     except OSError:
         return False
     return True
+
+
+def give_back_memory(device: torch.device = _CPU) -> None:
+    """Free what is held by cycles of objects alone, and return freed memory, of a GPU too, to the system, where it can.
+
+    What a training leaves behind is large, few objects: Python would look for them only after many more, and the C library
+    keeps what was freed for the next one, of which a run of another shape makes no use.
+    """
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # of another C library than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def giving_back_memory(function: Callable[ArgumentsT, ResultT]) -> Callable[ArgumentsT, ResultT]:
+    """Return a function that gives memory back when it is left, with what it held."""
+
+    @wraps(function)
+    def given_back(*args: ArgumentsT.args, **more: ArgumentsT.kwargs) -> ResultT:
+        try:
+            return function(*args, **more)
+        finally:
+            give_back_memory()
+
+    return given_back
 
 
 def peak_bytes(device: torch.device = _CPU) -> int:

@@ -26,7 +26,13 @@ from evl_cache.runs.directory import (
 )
 from evl_cache.runs.evaluate import run_loader
 from evl_cache.runs.finite import extremes, not_finite
-from evl_cache.runs.fit import check_features, check_maps, feature_differences, frame_rules_differ, head_reads
+from evl_cache.runs.fit import (
+    check_features,
+    check_reads,
+    feature_differences,
+    frame_rules_differ,
+    head_reads,
+)
 from evl_cache.runs.head_files import load_head, save_head
 from evl_cache.runs.intervals import Interval, deviation_of, spread_text, wilson_interval
 from evl_cache.runs.log import RunLog
@@ -61,8 +67,8 @@ __all__ = [
     "Scores",
     "ViewSums",
     "check_features",
-    "check_maps",
     "check_no_others_files",
+    "check_reads",
     "class_probabilities",
     "clips_of_run",
     "comparable_key",

@@ -14,7 +14,7 @@ from evl_cache.heads import Head
 from evl_cache.precision import check_precision, device_named, precision_of_run
 from evl_cache.runs.comparable import Scored, clips_of_run, scored_key
 from evl_cache.runs.directory import RunConfig, read_run_config
-from evl_cache.runs.fit import check_features, check_maps, head_reads
+from evl_cache.runs.fit import check_features, check_reads, head_reads
 from evl_cache.runs.head_files import load_head
 from evl_cache.runs.intervals import Interval, wilson_interval
 from evl_cache.runs.recorded import count_trained_on
@@ -67,7 +67,7 @@ def run_loader(
     Raises: UsageError naming both sides where the cache's features are not the head's.
     """
     reads = head_reads(head, check_features(config, cache.spec, run=run))
-    check_maps(reads, cache)
+    check_reads(reads, cache)
     return FeatureLoader(
         cache,
         samples_of_clips(cache, clips),

@@ -17,8 +17,14 @@ def head_reads(head: Head, layers: Sequence[int]) -> Reads:
     return Reads(layers=tuple(layers), with_maps=head.reads_maps, tokens=tokens)
 
 
-def check_maps(reads: Reads, cache: Source) -> None:
-    """Refuse a cache without the maps that are read. Raises: UsageError."""
+def check_reads(reads: Reads, cache: Source) -> None:
+    """Refuse a cache without the layers, or without the maps, that a head reads. Raises: UsageError that says what it lacks."""
+    missing = [layer for layer in reads.layers if layer not in cache.spec.layers]
+    if missing:
+        raise UsageError(
+            f"{cache.place} has layers {list(cache.spec.layers)}, not {missing}, and the head reads {list(reads.layers)}; "
+            "extract them, or choose other ones with --head-layers"
+        )
     if reads.with_maps and not cache.spec.has_maps:
         raise UsageError(
             f"{cache.place} holds no attention maps, which the head's temporal cross attention reads; extract with "
@@ -37,7 +43,8 @@ def check_features(config: RunConfig, spec: CacheSpec, *, run: str | Path) -> tu
     differing = [f"{name} {needs[name]}, not {got[name]}" for name in got if got[name] != needs[name]]
     if config.features is not None:
         trained = CacheSpec.from_json(config.features)
-        differing += feature_differences(trained, spec)
+        # A shape is in both where the features are known that the head was trained on.
+        differing = list(dict.fromkeys([*differing, *feature_differences(trained, spec)]))
     if differing:
         raise UsageError(
             f"{run}: its head needs {'; '.join(differing)} of the cache; extract a cache that fits"
@@ -73,6 +80,8 @@ def feature_differences(trained: CacheSpec, other: CacheSpec) -> list[str]:
     pairs = {
         "weights": (trained.tower.weights_sha256[:12], other.tower.weights_sha256[:12]),
         "frames": (trained.views.frames, other.views.frames),
+        "patches": (tuple(trained.tower.grid), tuple(other.tower.grid)),
+        "channels": (trained.tower.width, other.tower.width),
         "sampling": (trained.views.sampling, other.views.sampling),
         "stride": (trained.views.stride, other.views.stride),
         "image size": (trained.tower.image_size, other.tower.image_size),

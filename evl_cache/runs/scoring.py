@@ -113,17 +113,21 @@ class ViewSums:
         features: "StoredBatch | HeadInputs",
         loader: Loader,
         precision: str,
+        *,
+        part: slice = slice(None),
     ) -> None:
-        """Add what a head says of a batch. The head's mode is restored.
+        """Add what a head says of a batch, or of a part of it. The head's mode is restored.
 
         Args:
-            features: of the batch, on the head's device.
+            features: of the part, on the head's device.
             precision: to compute in.
+            part: which samples of the batch they are; all by default.
         """
         was_training = head.training
         logits = head_logits(head.eval(), features, precision).cpu()  # the one wait for the device
         head.train(was_training)
-        self.add_logits(logits, batch.labels.cpu(), loader.cache.sample_clips[batch.samples].tolist())
+        clips = loader.cache.sample_clips[batch.samples[part]].tolist()
+        self.add_logits(logits, batch.labels[part].cpu(), clips)
 
     def add_logits(self, logits: torch.Tensor, labels: torch.Tensor, clips: Sequence[int]) -> None:
         """Add what a head says of samples, float32 (B, K): each must be finite, or its clip is refused."""
@@ -191,6 +195,7 @@ def score(
     *,
     device: torch.device,
     precision: str = "float32",
+    parts: Callable[[Batch], Sequence[slice]] = lambda batch: [slice(0, len(batch.labels))],
     on_batch: Callable[[int], None] = lambda samples: None,
     gather: Callable[[ViewSums], list[ViewSums]] = lambda sums: [sums],
 ) -> Scores:
@@ -198,6 +203,7 @@ def score(
 
     Args:
         precision: to compute in, one that the device can.
+        parts: splits a batch into the samples of each forward pass, which are on the device one after another.
         on_batch: called with the samples of each batch.
         gather: collects what every process found, where several share the samples.
 
@@ -207,7 +213,16 @@ def score(
     for batch in loader.epoch():
         if batch.is_stand_in:
             continue
-        mine.add_batch(head, batch, batch.features.to(device), loader, precision)
+        for part in parts(batch):
+            # No name for the features: they must not live on while the next ones are moved.
+            mine.add_batch(
+                head,
+                batch,
+                batch.features.part(part.start, part.stop).to(device),
+                loader,
+                precision,
+                part=part,
+            )
         on_batch(len(batch.labels))
     return scores_of(gather(mine), loader)
 

@@ -139,23 +139,25 @@ class SweepPass:
             _unless_diverged(member, partial(member.trainer.end_epoch, member.scores, bottleneck))
 
     def _step(self, batch: Batch, epoch: int, members: Sequence[Member]) -> None:
-        """Have every head that has not seen a batch take its step on it; the batch is decoded once."""
-        shared = [self._share(batch, part) for part in members[0].trainer.parts(batch)]
-        for member in members:
-            if member.has_done(epoch, batch.number):
-                continue
-            inputs = [part.inputs(member.reads) for part in shared]
-            if _unless_diverged(member, partial(member.trainer.step, batch, inputs)):
+        """Have every head that has not seen a batch take its step on it; each part is decoded once, one at a time."""
+        here = [m for m in members if not m.has_done(epoch, batch.number)]
+        if not here:
+            return
+        for part in here[0].trainer.parts(batch):
+            shared = self._share(batch, part)
+            for member in here:
+                member.trainer.take_part(batch, part, shared.inputs(member.reads))
+            del shared  # before the next one is decoded
+        for member in here:
+            if _unless_diverged(member, partial(member.trainer.end_step, batch)):
                 _unless_diverged(member, member.trainer.save_if_due)
 
     def _validate(self, members: Sequence[Member]) -> list[Member]:
         """Score each head on the validation clips, in one pass over them. Returns: those that have a score."""
         sums = [ViewSums() for _ in members]
         for batch in self.val_loader.epoch() if members else ():
-            shared = self._share(batch, slice(0, len(batch.labels)))
-            for member, found in zip(members, sums, strict=True):
-                inputs, head = shared.inputs(member.reads), member.trainer.result_head
-                found.add_batch(head, batch, inputs, self.val_loader, self.precision)
+            for part in members[0].trainer.parts(batch):
+                self._add_scores(batch, part, members, sums)
             self._interrupt_if_asked()
         return [
             m
@@ -166,6 +168,15 @@ class SweepPass:
     def _score(self, member: Member, found: ViewSums) -> None:
         with told_of_training(member.trainer.steps_done):
             member.scores = scores_of([found], self.val_loader)
+
+    def _add_scores(
+        self, batch: Batch, part: slice, members: Sequence[Member], sums: Sequence[ViewSums]
+    ) -> None:
+        """Add what each head says of a part of a validation batch."""
+        shared = self._share(batch, part)
+        for member, found in zip(members, sums, strict=True):
+            inputs, head = shared.inputs(member.reads), member.trainer.result_head
+            found.add_batch(head, batch, inputs, self.val_loader, self.precision, part=part)
 
     def _share(self, batch: Batch, part: slice) -> SharedBatch:
         features = batch.features.part(part.start, part.stop).to(self.device)

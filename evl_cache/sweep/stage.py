@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from evl_cache.batches import samples_of_clips, served_samples
-from evl_cache.canonical_json import digest, json_text
+from evl_cache.canonical_json import json_text
 from evl_cache.errors import UsageError
-from evl_cache.processes import Processes, ProcessPlace, StopRequests
+from evl_cache.processes import Processes, StopRequests, giving_back_memory
 from evl_cache.runs import (
     RUNS_NAME,
     OnWait,
     RunFile,
     RunWriter,
-    check_maps,
     other_sides,
     read_run_config,
     samples_digest,
@@ -34,23 +33,17 @@ from evl_cache.sweep.account import (
     write_sweep,
 )
 from evl_cache.sweep.grid import SweepRun
-from evl_cache.sweep.memory import HeadMemory, head_memory, split_passes
+from evl_cache.sweep.memory import SharedRuns, plan_passes
 from evl_cache.sweep.shared_pass import OnPassStep, PlannedRun, SweepPass
 from evl_cache.train import (
     OPERATIONAL,
-    Loads,
-    Room,
     all_reads,
-    check_pair,
-    kept_nbytes,
+    check_caches,
     make_loaders,
-    run_config,
     shuffle_blocks,
     training_reads,
 )
 
-# Runs that differ in these see other batches, or the same ones otherwise: they are not trained in one pass.
-_OF_A_PASS = ("epochs", "steps", "batch", "accumulate", "precision", "shuffle_blocks")
 ProgressOfPass = Callable[[str], AbstractContextManager[OnPassStep]]
 
 
@@ -69,14 +62,6 @@ class _Data:
     writer: RunWriter
     on_note: Callable[[str], None]
     command: str | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Pass:
-    """Runs that are trained together, and the bytes of samples that are kept meanwhile."""
-
-    runs: Sequence[PlannedRun]
-    kept_nbytes: int
 
 
 def sweep(
@@ -112,7 +97,6 @@ def sweep(
         Interrupted where a signal asked to stop, after every state was kept.
     """
     started, out = time.monotonic(), Path(out)
-    check_pair(train_cache, val_cache)
     samples = samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips)
     for cache, rows in zip((train_cache, val_cache), samples, strict=True):
         served_samples(cache, rows)
@@ -148,7 +132,7 @@ def _in_passes(
         started: when the sweep did, by the monotonic clock, as if it had not been cut.
     """
     waiting = [p for p in planned if p.run.name not in errors and not is_done(data.folder / p.run.name)]
-    passes = _plan(waiting, data, memory_bytes)
+    passes = plan_passes(waiting, data.caches, data.samples, memory_bytes=memory_bytes, on_note=data.on_note)
     nbytes: list[int] = []
 
     def result() -> SweepResult:
@@ -221,52 +205,15 @@ def _planned(run: SweepRun, train_cache: FeatureCache, val_cache: FeatureCache) 
     blocks = shuffle_blocks(run.options, train_cache, resumed=None)
     run = replace(run, options=replace(run.options, shuffle_blocks=blocks))
     reads = training_reads(run.options, train_cache.spec)
-    for cache in (train_cache, val_cache):
-        check_maps(reads, cache)
+    check_caches((train_cache, val_cache), [reads])
     sides = {"train": train_cache, "val": val_cache}
     nbytes = {side: cache.buffers(slots=1, reads=reads).nbytes for side, cache in sides.items()}
     return PlannedRun(run=run, reads=reads, sample_nbytes=nbytes)
 
 
-def _plan(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) -> list[_Pass]:
-    """Split runs into passes: those that see the same batches, as many at once as memory holds."""
-    alike: dict[tuple[Any, ...], list[PlannedRun]] = {}
-    for planned in runs:
-        alike.setdefault(tuple(getattr(planned.run.options, name) for name in _OF_A_PASS), []).append(planned)
-    return [part for group in alike.values() for part in _fitting(group, data, memory_bytes)]
-
-
-def _fitting(runs: Sequence[PlannedRun], data: _Data, memory_bytes: int | None) -> list[_Pass]:
-    cache, rows, options = data.caches[0], data.samples[0], runs[0].run.options
-    batch = options.global_batch // options.accumulate
-    together = all_reads([p.reads for p in runs])
-    known: dict[str, HeadMemory] = {}
-
-    def memory(planned: PlannedRun) -> HeadMemory:
-        options = planned.run.options
-        config = run_config(cache, {}, options, planned.reads.layers)
-        key = digest([options.head, config.layers, config.head_config, options.ema])
-        if key not in known:  # runs that differ in their learning rate are measured once
-            served = rows[cache.is_valid[rows]][:1].tolist()
-            probe = cache.read_stored(served, planned.reads)
-            known[key] = head_memory(config.build, probe, options, batch=batch)
-        return known[key]
-
-    # Decoded to four bytes, and once more where heads normalise it; three batches as they are stored.
-    shared = batch * cache.buffers(slots=1, reads=together).nbytes * (2 * 4 + 3)
-    room = Room.of(options, ProcessPlace())
-    # Samples that are kept come first, and leave what the largest head needs, or what the user gives to heads.
-    largest = max(needs.state + needs.step for needs in map(memory, runs))
-    needed = shared + largest if memory_bytes is None else memory_bytes
-    loads = Loads.of(data.caches, data.samples, together)
-    kept = kept_nbytes(options, loads, room, ProcessPlace(), needed=needed, on_note=data.on_note)
-    left = room.for_steps(options, kept=kept)
-    passes = split_passes(runs, memory, room=left if memory_bytes is None else memory_bytes, shared=shared)
-    return [_Pass(runs=part, kept_nbytes=kept) for part in passes]
-
-
+@giving_back_memory
 def _train(
-    one: _Pass, together: Reads, data: _Data, *, stop: StopRequests, on_step: OnPassStep
+    one: SharedRuns, together: Reads, data: _Data, *, stop: StopRequests, on_step: OnPassStep
 ) -> dict[str, str]:
     """Train the runs of one pass. Returns: why runs ended early, by name."""
     options = one.runs[0].run.options

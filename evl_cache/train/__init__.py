@@ -3,11 +3,11 @@
 from evl_cache.train.batch_size import step_nbytes
 from evl_cache.train.head_reads import all_reads, training_reads
 from evl_cache.train.loaders import make_loaders, shuffle_blocks
-from evl_cache.train.memory import Loads, Room, kept_nbytes
+from evl_cache.train.memory import Loads, Room, StepNeeds, kept_nbytes, steps_beside_kept
 from evl_cache.train.needs import HeadNeeds
 from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, TrainOptions, options_of
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult, read_result
-from evl_cache.train.setup import check_pair, pair_differences, prepare_run, run_config, written_by_first
+from evl_cache.train.setup import check_caches, pair_differences, prepare_run, run_config, written_by_first
 from evl_cache.train.stage import train, train_with_loaders
 from evl_cache.train.step_loss import Diverged, told_of_training
 from evl_cache.train.trainer import Trainer
@@ -22,11 +22,12 @@ __all__ = [
     "OnNote",
     "OnStep",
     "Room",
+    "StepNeeds",
     "TrainOptions",
     "TrainResult",
     "Trainer",
     "all_reads",
-    "check_pair",
+    "check_caches",
     "kept_nbytes",
     "make_loaders",
     "options_of",
@@ -36,6 +37,7 @@ __all__ = [
     "run_config",
     "shuffle_blocks",
     "step_nbytes",
+    "steps_beside_kept",
     "told_of_training",
     "train",
     "train_with_loaders",

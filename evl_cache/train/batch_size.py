@@ -8,12 +8,29 @@ import torch
 
 from evl_cache.batches import DEFAULT_BATCH
 from evl_cache.errors import UsageError
-from evl_cache.heads import Head
+from evl_cache.heads import Head, SampleMasks
 from evl_cache.precision import tf32_as
-from evl_cache.processes import MEMORY_SHARE, Processes, peak_bytes, reset_peak
+from evl_cache.processes import (
+    MEMORY_SHARE,
+    Processes,
+    ProcessPlace,
+    give_back_memory,
+    peak_bytes,
+    reset_peak,
+)
 from evl_cache.runs import head_logits
 from evl_cache.store import StoredBatch
-from evl_cache.train.memory import GPU_SHARE, Loads, Room, keeps_on_host, kept_nbytes, may_be_recorded
+from evl_cache.train.memory import (
+    GPU_SHARE,
+    WEIGHED_SHARE,
+    Loads,
+    Room,
+    StepNeeds,
+    keeps_on_host,
+    kept_nbytes,
+    may_be_recorded,
+    steps_beside_kept,
+)
 from evl_cache.train.optimisation import Optimisation
 from evl_cache.train.options import TrainOptions
 
@@ -47,8 +64,7 @@ def share_out_memory(
 
     Raises: UsageError where not even one sample fits, or nothing is recorded.
     """
-    place, shared = processes.place, processes.place.world * options.accumulate
-    room, when = Room.of(options, place), "while looking for the largest batch"
+    shared, when = processes.place.world * options.accumulate, "while looking for the largest batch"
     if options.batch == "auto" and recorded is not None:
         found = processes.on_first(recorded, when)
         if not isinstance(found, int):
@@ -58,9 +74,8 @@ def share_out_memory(
     if options.batch == "auto" and cap < 2:
         options = replace(options, batch=shared)
     if options.batch != "auto":
-        needed = -(-min(options.global_batch, loads.most_samples) // shared) * _loaded(options, loads)
-        return options, kept_nbytes(options, loads, room, place, needed=needed, on_note=on_note)
-    mine, kept = _largest(options, build, probe(), loads, room, cap=cap, processes=processes)
+        return options, _kept_beside(options, build, probe, loads, processes.place, on_note)
+    mine, kept = _largest(options, build, probe(), loads, cap=cap, place=processes.place, on_note=on_note)
     passed = min(processes.gather(mine, when))
     if passed < 1:
         raise UsageError(
@@ -69,9 +84,25 @@ def share_out_memory(
     return replace(options, batch=passed * shared), kept
 
 
-def _loaded(options: TrainOptions, loads: Loads) -> int:
-    """Bytes that loaders hold for each sample of a pass, where the samples lie that are kept."""
-    return loads.on_host(options) if keeps_on_host(options) else loads.on_device(options)
+def _kept_beside(
+    options: TrainOptions,
+    build: Callable[[], Head],
+    probe: Callable[[], StoredBatch],
+    loads: Loads,
+    place: ProcessPlace,
+    on_note: Callable[[str], None],
+) -> int:
+    """Return the bytes of samples that are kept beside a batch that is given. A step is measured where they are many."""
+    samples, room = loads.in_pass(options, place), Room.of(options, place)
+    needed = float(loads.per_pass(options, place) * loads.beside_kept(options))
+    kept = kept_nbytes(options, loads, room, place, needed=needed)
+    free = room.host if keeps_on_host(options) or room.device is None else room.device
+    if kept > WEIGHED_SHARE * free and steps_beside_kept(options) and loads.num_samples:
+        step = _measured(build, probe(), options, cap=max(2, samples))
+        copies = 2 if may_be_recorded(options, place) else 1
+        needed += 0.0 if step is None else copies * step.of(samples)
+        room = Room.of(options, place)  # without what was loaded for the first step
+    return kept_nbytes(options, loads, room, place, needed=needed, on_note=on_note)
 
 
 def _largest(
@@ -79,27 +110,29 @@ def _largest(
     build: Callable[[], Head],
     features: StoredBatch,
     loads: Loads,
-    room: Room,
     *,
     cap: int,
-    processes: Processes,
+    place: ProcessPlace,
+    on_note: Callable[[str], None],
 ) -> tuple[int, int]:
     """Return the most samples of a pass, up to `cap`, and the bytes of samples that are kept beside them."""
-    place, on_gpu = processes.place, room.device is not None
+    on_gpu = torch.device(options.device).type != "cpu"
     is_recorded = may_be_recorded(options, place)
     least = min(cap, max(1, DEFAULT_BATCH // (place.world * options.accumulate)))
-    taken: tuple[float, float] | None = (0.0, 0.0)
-    if not on_gpu or is_recorded or (options.keep_in is not None and not keeps_on_host(options)):
-        taken = _measured(build, features, options, cap=cap)
-    fixed, each = (0.0, 0.0) if taken is None else taken
-    recorded = (fixed, each) if is_recorded else (0.0, 0.0)
-    needed = fixed + recorded[0] + least * (each + recorded[1] + _loaded(options, loads))
-    kept = kept_nbytes(options, loads, room, place, needed=needed)
-    if taken is None and not on_gpu:
+    found: StepNeeds | None = StepNeeds(fixed=0.0, each=0.0)
+    if not on_gpu or is_recorded or (options.keep_in is not None and steps_beside_kept(options)):
+        found = _measured(build, features, options, cap=cap)
+    room = Room.of(options, place)  # when what the first step loads is loaded
+    step = found or StepNeeds(fixed=0.0, each=0.0)
+    recorded = step if is_recorded else StepNeeds(fixed=0.0, each=0.0)
+    steps = step.of(least) + recorded.of(least) if steps_beside_kept(options) else 0.0
+    needed = steps + least * loads.beside_kept(options)
+    kept = kept_nbytes(options, loads, room, place, needed=needed, on_note=on_note)
+    if found is None and not on_gpu:
         return min(cap, DEFAULT_BATCH), kept
     left = MEMORY_SHARE * room.host - (kept if keeps_on_host(options) else 0)
     if not on_gpu:
-        return largest_within(left - fixed, each + loads.on_host(options), cap=cap), kept
+        return largest_within(left - step.fixed, step.each + loads.on_host(options), cap=cap), kept
     cap = largest_within(left, loads.on_host(options), cap=cap)
     reserved = 0 if keeps_on_host(options) else kept
     largest = largest_on_gpu(
@@ -107,16 +140,16 @@ def _largest(
         features,
         options,
         cap=cap,
-        reserved_nbytes=reserved + int(recorded[0]),
-        loaded_nbytes=loads.on_device(options) + int(recorded[1]),
+        reserved_nbytes=reserved + int(recorded.fixed),
+        loaded_nbytes=loads.on_device(options) + int(recorded.each),
     )
     return largest, kept
 
 
 def _measured(
     build: Callable[[], Head], features: StoredBatch, options: TrainOptions, *, cap: int
-) -> tuple[float, float] | None:
-    """Return what a step takes by itself, and for each sample of a pass; None where that cannot be told."""
+) -> StepNeeds | None:
+    """Return what a step takes; None where that cannot be told."""
     for sizes in (_SIZES, _SMALL_SIZES):
         try:
             return step_nbytes(build, features, options, sizes=(min(sizes[0], cap // 2), min(sizes[1], cap)))
@@ -187,30 +220,35 @@ def largest_that(fits: Callable[[int], bool], *, cap: int) -> int:
 
 def step_nbytes(
     build: Callable[[], Head], features: StoredBatch, options: TrainOptions, *, sizes: tuple[int, int]
-) -> tuple[float, float] | None:
-    """Measure a step with each of two batches: the bytes that it takes by itself, and those for each sample.
-
-    None where the system does not tell.
-    """
+) -> StepNeeds | None:
+    """Measure a step with each of two batches; None where the system does not tell what it takes."""
     device, taken = torch.device(options.device), []
+    training_step(build(), features, options, batch=1)  # what a process sets up once is no step's
     for size in sizes:
         if not reset_peak(device):
             return None
         before = peak_bytes(device)
         training_step(build(), features, options, batch=size)
         taken.append(peak_bytes(device) - before)
+    give_back_memory(device)
     each = max(0.0, (taken[1] - taken[0]) / (sizes[1] - sizes[0]))
-    return max(0.0, taken[0] - each * sizes[0]), each
+    return StepNeeds(fixed=max(0.0, taken[0] - each * sizes[0]), each=each)
 
 
 def training_step(head: Head, features: StoredBatch, options: TrainOptions, *, batch: int) -> None:
-    """Take one optimiser step of a head on a batch of `batch` samples, which are the given ones repeated."""
+    """Take an optimiser step of a head on a batch of `batch` samples, which are the given ones repeated.
+
+    One on a single sample comes first: from then on the optimiser has its moments, which most steps of a training take
+    beside everything else, and what is set up once is there.
+    """
     device = torch.device(options.device)
     head = head.to(device).train()
-    optimisation = Optimisation(head, options, total_steps=1)
-    optimisation.begin(0)
-    labels = torch.zeros(batch, dtype=torch.int64, device=device)
-    with tf32_as(options.precision, device):
-        logits = head_logits(head, features.to(device).repeated(batch), options.precision)
-        optimisation.backward(torch.nn.functional.cross_entropy(logits, labels))
-    optimisation.finish(0)
+    optimisation, masks = Optimisation(head, options, total_steps=2), SampleMasks(head)
+    for step, size in enumerate((1, batch)):
+        optimisation.begin(step)
+        labels = torch.zeros(size, dtype=torch.int64, device=device)
+        with tf32_as(options.precision, device), masks.of(torch.arange(size, device=device)):
+            logits = head_logits(head, features.to(device).repeated(size), options.precision)
+            optimisation.backward(torch.nn.functional.cross_entropy(logits, labels))
+        del logits
+        optimisation.finish(step)

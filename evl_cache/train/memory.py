@@ -1,4 +1,6 @@
-"""How a training shares out memory: the samples that it keeps come first, then the batch; what loaders hold is counted.
+"""How trainings and sweeps share out memory: one account of what is kept, what loaders hold, and what steps take.
+
+Samples that are kept come first, but leave what loaders and steps need; then heads of a sweep, or the batch.
 
 All sizes are of one process. A step has `accumulate` passes, and a loader holds the samples of whole steps.
 """
@@ -14,6 +16,9 @@ from evl_cache.processes import MEMORY_SHARE, ProcessPlace, available_bytes
 from evl_cache.store import FeatureCache, Reads
 from evl_cache.train.options import TrainOptions
 
+# Samples of more than this share of the free memory are weighed against a step of the batch that is given: measuring one
+# takes a second, and a step that needs all the rest would hardly fit without them.
+WEIGHED_SHARE = 0.25
 GPU_SHARE = 0.9  # of what fits: memory is fragmented differently in every step
 PINNED_ROUNDING = 2  # at most: torch rounds each piece of page-locked memory up to a power of two
 _CPU = torch.device("cpu")
@@ -42,9 +47,25 @@ class Room:
 
     def for_steps(self, options: TrainOptions, *, kept: int) -> float:
         """The bytes for training steps, where they are taken, beside samples that are kept."""
-        lie_there = self.device is None or not keeps_on_host(options)
         free = self.host if self.device is None else self.device
-        return MEMORY_SHARE * free - (kept if lie_there else 0)
+        return MEMORY_SHARE * free - (kept if steps_beside_kept(options) else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepNeeds:
+    """Bytes that training steps take, where they are taken.
+
+    Attributes:
+        fixed: of a step by itself, with the head, its gradients and what the optimiser keeps.
+        each: for each sample of a pass.
+    """
+
+    fixed: float
+    each: float
+
+    def of(self, samples: int) -> float:
+        """The bytes of a step whose passes have so many samples."""
+        return self.fixed + samples * self.each
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,10 +100,23 @@ class Loads:
             most_samples=max(num_samples, int(counts[1])),
         )
 
+    def per_pass(self, options: TrainOptions, place: ProcessPlace) -> int:
+        """Samples of a process's part of a batch that is given, for each of its passes: loaders hold all passes'."""
+        return -(-min(options.global_batch, self.most_samples) // (place.world * options.accumulate))
+
+    def in_pass(self, options: TrainOptions, place: ProcessPlace) -> int:
+        """The most samples of a forward pass of a batch that is given: a small data set may fill no more than one."""
+        mine = -(-min(options.global_batch, self.most_samples) // place.world)
+        return min(mine, -(-options.global_batch // (place.world * options.accumulate)))
+
     def on_host(self, options: TrainOptions) -> int:
         """Bytes that loaders hold in the computer's memory for each sample of a pass."""
         ring = RING if torch.device(options.device).type == "cpu" else DEVICE_RING * PINNED_ROUNDING
         return ring * self.kinds * options.accumulate * self.sample_nbytes
+
+    def beside_kept(self, options: TrainOptions) -> int:
+        """Bytes that loaders hold for each sample of a pass, where the samples lie that are kept."""
+        return self.on_host(options) if keeps_on_host(options) else self.on_device(options)
 
     def on_device(self, options: TrainOptions) -> int:
         """Bytes that loaders hold on a GPU for each sample of a pass."""
@@ -96,6 +130,11 @@ class Loads:
 def keeps_on_host(options: TrainOptions) -> bool:
     """Whether the samples that are kept lie in the computer's memory."""
     return options.keep_in == "ram" or torch.device(options.device).type == "cpu"
+
+
+def steps_beside_kept(options: TrainOptions) -> bool:
+    """Whether steps are taken in the memory where samples are kept, or would be."""
+    return torch.device(options.device).type == "cpu" or not keeps_on_host(options)
 
 
 def may_be_recorded(options: TrainOptions, place: ProcessPlace) -> bool:
@@ -128,9 +167,11 @@ def kept_nbytes(
     most = -(-loads.all_nbytes // sharing)
     told = KEPT_SHARE * free if options.keep_bytes is None else options.keep_bytes // sharing
     kept = max(0, int(min(most, told, share * free - needed)))
-    if options.keep_bytes is not None and kept < min(most, told):
+    asked = min(most, told)
+    if kept < (asked if options.keep_bytes is not None else min(asked, loads.sample_nbytes)):
+        of_told = f" of {options.keep_bytes / 1e9:.1f}" if options.keep_bytes is not None else ""
         on_note(
-            f"{kept * sharing / 1e9:.1f} of {options.keep_bytes / 1e9:.1f} GB are kept: {free / 1e9:.1f} GB are free, and "
-            f"steps and batches need {needed / 1e9:.1f} GB of them; a smaller --batch leaves more"
+            f"{kept * sharing / 1e9:.1f}{of_told} GB are kept: {free / 1e9:.1f} GB are free, and steps and batches need "
+            f"{needed / 1e9:.1f} GB of them; a smaller --batch leaves more"
         )
     return kept

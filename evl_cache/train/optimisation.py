@@ -6,13 +6,14 @@ The published recipe is AdamW that decays everything, cosine to zero (arXiv 2208
 import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from evl_cache.heads import Head
+from evl_cache.heads import Head, sample_keys
 from evl_cache.runs import HeadInputs, extremes, head_logits
 from evl_cache.train.options import TrainOptions
 
@@ -153,10 +154,56 @@ def parameter_groups(
     return groups + ([{"params": free, "weight_decay": 0.0}] if free else [])
 
 
-def seed_step(seed: int, step: int, rank: int) -> None:
-    """Seed what is random in a step (dropout) from the run's seed, the step and the rank.
+@dataclass(frozen=True, kw_only=True)
+class RandomState:
+    """How far torch's generators have come, of the CPU and of one device.
 
-    A continued run then draws what an uninterrupted one would, wherever it was cut.
+    Attributes:
+        device: whose generator it is, beside the CPU's.
+        cpu, gpu: the states; no other is there for a CPU.
     """
+
+    device: torch.device
+    cpu: torch.Tensor
+    gpu: torch.Tensor | None
+
+    @classmethod
+    def of(cls, device: torch.device) -> "RandomState":
+        """Return the state now. The device is not waited for."""
+        gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(device=device, cpu=torch.get_rng_state(), gpu=gpu)
+
+    def restore(self) -> None:
+        """Have the generators go on from here."""
+        torch.set_rng_state(self.cpu)
+        if self.gpu is not None:
+            torch.cuda.set_rng_state(self.gpu, self.device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRandom:
+    """What is random in a step. Nothing is kept of it, so a continued run draws what an uninterrupted one would.
+
+    Attributes:
+        seed: of the run.
+        step: from 0.
+        rank: of this process.
+    """
+
+    seed: int
+    step: int
+    rank: int
+
+    def keys(self, samples: np.ndarray) -> torch.Tensor:
+        """Return keys of samples (rows of the cache, int64 (B,)) for their masks of dropout, the same in any process."""
+        return sample_keys(self.seed, self.step, samples)
+
+    def begin(self) -> None:
+        """Seed torch's generators, for whatever else a head draws: that depends on the process."""
+        seed_step(self.seed, self.step, self.rank)
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Seed torch's generators from the run's seed, the step and the rank."""
     drawn = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0]
     torch.manual_seed(int(drawn) >> 1)

@@ -42,7 +42,7 @@ class TrainOptions:
         num_heads: attention heads; channels / 64 by default.
         epochs, steps: length; exactly one of them.
         batch: samples of an optimiser step, in all processes; `auto` is the largest that fits.
-        accumulate: forward passes that a step is split into.
+        accumulate: forward passes that a step is split into, which change it by rounding alone.
         lr: its peak; from there it falls to zero as a cosine.
         warmup_steps: steps in which it rises linearly from zero.
         weight_decay: of AdamW.

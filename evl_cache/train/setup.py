@@ -1,7 +1,7 @@
 """What is settled before a run: whether its caches belong together, what it is, and that its directory is free."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,6 +23,7 @@ from evl_cache.runs import (
     RunFile,
     RunWriter,
     check_no_others_files,
+    check_reads,
     feature_differences,
     other_sides,
     read_run_config,
@@ -32,6 +33,7 @@ from evl_cache.runs import (
     writing,
 )
 from evl_cache.spec import CacheSpec
+from evl_cache.store import Reads
 from evl_cache.train.again import not_as_it_was
 from evl_cache.train.options import OPERATIONAL, TrainOptions
 
@@ -46,13 +48,26 @@ def pair_differences(train: CacheSpec, val: CacheSpec) -> list[str]:
     return differing
 
 
-def check_pair(train_cache: Source, val_cache: Source) -> None:
-    """Refuse two caches that do not belong together. Raises: UsageError that says why."""
+def check_caches(caches: Sequence[Source], reads: Iterable[Reads]) -> None:
+    """Refuse caches of the two sides that do not belong together, or of which one lacks what heads read.
+
+    Whatever trains asks this of both sides alike before its first step: a validation that fails would lose an epoch.
+
+    Args:
+        caches: to train on and to validate on.
+        reads: what each head reads.
+
+    Raises: UsageError that says why.
+    """
+    train_cache, val_cache = caches
     differing = pair_differences(train_cache.spec, val_cache.spec)
     if differing:
         raise UsageError(
             f"{train_cache.place} and {val_cache.place} do not belong together: {'; '.join(differing)}"
         )
+    for of_head in reads:
+        for cache in caches:
+            check_reads(of_head, cache)
 
 
 def run_config(

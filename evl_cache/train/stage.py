@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from evl_cache.batches import Loader, samples_of_clips, served_samples
-from evl_cache.processes import Processes, training_environment
-from evl_cache.runs import OnWait, RunWriter, check_maps, load_state, read_run_config
+from evl_cache.processes import Processes, giving_back_memory, training_environment
+from evl_cache.runs import OnWait, RunWriter, load_state, read_run_config
 from evl_cache.store import FeatureCache, Indices
 from evl_cache.train.batch_size import share_out_memory
 from evl_cache.train.head_reads import training_reads
@@ -13,12 +13,13 @@ from evl_cache.train.loaders import make_loaders, shuffle_blocks
 from evl_cache.train.memory import Loads
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult
-from evl_cache.train.setup import check_pair, prepare_run, run_config, written_by_first
+from evl_cache.train.setup import check_caches, prepare_run, run_config, written_by_first
 from evl_cache.train.trainer import Trainer
 
 __all__ = ["TrainOptions", "TrainResult", "Trainer", "train", "train_with_loaders"]
 
 
+@giving_back_memory
 def train(
     train_cache: FeatureCache,
     val_cache: FeatureCache,
@@ -53,10 +54,8 @@ def train(
         process writes it; Interrupted where a signal asked to stop, after the state was kept.
     """
     out, processes = Path(out), processes or Processes()
-    check_pair(train_cache, val_cache)
     reads = training_reads(options, train_cache.spec)
-    for cache in (train_cache, val_cache):
-        check_maps(reads, cache)
+    check_caches((train_cache, val_cache), [reads])
     samples = (samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips))
     served, _ = served_samples(train_cache, samples[0]), served_samples(val_cache, samples[1])
     with written_by_first(out, processes, on_wait) as writer:

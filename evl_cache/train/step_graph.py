@@ -17,6 +17,7 @@ from torch import nn
 from evl_cache.batches import Batch
 from evl_cache.processes import Processes
 from evl_cache.store import StoredBatch
+from evl_cache.train.optimisation import StepRandom
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.passes import Passes, moved_labels
 from evl_cache.train.recorder import Compute, Recorder, first_difference, recorder_of, tolerance_of
@@ -33,6 +34,7 @@ class _Recording:
     Attributes:
         features, labels: where it reads them.
         is_own: they are memory of its own, into which batches are copied.
+        keys: where it reads keys of samples, always memory of its own.
         compute: the step as it is without a recording.
         replay: takes the recorded step.
         loss: where its loss is then.
@@ -43,6 +45,7 @@ class _Recording:
     features: StoredBatch
     labels: torch.Tensor
     is_own: bool
+    keys: torch.Tensor
     compute: Compute
     replay: Callable[[], None]
     loss: torch.Tensor
@@ -90,11 +93,11 @@ class StepGraph:
         self._warm_up, self._left = WARM_UP_STEPS, MOST_RECORDINGS
         self._is_given_up = False
 
-    def loss(self, batch: Batch, seed: Callable[[], None]) -> torch.Tensor | None:
+    def loss(self, batch: Batch, random: StepRandom) -> torch.Tensor | None:
         """Take the passes of a step, whose parameters have no gradients yet.
 
         Args:
-            seed: seeds what is random in it.
+            random: what is random in it.
 
         Returns: its loss, which the next step may overwrite; None where the passes are still to be taken, as of a
             batch that is not whole.
@@ -106,7 +109,7 @@ class StepGraph:
             self._warm_up -= 1
             return None
         try:
-            return self._replayed(batch, seed)
+            return self._replayed(batch, random)
         except Exception as error:  # the passes can be taken without; what is wrong with them, they say
             self._is_given_up = True
             self._on_note(f"no CUDA graph of the step, training goes on without ({_reason(error)})")
@@ -114,12 +117,13 @@ class StepGraph:
         self.forget()
         return None
 
-    def _replayed(self, batch: Batch, seed: Callable[[], None]) -> torch.Tensor:
+    def _replayed(self, batch: Batch, random: StepRandom) -> torch.Tensor:
         """Take a step by its recording, or by both ways until that is proved. Returns: its loss."""
-        recording = self._recording(batch, seed)
+        recording = self._recording(batch, random)
+        recording.keys.copy_(self._passes.keys(batch, random))
         if recording.proofs < PROOFS:
-            return self._proved(recording, seed)
-        seed()
+            return self._proved(recording, random)
+        random.begin()
         recording.replay()
         self._set_gradients(recording.gradients)
         return recording.loss
@@ -130,7 +134,7 @@ class StepGraph:
         self._take_gradients()
         self._recorder.forget()
 
-    def _recording(self, batch: Batch, seed: Callable[[], None]) -> _Recording:
+    def _recording(self, batch: Batch, random: StepRandom) -> _Recording:
         """Return the recording that takes a batch, which is new where there is none."""
         found = self._recordings.get(batch.slot)
         if found is not None and found.takes(batch):
@@ -139,10 +143,10 @@ class StepGraph:
             raise RuntimeError(f"batches lay in {MOST_RECORDINGS} places, and now in another")
         self._left -= 1
         self._recordings.pop(batch.slot, None)
-        made = self._recordings[batch.slot] = self._made(batch, seed)
+        made = self._recordings[batch.slot] = self._made(batch, random)
         return made
 
-    def _made(self, batch: Batch, seed: Callable[[], None]) -> _Recording:
+    def _made(self, batch: Batch, random: StepRandom) -> _Recording:
         # The addresses are kept, whatever batch lies there: `to` gives the tensors without the batch's hold on them.
         features, labels, is_own = batch.features.to(batch.labels.device), batch.labels, batch.slot is None
         if is_own:
@@ -150,33 +154,36 @@ class StepGraph:
             features = features.to(device).repeated(len(labels))  # in new memory
             labels = moved_labels(labels, device).clone()
 
-        def compute() -> torch.Tensor:
-            return self._passes.take(self._passes.inputs(features), labels, len(labels))
+        keys = self._passes.keys(batch, random).clone()
 
-        seed()
+        def compute() -> torch.Tensor:
+            return self._passes.take(self._passes.inputs(features), labels, len(labels), keys=keys)
+
+        random.begin()
         self._recorder.apart(compute)
         self._take_gradients()
-        seed()
+        random.begin()
         loss, replay = self._recorder.record(compute)
         return _Recording(
             features=features,
             labels=labels,
             is_own=is_own,
+            keys=keys,
             compute=compute,
             replay=replay,
             loss=loss,
             gradients=self._take_gradients(),
         )
 
-    def _proved(self, recording: _Recording, seed: Callable[[], None]) -> torch.Tensor:
+    def _proved(self, recording: _Recording, random: StepRandom) -> torch.Tensor:
         """Take a step both ways. Returns: the loss of the one without a recording, whose gradients count.
 
         Raises: RuntimeError where the two differ.
         """
-        seed()
+        random.begin()
         loss = self._recorder.apart(recording.compute)
         gradients = self._take_gradients()
-        seed()
+        random.begin()
         recording.replay()
         names = ["loss", *(f"gradient of {name}" for name in self._parameters)]
         found, expected = [recording.loss, *recording.gradients], [loss, *gradients]

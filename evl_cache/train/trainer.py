@@ -5,10 +5,9 @@ A step is the same in both: batch k of an epoch holds the same samples, and its 
 
 import signal
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ import torch
 from evl_cache.batches import Batch, Loader
 from evl_cache.errors import EvlCacheError
 from evl_cache.heads import Head
-from evl_cache.precision import tf32_as
 from evl_cache.processes import Interrupted, Processes, StopRequests
 from evl_cache.runs import (
     HeadInputs,
@@ -33,7 +31,7 @@ from evl_cache.runs import (
     write_json,
     write_report,
 )
-from evl_cache.train.optimisation import Optimisation, seed_step
+from evl_cache.train.optimisation import Optimisation
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.passes import Passes
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, RunState, TrainResult
@@ -44,9 +42,9 @@ from evl_cache.train.step_loss import Diverged, LossReader, StepLoss, told_of_tr
 class Trainer:
     """The training of one run: steps, metrics, last state.
 
-    `run` does all of it. A sweep drives several instead, batch by batch: `begin`, `parts` and `step`, `end_epoch`,
-    `finish`. On a GPU the loss of a step is read when the next one has been given; `settle` reads it at once, and nothing
-    is saved, scored or ended before that.
+    `run` does all of it. A sweep drives several instead, by the parts of each batch: `begin`, `take_part`, `end_step`,
+    `end_epoch`, `finish`. On a GPU the loss of a step is read when the next one has been given; `settle` reads it at once,
+    and nothing is saved, scored or ended before that.
 
     Args:
         config: of the run.
@@ -88,17 +86,14 @@ class Trainer:
         self._model = self.processes.wrap(self.head, some_unused=self.head.has_idle_parameters)
         self._optimisation = Optimisation(self.head, options, total_steps=self.total_steps)
         self._passes = Passes(self._model, self._optimisation, options, self.processes)
-        graph = (
+        self._graph = (
             step_graph(self._passes, self.head, options, self.processes, on_note) if records_steps else None
         )
-        self._graph = graph
-        self._state = RunState()
+        self._state, self._stop, self._writer = RunState(), stop or StopRequests(), writer
         self._began: float | None = None
         self._seconds_before = 0.0
-        self._stop = stop or StopRequests()
         self._losses = LossReader(self.processes, self._stop, self.device)
         self._on_loss: Callable[[StepLoss], None] = lambda loss: None
-        self._writer = writer
         self._log = RunLog(out if self.processes.place.is_first else None, tensorboard=options.tensorboard)
 
     @property
@@ -173,21 +168,23 @@ class Trainer:
                 self.val_loader,
                 device=self.device,
                 precision=self.options.precision,
+                parts=self.parts,
                 on_batch=on_batch,
                 gather=lambda sums: self.processes.gather(sums, "in validation"),
             )
 
     def _train_epoch(self, on_step: OnStep, on_bottleneck: OnBottleneck) -> str:
         """Train the rest of the epoch, or of the run. Returns: what it waited for."""
-        state, loader = self._state, self.train_loader
-        if state.step >= self.total_steps:
+        state, loader, total = self._state, self.train_loader, self.total_steps
+        if state.step >= total:
             return "device"
         started = before = time.monotonic()
 
         def on_loss(loss: StepLoss) -> None:
             on_bottleneck(loader.times.bottleneck(time.monotonic() - started))
-            on_step(loss.step, self.total_steps, loss.value)
+            on_step(loss.step, total, loss.value)
 
+        # It must not name the trainer: each would hold the other, and samples that are kept would stay after the run.
         self._on_loss = on_loss
         for batch in loader.epoch(state.epoch, start_batch=state.batches):
             state.epoch_seconds += time.monotonic() - before  # a step counts its own; to save is no training
@@ -216,28 +213,35 @@ class Trainer:
         """Split a batch into the samples of each forward pass."""
         return self._passes.parts(batch)
 
-    def step(self, batch: Batch, inputs: Iterable[HeadInputs] | None = None) -> None:
+    def step(self, batch: Batch) -> None:
         """Give the device one optimiser step, and read the loss of the one before, or on a CPU this one's.
-
-        Args:
-            inputs: what the head reads of each of the batch's parts, on the device; by default they are moved there.
 
         Raises: as `settle`.
         """
         started = time.monotonic()
-        state, place, when = self._state, self.processes.place, f"at step {self._state.step + 1}"
-        self._model.train()
-        seed = partial(seed_step, self.options.seed, state.step, place.rank)
-        self._optimisation.begin(state.step)
-        with self.processes.watched(when), tf32_as(self.options.precision, self.device):
-            total = None if self._graph is None or inputs is not None else self._graph.loss(batch, seed)
+        with self._passes.of_step(self._state.step, is_begun=False) as random:
+            total = None if self._graph is None else self._graph.loss(batch, random)
             if total is None:
-                seed()
-                total = self._passes.run(batch, inputs)
+                random.begin()
+                total = self._passes.run(batch, random)
+        self._state.epoch_seconds += time.monotonic() - started
+        self.end_step(batch, total)
+
+    def take_part(self, batch: Batch, part: slice, inputs: HeadInputs) -> None:
+        """Take the pass of one of a batch's parts, from what the head reads of it on the device."""
+        started = time.monotonic()
+        with self._passes.of_step(self._state.step, is_begun=part.start > 0) as random:
+            self._passes.add(batch, part, inputs, random)
+        self._state.epoch_seconds += time.monotonic() - started
+
+    def end_step(self, batch: Batch, total: torch.Tensor | None = None) -> None:
+        """End a step whose passes were taken; its loss is `total`, or that of the parts. Raises: as `step`."""
+        state, started = self._state, time.monotonic()
         self._optimisation.finish(state.step)
         state.step += 1
         # A head of a sweep that diverges never goes on from its state: that needs no proof.
-        proof = self._passes.proof(batch) if self._is_save_due() and inputs is None else None
+        proof = self._passes.proof(batch) if self._is_save_due() and total is not None else None
+        total = self._passes.added() if total is None else total
         loss = self._losses.give(state.step, total, self._optimisation.health(proof), batch.total)
         state.batches = batch.number + 1
         state.epoch_samples += batch.total

@@ -98,7 +98,7 @@ def test_what_layer_tokens_share_is_what_the_values_say():
     layer, other = LayerTokens(stored), LayerTokens(stored)
     alone = other.class_tokens  # before anything else is decoded
     assert torch.equal(alone, layer.values[:, :, 0]) and torch.equal(layer.class_tokens, alone)
-    assert "values" not in other.__dict__
+    assert not other.has_values
     torch.testing.assert_close(layer.mean, layer.values.flatten(1, 2).mean(1))
     normed = torch.nn.LayerNorm(16, elementwise_affine=False)(layer.values)
     torch.testing.assert_close(layer.unit, normed)

@@ -1,6 +1,10 @@
 """Recorders of a CPU, which take a computation again where a GPU would replay it: rightly, wrongly, or not at all."""
 
+from unittest import mock
+
 import torch
+
+from evl_cache.heads.dropout import Dropout, SampleMasks
 
 
 class FakeRecorder:
@@ -66,7 +70,21 @@ class Unseeded(FakeRecorder):
 
     def replay(self, compute, loss, gradients):
         torch.manual_seed(1234)
-        super().replay(compute, loss, gradients)
+        with mock.patch.object(Dropout, "forward", torch.nn.Dropout.forward):
+            super().replay(compute, loss, gradients)
+
+
+class Unkeyed(FakeRecorder):
+    """Replays with keys that are not those of the batch's samples."""
+
+    def replay(self, compute, loss, gradients):
+        real = SampleMasks._factors
+
+        def factors(masks, number, probability, keys, like):
+            return real(masks, number, probability, torch.zeros_like(keys), like)
+
+        with mock.patch.object(SampleMasks, "_factors", factors):
+            super().replay(compute, loss, gradients)
 
 
 class Adding(FakeRecorder):

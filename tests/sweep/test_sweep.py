@@ -112,7 +112,7 @@ def test_sixteen_heads_read_and_decode_what_one_does(caches, tmp_path, monkeypat
     runs = expand(grids, {**COMMON, "epochs": 1})
     assert len(runs) == 16
     alone, together = tmp_path / "alone", tmp_path / "sweep"
-    monkeypatch.setattr("evl_cache.sweep.stage.head_memory", lambda *a, **k: HeadMemory(state=0, step=0))
+    monkeypatch.setattr("evl_cache.sweep.memory.head_memory", lambda *a, **k: HeadMemory(state=0, step=0))
     with counted() as one:
         train(*caches, options=runs[0].options, out=alone)
     with counted() as shared:

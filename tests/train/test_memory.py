@@ -13,7 +13,7 @@ from evl_cache.errors import UsageError
 from evl_cache.processes import MEMORY_SHARE, Processes, ProcessPlace
 from evl_cache.store import FeatureCache, Reads
 from evl_cache.train.batch_size import share_out_memory
-from evl_cache.train.memory import GPU_SHARE, PINNED_ROUNDING, Loads
+from evl_cache.train.memory import GPU_SHARE, PINNED_ROUNDING, WEIGHED_SHARE, Loads, StepNeeds
 from evl_cache.train.stage import TrainOptions
 from tests.support.feature_caches import write_pair
 
@@ -44,7 +44,7 @@ def machine(monkeypatch):
 
     def step_nbytes(build, features, options, *, sizes):
         assert 1 <= sizes[0] < sizes[1]
-        return FIXED, EACH
+        return StepNeeds(fixed=FIXED, each=EACH)
 
     def training_step(head, features, options, *, batch):
         if sum(taken) + FIXED + batch * EACH > free["cuda"]:
@@ -71,11 +71,17 @@ def machine(monkeypatch):
     return free
 
 
-def shared_out(options, processes=None, loads=LOADS):
+def shared_out(options, processes=None, loads=LOADS, on_note=lambda message: None):
     """Returns: samples of a pass in one process, and the bytes that it keeps."""
     processes = processes or Processes()
     found, kept = share_out_memory(
-        options, build=lambda: None, probe=lambda: None, loads=loads, recorded=None, processes=processes
+        options,
+        build=lambda: None,
+        probe=lambda: None,
+        loads=loads,
+        recorded=None,
+        processes=processes,
+        on_note=on_note,
     )
     shared = processes.place.world * options.accumulate
     assert found.batch % shared == 0
@@ -149,10 +155,38 @@ def test_a_few_samples_are_kept_whole_and_the_batch_gets_the_rest(machine):
 
 def test_a_batch_that_is_given_is_counted_too(machine):
     machine["cpu"] = 8_000 * MB
-    options = replace(OPTIONS, batch=256, keep_in="ram")
-    assert shared_out(options) == (256, int(MEMORY_SHARE * 8_000 * MB - 256 * RING * SAMPLE))
-    assert shared_out(replace(options, keep_bytes=10 * MB)) == (256, 10 * MB)
-    assert shared_out(replace(options, keep_in=None)) == (256, 0)
+    options = replace(OPTIONS, batch=64, keep_in="ram")
+    needed = 64 * RING * SAMPLE + FIXED + 64 * EACH
+    assert shared_out(options) == (64, int(MEMORY_SHARE * 8_000 * MB - needed))
+    assert shared_out(replace(options, keep_bytes=10 * MB)) == (64, 10 * MB)
+    assert shared_out(replace(options, keep_in=None)) == (64, 0)
+
+
+def test_few_samples_beside_a_batch_that_is_given_are_kept_without_measuring_a_step(machine, monkeypatch):
+    machine["cpu"] = 8_000 * MB
+    monkeypatch.setattr(batch_size, "step_nbytes", None)
+    few = replace(LOADS, all_nbytes=int(0.9 * WEIGHED_SHARE * 8_000 * MB))
+    assert shared_out(replace(OPTIONS, batch=64, keep_in="ram"), loads=few) == (64, few.all_nbytes)
+
+
+def test_the_passes_of_a_batch_that_is_given_are_counted_as_the_data_fill_them(machine):
+    machine["cpu"] = 8_000 * MB
+    few = replace(LOADS, num_samples=100, most_samples=100)
+    options = replace(
+        OPTIONS, batch=1024, accumulate=4, keep_in="ram"
+    )  # a pass of up to 256: all in the first
+    needed = 100 * RING * SAMPLE + FIXED + 100 * EACH
+    assert shared_out(options, loads=few)[1] == int(MEMORY_SHARE * 8_000 * MB - needed)
+
+
+@pytest.mark.parametrize("batch", [256, "auto"])
+def test_samples_for_which_nothing_is_left_are_told_of(machine, batch):
+    machine["cpu"] = 2_000 * MB
+    said = []
+    options = replace(OPTIONS, batch=batch, keep_in="ram")
+    assert shared_out(options, on_note=said.append)[1] == 0
+    (line,) = said
+    assert line.startswith("0.0 GB are kept: 2.0 GB are free")
 
 
 def test_processes_of_a_computer_share_what_is_kept_in_its_memory(machine):
@@ -177,7 +211,7 @@ def test_a_gpu_too_small_for_the_measured_batches_is_measured_on_smaller_ones(ma
         tried.append(sizes)
         if len(tried) == 1:
             raise torch.OutOfMemoryError
-        return FIXED, EACH
+        return StepNeeds(fixed=FIXED, each=EACH)
 
     monkeypatch.setattr(batch_size, "step_nbytes", step_nbytes)
     batch, _ = shared_out(replace(OPTIONS, device=DEVICE, keep_in="device"))
@@ -205,10 +239,7 @@ def test_a_batch_larger_than_the_data_leaves_room_for_what_was_told_to_be_kept(m
     machine["cpu"] = 60_000 * MB
     few = replace(LOADS, all_nbytes=500 * SAMPLE, num_samples=400, most_samples=400)
     options = replace(OPTIONS, batch=2048, keep_in="ram", keep_bytes=20_000 * MB)
-    _, kept = share_out_memory(
-        options, build=None, probe=None, loads=few, recorded=None, processes=Processes()
-    )
-    assert kept == few.all_nbytes
+    assert shared_out(options, loads=few)[1] == few.all_nbytes
 
 
 def test_what_was_told_to_be_kept_is_cut_with_a_word(machine):
@@ -216,15 +247,7 @@ def test_what_was_told_to_be_kept_is_cut_with_a_word(machine):
     options = replace(OPTIONS, batch=64, keep_in="ram", keep_bytes=50_000 * MB)
     said = []
     loads = replace(LOADS, all_nbytes=10_000 * SAMPLE)
-    _, kept = share_out_memory(
-        options,
-        build=None,
-        probe=None,
-        loads=loads,
-        recorded=None,
-        processes=Processes(),
-        on_note=said.append,
-    )
+    _, kept = shared_out(options, loads=loads, on_note=said.append)
     assert kept < 50_000 * MB
     (line,) = said
     assert line.startswith(f"{kept / 1e9:.1f} of 50.0 GB are kept: 60.0 GB are free")

@@ -10,7 +10,7 @@ import evl_cache.train.optimisation as module
 from evl_cache.batches import FeatureLoader, samples_of_clips
 from evl_cache.heads import build_head
 from evl_cache.processes import Processes
-from evl_cache.train.optimisation import Optimisation, takes_fused
+from evl_cache.train.optimisation import Optimisation, StepRandom, takes_fused
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.passes import Passes
 from tests.support.feature_caches import write_cache
@@ -104,7 +104,7 @@ def test_no_step_waits_for_the_device(cache, monkeypatch, head, how):
         for step, batch in zip(range(2), loader.epoch(), strict=False):
             waits.found.clear()  # what a first step sets up may wait
             optimisation.begin(step)
-            passes.run(batch)
+            passes.run(batch, StepRandom(seed=0, step=step, rank=0))
             optimisation.finish(step)
     assert waits.found == []
 

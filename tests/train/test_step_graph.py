@@ -14,12 +14,12 @@ from evl_cache.errors import UsageError
 from evl_cache.heads import build_head
 from evl_cache.processes import Processes, ProcessPlace
 from evl_cache.runs.directory import load_state
-from evl_cache.train.optimisation import Optimisation, seed_step
+from evl_cache.train.optimisation import Optimisation, StepRandom
 from evl_cache.train.passes import Passes
 from evl_cache.train.recorder import first_difference, recorder_of
 from evl_cache.train.stage import TrainOptions, train
 from evl_cache.train.step_graph import MOST_RECORDINGS, PROOFS, WARM_UP_STEPS, StepGraph, step_graph
-from tests.support.fake_recorder import Adding, Constant, FakeRecorder, OutOfMemory, Unable, Unseeded
+from tests.support.fake_recorder import Adding, Constant, FakeRecorder, OutOfMemory, Unable, Unkeyed, Unseeded
 from tests.support.feature_caches import write_cache, write_pair
 
 OPTIONS = TrainOptions(
@@ -105,7 +105,7 @@ def test_a_recorded_training_is_the_training(caches, tmp_path, recorded, monkeyp
     assert events == [*RECORDING, *PROOF * PROOFS, *REPLAY * replays] and replays > 0
 
 
-@pytest.mark.parametrize("wrong", [Constant, Unseeded, Adding])
+@pytest.mark.parametrize("wrong", [Constant, Unseeded, Unkeyed, Adding])
 def test_a_wrong_replay_is_never_used(caches, tmp_path, recorded, wrong):
     plain, _ = run(caches, tmp_path / "plain")
     events = recorded(wrong)
@@ -226,15 +226,13 @@ class Steps:
         """Take a step with both; returns what the recorder did."""
         before, losses = len(self.recorder.events), []
 
-        def seed():
-            seed_step(5, self.step, 0)
-
+        random = StepRandom(seed=5, step=self.step, rank=0)
         for place, (_, optimisation, passes) in enumerate(self.sides):
             optimisation.begin(self.step)
-            loss = self.graph.loss(batch, seed) if place == 0 else None
+            loss = self.graph.loss(batch, random) if place == 0 else None
             if loss is None:
-                seed()
-                loss = passes.run(batch)
+                random.begin()
+                loss = passes.run(batch, random)
             optimisation.finish(self.step)
             losses.append(float(loss))
         self.step += 1
@@ -292,7 +290,13 @@ def test_a_smaller_batch_between_recorded_ones_changes_nothing(tmp_path):
     for epoch in range(4):
         for batch in steps.loader.epoch(epoch):
             steps.take(batch)
-            smaller = replace(batch, features=batch.features.part(0, 3), labels=batch.labels[:3], total=3)
+            smaller = replace(
+                batch,
+                features=batch.features.part(0, 3),
+                labels=batch.labels[:3],
+                samples=batch.samples[:3],
+                total=3,
+            )
             assert steps.take(smaller) == []
     assert steps.recorder.events[-1] == "replay"
 

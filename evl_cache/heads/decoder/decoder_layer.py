@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from evl_cache.heads.decoder.fast_attention import attend, setting_for
+from evl_cache.heads.decoder.products import without_autocast
 from evl_cache.heads.decoder.tensors import Setting, SharedTensors, StoredMaps, StoredTokens
 from evl_cache.heads.decoder.workspace import Workspace
+from evl_cache.heads.dropout import Dropout
 
 
 class QuickGELU(nn.Module):
@@ -41,7 +43,7 @@ class LayerParameters(nn.Module):
         self.out_proj = nn.Linear(qkv_width, width)
         self.fc1 = nn.Linear(width, config["mlp_width"])
         self.fc2 = nn.Linear(config["mlp_width"], width)
-        self.mlp_dropout = nn.Dropout(config["dropout"])
+        self.mlp_dropout = Dropout(config["dropout"])
         self.activation = QuickGELU()
         if config["temporal_conv"]:
             self.conv = nn.Conv1d(width, width, kernel_size=3, padding=1, groups=width)
@@ -104,9 +106,9 @@ class DecoderLayer(LayerParameters):
         by_head = (self.num_heads, -1, x.shape[-1])  # (H,D,C)
         # In the parameters' dtype under autocast too: rounded queries would err more than all the rest of a weight, and one
         # row a clip costs nothing.
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             x = x.to(self.q_proj.weight.dtype)
-            query = self.q_proj(x).view(len(x), self.num_heads, -1)  # (B,H,D)
+            query = self.q_proj(x).unflatten(-1, (self.num_heads, -1))  # (B,H,D)
             carried = torch.einsum("bhd,hdc->bhc", query, self.k_proj.weight.view(by_head))
             # The key bias moves all logits of a head alike, so nothing depends on it: its gradient is zero.
             carried = carried + 0 * self.k_proj.bias.sum()

@@ -14,6 +14,7 @@ from evl_cache.errors import UsageError
 from evl_cache.heads.decoder.decoder_layer import DecoderLayer
 from evl_cache.heads.decoder.tensors import stored_maps, stored_tokens
 from evl_cache.heads.decoder.workspace import Workspace
+from evl_cache.heads.dropout import Dropout
 from evl_cache.heads.head import MODULES, Head, Maps, Tokens, check_floating, check_shape, stored_values
 
 
@@ -107,7 +108,7 @@ class EVLHead(Head):
         self.class_query = nn.Parameter(torch.zeros(width))
         self.layers = nn.ModuleList(DecoderLayer(self.config) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.classifier = nn.Linear(width, num_classes)
 
     def forward(self, tokens: Sequence[Tokens], maps: Sequence[Maps] | None = None) -> Tensor:
@@ -123,7 +124,7 @@ class EVLHead(Head):
         Raises: UsageError for a list or shape that is not this head's.
         """
         self.check_tokens(tokens)
-        clips = len(stored_values(tokens[0]))
+        clips = stored_values(tokens[0]).shape[0]
         if self.reads_maps:
             self._check_maps(clips, maps)
         x = self.class_query.expand(clips, -1)  # (B,C)

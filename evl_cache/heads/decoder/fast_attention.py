@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from evl_cache.heads.decoder.paths import path_for
+from evl_cache.heads.decoder import differentiable
+from evl_cache.heads.decoder.paths import are_closed, path_for
+from evl_cache.heads.decoder.products import without_autocast
 from evl_cache.heads.decoder.tensors import (
     ClipTensors,
     LayerTensors,
@@ -27,13 +28,14 @@ from evl_cache.heads.decoder.tensors import (
     StoredTokens,
 )
 from evl_cache.heads.decoder.workspace import Workspace
+from evl_cache.heads.tracing import is_many
 
 
 def setting_for(parameter: Tensor, *, grid: tuple[int, int], epsilon: float, workspace: Workspace) -> Setting:
     """Return the setting of a pass: sums in the parameter's dtype or float32, products in autocast's dtype if it is on."""
     device, dtype = parameter.device.type, parameter.dtype
     sums = torch.promote_types(dtype, torch.float32)
-    if torch.is_autocast_enabled(device) and sums == torch.float32:
+    if device != "meta" and torch.is_autocast_enabled(device) and sums == torch.float32:
         dtype = torch.get_autocast_dtype(device)
     return Setting(
         grid=grid,
@@ -60,7 +62,7 @@ def attend(
         shared: what the temporal modules add to tokens, in the dtype of sums; without tables where `maps` is None.
         setting: of the pass.
 
-    Returns: (B, H, C) in the dtype of sums, differentiable once in everything floating.
+    Returns: (B, H, C) in the dtype of sums, differentiable in everything floating.
     """
     query = query.to(setting.sums)
     # Normalised tokens have mean zero over channels, so the query's mean has no effect on logits.
@@ -73,6 +75,8 @@ def attend(
         maps=None if maps is None else maps.maps,
         row_max=None if maps is None else maps.row_max,
     )
+    if are_closed(setting, LayerTensors(clips, shared)):
+        return differentiable.attended(setting, LayerTensors(clips, shared))
     # As plain arguments, since torch differentiates in no others.
     attended: Tensor = _Attend.apply(setting, *clips, *shared)
     return attended
@@ -85,19 +89,20 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, setting: Setting, *tensors: Tensor | None) -> Tensor:
         inputs = _gathered(tensors)
         path = path_for(setting, inputs)
-        with torch.autocast(setting.device.type, enabled=False):
+        with without_autocast(setting.device):
             mean, kept = path.forward(setting, inputs)
         ctx.setting, ctx.path = setting, path
         ctx.save_for_backward(*tensors, *kept)
         return mean
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         saved, names = ctx.saved_tensors, (*ClipTensors._fields, *SharedTensors._fields)
         needed = frozenset(itertools.compress(names, ctx.needs_input_grad[1:]))
         inputs, kept = _gathered(saved[: len(names)]), saved[len(names) :]
-        with torch.autocast(ctx.setting.device.type, enabled=False):
+        if torch.is_grad_enabled() or is_many(gradient):  # a gradient to be differentiated, or many at once
+            return None, *itertools.chain(*differentiable.gradients(ctx.setting, inputs, gradient, needed))
+        with without_autocast(ctx.setting.device):
             found = ctx.path.backward(ctx.setting, inputs, kept, gradient, needed, again=_graph_is_kept())
         return None, *found.clips, *found.shared
 

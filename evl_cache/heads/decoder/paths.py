@@ -1,5 +1,6 @@
 """Which code computes a decoder layer's attention on which device.
 
+Where a compiler or a transform follows the operations, all of these are closed, and `differentiable.py` is used. Else
 `chunked` keeps chunks of tokens in a processor's cache. `whole` makes whole tensors in few operations, since a GPU waits
 for each. `kernels` reads stored codes in four kernels of Triton; where they do not suit, or were found wrong, `whole` is
 used. B clips, H heads, C channels.
@@ -10,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from evl_cache.errors import UsageError
@@ -18,6 +18,7 @@ from evl_cache.heads.decoder.chunked import path as chunked
 from evl_cache.heads.decoder.kernels.choice import are_proved, suits
 from evl_cache.heads.decoder.tensors import LayerTensors, Setting
 from evl_cache.heads.decoder.whole import path as whole
+from evl_cache.heads.tracing import are_ordinary, is_followed, is_watched
 
 VARIABLE = "EVL_CACHE_HEAD_PATH"  # for a machine on which the choice turns out wrong
 
@@ -51,6 +52,18 @@ class AttentionPath(Protocol):
         """
 
 
+def are_closed(setting: Setting, inputs: LayerTensors) -> bool:
+    """Whether no path can compute this: whoever follows the operations needs others.
+
+    On a processor that includes modes and tensors of other classes, which the threads of `chunked` would lose.
+    """
+    if is_followed():
+        return True
+    if setting.device.type != "cpu" or _forced:
+        return False
+    return is_watched() or not are_ordinary(*inputs.clips, *inputs.shared)
+
+
 def path_for(setting: Setting, inputs: LayerTensors) -> AttentionPath:
     """Return the path that suits the device and the inputs.
 
@@ -69,8 +82,7 @@ def path_for(setting: Setting, inputs: LayerTensors) -> AttentionPath:
 def _suiting(setting: Setting, inputs: LayerTensors) -> str:
     if setting.device.type == "cpu":
         return "chunked"
-    # A compiler that traces this can follow torch's operations, and may fuse them; it cannot follow a proof.
-    if torch.compiler.is_compiling() or not suits(setting, inputs):
+    if not suits(setting, inputs):
         return "whole"
     return "kernels" if are_proved(setting, inputs) else "whole"
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from evl_cache.heads.decoder.decoder_layer import LayerParameters
 from evl_cache.heads.decoder.evl import EVLHead
+from evl_cache.heads.dropout import Dropout
 from evl_cache.heads.head import MODULES
 from evl_cache.heads.parts import over_frames
 
@@ -79,7 +80,7 @@ class PlainHead(nn.Module):
         self.class_query = nn.Parameter(torch.zeros(config["width"]))
         self.layers = nn.ModuleList(PlainLayer(config) for _ in range(config["num_layers"]))
         self.norm = nn.LayerNorm(config["width"])
-        self.dropout = nn.Dropout(config["dropout"])
+        self.dropout = Dropout(config["dropout"])
         self.classifier = nn.Linear(config["width"], config["num_classes"])
         self.to(head.class_query).train(head.training)
         self.load_state_dict(head.state_dict())

@@ -1,7 +1,14 @@
 """Matrix products whose operands may be of lower precision than their sums."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Have operations on a device compute in the dtypes that they are given; on a meta device nothing else is possible."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def product(a: Tensor, b: Tensor, sums: torch.dtype, *, out: Tensor | None = None) -> Tensor:

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from evl_cache.heads.tracing import are_ordinary, is_followed, is_watched
+
 
 class Workspace:
     """Memory that is taken, given back after use and taken again. Its contents are arbitrary.
 
     Memory that is never given back is freed as usual. Only memory of a CPU is kept: other devices' allocators keep
-    theirs. A copy or an unpickled workspace starts empty.
+    theirs. What a tracer or a mode makes in the place of memory is neither kept nor mixed with what is. A copy or an
+    unpickled workspace starts empty.
     """
 
     def __init__(self) -> None:
@@ -20,6 +23,8 @@ class Workspace:
 
     def take(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a dense tensor, in spare memory of exactly this size if there is some."""
+        if is_followed() or is_watched():
+            return torch.empty(*shape, dtype=dtype, device=device)
         size = torch.Size(shape).numel()
         with self._lock:
             for i, spare in enumerate(self._spare):
@@ -33,10 +38,22 @@ class Workspace:
     def give_back(self, *used: Tensor) -> None:
         """Keep the memory of dense tensors that came from `take`."""
         with self._lock:
-            self._spare.extend(t for t in used if t.device.type == "cpu" and t.numel())
+            self._spare.extend(t for t in used if _is_memory(t))
 
     def __deepcopy__(self, memo: object) -> "Workspace":
         return Workspace()
 
     def __reduce__(self) -> tuple[type["Workspace"], tuple[()]]:
         return Workspace, ()
+
+
+def _is_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is dense memory of a CPU that any later step can write to."""
+    return (
+        are_ordinary(tensor)
+        and not (is_followed() or is_watched())
+        and tensor.device.type == "cpu"
+        and tensor.numel() > 0
+        and tensor.is_contiguous()
+        and not tensor.is_inference()
+    )
