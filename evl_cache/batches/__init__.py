@@ -1,6 +1,6 @@
 """Batches of samples for stage two: their order in an epoch, and how they are read from a cache."""
 
-from evl_cache.batches.batch import Batch, BatchOverwritten, LoaderTimes
+from evl_cache.batches.batch import Batch, BatchOverwritten, LoaderTimes, without_hold
 from evl_cache.batches.batch_memory import DEVICE_RING, DEVICE_SLOTS, RING, BatchMemory
 from evl_cache.batches.epoch_order import BatchPart, EpochOrder, Keepers, check_seed, shared_out
 from evl_cache.batches.feature_loader import FeatureLoader, served_samples
@@ -34,4 +34,5 @@ __all__ = [
     "served_samples",
     "shared_out",
     "split_clips",
+    "without_hold",
 ]

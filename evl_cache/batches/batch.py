@@ -73,6 +73,15 @@ class HeldFeatures(StoredBatch):
 
     hold: Hold
 
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> StoredBatch:
+        """Return the batch on another device; where it is there already, it is held as it was."""
+        moved = super().to(device, non_blocking=non_blocking)
+        return held(moved, self.hold) if moved.tensors()[0] is self.tensors()[0] else moved
+
+    def part(self, start: int, stop: int) -> StoredBatch:
+        """Return samples start .. stop-1, held as the batch is."""
+        return held(super().part(start, stop), self.hold)
+
     if not TYPE_CHECKING:  # for which any attribute would then be there
 
         def __getattribute__(self, name: str) -> Any:
@@ -87,6 +96,11 @@ def held(features: StoredBatch, hold: Hold) -> StoredBatch:
     return HeldFeatures(
         tokens=features.tokens, maps=features.maps, class_tokens=features.class_tokens, hold=hold
     )
+
+
+def without_hold(features: StoredBatch) -> StoredBatch:
+    """Return features as whatever lies in their memory, for who wants the memory itself."""
+    return StoredBatch(tokens=features.tokens, maps=features.maps, class_tokens=features.class_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

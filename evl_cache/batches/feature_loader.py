@@ -71,7 +71,7 @@ class FeatureLoader:
         self.samples = served_samples(cache, rows)
         if min(whole_number(batch) or 0, whole_number(threads) or 0) < 1:
             raise UsageError(f"batch is {batch}, threads {threads}; expected at least 1 of each")
-        numbers = () if isinstance(layers, tuple) and not layers else layers_of(layers)
+        numbers = () if isinstance(layers, tuple | list) and not layers else layers_of(layers)
         if (reads is None) != bool(numbers):
             raise UsageError(f"layers are {list(numbers)}, reads {reads}; expected one of them")
         self.reads = reads or Reads(layers=numbers, with_maps=with_maps, tokens=tokens)

@@ -41,7 +41,7 @@ def _compiled(signature: str) -> Callable[[FunctionT], FunctionT]:
         options: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
         try:
             return numba.njit(signature, cache=True, **options)(function)  # type: ignore[no-any-return]
-        except RuntimeError:  # numba finds no directory that it could write
+        except (RuntimeError, OSError):  # numba finds no directory that it could write, or no room there
             return numba.njit(signature, **options)(function)  # type: ignore[no-any-return]
 
     return decorate

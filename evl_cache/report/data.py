@@ -210,10 +210,13 @@ def gather(paths: Sequence[str | Path]) -> ReportData:
             add(path)
             continue
         for row in read_sweep(path).runs:
-            if row.status == "done":
-                add(path / RUNS_NAME / row.name, name=row.name, group=row.group)
-            else:
+            if row.status != "done":
                 unfinished.append((row.name, row.error or row.status))
+                continue
+            try:
+                add(path / RUNS_NAME / row.name, name=row.name, group=row.group)
+            except UsageError as error:  # it had diverged, say, which earlier versions counted as done
+                unfinished.append((row.name, str(error)))
     if not runs:
         raise UsageError(f"{', '.join(map(str, paths))}: no run is finished; train one to its end first")
     groups = _grouped(runs)
@@ -247,6 +250,7 @@ def read_account(path: Path, *, name: str | None = None, group: str | None = Non
         with (path / RunFile.CONFUSION).open(encoding="utf-8", newline="") as file:
             confusion = np.asarray([row[1:] for row in list(csv.reader(file))[1:]], dtype=np.int64)
         scored = _read_scored(path / RunFile.SCORED)
+        _check_result(result)
     except OSError as error:
         raise UsageError(
             f"{path}: {error.filename} cannot be read ({error.strerror}); train it to its end first"
@@ -265,6 +269,14 @@ def read_account(path: Path, *, name: str | None = None, group: str | None = Non
         confusion=confusion,
         scored=scored,
     )
+
+
+def _check_result(result: object) -> None:
+    if not isinstance(result, dict):
+        raise ValueError(f"{RunFile.RESULT} holds {str(result)[:40]!r}, expected an object")
+    for name in ("top1", "top5", "val_clips", "epochs", "steps", "batch"):
+        if type(result[name]) not in (int, float):
+            raise ValueError(f"{name} of {RunFile.RESULT} is {str(result[name])[:40]!r}, expected a number")
 
 
 def _read_scored(path: Path) -> tuple[ScoredClip, ...]:

@@ -102,6 +102,8 @@ def _check_readable(path: Path, content: Mapping[str, Any]) -> None:
             "names, or are many"
         )
     try:
+        if not isinstance(environment := content.get("environment"), dict | None):
+            raise ValueError(f"environment holds {str(environment)[:40]!r}, expected an object")
         check_head_config(content["head_config"])
     except (ValueError, KeyError) as error:
         raise UsageError(f"{path}: no head of this could be read again ({error})") from error
@@ -137,6 +139,8 @@ def read_run_config(run: str | Path) -> RunConfig:
         for part in (content["training"], content["caches"], *content["caches"].values()):
             if not isinstance(part, dict):
                 raise ValueError(f"training and caches hold {str(part)[:40]!r}, expected objects")
+        if not isinstance(environment := content.get("environment"), dict | None):
+            raise ValueError(f"environment holds {str(environment)[:40]!r}, expected an object")
         check_head_config(content["head_config"])
         return RunConfig(layers=None if layers is None else tuple(layers), classes=classes, **content)
     except OSError as error:

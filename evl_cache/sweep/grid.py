@@ -122,7 +122,7 @@ def _values(name: str, given: Any) -> list[Any]:
 def _value(name: str, value: Any) -> Any:
     """Return a value as TrainOptions takes it. Raises: UsageError for another type."""
     if name == "temporal":
-        if value not in TEMPORAL:
+        if not isinstance(value, str) or value not in TEMPORAL:
             raise UsageError(f"temporal {value!r}; expected one of {', '.join(TEMPORAL)}")
         return value
     if name == "head_layers":
@@ -131,7 +131,7 @@ def _value(name: str, value: Any) -> Any:
     expected = next(k for k in (bool, float, int, str) if k.__name__ in kind)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not expected and value != "auto":
+    if type(value) is not expected and not (name == "batch" and value == "auto"):
         raise UsageError(f"{name} is {value!r}; expected {expected.__name__}")
     return value
 

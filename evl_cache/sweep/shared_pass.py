@@ -104,7 +104,7 @@ class SweepPass:
         Raises: Interrupted where a signal asks to stop, after every state was kept.
         """
         with contextlib.ExitStack() as logs:
-            for member in self.members:
+            for member in self._training():  # of others the log stays as it is
                 logs.enter_context(member.trainer.begin())
             while waiting := [m for m in self._training() if not m.trainer.is_done]:
                 self._epoch(min(m.trainer.epoch for m in waiting), on_step)

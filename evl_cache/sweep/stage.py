@@ -153,7 +153,7 @@ def _in_passes(
             nbytes.append(cache.buffers(slots=1, reads=together).nbytes)
             with progress(f"sweep pass {number}/{len(passes)}, {len(part.runs)} heads") as on_step:
                 try:
-                    errors |= _train(part, together, data, stop=stop, on_step=on_step)
+                    _train(part, together, data, errors, stop=stop, on_step=on_step)
                 finally:  # also where it is stopped, for its seconds
                     data.writer.check()
                     found = write_sweep(out, result())
@@ -213,9 +213,15 @@ def _planned(run: SweepRun, train_cache: FeatureCache, val_cache: FeatureCache) 
 
 @giving_back_memory
 def _train(
-    one: SharedRuns, together: Reads, data: _Data, *, stop: StopRequests, on_step: OnPassStep
-) -> dict[str, str]:
-    """Train the runs of one pass. Returns: why runs ended early, by name."""
+    one: SharedRuns,
+    together: Reads,
+    data: _Data,
+    errors: dict[str, str],
+    *,
+    stop: StopRequests,
+    on_step: OnPassStep,
+) -> None:
+    """Train the runs of one pass. Args: errors: gets why runs ended early, by name, also where the pass is stopped."""
     options = one.runs[0].run.options
     loaders = make_loaders(
         data.caches, data.samples, together, options, Processes(), kept_nbytes=one.kept_nbytes
@@ -223,5 +229,7 @@ def _train(
     training = SweepPass(
         one.runs, together, *loaders, folder=data.folder, stop=stop, writer=data.writer, command=data.command
     )
-    training.run(on_step)
-    return {member.run.name: member.error for member in training.members if member.error is not None}
+    try:
+        training.run(on_step)
+    finally:
+        errors |= {member.run.name: member.error for member in training.members if member.error is not None}

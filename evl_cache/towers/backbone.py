@@ -33,7 +33,8 @@ class Backbone(nn.Module):
     """A frozen image tower in eval mode, which stops after the last layer needed.
 
     The tower that is given stays as it is, in its mode and with its gradients: the backbone computes with a twin of it,
-    `visual`, whose weights lie in the same memory. To move it, move the backbone.
+    `visual`, whose weights lie in the same memory. To move it or to change its dtype, do so with the backbone; weights that
+    are put in the place of others, as `load_state_dict(…, assign=True)` does, are not the twin's.
 
     Args:
         visual: an open_clip VisionTransformer or TimmModel, or a VisionTransformer or Eva of timm.

@@ -14,6 +14,7 @@ __all__ = ["DEFAULT_EPOCHS", "MEMORIES", "OPERATIONAL", "RECIPES", "TrainOptions
 
 MEMORIES = ("ram", "device")
 DEFAULT_EPOCHS = 30
+MOST_LR = 1e37  # float32 holds ten times that
 
 # Section 4 and supplement of arXiv 2208.03550: AdamW, cosine to zero, no warm-up; everything decays.
 _PUBLISHED = {
@@ -127,6 +128,10 @@ class TrainOptions:
             raise UsageError(
                 f"lr {self.lr}, weight_decay {self.weight_decay}, warmup_steps {self.warmup_steps}; "
                 "expected lr above 0, the others at least 0"
+            )
+        if self.lr > MOST_LR:
+            raise UsageError(
+                f"lr {self.lr}; expected at most {MOST_LR:g}: AdamW's first steps are ten times as large"
             )
         self._check_shares()
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from evl_cache.batches import Batch
+from evl_cache.batches import Batch, without_hold
 from evl_cache.processes import Processes
 from evl_cache.store import StoredBatch
 from evl_cache.train.optimisation import StepRandom
@@ -147,8 +147,8 @@ class StepGraph:
         return made
 
     def _made(self, batch: Batch, random: StepRandom) -> _Recording:
-        # The addresses are kept, whatever batch lies there: `to` gives the tensors without the batch's hold on them.
-        features, labels, is_own = batch.features.to(batch.labels.device), batch.labels, batch.slot is None
+        # The addresses are kept, whatever batch lies there.
+        features, labels, is_own = without_hold(batch.features), batch.labels, batch.slot is None
         if is_own:
             device = next(iter(self._parameters.values())).device
             features = features.to(device).repeated(len(labels))  # in new memory

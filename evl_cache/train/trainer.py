@@ -214,10 +214,7 @@ class Trainer:
         return self._passes.parts(batch)
 
     def step(self, batch: Batch) -> None:
-        """Give the device one optimiser step, and read the loss of the one before, or on a CPU this one's.
-
-        Raises: as `settle`.
-        """
+        """Give the device one optimiser step, and read the loss of the one before, or on a CPU its own. Raises: as `settle`."""
         started = time.monotonic()
         with self._passes.of_step(self._state.step, is_begun=False) as random:
             total = None if self._graph is None else self._graph.loss(batch, random)
@@ -239,8 +236,7 @@ class Trainer:
         state, started = self._state, time.monotonic()
         self._optimisation.finish(state.step)
         state.step += 1
-        # A head of a sweep that diverges never goes on from its state: that needs no proof.
-        proof = self._passes.proof(batch) if self._is_save_due() and total is not None else None
+        proof = self._passes.proof(batch) if self._is_save_due() else None
         total = self._passes.added() if total is None else total
         loss = self._losses.give(state.step, total, self._optimisation.health(proof), batch.total)
         state.batches = batch.number + 1
@@ -295,9 +291,8 @@ class Trainer:
             self._graph.forget()
         self._optimisation.load(state)
         self._state = RunState.of(state["progress"])
-        self._seconds_before = state.get(
-            "seconds", self._state.seconds
-        )  # earlier versions kept those of steps
+        # Earlier versions kept the seconds of steps alone.
+        self._seconds_before = state.get("seconds", self._state.seconds)
 
     def save(self) -> None:
         """Write the state that the run can be continued from.

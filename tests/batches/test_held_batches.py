@@ -1,6 +1,7 @@
 """A batch that is held while its memory is given to another one says so, and a clone of it stays as it is."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from evl_cache import FeatureCache
 from evl_cache.batches import Batch, BatchMemory, BatchOverwritten, FeatureLoader
 from evl_cache.errors import EvlCacheError
+from evl_cache.store import StoredBatch
 from tests.support.fake_streams import FakeStreams
 from tests.support.feature_caches import write_cache
 
@@ -64,6 +66,25 @@ def test_features_that_are_held_without_their_batch_say_so_too(
     for use in (first.dequantized, first.tensors, lambda: first.to("cpu"), lambda: first.part(0, 1)):
         with pytest.raises(BatchOverwritten):
             use()
+
+
+@pytest.mark.parametrize(
+    "kept", [lambda f: f.to("cpu"), lambda f: f.part(0, 2), lambda f: f.part(0, 2).to("cpu")]
+)
+def test_parts_of_a_batch_are_held_as_it_is(
+    cache: FeatureCache, kept: Callable[[StoredBatch], StoredBatch]
+) -> None:
+    found = [
+        kept(batch.features) for batch in FeatureLoader(cache, range(26), batch=3, layers=LAYERS).epoch()
+    ]
+    with pytest.raises(BatchOverwritten):
+        found[0].tensors()
+    assert found[-1].tensors()
+    copies = [
+        kept(batch.clone().features)
+        for batch in FeatureLoader(cache, range(26), batch=3, layers=LAYERS).epoch()
+    ]
+    assert all(copy.tensors() for copy in copies)
 
 
 def test_labels_are_right_or_say_so(cache: FeatureCache, loader: FeatureLoader) -> None:

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import sys
 from dataclasses import replace
 
@@ -306,6 +307,26 @@ def test_what_is_no_finished_run_is_refused(swept, tmp_path):
     (cut / "result.json").write_text("{")
     with pytest.raises(UsageError, match="not what train writes"):
         gather([cut])
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ([1], "holds '\\[1\\]', expected an object"),
+        ({"top1": "good"}, "top1 of result.json is 'good'"),
+        ({}, "'top1'"),
+    ],
+)
+def test_a_run_whose_figures_are_none_is_refused_and_one_of_a_sweep_is_left_out(
+    swept, tmp_path, result, message
+):
+    shutil.copytree(swept / "sweep", tmp_path / "sweep")
+    run = next((tmp_path / "sweep" / "runs").iterdir())
+    (run / "result.json").write_text(json.dumps(result))
+    with pytest.raises(UsageError, match=message):
+        gather([run])
+    data = gather([tmp_path / "sweep"])
+    assert run.name in dict(data.unfinished) and run.name not in {one.name for one in data.runs}
 
 
 def test_without_matplotlib_the_extra_is_named(swept, tmp_path, monkeypatch):

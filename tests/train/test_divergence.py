@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -14,11 +15,13 @@ import evl_cache.runs.scoring as scoring
 import evl_cache.train.step_loss as step_loss
 from evl_cache import load_head
 from evl_cache.errors import NotFinite, UsageError, WeightsError
+from evl_cache.processes import Interrupted
 from evl_cache.runs import Scores, ViewSums, class_probabilities, save_head
 from evl_cache.runs.directory import load_state, save_state
 from evl_cache.runs.evaluate import evaluate
 from evl_cache.runs.finite import extremes, not_finite
 from evl_cache.sweep.grid import expand
+from evl_cache.sweep.shared_pass import SweepPass
 from evl_cache.sweep.stage import read_sweep, sweep
 from evl_cache.train.optimisation import Optimisation
 from evl_cache.train.stage import TrainOptions, train
@@ -176,8 +179,10 @@ def test_a_poisoned_state_of_one_head_of_a_sweep_ends_that_head_alone(caches, tm
     state["head"]["classifier.weight"][0, 0] = math.nan
     torch.save(state, folder / "last.pt")
     (folder / "result.json").unlink()
+    log = (folder / "metrics.jsonl").read_text()
     bad, good = sweep(*caches, runs=runs, out=tmp_path, resume=True).runs
     assert (bad.status, good.status) == ("diverged", "done") and "had diverged" in (bad.error or "")
+    assert (folder / "metrics.jsonl").read_text() == log != ""
 
 
 def test_nothing_that_is_no_number_is_written_as_a_state_or_a_head(trained):
@@ -266,6 +271,22 @@ def test_a_diverged_run_of_a_sweep_is_told_and_neither_averaged_nor_ranked(cache
     assert again.runs == result.runs and again.passes == ()
     assert parse_json((tmp_path / "sweep" / "sweep.json").read_bytes())["runs"]
     assert read_sweep(tmp_path / "sweep").groups == result.groups
+
+
+def test_a_sweep_that_is_stopped_keeps_which_heads_had_diverged(caches, tmp_path, monkeypatch):
+    runs = expand([{"head": "linear", "lr": [1e-3, 1e30]}], {"epochs": 3, "batch": 4, "save_every_steps": 1})
+
+    def interrupt(self):
+        if self.members[0].trainer.steps_done == 4:
+            raise Interrupted("stopped", signal.SIGINT)
+
+    monkeypatch.setattr(SweepPass, "_interrupt_if_asked", interrupt)
+    with pytest.raises(Interrupted):
+        sweep(*caches, runs=runs, out=tmp_path / "sweep")
+    rows = {row.name: row.status for row in read_sweep(tmp_path / "sweep").runs}
+    assert sorted(rows.values()) == ["diverged", "waiting"]
+    (bad,) = [name for name, status in rows.items() if status == "diverged"]
+    assert "last.pt" not in files(tmp_path / "sweep" / "runs" / bad), "its state is proved before it is kept"
 
 
 def test_the_command_ends_in_one_line_and_all_its_json_is_strict(caches, tmp_path):
