@@ -236,7 +236,8 @@ class Trainer:
         state, started = self._state, time.monotonic()
         self._optimisation.finish(state.step)
         state.step += 1
-        proof = self._passes.proof(batch) if self._is_save_due() else None
+        # A head of a sweep that diverges never goes on from its state: that needs no proof.
+        proof = self._passes.proof(batch) if self._is_save_due() and total is not None else None
         total = self._passes.added() if total is None else total
         loss = self._losses.give(state.step, total, self._optimisation.health(proof), batch.total)
         state.batches = batch.number + 1

@@ -285,8 +285,6 @@ def test_a_sweep_that_is_stopped_keeps_which_heads_had_diverged(caches, tmp_path
         sweep(*caches, runs=runs, out=tmp_path / "sweep")
     rows = {row.name: row.status for row in read_sweep(tmp_path / "sweep").runs}
     assert sorted(rows.values()) == ["diverged", "waiting"]
-    (bad,) = [name for name, status in rows.items() if status == "diverged"]
-    assert "last.pt" not in files(tmp_path / "sweep" / "runs" / bad), "its state is proved before it is kept"
 
 
 def test_the_command_ends_in_one_line_and_all_its_json_is_strict(caches, tmp_path):
