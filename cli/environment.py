@@ -22,7 +22,6 @@ OTHERS: Mapping[str, str] = MappingProxyType(
         "EVL_CACHE_HEAD_PATH": "how the decoder is computed",
         "EVL_CACHE_DEBUG": "the traceback of an error is shown, as --debug does",
         "EVL_CACHE_COMMIT": "benchmarks.device",
-        "EVL_CACHE_FUZZ_SETS": "tests",
         "EVL_CACHE_REQUIRE_GPU": "tests",
         "EVL_CACHE_TESTS_DECODERS": "tests",
         "EVL_CACHE_SIMULATION": "tests",

@@ -81,7 +81,7 @@ class MapRows(NamedTuple):
 
 @functools.cache
 def is_compiled() -> bool:
-    """Whether this Python has the compiled loops: without numba `quantize` does it all by torch, in about four times the time."""
+    """Whether this Python has the compiled loops: without numba `quantize` does it all by torch, in about twice the time."""
     if importlib.util.find_spec("numba") is None or os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0"):
         return False
     try:

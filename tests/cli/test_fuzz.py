@@ -106,7 +106,10 @@ def place(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     "seed", [*range(OFTEN), *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(OFTEN, SEEDS))]
 )
 def test_a_set_of_options_ends_in_a_result_or_in_one_line(place: Path, seed: int) -> None:
-    check(fuzz.arguments(seed), place)
+    words = fuzz.arguments(seed)
+    check(words, place)
+    if words[0] == "train" and (place / "out").exists():
+        check([*words, "--resume"], place)
 
 
 PAIR = "--cache train --val-cache val --out out"

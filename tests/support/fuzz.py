@@ -20,7 +20,7 @@ from evl_cache_cli.main import main
 COMMANDS = ("train", "train", "train", "sweep", "eval", "report", "predict")
 # Of each option: values that are usual, and values that somebody writes all the same. None gives the flag alone.
 Values = tuple[Sequence[str | None], Sequence[str | None]]
-_WRONG = ("0", "-1", "nan", "inf", "1e30", "x", "")
+_WRONG = ("0", "-1", "nan", "inf", "-inf", "1e30", "1e400", "1e-30", "0x10", "1,2", "٣", " ", "x", "")
 _COUNT: Values = (("1", "2", "3"), ("0", "-1", "1.5", "x", "", "9" * 30))
 _LENGTH = _COUNT[1][:-1]  # so many epochs would end in a result, but nobody waits for it
 _SEED: Values = (("0", "1", "7"), ("-1", str(2**31), str(2**40), str(2**64), "x"))
@@ -58,7 +58,7 @@ TRAINING: Mapping[str, Values] = {
     "--no-temporal-cross-attention": _FLAG,
     "--batch": (("1", "2", "4", "13", "100", "auto"), ("0", "-1", "x", "")),
     "--accumulate": (("1", "2", "4"), ("0", "-3", "7", "x")),
-    "--lr": (("1e-3", "4e-4"), (*_WRONG, "1e8")),
+    "--lr": (("1e-3", "4e-4"), (*_WRONG, "1e3", "1e8", "1e12", "1e38")),
     "--warmup-steps": (("0", "1", "100"), ("-1", "x")),
     "--weight-decay": (("0", "0.1"), _WRONG),
     "--decay-norms-and-biases": _FLAG,
