@@ -18,7 +18,7 @@ from evl_cache.spec import CacheSpec, ViewSpec
 from evl_cache.store import ClipRecord, create_cache, verify_cache
 from evl_cache.store import verify as verify_module
 from evl_cache.store.format import limits
-from evl_cache.store.format import manifest as manifest_module
+from evl_cache.store.format.known_blocks import KnownBlocks
 from evl_cache.store.format.layout import array_layouts, mark_path, marked_blocks
 from evl_cache.store.format.manifest import read_manifest
 from evl_cache.store.format.marks import Mark, mark_content, mark_document, read_mark
@@ -126,10 +126,10 @@ def test_the_manifest_of_a_large_cache_is_written_and_read(
     spec = replace(few, num_clips=spec.num_clips)
     records = records_of(spec)
 
-    def marked(path: Path, block: int, spec: CacheSpec) -> Mark:
+    def marked(known: KnownBlocks, block: int) -> Mark:
         return Mark(block=block, files=records, clips=(), environment={}, file_digest=(33_000, "ef" * 32))
 
-    monkeypatch.setattr(manifest_module, "read_mark", marked)
+    monkeypatch.setattr(KnownBlocks, "read", marked)
     cache_digest = write_manifest(tmp_path, spec)
     nbytes = (tmp_path / "manifest.json").stat().st_size
     assert 64 << 20 < nbytes < limits.manifest_limit(spec)  # 64 MiB is where readers stopped

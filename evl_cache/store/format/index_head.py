@@ -17,6 +17,7 @@ from evl_cache.errors import CacheDamaged
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.layout import array_layouts
 from evl_cache.store.format.marks import ShardFiles
+from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.untrusted.json_text import parse_json
 
 INDEX_NAME = "index.bin"
@@ -30,7 +31,7 @@ MARK = np.dtype([("digest", "u1", 32), ("sha256", "u1", 32), ("size", "<u8"), ("
 CLIP = np.dtype(
     [("error", "<i4"), ("decoder", "<i4"), ("height", "<i4"), ("width", "<i4"), ("frame_rule", "<i4")]
 )
-SOURCE = np.dtype([("nbytes", "<i8"), ("has_sha256", "u1"), ("sha256", "u1", 32)])
+SOURCE = np.dtype([("nbytes", "<i8"), ("has_sha256", "<u8"), ("sha256", "u1", 32)])
 LABEL, ROW_SUM = np.dtype("<i4"), np.dtype("<u4")
 DTYPES = {"sources": SOURCE, "marks": MARK, "clips": CLIP, "labels": LABEL, "row_sums": ROW_SUM}
 FILE_HEAD_NBYTES = 8 + 32  # of an array in a row: size and sha256
@@ -50,6 +51,22 @@ def packed_row(files: ShardFiles, spec: CacheSpec) -> bytes:
         parts += [record.size.to_bytes(8, "little"), packed_digest(record.sha256)]
         parts += [record.packed_nbytes, record.packed_checksums]
     return b"".join(parts)
+
+
+def unpacked_row(row: bytes, spec: CacheSpec) -> dict[str, ShardRecord]:
+    """Return the records of shards in a block's row, by array."""
+    at, count, found = 0, num_chunks(spec), {}
+    for name in array_layouts(spec):
+        sizes = at + FILE_HEAD_NBYTES
+        checksums, stop = sizes + 4 * count, sizes + 8 * count
+        found[name] = ShardRecord(
+            size=int.from_bytes(row[at : at + 8], "little"),
+            sha256=row[at + 8 : sizes].hex(),
+            packed_nbytes=row[sizes:checksums],
+            packed_checksums=row[checksums:stop],
+        )
+        at = stop
+    return found
 
 
 def packed_digest(sha256: str) -> bytes:

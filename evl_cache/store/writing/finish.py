@@ -14,8 +14,8 @@ from evl_cache.store.disk.publish import is_staging_name
 from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.layout import DONE_NAME, LOCKS_NAME, MANIFEST_NAME, array_layouts
 from evl_cache.store.format.manifest import manifest_digest, read_manifest
-from evl_cache.store.writing.completion import write_manifest
-from evl_cache.store.writing.index_files import remove_segments
+from evl_cache.store.writing.completion import write_index, write_manifest
+from evl_cache.store.writing.segments import remove_segments
 
 _ATTEMPTS = 5  # at the manifest, by a job that is paused again and again
 
@@ -72,6 +72,17 @@ def finish_cache(
     raise CacheError(
         f"{cache_path}: other jobs took the manifest's lock over {_ATTEMPTS} times; run the same command again"
     )
+
+
+def index_cache(cache_path: Path, spec: CacheSpec, *, lock_expiry_s: float = EXPIRY_S) -> str:
+    """Write the index of a cache that is complete, in place of one that may be there. Nothing else is changed.
+
+    Returns: the cache digest.
+    Raises: BlockNotDone for a cache that is not complete; CacheDamaged where its marks are not those that its manifest
+        names; CacheError where the disk refuses.
+    """
+    with LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK) as lock:
+        return write_index(cache_path, spec, before_writing=partial(_check, lock))
 
 
 def _check(lock: BlockLock) -> None:
