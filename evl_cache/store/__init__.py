@@ -30,6 +30,7 @@ from evl_cache.store.disk.publish import is_staging_name, replacing
 from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.description import CacheDescription, read_clips, read_description
 from evl_cache.store.format.index import IndexedBlock
+from evl_cache.store.format.index_head import INDEX_NAME
 from evl_cache.store.format.known_blocks import KnownBlocks, clip_records
 from evl_cache.store.format.layout import (
     LOCKS_NAME,

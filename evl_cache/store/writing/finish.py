@@ -12,6 +12,7 @@ from evl_cache.store.disk.lock_files import CACHE_LOCK
 from evl_cache.store.disk.locks import EXPIRY_S, BlockLock, LockWatcher
 from evl_cache.store.disk.publish import is_staging_name
 from evl_cache.store.disk.runtime import REAL, Runtime
+from evl_cache.store.format.index import believed_index
 from evl_cache.store.format.layout import DONE_NAME, LOCKS_NAME, MANIFEST_NAME, array_layouts
 from evl_cache.store.format.manifest import manifest_digest, read_manifest
 from evl_cache.store.writing.completion import write_index, write_manifest
@@ -29,9 +30,18 @@ def remove_leftovers(directory: Path) -> None:
 
 
 def finish_cache(
-    cache_path: Path, spec: CacheSpec, *, lock_expiry_s: float = EXPIRY_S, runtime: Runtime = REAL
+    cache_path: Path,
+    spec: CacheSpec,
+    *,
+    keeps_manifest: bool = False,
+    lock_expiry_s: float = EXPIRY_S,
+    runtime: Runtime = REAL,
 ) -> str:
-    """Remove what killed jobs left, unless another job is at work; write the manifest of a complete cache.
+    """Remove what killed jobs left, unless another job is at work; write manifest and index of a complete cache.
+
+    Args:
+        keeps_manifest: a manifest that lies there with its index is taken for right, as whoever changes a mark removes
+            it first. Otherwise all marks are compared with it.
 
     Returns: the cache digest.
     Raises: BlockNotDone; CacheError where the disk refuses; CacheDamaged where a mark is not intact.
@@ -57,7 +67,11 @@ def finish_cache(
                         *(cache_path / layout.name for layout in layouts),
                     ):
                         remove_leftovers(directory)
-                cache_digest = write_manifest(cache_path, spec, before_writing=partial(_check, lock))
+                index = believed_index(cache_path, spec) if keeps_manifest else None
+                cache_digest = index.cache_digest if index is not None else None
+                cache_digest = cache_digest or write_manifest(
+                    cache_path, spec, before_writing=partial(_check, lock)
+                )
             except CacheError as error:
                 # Another job took this over meanwhile, or believes so, and what is staged here for a leftover.
                 if not attempts_left or (
