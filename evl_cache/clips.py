@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from sys import intern
 from typing import Any
 
 from evl_cache.canonical_json import digest
@@ -23,7 +24,7 @@ MAX_CLASSES = 100_000  # a larger number in a list is a number of frames or an i
 _NUMBERED = re.compile(r"(?P<name>[a-z]*)(?:[ _-]?0?(?P<fold>[1-3]))?")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
     """One video of a data set.
 
@@ -49,9 +50,10 @@ class Clip:
     def from_json(cls, row: Mapping[str, Any]) -> "Clip":
         """Return the clip of a row of `clips.jsonl`. Raises: CacheError for a row of another form."""
         try:
-            clip = cls(
-                id=str(row["id"]), path=str(row["path"]), label=int(row["label"]), split=str(row["split"])
-            )
+            clip_id, path = str(row["id"]), str(row["path"])
+            if path == clip_id:  # of a million clips, one text each
+                path = clip_id
+            clip = cls(id=clip_id, path=path, label=int(row["label"]), split=intern(str(row["split"])))
             if not 0 <= clip.label < MAX_CLASSES:
                 raise ValueError(f"label {clip.label}")
             return clip
