@@ -16,7 +16,7 @@ from evl_cache.canonical_json import canonical_json, digest
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere
 from evl_cache.spec import FORMAT_VERSION, CacheSpec
-from evl_cache.store.format.clip_table import ClipTable, map_clips
+from evl_cache.store.format.clip_table import ClipTable, canonical_parts, map_clips
 from evl_cache.store.format.layout import (
     ATTRIBUTE,
     CLIPS_NAME,
@@ -147,9 +147,7 @@ def read_clips(
 
 def clips_lines(clips: Iterable[Clip]) -> bytes:
     """Return the bytes of `clips.jsonl`."""
-    if isinstance(clips, ClipTable):
-        return b"".join(clips.canonical_parts())
-    return b"".join(canonical_json(clip.to_json()) for clip in clips)
+    return b"".join(clips.canonical_parts() if isinstance(clips, ClipTable) else canonical_parts(clips))
 
 
 def group_document(description: CacheDescription) -> dict[str, Any]:
