@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from sys import intern
 from typing import Any
 
-from evl_cache.canonical_json import digest
+from evl_cache.canonical_json import digest_of_list
 from evl_cache.errors import CacheError, UsageError
 
 TRAIN_SPLITS = ("train",)
@@ -68,7 +69,7 @@ class ClipList:
     """Clips in their fixed order.
 
     Attributes:
-        clips: in order.
+        clips: in order; a tuple, or a cache's own list, which parses its rows as they are asked for.
         classes: names by label.
         source: where they were read, for messages.
         is_undivided: whether what was read holds no other split: a folder without splits, an annotation file of one.
@@ -77,7 +78,7 @@ class ClipList:
     Raises: UsageError for an empty list, or for an id that occurs twice, with both line numbers.
     """
 
-    clips: tuple[Clip, ...]
+    clips: Sequence[Clip]
     classes: tuple[str, ...]
     source: str
     is_undivided: bool = field(default=False, compare=False)
@@ -86,6 +87,8 @@ class ClipList:
     def __post_init__(self) -> None:
         if not self.clips:
             raise UsageError(f"{self.source}: holds no clip; expected at least one")
+        if len({clip.id for clip in self.clips}) == len(self.clips):
+            return
         seen: dict[str, Clip] = {}
         for clip in self.clips:
             if clip.id in seen:
@@ -93,10 +96,10 @@ class ClipList:
                 raise UsageError(f"{self.source}: {clip.id!r} occurs twice{where}; expected each clip once")
             seen[clip.id] = clip
 
-    @property
+    @cached_property
     def content_id(self) -> str:
         """The digest of ids and labels in order; paths of files do not change it."""
-        return digest([[clip.id, clip.label] for clip in self.clips])
+        return digest_of_list([clip.id, clip.label] for clip in self.clips)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,11 +200,17 @@ def select(clips: Sequence[Clip], wanted: Iterable[str], *, source: str) -> list
 
     Raises: UsageError for a name that no clip has, or where no clip is named.
     """
-    rows = {clip.path: row for row, clip in enumerate(clips)} | {
-        clip.id: row for row, clip in enumerate(clips)
-    }
+    names = list(wanted)
+    # What is named, and not all there is: a list of a million clips is looked through once, and not kept.
+    asked, by_path, by_id = set(names), dict[str, int](), dict[str, int]()
+    for row, clip in enumerate(clips):
+        if clip.path in asked:
+            by_path[clip.path] = row
+        if clip.id in asked:
+            by_id[clip.id] = row
+    rows = by_path | by_id
     out: list[int] = []
-    for name in wanted:
+    for name in names:
         if name not in rows:
             raise UsageError(
                 f"{source}: {name!r} is no clip of the cache; expected ids or paths as `clips.jsonl` has them"
