@@ -281,8 +281,8 @@ def test_a_signed_document_is_that_of_its_digest(content: dict[str, Any]) -> Non
 def test_more_blocks_than_a_manifest_holds_are_refused_when_the_cache_is_begun(tmp_path: Path) -> None:
     spec = large_spec(1_000_000, 1, block_clips=1)
     with pytest.raises(UsageError, match=r"1000000 blocks, whose manifest.json .* split the list"):
-        limits.check_limits(spec, clip_lines=(), files={})
-    limits.check_limits(large_spec(540_000, 64), clip_lines=(), files={})  # one block a clip
+        limits.check_limits(spec, clip_lines=b"", files={})
+    limits.check_limits(large_spec(540_000, 64), clip_lines=b"", files={})  # one block a clip
 
 
 def test_a_strangers_numbers_raise_no_limit_beyond_what_a_computer_has() -> None:

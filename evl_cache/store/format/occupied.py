@@ -8,7 +8,8 @@ from evl_cache.canonical_json import digest_matches
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.file_system import check_no_links, read_limited
-from evl_cache.store.format.description import clips_lines, parse_clips
+from evl_cache.store.format.clip_table import ClipTable
+from evl_cache.store.format.description import clips_lines
 from evl_cache.store.format.layout import (
     ATTRIBUTE,
     CLIPS_NAME,
@@ -64,7 +65,7 @@ def _is_ours(name: str, found: bytes) -> bool:
         return b'.norm_eps"' in found[: 1 << 20] and b'.norm_weight"' in found[: 1 << 20]
     with contextlib.suppress(CacheError, ValueError, TypeError, AttributeError):
         if name == CLIPS_NAME:
-            return clips_lines(parse_clips(found, name)) == found != b""
+            return clips_lines(ClipTable(found, name)) == found != b""
         content = parse_json(found)
         if name in _ENTRIES:
             return _ENTRIES[name] <= content.keys() and digest_matches(content, found)
