@@ -4,7 +4,7 @@ Numbers are little-endian. A block's row has, of each array in the order of `arr
 sha256 (32 bytes), then sizes and checksums of all chunks (4 bytes each).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evl_cache.canonical_json import digest, signed_json
-from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.layout import array_layouts
@@ -101,11 +100,6 @@ def index_head(
     written = signed_json(content)[0]
     assert len(written) <= HEAD_NBYTES
     return written.ljust(HEAD_NBYTES)
-
-
-def clip_labels(clips: Sequence[Clip]) -> Table:
-    """Return the labels of clips, `LABEL` (clips,)."""
-    return np.fromiter((clip.label for clip in clips), LABEL, len(clips))
 
 
 def cache_identity(spec: CacheSpec) -> str:

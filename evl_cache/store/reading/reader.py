@@ -59,12 +59,15 @@ class FeatureCache:
         description = read_description(self.path)
         self.spec: CacheSpec = description.spec
         self.description = description
-        self.clips = read_clips(self.path, description)
-        if (self.clips.labels >= len(self.spec.classes)).any():
+        self._done = BlocksDone(self.path, self.spec)
+        index = self._done.index
+        self.clips = read_clips(self.path, description, labels=None if index is None else index.labels)
+        if len(self.clips) and not 0 <= self.clips.labels.min() <= self.clips.labels.max() < len(
+            self.spec.classes
+        ):
             raise CacheDamaged(
                 f"{path}: labels beyond its {len(self.spec.classes)} classes; repair the cache"
             )
-        self._done = BlocksDone(self.path, self.spec)
         self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
         self._num_samples = self.spec.num_samples

@@ -11,7 +11,7 @@ from evl_cache.store.disk.file_system import remove_leftover
 from evl_cache.store.disk.publish import StagedFile, stage_file, write_atomic
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.index import IndexedBlock, believed_index
-from evl_cache.store.format.index_head import INDEX_NAME, Table, clip_labels
+from evl_cache.store.format.index_head import INDEX_NAME, Table
 from evl_cache.store.format.known_blocks import KnownBlocks
 from evl_cache.store.format.layout import MANIFEST_NAME, blocks_in_redo
 from evl_cache.store.format.limits import manifest_limit
@@ -128,5 +128,5 @@ def _done_blocks(cache_path: Path, spec: CacheSpec) -> Iterator[Mark | IndexedBl
 def _labels(cache_path: Path, spec: CacheSpec) -> Table | None:
     """Return the labels of all clips; None where the list is damaged, which `verify` tells: then there is no index."""
     with contextlib.suppress(CacheDamaged):
-        return clip_labels(read_clips(cache_path, read_description(cache_path)))
+        return read_clips(cache_path, read_description(cache_path)).labels
     return None

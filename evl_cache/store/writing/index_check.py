@@ -7,7 +7,7 @@ from evl_cache.errors import CacheDamaged
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.file_system import check_no_links, open_regular
 from evl_cache.store.format.description import read_clips, read_description
-from evl_cache.store.format.index_head import HEAD_NBYTES, INDEX_NAME, clip_labels
+from evl_cache.store.format.index_head import HEAD_NBYTES, INDEX_NAME
 from evl_cache.store.format.marks import Mark
 from evl_cache.store.writing.index_files import IndexWriter, NotIndexable
 
@@ -36,7 +36,7 @@ class IndexCheck:
         if not self._sink.is_there:
             return None
         with contextlib.suppress(CacheDamaged, NotIndexable):  # a damaged list of clips is told by itself
-            labels = clip_labels(read_clips(self._cache_path, read_description(self._cache_path)))
+            labels = read_clips(self._cache_path, read_description(self._cache_path)).labels
             self._writer.finish(cache_digest=cache_digest, labels=labels)
         return None if self._sink.is_same else f"{path}: is not what the marks give; {_REMEDY}"
 
