@@ -27,6 +27,8 @@ from evl_cache.store.shards.metadata import METADATA_NAME, group_metadata
 from evl_cache.untrusted.json_text import parse_json
 
 _CLIPS_AT_A_TIME = 10_000
+# By `CacheSpec.chunk_keys`. A version of evl-cache that knows no flat keys refuses format 2, and says so.
+_FORMAT_OF = {"folders": 1, "flat": FORMAT_VERSION}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,9 +90,9 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
             f"{path}: a Zarr group without the attribute {ATTRIBUTE!r}; expected a cache that extract wrote"
         )
     version = own.get("format_version")
-    if version != FORMAT_VERSION and isinstance(version, int):
+    if isinstance(version, int) and not 1 <= version <= FORMAT_VERSION:
         raise CacheError(
-            f"{path}: cache format {version}; this evl-cache reads format {FORMAT_VERSION}: "
+            f"{path}: cache format {version}; this evl-cache reads formats 1 to {FORMAT_VERSION}: "
             "install the version that wrote it, or extract again"
         )
     unsigned = {name: value for name, value in own.items() if name != "digest"}
@@ -105,8 +107,14 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
         for name in ("recipe", "created_with"):
             if not isinstance(own[name], dict):
                 raise CacheDamaged(f"{path}: its {name} is no object; repair the cache")
+        spec = CacheSpec.from_json(own["spec"])
+        if _FORMAT_OF[spec.chunk_keys] != version:
+            raise CacheDamaged(
+                f"{path}: cache format {version} with chunk keys {spec.chunk_keys!r}, which format "
+                f"{_FORMAT_OF[spec.chunk_keys]} has: the description was edited; repair the cache"
+            )
         return CacheDescription(
-            spec=CacheSpec.from_json(own["spec"]),
+            spec=spec,
             origin=own["recipe"],
             created_with=own["created_with"],
             clips_sha256=own["clips_sha256"],
@@ -158,7 +166,7 @@ def clips_lines(clips: Iterable[Clip]) -> bytes:
 def group_document(description: CacheDescription) -> dict[str, Any]:
     """Return the group document that `parse_group` reads a description from."""
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_OF[description.spec.chunk_keys],
         "spec": description.spec.to_json(),
         "recipe": dict(description.origin),
         "created_with": dict(description.created_with),
