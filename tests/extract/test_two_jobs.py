@@ -75,7 +75,7 @@ def test_jobs_that_start_at_once_with_other_options_do_not_mix(store_server: Ser
 
 
 @pytest.mark.parametrize("same_bytes", [True, False], ids=["same bytes", "other bytes"])
-@pytest.mark.parametrize("where", ["tokens/c/0", "class_tokens/c/0", "000000.json"])
+@pytest.mark.parametrize("where", ["tokens/c.0", "class_tokens/c.0", "000000.json"])
 def test_a_writer_paused_past_its_lock_wakes_to_a_block_that_another_did(
     store_server: Server, alone: tuple[dict[str, bytes], int], tmp_path: Path, where: str, same_bytes: bool
 ) -> None:

@@ -246,7 +246,7 @@ def _laid_down(spec: CacheSpec) -> Iterator[Path]:
         )
         for layout in array_layouts(spec).values():
             for block in range(spec.num_blocks):
-                os.makedirs(layout.shard(folder / "cache", block).parent)
+                os.makedirs(layout.shard(folder / "cache", block).parent, exist_ok=True)
         _FOLDERS[key] = folder / "cache"
     try:
         yield _FOLDERS[key]
