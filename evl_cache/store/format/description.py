@@ -4,9 +4,10 @@
 `recovery.json` holds them a second time: a damaged one is restored from it, byte for byte.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,13 @@ def read_description(place: Path | Objects) -> CacheDescription:
     """
     objects = objects_of(place)
     return parse_description(read_group(objects), f"{objects.url}/{METADATA_NAME}")
+
+
+def with_keys_there(spec: CacheSpec, cache_path: Path) -> CacheSpec:
+    """Return the spec with the chunk keys of the cache that was begun at a path, where one was: work on that goes on."""
+    with contextlib.suppress(CacheError):  # what cannot be read is told where it is used
+        return replace(spec, chunk_keys=read_description(cache_path).spec.chunk_keys)
+    return spec
 
 
 def read_group(objects: Objects) -> bytes:
