@@ -82,4 +82,6 @@ class ReusableRows:
         return clip_id if self._cache.spec.views.train_views else "", sha256
 
 
-_NOT_FEATURES = ("content_id", "num_clips", "classes", "block_clips", "codec", "feature_id", "frame_rule")
+_NOT_FEATURES = (
+    "content_id", "num_clips", "classes", "block_clips", "codec", "feature_id", "frame_rule", "chunk_keys",
+)  # fmt: skip

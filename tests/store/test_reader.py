@@ -112,7 +112,7 @@ def test_a_file_that_changes_under_an_open_reader(
     expected = values(FeatureCache(tmp_path / "cache"), 0)
     opened, unopened = FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "cache")
     assert same(values(opened, 0), expected)
-    name = "tokens/c/0/0/0/0/0"
+    name = "tokens/c.0.0.0.0.0"
     _change(tmp_path / "cache" / name, tmp_path / "other" / name, change)
 
     # What was opened before may still be there: then it is what it was. So may bytes before the place of a cut.

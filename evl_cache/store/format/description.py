@@ -4,9 +4,10 @@
 `recovery.json` holds them a second time: a damaged one is restored from it, byte for byte.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from evl_cache.store.format.limits import MOST_DESCRIPTION_NBYTES, clips_limit
 from evl_cache.store.objects.objects import DirectoryObjects, Objects, objects_of
 from evl_cache.store.shards.metadata import METADATA_NAME, group_metadata
 from evl_cache.untrusted.json_text import parse_json
+
+# By `CacheSpec.chunk_keys`. A version of evl-cache that knows no flat keys refuses format 2, and says so.
+_FORMAT_OF = {"folders": 1, "flat": FORMAT_VERSION}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +60,13 @@ def read_description(place: Path | Objects) -> CacheDescription:
     """
     objects = objects_of(place)
     return parse_description(read_group(objects), f"{objects.url}/{METADATA_NAME}")
+
+
+def with_keys_there(spec: CacheSpec, cache_path: Path) -> CacheSpec:
+    """Return the spec with the chunk keys of the cache that was begun at a path, where one was: work on that goes on."""
+    with contextlib.suppress(CacheError):  # what cannot be read is told where it is used
+        return replace(spec, chunk_keys=read_description(cache_path).spec.chunk_keys)
+    return spec
 
 
 def read_group(objects: Objects) -> bytes:
@@ -89,9 +100,9 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
             f"{path}: a Zarr group without the attribute {ATTRIBUTE!r}; expected a cache that extract wrote"
         )
     version = own.get("format_version")
-    if version != FORMAT_VERSION and isinstance(version, int):
+    if isinstance(version, int) and not 1 <= version <= FORMAT_VERSION:
         raise CacheError(
-            f"{path}: cache format {version}; this evl-cache reads format {FORMAT_VERSION}: "
+            f"{path}: cache format {version}; this evl-cache reads formats 1 to {FORMAT_VERSION}: "
             "install the version that wrote it, or extract again"
         )
     unsigned = {name: value for name, value in own.items() if name != "digest"}
@@ -106,8 +117,14 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
         for name in ("recipe", "created_with"):
             if not isinstance(own[name], dict):
                 raise CacheDamaged(f"{path}: its {name} is no object; repair the cache")
+        spec = CacheSpec.from_json(own["spec"])
+        if _FORMAT_OF[spec.chunk_keys] != version:
+            raise CacheDamaged(
+                f"{path}: cache format {version} with chunk keys {spec.chunk_keys!r}, which format "
+                f"{_FORMAT_OF[spec.chunk_keys]} has: the description was edited; repair the cache"
+            )
         return CacheDescription(
-            spec=CacheSpec.from_json(own["spec"]),
+            spec=spec,
             origin=own["recipe"],
             created_with=own["created_with"],
             clips_sha256=own["clips_sha256"],
@@ -153,7 +170,7 @@ def clips_lines(clips: Iterable[Clip]) -> bytes:
 def group_document(description: CacheDescription) -> dict[str, Any]:
     """Return the group document that `parse_group` reads a description from."""
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_OF[description.spec.chunk_keys],
         "spec": description.spec.to_json(),
         "recipe": dict(description.origin),
         "created_with": dict(description.created_with),
