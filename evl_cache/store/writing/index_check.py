@@ -2,6 +2,8 @@
 
 import contextlib
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 from evl_cache.errors import CacheDamaged
 from evl_cache.spec import CacheSpec
@@ -15,7 +17,7 @@ _REMEDY = "evl-cache index makes it again"
 
 
 class IndexCheck:
-    """Compares the index of a complete cache with its marks, which come one after another.
+    """Compares the index of a complete cache with its marks, which come one after another. A context manager.
 
     Raises: CacheError where the disk refuses.
     """
@@ -24,6 +26,14 @@ class IndexCheck:
         self._cache_path, self._spec = cache_path, spec
         self._sink = _Comparing(cache_path / INDEX_NAME)
         self._writer = IndexWriter(self._sink, spec, first=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._sink.close()
 
     def add(self, mark: Mark) -> None:
         """Compare the next block."""
@@ -52,6 +62,10 @@ class _Comparing:
             check_no_links(path.parent, path)
             self._file = open_regular(path)
             self._head = self._file.read(HEAD_NBYTES)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
     @property
     def is_there(self) -> bool:
