@@ -237,7 +237,7 @@ def _places(tree: VideoTree, split: str) -> Iterator[str]:
 
 
 def _own_folders(tree: VideoTree, split: str) -> list[str]:
-    present = set(tree.folders(""))
+    present = tree.folders("")
     return [name for name in _SPLIT_FOLDERS[split] if name in present]
 
 
