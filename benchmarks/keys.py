@@ -89,16 +89,25 @@ def _medians(rounds: Sequence[Mapping[str, Mapping[str, float]]]) -> dict[str, d
 
 
 def measure(cache: Path, keys: str, blocks: int, remount: Remount = lambda: None) -> dict[str, float]:
-    """Files and directories a block, and seconds of each step, of a cache of so many blocks that is made and removed."""
+    """Files and directories a block, and seconds of each step, of a cache of so many blocks that is made and removed.
+
+    In an image, also how often listing and reading asked the disk.
+    """
     spec = _spec(keys, blocks)
     created = _seconds(lambda: _write(cache, spec))
     remount()
     found = Counter[str]()
+    before = _disk_reads(cache)
     listed = _seconds(lambda: found.update(_counts(cache)))
+    list_reads = _disk_reads(cache) - before
     remount()
     opened = list[FeatureCache]()
-    opening = _seconds(lambda: opened.append(FeatureCache(cache)))
+    opening, before = _seconds(lambda: opened.append(FeatureCache(cache))), _disk_reads(cache)
     read = _seconds(lambda: _read(opened.pop()))
+    reads = {
+        "list_disk_reads_a_block": list_reads / blocks,
+        "read_disk_reads_a_block": (_disk_reads(cache) - before) / blocks,
+    }
     remount()
     removed = _seconds(lambda: shutil.rmtree(cache))
     return {
@@ -109,7 +118,15 @@ def measure(cache: Path, keys: str, blocks: int, remount: Remount = lambda: None
         "open_seconds": opening,
         "read_seconds": read,
         "delete_seconds": removed,
-    }
+    } | (reads if list_reads else {})
+
+
+def _disk_reads(path: Path) -> int:
+    """How often the disk below an image was asked, so far; 0 elsewhere."""
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    device = next((device for device, mount, *_ in mounts if mount == str(path.parent)), "none")
+    counts = Path("/sys/block", Path(device).name, "stat")
+    return int(counts.read_text().split()[0]) if "loop" in device else 0
 
 
 def _far(scratch: Path, blocks: int, latency_s: float) -> dict[str, dict[str, float]] | None:
@@ -207,10 +224,10 @@ def _near(scratch: Path, *, image: bool) -> Iterator[tuple[Path, Remount]]:
     subprocess.run(["mkfs.ext4", "-q", "-F", file], check=True)
 
     def remount() -> None:
-        subprocess.run(["umount", mount], check=False, capture_output=True)
+        subprocess.run(["umount", mount], check=True)
         subprocess.run(["mount", "-o", "loop", file, mount], check=True)
 
-    remount()
+    subprocess.run(["mount", "-o", "loop", file, mount], check=True)
     try:
         yield mount, remount
     finally:
