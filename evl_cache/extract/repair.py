@@ -24,6 +24,7 @@ from evl_cache.store import (
     PROJECTIONS_NAME,
     CacheDescription,
     FeatureCache,
+    KnownBlocks,
     Problem,
     blocks_in_redo,
     finish_cache,
@@ -110,7 +111,8 @@ def repair(
         did, differs = _redo(job, broken, options=options, on_clip=on_clip, on_outage=on_outage)
     # What stays as it is keeps its signs for the next repair: the note of a redo, the manifest that names another mark.
     stays = bool(did.kept_instead) or not blocks_in_redo(cache_path).isdisjoint(did.stayed)
-    is_complete = FeatureCache(cache_path).is_complete and not stays
+    intact = sum(1 for _ in KnownBlocks(cache_path, description.spec).all())
+    is_complete = intact == description.spec.num_blocks and not stays
     return RepairResult(
         problems=tuple(problems),
         files_restored=tuple(restored),

@@ -62,6 +62,7 @@ from evl_cache.store.reading.indices import Indices, rows_of
 from evl_cache.store.reading.reader import FeatureCache
 from evl_cache.store.verify import Problem, verify_cache
 from evl_cache.store.writing.block_writer import BlockWriter
+from evl_cache.store.writing.completion import settled_digest
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache, index_cache
 from evl_cache.store.writing.mark_records import replace_records
