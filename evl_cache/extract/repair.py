@@ -38,6 +38,7 @@ from evl_cache.store import (
     restore_description,
     valid_mark,
     verify_cache,
+    withdraw_index,
     write_projections,
 )
 from evl_cache.towers import Tower, build_tower
@@ -101,7 +102,10 @@ def repair(
     threads = threads or usable_cpus()
     found = verify_cache(cache_path, threads=threads, on_progress=on_progress)
     problems = list(found.problems)
-    restored = restore_description(cache_path) if any(p.block is None for p in problems) else []
+    restored = []
+    if any(problem.block is None for problem in problems):
+        restored = restore_description(cache_path)
+        withdraw_index(cache_path)  # it is made again of the marks
     if found.blocks == 0:  # the description was too damaged to look further
         found = verify_cache(cache_path, threads=threads, on_progress=on_progress)
         problems += found.problems

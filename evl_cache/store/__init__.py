@@ -62,6 +62,7 @@ from evl_cache.store.verify import Problem, Verification, verify_cache
 from evl_cache.store.writing.block_writer import BlockWriter
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
+from evl_cache.store.writing.index_files import withdraw_index
 from evl_cache.store.writing.mark_records import replace_records
 from evl_cache.store.writing.publication import BlockLost, RowsAtStake, valid_mark, valid_marks
 from evl_cache.store.writing.stored_rows import StoredRow, StoredRows

@@ -22,6 +22,7 @@ from evl_cache.store.format.description import (
     read_clips,
     read_description,
 )
+from evl_cache.store.format.index_head import clip_labels
 from evl_cache.store.format.layout import (
     DONE_NAME,
     MANIFEST_NAME,
@@ -38,6 +39,7 @@ from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.format.recovery import check_recovery, has_intact_recovery
 from evl_cache.store.objects.objects import DirectoryObjects
 from evl_cache.store.proving.files import OnProgress, Sample, ShardProof
+from evl_cache.store.proving.index_proof import IndexProof
 from evl_cache.store.proving.manifest_text import proved_manifest
 from evl_cache.store.proving.promises import Promises, not_canonical, read_mark_whole
 from evl_cache.store.proving.workers import Workers
@@ -112,7 +114,8 @@ def verify_cache(
     spec = description.spec
     problems = _check_description(cache_path, description)
     with Workers(threads) as workers:
-        promises, reasons = _check_marks(cache_path, spec, workers, on_progress)
+        index = IndexProof(cache_path, spec)
+        promises, reasons = _check_marks(cache_path, spec, index, workers, on_progress)
         read = promises.blocks if sample is None else sample.draw(promises.blocks)
         for block, reason in ShardProof(cache_path, spec, promises, workers).read(read, on_progress):
             reasons.setdefault(block, []).append(reason)
@@ -121,6 +124,8 @@ def verify_cache(
     cache_digest, more = _check_manifest(
         cache_path, spec, promises, blamed=reasons.keys(), intact=not problems
     )
+    agrees = cache_digest is not None and not more and len(promises) == spec.num_blocks
+    more += _index_problems(cache_path, description, index, cache_digest if agrees else None)
     return Verification(
         problems=tuple(problems + more),
         blocks_done=len(set(promises.blocks) - reasons.keys()),
@@ -132,7 +137,7 @@ def verify_cache(
 
 
 def _check_marks(
-    cache_path: Path, spec: CacheSpec, workers: Workers, on_progress: OnProgress
+    cache_path: Path, spec: CacheSpec, index: IndexProof, workers: Workers, on_progress: OnProgress
 ) -> tuple[Promises, dict[int, list[str]]]:
     """Return what all intact marks promise, and what is wrong with marks, by block."""
     promises, reasons, in_redo = Promises(spec), dict[int, list[str]](), blocks_in_redo(cache_path)
@@ -143,6 +148,7 @@ def _check_marks(
         wrong = list(read.wrong)
         if read.mark is not None:
             promises.admit(block, read.promise)
+            index.add(read.mark)
         if block in in_redo and (read.mark is not None or not wrong):
             redo = redo_path(cache_path, block)
             wrong.append(f"{redo}: a redo was begun and not ended; repair the cache")
@@ -150,6 +156,16 @@ def _check_marks(
             reasons[block] = wrong
         on_progress("marks", done, len(begun))
     return promises, reasons
+
+
+def _index_problems(
+    cache_path: Path, description: CacheDescription, index: IndexProof, cache_digest: str | None
+) -> list[Problem]:
+    labels = None
+    with contextlib.suppress(CacheDamaged):  # told already
+        labels = clip_labels(read_clips(cache_path, description))
+    found = index.problem(cache_digest, labels)
+    return [] if found is None else _problems([found])
 
 
 def _problems(reasons: Iterable[str], block: int | None = None) -> list[Problem]:

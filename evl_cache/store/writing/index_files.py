@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -12,12 +13,13 @@ from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import crc32c
 from evl_cache.store.disk.directories import make_directories
-from evl_cache.store.disk.file_system import check_no_links, is_there, names_in, remove_leftover
-from evl_cache.store.disk.publish import AlreadyPublished, StagedFile, is_staging_name, stage_file
+from evl_cache.store.disk.file_system import check_no_links, is_there, names_in, remove_file, remove_leftover
+from evl_cache.store.disk.publish import AlreadyPublished, is_staging_name, stage_file
 from evl_cache.store.format.index import IndexedBlock
 from evl_cache.store.format.index_head import (
     CLIP,
     HEAD_NBYTES,
+    INDEX_NAME,
     LABEL,
     MARK,
     NONE,
@@ -42,6 +44,20 @@ class NotIndexable(CacheError):
     """A mark has numbers that no index can hold. Ours have none; a cache without an index is read by its marks."""
 
 
+class Written(Protocol):
+    """What an index is written into: `StagedFile` is one."""
+
+    @property
+    def size(self) -> int:
+        """Bytes that were written."""
+
+    def write(self, data: bytes) -> None:
+        """Write what comes next."""
+
+    def write_over(self, data: bytes) -> None:
+        """Write over the first bytes."""
+
+
 class IndexWriter:
     """Writes an index into a staged file, block by block in their order; the same marks give the same bytes.
 
@@ -49,7 +65,7 @@ class IndexWriter:
         staged: new; published by the caller after `finish`.
     """
 
-    def __init__(self, staged: StagedFile, spec: CacheSpec, *, first: int) -> None:
+    def __init__(self, staged: Written, spec: CacheSpec, *, first: int) -> None:
         self._staged, self._spec, self._first = staged, spec, first
         self._marks: list[Table] = []
         self._clips: list[Table] = []
@@ -163,6 +179,11 @@ def write_segment_of(cache_path: Path, spec: CacheSpec, block: int) -> bool:
             staged.publish(path)
             return True
     return False
+
+
+def withdraw_index(cache_path: Path) -> None:
+    """Remove the index: what completes the cache next makes it of the marks. Raises: CacheError where the disk refuses."""
+    remove_file(cache_path / INDEX_NAME)
 
 
 def remove_segments(cache_path: Path) -> None:
