@@ -51,7 +51,14 @@ from evl_cache.store.format.recomputed import (
 from evl_cache.store.format.recovery import restore_description
 from evl_cache.store.format.row_making import FeaturesOverflow, make_row, make_rows
 from evl_cache.store.format.rows import Row, StoredBatch, StoredMaps, StoredTokens
-from evl_cache.store.format.size import check_free_space, num_files, sample_nbytes, size_on_disk
+from evl_cache.store.format.size import (
+    CacheSize,
+    cache_size,
+    check_free_space,
+    num_files,
+    sample_nbytes,
+    size_by_manifest,
+)
 from evl_cache.store.objects.address import SCHEMES, is_url, public_text, public_url
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.proving.files import OnProgress, Sample
