@@ -22,7 +22,6 @@ from evl_cache.store.format.description import (
     read_clips,
     read_description,
 )
-from evl_cache.store.format.index_head import clip_labels
 from evl_cache.store.format.layout import (
     DONE_NAME,
     MANIFEST_NAME,
@@ -47,7 +46,7 @@ from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.untrusted.json_text import parse_json
 
 _MARK_NAME = re.compile(rf"{DONE_NAME}/([0-9]{{6,12}})\.json")
-_FIRST_NUMBER = re.compile("/([0-9]{1,12})(?![0-9])")
+_FIRST_NUMBER = re.compile("[/.]([0-9]{1,12})(?![0-9])")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +162,7 @@ def _index_problems(
 ) -> list[Problem]:
     labels = None
     with contextlib.suppress(CacheDamaged):  # told already
-        labels = clip_labels(read_clips(cache_path, description))
+        labels = read_clips(cache_path, description).labels
     found = index.problem(cache_digest, labels)
     return [] if found is None else _problems([found])
 

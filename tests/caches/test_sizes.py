@@ -17,7 +17,7 @@ from evl_cache.caches.listing import list_caches
 from evl_cache.errors import CacheError
 from evl_cache.store import FeatureCache, cache_size, check_free_space, manifest_at, read_description
 from evl_cache.store.format.size import CacheSize
-from evl_cache.store.writing.index_files import SEGMENT_BLOCKS, write_segment_of
+from evl_cache.store.writing.segments import SEGMENT_BLOCKS, write_segment_of
 from tests.support.feature_caches import cache_spec, clip_list, write_cache
 from tests.support.servers import faulty_server
 
