@@ -6,13 +6,17 @@ import shutil
 import threading
 import tracemalloc
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from evl_cache.canonical_json import signed_json
 from evl_cache.errors import CacheDamaged, UsageError
-from evl_cache.store import FeatureCache, Sample, read_description, verify_cache
+from evl_cache.extract.job import ExtractOptions
+from evl_cache.extract.repair import repair
+from evl_cache.store import FeatureCache, Sample, read_clips, read_description, verify_cache
+from evl_cache.store.disk.publish import stage_file
 from evl_cache.store.format.layout import array_layouts
 from evl_cache.store.format.manifest import manifest_content
 from evl_cache.store.proving import files as files_module
@@ -20,6 +24,7 @@ from evl_cache.store.proving.manifest_text import proved_manifest
 from evl_cache.store.proving.promises import Promises, read_mark_whole
 from evl_cache.store.proving.workers import Stopped, Workers
 from evl_cache.store.shards.shard_index import check_end
+from evl_cache.store.writing.index_files import IndexWriter
 from tests.support.feature_caches import cache_spec, clip_list, write_cache
 
 BLOCKS = 20
@@ -125,7 +130,29 @@ def test_bytes_behind_an_index_are_a_problem(cache: Path) -> None:
     with (cache / "index.bin").open("ab") as file:
         file.write(b"\0")
     (problem,) = verify_cache(cache).problems
+    assert "evl-cache index" in problem.reason
+
+
+def test_an_index_that_is_intact_and_of_this_manifest_but_not_what_the_marks_give_is_a_problem(
+    cache: Path, tmp_path: Path
+) -> None:
+    """As only a writer of another kind would make it. Repair makes it again, as nothing in it is believed."""
+    right, spec = (cache / "index.bin").read_bytes(), read_description(cache).spec
+    with stage_file(cache) as staged:
+        writer = IndexWriter(staged, spec, first=0)
+        for block in range(BLOCKS):
+            mark = read_mark_whole(cache, block, spec).mark
+            assert mark is not None
+            writer.add(replace(mark, clips=tuple(replace(clip, frame_size=(1, 1)) for clip in mark.clips)))
+        writer.finish(
+            cache_digest=FeatureCache(cache).fingerprint,
+            labels=read_clips(cache, read_description(cache)).labels,
+        )
+        staged.publish_replacing(cache / "index.bin")
+    (problem,) = verify_cache(cache).problems
     assert "is not what the marks give" in problem.reason
+    result = repair(cache, tower=lambda description: pytest.fail("loaded"), options=ExtractOptions())
+    assert result.is_complete and (cache / "index.bin").read_bytes() == right
 
 
 def test_an_index_of_another_manifest_is_a_problem(cache: Path, tmp_path: Path) -> None:

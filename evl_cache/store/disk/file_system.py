@@ -250,7 +250,8 @@ def entries_below(root: Path, directory: str = "") -> Iterator[tuple[str, "os.Di
     while waiting:
         current = waiting.pop()
         prefix = f"{current}/" if current else ""
-        with contextlib.suppress(OSError), os.scandir(root / current) as entries:
+        place = os.path.join(root, current) if current else str(root)  # faster than as a path
+        with contextlib.suppress(OSError), os.scandir(place) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
                     if entry.is_dir(follow_symlinks=False):
