@@ -28,6 +28,7 @@ from evl_cache.store.format.index_head import (
     DTYPES,
     HEAD_NBYTES,
     INDEX_NAME,
+    MOST_TEXTS_NBYTES,
     SECTIONS,
     Table,
     index_damaged,
@@ -270,6 +271,8 @@ class Index:
         return written
 
     def _read_texts(self) -> tuple[str, ...]:
+        if self._places["texts"][1] > MOST_TEXTS_NBYTES:
+            raise self._damaged("has more text than any that is written")
         texts = parse_json(bytes(self._section("texts")))
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise self._damaged("has texts that are none")

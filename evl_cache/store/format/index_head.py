@@ -22,6 +22,7 @@ from evl_cache.untrusted.json_text import parse_json
 INDEX_NAME = "index.bin"
 SEGMENTS_NAME = "segments"  # directory of the indexes of some blocks each, of a cache that is not complete
 INDEX_VERSION = 1
+MOST_TEXTS_NBYTES = 64 << 20  # parsed at every opening; reasons repeat, so ours have a few kilobytes
 HEAD_NBYTES = 4096
 SECTIONS = ("rows", "sources", "marks", "clips", "labels", "row_sums", "texts")
 NONE = -1  # for a number that a record does not have
