@@ -7,7 +7,7 @@ from pathlib import Path
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest
-from evl_cache.store.disk.file_system import remove_leftover
+from evl_cache.store.disk.file_system import remove_file, remove_leftover
 from evl_cache.store.disk.publish import StagedFile, stage_file, write_atomic
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.index import IndexedBlock, believed_index
@@ -112,6 +112,11 @@ def write_index(
         writer.finish(cache_digest=manifest.digest, labels=labels)
         staged.publish_replacing(cache_path / INDEX_NAME)
     return manifest.digest
+
+
+def withdraw_index(cache_path: Path) -> None:
+    """Remove the index: what completes the cache next makes it of the marks. Raises: CacheError where the disk refuses."""
+    remove_file(cache_path / INDEX_NAME)
 
 
 def _done_blocks(cache_path: Path, spec: CacheSpec) -> Iterator[Mark | IndexedBlock]:
