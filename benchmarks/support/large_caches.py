@@ -1,0 +1,326 @@
+"""Complete caches of a size that no test could extract: everything is real but the features.
+
+Description, `clips.jsonl`, marks and manifest are what an extraction of so many clips leaves, with ids as Kinetics has them.
+Features are of random numbers, with the arrays, layers and chunks of a ViT-B/16 cache but few tokens of few channels. Two
+or three blocks of them are written by the store's own writer (a whole one, one with a clip that failed, and a short last
+one); the shards of all other blocks are hard links to these, or copies where the disk has no links. So every block can be
+read, is checked against its mark, and passes `verify`.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import torch
+
+from evl_cache.canonical_json import canonical_json
+from evl_cache.clips import Clip, ClipList
+from evl_cache.extract.stage import SHARD_SAMPLES
+from evl_cache.spec import CacheSpec, ViewSpec
+from evl_cache.store import (
+    LOCKS_NAME,
+    MANIFEST_NAME,
+    BlockWriter,
+    ClipRecord,
+    LockWatcher,
+    Mark,
+    array_layouts,
+    create_cache,
+    make_row,
+    mark_path,
+)
+from evl_cache.store.disk.publish import write_atomic
+from evl_cache.store.format.layout import DONE_NAME
+from evl_cache.store.format.manifest import manifest_content
+from evl_cache.store.format.marks import ShardFiles, mark_document
+from evl_cache.towers import Tower, build_tower
+
+NUM_CLASSES = 400
+FAILED_EVERY = 16  # one clip of every so many blocks failed: a hundredth of all
+DECODER = "decord 0.6.0"
+REASON = "moov atom not found (InvalidDataError); the file may have been cut off"
+ENVIRONMENT = {"batch": 8, "device": "cpu", "dtype": "float32", "threads": 1, "torch": "2.8.0"}
+_MOST_LINKS = 30_000  # ext4 takes 65,000 of one file
+_SIZES = ((256, 340), (340, 256), (256, 454), (240, 320))
+_TOWER = {
+    "embed_dim": 32,
+    "quick_gelu": True,
+    "vision_cfg": {
+        "image_size": 32,
+        "patch_size": 16,
+        "width": 64,
+        "layers": 12,
+        "head_width": 32,
+        "mlp_ratio": 2.0,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large a cache is.
+
+    Attributes:
+        clips: of its list.
+        views: samples of each clip.
+        changes: to the spec, by field.
+        split: `train` or `val`: clips of the two have different names.
+    """
+
+    clips: int
+    views: int
+    changes: Mapping[str, Any]
+    split: str = "train"
+
+
+SIZES = {
+    "k400x1": Size(clips=240_000, views=1, changes={}),
+    "k400x10": Size(clips=240_000, views=10, changes={}),
+    # Ten million samples: one layer and no maps, so that its marks take one gigabyte and not six.
+    "10m": Size(clips=1_000_000, views=10, changes={"layers": (12,), "tokens": "fp16", "maps": "none"}),
+    "k2000": Size(clips=12_000, views=10, changes={}),  # to try things on
+}
+
+
+@lru_cache(maxsize=1)
+def tower() -> Tower:
+    """A tower of ViT-B/16's layers, four patches a frame and 64 channels; random weights from a fixed seed."""
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "generated.json").write_text(json.dumps(_TOWER))
+        return build_tower(str(Path(folder) / "generated.json"), "none")
+
+
+def clip_list(size: Size) -> ClipList:
+    """Clips that have no files, with ids as long as those of Kinetics."""
+    names = tuple(f"class number {i}" for i in range(NUM_CLASSES))
+    clips = tuple(
+        Clip(id=clip_id, path=f"{clip_id}.mp4", label=row % NUM_CLASSES, split=size.split)
+        for row, clip_id in enumerate(_ids(size))
+    )
+    return ClipList(clips=clips, classes=names, source="generated", is_undivided=True)
+
+
+def _ids(size: Size) -> Iterator[str]:
+    for row in range(size.clips):
+        video = f"{row * 2654435761 % 2**40:011x}"
+        start = row % 290
+        yield f"{size.split}/class_number_{row % NUM_CLASSES}/{video}_{start:06d}_{start + 10:06d}"
+
+
+def cache_spec(size: Size, clips: ClipList) -> CacheSpec:
+    """The spec of a cache of this size: 8 frames, five layers, int8 tokens and uint8 maps, unless it says otherwise."""
+    spec = CacheSpec(
+        dataset="generated",
+        split=size.split,
+        classes=clips.classes,
+        tower=tower().spec,
+        views=ViewSpec(train_views=size.views) if size.views > 1 else ViewSpec(),
+        layers=(8, 9, 10, 11, 12),
+        tokens="int8",
+        maps="uint8",
+        compute_dtype="float32",
+        num_clips=size.clips,
+        content_id=clips.content_id,
+        block_clips=max(1, SHARD_SAMPLES // size.views),
+    )
+    return replace(spec, **size.changes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """What a mark says of a clip's video: every clip has another."""
+
+    nbytes: int
+    sha256: str
+    size: tuple[int, int]
+    frames: int
+    indices: str
+
+    @classmethod
+    def of(cls, row: int, clip_id: str, spec: CacheSpec) -> "_Source":
+        texts = _frames_texts(spec.views.per_clip, spec.views.frames)
+        return cls(
+            nbytes=500_000 + row * 7919 % 1_000_000,
+            sha256=hashlib.sha256(clip_id.encode()).hexdigest(),
+            size=_SIZES[row % len(_SIZES)],
+            frames=250 + row % 50,
+            indices=texts[row % len(texts)],
+        )
+
+
+@lru_cache(maxsize=4)
+def _frames_texts(views: int, frames: int) -> tuple[str, ...]:
+    """Frame numbers of 64 clips, as JSON."""
+    starts = np.random.default_rng(0).integers(0, 100, (64, views, 1))
+    return tuple(json.dumps(rows.tolist(), separators=(",", ":")) for rows in starts + 16 * np.arange(frames))
+
+
+def write_large_cache(path: Path, size: Size) -> CacheSpec:
+    """Write a complete cache of this size. Returns: its spec."""
+    clips = clip_list(size)
+    spec = cache_spec(size, clips)
+    create_cache(path, spec, clips.clips, origin={}, created_with={"evl-cache": "generated"})
+    files: dict[str, tuple[int, str]] = {}
+    with TemporaryDirectory(dir=path.parent, prefix=".blocks-") as folder:
+        kinds = _kinds(Path(folder), spec)
+        ids = [clip.id for clip in clips.clips]
+        for block in range(spec.num_blocks):
+            kind = kinds[_kind_of(block, spec)]
+            kind.place(path, block, spec)
+            written = kind.mark(block, ids, spec)
+            _write(mark_path(path, block), written)
+            files[f"{DONE_NAME}/{block:06d}.json"] = len(written), hashlib.sha256(written).hexdigest()
+            for name, layout in kind.layouts.items():
+                files[layout.shard_name(block)] = kind.files[name].digest
+    content, _ = manifest_content(path, spec, files)
+    write_atomic(path / MANIFEST_NAME, content)
+    return spec
+
+
+def _kind_of(block: int, spec: CacheSpec) -> str:
+    if len(spec.clips_of_block(block)) < spec.block_clips:
+        return "short"
+    return "failed" if block % FAILED_EVERY == 1 else "whole"
+
+
+class _Kind:
+    """Blocks of one kind, which have the same shards.
+
+    Args:
+        source: the cache that holds one of them.
+        block: its number there.
+        failed: places of clips that failed.
+    """
+
+    def __init__(self, source: Path, block: int, mark: Mark, failed: Sequence[int], spec: CacheSpec) -> None:
+        self.files: ShardFiles = mark.files
+        self.failed = frozenset(failed)
+        self.layouts = array_layouts(spec)
+        self._sources = {name: layout.shard(source, block) for name, layout in self.layouts.items()}
+        self._links = 0
+        # All of a mark but its number and its clips.
+        content = mark_document(replace(mark, block=0, clips=()), spec)
+        del content["digest"]
+        text = canonical_json(content).removesuffix(b"\n")
+        head = b'{"block":0,"clips":['
+        assert text.startswith(head)
+        self._before_digest, environment, rest = text[len(head) :].partition(b'"environment":')
+        self._after_digest = environment + rest
+
+    def place(self, path: Path, block: int, spec: CacheSpec) -> None:
+        """Give the block its shards."""
+        self._links += 1
+        for name, layout in self.layouts.items():
+            target = str(path / layout.shard_name(block))
+            if self._links % _MOST_LINKS == 0:
+                copied = self._sources[name].with_name(f"copy-{self._links}")
+                shutil.copyfile(self._sources[name], copied)
+                self._sources[name] = copied
+            try:
+                _link(self._sources[name], target)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(target), exist_ok=True)
+                _link(self._sources[name], target)
+
+    def mark(self, block: int, ids: Sequence[str], spec: CacheSpec) -> bytes:
+        """The bytes of the block's mark, those that `mark_content` makes, in a hundredth of the time."""
+        clips = []
+        for place, row in enumerate(spec.clips_of_block(block)):
+            clip_id = ids[row]
+            if place in self.failed:
+                clips.append(
+                    f'{{"decoder":null,"error":"{REASON}","frame_count":null,"frame_size":null,"id":"{clip_id}",'
+                    '"indices":null,"source_bytes":null,"source_sha256":null}'
+                )
+                continue
+            source = _Source.of(row, clip_id, spec)
+            clips.append(
+                f'{{"decoder":"{DECODER}","error":null,"frame_count":{source.frames},'
+                f'"frame_size":[{source.size[0]},{source.size[1]}],"id":"{clip_id}","indices":{source.indices},'
+                f'"source_bytes":{source.nbytes},"source_sha256":"{source.sha256}"}}'
+            )
+        start = f'{{"block":{block},"clips":[{",".join(clips)}'.encode() + self._before_digest
+        own = hashlib.sha256(start + self._after_digest).hexdigest()
+        return b"".join((start, f'"digest":"{own}",'.encode(), self._after_digest, b"\n"))
+
+
+def _kinds(folder: Path, spec: CacheSpec) -> dict[str, _Kind]:
+    """Write a block of each kind, and say what its marks and shards are in a cache of this spec."""
+    short = spec.num_clips % spec.block_clips
+    size = Size(clips=2 * spec.block_clips + short, views=spec.views.per_clip, changes={}, split=spec.split)
+    clips = clip_list(size)
+    small = replace(spec, num_clips=size.clips, content_id=clips.content_id)
+    path = folder / "blocks"
+    create_cache(path, small, clips.clips, origin={}, created_with={})
+    generator = torch.Generator().manual_seed(0)
+    locks = LockWatcher(path / LOCKS_NAME)
+    kinds = {}
+    with ThreadPoolExecutor(1) as encoders:
+        for block, (name, failed) in enumerate((("whole", ()), ("failed", (1,)), ("short", ()))):
+            if block == small.num_blocks:
+                break
+            failed = tuple(place for place in failed if place < spec.block_clips)
+            lock = locks.take(block)
+            assert lock is not None
+            with lock:
+                mark = _written(path, small, block, clips, failed, lock, encoders, generator)
+            kinds[name] = _Kind(path, block, mark, failed, spec)
+    return kinds
+
+
+def _written(
+    path: Path,
+    spec: CacheSpec,
+    block: int,
+    clips: ClipList,
+    failed: Sequence[int],
+    lock: Any,
+    encoders: ThreadPoolExecutor,
+    generator: torch.Generator,
+) -> Mark:
+    writer = BlockWriter(path, spec, block, lock=lock, encoders=encoders)
+    try:
+        records = []
+        for place, row in enumerate(spec.clips_of_block(block)):
+            is_failed = place in failed
+            records.append(ClipRecord(id=clips.clips[row].id, error=REASON if is_failed else None))
+            for _ in range(spec.views.per_clip):
+                writer.append(None if is_failed else make_row(*_features(spec, generator), spec))
+        return writer.commit(records, ENVIRONMENT)
+    finally:
+        writer.close()
+
+
+def _features(
+    spec: CacheSpec, generator: torch.Generator
+) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    frames, tokens, width = spec.views.frames, spec.num_tokens, spec.tower.width
+    of_layers = [torch.randn(frames, tokens, width, generator=generator) for _ in spec.layers]
+    if not spec.has_maps:
+        return of_layers, None
+    shape = (2, frames - 1, tokens - 1, tokens - 1)
+    return of_layers, [torch.softmax(torch.randn(shape, generator=generator), dim=-1) for _ in spec.layers]
+
+
+def _link(source: Path, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        shutil.copyfile(source, target)  # a disk without links
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("xb") as out:
+        out.write(content)
