@@ -62,8 +62,8 @@ def opened_in_s3(path: Path) -> dict[str, Any]:
 
 def _put(url: str, path: Path) -> None:
     with path.open("rb") as content:
-        size = {"Content-Length": str(path.stat().st_size)}
-        request = urllib.request.Request(url, data=content, method="PUT", headers=size)
+        headers = {"Content-Length": str(path.stat().st_size), "Content-Type": "application/octet-stream"}
+        request = urllib.request.Request(url, data=content, method="PUT", headers=headers)
         with urllib.request.urlopen(request) as answer:
             assert answer.status == 200
 
