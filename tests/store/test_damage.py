@@ -15,8 +15,8 @@ from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.repair import RepairResult, repair
 from evl_cache.store import CacheDescription, FeatureCache, restore_description, verify_cache
-from evl_cache.store.format.manifest import write_manifest
 from evl_cache.store.reading import sample_reader
+from evl_cache.store.writing.completion import write_manifest
 from evl_cache.towers.tower import Tower
 from tests.support.store_helpers import (
     clear_mark,

@@ -20,9 +20,10 @@ from evl_cache.store import verify as verify_module
 from evl_cache.store.format import limits
 from evl_cache.store.format import manifest as manifest_module
 from evl_cache.store.format.layout import array_layouts, mark_path, marked_blocks
-from evl_cache.store.format.manifest import read_manifest, write_manifest
+from evl_cache.store.format.manifest import read_manifest
 from evl_cache.store.format.marks import Mark, mark_content, mark_document, read_mark
 from evl_cache.store.shards.shard import ShardRecord
+from evl_cache.store.writing.completion import write_manifest
 from evl_cache_cli.main import main
 from tests.support.feature_caches import write_cache
 from tools import scale_tables

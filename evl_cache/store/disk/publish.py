@@ -116,6 +116,19 @@ class StagedFile:
             if self.size - self._written == _HUGE_PAGE_NBYTES:
                 self._flush(self._descriptor)
 
+    def write_over(self, data: bytes) -> None:
+        """Write over the first bytes of the file. `sha256` and `crc32c` tell nothing of it from then on.
+
+        Raises: as `write`.
+        """
+        if self._descriptor is None:
+            raise UsageError(f"{self.path} is closed: write before publishing")
+        self._flush(self._descriptor)
+        with self._discarded_on_error("write", self.path):
+            at = 0
+            while at < len(data):
+                at += os.pwrite(self._descriptor, data[at:], at)
+
     def _wait_with(self, part: memoryview) -> None:
         if len(part) >= _SMALL_NBYTES:
             self._pending.append(part)

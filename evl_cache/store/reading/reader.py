@@ -15,7 +15,7 @@ from evl_cache.notation import layers_of
 from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.layout import array_layouts, as_range
-from evl_cache.store.format.manifest import find_manifest, manifest_at
+from evl_cache.store.format.manifest import find_manifest, manifest_at, manifest_digest
 from evl_cache.store.format.recomputed import ProjectionOnDevices, read_projections
 from evl_cache.store.format.rows import Row, StoredBatch
 from evl_cache.store.objects.address import is_url
@@ -107,13 +107,16 @@ class FeatureCache:
     @property
     def fingerprint(self) -> str:
         """The cache digest: the manifest's once complete; before that, a digest of the marks there are."""
+        if (found := manifest_digest(self.path, self.spec)) is not None:
+            return found
         manifest = find_manifest(self.path, self.spec)
         return self._done.marks_digest if manifest is None else manifest.digest
 
     @property
     def has_manifest(self) -> bool:
         """Whether the manifest is written, intact and this cache's."""
-        return manifest_at(self.path, self.spec) is not None
+        is_proved = manifest_digest(self.path, self.spec) is not None
+        return is_proved or manifest_at(self.path, self.spec) is not None
 
     @property
     def origin(self) -> Mapping[str, Any]:

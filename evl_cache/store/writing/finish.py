@@ -1,4 +1,4 @@
-"""The end of a job: it removes the staged files and locks that killed jobs left, and writes the manifest."""
+"""The end of a job: it removes the staged files and locks that killed jobs left, and writes manifest and index."""
 
 import contextlib
 import os
@@ -13,7 +13,9 @@ from evl_cache.store.disk.locks import EXPIRY_S, BlockLock, LockWatcher
 from evl_cache.store.disk.publish import is_staging_name
 from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.layout import DONE_NAME, LOCKS_NAME, MANIFEST_NAME, array_layouts
-from evl_cache.store.format.manifest import read_manifest, write_manifest
+from evl_cache.store.format.manifest import manifest_digest, read_manifest
+from evl_cache.store.writing.completion import write_manifest
+from evl_cache.store.writing.index_files import remove_segments
 
 _ATTEMPTS = 5  # at the manifest, by a job that is paused again and again
 
@@ -46,7 +48,7 @@ def finish_cache(
     for attempts_left in reversed(range(_ATTEMPTS)):
         with watcher.wait_for(CACHE_LOCK) as lock:
             if file_identity(manifest) not in (None, before):  # one of many jobs does this for all
-                return read_manifest(cache_path, spec).digest
+                return manifest_digest(cache_path, spec) or read_manifest(cache_path, spec).digest
             try:
                 if watcher.sweep(own=lock, clean=clean):
                     for directory in (
@@ -64,6 +66,7 @@ def finish_cache(
                     raise
                 continue
             if lock.is_held():
+                remove_segments(cache_path)
                 return cache_digest
             before = file_identity(manifest)  # written after a long pause: it may be older than a mark
     raise CacheError(
