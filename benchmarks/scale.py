@@ -9,7 +9,8 @@ only imported the package: proportional shares (PSS), files of the cache that ar
     SIZE.open_cpu_s, .open_mb     a process opens the cache; `open_peak_mb`: the most on the way
     SIZE.open_mb_8                eight processes have it open together
     SIZE.first_batch_s            from imports to the first step: opening both caches, set-up, batch, a step of a small head
-    SIZE.end_s, .end_cpu_s        one process ends an extraction whose blocks are all done; `end_mb`: its most memory
+    SIZE.end_s, .end_cpu_s        one process ends an extraction whose blocks are all done; `end_mb`: its most memory;
+                                  `end_without_segments_cpu_s`: where the extraction left no segments of the index
     SIZE.end_others_s             processor seconds, at most, of each of two other processes of that run
     SIZE.resume_s                 the extraction is run again, with nothing to do
     ls_20_s                       `ls` of 20 caches (the largest measured, under 20 names)
@@ -33,7 +34,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.large_caches import SIZES, Size, write_large_cache
+from benchmarks.support.large_caches import SIZES, Size, make_unfinished, write_large_cache
 from benchmarks.support.machine import machine
 from benchmarks.support.scale_servers import opened_behind_url, opened_in_s3
 from benchmarks.support.stepped_processes import run_together
@@ -167,15 +168,25 @@ def behind_url(caches: Caches, size: str) -> Found:
 
 def ending(caches: Caches, size: str) -> Found:
     """An extraction ends, in one process and in three; and it is run again."""
-    path = str(caches.of(size))
-    (again,) = run_together(MODULE, "resumed", [{"path": path, "size": size}])
-    (alone,) = run_together(MODULE, "ended", [{"path": path}])
-    together = run_together(MODULE, "ended", [{"path": path}] * ENDING)
+    path = caches.of(size)
+    spec = read_description(path).spec
+    resuming = {"path": str(path), "size": size}
+    (again,) = run_together(MODULE, "resumed", [resuming])
+
+    def ended(segments: Path | None, processes: int) -> list[Found]:
+        make_unfinished(path, spec, segments)
+        return run_together(MODULE, "ended", [{"path": str(path)}] * processes)
+
+    (bare,) = ended(None, 1)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".segments-") as folder:
+        (alone,) = ended(Path(folder) / "kept", 1)
+        together = ended(Path(folder) / "kept", ENDING)
     writer, *others = sorted((found["cpu_s"] for found in together), reverse=True)
     return {
         f"{size}.end_s": alone["seconds"],
         f"{size}.end_cpu_s": alone["cpu_s"],
         f"{size}.end_mb": alone["peak_mb"],
+        f"{size}.end_without_segments_cpu_s": bare["cpu_s"],
         f"{size}.end_writer_s": writer,
         f"{size}.end_others_s": others[0],
         f"{size}.resume_s": again["seconds"],

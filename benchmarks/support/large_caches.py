@@ -1,6 +1,6 @@
 """Complete caches of a size that no test could extract: everything is real but the features.
 
-Description, `clips.jsonl`, marks and manifest are what an extraction of so many clips leaves, with ids as Kinetics has them.
+Description, `clips.jsonl`, marks, index and manifest are what an extraction of so many clips leaves; ids are like Kinetics's.
 Features are of random numbers, with the arrays, layers and chunks of a ViT-B/16 cache but few tokens of few channels. Two
 or three blocks of them are written by the store's own writer (a whole one, one with a clip that failed, and a short last
 one); the shards of all other blocks are hard links to these, or copies where the disk has no links. So every block can be
@@ -39,10 +39,10 @@ from evl_cache.store import (
     make_row,
     mark_path,
 )
-from evl_cache.store.disk.publish import write_atomic
-from evl_cache.store.format.layout import DONE_NAME
-from evl_cache.store.format.manifest import manifest_content
+from evl_cache.store.format.index_head import INDEX_NAME, SEGMENTS_NAME
 from evl_cache.store.format.marks import ShardFiles, mark_document
+from evl_cache.store.writing.completion import write_manifest
+from evl_cache.store.writing.index_files import SEGMENT_BLOCKS, write_segment_of
 from evl_cache.towers import Tower, build_tower
 
 NUM_CLASSES = 400
@@ -170,21 +170,37 @@ def write_large_cache(path: Path, size: Size) -> CacheSpec:
     clips = clip_list(size)
     spec = cache_spec(size, clips)
     create_cache(path, spec, clips.clips, origin={}, created_with={"evl-cache": "generated"})
-    files: dict[str, tuple[int, str]] = {}
     with TemporaryDirectory(dir=path.parent, prefix=".blocks-") as folder:
         kinds = _kinds(Path(folder), spec)
         ids = [clip.id for clip in clips.clips]
         for block in range(spec.num_blocks):
             kind = kinds[_kind_of(block, spec)]
             kind.place(path, block, spec)
-            written = kind.mark(block, ids, spec)
-            _write(mark_path(path, block), written)
-            files[f"{DONE_NAME}/{block:06d}.json"] = len(written), hashlib.sha256(written).hexdigest()
-            for name, layout in kind.layouts.items():
-                files[layout.shard_name(block)] = kind.files[name].digest
-    content, _ = manifest_content(path, spec, files)
-    write_atomic(path / MANIFEST_NAME, content)
+            _write(mark_path(path, block), kind.mark(block, ids, spec))
+    write_manifest(path, spec)
     return spec
+
+
+def make_unfinished(path: Path, spec: CacheSpec, segments: Path | None) -> None:
+    """Put a complete cache back to where an extraction has just done the last block.
+
+    Args:
+        segments: where its segments are kept for the next time, which are made if they are not there; None for a cache
+            whose extraction left none.
+    """
+    for name in (MANIFEST_NAME, INDEX_NAME):
+        (path / name).unlink(missing_ok=True)
+    own = path / SEGMENTS_NAME
+    shutil.rmtree(own, ignore_errors=True)
+    if segments is None:
+        return
+    if not segments.exists():
+        for block in range(0, spec.num_blocks, SEGMENT_BLOCKS):
+            write_segment_of(path, spec, block)
+        own.mkdir(exist_ok=True)  # a small cache has none
+        shutil.copytree(own, segments, copy_function=os.link)
+        return
+    shutil.copytree(segments, own, copy_function=os.link)
 
 
 def _kind_of(block: int, spec: CacheSpec) -> str:

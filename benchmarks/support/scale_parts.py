@@ -17,7 +17,7 @@ from evl_cache.clips import select
 from evl_cache.datasets.list_file import read_list_file
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.stage import extract
-from evl_cache.store import MANIFEST_NAME, FeatureCache, finish_cache, read_clips, read_description
+from evl_cache.store import FeatureCache, finish_cache, read_clips, read_description
 from evl_cache.store.format.description import clips_lines
 from evl_cache.train import TrainOptions, train
 
@@ -81,7 +81,6 @@ def listed(places: list[str]) -> Found:
 def ended(path: str) -> Found:
     """What a process of an extraction does when all blocks are done: the manifest, and what failed."""
     spec = read_description(Path(path)).spec
-    (Path(path) / MANIFEST_NAME).unlink(missing_ok=True)
     yield {}
 
     def work() -> int:

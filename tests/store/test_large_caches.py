@@ -29,6 +29,7 @@ def cache_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_generated_cache_passes_verify_and_reads_the_same_features_in_all_blocks(cache_path: Path) -> None:
     assert is_whole(cache_path)
     cache = FeatureCache(cache_path)
+    assert (cache_path / "index.bin").is_file()
     assert cache.is_complete and cache.has_manifest and cache.spec.num_blocks == 3
     assert [clip for clip, _ in cache.failures] == [cache.clips[7].id]
     assert not list(cache_path.parent.glob(".*"))
