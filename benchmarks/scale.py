@@ -34,7 +34,8 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.support.large_caches import SIZES, Size, make_unfinished, write_large_cache
+from benchmarks.support.large_caches import make_unfinished, write_large_cache
+from benchmarks.support.large_sizes import SIZES, Size
 from benchmarks.support.machine import machine
 from benchmarks.support.scale_servers import opened_behind_url, opened_in_s3
 from benchmarks.support.stepped_processes import run_together
@@ -74,7 +75,9 @@ def main() -> None:
         for part in parts:
             for size in sizes if part in PARTS_OF_SIZES else sizes[-1:]:
                 print(f"{part} of {size} …", file=sys.stderr, flush=True)
-                result |= PARTS[part](caches, size)
+                found = PARTS[part](caches, size)
+                print(json.dumps(found), file=sys.stderr, flush=True)
+                result |= found
     print(json.dumps({**result, "sizes": sizes, "parts": parts, "machine": machine()}))
 
 

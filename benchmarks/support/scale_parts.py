@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.support.large_caches import NUM_CLASSES, SIZES, clip_list, tower
+from benchmarks.support.large_sizes import NUM_CLASSES, SIZES, clip_list, tower
 from benchmarks.support.process_costs import costs_of, memory_mb
 from benchmarks.support.stepped_processes import Steps, serve
 from evl_cache.batches.epoch_order import EpochOrder

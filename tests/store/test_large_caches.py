@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.support.large_caches import SIZES, Size, write_large_cache
+from benchmarks.support.large_caches import make_unfinished, write_large_cache
+from benchmarks.support.large_sizes import SIZES, Size
 from evl_cache.store import FeatureCache, mark_path, verify_cache
 from evl_cache.store.format.marks import mark_content, read_mark
+from evl_cache.store.writing.completion import write_manifest
 from evl_cache.train import TrainOptions, train
 
 THREE_BLOCKS = Size(clips=16, views=10, changes={})  # of 6, 6 and 4 clips
@@ -55,6 +57,15 @@ def test_marks_are_those_that_the_store_writes_byte_for_byte(cache_path: Path) -
         mark = read_mark(cache_path, block, spec)
         assert mark is not None
         assert mark_content(mark, spec) == mark_path(cache_path, block).read_bytes()
+
+
+def test_manifest_and_index_are_those_that_the_store_writes_byte_for_byte(cache_path: Path) -> None:
+    files = [cache_path / name for name in ("manifest.json", "index.bin")]
+    generated = [path.read_bytes() for path in files]
+    spec = FeatureCache(cache_path).spec
+    make_unfinished(cache_path, spec, None)
+    write_manifest(cache_path, spec)
+    assert [path.read_bytes() for path in files] == generated
 
 
 @pytest.mark.parametrize("name", ["k400x1", "10m"])
