@@ -30,7 +30,7 @@ _SPLIT_FOLDERS = {
 _FILE_SPLITS = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Row:
     line: int
     label: str
