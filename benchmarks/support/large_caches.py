@@ -43,10 +43,11 @@ from evl_cache.store import (
 )
 from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.disk.publish import stage_file, write_atomic
-from evl_cache.store.format.index_head import INDEX_NAME, SEGMENTS_NAME, clip_labels
+from evl_cache.store.format.index_head import INDEX_NAME, SEGMENTS_NAME
 from evl_cache.store.format.manifest import block_files, manifest_content
 from evl_cache.store.format.marks import ShardFiles, mark_document
-from evl_cache.store.writing.index_files import SEGMENT_BLOCKS, IndexWriter, write_segment_of
+from evl_cache.store.writing.index_files import IndexWriter
+from evl_cache.store.writing.segments import SEGMENT_BLOCKS, write_segment_of
 
 FAILED_EVERY = 16  # one clip of every so many blocks failed: a hundredth of all
 DECODER = "decord 0.6.0"
@@ -104,7 +105,7 @@ def write_large_cache(path: Path, size: Size) -> CacheSpec:
             index.add(mark)
             files |= block_files(mark, spec)
         content, manifest = manifest_content(path, spec, files)
-        labels = clip_labels(read_clips(path, read_description(path)))
+        labels = read_clips(path, read_description(path)).labels
         index.finish(cache_digest=manifest.digest, labels=labels)
         staged.publish_replacing(path / INDEX_NAME)
     write_atomic(path / MANIFEST_NAME, content)

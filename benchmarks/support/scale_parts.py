@@ -84,7 +84,7 @@ def ended(path: str) -> Found:
     yield {}
 
     def work() -> int:
-        finish_cache(Path(path), spec)
+        finish_cache(Path(path), spec, keeps_manifest=True)  # as `extract` does
         return len(FeatureCache(path).failures)
 
     failures, costs = costs_of(work, files=Path(path))
