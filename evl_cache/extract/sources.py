@@ -59,7 +59,7 @@ class _Made:
 
     row: int
     record: ClipRecord
-    path: Path
+    path: str
     marked_ns: int
 
 
@@ -106,7 +106,7 @@ def _clips_made(cache_path: Path, spec: CacheSpec, clips: Sequence[Clip], root: 
         records = clip_records(found, spec, clips)
         for row, record in zip(spec.clips_of_block(found.block), records, strict=True):
             if record.error is None and record.source_sha256 is not None:
-                path = root / clips[row].path
+                path = os.path.join(root, clips[row].path)
                 yield _Made(row=row, record=record, path=path, marked_ns=marked_ns)
 
 
@@ -116,11 +116,12 @@ class _FileLooks:
     def __init__(self) -> None:
         self._folders: dict[str, dict[str, os.DirEntry[str]]] = {}
 
-    def of(self, path: Path) -> tuple[int, int] | None:
+    def of(self, path: str) -> tuple[int, int] | None:
         """Bytes and time of the last change, in ns; None where the file is not there, or cannot be looked at."""
         folder, name = os.path.split(path)
         try:
             if folder not in self._folders:
+                self._folders[folder] = {}  # one look at a folder that is not there, too
                 with os.scandir(folder) as entries:
                     self._folders[folder] = {entry.name: entry for entry in entries}
             found = self._folders[folder][name].stat()
@@ -131,7 +132,7 @@ class _FileLooks:
 
 def _sha256(made: _Made) -> str | None:
     try:
-        return file_digest(made.path.resolve())[1]
+        return file_digest(Path(made.path).resolve())[1]
     except (OSError, CacheError):
         return None
 

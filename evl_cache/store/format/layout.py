@@ -177,7 +177,7 @@ def _made_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
 
 def mark_path(cache_path: Path, block: int) -> Path:
     """Return where a block's done mark lies."""
-    return cache_path / DONE_NAME / f"{block:06d}.json"
+    return Path(f"{cache_path}/{DONE_NAME}/{block:06d}.json")  # faster than to join, for 40,000 blocks
 
 
 def mark_name(block: int) -> str:
@@ -187,7 +187,7 @@ def mark_name(block: int) -> str:
 
 def redo_path(cache_path: Path, block: int) -> Path:
     """Return where it stands that a block with a mark is being redone: its files may be of two attempts."""
-    return cache_path / DONE_NAME / f"{block:06d}{_REDO_SUFFIX}"
+    return Path(f"{cache_path}/{DONE_NAME}/{block:06d}{_REDO_SUFFIX}")
 
 
 def is_in_redo(cache_path: Path, block: int) -> bool:
