@@ -90,6 +90,8 @@ class ViewSpec:
         train_views: random augmented views instead of these; 0 for none.
         augment_seed: seed of the augmented views, beside clip id and view number.
         flip: whether half of the augmented views are mirrored.
+        first_view: number of the first of the augmented views, which are drawn by their numbers: more than 0 only in
+            what was added to a cache that has the views before it.
     """
 
     frames: int = 8
@@ -100,6 +102,7 @@ class ViewSpec:
     train_views: int = 0
     augment_seed: int = 0
     flip: bool = False
+    first_view: int = 0
 
     def __post_init__(self) -> None:
         if self.sampling not in SAMPLING:
@@ -122,10 +125,17 @@ class ViewSpec:
             raise UsageError(
                 f"{self.train_views} augmented views beside {self.crops}; a clip has either those or these"
             )
+        if self.first_view < 0 or (self.first_view and not self.train_views):
+            raise UsageError(f"first_view is {self.first_view}; expected 0, or more for augmented views")
         if not self.train_views and (self.augment_seed or self.flip):
             raise UsageError(
                 "an augmentation seed or flip without augmented views; give --train-views, or leave them out"
             )
+
+    @property
+    def drawn(self) -> range:
+        """The numbers of the augmented views."""
+        return range(self.first_view, self.first_view + self.train_views)
 
     @property
     def per_clip(self) -> int:
@@ -152,6 +162,8 @@ class ViewSpec:
         if not self.train_views:
             for name in ("train_views", "augment_seed", "flip"):
                 del content[name]
+        if not self.first_view:
+            del content["first_view"]
         return content
 
 

@@ -79,7 +79,7 @@ def prepare_clip(
 
     Raises: Outage where the clip cannot be read, and is not to blame.
     """
-    drawn = range(views.train_views) if train_view is None else (train_view,)
+    drawn = views.drawn if train_view is None else (train_view,)
     path = root / clip.path
     around = surroundings or Surroundings(root)
 
@@ -244,7 +244,7 @@ def choose_frames(
         drawn: only these of the training views.
     """
     if views.train_views:
-        wanted = range(views.train_views) if drawn is None else drawn
+        wanted = views.drawn if drawn is None else drawn
         generators = (view_generator(views.augment_seed, clip_id, view) for view in wanted)
         return np.stack([_train_indices(num_frames_in_file, views, rng) for rng in generators])
     if views.sampling == "tsn":

@@ -110,7 +110,7 @@ def repair(
         did, differs = _redo(job, broken, options=options, on_clip=on_clip, on_outage=on_outage)
     # What stays as it is keeps its signs for the next repair: the note of a redo, the manifest that names another mark.
     stays = bool(did.kept_instead) or not blocks_in_redo(cache_path).isdisjoint(did.stayed)
-    is_complete = FeatureCache(cache_path).is_complete and not stays
+    is_complete = FeatureCache(cache_path, grown=False).is_complete and not stays
     return RepairResult(
         problems=tuple(problems),
         files_restored=tuple(restored),
@@ -129,7 +129,7 @@ def repair(
 
 def _job_of(cache_path: Path, tower: LoadTower, root: Path | None) -> ExtractionJob:
     """The job that a cache was made by, its tower loaded. Raises: UsageError for another tower."""
-    cache = FeatureCache(cache_path)
+    cache = FeatureCache(cache_path, grown=False)
     videos = root or cache.origin.get("root")
     if not videos:
         raise UsageError("the cache does not tell where its videos lie; give --root")

@@ -29,6 +29,16 @@ from evl_cache.store.disk.permissions import set_file_mode
 from evl_cache.store.disk.publish import is_staging_name, replacing
 from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.description import CacheDescription, read_clips, read_description
+from evl_cache.store.format.grown import (
+    ADDITIONS_NAME,
+    GROWN_NAME,
+    Addition,
+    Box,
+    addition_name,
+    addition_spec,
+    find_grown,
+    grown_spec,
+)
 from evl_cache.store.format.layout import (
     LOCKS_NAME,
     MANIFEST_NAME,
@@ -61,6 +71,13 @@ from evl_cache.store.verify import Problem, verify_cache
 from evl_cache.store.writing.block_writer import BlockWriter
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
+from evl_cache.store.writing.growth import (
+    CacheParts,
+    add_to_cache,
+    cache_parts,
+    clip_records,
+    renew_grown,
+)
 from evl_cache.store.writing.mark_records import replace_records
 from evl_cache.store.writing.publication import BlockLost, RowsAtStake, valid_mark, valid_marks
 from evl_cache.store.writing.stored_rows import StoredRow, StoredRows

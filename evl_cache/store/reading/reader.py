@@ -4,12 +4,14 @@ B samples, T frames, P patches, N = 1+P tokens, C channels.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.notation import layers_of
 from evl_cache.spec import FRAME_RULE, CacheSpec
@@ -28,8 +30,10 @@ from evl_cache.store.reading.buffers import (
     ProjectedMaps,
     Reads,
 )
+from evl_cache.store.reading.grown import GrownCache, open_grown
 from evl_cache.store.reading.indices import Indices, row_of, rows_of
 from evl_cache.store.reading.local_copy import LocalCopy
+from evl_cache.store.reading.member import Member, base_member
 from evl_cache.store.reading.sample_reader import SampleReader
 
 
@@ -49,18 +53,19 @@ class FeatureCache:
     Args:
         path: directory that `extract` wrote, or URL of a complete cache: s3://…, http(s)://….
         trust: do not check chunks against their marks' checksums (the codecs' own checks remain).
+        grown: read what was added to it, too.
 
     Raises: CacheError where there is no cache; CacheDamaged where its description is not intact.
     """
 
-    def __init__(self, path: str | Path, *, trust: bool = False) -> None:
+    def __init__(self, path: str | Path, *, trust: bool = False, grown: bool = True) -> None:
         self.copy = LocalCopy(str(path)) if is_url(path) else None
         self.path = Path(path) if self.copy is None else self.copy.path
         self.place = str(path) if self.copy is None else self.copy.url
         description = read_description(self.path)
         self.spec: CacheSpec = description.spec
         self.description = description
-        self.clips = read_clips(self.path, description)
+        self.clips: Sequence[Clip] = read_clips(self.path, description)
         if any(clip.label >= len(self.spec.classes) for clip in self.clips):
             raise CacheDamaged(
                 f"{path}: labels beyond its {len(self.spec.classes)} classes; repair the cache"
@@ -84,6 +89,21 @@ class FeatureCache:
         self._projections: Mapping[int, ProjectionOnDevices] | None = None
         if self.copy is not None:
             self.copy.serve(self._done.files)
+        base = base_member(
+            self.path, description, self.clips, done=self._done, samples=self._samples, copy=self.copy
+        )
+        self._grown = open_grown(base, str(path), trust=trust) if grown else None
+        if self._grown is not None:
+            self._become(self._grown)
+
+    def _become(self, grown: GrownCache) -> None:
+        """Show what all members of a grown cache hold."""
+        self.spec, self.clips, self.is_valid = grown.spec, grown.clips, grown.is_valid
+        self.description = replace(self.description, spec=grown.spec)
+        self._num_samples = self.spec.num_samples
+        self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
+        self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
+        self.is_local = self.copy is None and grown.maps_files
 
     def __len__(self) -> int:
         """Return the number of samples, failed and unfinished ones included."""
@@ -97,22 +117,36 @@ class FeatureCache:
     @property
     def is_complete(self) -> bool:
         """Whether every block is done."""
-        return self.num_blocks_done == self.spec.num_blocks
+        return self.num_blocks_done == self.num_blocks
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in all, those of what was added to it too."""
+        return self.spec.num_blocks if self._grown is None else self._grown.num_blocks
 
     @property
     def num_blocks_done(self) -> int:
         """Blocks with a valid mark."""
-        return len(self._done.files)
+        return len(self._done.files) if self._grown is None else self._grown.num_blocks_done
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The caches that a grown cache is read from, the base first; none for any other."""
+        return () if self._grown is None else self._grown.members
 
     @property
     def fingerprint(self) -> str:
         """The cache digest: the manifest's once complete; before that, a digest of the marks there are."""
+        if self._grown is not None:
+            return self._grown.fingerprint
         manifest = find_manifest(self.path, self.spec)
         return self._done.marks_digest if manifest is None else manifest.digest
 
     @property
     def has_manifest(self) -> bool:
-        """Whether the manifest is written, intact and this cache's."""
+        """Whether the manifest is written, intact and this cache's; of a grown cache, all of them."""
+        if self._grown is not None:
+            return self._grown.has_manifest
         return manifest_at(self.path, self.spec) is not None
 
     @property
@@ -123,22 +157,22 @@ class FeatureCache:
     @property
     def failures(self) -> list[tuple[str, str]]:
         """Every failed clip of the blocks done: (clip id, reason)."""
-        return [(self.clips[row].id, reason) for row, reason in sorted(self._done.errors.items())]
+        return [(self.clips[row].id, reason) for row, reason in sorted(self._marks.errors.items())]
 
     @property
     def damaged_marks(self) -> Mapping[int, str]:
         """Why a block whose mark is not intact does not exist, by block."""
-        return self._done.damaged_marks
+        return self._marks.damaged_marks
 
     @property
     def provenance(self) -> Mapping[tuple[str, tuple[int, int]], int]:
         """Number of clips by (decoder, source (height, width))."""
-        return self._done.provenance
+        return self._marks.provenance
 
     @property
     def by_older_rule(self) -> Mapping[int, str]:
         """The decoder of each clip with features whose frames a rule before this version's chose, by its row."""
-        return self._done.by_older_rule
+        return self._marks.by_older_rule
 
     @property
     def frame_rule(self) -> int:
@@ -147,11 +181,15 @@ class FeatureCache:
 
     def refresh(self) -> None:
         """See blocks that were finished since the cache was opened."""
-        self._done.refresh()
+        self._marks.refresh()
 
     def check_marks(self, samples: Indices) -> None:
         """Check that blocks of samples are not there, or whole and as the manifest has them. Raises: CacheDamaged."""
-        self._done.check(np.unique(self.rows_of(samples) // self.spec.block_samples).tolist())
+        rows = self.rows_of(samples)
+        if self._grown is not None:
+            self._grown.check(rows)
+        else:
+            self._done.check(np.unique(rows // self.spec.block_samples).tolist())
 
     def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
         """Return the places of layers in the arrays' layer axis. Raises: UsageError for one that is not stored."""
@@ -225,7 +263,11 @@ class FeatureCache:
         """Return how maps that are not stored are made. Raises: as `layer_positions`; CacheDamaged."""
         self.layer_positions(wanted)
         if self._projections is None:
-            found = read_projections(self.path, self.spec, self.description.projections_sha256)
+            found = (
+                read_projections(self.path, self.spec, self.description.projections_sha256)
+                if self._grown is None
+                else self._grown.projections()
+            )
             self._projections = {layer: ProjectionOnDevices(value) for layer, value in found.items()}
         held = tuple(sorted({layer - 1 for layer in wanted}.union(wanted)))
         return ProjectedMaps(wanted=wanted, held=held, projections=self._projections)
@@ -245,6 +287,9 @@ class FeatureCache:
         """Begin to fetch what `read_into` will read; a cache on a disk has nothing to fetch."""
         if self.copy is not None:
             positions = as_range(self._positions(buffers, layers))
+            if self._grown is not None:
+                self._grown.prefetch(samples, positions, buffers.stacked)
+                return
             self.copy.prefetch((self._samples.chunks(s, positions) for s in samples), buffers.stacked)
 
     def _positions(self, buffers: BatchBuffers, layers: Sequence[int] | None) -> Sequence[int]:
@@ -260,11 +305,12 @@ class FeatureCache:
         stacks = [(name, stack, self._layouts[name].differenced) for name, stack in buffers.stacked.items()]
         for name, stack, _ in stacks:
             self._layouts[name].check_stack(stack, len(positions))
-        self._samples.read(stacks, [(slot, self._checked_sample(s)) for slot, s in samples], positions)
+        wanted = [(slot, self._checked_sample(s)) for slot, s in samples]
+        (self._grown or self._samples).read(stacks, wanted, positions)
 
     def close(self) -> None:
         """Let go of every open file; the next read opens what it needs again."""
-        self._samples.close()
+        (self._grown or self._samples).close()
 
     def read_row(self, sample: int, positions: Sequence[int] | None = None) -> Row:
         """Return every array's chunks of one sample, as `make_row` made them. Errors as `read`.
@@ -283,10 +329,15 @@ class FeatureCache:
         stored = self.read_stored(samples, Reads(layers=wanted, with_maps=False, tokens="class"))
         return [tokens[:, :, 0].float() for tokens in stored.class_tokens or ()]
 
+    @property
+    def _marks(self) -> BlocksDone | GrownCache:
+        """What its marks tell, or those of all members."""
+        return self._done if self._grown is None else self._grown
+
     def _checked_sample(self, sample: int) -> int:
         sample = row_of(sample, self._num_samples, what="sample", place=self.place)
         if not self.is_valid[sample]:
-            raise self._done.why_not_served(sample, self.clips, self.place)
+            raise self._marks.why_not_served(sample, self.clips, self.place)
         return sample
 
     def __getstate__(self) -> dict[str, Any]:
