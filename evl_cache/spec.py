@@ -90,8 +90,7 @@ class ViewSpec:
         train_views: random augmented views instead of these; 0 for none.
         augment_seed: seed of the augmented views, beside clip id and view number.
         flip: whether half of the augmented views are mirrored.
-        first_view: number of the first of the augmented views, which are drawn by their numbers: more than 0 only in
-            what was added to a cache that has the views before it.
+        first_view: number of the first augmented view: not 0 only in what was added to a cache that has those before it.
     """
 
     frames: int = 8
@@ -125,17 +124,10 @@ class ViewSpec:
             raise UsageError(
                 f"{self.train_views} augmented views beside {self.crops}; a clip has either those or these"
             )
-        if self.first_view < 0 or (self.first_view and not self.train_views):
-            raise UsageError(f"first_view is {self.first_view}; expected 0, or more for augmented views")
-        if not self.train_views and (self.augment_seed or self.flip):
+        if not self.train_views and (self.augment_seed or self.flip or self.first_view):
             raise UsageError(
                 "an augmentation seed or flip without augmented views; give --train-views, or leave them out"
             )
-
-    @property
-    def drawn(self) -> range:
-        """The numbers of the augmented views."""
-        return range(self.first_view, self.first_view + self.train_views)
 
     @property
     def per_clip(self) -> int:
@@ -158,13 +150,9 @@ class ViewSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields; those of augmentation only where there is any, so that old feature ids stay."""
-        content = asdict(self)
-        if not self.train_views:
-            for name in ("train_views", "augment_seed", "flip"):
-                del content[name]
-        if not self.first_view:
-            del content["first_view"]
-        return content
+        left_out: tuple[str, ...] = () if self.train_views else ("train_views", "augment_seed", "flip")
+        left_out += () if self.first_view else ("first_view",)
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,23 +74,24 @@ def cache_card(
         raise UsageError(
             f"--license {license_name!r}; expected an identifier in small letters, such as cc-by-4.0 or other"
         )
-    manifest = manifest_at(cache.path, cache.spec)
-    if manifest is None:
+    parts = [(member.path, member.spec) for member in cache.members] or [(cache.path, cache.spec)]
+    manifests = [found for found in (manifest_at(*part) for part in parts) if found is not None]
+    if len(manifests) < len(parts):
         raise CacheError(
             f"{cache.place}: has no intact manifest, and a card has its digest; run extract again, or repair it"
         )
-    parts = [
+    sections = [
         _front_matter(cache.spec, license_name),
         _introduction(cache.spec),
         _table("What is in it", _contents(cache)),
         _how_made(cache),
-        _table("Size and digests", _sizes(cache.spec, manifest)),
+        _table("Size and digests", _sizes(cache, manifests)),
         _PROOF,
         _how_to_use(cache, address),
         _licence(cache.spec, license_name),
         _citation(cache.spec),
     ]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(sections) + "\n"
 
 
 def make_card(path: str | Path, *, license_name: str, address: str | None, replace_card: bool) -> Path:
@@ -180,13 +181,13 @@ def _how_made(cache: FeatureCache) -> str:
     )
 
 
-def _sizes(spec: CacheSpec, manifest: Manifest) -> dict[str, object]:
-    nbytes = sum(size for size, _ in manifest.files.values())
+def _sizes(cache: FeatureCache, manifests: Sequence[Manifest]) -> dict[str, object]:
+    sizes = [size for manifest in manifests for size, _ in manifest.files.values()]
     return {
-        "size": f"{nbytes:,} bytes in {len(manifest.files)} files",
-        "cache digest": manifest.digest,
-        "feature_id": spec.feature_id,
-        "content_id": spec.content_id,
+        "size": f"{sum(sizes):,} bytes in {len(sizes)} files",
+        "cache digest": cache.fingerprint,
+        "feature_id": cache.spec.feature_id,
+        "content_id": cache.spec.content_id,
     }
 
 

@@ -30,7 +30,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     if cache.copy is None:
         nbytes, files = size_on_disk(cache.path)
     else:
-        rows = cache.copy.manifest.files.values()
+        copies = [member.copy for member in cache.members if member.copy] or [cache.copy]
+        rows = [row for copy in copies for row in copy.manifest.files.values()]
         nbytes, files = sum(size for size, _ in rows), len(rows)
     done = int(cache.is_valid.reshape(-1, cache.spec.views.per_clip).all(axis=1).sum())
     return {
@@ -41,7 +42,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "content_id": cache.spec.content_id,
         "bytes": nbytes,
         "files": files,
-        "blocks": cache.spec.num_blocks,
+        "blocks": cache.num_blocks,
         "blocks_done": cache.num_blocks_done,
         "is_complete": cache.is_complete,
         "clips_done": done,
@@ -50,6 +51,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "failures": [{"clip": clip, "reason": reason_alone(reason, clip)} for clip, reason in cache.failures],
         "damaged_marks": list(cache.damaged_marks.values()),
         "cache_digest": cache.fingerprint,
+        "additions": [member.told for member in cache.members[1:]],
         "created_with": dict(cache.description.created_with),
         "decoders": sorted({decoder for decoder, _ in cache.provenance}),
         "frames": asdict(frames_of(cache)),

@@ -11,7 +11,16 @@ from typing import Any
 
 from evl_cache.caches.places import FoundCache, find_caches
 from evl_cache.notation import format_layers
-from evl_cache.store import MANIFEST_NAME, array_layouts, is_url, manifest_at, marked_blocks
+from evl_cache.store import (
+    GROWN_NAME,
+    MANIFEST_NAME,
+    CachePart,
+    array_layouts,
+    grown_digest,
+    is_url,
+    manifest_at,
+    marked_blocks,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,17 +74,13 @@ def list_caches(places: Sequence[str]) -> Iterator[ListedCache]:
 
 def _listed(found: FoundCache) -> ListedCache:
     spec, views = found.spec, found.spec.views
-    manifest = manifest_at(found.address, spec)
-    if is_url(found.address):
-        nbytes = sum(size for size, _ in manifest.files.values()) if manifest else 0
-        done, owner, modified = (spec.num_blocks if manifest else 0), None, None
-    else:
+    parts = [_listed_part(part) for part in found.parts]
+    digests = [digest for _, _, digest in parts]
+    owner, modified = None, None
+    if not is_url(found.address):
         root = Path(found.address)
-        marked = [block for block in marked_blocks(root) if block < spec.num_blocks]
-        layouts = array_layouts(spec).values()
-        nbytes = sum(_size(layout.shard(root, block)) for layout in layouts for block in marked)
-        done = len(marked)
-        owner, modified = _owner_and_time([root / MANIFEST_NAME, root / "done", root / "zarr.json"])
+        names = (GROWN_NAME, MANIFEST_NAME, "done", "zarr.json")
+        owner, modified = _owner_and_time([root / name for name in names])
     return ListedCache(
         place=found.place,
         dataset=spec.dataset,
@@ -85,14 +90,27 @@ def _listed(found: FoundCache) -> ListedCache:
         frames=views.frames,
         views=views.summary,
         clips=spec.num_clips,
-        nbytes=nbytes,
-        blocks_done=done,
-        blocks=spec.num_blocks,
+        nbytes=sum(nbytes for nbytes, _, _ in parts),
+        blocks_done=sum(done for _, done, _ in parts),
+        blocks=sum(part.spec.num_blocks for part in found.parts),
         owner=owner,
         modified=modified,
-        cache_digest=None if manifest is None else manifest.digest,
+        cache_digest=None if None in digests else grown_digest([one for one in digests if one]),
         frame_rule=spec.frame_rule,
     )
+
+
+def _listed_part(part: CachePart) -> tuple[int, int, str | None]:
+    """Return size, blocks done and digest of a cache, without what was added to it; None where it is not complete."""
+    spec, manifest = part.spec, manifest_at(part.place, part.spec)
+    digest = None if manifest is None else manifest.digest
+    if is_url(part.place):
+        nbytes = sum(size for size, _ in manifest.files.values()) if manifest else 0
+        return nbytes, spec.num_blocks if manifest else 0, digest
+    marked = [block for block in marked_blocks(part.path) if block < spec.num_blocks]
+    layouts = array_layouts(spec).values()
+    nbytes = sum(_size(layout.shard(part.path, block)) for layout in layouts for block in marked)
+    return nbytes, len(marked), digest
 
 
 def _size(path: Path) -> int:

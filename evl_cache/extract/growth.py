@@ -21,7 +21,6 @@ from evl_cache.store import (
     addition_spec,
     cache_parts,
     grown_spec,
-    read_clips,
 )
 
 _MAY_GROW = ("layers", "num_clips", "content_id", "classes", "views.train_views", "block_clips", "feature_id")
@@ -83,7 +82,7 @@ def plan_growth(job: ExtractionJob) -> Growth | None:
 
 def _as_it_is(job: ExtractionJob, there: CacheParts) -> ExtractionJob:
     """Return the job on all that a grown cache holds: its base's own command goes over the additions, too."""
-    clips = _clips_there(there)
+    clips = list(there.clips())
     given = {clip.id: clip for clip in job.clips.clips}
     listed = tuple(given.get(clip.id, clip) for clip in clips)
     return replace(
@@ -93,17 +92,12 @@ def _as_it_is(job: ExtractionJob, there: CacheParts) -> ExtractionJob:
     )
 
 
-def _clips_there(there: CacheParts) -> list[Clip]:
-    starting = [part for part in there.parts if part.side in ("", "clips")]
-    return [clip for part in starting for clip in read_clips(part.path, part.description)]
-
-
 class _Planner:
     """Finds the steps from what is there to what is asked for."""
 
     def __init__(self, job: ExtractionJob, there: CacheParts) -> None:
         self._job, self._there = job, there
-        self._box = _box_of(there)
+        self._box = there.box
         self._given = {clip.id: clip for clip in job.clips.clips}
 
     def plan(self) -> Growth:
@@ -168,7 +162,7 @@ class _Planner:
 
         Raises: UsageError where some that are there are not listed, or not under their labels.
         """
-        there = _clips_there(self._there)
+        there = list(self._there.clips())
         gone = [clip.id for clip in there if clip.id not in self._given]
         if gone:
             raise self._another(
@@ -229,11 +223,6 @@ class _Planner:
             f"{self._job.cache_path} holds another cache ({shown[:400]}){': ' if why else ''}{why}; "
             "choose another --cache, or the options it was made with"
         )
-
-
-def _box_of(there: CacheParts) -> Box:
-    base = there.parts[0].spec
-    return Box.of(base) if there.grown is None else there.grown.boxes(base)[-1][1]
 
 
 def _field(difference: str) -> str:

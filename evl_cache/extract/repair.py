@@ -35,9 +35,9 @@ from evl_cache.store import (
     read_projections,
     restore_description,
     valid_mark,
-    verify_cache,
     write_projections,
 )
+from evl_cache.store import verify_alone as verify_cache
 from evl_cache.towers import Tower, build_tower
 
 LoadTower = Callable[[CacheDescription], Tower]

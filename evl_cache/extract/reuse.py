@@ -10,7 +10,7 @@ from typing import Any
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.doubts import Doubt, why_doubted
 from evl_cache.spec import CacheSpec
-from evl_cache.store import ClipRecord, FeatureCache, Row, valid_marks
+from evl_cache.store import ClipRecord, FeatureCache, Row, cache_parts, clip_records
 
 
 class ReusableRows:
@@ -38,10 +38,9 @@ class ReusableRows:
         self._positions = [theirs.stored_layers.index(layer) for layer in spec.stored_layers]
         self._fetched: dict[str, tuple[ClipRecord, list[dict[str, Any]]]] = {}
         self._found: dict[tuple[str, str], tuple[int, ClipRecord]] = {}
-        for mark in valid_marks(cache_path, theirs):
-            for row, clip in zip(theirs.clips_of_block(mark.block), mark.clips, strict=True):
-                if clip.error is None and clip.source_sha256 is not None:
-                    self._found[self._key(clip.id, clip.source_sha256)] = row, clip
+        for row, clip in clip_records(cache_parts(cache_path).parts):
+            if clip.error is None and clip.source_sha256 is not None:
+                self._found[self._key(clip.id, clip.source_sha256)] = row, clip
 
     def fetch(self, clip_id: str, sha256: str, path: Path) -> bool:
         """Read the rows of a clip whose file, at `path`, has this sha256, to be taken.

@@ -11,10 +11,9 @@ to prove it, and `copy_to_directory`, `copy_to_bucket` and `copy_part` to copy i
 """
 
 from evl_cache.store.copying.card_file import CARD_NAME, write_card
+from evl_cache.store.copying.grown import copy_to_bucket, copy_to_directory
 from evl_cache.store.copying.part import copy_part, part_spec
 from evl_cache.store.copying.source import OnBlock, TransferResult
-from evl_cache.store.copying.to_bucket import copy_to_bucket
-from evl_cache.store.copying.to_directory import copy_to_directory
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.file_system import file_identity
 from evl_cache.store.disk.locks import (
@@ -37,6 +36,7 @@ from evl_cache.store.format.grown import (
     addition_name,
     addition_spec,
     find_grown,
+    grown_digest,
     grown_spec,
 )
 from evl_cache.store.format.layout import (
@@ -53,6 +53,7 @@ from evl_cache.store.format.layout import (
 from evl_cache.store.format.limits import projections_nbytes
 from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at
 from evl_cache.store.format.marks import UNKNOWN_DECODER, ClipRecord, Mark, mark_file_digest
+from evl_cache.store.format.parts import CachePart, CacheParts, cache_parts
 from evl_cache.store.format.recomputed import (
     projections_content,
     read_projections,
@@ -67,16 +68,17 @@ from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch
 from evl_cache.store.reading.indices import Indices, rows_of
 from evl_cache.store.reading.reader import FeatureCache
-from evl_cache.store.verify import Problem, verify_cache
+from evl_cache.store.verify import Problem
+from evl_cache.store.verify import verify_cache as verify_alone
+from evl_cache.store.verify_grown import verify_cache
 from evl_cache.store.writing.block_writer import BlockWriter
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
 from evl_cache.store.writing.growth import (
-    CacheParts,
     add_to_cache,
-    cache_parts,
     clip_records,
     renew_grown,
+    restore_grown,
 )
 from evl_cache.store.writing.mark_records import replace_records
 from evl_cache.store.writing.publication import BlockLost, RowsAtStake, valid_mark, valid_marks

@@ -1,5 +1,8 @@
 """A cache that grows in place is read bit for bit as one that was made of all of it at once."""
 
+import json
+import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,11 +11,15 @@ import numpy as np
 import pytest
 import torch
 
-from evl_cache.store import GROWN_NAME, FeatureCache
-from tests.support.grown_caches import AUGMENTED, first_clips, grow, spec_of
-from tests.support.store_helpers import extract_small, load_clips
+from evl_cache.clips import ClipList
+from evl_cache.errors import CacheDamaged, UsageError
+from evl_cache.extract.job import ExtractOptions
+from evl_cache.extract.stage import extract
+from evl_cache.spec import ViewSpec
+from evl_cache.store import GROWN_NAME, FeatureCache, verify_cache
+from tests.support.grown_caches import AUGMENTED, first_clips, grow, planned, spec_of
+from tests.support.store_helpers import clear_mark, extract_small, load_clips, one_thread, tree
 
-LAYERS, CLIPS, VIEWS = "layers", "clips", "views"
 Steps = list[tuple[int, dict[str, Any]]]  # clips, and changes to the spec, of each command
 
 
@@ -93,3 +100,160 @@ def test_what_grew_is_the_same_however_it_is_stored(
     steps = [(count, changes | {"tokens": tokens, "maps": maps}) for count, changes in steps]
     grown, whole = path_of(steps, motions, tmp_path)
     same_bits(FeatureCache(grown), FeatureCache(whole))
+
+
+def test_what_is_asked_and_there_is_not_made_again(motions: Path, tmp_path: Path) -> None:
+    clips = first_clips(load_clips(motions), 4)
+    grow(clips, tmp_path / "cache", layers=(3,))
+    first = grow(clips, tmp_path / "cache", layers=(2, 3))
+    before = tree(tmp_path / "cache")
+    again = grow(clips, tmp_path / "cache", layers=(2, 3))
+    assert (first.clips_done_here, again.clips_done_here) == (4, 0)
+    assert again.was_done and again.cache_digest == first.cache_digest
+    assert tree(tmp_path / "cache") == before
+
+
+def test_the_command_that_a_cache_was_begun_with_goes_over_what_was_added(
+    motions: Path, tmp_path: Path
+) -> None:
+    clips = load_clips(motions)  # 05.mp4 is broken
+    grow(clips, tmp_path / "cache", layers=(3,))
+    grow(clips, tmp_path / "cache", layers=(2, 3))
+    growth = planned(clips, tmp_path / "cache", layers=(3,))
+    assert growth is not None and growth.told == []
+    assert [step.job.spec.layers for step in growth.steps] == [(3,), (2,)]
+
+
+def test_a_list_in_another_order_adds_what_is_new_behind_what_is_there(motions: Path, tmp_path: Path) -> None:
+    clips = load_clips(motions)
+    shuffled = replace(clips, clips=(clips.clips[6], *clips.clips[:3], clips.clips[7]))
+    grow(first_clips(clips, 3), tmp_path / "cache")
+    growth = planned(shuffled, tmp_path / "cache")
+    assert growth is not None
+    assert growth.told == [f"adds 2 clips to {tmp_path / 'cache'}"]
+    assert [clip.id for clip in growth.job.clips.clips] == ["00.mp4", "01.mp4", "02.mp4", "06.mp4", "07.mp4"]
+
+
+def test_a_part_is_seen_once_it_is_complete(motions: Path, tmp_path: Path) -> None:
+    clips = first_clips(load_clips(motions), 4)
+    grow(clips, tmp_path / "cache", layers=(3,))
+    growth = planned(clips, tmp_path / "cache", layers=(2, 3))
+    assert growth is not None
+    with one_thread():
+        extract(growth.steps[1].job, options=ExtractOptions(batch=4, decode_workers=1))
+    assert FeatureCache(tmp_path / "cache").spec.layers == (3,)
+    assert grow(clips, tmp_path / "cache", layers=(2, 3)).clips_done_here == 0
+    assert FeatureCache(tmp_path / "cache").spec.layers == (2, 3)
+
+
+def refused(clips: ClipList, cache: Path, *parts: str, **changes: Any) -> None:
+    """A cache does not grow into a spec with these changes, for a reason that says this, and stays as it is."""
+    before = tree(cache)
+    with pytest.raises(UsageError) as caught:
+        grow(clips, cache, **changes)
+    assert "holds another cache" in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+    assert tree(cache) == before
+
+
+def test_another_cache_is_refused_with_the_reason(motions: Path, tmp_path: Path) -> None:
+    clips, cache = load_clips(motions), tmp_path / "cache"
+    four = first_clips(clips, 4)
+    grow(four, cache, layers=(2, 3))
+    refused(four, cache, "layers: [3], not [2, 3]", "keeps them", layers=(3,))
+    refused(first_clips(clips, 3), cache, "lacks 1 of its clips, such as '03.mp4'", layers=(2, 3))
+    other = replace(clips, clips=tuple(replace(clip, label=4) for clip in clips.clips))
+    refused(other, cache, "'00.mp4' has label 4, not 0", layers=(2, 3))
+    renamed = replace(clips, classes=("zero", *clips.classes[1:]))
+    refused(renamed, cache, "numbers its classes otherwise", layers=(2, 3))
+    refused(four, cache, "tokens", layers=(1, 2, 3), tokens="fp16")
+    views = ViewSpec(frames=4, stride=2, temporal_views=3)
+    refused(four, cache, "each test view depends on how many there are", views=views)
+    grow(four, cache, layers=(1, 2, 3))
+    refused(four, cache, "layers: [1, 3], not [1, 2, 3]", layers=(1, 3))
+
+
+def test_fewer_augmented_views_than_there_are_are_refused(motions: Path, tmp_path: Path) -> None:
+    clips = first_clips(load_clips(motions), 3)
+    grow(clips, tmp_path / "cache", views=AUGMENTED)
+    fewer = replace(AUGMENTED, train_views=1)
+    refused(clips, tmp_path / "cache", "has 2 augmented views of a clip, and keeps them", views=fewer)
+
+
+def test_an_unfinished_cache_does_not_grow(motions: Path, tmp_path: Path) -> None:
+    clips, cache = first_clips(load_clips(motions), 4), tmp_path / "cache"
+    grow(clips, cache, layers=(3,))
+    clear_mark(cache, spec_of(clips, layers=(3,)), 1)
+    with pytest.raises(UsageError, match="only a complete cache grows"):
+        grow(clips, cache, layers=(2, 3))
+
+
+def test_new_classes_may_follow_those_that_are_there(motions: Path, tmp_path: Path) -> None:
+    clips = load_clips(motions)
+    three = replace(first_clips(clips, 3), classes=clips.classes[:3])
+    grow(three, tmp_path / "cache")
+    grow(clips, tmp_path / "cache")
+    opened = FeatureCache(tmp_path / "cache")
+    assert opened.spec.classes == clips.classes
+    assert [clip.label for clip in opened.clips] == [clip.label for clip in clips.clips]
+
+
+def test_layers_of_another_video_are_not_added(motions: Path, tmp_path: Path) -> None:
+    clips, folder = load_clips(motions), tmp_path / "videos"
+    shutil.copytree(motions, folder)
+    clips = replace(first_clips(clips, 4), source=str(folder))
+    grow(clips, tmp_path / "cache", layers=(3,))
+    shutil.copy(folder / "06.mp4", folder / "01.mp4")
+    with pytest.raises(CacheDamaged, match="'01.mp4' was made of another video"):
+        grow(clips, tmp_path / "cache", layers=(2, 3))
+    assert FeatureCache(tmp_path / "cache").spec.layers == (3,)
+    grow(clips, tmp_path / "cache", layers=(2, 3), options={"check_sources": True})
+    extract_small(clips, tmp_path / "whole", spec=spec_of(clips, layers=(2, 3)))
+    same_bits(FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "whole"))
+    assert verify_cache(tmp_path / "cache").problems == ()
+
+
+def test_a_clip_that_failed_is_tried_again_in_all_that_was_added(motions: Path, tmp_path: Path) -> None:
+    clips, folder = load_clips(motions), tmp_path / "videos"
+    shutil.copytree(motions, folder)
+    clips = replace(clips, source=str(folder))
+    for layers in ((3,), (2, 3)):
+        grow(clips, tmp_path / "cache", layers=layers)
+    assert len(FeatureCache(tmp_path / "cache").failures) == 1
+    shutil.copy(folder / "00.mp4", folder / "05.mp4")
+    result = grow(clips, tmp_path / "cache", layers=(2, 3), options={"retry_failed": True})
+    assert result.failures == () and result.clips_done_here == 2
+    assert FeatureCache(tmp_path / "cache").is_valid.all()
+    assert verify_cache(tmp_path / "cache").problems == ()
+
+
+def test_a_grown_cache_survives_pickling_and_a_refresh(motions: Path, tmp_path: Path) -> None:
+    clips = first_clips(load_clips(motions), 4)
+    grow(clips, tmp_path / "cache", layers=(3,))
+    grow(clips, tmp_path / "cache", layers=(2, 3))
+    opened = FeatureCache(tmp_path / "cache")
+    before = opened.read([1, 0])
+    copied = pickle.loads(pickle.dumps(opened))
+    copied.refresh()
+    opened.close()
+    for one in (copied, opened):
+        assert all(torch.equal(*pair) for pair in zip(one.read([1, 0])[0], before[0], strict=True))
+    assert copied.fingerprint == opened.fingerprint
+
+
+def test_rows_of_a_grown_cache_are_reused(motions: Path, tmp_path: Path) -> None:
+    clips = first_clips(load_clips(motions), 4)
+    more = replace(AUGMENTED, train_views=3)
+    grow(clips, tmp_path / "grown", layers=(3,), views=AUGMENTED)
+    grow(clips, tmp_path / "grown", layers=(2, 3), views=more)
+    for name, options in (("copied", {"reuse": tmp_path / "grown"}), ("whole", {})):
+        spec = spec_of(clips, layers=(2, 3), views=more)
+        extract_small(clips, tmp_path / name, spec=spec, **options)
+    copied, whole = (tree(tmp_path / name) for name in ("copied", "whole"))
+    assert {name: copied[name] for name in copied if "/c/" in name} == {
+        name: whole[name] for name in whole if "/c/" in name
+    }
+    same_bits(FeatureCache(tmp_path / "copied"), FeatureCache(tmp_path / "whole"))
+    marks = [json.loads(one["done/000000.json"])["clips"] for one in (copied, whole)]
+    assert marks[0] == marks[1]

@@ -163,6 +163,11 @@ def addition_name(side: str, spec: CacheSpec, box: Box) -> str:
     return f"{side}-{told}-{identity[:8]}"
 
 
+def grown_digest(digests: Sequence[str]) -> str:
+    """Return the cache digest of a cache by those of its base and its additions: its own where nothing was added."""
+    return digests[0] if len(digests) == 1 else digest(list(digests))
+
+
 def grown_content(grown: Grown) -> bytes:
     """Return the bytes of `grown.json`."""
     rows = [

@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from evl_cache.attention_maps import MapProjection
-from evl_cache.canonical_json import digest
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.description import read_clips
-from evl_cache.store.format.grown import CLIPS, LAYERS, check_addition, find_grown, grown_spec
+from evl_cache.store.format.grown import CLIPS, LAYERS, check_addition, find_grown, grown_digest, grown_spec
 from evl_cache.store.format.layout import as_range
 from evl_cache.store.format.manifest import manifest_at
 from evl_cache.store.format.recomputed import read_projections
@@ -56,7 +55,7 @@ class GrownCache:
     @property
     def fingerprint(self) -> str:
         """Digest of the members' digests, in order."""
-        return digest([member.fingerprint for member in self.members])
+        return grown_digest([member.fingerprint for member in self.members])
 
     @property
     def has_manifest(self) -> bool:

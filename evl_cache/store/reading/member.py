@@ -9,6 +9,7 @@ import numpy as np
 
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, NoCacheHere
+from evl_cache.notation import format_layers
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.format.description import CacheDescription, read_description
@@ -51,6 +52,16 @@ class Member:
     def spec(self) -> CacheSpec:
         """What it holds."""
         return self.description.spec
+
+    @property
+    def told(self) -> str:
+        """What it added, for people."""
+        box = self.box
+        if self.starts_clips:
+            return f"clips {box.clips.start + 1} to {box.clips.stop}"
+        if box.views.start:
+            return f"views {box.views.start + 1} to {box.views.stop}"
+        return f"layers {format_layers(box.layers)}"
 
     @property
     def fingerprint(self) -> str:
@@ -109,8 +120,8 @@ def open_place(place: str, addition: Addition) -> tuple[Path, LocalCopy | None, 
         return path, copy, read_description(path)
     except NoCacheHere as error:
         raise CacheDamaged(
-            f"{objects.url}/{addition.place}: holds no cache, though {GROWN_NAME} names it; repair the cache, or bring the "
-            "directory back"
+            f"{objects.url}/{addition.place}: holds no cache, though {GROWN_NAME} names it; bring the directory back, "
+            f"or remove {GROWN_NAME} and extract again"
         ) from error
 
 

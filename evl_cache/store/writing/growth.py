@@ -4,23 +4,25 @@ An addition is made as any cache is, in a directory that no reader looks into be
 nothing; the same command goes on with it.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere
-from evl_cache.spec import CacheSpec
+from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store.disk.directories import make_directories
+from evl_cache.store.disk.file_system import read_limited
 from evl_cache.store.disk.lock_files import CACHE_LOCK
 from evl_cache.store.disk.locks import EXPIRY_S, LockWatcher
 from evl_cache.store.disk.publish import write_atomic
-from evl_cache.store.format.description import CacheDescription, read_description
+from evl_cache.store.format.description import read_description
 from evl_cache.store.format.grown import (
     ADDITIONS_NAME,
     CLIPS,
     GROWN_NAME,
     LAYERS,
     SECOND_COPY_NAME,
+    VIEWS,
     Addition,
     Box,
     Grown,
@@ -32,7 +34,7 @@ from evl_cache.store.format.grown import (
 from evl_cache.store.format.layout import LOCKS_NAME
 from evl_cache.store.format.manifest import read_manifest
 from evl_cache.store.format.marks import ClipRecord
-from evl_cache.store.objects.objects import DirectoryObjects
+from evl_cache.store.format.parts import CachePart, CacheParts, cache_parts
 from evl_cache.store.writing.publication import valid_marks
 
 _COPIES = (
@@ -41,76 +43,28 @@ _COPIES = (
 )  # `repair` restores the one that readers read, the last, from the other
 
 
-@dataclass(frozen=True, kw_only=True)
-class CachePart:
-    """The base of a cache, or what was added to it, as the cache of its own that it is.
+def clip_records(parts: Sequence[CachePart]) -> Iterator[tuple[int, ClipRecord]]:
+    """Yield every clip that is done, by its row in a grown cache, with the frames of all its views.
 
-    Attributes:
-        path: its directory.
-        description: what it says of itself.
-        box: what it holds of all.
-        side: what it added: layers, views or clips; empty for the base.
+    Its error, if any, is that of the part that has its first layers.
     """
-
-    path: Path
-    description: CacheDescription
-    box: Box
-    side: str = ""
-
-    @property
-    def spec(self) -> CacheSpec:
-        """What it holds."""
-        return self.description.spec
-
-
-@dataclass(frozen=True, kw_only=True)
-class CacheParts:
-    """A cache and what was added to it.
-
-    Attributes:
-        parts: the base first.
-        spec: what all hold together.
-        grown: what names the additions; None where there are none.
-    """
-
-    parts: tuple[CachePart, ...]
-    spec: CacheSpec
-    grown: Grown | None
-
-
-def cache_parts(cache_path: Path) -> CacheParts:
-    """Return the base of a cache and what was added to it.
-
-    Raises: CacheError where there is no cache; CacheDamaged where a description or `grown.json` is not intact.
-    """
-    description = read_description(cache_path)
-    base = description.spec
-    grown, whole = find_grown(cache_path, base), base
-    parts = [CachePart(path=cache_path, description=description, box=Box.of(base))]
-    for addition, (side, box) in zip(
-        grown.additions if grown else (), grown.boxes(base) if grown else (), strict=True
-    ):
-        path = cache_path / addition.place
-        try:
-            found = read_description(path)
-        except NoCacheHere as error:
-            raise CacheDamaged(
-                f"{path}: holds no cache, though {GROWN_NAME} names it; bring the directory back, or repair the cache"
-            ) from error
-        classes = found.spec.classes if side == CLIPS else whole.classes
-        whole = grown_spec(base, box, addition, classes=classes)
-        parts.append(CachePart(path=path, description=found, box=addition.box, side=side))
-    return CacheParts(parts=tuple(parts), spec=whole, grown=grown)
-
-
-def clip_records(cache_path: Path, parts: Sequence[CachePart]) -> Iterator[tuple[int, ClipRecord]]:
-    """Yield every clip that is done, by its row in the grown cache, as the part says that has its first layers."""
+    more: dict[int, tuple[tuple[int, ...], ...]] = {}
     for part in parts:
-        if part.side in ("", CLIPS):
-            for mark in valid_marks(part.path, part.spec):
-                rows = part.spec.clips_of_block(mark.block)
-                for row, record in zip(rows, mark.clips, strict=True):
-                    yield part.box.clips[row], record
+        if part.side == VIEWS:
+            for row, record in _records_of(part):
+                more[row] = more.get(row, ()) + (record.indices or ())
+    for part in parts:
+        if part.starts_clips:
+            for row, record in _records_of(part):
+                if record.indices is not None and row in more:
+                    record = replace(record, indices=(*record.indices, *more[row]))
+                yield row, record
+
+
+def _records_of(part: CachePart) -> Iterator[tuple[int, ClipRecord]]:
+    for mark in valid_marks(part.path, part.spec):
+        for row, record in zip(part.spec.clips_of_block(mark.block), mark.clips, strict=True):
+            yield part.box.clips[row], record
 
 
 def add_to_cache(
@@ -149,7 +103,7 @@ def add_to_cache(
                 f"{cache_path / addition.place} is not what was to be added ({'; '.join(differences[:4])}); remove it, and "
                 "run the same command again"
             )
-        _check_videos(before.parts, addition, side, cache_path / addition.place, found)
+        _check_videos(before.parts, addition, side, cache_path / addition.place)
         return grown
 
     _write(cache_path, with_it, lock_expiry_s=lock_expiry_s)
@@ -161,13 +115,41 @@ def renew_grown(cache_path: Path, *, lock_expiry_s: float = EXPIRY_S) -> None:
         _write(cache_path, lambda before: before.grown, lock_expiry_s=lock_expiry_s)
 
 
+def restore_grown(cache_path: Path) -> tuple[list[str], list[str]]:
+    """Write `grown.json` again from its second copy, where it is damaged, or the other way round.
+
+    Returns: what was damaged, and the names of the files that were written.
+    Raises: CacheDamaged where both are.
+    """
+    spec = read_description(cache_path).spec
+    found, damage = dict[str, Grown | None](), dict[str, str]()
+    for name in (GROWN_NAME, SECOND_COPY_NAME):
+        try:
+            found[name] = find_grown(cache_path, spec, name=name)
+        except CacheDamaged as error:
+            damage[name] = str(error)
+    intact = found.get(GROWN_NAME) or (found.get(SECOND_COPY_NAME) if damage else None)
+    if intact is None and damage:
+        raise CacheDamaged(
+            f"{'; '.join(damage.values())}: no copy is intact; remove both files, and run the extract commands again, which "
+            f"find in {ADDITIONS_NAME}/ what they made"
+        )
+    if intact is not None and found.get(SECOND_COPY_NAME) != intact and SECOND_COPY_NAME not in damage:
+        damage[SECOND_COPY_NAME] = f"{cache_path / SECOND_COPY_NAME}: is not the same as {GROWN_NAME}"
+    for name in damage:
+        assert intact is not None
+        make_directories(cache_path / ADDITIONS_NAME)
+        write_atomic(cache_path / name, grown_content(intact))
+    return list(damage.values()), list(damage)
+
+
 def _write(cache_path: Path, change: Callable[[CacheParts], Grown | None], *, lock_expiry_s: float) -> None:
     def due(before: CacheParts) -> bytes | None:
         """Return what is to be written, if anything."""
         grown = change(before)
         content = b"" if grown is None else grown_content(_with_digests(cache_path, grown))
-        there = DirectoryObjects(cache_path)
-        return None if all(there.holds(name, content) for name in _COPIES) or not content else content
+        is_there = all(_holds(cache_path / name, content) for name in _COPIES)
+        return None if is_there or not content else content
 
     if due(cache_parts(cache_path)) is None:  # such as on a disk that cannot be written
         return
@@ -192,36 +174,31 @@ def _with_digests(cache_path: Path, grown: Grown) -> Grown:
     return replace(grown, cache_digest=own, additions=tuple(additions))
 
 
-def _check_videos(
-    parts: Sequence[CachePart], addition: Addition, side: str, path: Path, spec: CacheSpec
-) -> None:
+def _check_videos(parts: Sequence[CachePart], addition: Addition, side: str, path: Path) -> None:
     """Check that more layers or views of clips are of the same videos, and layers of the same frames, as the rest.
 
     Raises: CacheDamaged naming a clip.
     """
     if side == CLIPS:
         return
-    made = dict[int, ClipRecord]()
-    for mark in valid_marks(path, spec):
-        made |= zip(spec.clips_of_block(mark.block), mark.clips, strict=True)
+    made = dict(_records_of(CachePart(place=path, description=read_description(path), box=addition.box)))
     for part in parts:
-        if not set(part.box.clips) & made.keys() or part.side == LAYERS:
+        if part.side == LAYERS or not set(part.box.clips) & made.keys():
             continue
-        for mark in valid_marks(part.path, part.spec):
-            for row, record in zip(part.spec.clips_of_block(mark.block), mark.clips, strict=True):
-                other = made.get(part.box.clips[row])
-                if other is None or record.error is not None or other.error is not None:
-                    continue
-                if record.source_sha256 != other.source_sha256:
-                    raise CacheDamaged(
-                        f"{path}: {record.id!r} was made of another video than the features that {parts[0].path} has; "
-                        "run the same command again with --check-sources, or put the old video back"
-                    )
-                if side == LAYERS and not _same_frames(record, other, part.box, addition.box):
-                    raise CacheDamaged(
-                        f"{path}: {record.id!r} was made of other frames than the features that {parts[0].path} has; "
-                        "use the same decoder"
-                    )
+        for row, record in _records_of(part):
+            other = made.get(row)
+            if other is None or record.error is not None or other.error is not None:
+                continue
+            if record.source_sha256 != other.source_sha256:
+                raise CacheDamaged(
+                    f"{path}: {record.id!r} was made of another video than the features that {parts[0].place} has; "
+                    "run the same command again with --check-sources, or put the old video back"
+                )
+            if side == LAYERS and not _same_frames(record, other, part.box, addition.box):
+                raise CacheDamaged(
+                    f"{path}: {record.id!r} was made of other frames than the features that {parts[0].place} has; "
+                    "use the same decoder"
+                )
 
 
 def _same_frames(record: ClipRecord, other: ClipRecord, box: Box, more: Box) -> bool:
@@ -235,17 +212,7 @@ def _same_frames(record: ClipRecord, other: ClipRecord, box: Box, more: Box) -> 
     return theirs[at : at + len(mine)] == mine
 
 
-def digests_differ(parts: CacheParts, found: Mapping[Path, str | None]) -> list[str]:
-    """Return what of a grown cache has another digest now than `grown.json` names.
-
-    Args:
-        found: digests, by directory of the base and of each addition.
-    """
-    if parts.grown is None:
-        return []
-    named = [parts.grown.cache_digest, *(addition.cache_digest for addition in parts.grown.additions)]
-    return [
-        f"{parts.parts[0].path / GROWN_NAME}: names another digest of {part.path}; run extract again, or repair the cache"
-        for part, then in zip(parts.parts, named, strict=True)
-        if found.get(part.path) not in (None, then)
-    ]
+def _holds(path: Path, content: bytes) -> bool:
+    with contextlib.suppress(OSError, CacheError):
+        return read_limited(path, len(content)) == content
+    return False
