@@ -35,6 +35,7 @@ from evl_cache.store.format.layout import LOCKS_NAME
 from evl_cache.store.format.manifest import read_manifest
 from evl_cache.store.format.marks import ClipRecord
 from evl_cache.store.format.parts import CachePart, CacheParts, cache_parts
+from evl_cache.store.writing.finish import remove_leftovers
 from evl_cache.store.writing.publication import valid_marks
 
 _COPIES = (
@@ -52,7 +53,7 @@ def clip_records(parts: Sequence[CachePart]) -> Iterator[tuple[int, ClipRecord]]
     for part in parts:
         if part.side == VIEWS:
             for row, record in _records_of(part):
-                more[row] = more.get(row, ()) + (record.indices or ())
+                more[row] = (*more.get(row, ()), *(record.indices or ()))
     for part in parts:
         if part.starts_clips:
             for row, record in _records_of(part):
@@ -82,7 +83,10 @@ def add_to_cache(
         made of other videos than the rest.
     """
 
+    checked = False
+
     def with_it(before: CacheParts) -> Grown:
+        nonlocal checked
         base = before.parts[0].spec
         there = before.grown or Grown(base=(base.feature_id, base.content_id), cache_digest="", additions=())
         if any(other.name == addition.name for other in there.additions):
@@ -103,7 +107,9 @@ def add_to_cache(
                 f"{cache_path / addition.place} is not what was to be added ({'; '.join(differences[:4])}); remove it, and "
                 "run the same command again"
             )
-        _check_videos(before.parts, addition, side, cache_path / addition.place)
+        if not checked:  # it takes a look at all marks
+            _check_videos(before.parts, addition, side, cache_path / addition.place)
+            checked = True
         return grown
 
     _write(cache_path, with_it, lock_expiry_s=lock_expiry_s)
@@ -159,6 +165,7 @@ def _write(cache_path: Path, change: Callable[[CacheParts], Grown | None], *, lo
         if not lock.is_held():
             raise CacheError(f"{lock.path} was taken over by another job; run the same command again")
         make_directories(cache_path / ADDITIONS_NAME)
+        remove_leftovers(cache_path / ADDITIONS_NAME)
         for name in _COPIES:
             write_atomic(cache_path / name, content)
 
