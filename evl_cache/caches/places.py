@@ -92,5 +92,5 @@ def find_caches(place: str | Path) -> Iterator[FoundCache]:
 
 def _look_at(place: str) -> FoundCache:
     found = cache_parts(place)
-    origin = found.parts[0].description.origin
+    origin = found.parts[-1].description.origin  # of the command that named all there is
     return FoundCache(address=place, spec=found.spec, origin=origin, parts=found.parts)

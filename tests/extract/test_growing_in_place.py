@@ -12,11 +12,21 @@ import pytest
 import torch
 
 from evl_cache.clips import ClipList
-from evl_cache.errors import CacheDamaged, UsageError
+from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.extract.grown import extract_grown
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.stage import extract
 from evl_cache.spec import ViewSpec
-from evl_cache.store import GROWN_NAME, FeatureCache, verify_cache
+from evl_cache.store import (
+    GROWN_NAME,
+    LOCKS_NAME,
+    FeatureCache,
+    LockWatcher,
+    finish_cache,
+    replace_records,
+    verify_cache,
+)
+from evl_cache.store.format.marks import read_mark
 from tests.support.grown_caches import AUGMENTED, first_clips, grow, planned, spec_of
 from tests.support.store_helpers import clear_mark, extract_small, load_clips, one_thread, tree
 
@@ -197,6 +207,45 @@ def test_new_classes_may_follow_those_that_are_there(motions: Path, tmp_path: Pa
     opened = FeatureCache(tmp_path / "cache")
     assert opened.spec.classes == clips.classes
     assert [clip.label for clip in opened.clips] == [clip.label for clip in clips.clips]
+
+
+def test_two_growths_that_do_not_fit_are_told(motions: Path, tmp_path: Path) -> None:
+    clips, cache = load_clips(motions), tmp_path / "cache"
+    grow(first_clips(clips, 3), cache, layers=(3,))
+    slower = planned(first_clips(clips, 6), cache, layers=(3,))
+    grow(first_clips(clips, 3), cache, layers=(2, 3))
+    assert slower is not None
+    with one_thread(), pytest.raises(CacheError, match="grew otherwise while clips-3-5-"):
+        extract_grown(slower, options=ExtractOptions(batch=4, decode_workers=1))
+    assert FeatureCache(cache).spec.layers == (2, 3)
+    refused(first_clips(clips, 6), cache, "keeps them", layers=(3,))
+    assert grow(first_clips(clips, 6), cache, layers=(2, 3)).clips == 6
+
+
+def test_a_cache_of_an_older_rule_grows_where_all_its_frames_are_by_the_rule_of_today(
+    motions: Path, tmp_path: Path
+) -> None:
+    clips = first_clips(load_clips(motions), 4)
+    grow(clips, tmp_path / "cache", layers=(3,), frame_rule=1)  # what is made now is marked so
+    grow(clips, tmp_path / "cache", layers=(2, 3))
+    extract_small(clips, tmp_path / "whole", spec=spec_of(clips, layers=(2, 3), frame_rule=1))
+    same_bits(FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "whole"))
+
+
+def test_frames_of_an_older_rule_get_no_more_layers(motions: Path, tmp_path: Path) -> None:
+    clips, cache = first_clips(load_clips(motions), 4), tmp_path / "cache"
+    grow(clips, cache, layers=(3,), frame_rule=1)
+    older = FeatureCache(cache)
+    mark = read_mark(cache, 0, older.spec)
+    assert mark is not None
+    lock = LockWatcher(cache / LOCKS_NAME, expiry_s=60.0).take(0)
+    assert lock is not None
+    with lock:
+        records = [replace(record, frame_rule=None) for record in mark.clips]
+        assert replace_records(cache, older.spec, mark, records, lock=lock)
+    finish_cache(cache, older.spec)
+    with pytest.raises(UsageError, match="--retry-doubtful"):
+        grow(clips, cache, layers=(2, 3))
 
 
 def test_layers_of_another_video_are_not_added(motions: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from evl_cache.errors import CacheDamaged
 from evl_cache.spec import CacheSpec
 from evl_cache.store.objects.objects import Objects, objects_of
 from evl_cache.untrusted.json_text import parse_json
+from evl_cache.untrusted.spec_limits import check_spec
 
 GROWN_NAME, ADDITIONS_NAME = "grown.json", "additions"
 SECOND_COPY_NAME = f"{ADDITIONS_NAME}/{GROWN_NAME}"
@@ -115,11 +116,13 @@ def grown_spec(base: CacheSpec, box: Box, addition: Addition, *, classes: Sequen
         box: what it holds.
         addition: the last one.
         classes: of all its clips.
+
+    Raises: CacheError where it is larger than readers take.
     """
     views = base.views
     if len(box.views) != views.per_clip:
         views = replace(views, train_views=len(box.views))
-    return replace(
+    whole = replace(
         base,
         classes=tuple(classes),
         views=views,
@@ -128,6 +131,8 @@ def grown_spec(base: CacheSpec, box: Box, addition: Addition, *, classes: Sequen
         content_id=addition.content_id,
         block_clips=addition.block_clips,
     )
+    check_spec(whole.to_json())  # each of many additions may be within its limits
+    return whole
 
 
 def addition_spec(whole: CacheSpec, box: Box, *, content_id: str) -> CacheSpec:

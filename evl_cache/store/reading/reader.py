@@ -99,7 +99,9 @@ class FeatureCache:
     def _become(self, grown: GrownCache) -> None:
         """Show what all members of a grown cache hold."""
         self.spec, self.clips, self.is_valid = grown.spec, grown.clips, grown.is_valid
-        self.description = replace(self.description, spec=grown.spec)
+        # The last command named all that there is, such as the longest list.
+        origin = grown.members[-1].description.origin
+        self.description = replace(self.description, spec=grown.spec, origin=origin)
         self._num_samples = self.spec.num_samples
         self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
         self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
