@@ -6,7 +6,7 @@ which its box translates.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ from evl_cache.attention_maps import MapProjection
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.format.description import read_clips
+from evl_cache.store.format.description import CacheDescription, read_clips
 from evl_cache.store.format.grown import CLIPS, LAYERS, check_addition, find_grown, grown_digest, grown_spec
 from evl_cache.store.format.layout import as_range
 from evl_cache.store.format.manifest import manifest_at
@@ -43,12 +43,18 @@ class GrownCache:
     is_valid: np.ndarray[Any, Any]
 
     @property
+    def description(self) -> CacheDescription:
+        """What the base says of itself, with all that there is; the origin is of the last command: it named all of it."""
+        first, last = self.members[0].description, self.members[-1].description
+        return replace(first, spec=self.spec, origin=last.origin)
+
+    @property
     def num_blocks(self) -> int:
         """Blocks of all members."""
         return sum(member.spec.num_blocks for member in self.members)
 
     @property
-    def num_blocks_done(self) -> int:
+    def num_done(self) -> int:
         """Those with a valid mark."""
         return sum(len(member.done.files) for member in self.members)
 
@@ -139,10 +145,7 @@ class GrownCache:
         """Begin to fetch what `read` will read, of the arrays named, where it lies behind URLs."""
         pairs, names = [(0, sample) for sample in wanted], tuple(names)
         for member, _, own_positions, own in self._shares(pairs, positions):
-            if member.copy is not None:
-                member.copy.prefetch(
-                    (member.samples.chunks(sample, own_positions) for _, sample in own), names
-                )
+            member.samples.prefetch((sample for _, sample in own), own_positions, names)
 
     def _shares(
         self, wanted: Sequence[tuple[int, int]], positions: Sequence[int]

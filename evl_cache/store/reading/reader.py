@@ -4,7 +4,6 @@ B samples, T frames, P patches, N = 1+P tokens, C channels.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +71,12 @@ class FeatureCache:
             )
         self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
         self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
-        self._done = BlocksDone(self.path, self.spec)
+        self._done: BlocksDone | GrownCache = BlocksDone(self.path, self.spec)
         self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
         self._num_samples = self.spec.num_samples
         # A copy is told from a hole by its chunks' checksums: those are always checked.
-        self._samples = SampleReader(
+        self._samples: SampleReader | GrownCache = SampleReader(
             self.path,
             self.spec,
             layouts=self._layouts,
@@ -92,17 +91,14 @@ class FeatureCache:
         base = base_member(
             self.path, description, self.clips, done=self._done, samples=self._samples, copy=self.copy
         )
-        self._grown = open_grown(base, str(path), trust=trust) if grown else None
-        if self._grown is not None:
-            self._become(self._grown)
+        if grown and (whole := open_grown(base, str(path), trust=trust)) is not None:
+            self._become(whole)
 
     def _become(self, grown: GrownCache) -> None:
         """Show what all members of a grown cache hold."""
-        self.spec, self.clips, self.is_valid = grown.spec, grown.clips, grown.is_valid
-        # The last command named all that there is, such as the longest list.
-        origin = grown.members[-1].description.origin
-        self.description = replace(self.description, spec=grown.spec, origin=origin)
-        self._num_samples = self.spec.num_samples
+        self._done = self._samples = grown
+        self.spec, self.description, self.clips = grown.spec, grown.description, grown.clips
+        self.is_valid, self._num_samples = grown.is_valid, self.spec.num_samples
         self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
         self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
         self.is_local = self.copy is None and grown.maps_files
@@ -124,31 +120,31 @@ class FeatureCache:
     @property
     def num_blocks(self) -> int:
         """Blocks in all, those of what was added to it too."""
-        return self.spec.num_blocks if self._grown is None else self._grown.num_blocks
+        return self._done.num_blocks if isinstance(self._done, GrownCache) else self.spec.num_blocks
 
     @property
     def num_blocks_done(self) -> int:
         """Blocks with a valid mark."""
-        return len(self._done.files) if self._grown is None else self._grown.num_blocks_done
+        return self._done.num_done if isinstance(self._done, GrownCache) else len(self._done.files)
 
     @property
     def members(self) -> tuple[Member, ...]:
         """The caches that a grown cache is read from, the base first; none for any other."""
-        return () if self._grown is None else self._grown.members
+        return self._done.members if isinstance(self._done, GrownCache) else ()
 
     @property
     def fingerprint(self) -> str:
         """The cache digest: the manifest's once complete; before that, a digest of the marks there are."""
-        if self._grown is not None:
-            return self._grown.fingerprint
+        if isinstance(self._done, GrownCache):
+            return self._done.fingerprint
         manifest = find_manifest(self.path, self.spec)
         return self._done.marks_digest if manifest is None else manifest.digest
 
     @property
     def has_manifest(self) -> bool:
         """Whether the manifest is written, intact and this cache's; of a grown cache, all of them."""
-        if self._grown is not None:
-            return self._grown.has_manifest
+        if isinstance(self._done, GrownCache):
+            return self._done.has_manifest
         return manifest_at(self.path, self.spec) is not None
 
     @property
@@ -159,22 +155,22 @@ class FeatureCache:
     @property
     def failures(self) -> list[tuple[str, str]]:
         """Every failed clip of the blocks done: (clip id, reason)."""
-        return [(self.clips[row].id, reason) for row, reason in sorted(self._marks.errors.items())]
+        return [(self.clips[row].id, reason) for row, reason in sorted(self._done.errors.items())]
 
     @property
     def damaged_marks(self) -> Mapping[int, str]:
         """Why a block whose mark is not intact does not exist, by block."""
-        return self._marks.damaged_marks
+        return self._done.damaged_marks
 
     @property
     def provenance(self) -> Mapping[tuple[str, tuple[int, int]], int]:
         """Number of clips by (decoder, source (height, width))."""
-        return self._marks.provenance
+        return self._done.provenance
 
     @property
     def by_older_rule(self) -> Mapping[int, str]:
         """The decoder of each clip with features whose frames a rule before this version's chose, by its row."""
-        return self._marks.by_older_rule
+        return self._done.by_older_rule
 
     @property
     def frame_rule(self) -> int:
@@ -183,15 +179,13 @@ class FeatureCache:
 
     def refresh(self) -> None:
         """See blocks that were finished since the cache was opened."""
-        self._marks.refresh()
+        self._done.refresh()
 
     def check_marks(self, samples: Indices) -> None:
         """Check that blocks of samples are not there, or whole and as the manifest has them. Raises: CacheDamaged."""
         rows = self.rows_of(samples)
-        if self._grown is not None:
-            self._grown.check(rows)
-        else:
-            self._done.check(np.unique(rows // self.spec.block_samples).tolist())
+        is_grown = isinstance(self._done, GrownCache)
+        self._done.check(rows if is_grown else np.unique(rows // self.spec.block_samples).tolist())
 
     def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
         """Return the places of layers in the arrays' layer axis. Raises: UsageError for one that is not stored."""
@@ -267,8 +261,8 @@ class FeatureCache:
         if self._projections is None:
             found = (
                 read_projections(self.path, self.spec, self.description.projections_sha256)
-                if self._grown is None
-                else self._grown.projections()
+                if not isinstance(self._done, GrownCache)
+                else self._done.projections()
             )
             self._projections = {layer: ProjectionOnDevices(value) for layer, value in found.items()}
         held = tuple(sorted({layer - 1 for layer in wanted}.union(wanted)))
@@ -289,10 +283,7 @@ class FeatureCache:
         """Begin to fetch what `read_into` will read; a cache on a disk has nothing to fetch."""
         if self.copy is not None:
             positions = as_range(self._positions(buffers, layers))
-            if self._grown is not None:
-                self._grown.prefetch(samples, positions, buffers.stacked)
-                return
-            self.copy.prefetch((self._samples.chunks(s, positions) for s in samples), buffers.stacked)
+            self._samples.prefetch(samples, positions, buffers.stacked)
 
     def _positions(self, buffers: BatchBuffers, layers: Sequence[int] | None) -> Sequence[int]:
         positions = self.layer_positions(layers)
@@ -307,12 +298,11 @@ class FeatureCache:
         stacks = [(name, stack, self._layouts[name].differenced) for name, stack in buffers.stacked.items()]
         for name, stack, _ in stacks:
             self._layouts[name].check_stack(stack, len(positions))
-        wanted = [(slot, self._checked_sample(s)) for slot, s in samples]
-        (self._grown or self._samples).read(stacks, wanted, positions)
+        self._samples.read(stacks, [(slot, self._checked_sample(s)) for slot, s in samples], positions)
 
     def close(self) -> None:
         """Let go of every open file; the next read opens what it needs again."""
-        (self._grown or self._samples).close()
+        self._samples.close()
 
     def read_row(self, sample: int, positions: Sequence[int] | None = None) -> Row:
         """Return every array's chunks of one sample, as `make_row` made them. Errors as `read`.
@@ -331,15 +321,10 @@ class FeatureCache:
         stored = self.read_stored(samples, Reads(layers=wanted, with_maps=False, tokens="class"))
         return [tokens[:, :, 0].float() for tokens in stored.class_tokens or ()]
 
-    @property
-    def _marks(self) -> BlocksDone | GrownCache:
-        """What its marks tell, or those of all members."""
-        return self._done if self._grown is None else self._grown
-
     def _checked_sample(self, sample: int) -> int:
         sample = row_of(sample, self._num_samples, what="sample", place=self.place)
         if not self.is_valid[sample]:
-            raise self._marks.why_not_served(sample, self.clips, self.place)
+            raise self._done.why_not_served(sample, self.clips, self.place)
         return sample
 
     def __getstate__(self) -> dict[str, Any]:
@@ -347,5 +332,5 @@ class FeatureCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.copy is not None:
+        if self.copy is not None and isinstance(self._done, BlocksDone):
             self.copy.serve(self._done.files)
