@@ -19,7 +19,7 @@ from evl_cache.store import (
     create_cache,
     make_row,
 )
-from evl_cache.store.format.manifest import write_manifest
+from evl_cache.store.writing.completion import write_manifest
 
 _PATCH = 16  # pixels
 _BLOCK_CLIPS = 64

@@ -18,7 +18,7 @@ from evl_cache.store import (
     create_cache,
     make_row,
 )
-from evl_cache.store.format.manifest import write_manifest
+from evl_cache.store.writing.completion import write_manifest
 
 LAYERS = (8, 9, 10, 11, 12)
 VIT_B_16 = TowerSpec(
@@ -105,9 +105,7 @@ def _commit(writer: BlockWriter, records: list[ClipRecord], lock: BlockLock) -> 
 
 def stored_nbytes(directory: Path, arrays: tuple[str, ...]) -> int:
     """Bytes of the shards of some arrays."""
-    return sum(
-        f.stat().st_size for name in arrays for f in (directory / name / "c").rglob("*") if f.is_file()
-    )
+    return sum(f.stat().st_size for name in arrays for f in (directory / name).glob("c.*"))
 
 
 def as_bytes(row: Row) -> int:

@@ -71,7 +71,8 @@ def plan_growth(job: ExtractionJob) -> Growth | None:
         return None
     base = there.parts[0].spec
     # An older rule stays the cache's; what is made now is marked as being by today's.
-    asked = replace(job.spec, frame_rule=min(job.spec.frame_rule, base.frame_rule))
+    frame_rule = min(job.spec.frame_rule, base.frame_rule)
+    asked = replace(job.spec, frame_rule=frame_rule, chunk_keys=base.chunk_keys)
     differences = {_field(difference) for difference in asked.differences(base)}
     if not differences:
         return None if there.grown is None else _Planner(_as_it_is(job, there), there).plan()

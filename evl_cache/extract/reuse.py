@@ -10,7 +10,16 @@ from typing import Any
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.doubts import Doubt, why_doubted
 from evl_cache.spec import CacheSpec
-from evl_cache.store import ClipRecord, FeatureCache, Row, cache_parts, clip_records
+from evl_cache.store import (
+    ClipRecord,
+    FeatureCache,
+    GrownRecords,
+    KnownBlocks,
+    Row,
+    cache_parts,
+    clip_records,
+    read_clips,
+)
 
 
 class ReusableRows:
@@ -36,11 +45,19 @@ class ReusableRows:
                 f"--reuse {cache_path}: its features are not those asked for ({'; '.join(features[:6])})"
             )
         self._positions = [theirs.stored_layers.index(layer) for layer in spec.stored_layers]
+        parts = cache_parts(cache_path).parts
+        self._records = GrownRecords(parts)
         self._fetched: dict[str, tuple[ClipRecord, list[dict[str, Any]]]] = {}
-        self._found: dict[tuple[str, str], tuple[int, ClipRecord]] = {}
-        for row, clip in clip_records(cache_parts(cache_path).parts):
-            if clip.error is None and clip.source_sha256 is not None:
-                self._found[self._key(clip.id, clip.source_sha256)] = row, clip
+        self._found: dict[tuple[str, str], int] = {}
+        for part in parts:
+            if not part.starts_clips:
+                continue
+            clips = read_clips(part.path, part.description)
+            for found in KnownBlocks(part.path, part.spec).all():
+                records = clip_records(found, part.spec, clips)
+                for row, clip in zip(part.spec.clips_of_block(found.block), records, strict=True):
+                    if clip.error is None and clip.source_sha256 is not None:
+                        self._found[self._key(clip.id, clip.source_sha256)] = part.box.clips[row]
 
     def fetch(self, clip_id: str, sha256: str, path: Path) -> bool:
         """Read the rows of a clip whose file, at `path`, has this sha256, to be taken.
@@ -48,9 +65,9 @@ class ReusableRows:
         Returns: whether there are any that are intact, and of the frames that are asked for.
         Raises: Outage where the file cannot be read, and is not to blame.
         """
-        if (found := self._found.get(self._key(clip_id, sha256))) is None:
+        row = self._found.get(self._key(clip_id, sha256))
+        if row is None or (record := self._records.of(row)) is None:
             return False
-        row, record = found
         if record.is_by_older_rule(self._cache.spec) and why_doubted(self._doubt, path, record) is not None:
             return False
         views = self._cache.spec.views.per_clip
@@ -72,4 +89,6 @@ class ReusableRows:
         return clip_id if self._cache.spec.views.train_views else "", sha256
 
 
-_NOT_FEATURES = ("content_id", "num_clips", "classes", "block_clips", "codec", "feature_id", "frame_rule")
+_NOT_FEATURES = (
+    "content_id", "num_clips", "classes", "block_clips", "codec", "feature_id", "frame_rule", "chunk_keys",
+)  # fmt: skip

@@ -4,6 +4,7 @@ Runs that are equal in all of it and differ in their seed are seeds of one train
 rows of their own.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypedDict
@@ -30,10 +31,11 @@ _TOLD_BY_HEAD = {"head", "head_layers", "num_heads", "dropout", *MODULES}
 # What differs between features, for people; the names of towers and of weights are only names.
 _NO_FEATURES = {
     "dataset", "split", "classes", "layers", "num_clips", "content_id", "block_clips", "codec", "feature_id",
-    "tower.model", "tower.pretrained",
+    "chunk_keys", "tower.model", "tower.pretrained",
 }  # fmt: skip
 _TOLD_BY_OTHERS = {"num_layers", "num_frames", "num_classes", "width", "grid"}  # layers, classes, features
 _SHOWN_DIGITS = 8
+_DIGESTED_AT_A_TIME = 100_000
 Fact = tuple[Any, str]  # what is compared, and how a person reads it
 
 
@@ -74,8 +76,13 @@ def clips_of_run(config: RunConfig, *, fingerprint: str, samples: np.ndarray) ->
 
 
 def samples_digest(samples: np.ndarray) -> str:
-    """Return a digest of rows of samples, in any order."""
-    return digest(sorted(samples.tolist()))
+    """Return a digest of rows of samples, in any order: `digest` of the sorted list, which may have millions of numbers."""
+    rows, found = np.sort(samples), hashlib.sha256(b"[")
+    for start in range(0, len(rows), _DIGESTED_AT_A_TIME):
+        part = ",".join(map(str, rows[start : start + _DIGESTED_AT_A_TIME].tolist()))
+        found.update((f",{part}" if start else part).encode())
+    found.update(b"]")
+    return found.hexdigest()
 
 
 def other_sides(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

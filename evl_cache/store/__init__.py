@@ -39,6 +39,9 @@ from evl_cache.store.format.grown import (
     grown_digest,
     grown_spec,
 )
+from evl_cache.store.format.index import IndexedBlock
+from evl_cache.store.format.index_head import INDEX_NAME
+from evl_cache.store.format.known_blocks import KnownBlocks, clip_records
 from evl_cache.store.format.layout import (
     LOCKS_NAME,
     MANIFEST_NAME,
@@ -51,7 +54,7 @@ from evl_cache.store.format.layout import (
     marked_blocks,
 )
 from evl_cache.store.format.limits import projections_nbytes
-from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at
+from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at, manifest_digest
 from evl_cache.store.format.marks import UNKNOWN_DECODER, ClipRecord, Mark, mark_file_digest
 from evl_cache.store.format.parts import CachePart, CacheParts, cache_parts
 from evl_cache.store.format.recomputed import (
@@ -73,13 +76,9 @@ from evl_cache.store.verify import verify_cache as verify_alone
 from evl_cache.store.verify_grown import verify_cache
 from evl_cache.store.writing.block_writer import BlockWriter
 from evl_cache.store.writing.create import create_cache
-from evl_cache.store.writing.finish import finish_cache
-from evl_cache.store.writing.growth import (
-    add_to_cache,
-    clip_records,
-    renew_grown,
-    restore_grown,
-)
+from evl_cache.store.writing.finish import finish_cache, index_cache
+from evl_cache.store.writing.growth import GrownRecords, add_to_cache, renew_grown, restore_grown
 from evl_cache.store.writing.mark_records import replace_records
 from evl_cache.store.writing.publication import BlockLost, RowsAtStake, valid_mark, valid_marks
+from evl_cache.store.writing.segments import write_segment_of
 from evl_cache.store.writing.stored_rows import StoredRow, StoredRows

@@ -18,7 +18,7 @@ from evl_cache.store import (
     create_cache,
     make_row,
 )
-from evl_cache.store.format.manifest import write_manifest
+from evl_cache.store.writing.completion import write_manifest
 
 TOWER = TowerSpec(
     model="tiny",

@@ -1,23 +1,27 @@
 """The manifest of a complete cache: every file's size and digest. Its own digest is the cache digest."""
 
 import contextlib
-from collections.abc import Callable, Mapping
+import hashlib
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from evl_cache.canonical_json import digest_matches, signed_json
-from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
-from evl_cache.store.disk.publish import write_atomic
+from evl_cache.store.disk.file_system import check_no_links, disk_error, is_refusal, open_regular
 from evl_cache.store.format.description import description_files
-from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, blocks_in_redo, mark_name
+from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_name
 from evl_cache.store.format.limits import manifest_limit
-from evl_cache.store.format.marks import Mark, read_mark
+from evl_cache.store.format.marks import ShardFiles
 from evl_cache.store.objects.objects import Objects, objects_of, open_objects
 from evl_cache.untrusted.json_text import parse_json
 
 MANIFEST_VERSION = 1
+_PART_NBYTES = 1 << 20
 
 
 class BlockNotDone(CacheError):
@@ -37,7 +41,23 @@ class Manifest:
     digest: str
 
 
-def block_files(mark: Mark, spec: CacheSpec) -> dict[str, tuple[int, str]]:
+class DoneBlock(Protocol):
+    """What a manifest names of a block: `Mark` and `IndexedBlock` have it."""
+
+    @property
+    def block(self) -> int:
+        """Its number."""
+
+    @property
+    def file_digest(self) -> tuple[int, str]:
+        """Size and sha256 of the file of its mark."""
+
+    @property
+    def files(self) -> ShardFiles:
+        """Record of each array's shard, by the array's name."""
+
+
+def block_files(mark: DoneBlock, spec: CacheSpec) -> dict[str, tuple[int, str]]:
     """Return what a manifest says of a block: size and sha256 of its mark and shards, by their paths."""
     files = {mark_name(mark.block): mark.file_digest}
     for name, layout in array_layouts(spec).items():
@@ -58,37 +78,6 @@ def manifest_content(
     }
     written, own = signed_json(content)
     return written, Manifest(files=files, digest=own)
-
-
-def write_manifest(
-    cache_path: Path, spec: CacheSpec, *, before_writing: Callable[[], None] = lambda: None
-) -> str:
-    """Write the manifest of a complete cache.
-
-    Args:
-        before_writing: called when all marks are read; what it raises ends the work.
-
-    Returns: the cache digest.
-    Raises: BlockNotDone; CacheDamaged where a mark is not intact; UsageError for a manifest that no reader takes.
-    """
-    files: dict[str, tuple[int, str]] = {}  # and not the marks, which take gigabytes for a large cache
-    in_redo = blocks_in_redo(cache_path)
-    for block in range(spec.num_blocks):
-        if block in in_redo:
-            raise BlockNotDone(f"{cache_path}: block {block} is being redone; run the same command again")
-        mark = read_mark(cache_path, block, spec)
-        if mark is None:
-            raise BlockNotDone(f"{cache_path}: block {block} is not done; run the extract command again")
-        files |= block_files(mark, spec)
-    content, manifest = manifest_content(cache_path, spec, files)
-    if len(content) > manifest_limit(spec):  # the cache was begun before this was checked then
-        raise UsageError(
-            f"{cache_path}: its manifest would have {len(content)} bytes, and no reader takes more than "
-            f"{manifest_limit(spec)}; split the list of clips into several caches, and copy features with --reuse"
-        )
-    before_writing()
-    write_atomic(cache_path / MANIFEST_NAME, content)
-    return manifest.digest
 
 
 def read_manifest(place: Path | Objects, spec: CacheSpec) -> Manifest:
@@ -120,6 +109,46 @@ def manifest_at(place: str | Path, spec: CacheSpec) -> Manifest | None:
     with contextlib.suppress(CacheDamaged):
         return read_manifest(open_objects(place), spec)
     return None
+
+
+def manifest_digest(cache_path: Path, spec: CacheSpec) -> str | None:
+    """Return the digest of a cache's manifest, proved by its bytes, without parsing them; it may have 200 MB.
+
+    None where there is no manifest, or none of this cache as our writers write it; `find_manifest` tells what is wrong.
+    Raises: CacheError where the disk refuses.
+    """
+    path = cache_path / MANIFEST_NAME
+    try:
+        check_no_links(cache_path, path.parent)
+        with open_regular(path) as file:
+            return proved_digest(iter(lambda: file.read(_PART_NBYTES), b""), spec)
+    except OSError as error:
+        if is_refusal(error):
+            raise disk_error("read", path, error) from error
+        return None
+
+
+def proved_digest(parts: Iterable[bytes], spec: CacheSpec) -> str | None:
+    """Return the digest in the bytes of a manifest, which come in parts; None where they do not have it.
+
+    Signed JSON has the digest at a known place, and is the digest of the bytes without it.
+    """
+    before, after = (
+        f'{{"content_id":"{spec.content_id}",'.encode(),
+        f'"feature_id":"{spec.feature_id}",'.encode(),
+    )
+    signed = re.compile(re.escape(before) + b'"digest":"([0-9a-f]{64})",' + re.escape(after))
+    parts = iter(parts)
+    first = next(parts, b"")
+    if (match := signed.match(first)) is None:
+        return None
+    own = hashlib.sha256(before)
+    last = first[match.end() - len(after) :]
+    for part in parts:
+        own.update(last)
+        last = part
+    own.update(last.removesuffix(b"\n"))
+    return match[1].decode() if last.endswith(b"\n") and own.hexdigest() == match[1].decode() else None
 
 
 def read_complete(objects: Objects, spec: CacheSpec) -> tuple[bytes, Manifest]:

@@ -218,6 +218,12 @@ def _parse_file(content: Mapping[str, Any], layout: ArrayLayout, spec: CacheSpec
         packed_nbytes=unpacked(content["chunk_nbytes"]),
         packed_checksums=unpacked(content["chunk_checksums"]),
     )
+    check_record(record, layout, spec)
+    return record
+
+
+def check_record(record: ShardRecord, layout: ArrayLayout, spec: CacheSpec) -> None:
+    """Check that a file can be as its record says, which a stranger may have written. Raises: ValueError."""
     nbytes = record.chunk_nbytes.astype(np.uint64)
     if not np.all((nbytes == 0) | layout.codec.allows_size(nbytes, layout.chunk_nbytes)):
         raise ValueError(
@@ -230,7 +236,6 @@ def _parse_file(content: Mapping[str, Any], layout: ArrayLayout, spec: CacheSpec
     most = max(_MOST_EXPANSION, _EXPANSION_OF_A_FRAME * spec.views.frames)
     if layout.chunk_nbytes > _LARGE_NBYTES and decoded > most * record.size:
         raise ValueError(f"{record.size} bytes of {layout.name} would become {decoded}")
-    return record
 
 
 def _parse_clips(

@@ -16,10 +16,10 @@ from evl_cache.attention_maps import MapProjection
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
+from evl_cache.store.format.clip_table import ClipTable
 from evl_cache.store.format.description import CacheDescription, read_clips
 from evl_cache.store.format.grown import CLIPS, LAYERS, check_addition, find_grown, grown_digest, grown_spec
 from evl_cache.store.format.layout import as_range
-from evl_cache.store.format.manifest import manifest_at
 from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.member import Member, open_member, open_place
@@ -38,7 +38,7 @@ class GrownCache:
     """
 
     spec: CacheSpec
-    clips: Sequence[Clip]
+    clips: ClipTable
     members: tuple[Member, ...]
     is_valid: np.ndarray[Any, Any]
 
@@ -66,7 +66,7 @@ class GrownCache:
     @property
     def has_manifest(self) -> bool:
         """Whether every member has an intact manifest."""
-        return all(manifest_at(member.path, member.spec) is not None for member in self.members)
+        return all(member.has_manifest for member in self.members)
 
     @property
     def maps_files(self) -> bool:
@@ -116,6 +116,8 @@ class GrownCache:
     def check(self, samples: np.ndarray[Any, Any]) -> None:
         """Check that the blocks of samples are not there, or whole. Raises: CacheDamaged."""
         for member in self.members:
+            if member.done.is_as_named:
+                continue
             own = member.own_samples(samples, self.spec.views.per_clip)
             member.done.check(np.unique(own[own >= 0] // member.spec.block_samples).tolist())
 
@@ -223,7 +225,7 @@ def open_grown(base: Member, place: str, *, trust: bool) -> GrownCache | None:
             )
         )
         if side == CLIPS:
-            clips = (*clips, *own)
+            clips = ClipTable(b"".join((*clips.canonical_parts(), *own.canonical_parts())), objects.url)
         whole = larger
     return GrownCache(spec=whole, clips=clips, members=tuple(members), is_valid=_valid(whole, members))
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, NoCacheHere
 from evl_cache.notation import format_layers
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.file_system import check_no_links
+from evl_cache.store.format.clip_table import ClipTable
 from evl_cache.store.format.description import CacheDescription, read_description
 from evl_cache.store.format.grown import GROWN_NAME, Addition, Box
 from evl_cache.store.format.layout import array_layouts
-from evl_cache.store.format.manifest import find_manifest
+from evl_cache.store.format.manifest import find_manifest, manifest_at, manifest_digest
 from evl_cache.store.objects.objects import DirectoryObjects, open_objects
 from evl_cache.store.reading.blocks_done import BlocksDone
 from evl_cache.store.reading.local_copy import LocalCopy
@@ -40,7 +40,7 @@ class Member:
 
     path: Path
     description: CacheDescription
-    clips: Sequence[Clip]
+    clips: ClipTable
     box: Box
     starts_clips: bool
     owned: Mapping[int, int]
@@ -66,8 +66,16 @@ class Member:
     @property
     def fingerprint(self) -> str:
         """Its cache digest; of the marks there are while it has no manifest."""
+        if (found := manifest_digest(self.path, self.spec)) is not None:
+            return found
         manifest = find_manifest(self.path, self.spec)
         return self.done.marks_digest if manifest is None else manifest.digest
+
+    @property
+    def has_manifest(self) -> bool:
+        """Whether its manifest is written, intact and its own."""
+        is_proved = manifest_digest(self.path, self.spec) is not None
+        return is_proved or manifest_at(self.path, self.spec) is not None
 
     def own_samples(self, samples: np.ndarray[Any, Any], views: int) -> np.ndarray[Any, Any]:
         """Return its rows of the grown cache's, and -1 for those that it has not. `views`: of a clip, there."""
@@ -86,7 +94,7 @@ class Member:
 def base_member(
     path: Path,
     description: CacheDescription,
-    clips: Sequence[Clip],
+    clips: ClipTable,
     *,
     done: BlocksDone,
     samples: SampleReader,
@@ -128,7 +136,7 @@ def open_place(place: str, addition: Addition) -> tuple[Path, LocalCopy | None, 
 def open_member(
     path: Path,
     description: CacheDescription,
-    clips: Sequence[Clip],
+    clips: ClipTable,
     box: Box,
     *,
     starts_clips: bool,

@@ -4,19 +4,19 @@ B samples, T frames, P patches, N = 1+P tokens, C channels.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.notation import layers_of
 from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.layout import array_layouts, as_range
-from evl_cache.store.format.manifest import find_manifest, manifest_at
+from evl_cache.store.format.manifest import find_manifest, manifest_at, manifest_digest
 from evl_cache.store.format.recomputed import ProjectionOnDevices, read_projections
 from evl_cache.store.format.rows import Row, StoredBatch
 from evl_cache.store.objects.address import is_url
@@ -42,10 +42,8 @@ class FeatureCache:
     Attributes:
         place: where it lies, as it may be shown.
         spec: what it holds.
-        clips: every clip of the list, failed ones included, in order.
-        labels: int64 (samples,).
+        clips: every clip of the list, failed ones included, in order; rows are parsed when they are asked for.
         is_valid: bool (samples,): extracted, and the clip did not fail.
-        sample_clips: int64 (samples,): row of `clips`.
         is_local: whether it lies on a local disk.
         copy: what of a remote cache is kept on a local disk; None for others.
 
@@ -64,14 +62,16 @@ class FeatureCache:
         description = read_description(self.path)
         self.spec: CacheSpec = description.spec
         self.description = description
-        self.clips: Sequence[Clip] = read_clips(self.path, description)
-        if any(clip.label >= len(self.spec.classes) for clip in self.clips):
+        done = BlocksDone(self.path, self.spec)
+        self._done: BlocksDone | GrownCache = done
+        index = done.index
+        self.clips = read_clips(self.path, description, labels=None if index is None else index.labels)
+        if len(self.clips) and not 0 <= self.clips.labels.min() <= self.clips.labels.max() < len(
+            self.spec.classes
+        ):
             raise CacheDamaged(
                 f"{path}: labels beyond its {len(self.spec.classes)} classes; repair the cache"
             )
-        self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
-        self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
-        self._done: BlocksDone | GrownCache = BlocksDone(self.path, self.spec)
         self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
         self._num_samples = self.spec.num_samples
@@ -99,13 +99,21 @@ class FeatureCache:
         self._done = self._samples = grown
         self.spec, self.description, self.clips = grown.spec, grown.description, grown.clips
         self.is_valid, self._num_samples = grown.is_valid, self.spec.num_samples
-        self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
-        self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
         self.is_local = self.copy is None and grown.maps_files
 
     def __len__(self) -> int:
         """Return the number of samples, failed and unfinished ones included."""
         return self.spec.num_samples
+
+    @cached_property
+    def sample_clips(self) -> np.ndarray:
+        """The clip's row of each sample, int64 (samples,); made at the first use."""
+        return np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The label of each sample, int64 (samples,); made at the first use."""
+        return np.repeat(self.clips.labels.astype(np.int64), self.spec.views.per_clip)
 
     @property
     def name(self) -> str:
@@ -137,6 +145,8 @@ class FeatureCache:
         """The cache digest: the manifest's once complete; before that, a digest of the marks there are."""
         if isinstance(self._done, GrownCache):
             return self._done.fingerprint
+        if (found := manifest_digest(self.path, self.spec)) is not None:
+            return found
         manifest = find_manifest(self.path, self.spec)
         return self._done.marks_digest if manifest is None else manifest.digest
 
@@ -145,7 +155,8 @@ class FeatureCache:
         """Whether the manifest is written, intact and this cache's; of a grown cache, all of them."""
         if isinstance(self._done, GrownCache):
             return self._done.has_manifest
-        return manifest_at(self.path, self.spec) is not None
+        is_proved = manifest_digest(self.path, self.spec) is not None
+        return is_proved or manifest_at(self.path, self.spec) is not None
 
     @property
     def origin(self) -> Mapping[str, Any]:
@@ -183,9 +194,10 @@ class FeatureCache:
 
     def check_marks(self, samples: Indices) -> None:
         """Check that blocks of samples are not there, or whole and as the manifest has them. Raises: CacheDamaged."""
-        rows = self.rows_of(samples)
-        is_grown = isinstance(self._done, GrownCache)
-        self._done.check(rows if is_grown else np.unique(rows // self.spec.block_samples).tolist())
+        if isinstance(self._done, GrownCache):
+            self._done.check(self.rows_of(samples))
+        elif not self._done.is_as_named:
+            self._done.check(np.unique(self.rows_of(samples) // self.spec.block_samples).tolist())
 
     def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
         """Return the places of layers in the arrays' layer axis. Raises: UsageError for one that is not stored."""

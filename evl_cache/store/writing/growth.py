@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import read_limited
 from evl_cache.store.disk.lock_files import CACHE_LOCK
@@ -22,7 +23,6 @@ from evl_cache.store.format.grown import (
     GROWN_NAME,
     LAYERS,
     SECOND_COPY_NAME,
-    VIEWS,
     Addition,
     Box,
     Grown,
@@ -32,11 +32,11 @@ from evl_cache.store.format.grown import (
     grown_spec,
 )
 from evl_cache.store.format.layout import LOCKS_NAME
-from evl_cache.store.format.manifest import read_manifest
-from evl_cache.store.format.marks import ClipRecord
+from evl_cache.store.format.manifest import manifest_digest, read_manifest
+from evl_cache.store.format.marks import ClipRecord, Mark
 from evl_cache.store.format.parts import CachePart, CacheParts, cache_parts
-from evl_cache.store.writing.finish import remove_leftovers
-from evl_cache.store.writing.publication import valid_marks
+from evl_cache.store.writing.leftovers import remove_leftovers
+from evl_cache.store.writing.publication import valid_mark, valid_marks
 
 _COPIES = (
     SECOND_COPY_NAME,
@@ -44,22 +44,35 @@ _COPIES = (
 )  # `repair` restores the one that readers read, the last, from the other
 
 
-def clip_records(parts: Sequence[CachePart]) -> Iterator[tuple[int, ClipRecord]]:
-    """Yield every clip that is done, by its row in a grown cache, with the frames of all its views.
+class GrownRecords:
+    """The records of clips, by their rows in a grown cache, as marks have them. Neighbours are asked for in turn."""
 
-    Its error, if any, is that of the part that has its first layers.
-    """
-    more: dict[int, tuple[tuple[int, ...], ...]] = {}
-    for part in parts:
-        if part.side == VIEWS:
-            for row, record in _records_of(part):
-                more[row] = (*more.get(row, ()), *(record.indices or ()))
-    for part in parts:
-        if part.starts_clips:
-            for row, record in _records_of(part):
-                if record.indices is not None and row in more:
-                    record = replace(record, indices=(*record.indices, *more[row]))
-                yield row, record
+    def __init__(self, parts: Sequence[CachePart]) -> None:
+        self._parts = parts
+        self._marks: dict[Path, Mark] = {}  # of each part the last that was read
+
+    def of(self, row: int) -> ClipRecord | None:
+        """Return a clip's record with the frames of all its views; None where a mark is not intact."""
+        record: ClipRecord | None = None
+        for part in self._parts:
+            if row not in part.box.clips or part.side == LAYERS:
+                continue
+            if (found := self._in_part(part, row - part.box.clips.start)) is None:
+                return None
+            if record is None:
+                record = found
+            elif record.indices is not None:
+                record = replace(record, indices=(*record.indices, *(found.indices or ())))
+        return record
+
+    def _in_part(self, part: CachePart, row: int) -> ClipRecord | None:
+        block, place = divmod(row, part.spec.block_clips)
+        mark = self._marks.get(part.path)
+        if mark is None or mark.block != block:
+            if (mark := valid_mark(part.path, part.spec, block)) is None:
+                return None
+            self._marks[part.path] = mark
+        return mark.clips[place]
 
 
 def _records_of(part: CachePart) -> Iterator[tuple[int, ClipRecord]]:
@@ -175,10 +188,14 @@ def _with_digests(cache_path: Path, grown: Grown) -> Grown:
     additions = []
     for addition in grown.additions:
         path = cache_path / addition.place
-        found = read_manifest(path, read_description(path).spec).digest
+        found = _cache_digest(path, read_description(path).spec)
         additions.append(replace(addition, cache_digest=found))
-    own = read_manifest(cache_path, read_description(cache_path).spec).digest
+    own = _cache_digest(cache_path, read_description(cache_path).spec)
     return replace(grown, cache_digest=own, additions=tuple(additions))
+
+
+def _cache_digest(path: Path, spec: CacheSpec) -> str:
+    return manifest_digest(path, spec) or read_manifest(path, spec).digest
 
 
 def _check_videos(parts: Sequence[CachePart], addition: Addition, side: str, path: Path) -> None:

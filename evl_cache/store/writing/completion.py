@@ -1,0 +1,132 @@
+"""A cache becomes complete: its index is written, then its manifest."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.spec import CacheSpec
+from evl_cache.store.disk.checksum import content_digest
+from evl_cache.store.disk.file_system import remove_leftover
+from evl_cache.store.disk.publish import StagedFile, stage_file, write_atomic
+from evl_cache.store.format.description import read_clips, read_description
+from evl_cache.store.format.index import IndexedBlock, believed_index
+from evl_cache.store.format.index_head import INDEX_NAME, Table
+from evl_cache.store.format.known_blocks import KnownBlocks
+from evl_cache.store.format.layout import MANIFEST_NAME, blocks_in_redo
+from evl_cache.store.format.limits import manifest_limit
+from evl_cache.store.format.manifest import BlockNotDone, block_files, find_manifest, manifest_content
+from evl_cache.store.format.marks import Mark, read_mark_bytes
+from evl_cache.store.writing.index_files import IndexWriter, NotIndexable
+
+_Files = dict[str, tuple[int, str]]
+
+
+def write_manifest(
+    cache_path: Path, spec: CacheSpec, *, before_writing: Callable[[], None] = lambda: None
+) -> str:
+    """Write the manifest of a complete cache, and its index; where both lie there as they would be written, they stay.
+
+    Args:
+        before_writing: called when all marks are read; what it raises ends the work.
+
+    Returns: the cache digest.
+    Raises: BlockNotDone; CacheDamaged where a mark is not intact; UsageError for a manifest that no reader takes.
+    """
+    if (there := _still_true(cache_path, spec)) is not None:
+        return there
+    with stage_file(cache_path) as staged:
+        files, writer = _indexed(staged, cache_path, spec)
+        content, manifest = manifest_content(cache_path, spec, files)
+        if len(content) > manifest_limit(spec):  # the cache was begun before this was checked then
+            raise UsageError(
+                f"{cache_path}: its manifest would have {len(content)} bytes, and no reader takes more than "
+                f"{manifest_limit(spec)}; split the list of clips into several caches, and copy features with --reuse"
+            )
+        labels = _labels(cache_path, spec)
+        before_writing()
+        remove_leftover(cache_path / INDEX_NAME)
+        with contextlib.suppress(NotIndexable):
+            if writer is not None and labels is not None:
+                writer.finish(cache_digest=manifest.digest, labels=labels)
+                staged.publish_replacing(cache_path / INDEX_NAME)
+    write_atomic(cache_path / MANIFEST_NAME, content)
+    return manifest.digest
+
+
+def _indexed(staged: StagedFile, cache_path: Path, spec: CacheSpec) -> tuple[_Files, IndexWriter | None]:
+    """Return what the manifest says of all blocks, and the index of them; None where there can be none."""
+    writer: IndexWriter | None = IndexWriter(staged, spec, first=0)
+    files: _Files = {}  # and not the marks, which take gigabytes for a large cache
+    for found in _done_blocks(cache_path, spec):
+        files |= block_files(found, spec)
+        try:
+            if writer is not None:
+                writer.add(found)
+        except NotIndexable:
+            writer = None
+    return files, writer
+
+
+def _still_true(cache_path: Path, spec: CacheSpec) -> str | None:
+    """Return the digest of a manifest that lies there, and whose index is right in every row; None where one is not."""
+    index = believed_index(cache_path, spec)
+    if index is None or blocks_in_redo(cache_path):
+        return None
+    files: _Files = {}
+    with contextlib.suppress(CacheDamaged):
+        for block in range(spec.num_blocks):
+            written = read_mark_bytes(cache_path, block, spec)
+            if written is None or content_digest(written) != index.file_digest(block):
+                return None
+            files |= block_files(index.block(block), spec)
+        if manifest_content(cache_path, spec, files)[1].digest == index.cache_digest:
+            return index.cache_digest
+    return None
+
+
+def write_index(
+    cache_path: Path, spec: CacheSpec, *, before_writing: Callable[[], None] = lambda: None
+) -> str:
+    """Write the index of a cache that has its manifest, which stays as it is.
+
+    Arguments and return value as of `write_manifest`.
+
+    Raises: BlockNotDone where there is no manifest; CacheDamaged where marks are not those that it names.
+    """
+    manifest = find_manifest(cache_path, spec)
+    if manifest is None:
+        raise BlockNotDone(
+            f"{cache_path}: is not complete, so it has no index yet; run the extract command again"
+        )
+    with stage_file(cache_path) as staged:
+        files, writer = _indexed(staged, cache_path, spec)
+        labels = _labels(cache_path, spec)
+        if labels is None or manifest_content(cache_path, spec, files)[1].digest != manifest.digest:
+            raise CacheDamaged(
+                f"{cache_path}: its files are not those that {MANIFEST_NAME} names; repair the cache"
+            )
+        if writer is None:
+            raise CacheError(f"{cache_path}: has marks that cannot be indexed; it is read by its marks")
+        before_writing()
+        writer.finish(cache_digest=manifest.digest, labels=labels)
+        staged.publish_replacing(cache_path / INDEX_NAME)
+    return manifest.digest
+
+
+def _done_blocks(cache_path: Path, spec: CacheSpec) -> Iterator[Mark | IndexedBlock]:
+    in_redo, known = blocks_in_redo(cache_path), KnownBlocks(cache_path, spec)
+    for block in range(spec.num_blocks):
+        if block in in_redo:
+            raise BlockNotDone(f"{cache_path}: block {block} is being redone; run the same command again")
+        found = known.read(block)
+        if found is None:
+            raise BlockNotDone(f"{cache_path}: block {block} is not done; run the extract command again")
+        yield found
+
+
+def _labels(cache_path: Path, spec: CacheSpec) -> Table | None:
+    """Return the labels of all clips; None where the list is damaged, which `verify` tells: then there is no index."""
+    with contextlib.suppress(CacheDamaged):
+        return read_clips(cache_path, read_description(cache_path)).labels
+    return None
