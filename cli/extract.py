@@ -113,7 +113,9 @@ def command(
 
 
 def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
-    from evl_cache.store import size_on_disk
+    from evl_cache.store import cache_parts, cache_size, size_together
+
+    parts = cache_parts(job.cache_path).parts
 
     return {
         "cache": str(job.cache_path),
@@ -128,7 +130,7 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
         "clips_doubtful": result.clips_doubtful,
         "clips_cleared": result.clips_cleared,
         "frames_untold": result.frames_untold,
-        "bytes": size_on_disk(job.cache_path)[0],
+        "bytes": size_together([cache_size(part.path, part.spec) for part in parts]).nbytes,
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
         "cache_digest": result.cache_digest,

@@ -3,7 +3,7 @@
 import json
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from evl_cache.clips import VAL_SPLITS
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.notation import command_line, format_layers
 from evl_cache.spec import CacheSpec
-from evl_cache.store import CARD_NAME, FeatureCache, Manifest, is_url, manifest_at, write_card
+from evl_cache.store import CARD_NAME, CacheSize, FeatureCache, cache_size, is_url, size_together, write_card
 
 UNKNOWN_LICENSE = "unknown"  # as data hubs call it
 # The classes of size that data hubs use, by number of samples.
@@ -74,24 +74,24 @@ def cache_card(
         raise UsageError(
             f"--license {license_name!r}; expected an identifier in small letters, such as cc-by-4.0 or other"
         )
-    parts = [(member.path, member.spec) for member in cache.members] or [(cache.path, cache.spec)]
-    manifests = [found for found in (manifest_at(*part) for part in parts) if found is not None]
-    if len(manifests) < len(parts):
+    held = [(member.path, member.spec) for member in cache.members] or [(cache.path, cache.spec)]
+    size = size_together([cache_size(path, spec) for path, spec in held])
+    if size.cache_digest is None:
         raise CacheError(
             f"{cache.place}: has no intact manifest, and a card has its digest; run extract again, or repair it"
         )
-    sections = [
+    parts = [
         _front_matter(cache.spec, license_name),
         _introduction(cache.spec),
         _table("What is in it", _contents(cache)),
         _how_made(cache),
-        _table("Size and digests", _sizes(cache, manifests)),
+        _table("Size and digests", _sizes(cache.spec, size)),
         _PROOF,
         _how_to_use(cache, address),
         _licence(cache.spec, license_name),
         _citation(cache.spec),
     ]
-    return "\n\n".join(sections) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def make_card(path: str | Path, *, license_name: str, address: str | None, replace_card: bool) -> Path:
@@ -181,13 +181,12 @@ def _how_made(cache: FeatureCache) -> str:
     )
 
 
-def _sizes(cache: FeatureCache, manifests: Sequence[Manifest]) -> dict[str, object]:
-    sizes = [size for manifest in manifests for size, _ in manifest.files.values()]
+def _sizes(spec: CacheSpec, size: CacheSize) -> dict[str, object]:
     return {
-        "size": f"{sum(sizes):,} bytes in {len(sizes)} files",
-        "cache digest": cache.fingerprint,
-        "feature_id": cache.spec.feature_id,
-        "content_id": cache.spec.content_id,
+        "size": f"{size.nbytes:,} bytes in {size.files} files",
+        "cache digest": size.cache_digest,
+        "feature_id": spec.feature_id,
+        "content_id": spec.content_id,
     }
 
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 import pwd
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,16 +12,9 @@ from typing import Any
 
 from evl_cache.caches.places import FoundCache, find_caches
 from evl_cache.notation import format_layers
-from evl_cache.store import (
-    GROWN_NAME,
-    MANIFEST_NAME,
-    CachePart,
-    array_layouts,
-    grown_digest,
-    is_url,
-    manifest_at,
-    marked_blocks,
-)
+from evl_cache.store import GROWN_NAME, MANIFEST_NAME, cache_size, is_url, size_together
+
+_THREADS = 8  # each hashes a manifest, or waits for a disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +25,7 @@ class ListedCache:
         place: path, or URL without credentials.
         dataset, split, model: names.
         layers, frames, views: as options take them.
-        nbytes: size of the data files that are there.
+        nbytes: size of the data files of the blocks done.
         blocks_done, blocks: finished, and in all.
         owner: user whose files they are; None behind a URL.
         modified: when the newest mark or the manifest was written, ISO 8601 in UTC; None behind a URL.
@@ -67,20 +61,20 @@ class ListedCache:
 
 def list_caches(places: Sequence[str]) -> Iterator[ListedCache]:
     """Yield the caches at each place, in order. Raises: CacheError where a URL cannot be read."""
-    for place in places:
-        for found in find_caches(place):
-            yield _listed(found)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="ls") as threads:
+        for place in places:
+            yield from threads.map(_listed, find_caches(place))
 
 
 def _listed(found: FoundCache) -> ListedCache:
     spec, views = found.spec, found.spec.views
-    parts = [_listed_part(part) for part in found.parts]
-    digests = [digest for _, _, digest in parts]
+    size = size_together([cache_size(part.place, part.spec) for part in found.parts])
     owner, modified = None, None
     if not is_url(found.address):
         root = Path(found.address)
-        names = (GROWN_NAME, MANIFEST_NAME, "done", "zarr.json")
-        owner, modified = _owner_and_time([root / name for name in names])
+        owner, modified = _owner_and_time(
+            [root / GROWN_NAME, root / MANIFEST_NAME, root / "done", root / "zarr.json"]
+        )
     return ListedCache(
         place=found.place,
         dataset=spec.dataset,
@@ -90,33 +84,14 @@ def _listed(found: FoundCache) -> ListedCache:
         frames=views.frames,
         views=views.summary,
         clips=spec.num_clips,
-        nbytes=sum(nbytes for nbytes, _, _ in parts),
-        blocks_done=sum(done for _, done, _ in parts),
+        nbytes=size.shard_nbytes,
+        blocks_done=size.blocks_done,
         blocks=sum(part.spec.num_blocks for part in found.parts),
         owner=owner,
         modified=modified,
-        cache_digest=None if None in digests else grown_digest([one for one in digests if one]),
+        cache_digest=size.cache_digest,
         frame_rule=spec.frame_rule,
     )
-
-
-def _listed_part(part: CachePart) -> tuple[int, int, str | None]:
-    """Return size, blocks done and digest of a cache, without what was added to it; None where it is not complete."""
-    spec, manifest = part.spec, manifest_at(part.place, part.spec)
-    digest = None if manifest is None else manifest.digest
-    if is_url(part.place):
-        nbytes = sum(size for size, _ in manifest.files.values()) if manifest else 0
-        return nbytes, spec.num_blocks if manifest else 0, digest
-    marked = [block for block in marked_blocks(part.path) if block < spec.num_blocks]
-    layouts = array_layouts(spec).values()
-    nbytes = sum(_size(layout.shard(part.path, block)) for layout in layouts for block in marked)
-    return nbytes, len(marked), digest
-
-
-def _size(path: Path) -> int:
-    with contextlib.suppress(OSError):
-        return path.stat().st_size
-    return 0
 
 
 def _owner_and_time(paths: Sequence[Path]) -> tuple[str | None, str | None]:

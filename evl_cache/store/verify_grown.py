@@ -62,6 +62,7 @@ def verify_cache(cache_path: Path, **options: Any) -> Verification:
         strays=tuple(
             f"{place}{name}" for place, one in zip(places, found, strict=True) for name in one.strays
         ),
+        sampled_blocks=None if base.sampled_blocks is None else sum(one.sampled_blocks or 0 for one in found),
         cache_digest=None if None in digests or together else grown_digest([one for one in digests if one]),
     )
 

@@ -1,6 +1,6 @@
 """A cache and what was added to it, by their descriptions: what all of them hold together."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,17 @@ from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, NoCacheHere
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.description import CacheDescription, read_clips, read_description
-from evl_cache.store.format.grown import CLIPS, GROWN_NAME, Addition, Box, Grown, find_grown, grown_spec
+from evl_cache.store.format.grown import (
+    CLIPS,
+    GROWN_NAME,
+    Addition,
+    Box,
+    Grown,
+    find_grown,
+    grown_digest,
+    grown_spec,
+)
+from evl_cache.store.format.size import CacheSize
 from evl_cache.store.objects.objects import open_objects
 
 
@@ -96,6 +106,18 @@ def cache_parts(place: str | Path) -> CacheParts:
         whole = grown_spec(base, box, addition, classes=classes)
         parts.append(CachePart(place=where, description=found, box=addition.box, side=side))
     return CacheParts(parts=tuple(parts), spec=whole, grown=grown)
+
+
+def size_together(sizes: Sequence[CacheSize]) -> CacheSize:
+    """Return what belongs to a cache with what was added to it."""
+    digests = [size.cache_digest for size in sizes]
+    return CacheSize(
+        nbytes=sum(size.nbytes for size in sizes),
+        files=sum(size.files for size in sizes),
+        shard_nbytes=sum(size.shard_nbytes for size in sizes),
+        blocks_done=sum(size.blocks_done for size in sizes),
+        cache_digest=None if None in digests else grown_digest([digest for digest in digests if digest]),
+    )
 
 
 def place_of(place: str | Path, addition: Addition) -> str | Path:

@@ -69,9 +69,8 @@ class GrownCache:
         return all(member.has_manifest for member in self.members)
 
     @property
-    def maps_files(self) -> bool:
-        """Whether shards of all members are mapped."""
-        return all(member.samples.maps_files for member in self.members)
+    def index(self) -> None:
+        """None: each member has its own."""
 
     @property
     def errors(self) -> dict[int, str]:

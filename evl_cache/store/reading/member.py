@@ -95,7 +95,6 @@ def base_member(
     path: Path,
     description: CacheDescription,
     clips: ClipTable,
-    *,
     done: BlocksDone,
     samples: SampleReader,
     copy: LocalCopy | None,

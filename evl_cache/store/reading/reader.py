@@ -88,9 +88,7 @@ class FeatureCache:
         self._projections: Mapping[int, ProjectionOnDevices] | None = None
         if self.copy is not None:
             self.copy.serve(self._done.files)
-        base = base_member(
-            self.path, description, self.clips, done=self._done, samples=self._samples, copy=self.copy
-        )
+        base = base_member(self.path, description, self.clips, done, self._samples, self.copy)
         if grown and (whole := open_grown(base, str(path), trust=trust)) is not None:
             self._become(whole)
 
@@ -99,7 +97,6 @@ class FeatureCache:
         self._done = self._samples = grown
         self.spec, self.description, self.clips = grown.spec, grown.description, grown.clips
         self.is_valid, self._num_samples = grown.is_valid, self.spec.num_samples
-        self.is_local = self.copy is None and grown.maps_files
 
     def __len__(self) -> int:
         """Return the number of samples, failed and unfinished ones included."""
@@ -149,6 +146,11 @@ class FeatureCache:
             return found
         manifest = find_manifest(self.path, self.spec)
         return self._done.marks_digest if manifest is None else manifest.digest
+
+    @property
+    def index_digest(self) -> str | None:
+        """The cache digest that its index names; None where it was opened by its marks."""
+        return None if self._done.index is None else self._done.index.cache_digest
 
     @property
     def has_manifest(self) -> bool:
