@@ -240,7 +240,5 @@ def tell_rules(ours: str | Path, rule: int, theirs: str | Path, other_rule: int)
 def tell_found(*caches: FeatureCache) -> None:
     """Say on stderr which training and validation cache were found."""
     for side, cache in zip(("train", "val"), caches, strict=True):
-        done = (
-            "" if cache.is_complete else f", {cache.num_blocks_done} of {cache.spec.num_blocks} blocks done"
-        )
+        done = "" if cache.is_complete else f", {cache.num_blocks_done} of {cache.num_blocks} blocks done"
         click.echo(f"{side} cache: {cache.place}{done}", err=True)

@@ -17,6 +17,7 @@ from .mode_option import mode_option
 
 if TYPE_CHECKING:
     from evl_cache.extract import ExtractionJob, ExtractOptions, ExtractResult
+    from evl_cache.extract.growth import Growth
     from evl_cache.processes import ProcessPlace
 
 EXAMPLES = """
@@ -85,6 +86,7 @@ def command(
         options=options,
         progress=lambda spec: extract_progress(spec.num_clips, spec.split, shown=place.is_first),
         on_job=(lambda job: _say_job(job, options)) if place.is_first else lambda job: None,
+        on_growth=_say_growth if place.is_first else lambda growth: None,
         on_outage=say_outage,
         rendezvous=rendezvous,
     ):
@@ -111,7 +113,9 @@ def command(
 
 
 def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
-    from evl_cache.store import cache_size
+    from evl_cache.store import cache_parts, cache_size, size_together
+
+    parts = cache_parts(job.cache_path).parts
 
     return {
         "cache": str(job.cache_path),
@@ -126,7 +130,7 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
         "clips_doubtful": result.clips_doubtful,
         "clips_cleared": result.clips_cleared,
         "frames_untold": result.frames_untold,
-        "bytes": cache_size(job.cache_path, job.spec).nbytes,
+        "bytes": size_together([cache_size(part.path, part.spec) for part in parts]).nbytes,
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
         "cache_digest": result.cache_digest,
@@ -190,6 +194,11 @@ def _say_job(job: ExtractionJob, options: ExtractOptions) -> None:
     )
     if told := told_of_rule(job, options):
         say(told, err=True)
+
+
+def _say_growth(growth: Growth) -> None:
+    for line in growth.told:
+        say(line, err=True)
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -23,12 +23,13 @@ def command(cache: Path, as_json: bool) -> int:
     Nothing else is changed, neither is the cache digest.
     """
     from evl_cache.errors import UsageError
-    from evl_cache.store import INDEX_NAME, index_cache, is_url, read_description
+    from evl_cache.store import INDEX_NAME, cache_parts, grown_digest, index_cache, is_url
 
     if is_url(str(cache)):
         raise UsageError(f"{cache}: an index is written where the cache lies; give a directory, then push it")
-    cache_digest = index_cache(cache, read_description(cache).spec)
-    nbytes = (cache / INDEX_NAME).stat().st_size
+    parts = cache_parts(cache).parts
+    cache_digest = grown_digest([index_cache(part.path, part.spec) for part in parts])
+    nbytes = sum((part.path / INDEX_NAME).stat().st_size for part in parts)
     if as_json:
         print_json({"cache": str(cache), "cache_digest": cache_digest, "bytes": nbytes})
     else:

@@ -122,5 +122,6 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"  frames    {_frames(found)}",
         f"  made with {', '.join(f'{name} {version}' for name, version in found['created_with'].items())}",
     ]
+    lines += [f"  added     {told}" for told in found["additions"]]
     lines += [f"  failed    {count} x {reason}" for reason, count in found["failures_by_reason"].items()]
     return lines + [f"  damaged   {reason}" for reason in found["damaged_marks"]]

@@ -46,7 +46,8 @@ def command(
 ) -> int:
     """Verify a cache and redo only what is damaged; on the same machine the bytes become what they were."""
     from evl_cache.extract.job import ExtractOptions
-    from evl_cache.extract.repair import load_tower, repair
+    from evl_cache.extract.repair import load_tower
+    from evl_cache.extract.repair_grown import repair_all
 
     device = default_device(device)
     options = ExtractOptions(
@@ -58,7 +59,7 @@ def command(
         verify_progress("verify", shown=not as_json) as on_progress,
         clip_progress(0, "repair", shown=not as_json) as on_clip,
     ):
-        result = repair(
+        result = repair_all(
             cache,
             tower=partial(load_tower, model=model, pretrained=pretrained),
             root=root,

@@ -128,22 +128,23 @@ def _sources(cache: Path, root: Path | None, threads: int) -> _Sources:
     from evl_cache.errors import UsageError
     from evl_cache.extract.doubts import DoubtCheck, check_doubts, has_older_frames
     from evl_cache.extract.sources import check_sources
-    from evl_cache.store import FeatureCache
+    from evl_cache.store import FeatureCache, cache_parts, read_clips
     from evl_cache.video.pool import DecodePool
 
     opened = FeatureCache(cache)
     given = root or opened.origin.get("root")
     if not given:
         raise UsageError("the cache does not tell where its videos lie; give --root")
-    clips, videos = opened.clips, Path(str(given))
-    found = check_sources(cache, opened.spec, clips, videos, prove=True)
-    doubts = DoubtCheck()
-    if has_older_frames(cache, opened.spec):
-        with DecodePool(threads) as pool:
-            doubts = check_doubts(
-                cache, opened.spec, clips, videos, sources=found, doubt=pool.doubt, threads=threads
-            )
-    return _Sources(
-        sources=(*found.changed.values(), *found.unproved.values(), *doubts.untold.values()),
-        doubtful=tuple(doubts.doubtful.values()),
-    )
+    videos = Path(str(given))
+    wrong: list[str] = []
+    doubtful: list[str] = []
+    for part in cache_parts(cache).parts:
+        place = (part.path, part.spec, read_clips(part.path, part.description), videos)
+        found = check_sources(*place, prove=True)
+        doubts = DoubtCheck()
+        if has_older_frames(part.path, part.spec):
+            with DecodePool(threads) as pool:
+                doubts = check_doubts(*place, sources=found, doubt=pool.doubt, threads=threads)
+        wrong += [*found.changed.values(), *found.unproved.values(), *doubts.untold.values()]
+        doubtful += doubts.doubtful.values()
+    return _Sources(sources=tuple(dict.fromkeys(wrong)), doubtful=tuple(dict.fromkeys(doubtful)))

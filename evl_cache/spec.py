@@ -92,6 +92,7 @@ class ViewSpec:
         train_views: random augmented views instead of these; 0 for none.
         augment_seed: seed of the augmented views, beside clip id and view number.
         flip: whether half of the augmented views are mirrored.
+        first_view: number of the first augmented view: not 0 only in what was added to a cache that has those before it.
     """
 
     frames: int = 8
@@ -102,6 +103,7 @@ class ViewSpec:
     train_views: int = 0
     augment_seed: int = 0
     flip: bool = False
+    first_view: int = 0
 
     def __post_init__(self) -> None:
         if self.sampling not in SAMPLING:
@@ -124,7 +126,7 @@ class ViewSpec:
             raise UsageError(
                 f"{self.train_views} augmented views beside {self.crops}; a clip has either those or these"
             )
-        if not self.train_views and (self.augment_seed or self.flip):
+        if not self.train_views and (self.augment_seed or self.flip or self.first_view):
             raise UsageError(
                 "an augmentation seed or flip without augmented views; give --train-views, or leave them out"
             )
@@ -150,11 +152,9 @@ class ViewSpec:
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields; those of augmentation only where there is any, so that old feature ids stay."""
-        content = asdict(self)
-        if not self.train_views:
-            for name in ("train_views", "augment_seed", "flip"):
-                del content[name]
-        return content
+        left_out: tuple[str, ...] = () if self.train_views else ("train_views", "augment_seed", "flip")
+        left_out += () if self.first_view else ("first_view",)
+        return {name: value for name, value in asdict(self).items() if name not in left_out}
 
 
 @dataclass(frozen=True, kw_only=True)

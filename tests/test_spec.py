@@ -60,6 +60,7 @@ VIEW_CHANGES = {
     "train_views": 2,
     "augment_seed": ViewSpec(train_views=1, augment_seed=1),
     "flip": ViewSpec(train_views=1, flip=True),
+    "first_view": ViewSpec(train_views=1, first_view=2),
 }
 SPEC_CHANGES = {
     "frame_rule": 1,
@@ -121,6 +122,7 @@ def test_caches_that_were_made_keep_their_feature_id():
     assert made.feature_id == "e6316d98527b0907f178d106f9d3633a9d67894a389afabec3a7e18543244dd5"
     assert not {"class_token", "registers"} & set(made.to_json()["tower"])
     assert not {"pixels", "frame_rule", "chunk_keys"} & set(made.to_json())
+    assert "first_view" not in replace(made, views=ViewSpec(train_views=2)).to_json()["views"]
 
 
 def test_a_description_that_tells_no_chunk_keys_has_a_folder_for_each_shard():

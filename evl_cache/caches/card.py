@@ -15,7 +15,7 @@ from evl_cache.clips import VAL_SPLITS
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.notation import command_line, format_layers
 from evl_cache.spec import CacheSpec
-from evl_cache.store import CARD_NAME, CacheSize, FeatureCache, cache_size, is_url, write_card
+from evl_cache.store import CARD_NAME, CacheSize, FeatureCache, cache_size, is_url, size_together, write_card
 
 UNKNOWN_LICENSE = "unknown"  # as data hubs call it
 # The classes of size that data hubs use, by number of samples.
@@ -74,7 +74,8 @@ def cache_card(
         raise UsageError(
             f"--license {license_name!r}; expected an identifier in small letters, such as cc-by-4.0 or other"
         )
-    size = cache_size(cache.path, cache.spec)
+    held = [(member.path, member.spec) for member in cache.members] or [(cache.path, cache.spec)]
+    size = size_together([cache_size(path, spec) for path, spec in held])
     if size.cache_digest is None:
         raise CacheError(
             f"{cache.place}: has no intact manifest, and a card has its digest; run extract again, or repair it"

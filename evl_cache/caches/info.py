@@ -8,7 +8,7 @@ from typing import Any
 
 from evl_cache.errors import reason_alone
 from evl_cache.spec import FRAME_RULE
-from evl_cache.store import FeatureCache, cache_size, size_by_manifest
+from evl_cache.store import FeatureCache, cache_size, size_by_manifest, size_together
 
 _ALL_BY_RULE = f"all clips by rule {FRAME_RULE}"
 # Of containers in which no decoder finds a frame by its number without reading what is before it.
@@ -29,10 +29,13 @@ def describe(path: str | Path) -> dict[str, Any]:
     Raises: CacheError where there is no cache; CacheDamaged where its description is not intact.
     """
     cache = FeatureCache(path)
-    if cache.copy is None:
-        size = cache_size(cache.path, cache.spec)
-    else:
-        size = size_by_manifest(cache.spec, cache.copy.manifest)
+    held = [(member.path, member.spec, member.copy) for member in cache.members]
+    size = size_together(
+        [
+            cache_size(path, spec) if copy is None else size_by_manifest(spec, copy.manifest)
+            for path, spec, copy in held or [(cache.path, cache.spec, cache.copy)]
+        ]
+    )
     done = int(cache.is_valid.reshape(-1, cache.spec.views.per_clip).all(axis=1).sum())
     return {
         "path": cache.place,
@@ -42,7 +45,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "content_id": cache.spec.content_id,
         "bytes": size.nbytes,
         "files": size.files,
-        "blocks": cache.spec.num_blocks,
+        "blocks": cache.num_blocks,
         "blocks_done": cache.num_blocks_done,
         "is_complete": cache.is_complete,
         "clips_done": done,
@@ -51,6 +54,7 @@ def describe(path: str | Path) -> dict[str, Any]:
         "failures": [{"clip": clip, "reason": reason_alone(reason, clip)} for clip, reason in cache.failures],
         "damaged_marks": list(cache.damaged_marks.values()),
         "cache_digest": cache.fingerprint,
+        "additions": [member.told for member in cache.members[1:]],
         "created_with": dict(cache.description.created_with),
         "decoders": sorted({decoder for decoder, _ in cache.provenance}),
         "frames": asdict(frames_of(cache)),

@@ -12,7 +12,7 @@ from typing import Any
 
 from evl_cache.caches.places import FoundCache, find_caches
 from evl_cache.notation import format_layers
-from evl_cache.store import MANIFEST_NAME, cache_size, is_url
+from evl_cache.store import GROWN_NAME, MANIFEST_NAME, cache_size, is_url, size_together
 
 _THREADS = 8  # each hashes a manifest, or waits for a disk
 
@@ -68,11 +68,13 @@ def list_caches(places: Sequence[str]) -> Iterator[ListedCache]:
 
 def _listed(found: FoundCache) -> ListedCache:
     spec, views = found.spec, found.spec.views
-    size = cache_size(found.address, spec)
+    size = size_together([cache_size(part.place, part.spec) for part in found.parts])
     owner, modified = None, None
     if not is_url(found.address):
         root = Path(found.address)
-        owner, modified = _owner_and_time([root / MANIFEST_NAME, root / "done", root / "zarr.json"])
+        owner, modified = _owner_and_time(
+            [root / GROWN_NAME, root / MANIFEST_NAME, root / "done", root / "zarr.json"]
+        )
     return ListedCache(
         place=found.place,
         dataset=spec.dataset,
@@ -84,7 +86,7 @@ def _listed(found: FoundCache) -> ListedCache:
         clips=spec.num_clips,
         nbytes=size.shard_nbytes,
         blocks_done=size.blocks_done,
-        blocks=spec.num_blocks,
+        blocks=sum(part.spec.num_blocks for part in found.parts),
         owner=owner,
         modified=modified,
         cache_digest=size.cache_digest,

@@ -13,7 +13,7 @@ from evl_cache.errors import UsageError
 from evl_cache.extract_options import DEFAULT_MODEL, DEFAULT_MODEL_LAYERS
 from evl_cache.notation import command_line, format_layers, parse_layers
 from evl_cache.spec import CacheSpec
-from evl_cache.store import FeatureCache, is_url, open_objects, public_url, read_clips, read_description
+from evl_cache.store import FeatureCache, cache_parts, is_url, public_url
 from evl_cache.train import HeadNeeds, pair_differences
 
 
@@ -122,8 +122,7 @@ def _other_side(found: FoundCache, split: str) -> str:
 
 
 def _clip_ids(address: str) -> frozenset[str]:
-    objects = open_objects(address)
-    return frozenset(read_clips(objects, read_description(objects)).ids())
+    return frozenset(clip.id for clip in cache_parts(address).clips())
 
 
 def _belong_together(train: CacheSpec, val: CacheSpec) -> bool:

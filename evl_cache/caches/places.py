@@ -9,7 +9,7 @@ from typing import Any
 
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
 from evl_cache.spec import CacheSpec
-from evl_cache.store import SCHEMES, is_url, open_objects, public_url, read_description
+from evl_cache.store import SCHEMES, CachePart, cache_parts, is_url, open_objects, public_url
 
 CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
 
@@ -20,13 +20,15 @@ class FoundCache:
 
     Attributes:
         address: path or URL, which may hold credentials: show `place` or `name`.
-        spec: what it holds.
+        spec: what it holds, with what was added to it.
         origin: what it was made with.
+        parts: it and what was added to it; none where they were not looked for.
     """
 
     address: str
     spec: CacheSpec
     origin: Mapping[str, Any] = field(default_factory=dict)
+    parts: tuple[CachePart, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def place(self) -> str:
@@ -89,5 +91,6 @@ def find_caches(place: str | Path) -> Iterator[FoundCache]:
 
 
 def _look_at(place: str) -> FoundCache:
-    found = read_description(open_objects(place))
-    return FoundCache(address=place, spec=found.spec, origin=found.origin)
+    found = cache_parts(place)
+    origin = found.parts[-1].description.origin  # of the command that named all there is
+    return FoundCache(address=place, spec=found.spec, origin=origin, parts=found.parts)

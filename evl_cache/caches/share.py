@@ -8,14 +8,13 @@ from evl_cache.errors import UsageError
 from evl_cache.store import (
     OnBlock,
     TransferResult,
+    cache_parts,
     copy_part,
     copy_to_bucket,
     copy_to_directory,
     is_url,
-    open_objects,
     part_spec,
     public_url,
-    read_description,
 )
 
 DEFAULT_THREADS = 4
@@ -83,8 +82,7 @@ def pull(
 
 def _name(source: str, layers: Sequence[int] | None, codec: str | None) -> str:
     if layers is not None:
-        spec = read_description(open_objects(source)).spec
-        return part_spec(spec, layers=layers, codec=codec).name
+        return part_spec(cache_parts(source).spec, layers=layers, codec=codec).name
     return public_url(source).rpartition("/")[2] if is_url(source) else Path(source).resolve().name
 
 

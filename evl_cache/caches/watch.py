@@ -71,7 +71,7 @@ def _look(cache: FeatureCache, seen: deque[tuple[float, int]], now: float) -> Lo
         clips=cache.spec.num_clips,
         clips_done=done,
         clips_failed=failed,
-        blocks=cache.spec.num_blocks,
+        blocks=cache.num_blocks,
         blocks_done=cache.num_blocks_done,
         in_hand=dict(Counter(lock_holders(cache.path / LOCKS_NAME).values())),
         clips_per_s=rate,

@@ -2,10 +2,11 @@
 
 from evl_cache.extract.decoding import decoding_for
 from evl_cache.extract.defaults import default_batch_on, default_workers_on
+from evl_cache.extract.grown import Progress
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.outages import OnOutage, Surroundings
 from evl_cache.extract.prepare import Decode, PreparedClip, begin_crop_thread, prepare_clip
-from evl_cache.extract.request import ExtractRequest, Progress, extract_dataset, plan_extraction
+from evl_cache.extract.request import ExtractRequest, extract_dataset, plan_extraction
 from evl_cache.extract.stage import ExtractResult, extract
 
 __all__ = [

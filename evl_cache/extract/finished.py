@@ -18,7 +18,7 @@ def found_finished(job: ExtractionJob) -> FeatureCache | None:
     directories = (job.cache_path, job.cache_path / LOCKS_NAME)
     if all(os.access(directory, os.W_OK) for directory in directories if directory.is_dir()):
         return None
-    cache = FeatureCache(job.cache_path)
+    cache = FeatureCache(job.cache_path, grown=False)
     if settled_digest(job.cache_path, job.spec) is not None:
         return cache
     try:

@@ -79,7 +79,7 @@ def prepare_clip(
 
     Raises: Outage where the clip cannot be read, and is not to blame.
     """
-    drawn = range(views.train_views) if train_view is None else (train_view,)
+    drawn = _view_numbers(views) if train_view is None else (train_view,)
     path = root / clip.path
     around = surroundings or Surroundings(root)
 
@@ -228,6 +228,11 @@ class _TrainViews:
             self._added += 1
 
 
+def _view_numbers(views: ViewSpec) -> range:
+    """The augmented views, each of which is drawn by its number alone."""
+    return range(views.first_view, views.first_view + views.train_views)
+
+
 def _train_indices(count: int, views: ViewSpec, rng: np.random.Generator) -> np.ndarray:
     if views.sampling == "tsn":
         return tsn_train_view(count, frames=views.frames, rng=rng)
@@ -244,7 +249,7 @@ def choose_frames(
         drawn: only these of the training views.
     """
     if views.train_views:
-        wanted = range(views.train_views) if drawn is None else drawn
+        wanted = _view_numbers(views) if drawn is None else drawn
         generators = (view_generator(views.augment_seed, clip_id, view) for view in wanted)
         return np.stack([_train_indices(num_frames_in_file, views, rng) for rng in generators])
     if views.sampling == "tsn":

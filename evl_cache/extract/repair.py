@@ -38,10 +38,10 @@ from evl_cache.store import (
     read_projections,
     restore_description,
     valid_mark,
-    verify_cache,
     withdraw_index,
     write_projections,
 )
+from evl_cache.store import verify_alone as verify_cache
 from evl_cache.towers import Tower, build_tower
 
 LoadTower = Callable[[CacheDescription], Tower]
@@ -140,7 +140,7 @@ def repair(
 
 def _job_of(cache_path: Path, tower: LoadTower, root: Path | None) -> ExtractionJob:
     """The job that a cache was made by, its tower loaded. Raises: UsageError for another tower."""
-    cache = FeatureCache(cache_path)
+    cache = FeatureCache(cache_path, grown=False)
     videos = root or cache.origin.get("root")
     if not videos:
         raise UsageError("the cache does not tell where its videos lie; give --root")

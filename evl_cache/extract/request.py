@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,9 @@ from evl_cache.caches.places import cache_root
 from evl_cache.clips import TRAIN_SPLITS, fold_of
 from evl_cache.datasets import DATASETS, DatasetReader, check_missing
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
+from evl_cache.extract.grown import Progress, extract_grown
+from evl_cache.extract.growth import Growth, plan_growth
+from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.older_rule import job_to_redo, spec_there
 from evl_cache.extract.outages import OnOutage
 from evl_cache.extract.recipes import ViewChoice
@@ -24,8 +26,6 @@ from evl_cache.spec import CODECS, MAP_STORAGE, SOFTWARE_PIXELS, TOKEN_STORAGE, 
 from evl_cache.towers import build_tower, default_pretrained, is_model_file, is_weights_file
 
 DATA_ROOT_VARIABLE = "EVL_DATA_ROOT"
-
-Progress = Callable[[CacheSpec], AbstractContextManager[tuple[OnClip, OnBottleneck]]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +189,7 @@ def extract_dataset(
     options: ExtractOptions,
     progress: Progress = lambda spec: nullcontext((lambda failed: None, lambda name: None)),
     on_job: Callable[[ExtractionJob], None] = lambda job: None,
+    on_growth: Callable[[Growth], None] = lambda growth: None,
     on_outage: OnOutage = lambda message: None,
     rendezvous: Rendezvous | None = None,
 ) -> Iterator[tuple[ExtractionJob, ExtractResult]]:
@@ -197,12 +198,24 @@ def extract_dataset(
     Args:
         progress: opens the progress line of a cache, which is told of clips and of the bottleneck.
         on_job: called before each cache is begun.
+        on_growth: called then where a cache that is there grows, or has grown.
         on_outage: as `extract` takes it.
         rendezvous: shared by the processes of one run.
     """
     for job in plan_extraction(request, device=options.device):
         if request.cache is None:
             job = job_to_redo(job, options)
+        growth = plan_growth(job)
+        if growth is not None:
+            on_job(growth.job)
+            on_growth(growth)
+            yield (
+                growth.job,
+                extract_grown(
+                    growth, options=options, progress=progress, on_outage=on_outage, rendezvous=rendezvous
+                ),
+            )
+            continue
         on_job(job)
         with progress(job.spec) as (on_clip, on_bottleneck):
             result = extract(

@@ -10,7 +10,16 @@ from typing import Any
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.doubts import Doubt, why_doubted
 from evl_cache.spec import CacheSpec
-from evl_cache.store import ClipRecord, FeatureCache, KnownBlocks, Mark, Row, clip_records, valid_mark
+from evl_cache.store import (
+    ClipRecord,
+    FeatureCache,
+    GrownRecords,
+    KnownBlocks,
+    Row,
+    cache_parts,
+    clip_records,
+    read_clips,
+)
 
 
 class ReusableRows:
@@ -36,14 +45,19 @@ class ReusableRows:
                 f"--reuse {cache_path}: its features are not those asked for ({'; '.join(features[:6])})"
             )
         self._positions = [theirs.stored_layers.index(layer) for layer in spec.stored_layers]
-        self._mark: Mark | None = None  # the last that was read: neighbours are fetched one after another
+        parts = cache_parts(cache_path).parts
+        self._records = GrownRecords(parts)
         self._fetched: dict[str, tuple[ClipRecord, list[dict[str, Any]]]] = {}
         self._found: dict[tuple[str, str], int] = {}
-        for found in KnownBlocks(cache_path, theirs).all():
-            records = clip_records(found, theirs, self._cache.clips)
-            for row, clip in zip(theirs.clips_of_block(found.block), records, strict=True):
-                if clip.error is None and clip.source_sha256 is not None:
-                    self._found[self._key(clip.id, clip.source_sha256)] = row
+        for part in parts:
+            if not part.starts_clips:
+                continue
+            clips = read_clips(part.path, part.description)
+            for found in KnownBlocks(part.path, part.spec).all():
+                records = clip_records(found, part.spec, clips)
+                for row, clip in zip(part.spec.clips_of_block(found.block), records, strict=True):
+                    if clip.error is None and clip.source_sha256 is not None:
+                        self._found[self._key(clip.id, clip.source_sha256)] = part.box.clips[row]
 
     def fetch(self, clip_id: str, sha256: str, path: Path) -> bool:
         """Read the rows of a clip whose file, at `path`, has this sha256, to be taken.
@@ -52,7 +66,7 @@ class ReusableRows:
         Raises: Outage where the file cannot be read, and is not to blame.
         """
         row = self._found.get(self._key(clip_id, sha256))
-        if row is None or (record := self._record(row)) is None:
+        if row is None or (record := self._records.of(row)) is None:
             return False
         if record.is_by_older_rule(self._cache.spec) and why_doubted(self._doubt, path, record) is not None:
             return False
@@ -69,13 +83,6 @@ class ReusableRows:
         """The record of a clip that was fetched, under its new id, and a row for each of its samples."""
         found, rows = self._fetched.pop(record.id)
         return found, list(rows)
-
-    def _record(self, row: int) -> ClipRecord | None:
-        """Return a clip's record as its mark has it, whole; None where that is not intact any more."""
-        block, place = divmod(row, self._cache.spec.block_clips)
-        if self._mark is None or self._mark.block != block:
-            self._mark = valid_mark(self._cache.path, self._cache.spec, block)
-        return None if self._mark is None else self._mark.clips[place]
 
     def _key(self, clip_id: str, sha256: str) -> tuple[str, str]:
         # Augmented views are drawn from the clip's id; other features follow from the file alone.

@@ -199,7 +199,7 @@ def extract(
     return ExtractResult(
         clips=job.spec.num_clips,
         clips_done_here=done_here,
-        failures=tuple(FeatureCache(job.cache_path).failures),
+        failures=tuple(FeatureCache(job.cache_path, grown=False).failures),
         seconds=time.monotonic() - started,
         cache_digest=cache_digest,
         was_done=was_done,

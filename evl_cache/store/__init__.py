@@ -11,10 +11,9 @@ to prove it, and `copy_to_directory`, `copy_to_bucket` and `copy_part` to copy i
 """
 
 from evl_cache.store.copying.card_file import CARD_NAME, write_card
+from evl_cache.store.copying.grown import copy_to_bucket, copy_to_directory
 from evl_cache.store.copying.part import copy_part, part_spec
 from evl_cache.store.copying.source import OnBlock, TransferResult
-from evl_cache.store.copying.to_bucket import copy_to_bucket
-from evl_cache.store.copying.to_directory import copy_to_directory
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.disk.file_system import file_identity
 from evl_cache.store.disk.locks import (
@@ -29,6 +28,17 @@ from evl_cache.store.disk.permissions import set_file_mode
 from evl_cache.store.disk.publish import is_staging_name, replacing
 from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.description import CacheDescription, read_clips, read_description
+from evl_cache.store.format.grown import (
+    ADDITIONS_NAME,
+    GROWN_NAME,
+    Addition,
+    Box,
+    addition_name,
+    addition_spec,
+    find_grown,
+    grown_digest,
+    grown_spec,
+)
 from evl_cache.store.format.index import IndexedBlock
 from evl_cache.store.format.index_head import INDEX_NAME
 from evl_cache.store.format.known_blocks import KnownBlocks, clip_records
@@ -46,6 +56,7 @@ from evl_cache.store.format.layout import (
 from evl_cache.store.format.limits import projections_nbytes
 from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at, manifest_digest
 from evl_cache.store.format.marks import UNKNOWN_DECODER, ClipRecord, Mark, mark_file_digest
+from evl_cache.store.format.parts import CachePart, CacheParts, cache_parts, size_together
 from evl_cache.store.format.recomputed import (
     projections_content,
     read_projections,
@@ -68,11 +79,14 @@ from evl_cache.store.proving.files import OnProgress, Sample
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch
 from evl_cache.store.reading.indices import Indices, rows_of
 from evl_cache.store.reading.reader import FeatureCache
-from evl_cache.store.verify import Problem, Verification, verify_cache
+from evl_cache.store.verify import Problem, Verification
+from evl_cache.store.verify import verify_cache as verify_alone
+from evl_cache.store.verify_grown import verify_cache
 from evl_cache.store.writing.block_writer import BlockWriter
 from evl_cache.store.writing.completion import settled_digest, withdraw_index
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache, index_cache
+from evl_cache.store.writing.growth import GrownRecords, add_to_cache, renew_grown, restore_grown
 from evl_cache.store.writing.mark_records import replace_records
 from evl_cache.store.writing.publication import BlockLost, RowsAtStake, valid_mark, valid_marks
 from evl_cache.store.writing.segments import write_segment_of

@@ -31,6 +31,7 @@ _RANGES = {
     "views.spatial_views": (1, 3),
     "views.train_views": (0, 1000),
     "views.augment_seed": (0, 2**63),
+    "views.first_view": (0, 10**6),
 }
 _TEXTS = (
     "tokens", "maps", "codec", "compute_dtype", "preprocessing", "content_id", "tower.model", "tower.pretrained",

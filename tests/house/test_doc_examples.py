@@ -50,7 +50,7 @@ def run_shell(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run_ours(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     environment, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
-    if any(word in ("8-12", "9-12") for word in words):  # a tower with so many blocks
+    if any(word in ("7-12", "8-12", "9-12") for word in words):  # a tower with so many blocks
         os.environ[f"EVL_CACHE_{words[0].upper()}_MODEL"] = "deep-tower.json"
     if "--online" in words:
         os.environ |= {"EVL_CACHE_TRAIN_MODEL": str(DEMO_TOWER), "EVL_CACHE_TRAIN_PRETRAINED": "none"}

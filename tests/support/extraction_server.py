@@ -17,12 +17,15 @@ import torch
 
 from evl_cache.clips import ClipList
 from evl_cache.errors import EvlCacheError
+from evl_cache.extract.stage import ExtractResult
 from evl_cache.processes.place import ProcessPlace
 from evl_cache.processes.rendezvous import PATIENCE_S, Rendezvous
+from evl_cache.spec import CacheSpec
 from evl_cache.store.writing.publication import BlockPublication
 from evl_cache.towers.tower import Tower
 from tests.support import warm_worker
 from tests.support.fork_server import ForkServer, serve
+from tests.support.grown_caches import grow
 from tests.support.network_hosts import Host
 from tests.support.store_helpers import (
     extract_small,
@@ -81,6 +84,7 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     gates: files by the number of a clip: behind that one, the child waits until the file is there; see `reached`.
     stop_before_link: SIGSTOP before the link whose target's name contains this, once.
     stop_before_publishing: SIGSTOP in the first commit, between the look at the lock and the first change.
+    grow: the cache grows into that spec, where it is there.
     environment: as torchrun would set it. patience_s: with its rendezvous store.
     """
     os.environ.update(job.get("environment", {}))
@@ -96,7 +100,7 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     counted, passes, lost = _Counter(job), _Passes(tower), []
     try:
         with watched_changes(counted):
-            result = extract_small(
+            result = (_grown if job.get("grow") else extract_small)(
                 clips,
                 Path(job["cache"]),
                 spec=small_spec(clips, tower, **job.get("spec", {})),
@@ -115,6 +119,11 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     report |= {"changes": counted.count, "passes": passes.count, "rendezvous_lost": lost}
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     Path(job["report"]).write_text(json.dumps(report))
+
+
+def _grown(clips: ClipList, cache: Path, *, spec: CacheSpec, **_: Any) -> ExtractResult:
+    """Let a cache grow into a spec, as `extract_small` makes one."""
+    return grow(clips, cache, layers=tuple(spec.layers))
 
 
 def _stop_before_publishing() -> None:

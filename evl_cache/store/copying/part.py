@@ -59,6 +59,11 @@ def copy_part(
     Raises: as `copy_to_directory`.
     """
     cache = FeatureCache(place)
+    if cache.members:
+        raise UsageError(
+            f"{cache.place} has grown ({', '.join(member.told for member in cache.members[1:])}), and a part is taken of a cache "
+            "that was made at once; copy it whole, or extract what you want into a cache of its own with --reuse"
+        )
     spec = with_keys_there(part_spec(cache.spec, layers=layers, codec=codec), target)
     projections = None
     if spec.recomputes_maps:

@@ -29,8 +29,10 @@ from evl_cache.store.reading.buffers import (
     ProjectedMaps,
     Reads,
 )
+from evl_cache.store.reading.grown import GrownCache, open_grown
 from evl_cache.store.reading.indices import Indices, row_of, rows_of
 from evl_cache.store.reading.local_copy import LocalCopy
+from evl_cache.store.reading.member import Member, base_member
 from evl_cache.store.reading.sample_reader import SampleReader
 
 
@@ -48,19 +50,21 @@ class FeatureCache:
     Args:
         path: directory that `extract` wrote, or URL of a complete cache: s3://…, http(s)://….
         trust: do not check chunks against their marks' checksums (the codecs' own checks remain).
+        grown: read what was added to it, too.
 
     Raises: CacheError where there is no cache; CacheDamaged where its description is not intact.
     """
 
-    def __init__(self, path: str | Path, *, trust: bool = False) -> None:
+    def __init__(self, path: str | Path, *, trust: bool = False, grown: bool = True) -> None:
         self.copy = LocalCopy(str(path)) if is_url(path) else None
         self.path = Path(path) if self.copy is None else self.copy.path
         self.place = str(path) if self.copy is None else self.copy.url
         description = read_description(self.path)
         self.spec: CacheSpec = description.spec
         self.description = description
-        self._done = BlocksDone(self.path, self.spec)
-        index = self._done.index
+        done = BlocksDone(self.path, self.spec)
+        self._done: BlocksDone | GrownCache = done
+        index = done.index
         self.clips = read_clips(self.path, description, labels=None if index is None else index.labels)
         if len(self.clips) and not 0 <= self.clips.labels.min() <= self.clips.labels.max() < len(
             self.spec.classes
@@ -72,7 +76,7 @@ class FeatureCache:
         self._layouts = array_layouts(self.spec)
         self._num_samples = self.spec.num_samples
         # A copy is told from a hole by its chunks' checksums: those are always checked.
-        self._samples = SampleReader(
+        self._samples: SampleReader | GrownCache = SampleReader(
             self.path,
             self.spec,
             layouts=self._layouts,
@@ -84,6 +88,15 @@ class FeatureCache:
         self._projections: Mapping[int, ProjectionOnDevices] | None = None
         if self.copy is not None:
             self.copy.serve(self._done.files)
+        base = base_member(self.path, description, self.clips, done, self._samples, self.copy)
+        if grown and (whole := open_grown(base, str(path), trust=trust)) is not None:
+            self._become(whole)
+
+    def _become(self, grown: GrownCache) -> None:
+        """Show what all members of a grown cache hold."""
+        self._done = self._samples = grown
+        self.spec, self.description, self.clips = grown.spec, grown.description, grown.clips
+        self.is_valid, self._num_samples = grown.is_valid, self.spec.num_samples
 
     def __len__(self) -> int:
         """Return the number of samples, failed and unfinished ones included."""
@@ -107,16 +120,28 @@ class FeatureCache:
     @property
     def is_complete(self) -> bool:
         """Whether every block is done."""
-        return self.num_blocks_done == self.spec.num_blocks
+        return self.num_blocks_done == self.num_blocks
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks in all, those of what was added to it too."""
+        return self._done.num_blocks if isinstance(self._done, GrownCache) else self.spec.num_blocks
 
     @property
     def num_blocks_done(self) -> int:
         """Blocks with a valid mark."""
-        return len(self._done.files)
+        return self._done.num_done if isinstance(self._done, GrownCache) else len(self._done.files)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The caches that a grown cache is read from, the base first; none for any other."""
+        return self._done.members if isinstance(self._done, GrownCache) else ()
 
     @property
     def fingerprint(self) -> str:
         """The cache digest: the manifest's once complete; before that, a digest of the marks there are."""
+        if isinstance(self._done, GrownCache):
+            return self._done.fingerprint
         if (found := manifest_digest(self.path, self.spec)) is not None:
             return found
         manifest = find_manifest(self.path, self.spec)
@@ -129,7 +154,9 @@ class FeatureCache:
 
     @property
     def has_manifest(self) -> bool:
-        """Whether the manifest is written, intact and this cache's."""
+        """Whether the manifest is written, intact and this cache's; of a grown cache, all of them."""
+        if isinstance(self._done, GrownCache):
+            return self._done.has_manifest
         is_proved = manifest_digest(self.path, self.spec) is not None
         return is_proved or manifest_at(self.path, self.spec) is not None
 
@@ -169,7 +196,9 @@ class FeatureCache:
 
     def check_marks(self, samples: Indices) -> None:
         """Check that blocks of samples are not there, or whole and as the manifest has them. Raises: CacheDamaged."""
-        if not self._done.is_as_named:
+        if isinstance(self._done, GrownCache):
+            self._done.check(self.rows_of(samples))
+        elif not self._done.is_as_named:
             self._done.check(np.unique(self.rows_of(samples) // self.spec.block_samples).tolist())
 
     def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
@@ -244,7 +273,11 @@ class FeatureCache:
         """Return how maps that are not stored are made. Raises: as `layer_positions`; CacheDamaged."""
         self.layer_positions(wanted)
         if self._projections is None:
-            found = read_projections(self.path, self.spec, self.description.projections_sha256)
+            found = (
+                read_projections(self.path, self.spec, self.description.projections_sha256)
+                if not isinstance(self._done, GrownCache)
+                else self._done.projections()
+            )
             self._projections = {layer: ProjectionOnDevices(value) for layer, value in found.items()}
         held = tuple(sorted({layer - 1 for layer in wanted}.union(wanted)))
         return ProjectedMaps(wanted=wanted, held=held, projections=self._projections)
@@ -264,7 +297,7 @@ class FeatureCache:
         """Begin to fetch what `read_into` will read; a cache on a disk has nothing to fetch."""
         if self.copy is not None:
             positions = as_range(self._positions(buffers, layers))
-            self.copy.prefetch((self._samples.chunks(s, positions) for s in samples), buffers.stacked)
+            self._samples.prefetch(samples, positions, buffers.stacked)
 
     def _positions(self, buffers: BatchBuffers, layers: Sequence[int] | None) -> Sequence[int]:
         positions = self.layer_positions(layers)
@@ -313,5 +346,5 @@ class FeatureCache:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        if self.copy is not None:
+        if self.copy is not None and isinstance(self._done, BlocksDone):
             self.copy.serve(self._done.files)

@@ -105,6 +105,11 @@ class SampleReader:
             return block, range(first + positions.start, first + positions.stop, positions.step)
         return block, [first + position for position in positions]
 
+    def prefetch(self, samples: Iterable[int], positions: Sequence[int], names: Iterable[str]) -> None:
+        """Begin to fetch what `read` will read of the arrays named, where the cache lies behind a URL."""
+        if self._copy is not None:
+            self._copy.prefetch((self.chunks(sample, positions) for sample in samples), names)
+
     def close(self) -> None:
         """Let go of every open file; the next read opens what it needs again."""
         self._shards.close()
