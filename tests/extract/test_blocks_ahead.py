@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from evl_cache.errors import UsageError
-from evl_cache.extract import block_taker
 from evl_cache.extract.block import BlockExtractor
+from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.device_pipeline import DevicePipeline
 from evl_cache.extract.stage_seconds import StageSeconds
 from evl_cache.store import LOCKS_NAME, LockWatcher, create_cache
@@ -110,19 +110,19 @@ def test_the_device_goes_on_while_a_block_is_committed(
     motions: Path, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clips = load_clips(motions)
-    commit, came_on = block_taker._commit, threading.Event()
+    commit, came_on = BlockTaker._commit, threading.Event()
     before_third = 3  # batches of the first two blocks: two, and one beside a batch of the broken clip alone
 
-    def slow_commit(extracted, lock):
+    def slow_commit(taker, block, extracted, lock):
         assert came_on.wait(60)
-        return commit(extracted, lock)
+        return commit(taker, block, extracted, lock)
 
     def noted(frames: torch.Tensor) -> None:
         if len(device.batches) == before_third:
             came_on.set()
 
     device.before = noted
-    monkeypatch.setattr(block_taker, "_commit", slow_commit)
+    monkeypatch.setattr(BlockTaker, "_commit", slow_commit)
     extract_in(2, clips, tmp_path / "cache")
     assert came_on.is_set()
 

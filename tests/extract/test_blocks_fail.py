@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from evl_cache.extract import block_taker
 from evl_cache.extract.block import BlockExtractor
+from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.repair import _differences, repair
 from evl_cache.spec import ViewSpec
@@ -108,11 +108,11 @@ def test_a_clip_that_overflows_again_stays_failed(motions: Path, tmp_path: Path,
 def test_a_block_that_is_being_committed_is_committed_though_the_next_one_fails(
     motions: Path, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    commit, encode, committing = block_taker._commit, BlockWriter._encode, threading.Event()
+    commit, encode, committing = BlockTaker._commit, BlockWriter._encode, threading.Event()
 
-    def noted(extracted, lock):
+    def noted(taker, block, extracted, lock):
         committing.set()
-        return commit(extracted, lock)
+        return commit(taker, block, extracted, lock)
 
     def slow(self, chunks):
         if self.block == 0:
@@ -124,7 +124,7 @@ def test_a_block_that_is_being_committed_is_committed_though_the_next_one_fails(
             assert committing.wait(30)
             raise ZeroDivisionError
 
-    monkeypatch.setattr(block_taker, "_commit", noted)
+    monkeypatch.setattr(BlockTaker, "_commit", noted)
     monkeypatch.setattr(BlockWriter, "_encode", slow)
     device.before = fails
     with pytest.raises(ZeroDivisionError):

@@ -27,7 +27,7 @@ _STORED_SHARE = {
     ("archive", "int8"): 0.82,
     ("archive", "uint8"): 0.70,
 }
-_MARK_BYTES_A_SAMPLE = 600  # of JSON: checksums of each chunk, and the clip's record
+_MARK_BYTES_A_SAMPLE = 900  # of JSON and of the index: checksums of each chunk, and the clip's record
 
 
 def sample_nbytes(spec: CacheSpec) -> tuple[int, int]:
@@ -41,8 +41,8 @@ def sample_nbytes(spec: CacheSpec) -> tuple[int, int]:
 
 
 def num_files(spec: CacheSpec) -> int:
-    """Return the number of files of the complete cache: shards, marks, what describes it, and the manifest."""
-    return spec.num_blocks * (len(array_layouts(spec)) + 1) + len(description_files(spec)) + 1
+    """Return the number of files of the complete cache: shards, marks, what describes it, manifest, index."""
+    return spec.num_blocks * (len(array_layouts(spec)) + 1) + len(description_files(spec)) + 2
 
 
 class CacheSize(NamedTuple):
