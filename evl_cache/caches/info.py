@@ -30,8 +30,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     if cache.copy is None:
         nbytes, files = size_on_disk(cache.path)
     else:
-        rows = cache.copy.manifest.files.values()
-        nbytes, files = sum(size for size, _ in rows), len(rows)
+        files, nbytes = cache.copy.totals
     done = int(cache.is_valid.reshape(-1, cache.spec.views.per_clip).all(axis=1).sum())
     return {
         "path": cache.place,

@@ -11,7 +11,7 @@ from typing import Any
 
 from evl_cache.caches.places import FoundCache, find_caches
 from evl_cache.notation import format_layers
-from evl_cache.store import MANIFEST_NAME, array_layouts, is_url, manifest_at, marked_blocks
+from evl_cache.store import MANIFEST_NAME, array_layouts, is_url, manifest_at, marked_blocks, totals_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,11 +65,13 @@ def list_caches(places: Sequence[str]) -> Iterator[ListedCache]:
 
 def _listed(found: FoundCache) -> ListedCache:
     spec, views = found.spec, found.spec.views
-    manifest = manifest_at(found.address, spec)
     if is_url(found.address):
-        nbytes = sum(size for size, _ in manifest.files.values()) if manifest else 0
-        done, owner, modified = (spec.num_blocks if manifest else 0), None, None
+        totals = totals_at(found.address, spec)
+        digest, nbytes = (totals.cache_digest, totals.nbytes) if totals else (None, 0)
+        done, owner, modified = (spec.num_blocks if totals else 0), None, None
     else:
+        manifest = manifest_at(found.address, spec)
+        digest = None if manifest is None else manifest.digest
         root = Path(found.address)
         marked = [block for block in marked_blocks(root) if block < spec.num_blocks]
         layouts = array_layouts(spec).values()
@@ -90,7 +92,7 @@ def _listed(found: FoundCache) -> ListedCache:
         blocks=spec.num_blocks,
         owner=owner,
         modified=modified,
-        cache_digest=None if manifest is None else manifest.digest,
+        cache_digest=digest,
         frame_rule=spec.frame_rule,
     )
 

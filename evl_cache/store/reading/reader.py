@@ -16,6 +16,7 @@ from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.layout import array_layouts, as_range
 from evl_cache.store.format.manifest import find_manifest, manifest_at, manifest_digest
+from evl_cache.store.format.marks import Mark
 from evl_cache.store.format.recomputed import ProjectionOnDevices, read_projections
 from evl_cache.store.format.rows import Row, StoredBatch
 from evl_cache.store.objects.address import is_url
@@ -67,7 +68,7 @@ class FeatureCache:
             )
         self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
         self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
-        self._done = BlocksDone(self.path, self.spec)
+        self._done = BlocksDone(self.path, self.spec, copy=self.copy)
         self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
         self._num_samples = self.spec.num_samples
@@ -151,6 +152,13 @@ class FeatureCache:
     def refresh(self) -> None:
         """See blocks that were finished since the cache was opened."""
         self._done.refresh()
+
+    def mark(self, block: int) -> Mark | None:
+        """Return a block's mark; None where it has none that is intact. Raises: CacheError where it cannot be read."""
+        try:
+            return self._done.mark(block)
+        except CacheDamaged:
+            return None
 
     def check_marks(self, samples: Indices) -> None:
         """Check that blocks of samples are not there, or whole and as the manifest has them. Raises: CacheDamaged."""

@@ -50,7 +50,7 @@ def write_manifest(
         if writer is None or labels is None:
             remove_leftover(cache_path / INDEX_NAME)
         else:
-            writer.finish(cache_digest=manifest.digest, labels=labels)
+            writer.finish(cache_digest=manifest.digest, labels=labels, totals=manifest.totals)
             staged.publish_replacing(cache_path / INDEX_NAME)
     write_atomic(cache_path / MANIFEST_NAME, content)
     return manifest.digest

@@ -76,12 +76,19 @@ class IndexWriter:
         self._row_sums.append(crc32c(row))
         self._staged.write(row)
 
-    def finish(self, *, cache_digest: str | None, labels: Table | None = None) -> None:
+    def finish(
+        self,
+        *,
+        cache_digest: str | None,
+        labels: Table | None = None,
+        totals: tuple[int, int] | None = None,
+    ) -> None:
         """Write what comes after the rows, and the head.
 
         Args:
             cache_digest: of the manifest; None for a segment.
             labels: of all clips, for an index.
+            totals: number and bytes of all files that the manifest names, likewise.
         """
         sections = {"rows": (HEAD_NBYTES, self._staged.size - HEAD_NBYTES, "")}
         contents = {
@@ -98,7 +105,14 @@ class IndexWriter:
             self._staged.write(content)
         stop = self._first + len(self._marks)
         self._staged.write_over(
-            index_head(self._spec, first=self._first, stop=stop, cache_digest=cache_digest, sections=sections)
+            index_head(
+                self._spec,
+                first=self._first,
+                stop=stop,
+                cache_digest=cache_digest,
+                sections=sections,
+                totals=totals,
+            )
         )
 
     def _add_clips(self, clips: Sequence[ClipRecord]) -> None:
