@@ -1,8 +1,9 @@
 """A remote cache read where it lies: what is asked for is fetched once and kept on a local disk.
 
 The manifest and the index tell what there is, and nothing is listed; without an index that belongs to the manifest, the
-marks tell. A piece (a run of neighbouring samples of one array) is one ranged request; how many samples it has keeps requests large and below one a sample. Pieces that will be needed are
-fetched ahead by threads. Every chunk is checked against its mark when it arrives, and again whenever it is read.
+marks tell. A piece (a run of neighbouring samples of one array) is one ranged request; how many samples it has keeps
+requests large and below one a sample. Pieces that will be needed are fetched ahead by threads. Every chunk is checked
+against what was promised of it when it arrives, and again whenever it is read.
 """
 
 from __future__ import annotations
