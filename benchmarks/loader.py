@@ -34,7 +34,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="evl-cache-bench-", dir=arguments.directory) as scratch:
         path = Path(scratch) / "cache"
         write_rows(path, generated_rows(8), samples=arguments.samples, codec=arguments.codec)
-        files = [file for name in ARRAYS for file in sorted((path / name / "c").rglob("*")) if file.is_file()]
+        files = [file for name in ARRAYS for file in sorted((path / name).glob("c.*"))]
         nbytes = stored_nbytes(path, ARRAYS)
         plain = np.zeros(64 * nbytes // arguments.samples, np.uint8)
 

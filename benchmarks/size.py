@@ -66,7 +66,7 @@ def measure(features: StudyFeatures) -> dict[str, float]:
         with tempfile.TemporaryDirectory(prefix="evl-cache-size-") as scratch:
             path = Path(scratch) / "cache"
             _write(features, path, changes)
-            files = [*path.glob("*/c/**/*"), *path.glob("done/*")]
+            files = [*path.glob("*/c.*"), *path.glob("done/*")]
             out[name] = sum(f.stat().st_size for f in files if f.is_file()) / 1e6 / len(features.tokens)
             if name == "recompute":
                 out["recompute_once_a_cache"] = (path / PROJECTIONS_NAME).stat().st_size / 1e6

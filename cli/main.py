@@ -36,6 +36,7 @@ SECTIONS = {
         "info": ("info", "What a cache holds, how complete it is, what failed."),
         "ls": ("ls", "Caches there are, here and on shared disks and servers."),
         "verify": ("verify", "Prove every byte; exit status 1 where damage is found."),
+        "index": ("index", "Write the index from which a large cache opens in a second."),
         "repair": ("repair", "Redo only what verify finds damaged."),
         "push": ("push", "Copy a cache to a directory or to s3://."),
         "pull": ("pull", "Copy a cache, or layers of it, from anywhere."),

@@ -3,10 +3,13 @@
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 from evl_cache.errors import NotFinite
+
+_ENTRIES_AT_A_TIME = 4096
 
 
 def json_text(content: object, *, indent: int | None = None) -> str:
@@ -49,6 +52,16 @@ def canonical_json(content: object) -> bytes:
 def digest(content: object) -> str:
     """Return the sha256 (hexadecimal) of canonical JSON without its newline; values may be NaN and infinities too."""
     return hashlib.sha256(_canonical(content, allow_nan=True)).hexdigest()
+
+
+def digest_of_list(entries: Iterable[object]) -> str:
+    """Return `digest` of a list of entries without making its text as a whole."""
+    found, rest, before = hashlib.sha256(b"["), iter(entries), b""
+    while part := list(islice(rest, _ENTRIES_AT_A_TIME)):
+        found.update(before + _canonical(part, allow_nan=True)[1:-1])
+        before = b","
+    found.update(b"]")
+    return found.hexdigest()
 
 
 def signed_json(content: Mapping[str, Any]) -> tuple[bytes, str]:

@@ -3,9 +3,11 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from sys import intern
 from typing import Any
 
-from evl_cache.canonical_json import digest
+from evl_cache.canonical_json import digest_of_list
 from evl_cache.errors import CacheError, UsageError
 
 TRAIN_SPLITS = ("train",)
@@ -23,7 +25,7 @@ MAX_CLASSES = 100_000  # a larger number in a list is a number of frames or an i
 _NUMBERED = re.compile(r"(?P<name>[a-z]*)(?:[ _-]?0?(?P<fold>[1-3]))?")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Clip:
     """One video of a data set.
 
@@ -49,9 +51,10 @@ class Clip:
     def from_json(cls, row: Mapping[str, Any]) -> "Clip":
         """Return the clip of a row of `clips.jsonl`. Raises: CacheError for a row of another form."""
         try:
-            clip = cls(
-                id=str(row["id"]), path=str(row["path"]), label=int(row["label"]), split=str(row["split"])
-            )
+            clip_id, path = str(row["id"]), str(row["path"])
+            if path == clip_id:  # of a million clips, one text each
+                path = clip_id
+            clip = cls(id=clip_id, path=path, label=int(row["label"]), split=intern(str(row["split"])))
             if not 0 <= clip.label < MAX_CLASSES:
                 raise ValueError(f"label {clip.label}")
             return clip
@@ -66,7 +69,7 @@ class ClipList:
     """Clips in their fixed order.
 
     Attributes:
-        clips: in order.
+        clips: in order; a tuple, or a cache's own list, which parses its rows as they are asked for.
         classes: names by label.
         source: where they were read, for messages.
         is_undivided: whether what was read holds no other split: a folder without splits, an annotation file of one.
@@ -75,7 +78,7 @@ class ClipList:
     Raises: UsageError for an empty list, or for an id that occurs twice, with both line numbers.
     """
 
-    clips: tuple[Clip, ...]
+    clips: Sequence[Clip]
     classes: tuple[str, ...]
     source: str
     is_undivided: bool = field(default=False, compare=False)
@@ -84,6 +87,8 @@ class ClipList:
     def __post_init__(self) -> None:
         if not self.clips:
             raise UsageError(f"{self.source}: holds no clip; expected at least one")
+        if len({clip.id for clip in self.clips}) == len(self.clips):
+            return
         seen: dict[str, Clip] = {}
         for clip in self.clips:
             if clip.id in seen:
@@ -91,10 +96,10 @@ class ClipList:
                 raise UsageError(f"{self.source}: {clip.id!r} occurs twice{where}; expected each clip once")
             seen[clip.id] = clip
 
-    @property
+    @cached_property
     def content_id(self) -> str:
         """The digest of ids and labels in order; paths of files do not change it."""
-        return digest([[clip.id, clip.label] for clip in self.clips])
+        return digest_of_list([clip.id, clip.label] for clip in self.clips)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,11 +200,17 @@ def select(clips: Sequence[Clip], wanted: Iterable[str], *, source: str) -> list
 
     Raises: UsageError for a name that no clip has, or where no clip is named.
     """
-    rows = {clip.path: row for row, clip in enumerate(clips)} | {
-        clip.id: row for row, clip in enumerate(clips)
-    }
+    names = list(wanted)
+    # What is named, and not all there is: a list of a million clips is looked through once, and not kept.
+    asked, by_path, by_id = set(names), dict[str, int](), dict[str, int]()
+    for row, clip in enumerate(clips):
+        if clip.path in asked:
+            by_path[clip.path] = row
+        if clip.id in asked:
+            by_id[clip.id] = row
+    rows = by_path | by_id
     out: list[int] = []
-    for name in wanted:
+    for name in names:
         if name not in rows:
             raise UsageError(
                 f"{source}: {name!r} is no clip of the cache; expected ids or paths as `clips.jsonl` has them"

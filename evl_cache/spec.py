@@ -13,19 +13,21 @@ from evl_cache.canonical_json import digest, flatten
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.untrusted.spec_limits import check_spec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # of caches that are made; older ones, of 1, are read and written as they are
 # Of each the first is the default.
 TOKEN_STORAGE = ("int8", "fp16")
 MAP_STORAGE = ("uint8", "fp16", "recompute", "none")
 CODECS = ("default", "raw", "archive")
+CHUNK_KEYS = ("flat", "folders")
+_CHOICES = {"tokens": TOKEN_STORAGE, "maps": MAP_STORAGE, "codec": CODECS, "chunk_keys": CHUNK_KEYS}
 SAMPLING = ("strided", "tsn")
 SOFTWARE_PIXELS = "software"
-PREPROCESSING = (
-    "short-side-bilinear-v1"  # of preprocess.spatial_crops; if its pixels change, so does this name
-)
+PREPROCESSING = "short-side-bilinear-v1"  # of preprocess.spatial_crops; if its pixels change, so does this
 DECODERS = ("auto", "decord", "pyav", "torchcodec")
 # Which frame of a video is frame n, and how it is found. By rule 1 some files gave other frames than those asked for.
 FRAME_RULE = 2
+# What caches are that were made before there was such a field: left out of their descriptions, which stay as they are.
+_BEFORE: Mapping[str, Any] = {"pixels": SOFTWARE_PIXELS, "frame_rule": 1, "chunk_keys": "folders"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +178,7 @@ class CacheSpec:
         preprocessing: name of the code that makes the tower's input from frames.
         pixels: kind of decoder: "software" (decord and PyAV, which agree), or another whose pixels differ.
         frame_rule: by which rule frames were chosen; caches made before `FRAME_RULE` was a number have 1.
+        chunk_keys: whether an array's shards lie flat in its directory, or in folders each; one of `CHUNK_KEYS`.
         extra: fields of a newer minor version, kept as they were read.
     """
 
@@ -195,15 +198,13 @@ class CacheSpec:
     preprocessing: str = PREPROCESSING
     pixels: str = SOFTWARE_PIXELS
     frame_rule: int = FRAME_RULE
+    chunk_keys: str = CHUNK_KEYS[0]
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.tokens not in TOKEN_STORAGE:
-            raise UsageError(f"tokens {self.tokens!r}; expected one of {', '.join(TOKEN_STORAGE)}")
-        if self.maps not in MAP_STORAGE:
-            raise UsageError(f"maps {self.maps!r}; expected one of {', '.join(MAP_STORAGE)}")
-        if self.codec not in CODECS:
-            raise UsageError(f"codec {self.codec!r}; expected one of {', '.join(CODECS)}")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise UsageError(f"{name} {getattr(self, name)!r}; expected one of {', '.join(known)}")
         if self.recomputes_maps and 1 in self.layers:
             raise UsageError(
                 f"maps 'recompute' with layers {list(self.layers)}: layer 1 has no layer below whose tokens give "
@@ -296,7 +297,7 @@ class CacheSpec:
 
     def differences(self, other: "CacheSpec") -> list[str]:
         """Return `field: ours, not theirs` for every field that differs, names of tower and data set apart."""
-        mine, theirs = (flatten(s.to_json() | {"frame_rule": s.frame_rule}) for s in (self, other))
+        mine, theirs = (flatten({**_BEFORE, **s.to_json()}) for s in (self, other))
         ignored = ("tower.model", "tower.pretrained", "dataset", "split")
         return [
             f"{name}: {_short(mine.get(name))}, not {_short(theirs.get(name))}"
@@ -308,10 +309,9 @@ class CacheSpec:
         """Return plain JSON values, from which `from_json` makes the same."""
         content = asdict(self) | {"views": self.views.to_json(), "tower": self.tower.to_json()}
         extra = content.pop("extra")
-        if self.pixels == SOFTWARE_PIXELS:
-            del content["pixels"]
-        if self.frame_rule == 1:
-            del content["frame_rule"]
+        for name, value in _BEFORE.items():
+            if content[name] == value:
+                del content[name]
         return {**extra, **json.loads(json.dumps(content)), "feature_id": self.feature_id}
 
     @classmethod
@@ -320,10 +320,9 @@ class CacheSpec:
         check_spec(content)
         try:
             known = {f.name for f in fields(cls)} - {"extra"}
-            given = {k: v for k, v in content.items() if k in known}
+            given = {**_BEFORE, **{k: v for k, v in content.items() if k in known}}
             given["tower"] = TowerSpec(**_tuples(content["tower"]))
             given["views"] = ViewSpec(**content["views"])
-            given.setdefault("frame_rule", 1)
             extra = {k: v for k, v in content.items() if k not in known and k != "feature_id"}
             spec = cls(**_tuples(given), extra=extra)
         except (KeyError, TypeError, AttributeError, UsageError) as error:

@@ -1,7 +1,12 @@
 """Lists of clips: what is read, and what is refused with its line number."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
+from evl_cache.batches.folds import split_clips
+from evl_cache.canonical_json import digest
 from evl_cache.clips import MAX_CLASSES, Clip, ClipList, number_labels, parse_list, select
 from evl_cache.datasets.folder import read_folder
 from evl_cache.datasets.list_file import read_list_file
@@ -174,3 +179,58 @@ def test_a_folder_without_videos_is_refused(tmp_path):
     make_files(tmp_path, "a/readme.txt")
     with pytest.raises(UsageError, match="no video in any folder"):
         read_folder(tmp_path)
+
+
+def named(count):
+    return tuple(
+        Clip(id=f"id{row}", path=f"folder/{row}.mp4", label=row % 3, split="train") for row in range(count)
+    )
+
+
+def test_select_looks_through_the_list_once(monkeypatch):
+    class Looked(tuple):
+        looks = 0
+
+        def __iter__(self):
+            type(self).looks += 1
+            return super().__iter__()
+
+    clips = Looked(named(100))
+    assert select(clips, ("id7", "folder/3.mp4", "id7"), source="s") == [7, 3, 7]
+    assert Looked.looks == 1
+
+
+def test_an_id_counts_before_a_path_and_the_last_of_equal_paths():
+    names = (("a", "b"), ("b", "c"), ("c2", "x"), ("d", "x"))
+    clips = [Clip(id=clip_id, path=path, label=0, split="train") for clip_id, path in names]
+    assert select(clips, ["b", "c", "x"], source="s") == [1, 1, 3]
+
+
+def test_the_content_id_of_a_long_list_is_the_digest_of_the_whole():
+    for count in (1, 4095, 4096, 4097, 9000):
+        clips = ClipList(clips=named(count), classes=("a", "b", "c"), source="s")
+        assert clips.content_id == digest([[clip.id, clip.label] for clip in clips.clips])
+
+
+def test_clips_of_one_list_share_their_texts():
+    rows = [{"id": f"{row}", "path": f"{row}", "label": 0, "split": "train"} for row in range(2)]
+    one, other = map(Clip.from_json, [json.loads(json.dumps(row)) for row in rows])
+    assert one.id is one.path and one.split is other.split
+    assert not hasattr(one, "__dict__")
+
+
+@pytest.mark.parametrize("sides", [("train",), ("val",), ("train", "val")])
+def test_what_one_side_names_is_left_out_of_the_other(sides):
+    clips = named(50)
+    source = SimpleNamespace(clips=clips, spec=SimpleNamespace(content_id="x"))
+    names = {side: [f"id{row}" for row in range(start, 50, 5)] for start, side in enumerate(sides)}
+    train, val = split_clips(source, source, train_names=names.get("train"), val_names=names.get("val"))
+    rows = [sorted(set(range(50)) - set(range(0, 50, 5))), list(range(0, 50, 5)), list(range(1, 50, 5))]
+    expected = {("train",): (rows[1], rows[0]), ("val",): (rows[0], rows[1])}
+    assert (train, val) == expected.get(sides, (rows[1], rows[2]))
+
+
+def test_a_clip_on_both_sides_is_named():
+    source = SimpleNamespace(clips=named(9), spec=SimpleNamespace(content_id="x"))
+    with pytest.raises(UsageError, match=r"'id3' and 1 more are in --train-clips and in --val-clips"):
+        split_clips(source, source, train_names=["id5", "id3"], val_names=["id3", "id4", "id5"])

@@ -7,7 +7,8 @@ import pytest
 from evl_cache.clips import Clip
 from evl_cache.errors import reason_alone
 from evl_cache.notation import encodable, escaped
-from evl_cache.store.format.description import clips_lines, parse_clips
+from evl_cache.store.format.clip_table import ClipTable
+from evl_cache.store.format.description import clips_lines
 
 NOT_UTF8 = os.fsdecode(b"clip\xff\xe9.mp4")
 
@@ -53,5 +54,5 @@ def test_a_reason_alone_has_no_name_of_its_file(reason: str, name: str, alone: s
 def test_clips_whose_names_are_not_utf8_are_read_as_they_were_written() -> None:
     clips = (Clip(id=NOT_UTF8, path=f"a/{NOT_UTF8}", label=0, split="train"),)
     lines = clips_lines(clips)
-    assert lines.decode() and parse_clips(lines, "") == clips
-    assert os.fsencode(parse_clips(lines, "")[0].id) == b"clip\xff\xe9.mp4"
+    assert lines.decode() and ClipTable(lines, "") == clips
+    assert os.fsencode(ClipTable(lines, "")[0].id) == b"clip\xff\xe9.mp4"

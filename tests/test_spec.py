@@ -63,6 +63,7 @@ VIEW_CHANGES = {
 }
 SPEC_CHANGES = {
     "frame_rule": 1,
+    "chunk_keys": "folders",
     "pixels": "torchcodec",
     "dataset": "folder",
     "split": "val",
@@ -80,7 +81,7 @@ SPEC_CHANGES = {
     "preprocessing": "short-side-bilinear-v2",
     "extra": {"new_field": 1},
 }
-NOT_FEATURES = "dataset split classes layers num_clips content_id block_clips codec extra".split()
+NOT_FEATURES = "dataset split classes layers num_clips content_id block_clips codec chunk_keys extra".split()
 
 
 def changed_tower(name):
@@ -116,10 +117,25 @@ def test_feature_id_follows_what_changes_features_and_nothing_else(name):
 
 def test_caches_that_were_made_keep_their_feature_id():
     """Written down when 0.1.0 made it: a new field must leave what it does not concern alone."""
-    made = replace(SPEC, frame_rule=1)
+    made = replace(SPEC, frame_rule=1, chunk_keys="folders")
     assert made.feature_id == "e6316d98527b0907f178d106f9d3633a9d67894a389afabec3a7e18543244dd5"
     assert not {"class_token", "registers"} & set(made.to_json()["tower"])
-    assert not {"pixels", "frame_rule"} & set(made.to_json())
+    assert not {"pixels", "frame_rule", "chunk_keys"} & set(made.to_json())
+
+
+def test_a_description_that_tells_no_chunk_keys_has_a_folder_for_each_shard():
+    content = SPEC.to_json()
+    assert content.pop("chunk_keys") == "flat"
+    found = CacheSpec.from_json(content)
+    assert found == replace(SPEC, chunk_keys="folders") and found.to_json() == content
+    assert 'chunk_keys: "flat", not "folders"' in SPEC.differences(found)
+    assert (found.feature_id, found.name) == (SPEC.feature_id, SPEC.name)
+
+
+@pytest.mark.parametrize("keys", ["", "dots", "Flat", 1, None, True, ["flat"], {}])
+def test_what_are_no_chunk_keys_is_refused(keys):
+    with pytest.raises(CacheError, match="chunk_keys"):
+        CacheSpec.from_json(SPEC.to_json() | {"chunk_keys": keys})
 
 
 def test_a_description_without_a_rule_for_frames_is_of_the_first_rule():

@@ -105,9 +105,7 @@ def _commit(writer: BlockWriter, records: list[ClipRecord], lock: BlockLock) -> 
 
 def stored_nbytes(directory: Path, arrays: tuple[str, ...]) -> int:
     """Bytes of the shards of some arrays."""
-    return sum(
-        f.stat().st_size for name in arrays for f in (directory / name / "c").rglob("*") if f.is_file()
-    )
+    return sum(f.stat().st_size for name in arrays for f in (directory / name).glob("c.*"))
 
 
 def as_bytes(row: Row) -> int:

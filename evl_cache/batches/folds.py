@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from evl_cache.batches.source import Source
 from evl_cache.clips import select
 from evl_cache.errors import UsageError
@@ -21,15 +23,23 @@ def split_clips(
     val_rows = None if val_names is None else select(val.clips, val_names, source="--val-clips")
     if train.spec.content_id != val.spec.content_id:
         return train_rows, val_rows
-    rows = range(len(train.clips))
+    count = len(train.clips)
     if train_rows is None and val_rows is not None:
-        train_rows = sorted(set(rows) - set(val_rows))
+        train_rows = np.flatnonzero(~_mask(val_rows, count)).tolist()
     elif val_rows is None and train_rows is not None:
-        val_rows = sorted(set(rows) - set(train_rows))
+        val_rows = np.flatnonzero(~_mask(train_rows, count)).tolist()
     elif train_rows is not None and val_rows is not None:
-        both = [train.clips[row].id for row in sorted(set(train_rows) & set(val_rows))]
+        both = np.flatnonzero(_mask(train_rows, count) & _mask(val_rows, count)).tolist()
         if both:
             raise UsageError(
-                f"{both[0]!r} and {len(both) - 1} more are in --train-clips and in --val-clips; keep them apart"
+                f"{train.clips[both[0]].id!r} and {len(both) - 1} more are in --train-clips and in --val-clips; keep "
+                "them apart"
             )
     return train_rows, val_rows
+
+
+def _mask(rows: Sequence[int], count: int) -> np.ndarray:
+    """Return which of `count` rows are named, bool."""
+    mask = np.zeros(count, dtype=bool)
+    mask[np.asarray(rows, dtype=np.int64)] = True
+    return mask

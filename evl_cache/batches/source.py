@@ -81,4 +81,6 @@ def samples_of_clips(source: Source, clips: Indices | None) -> np.ndarray:
     if clips is None:
         return np.arange(len(source.sample_clips), dtype=np.int64)
     rows = rows_of(clips, len(source.clips), what="clip", place=source.place)
-    return np.flatnonzero(np.isin(source.sample_clips, rows))
+    is_named = np.zeros(len(source.clips), dtype=bool)
+    is_named[rows] = True
+    return np.flatnonzero(is_named[source.sample_clips])

@@ -123,7 +123,7 @@ def _other_side(found: FoundCache, split: str) -> str:
 
 def _clip_ids(address: str) -> frozenset[str]:
     objects = open_objects(address)
-    return frozenset(clip.id for clip in read_clips(objects, read_description(objects)))
+    return frozenset(read_clips(objects, read_description(objects)).ids())
 
 
 def _belong_together(train: CacheSpec, val: CacheSpec) -> bool:

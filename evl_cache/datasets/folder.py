@@ -1,11 +1,20 @@
 """Read a folder of classes: `<class>/<video>`, or `<split>/<class>/<video>`."""
 
+import os
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from evl_cache.clips import SPLIT_NAMES, Clip, ClipList, normal_split
-from evl_cache.datasets.places import VIDEO_SUFFIXES, describe_passed_over, is_passed_over, is_video
+from evl_cache.datasets.places import (
+    VIDEO_SUFFIXES,
+    describe_passed_over,
+    is_directory,
+    is_file,
+    list_directory,
+    suffix_of,
+)
 from evl_cache.errors import UsageError
 
 
@@ -51,36 +60,47 @@ def read_folder(root: Path) -> dict[str, ClipList]:
         raise UsageError(
             f"{root}: no such folder; expected <class>/<video> or train/<class>/<video> under --root"
         )
-    directories = [d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")]
-    splits = {SPLIT_NAMES[d.name]: d for d in directories if d.name in SPLIT_NAMES}
+    directories = [name for name in _folders(root) if not name.startswith(".")]
+    splits = {SPLIT_NAMES[name]: root / name for name in directories if name in SPLIT_NAMES}
     divided = bool(splits) and len(splits) == len(directories)
     parts = splits if divided else {"all": root}
-    classes = sorted(
-        {d.name for part in parts.values() for d in part.iterdir() if d.is_dir() and _has_video(d)}
-    )
+    found = {split: {name: _look(part / name) for name in _folders(part)} for split, part in parts.items()}
+    classes = tuple(sorted({name for part in found.values() for name, look in part.items() if look.videos}))
     if not classes:
-        others = Counter(path.suffix.lower() for path in root.rglob("*") if is_passed_over(path))
-        found = f", but {describe_passed_over(others)}" if others else ""
+        others = _look(root).passed_over
+        told = f", but {describe_passed_over(others)}" if others else ""
         raise UsageError(
-            f"{root}: no video in any folder{found}; expected <class>/<video> "
+            f"{root}: no video in any folder{told}; expected <class>/<video> "
             f"({', '.join(sorted(VIDEO_SUFFIXES)[:6])}, …); --dataset list takes files of any ending"
         )
-    return {split: _one_split(root, part, split, tuple(classes)) for split, part in parts.items()}
+    return {split: _one_split(root, part, split, classes, found[split]) for split, part in parts.items()}
 
 
-def _one_split(root: Path, part: Path, split: str, classes: tuple[str, ...]) -> ClipList:
-    clips = []
-    others: Counter[str] = Counter()
+@dataclass(kw_only=True)
+class _Look:
+    """What lies below a folder.
+
+    Attributes:
+        videos: paths relative to the folder, with slashes; those of a folder before those of the next.
+        passed_over: numbers of other files by their endings, hidden ones left out.
+    """
+
+    videos: list[str] = field(default_factory=list)
+    passed_over: Counter[str] = field(default_factory=Counter)
+
+
+def _one_split(
+    root: Path, part: Path, split: str, classes: tuple[str, ...], found: Mapping[str, _Look]
+) -> ClipList:
+    clips, prefix = [], "" if part == root else f"{part.relative_to(root).as_posix()}/"
     for label, name in enumerate(classes):
-        for path in sorted((part / name).rglob("*")) if (part / name).is_dir() else []:
-            if is_video(path):
-                relative = path.relative_to(root).as_posix()
-                clips.append(Clip(id=relative, path=relative, label=label, split=split))
-            elif is_passed_over(path):
-                others[path.suffix.lower()] += 1
-    for folder in part.iterdir():  # of a folder without any video, too: it is no class
-        if folder.name not in classes and not folder.name.startswith(".") and folder.is_dir():
-            others.update(path.suffix.lower() for path in folder.rglob("*") if is_passed_over(path))
+        for video in found[name].videos if name in found else ():
+            path = f"{prefix}{name}/{video}"
+            clips.append(Clip(id=path, path=path, label=label, split=split))
+    others: Counter[str] = Counter()
+    for name, look in found.items():  # of a folder without any video, too: it is no class
+        if name in classes or not name.startswith("."):
+            others.update(look.passed_over)
     return ClipList(
         clips=tuple(clips),
         classes=classes,
@@ -90,5 +110,34 @@ def _one_split(root: Path, part: Path, split: str, classes: tuple[str, ...]) -> 
     )
 
 
-def _has_video(directory: Path) -> bool:
-    return any(is_video(path) for path in directory.rglob("*"))
+def _folders(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in list_directory(directory) if is_directory(entry))
+
+
+def _look(folder: Path) -> _Look:
+    """Return what lies below a folder.
+
+    Each folder is listed once, and a file whose entry tells its kind is not looked at. Links to folders are not followed
+    below it, and folders that may not be read are left out.
+    """
+    look = _Look()
+    _look_into(str(folder), "", look)
+    return look
+
+
+def _look_into(directory: str, prefix: str, look: _Look) -> None:
+    try:
+        with os.scandir(directory) as found:
+            entries = sorted(found, key=lambda entry: entry.name)
+    except PermissionError:
+        return
+    for entry in entries:
+        if is_directory(entry):
+            if not entry.is_symlink():
+                _look_into(entry.path, f"{prefix}{entry.name}/", look)
+        elif entry.name.startswith("."):
+            continue
+        elif (suffix := suffix_of(entry.name)) in VIDEO_SUFFIXES:
+            look.videos.append(f"{prefix}{entry.name}")
+        elif is_file(entry):
+            look.passed_over[suffix] += 1

@@ -1,7 +1,7 @@
 """Find annotation files, folders and videos under a data set's root, listing each folder once."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, KeysView, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from evl_cache.errors import UsageError
@@ -79,14 +79,14 @@ class VideoTree:
     def __init__(self, root: Path, *, suffix: str) -> None:
         self._root = root
         self._suffix = suffix
-        self._listed: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {}
+        self._listed: dict[str, tuple[dict[str, str], KeysView[str]]] = {}
 
     def videos(self, folder: str) -> Mapping[str, str]:
         """Return the file names of the videos in a folder (`""` is the root), by their names without ending."""
         return self._list(folder)[0]
 
-    def folders(self, folder: str) -> tuple[str, ...]:
-        """Return the sorted names of the folders in a folder, without hidden ones."""
+    def folders(self, folder: str) -> KeysView[str]:
+        """Return the sorted names of the folders in a folder, without hidden ones; to look for one takes no longer for many."""
         return self._list(folder)[1]
 
     def find(self, folders: Iterable[str], name: str) -> str | None:
@@ -96,12 +96,12 @@ class VideoTree:
                 return join(folder, self.videos(folder)[name])
         return None
 
-    def _list(self, folder: str) -> tuple[dict[str, str], tuple[str, ...]]:
+    def _list(self, folder: str) -> tuple[dict[str, str], KeysView[str]]:
         if folder not in self._listed:
             self._listed[folder] = self._scan(self._root / folder)
         return self._listed[folder]
 
-    def _scan(self, directory: Path) -> tuple[dict[str, str], tuple[str, ...]]:
+    def _scan(self, directory: Path) -> tuple[dict[str, str], KeysView[str]]:
         videos: dict[str, str] = {}
         folders: list[str] = []
         for entry in list_directory(directory):
@@ -112,7 +112,7 @@ class VideoTree:
                 videos[name] = self._better(videos.get(name), entry.name)
             elif is_directory(entry):
                 folders.append(entry.name)
-        return videos, tuple(sorted(folders))
+        return videos, dict.fromkeys(sorted(folders)).keys()
 
     def _better(self, known: str | None, other: str) -> str:
         if known is None:
@@ -145,6 +145,12 @@ def list_directory(directory: Path) -> list[os.DirEntry[str]]:
         raise UsageError(
             f"{directory}: cannot be listed ({reason}); expected a folder of videos you may read"
         ) from error
+
+
+def suffix_of(name: str) -> str:
+    """Return the ending of a file's name in small letters, with its dot; empty where it has none, as of `.hidden`."""
+    at = name.rfind(".")
+    return name[at:].lower() if 0 < at < len(name) - 1 else ""
 
 
 def is_video(path: Path) -> bool:

@@ -55,15 +55,15 @@ def read_something(root: Path, *, annotations: Path | None, split: str | None) -
 def _read_labels(path: Path) -> dict[str, int]:
     numbers: dict[str, int] = {}
     taken: dict[int, str] = {}
-    members = read_json_object(path, expected=_EXPECTED_LABELS)
-    for line, name, value in members:
+    members, line_of = read_json_object(path, expected=_EXPECTED_LABELS)
+    for name, value in members.items():
         text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
         known = text.isascii() and text.isdecimal() and len(text) <= 9
         if not known or int(text) >= len(members) or int(text) in taken:
             reason = f", which {taken[int(text)]!r} has" if known and int(text) in taken else ""
             shown = f"{value!r:.60}"
             raise UsageError(
-                f"{path}, line {line}: {name!r} has number {shown}{reason}; "
+                f"{path}, line {line_of(name)}: {name!r} has number {shown}{reason}; "
                 f"expected each of 0 to {len(members) - 1} once"
             )
         numbers[name] = int(text)

@@ -2,6 +2,9 @@
 
 import json
 import re
+from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,8 +72,8 @@ def read_json_entries(path: Path, *, expected: str) -> list[tuple[int, Any]]:
             raise _wrong(path, _line(text, at), found, expected)
 
 
-def read_json_object(path: Path, *, expected: str) -> list[tuple[int, str, Any]]:
-    """Return the members of a JSON object, each as line, key and value.
+def read_json_object(path: Path, *, expected: str) -> tuple[dict[str, Any], Callable[[str], int]]:
+    """Return the members of a JSON object, and what tells a key's line: to look for it takes the time of the whole text.
 
     Raises: UsageError for what is not JSON, not an object, holds a key twice, or is nested too deep to read.
     """
@@ -79,8 +82,7 @@ def read_json_object(path: Path, *, expected: str) -> list[tuple[int, str, Any]]
     def members(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         out = dict(pairs)
         if len(out) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
             raise _wrong(path, _line_of_key(text, twice, last=True), f"{twice!r} occurs twice", expected)
         return out
 
@@ -91,7 +93,7 @@ def read_json_object(path: Path, *, expected: str) -> list[tuple[int, str, Any]]
         raise _wrong(path, _line(text, at), f"holds {type(value).__name__}, not an object", expected)
     if _skip_blanks(text, end) < len(text):
         raise _wrong(path, _line(text, end), "something after the end of the object", expected)
-    return [(_line_of_key(text, key), key, member) for key, member in value.items()]
+    return value, partial(_line_of_key, text)
 
 
 def _decode(

@@ -18,14 +18,17 @@ from evl_cache.store import (
     BlockLock,
     BlockLost,
     ClipRecord,
+    KnownBlocks,
     LockWatcher,
     RowsAtStake,
     Runtime,
+    clip_records,
     file_identity,
     finished_blocks,
     is_in_redo,
     mark_path,
     valid_mark,
+    write_segment_of,
 )
 
 _LEAST_WAIT_S, _LONGEST_WAIT_S = 0.5, 5.0  # between two looks at blocks that others hold
@@ -135,6 +138,7 @@ class BlockTaker(Generic[BegunT]):
             block: file_identity(mark_path(self._cache_path, block)) for block in self._redo
         }
         self.stayed: dict[int, str] = {}
+        self._known, self._clips = KnownBlocks(self._cache_path, self._spec), job.clips.clips
         self._todo: set[int] = set()
         self._losses: Counter[int] = Counter()
         self._begun: deque[_Taken[BegunT]] = deque()
@@ -262,8 +266,20 @@ class BlockTaker(Generic[BegunT]):
             lock.release()
             raise
         # In the background: what follows goes on meanwhile.
-        commit = self._committer.submit(_commit, extracted, lock)
+        commit = self._committer.submit(self._commit, block, extracted, lock)
         self._committing = _Commit(block, extracted.made, failed_before, commit)
+
+    def _commit(self, block: int, extracted: ExtractedBlock, lock: BlockLock) -> CacheError | None:
+        """Publish a block. Return the error where another job had taken it over, or where features would be lost."""
+        try:
+            extracted.writer.commit(extracted.records, extracted.environment)
+        except (BlockLost, RowsAtStake) as error:
+            return error
+        finally:
+            extracted.writer.close()
+            lock.release()
+        write_segment_of(self._cache_path, self._spec, block)
+        return None
 
     def _wait_for_commit(self) -> None:
         """Wait for the block being committed; where another job had taken it over, it is to be done again."""
@@ -298,23 +314,11 @@ class BlockTaker(Generic[BegunT]):
             return False  # the mark that is to be replaced
         if is_in_redo(self._cache_path, block):
             return False
-        mark = valid_mark(self._cache_path, self._spec, block)
-        if mark is None:
+        if (found := self._known.intact(block)) is None:
             return False
-        for clip in mark.clips:
+        records = clip_records(found, self._spec, self._clips)
+        for clip in records:
             self._on_clip(clip.error is not None)
-        self._failures = self._failures.after_others(mark.clips)
+        self._failures = self._failures.after_others(records)
         self._failures.check(self._cache_path, is_written=True)
         return True
-
-
-def _commit(extracted: ExtractedBlock, lock: BlockLock) -> CacheError | None:
-    """Publish a block. Return the error where another job had taken it over, or where features would be lost."""
-    try:
-        extracted.writer.commit(extracted.records, extracted.environment)
-    except (BlockLost, RowsAtStake) as error:
-        return error
-    finally:
-        extracted.writer.close()
-        lock.release()
-    return None

@@ -8,7 +8,7 @@ from evl_cache.extract.cluster_costs import Assumptions, ClusterCosts, cluster_c
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.request import ExtractRequest, plan_extraction
 from evl_cache.extract.stage import extract
-from evl_cache.store import num_files, projections_nbytes, sample_nbytes
+from evl_cache.store import array_layouts, num_files, projections_nbytes, sample_nbytes
 
 MEASURED_CLIPS = 4
 
@@ -96,5 +96,10 @@ def _measure(job: ExtractionJob, options: ExtractOptions) -> tuple[float, float]
         spec = replace(job.spec, num_clips=count, content_id=clips.content_id)
         few = replace(job, clips=clips, spec=spec, cache_path=Path(directory) / "cache")
         result = extract(few, options=options)
-        stored = sum(file.stat().st_size for file in few.cache_path.rglob("c/**/*") if file.is_file())
+        shards = [
+            layout.shard(few.cache_path, block)
+            for layout in array_layouts(spec).values()
+            for block in range(spec.num_blocks)
+        ]
+        stored = sum(shard.stat().st_size for shard in shards)
     return stored / count, result.seconds / count

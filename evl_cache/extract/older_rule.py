@@ -18,11 +18,11 @@ from evl_cache.store import is_url, marked_blocks, read_description
 
 
 def spec_there(spec: CacheSpec, cache_path: Path) -> CacheSpec:
-    """Return the spec of the cache at a path where only the rule of its frames is another one; else `spec`."""
+    """Return the spec of the cache at a path where only the rule of its frames or its files' names differ; else `spec`."""
     theirs = _read_spec(cache_path)
     if theirs is None:
         return spec
-    as_theirs = replace(spec, frame_rule=theirs.frame_rule)
+    as_theirs = replace(spec, frame_rule=theirs.frame_rule, chunk_keys=theirs.chunk_keys)
     return spec if as_theirs.differences(theirs) else as_theirs
 
 
@@ -71,7 +71,7 @@ def _older_cache(spec: CacheSpec, places: list[Path]) -> Path | None:
         wanted = replace(spec, frame_rule=rule)
         for path in (place / wanted.name for place in places):
             theirs = _read_spec(path)
-            if theirs is not None and not wanted.differences(theirs):
+            if theirs is not None and not replace(wanted, chunk_keys=theirs.chunk_keys).differences(theirs):
                 return path
     return None
 

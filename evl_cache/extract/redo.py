@@ -8,7 +8,7 @@ from typing import Any
 from evl_cache.extract.job import ExtractionJob
 from evl_cache.extract.prepare import PreparedClip
 from evl_cache.spec import CacheSpec
-from evl_cache.store import ClipRecord, Mark, StoredRow, StoredRows, valid_marks
+from evl_cache.store import ClipRecord, KnownBlocks, Mark, StoredRow, StoredRows, clip_records
 
 KEPT_ENVIRONMENTS = "kept"  # in a mark: what the rows that a redo kept were made with
 
@@ -84,8 +84,9 @@ class KeptRows:
 
 def failed_rows(job: ExtractionJob) -> Iterator[int]:
     """Yield the rows of clips that failed, of the blocks that are done."""
-    for mark in valid_marks(job.cache_path, job.spec):
-        rows = zip(job.spec.clips_of_block(mark.block), mark.clips, strict=True)
+    for found in KnownBlocks(job.cache_path, job.spec).all():
+        records = clip_records(found, job.spec, job.clips.clips)
+        rows = zip(job.spec.clips_of_block(found.block), records, strict=True)
         yield from (row for row, clip in rows if clip.error is not None)
 
 

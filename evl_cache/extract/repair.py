@@ -134,7 +134,7 @@ def _job_of(cache_path: Path, tower: LoadTower, root: Path | None) -> Extraction
     if not videos:
         raise UsageError("the cache does not tell where its videos lie; give --root")
     return ExtractionJob(
-        clips=ClipList(clips=tuple(cache.clips), classes=cache.spec.classes, source=str(cache_path)),
+        clips=ClipList(clips=cache.clips, classes=cache.spec.classes, source=str(cache_path)),
         root=Path(str(videos)),
         cache_path=cache_path,
         spec=cache.spec,

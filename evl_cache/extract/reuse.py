@@ -10,7 +10,7 @@ from typing import Any
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.doubts import Doubt, why_doubted
 from evl_cache.spec import CacheSpec
-from evl_cache.store import ClipRecord, FeatureCache, Row, valid_marks
+from evl_cache.store import ClipRecord, FeatureCache, KnownBlocks, Mark, Row, clip_records, valid_mark
 
 
 class ReusableRows:
@@ -36,12 +36,14 @@ class ReusableRows:
                 f"--reuse {cache_path}: its features are not those asked for ({'; '.join(features[:6])})"
             )
         self._positions = [theirs.stored_layers.index(layer) for layer in spec.stored_layers]
+        self._mark: Mark | None = None  # the last that was read: neighbours are fetched one after another
         self._fetched: dict[str, tuple[ClipRecord, list[dict[str, Any]]]] = {}
-        self._found: dict[tuple[str, str], tuple[int, ClipRecord]] = {}
-        for mark in valid_marks(cache_path, theirs):
-            for row, clip in zip(theirs.clips_of_block(mark.block), mark.clips, strict=True):
+        self._found: dict[tuple[str, str], int] = {}
+        for found in KnownBlocks(cache_path, theirs).all():
+            records = clip_records(found, theirs, self._cache.clips)
+            for row, clip in zip(theirs.clips_of_block(found.block), records, strict=True):
                 if clip.error is None and clip.source_sha256 is not None:
-                    self._found[self._key(clip.id, clip.source_sha256)] = row, clip
+                    self._found[self._key(clip.id, clip.source_sha256)] = row
 
     def fetch(self, clip_id: str, sha256: str, path: Path) -> bool:
         """Read the rows of a clip whose file, at `path`, has this sha256, to be taken.
@@ -49,9 +51,9 @@ class ReusableRows:
         Returns: whether there are any that are intact, and of the frames that are asked for.
         Raises: Outage where the file cannot be read, and is not to blame.
         """
-        if (found := self._found.get(self._key(clip_id, sha256))) is None:
+        row = self._found.get(self._key(clip_id, sha256))
+        if row is None or (record := self._record(row)) is None:
             return False
-        row, record = found
         if record.is_by_older_rule(self._cache.spec) and why_doubted(self._doubt, path, record) is not None:
             return False
         views = self._cache.spec.views.per_clip
@@ -68,9 +70,18 @@ class ReusableRows:
         found, rows = self._fetched.pop(record.id)
         return found, list(rows)
 
+    def _record(self, row: int) -> ClipRecord | None:
+        """Return a clip's record as its mark has it, whole; None where that is not intact any more."""
+        block, place = divmod(row, self._cache.spec.block_clips)
+        if self._mark is None or self._mark.block != block:
+            self._mark = valid_mark(self._cache.path, self._cache.spec, block)
+        return None if self._mark is None else self._mark.clips[place]
+
     def _key(self, clip_id: str, sha256: str) -> tuple[str, str]:
         # Augmented views are drawn from the clip's id; other features follow from the file alone.
         return clip_id if self._cache.spec.views.train_views else "", sha256
 
 
-_NOT_FEATURES = ("content_id", "num_clips", "classes", "block_clips", "codec", "feature_id", "frame_rule")
+_NOT_FEATURES = (
+    "content_id", "num_clips", "classes", "block_clips", "codec", "feature_id", "frame_rule", "chunk_keys",
+)  # fmt: skip

@@ -13,7 +13,7 @@ from pathlib import Path
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
-from evl_cache.store import ClipRecord, file_digest, mark_path, valid_marks
+from evl_cache.store import ClipRecord, KnownBlocks, clip_records, file_digest, mark_path
 
 _THREADS = 8
 # Files copied anew are all newer than their features: so many are hashed unasked, and no whole data set.
@@ -101,9 +101,10 @@ def check_sources(
 
 
 def _clips_made(cache_path: Path, spec: CacheSpec, clips: Sequence[Clip], root: Path) -> Iterator[_Made]:
-    for mark in valid_marks(cache_path, spec):
-        marked_ns = mark_path(cache_path, mark.block).stat().st_mtime_ns
-        for row, record in zip(spec.clips_of_block(mark.block), mark.clips, strict=True):
+    for found in KnownBlocks(cache_path, spec).all():
+        marked_ns = mark_path(cache_path, found.block).stat().st_mtime_ns
+        records = clip_records(found, spec, clips)
+        for row, record in zip(spec.clips_of_block(found.block), records, strict=True):
             if record.error is None and record.source_sha256 is not None:
                 path = root / clips[row].path
                 yield _Made(row=row, record=record, path=path, marked_ns=marked_ns)

@@ -186,7 +186,9 @@ def extract(
         done_here, not_redone = done_here + did.clips, [*not_redone, *did.not_redone]
         record_cleared(job.cache_path, job.spec, doubts.cleared, lock_expiry_s=options.lock_expiry_s)
         try:
-            cache_digest = finish_cache(job.cache_path, job.spec, lock_expiry_s=options.lock_expiry_s)
+            cache_digest = finish_cache(
+                job.cache_path, job.spec, keeps_manifest=True, lock_expiry_s=options.lock_expiry_s
+            )
             break
         except (BlockNotDone, CacheDamaged) as error:
             if did.stayed:  # a block that has no intact mark, and whose features cannot all be made again

@@ -1,6 +1,6 @@
 """Videos in the place of a cache: a source of samples whose features are made when they are asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,7 @@ class LiveClips:
 
     path: Path
     spec: CacheSpec
-    clips: tuple[Clip, ...]
+    clips: Sequence[Clip]
     origin: Mapping[str, Any] = field(default_factory=dict)
     known_missing: frozenset[str] = frozenset()
 

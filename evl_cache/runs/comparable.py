@@ -30,7 +30,7 @@ _TOLD_BY_HEAD = {"head", "head_layers", "num_heads", "dropout", *MODULES}
 # What differs between features, for people; the names of towers and of weights are only names.
 _NO_FEATURES = {
     "dataset", "split", "classes", "layers", "num_clips", "content_id", "block_clips", "codec", "feature_id",
-    "tower.model", "tower.pretrained",
+    "chunk_keys", "tower.model", "tower.pretrained",
 }  # fmt: skip
 _TOLD_BY_OTHERS = {"num_layers", "num_frames", "num_classes", "width", "grid"}  # layers, classes, features
 _SHOWN_DIGITS = 8

@@ -251,9 +251,11 @@ def scores_of(parts: Sequence[ViewSums], loader: Loader) -> Scores:
             f"{loader.cache.place}: none of the clips to score has features; see why with info"
         )
     rows = sorted(total.clips)
+    labels = np.empty(len(loader.cache.clips), dtype=np.int64)
+    labels[loader.cache.sample_clips] = loader.cache.labels
     return Scores(
         clips=np.asarray(rows, dtype=np.int64),
-        labels=np.asarray([loader.cache.clips[row].label for row in rows], dtype=np.int64),
+        labels=labels[rows],
         probabilities=np.stack([total.clips[row][0] / total.clips[row][1] for row in rows]),
         loss=total.loss / total.samples,
     )

@@ -29,6 +29,9 @@ from evl_cache.store.disk.permissions import set_file_mode
 from evl_cache.store.disk.publish import is_staging_name, replacing
 from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.description import CacheDescription, read_clips, read_description
+from evl_cache.store.format.index import IndexedBlock
+from evl_cache.store.format.index_head import INDEX_NAME
+from evl_cache.store.format.known_blocks import KnownBlocks, clip_records
 from evl_cache.store.format.layout import (
     LOCKS_NAME,
     MANIFEST_NAME,
@@ -41,7 +44,7 @@ from evl_cache.store.format.layout import (
     marked_blocks,
 )
 from evl_cache.store.format.limits import projections_nbytes
-from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at
+from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at, manifest_digest
 from evl_cache.store.format.marks import UNKNOWN_DECODER, ClipRecord, Mark, mark_file_digest
 from evl_cache.store.format.recomputed import (
     projections_content,
@@ -61,7 +64,8 @@ from evl_cache.store.reading.totals import Totals, totals_at
 from evl_cache.store.verify import Problem, verify_cache
 from evl_cache.store.writing.block_writer import BlockWriter
 from evl_cache.store.writing.create import create_cache
-from evl_cache.store.writing.finish import finish_cache
+from evl_cache.store.writing.finish import finish_cache, index_cache
 from evl_cache.store.writing.mark_records import replace_records
 from evl_cache.store.writing.publication import BlockLost, RowsAtStake, valid_mark, valid_marks
+from evl_cache.store.writing.segments import write_segment_of
 from evl_cache.store.writing.stored_rows import StoredRow, StoredRows

@@ -43,7 +43,7 @@ from evl_cache.store.shards.shard_index import read_index
 from evl_cache.untrusted.json_text import parse_json
 
 _MARK_NAME = re.compile(rf"{DONE_NAME}/([0-9]{{6,12}})\.json")
-_FIRST_NUMBER = re.compile("/([0-9]{1,12})(?![0-9])")
+_FIRST_NUMBER = re.compile("[/.]([0-9]{1,12})(?![0-9])")
 BlockFiles = Mapping[str, tuple[int, str]]  # as `block_files` returns them
 
 

@@ -34,7 +34,7 @@ _RANGES = {
 }
 _TEXTS = (
     "tokens", "maps", "codec", "compute_dtype", "preprocessing", "content_id", "tower.model", "tower.pretrained",
-    "tower.weights_sha256", "views.sampling",
+    "tower.weights_sha256", "views.sampling", "chunk_keys",
 )  # fmt: skip
 _MOST_CLASSES, _MOST_TEXT = 10**6, 1000
 _MOST_SAMPLES = 10**9

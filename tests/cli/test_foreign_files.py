@@ -82,13 +82,15 @@ def plant(home: Path) -> dict[str, Found]:
         (elsewhere / "done" / name).unlink()
     for array in ARRAYS:
         shutil.rmtree(elsewhere / array / "c")
+        for shard in (elsewhere / array).glob("c.[0-9]*"):
+            shard.unlink()
     for name in (
         ".bashrc",
         "c/lib/thesis.c",
         "000000.lock",
         "locks/cache.lock",
         "done/000000.json",
-        "tokens/c/0/0/0/0/0",
+        "tokens/c.0.0.0.0.0",
     ):
         write(home / "caches" / name)
     link(home / "caches" / "linked-cache", home / "caches" / "other")
@@ -101,12 +103,12 @@ def unfinish(home: Path) -> None:
     """As a job leaves it that was killed before its last mark."""
     (home / MINE / "manifest.json").unlink()
     (home / MINE / "done" / "000000.json").unlink()
-    staged = home / MINE / "tokens" / "c" / "0" / "0" / "0" / "0"
-    (staged / ".tmp-host-1-0123456789abcdef").write_text("half a shard")
+    staged = home / MINE / "tokens" / ".tmp-b000000.host-1-0123456789abcdef"
+    staged.write_text("half a shard")
 
 
 def damage(home: Path) -> None:
-    shard = home / MINE / "tokens" / "c" / "0" / "0" / "0" / "0" / "0"
+    shard = home / MINE / "tokens" / "c.0.0.0.0.0"
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)
@@ -191,7 +193,7 @@ def test_a_training_from_a_remote_cache_touches_no_files_of_others(
         "recovery.json",
         "manifest.json",
         "tokens/zarr.json",
-        "tokens/c/0/0/0/0/0",
+        "tokens/c.0.0.0.0.0",
         "maps/zarr.json",
     ],
 )
@@ -265,7 +267,7 @@ def test_a_readme_of_others_is_not_written_over_by_a_card(content: str, home: Pa
 def test_what_a_killed_job_left_of_a_description_is_written_over(home: Path) -> None:
     """By form it is ours: a cache of another list was begun there."""
     shutil.copytree(
-        home / MINE, home / "elsewhere", ignore=shutil.ignore_patterns("c", "done", "manifest.json")
+        home / MINE, home / "elsewhere", ignore=shutil.ignore_patterns("c.*", "done", "manifest.json")
     )
     (home / "elsewhere" / "zarr.json").unlink()
     (home / "clips.txt").write_text("clip 1.mp4 left\nclip 2.mp4 right\n")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -125,7 +126,7 @@ def rules(cache: Path) -> dict[str, int | None]:
 
 
 def data(cache: Path) -> dict[str, bytes]:
-    return {name: content for name, content in tree(cache).items() if "/c/" in name}
+    return {name: content for name, content in tree(cache).items() if re.search("/c[./]", name)}
 
 
 def test_doubtful_clips_alone_are_made_again_and_every_other_byte_of_features_stays(

@@ -69,7 +69,7 @@ def test_two_jobs_a_kill_and_a_resume_then_verify_repair_and_pull(
 
     cache = disks[1].path / name
     assert verify_cache(cache).problems == ()
-    shard = next(path for path in (bench.folder / name / "tokens").glob("c/0/**/0") if path.is_file())
+    (shard,) = (bench.folder / name / "tokens").glob("c.0.*")
     content = bytearray(shard.read_bytes())
     content[100] ^= 1
     shard.write_bytes(content)

@@ -102,8 +102,8 @@ def flip(path: Path, at: float) -> None:
 
 
 BLOCK = ["00.mp4", "01.mp4", "02.mp4"]  # the clips of the first one
-DATA = [f"{name}/c/0/0/0/0" for name in ("token_affine", "token_scale", "class_tokens")]
-DATA += ["tokens/c/0/0/0/0/0", "maps/c/0/0/0/0/0/0", "map_scale/c/0/0/0/0/0"]
+DATA = [f"{name}/c.0.0.0.0" for name in ("token_affine", "token_scale", "class_tokens")]
+DATA += ["tokens/c.0.0.0.0.0", "maps/c.0.0.0.0.0.0", "map_scale/c.0.0.0.0.0"]
 
 
 @pytest.mark.parametrize("name", [*DATA, "done/000000.json"])
@@ -128,7 +128,7 @@ def test_repair_without_the_videos_loses_no_clip_and_undoes_the_damage_when_they
 def test_repair_decodes_only_the_clip_whose_bytes_are_damaged(
     made: Path, cache: Path, motions: Path, decoded: list[str]
 ) -> None:
-    flip(cache / "tokens/c/0/0/0/0/0", 0.5)  # of the second of three
+    flip(cache / "tokens/c.0.0.0.0.0", 0.5)  # of the second of three
     assert repaired(cache, motions, motions).blocks_redone == (0,)
     assert decoded == ["01.mp4"]
     assert differences(tree(cache), tree(made)) == []
@@ -138,7 +138,7 @@ def test_repair_decodes_only_the_clip_whose_bytes_are_damaged(
 def test_a_file_whose_chunks_are_good_is_mended_without_a_video(
     made: Path, cache: Path, motions: Path, tmp_path: Path, damage: str
 ) -> None:
-    path = cache / "maps/c/1/0/0/0/0/0"
+    path = cache / "maps/c.1.0.0.0.0.0"
     content = path.read_bytes()
     path.write_bytes(
         {"index": content[:-30] + b"?" + content[-29:], "end": content[:-40], "longer": content + b"?"}[
@@ -154,7 +154,7 @@ def test_a_file_whose_chunks_are_good_is_mended_without_a_video(
 def test_where_repair_makes_nothing_the_machine_that_repairs_does_not_count(
     made: Path, cache: Path, motions: Path, decoded: list[str]
 ) -> None:
-    path = cache / "maps/c/1/0/0/0/0/0"  # of the block with the clip that failed, which is not tried again
+    path = cache / "maps/c.1.0.0.0.0.0"  # of the block with the clip that failed, which is not tried again
     path.write_bytes(path.read_bytes()[:-40])
     result = repair(
         cache, tower=lambda description: small_tower(motions), root=motions, options=ExtractOptions()
@@ -167,7 +167,7 @@ def test_where_repair_makes_nothing_the_machine_that_repairs_does_not_count(
 def test_repair_keeps_rows_made_elsewhere_and_says_so_in_the_mark(
     cache: Path, motions: Path, made: Path
 ) -> None:
-    flip(cache / "tokens/c/0/0/0/0/0", 0.5)
+    flip(cache / "tokens/c.0.0.0.0.0", 0.5)
     result = repair(
         cache, tower=lambda description: small_tower(motions), root=motions, options=ExtractOptions()
     )  # on two threads, not one
@@ -192,7 +192,7 @@ def test_retry_failed_whose_good_rows_are_damaged_leaves_the_block_and_says_so(
 ) -> None:
     make_clips(videos, broken=False)
     clips = load_clips(videos)
-    flip(cache / "tokens/c/1/0/0/0/0", 0.1)  # of 03.mp4, in the block of the broken one
+    flip(cache / "tokens/c.1.0.0.0.0", 0.1)  # of 03.mp4, in the block of the broken one
     without(videos, "03.mp4")
     before, damaged = valid(cache), tree(cache)
     result = extract_small(clips, cache, retry_failed=True)
@@ -239,7 +239,7 @@ def test_at_two_percent_failed_a_retry_decodes_the_failed_clips_only(
 def test_a_damaged_row_of_the_cache_that_is_reused_is_extracted_instead(
     made: Path, cache: Path, motions: Path, tmp_path: Path, decoded: list[str]
 ) -> None:
-    flip(cache / "tokens/c/0/0/0/0/0", 0.5)
+    flip(cache / "tokens/c.0.0.0.0.0", 0.5)
     extract_small(load_clips(motions), tmp_path / "new", reuse=cache)
     assert set(decoded) == {"01.mp4", BROKEN}
     assert differences(tree(tmp_path / "new"), tree(made)) == []
@@ -292,7 +292,7 @@ def test_a_block_that_lost_its_mark_keeps_its_features_when_a_redo_of_another_re
         with pytest.raises(CacheError, match=r"block 2 stays as it is: 1 of its clips would lose.*06\.mp4"):
             extract_small(clips, cache, retry_failed=True)
         assert not (cache / "manifest.json").exists()
-        kept = [name for name in tree(made) if "/c/2/" in name]
+        kept = [name for name in tree(made) if "/c.2." in name]
         assert [name for name in kept if name in differences(tree(cache), tree(made))] == []
     assert [problem.block for problem in verify_cache(cache).problems] == [2]
     make_clips(videos, broken=False)
@@ -303,7 +303,7 @@ def test_a_block_that_lost_its_mark_keeps_its_features_when_a_redo_of_another_re
 def test_a_block_whose_redo_was_killed_and_cannot_be_ended_is_told_as_one_that_stays(
     cache: Path, motions: Path, videos: Path
 ) -> None:
-    flip(cache / "tokens/c/0/0/0/0/0", 0.1)
+    flip(cache / "tokens/c.0.0.0.0.0", 0.1)
     redo_path(cache, 0).touch()
     (cache / "manifest.json").unlink()
     without(videos, "00.mp4")
@@ -352,7 +352,7 @@ def test_damage_at_random_places_with_random_videos_gone_never_costs_a_valid_cli
 ) -> None:
     rng = random.Random(seed)
     for _ in range(rng.randint(1, 3)):
-        name = rng.choice([name for name in tree(made) if "/c/" in name or name.startswith("done/")])
+        name = rng.choice([name for name in tree(made) if "/c." in name or name.startswith("done/")])
         flip(cache / name, rng.random())
     before = valid(cache)
     gone = rng.sample([f"{number:02d}.mp4" for number in range(8)], rng.randint(1, 8))
@@ -434,7 +434,7 @@ def test_whatever_the_disk_of_the_videos_says_a_redo_stops_and_loses_no_clip(
 ) -> None:
     (videos / "00.mp4").write_bytes((videos / "02.mp4").read_bytes())  # another film than then
     if redo == "repair":
-        flip(cache / "tokens/c/0/0/0/0/0", 0.5)
+        flip(cache / "tokens/c.0.0.0.0.0", 0.5)
     before, files = valid(cache), tree(cache)
     number = getattr(errno, name)
 

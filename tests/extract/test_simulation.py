@@ -16,7 +16,7 @@ import pytest
 
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.store.disk import lock_files, locks, publish
-from evl_cache.store.writing import publication
+from evl_cache.store.writing import leftovers, publication, staged_block
 from evl_cache.store.writing.stored_rows import StoredRows
 from tests.support.simulation import first_failure, simulate, simulate_redo
 from tests.support.warm_python import warm_python
@@ -100,6 +100,13 @@ def _what_was_written_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publication.BlockPublication, "_lies_there", lambda self, records: True)
 
 
+def _staged_files_of_all_blocks_are_taken_for_leftovers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leftovers, "staged_block", lambda name: 0)
+    monkeypatch.setattr(
+        staged_block, "remove_leftovers", lambda directory, block: leftovers.remove_leftovers(directory)
+    )
+
+
 def _broken_marks_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(publication.BlockPublication, "_withdraw_if_broken", lambda self: None)
 
@@ -163,7 +170,8 @@ def _lost_blocks_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         (_locks_of_the_dead_stay, 0),
         (_a_lock_once_held_is_believed_in, 130),
         (_what_was_written_is_not_looked_at, 4350),
-        (_broken_marks_are_left, 4930),
+        (_staged_files_of_all_blocks_are_taken_for_leftovers, 760),
+        (_broken_marks_are_left, 9880),
         (_nothing_is_synced, 300),
         (_the_mark_comes_first, 0),
         (_lost_blocks_are_forgotten, 0),

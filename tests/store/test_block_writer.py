@@ -317,7 +317,7 @@ def test_every_file_is_safe_before_one_has_its_name_and_every_name_before_the_ma
 
     def named(self: StagedFile, final: Path) -> None:
         name(self, final)
-        calls.append(f"name {final.suffix}")
+        calls.append(f"name of {'a shard' if final.name.startswith('c.') else 'the mark'}")
 
     def synced(descriptor: int) -> None:
         sync(descriptor)
@@ -333,8 +333,8 @@ def test_every_file_is_safe_before_one_has_its_name_and_every_name_before_the_ma
     arrays = array_layouts(spec).values()
     # The cache's directory and those on the way to the files, each once, and the mark's own bytes.
     ways = {parent for layout in arrays for parent in layout.shard(Path(), 0).parents}
-    files, names = ["sync"] * len(arrays), ["name "] * len(arrays)
-    assert calls == [*files, *names, *["sync"] * (len(ways) + 1), "name .json", "sync"]
+    files, names = ["sync"] * len(arrays), ["name of a shard"] * len(arrays)
+    assert calls == [*files, *names, *["sync"] * (len(ways) + 1), "name of the mark", "sync"]
 
 
 def test_a_files_crc_is_the_same_whether_its_pieces_come_with_theirs_or_not(

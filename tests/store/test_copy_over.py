@@ -56,7 +56,7 @@ def test_failures_are_replaced_by_features(whole: Path, worse: Path) -> None:
 
 
 def test_a_block_that_arrives_damaged_leaves_the_one_that_is_there(whole: Path, worse: Path) -> None:
-    path = whole / "maps/c/1/0/0/0/0/0"
+    path = whole / "maps/c.1.0.0.0.0.0"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     before = FeatureCache(worse).is_valid.copy()
     with pytest.raises(CacheDamaged, match="what arrived is not what its mark promises"):
@@ -67,7 +67,7 @@ def test_a_block_that_arrives_damaged_leaves_the_one_that_is_there(whole: Path, 
 
 def test_a_copy_that_was_killed_in_the_midst_of_replacing_a_block_ends_it(whole: Path, worse: Path) -> None:
     redo_path(worse, 1).touch()
-    name = "class_tokens/c/1/0/0/0"
+    name = "class_tokens/c.1.0.0.0"
     (worse / name).write_bytes((whole / name).read_bytes())
     (worse / MANIFEST_NAME).unlink()
     pull(str(whole), str(worse))

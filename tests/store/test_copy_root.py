@@ -64,6 +64,7 @@ def test_caches_and_files_on_the_disk_of_the_copies_are_left_alone(
     for name in (
         "src/c/lib/thesis.c",
         "c/thesis.c",
+        "tokens/c.0.0.0.0.0",
         "tokens/c/0/0/0/0/0",
         ".config/c/x",
         f"{'1f' * 16}/c/thesis.c",
@@ -100,14 +101,14 @@ def test_nothing_is_removed_through_a_link(url: str, home: Path, tmp_path: Path)
     copy = FeatureCache(url).path
     outside = tmp_path / "outside"
     for block in range(6):
-        write(outside / "maps" / "c" / str(block) / "0" / "0" / "0" / "0" / "0" / "0", "x" * LIMIT)
+        write(outside / "maps" / f"c.{block}.0.0.0.0.0", "x" * LIMIT)
     (copy / "maps").symlink_to(outside / "maps")
     before = look(outside)
     root = CopyRoot()
-    write(copy / "tokens" / "c" / "0" / "0" / "0" / "0" / "0", "x" * LIMIT)
+    write(copy / "tokens" / "c.0.0.0.0.0", "x" * LIMIT)
     root.make_room(LIMIT)
     assert touched(before, outside) == []
-    assert not (copy / "tokens" / "c" / "0" / "0" / "0" / "0" / "0").exists()
+    assert not (copy / "tokens" / "c.0.0.0.0.0").exists()
     with pytest.raises(CacheError, match="is a link"):
         FeatureCache(url).read([0])
 
@@ -162,7 +163,7 @@ def test_a_cache_that_lies_where_the_copy_would_is_refused_and_left_alone(
 
 def test_no_folder_of_others_is_looked_into(url: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A home directory may have millions of files."""
-    for name in ("src/c/lib/thesis.c", "caches/a/tokens/c/0/0/0/0/0", f"{'ab' * 16}/tokens/c/0/0/0/0/0"):
+    for name in ("src/c/lib/thesis.c", "caches/a/tokens/c.0.0.0.0.0", f"{'ab' * 16}/tokens/c.0.0.0.0.0"):
         write(home / name)
     seen: list[str] = []
     real_scandir, real_listdir = os.scandir, os.listdir

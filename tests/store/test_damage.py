@@ -154,7 +154,7 @@ def overwrite(rng: random.Random, caches: Caches) -> tuple[str, bytes | None]:
 
 def swap_blocks(rng: random.Random, caches: Caches) -> tuple[str, bytes | None]:
     """An intact file of another block."""
-    names = [name for name in caches.files if "/c/" in name or name.startswith("done/")]
+    names = [name for name in caches.files if "/c." in name or name.startswith("done/")]
     name = rng.choice(names)
     kind = name.split("/", maxsplit=1)[0]
     other = rng.choice([found for found in names if found.startswith(f"{kind}/") and found != name])
@@ -177,7 +177,7 @@ def pick(rng: random.Random, files: dict[str, bytes]) -> str:
 
 
 def kind_of(name: str) -> str:
-    if "/c/" in name:
+    if "/c." in name:
         return "data"
     return "marks" if name.startswith("done/") else "manifest" if name == "manifest.json" else "metadata"
 
@@ -229,7 +229,7 @@ def repaired(cache: Path, motions: Path, *, redo_failed: bool = False) -> Repair
 
 
 def test_damage_of_several_kinds_at_once_is_repaired(caches: Caches, cache: Path, motions: Path) -> None:
-    names = ["zarr.json", "tokens/zarr.json", "manifest.json", "done/000001.json", "maps/c/2/0/0/0/0/0"]
+    names = ["zarr.json", "tokens/zarr.json", "manifest.json", "done/000001.json", "maps/c.2.0.0.0.0.0"]
     for name in names:
         (cache / name).write_bytes(caches.files[name][:-3])
     result = repaired(cache, motions)
@@ -245,7 +245,7 @@ def test_an_intact_cache_is_not_touched_and_its_tower_not_loaded(
     def load(description: CacheDescription) -> Tower:
         raise AssertionError("nothing is to be extracted")
 
-    before = {name: (cache / name).stat().st_ino for name in caches.files if "/c/" in name or "done" in name}
+    before = {name: (cache / name).stat().st_ino for name in caches.files if "/c." in name or "done" in name}
     result = repair(cache, tower=load, root=motions, options=ExtractOptions())
     assert (result.problems, result.blocks_redone, result.files_restored) == ((), (), ())
     assert result.cache_digest_before == result.cache_digest_after == FeatureCache(cache).fingerprint
@@ -256,12 +256,12 @@ def test_clearing_a_mark_and_extracting_again_restores_the_bytes(
     caches: Caches, cache: Path, motions: Path
 ) -> None:
     (cache / "clips.jsonl").unlink()
-    (cache / "token_affine/c/1/0/0/0").write_bytes(b"nonsense")
+    (cache / "token_affine/c.1.0.0.0").write_bytes(b"nonsense")
     assert restore_description(cache) == ["clips.jsonl"]
     spec = FeatureCache(cache).spec
     clear_mark(cache, spec, 1)
     assert not (cache / "manifest.json").exists()
-    assert not (cache / "tokens/c/1/0/0/0/0").exists()
+    assert not (cache / "tokens/c.1.0.0.0.0").exists()
     extract_small(load_clips(motions), cache)
     assert write_manifest(cache, spec) == json.loads(caches.files["manifest.json"])["digest"]
     assert differences(tree(cache), caches.files) == []
@@ -271,7 +271,7 @@ def test_a_whole_block_of_another_cache_is_found_by_the_manifest(
     caches: Caches, cache: Path, motions: Path
 ) -> None:
     for name, content in caches.twin.items():
-        if "/c/1/" in name or name == "done/000001.json":
+        if "/c.1." in name or name == "done/000001.json":
             (cache / name).write_bytes(content)
     assert [problem.block for problem in verify_cache(cache).problems] == [1]
     assert repaired(cache, motions).blocks_redone == (1,)
@@ -311,7 +311,7 @@ def test_damage_in_an_unfinished_cache_is_repaired_and_it_stays_unfinished(
     clear_mark(cache, FeatureCache(cache).spec, 2)
     unfinished = tree(cache)
     assert verify_cache(cache).problems == ()
-    (cache / "tokens/c/0/0/0/0/0").write_bytes(b"")
+    (cache / "tokens/c.0.0.0.0.0").write_bytes(b"")
     (cache / "done/000001.json").write_bytes(caches.files["done/000001.json"][:-1])
     result = repaired(cache, motions)
     assert result.blocks_redone == (0, 1)
@@ -362,8 +362,8 @@ def test_a_reader_open_during_repair_never_serves_other_values(
 
 
 def test_strays_are_named(cache: Path) -> None:
-    shutil.copy(cache / "tokens/c/0/0/0/0/0", cache / "tokens/c/0/0/0/0/1")
+    shutil.copy(cache / "tokens/c.0.0.0.0.0", cache / "tokens/c.0.0.0.0.1")
     (cache / "done" / "000009.json").write_text("{}")
     found = verify_cache(cache)
-    assert found.strays == ("done/000009.json", "tokens/c/0/0/0/0/1")
+    assert found.strays == ("done/000009.json", "tokens/c.0.0.0.0.1")
     assert found.problems == ()

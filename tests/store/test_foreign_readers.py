@@ -20,12 +20,12 @@ from tests.support.store_helpers import BROKEN, clear_mark, extract_small, load_
 tensorstore = pytest.importorskip("tensorstore")
 
 Read = dict[str, tuple[NDArray[Any], bool]]  # values, and whether they are frame differences
-STORAGES = [("int8", "uint8"), ("fp16", "fp16")]
+STORAGES = [("int8", "uint8", "flat"), ("fp16", "fp16", "flat"), ("int8", "uint8", "folders")]
 
 
 def with_zarr(cache: Path) -> Read:
     group = zarr.open_group(cache, mode="r")
-    assert group.attrs["evl_cache"]["format_version"] == 1
+    assert group.attrs["evl_cache"]["format_version"] in (1, 2)
     found: Read = {}
     for metadata in sorted(cache.glob("*/zarr.json")):  # listing the group warns of our other files
         array = group[metadata.parent.name]
@@ -53,8 +53,8 @@ def read(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Path]:
-    """Caches made so far, by storage of tokens and codec."""
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
+    """Caches made so far, by storage, keys and codec."""
     return {}
 
 
@@ -70,18 +70,18 @@ def codec(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture
 def cache(
-    made: dict[tuple[str, str], Path],
+    made: dict[tuple[str, ...], Path],
     tmp_path_factory: pytest.TempPathFactory,
     motions: Path,
-    storage: tuple[str, str],
+    storage: tuple[str, str, str],
     codec: str,
 ) -> Path:
-    key = (storage[0], codec)
+    key = (*storage, codec)
     if key not in made:
         made[key] = tmp_path_factory.mktemp("foreign") / "cache"
         clips = load_clips(motions)
-        spec = small_spec(clips, small_tower(motions), tokens=storage[0], maps=storage[1], codec=codec)
-        extract_small(clips, made[key], spec=spec)
+        options = dict(zip(("tokens", "maps", "chunk_keys"), storage, strict=True))
+        extract_small(clips, made[key], spec=small_spec(clips, small_tower(motions), codec=codec, **options))
     return made[key]
 
 

@@ -110,6 +110,7 @@ def test_records_of_a_later_rule_are_beside_what_older_readers_take_for_a_record
     changed = {name for name, content in tree(golden).items() if features.get(name) != content}
     assert {name for name in changed if not name.startswith("locks/")} == {
         "done/000000.json",
+        "index.bin",
         "manifest.json",
     }
     copy_part(golden, golden.parent / "part", layers=(3,), codec=None)

@@ -34,10 +34,15 @@ def test_the_reader_is_short_and_imports_nothing_of_ours():
 
 
 @pytest.mark.parametrize("codec", CODECS)
-@pytest.mark.parametrize("storage", [("int8", "uint8"), ("fp16", "fp16")], ids="+".join)
+@pytest.mark.parametrize(
+    "storage",
+    [("int8", "uint8", "flat"), ("fp16", "fp16", "flat"), ("int8", "uint8", "folders")],
+    ids="+".join,
+)
 def test_it_reads_every_sample_exactly(reader, motions, tmp_path, codec, storage):
     clips = load_clips(motions)
-    spec = small_spec(clips, small_tower(motions), tokens=storage[0], maps=storage[1], codec=codec)
+    options = dict(zip(("tokens", "maps", "chunk_keys"), storage, strict=True))
+    spec = small_spec(clips, small_tower(motions), codec=codec, **options)
     extract_small(clips, tmp_path / "cache", spec=spec)
     cache = FeatureCache(tmp_path / "cache")
     (failed,) = np.flatnonzero(~cache.is_valid)

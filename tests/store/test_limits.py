@@ -18,7 +18,7 @@ from evl_cache.spec import CacheSpec, ViewSpec
 from evl_cache.store import ClipRecord, create_cache, verify_cache
 from evl_cache.store import verify as verify_module
 from evl_cache.store.format import limits
-from evl_cache.store.format import manifest as manifest_module
+from evl_cache.store.format.known_blocks import KnownBlocks
 from evl_cache.store.format.layout import array_layouts, mark_path, marked_blocks
 from evl_cache.store.format.manifest import read_manifest
 from evl_cache.store.format.marks import Mark, mark_content, mark_document, read_mark
@@ -126,10 +126,10 @@ def test_the_manifest_of_a_large_cache_is_written_and_read(
     spec = replace(few, num_clips=spec.num_clips)
     records = records_of(spec)
 
-    def marked(path: Path, block: int, spec: CacheSpec) -> Mark:
+    def marked(known: KnownBlocks, block: int) -> Mark:
         return Mark(block=block, files=records, clips=(), environment={}, file_digest=(33_000, "ef" * 32))
 
-    monkeypatch.setattr(manifest_module, "read_mark", marked)
+    monkeypatch.setattr(KnownBlocks, "read", marked)
     cache_digest = write_manifest(tmp_path, spec)
     nbytes = (tmp_path / "manifest.json").stat().st_size
     assert 64 << 20 < nbytes < limits.manifest_limit(spec)  # 64 MiB is where readers stopped
@@ -281,8 +281,8 @@ def test_a_signed_document_is_that_of_its_digest(content: dict[str, Any]) -> Non
 def test_more_blocks_than_a_manifest_holds_are_refused_when_the_cache_is_begun(tmp_path: Path) -> None:
     spec = large_spec(1_000_000, 1, block_clips=1)
     with pytest.raises(UsageError, match=r"1000000 blocks, whose manifest.json .* split the list"):
-        limits.check_limits(spec, clip_lines=(), files={})
-    limits.check_limits(large_spec(540_000, 64), clip_lines=(), files={})  # one block a clip
+        limits.check_limits(spec, clip_lines=b"", files={})
+    limits.check_limits(large_spec(540_000, 64), clip_lines=b"", files={})  # one block a clip
 
 
 def test_a_strangers_numbers_raise_no_limit_beyond_what_a_computer_has() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from evl_cache.errors import CacheError
 from evl_cache.store.disk.locks import BlockLock, LockWatcher
-from evl_cache.store.writing.finish import remove_leftovers
+from evl_cache.store.writing.leftovers import remove_leftovers
 from tests.support.store_helpers import extract_small, load_clips, tree, watched_changes
 
 NO_LINKS = [errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK]

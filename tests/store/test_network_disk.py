@@ -144,7 +144,7 @@ def test_an_open_reader_goes_on_where_another_machine_put_the_same_rows_into_a_n
     cache = write_cache(disk.path / "cache", labels=(0, 1, 2))
     expected, _ = cache.read([0, 2])
     disk.set(stale=True)
-    shards = [path for path in (cache.path / "tokens" / "c").rglob("*") if path.is_file()]
+    shards = list((cache.path / "tokens").glob("c.*"))
     for shard in shards:
         subprocess.run(["cp", shard, shard.with_name("new")], check=True)
         subprocess.run(["mv", shard.with_name("new"), shard], check=True)

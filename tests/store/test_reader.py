@@ -112,7 +112,7 @@ def test_a_file_that_changes_under_an_open_reader(
     expected = values(FeatureCache(tmp_path / "cache"), 0)
     opened, unopened = FeatureCache(tmp_path / "cache"), FeatureCache(tmp_path / "cache")
     assert same(values(opened, 0), expected)
-    name = "tokens/c/0/0/0/0/0"
+    name = "tokens/c.0.0.0.0.0"
     _change(tmp_path / "cache" / name, tmp_path / "other" / name, change)
 
     # What was opened before may still be there: then it is what it was. So may bytes before the place of a cut.
@@ -146,6 +146,9 @@ def test_a_block_that_appears_while_others_are_read(tmp_path: Path, codec: str) 
     expected = {sample: values(whole, sample) for sample in (0, 3, 5, 6)}
     hidden = tmp_path / "mark"
     shutil.move(mark_path(tmp_path / "cache", 1), hidden)
+    (
+        tmp_path / "cache" / "manifest.json"
+    ).unlink()  # as of a cache that grows: the index tells nothing without it
     cache = FeatureCache(tmp_path / "cache")
     with pytest.raises(CacheError, match="not extracted yet"):
         cache.read([3])

@@ -131,9 +131,9 @@ def test_a_dropped_connection_and_a_busy_server_are_retried(faulty: FaultyServer
 
     def fault(path: str, body: bytes) -> bytes | int | None:
         seen[path] = seen.get(path, 0) + 1
-        if "/c/" in path and seen[path] == 1:
+        if "/c." in path and seen[path] == 1:
             return body[: len(body) // 2]
-        return 503 if "/c/" in path and seen[path] == 2 else None
+        return 503 if "/c." in path and seen[path] == 2 else None
 
     faulty.fault = fault
     assert_equal_reads(FeatureCache(f"{faulty.url}/a"), FeatureCache(cache))
@@ -143,7 +143,7 @@ def test_a_corrupted_transfer_is_noticed_and_fetched_again(faulty: FaultyServer,
     flipped: set[str] = set()
 
     def fault(path: str, body: bytes) -> bytes | None:
-        if "/c/" not in path or path in flipped:
+        if "/c." not in path or path in flipped:
             return None
         flipped.add(path)
         return body[:5] + bytes([body[5] ^ 16]) + body[6:]
@@ -160,7 +160,7 @@ def test_what_stays_corrupted_is_an_error_that_tells_damage_from_change(
     remote = FeatureCache(f"{faulty.url}/a")
     faulty.fault = lambda path, body: bytes(len(body)) if "/tokens/" in path else None
     with pytest.raises(
-        CacheDamaged, match=r"/a/tokens/c/0/0/0/0/0: chunk 0 arrives damaged, 4 times; verify"
+        CacheDamaged, match=r"/a/tokens/c.0.0.0.0.0: chunk 0 arrives damaged, 4 times; verify"
     ):
         remote.read([0])
     write_cache(tmp_path / "a", labels=LABELS, seed=5)
@@ -251,8 +251,8 @@ def test_the_copy_keeps_to_its_limit_and_what_was_removed_comes_again(
     remote = FeatureCache(f"{faulty.url}/many")
     for sample in [*range(30), 0, 1, 29]:
         assert torch.equal(remote.read([sample])[0][0], local.read([sample])[0][0])
-    kept = sum(f.stat().st_blocks * 512 for f in remote.path.glob("*/c/**/*") if f.is_file())
-    whole = sum(f.stat().st_size for f in local.path.glob("*/c/**/*") if f.is_file())
+    kept = sum(f.stat().st_blocks * 512 for f in remote.path.glob("*/c.*"))
+    whole = sum(f.stat().st_size for f in local.path.glob("*/c.*"))
     assert kept < 1.2 * limit < whole
     again = remote.copy.requests
     remote.read([15])
@@ -272,7 +272,7 @@ def test_a_copy_damaged_on_this_disk_heals(web: Nginx, cache: Path) -> None:
     url = f"{web.url}/caches/a"
     remote = FeatureCache(url, trust=True)  # a copy is checked all the same
     remote.read(list(range(3)))
-    shard = remote.path / "tokens" / "c" / "0" / "0" / "0" / "0" / "0"
+    shard = remote.path / "tokens" / "c.0.0.0.0.0"
     content = bytearray(shard.read_bytes())
     content[7] ^= 1
     shard.write_bytes(content)

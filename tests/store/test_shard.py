@@ -28,7 +28,7 @@ from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.publish import stage_file, write_atomic
 from evl_cache.store.reading.sparse_shard import SparseShard
 from evl_cache.store.shards.codec import ChunkCodec
-from evl_cache.store.shards.metadata import array_metadata, group_metadata, shard_path
+from evl_cache.store.shards.metadata import array_metadata, group_metadata, shard_name
 from evl_cache.store.shards.shard import (
     ShardReader,
     ShardRecord,
@@ -80,7 +80,7 @@ def write_array(root: Path, values: Array, missing: set[tuple[int, int]], codec:
     for block in range(-(-len(values) // BLOCK)):
         rows = range(block * BLOCK, min(len(values), (block + 1) * BLOCK))
         chunks = [None if (s, k) in missing else values[s, k] for s in rows for k in range(LAYERS)]
-        write_shard(shard_path(root / "a", block, values.ndim), chunks, codec)
+        write_shard(root / "a" / shard_name(block, values.ndim), chunks, codec)
 
 
 def open_tensorstore(root: Path) -> Any:
@@ -134,7 +134,7 @@ def test_zarr_python_and_tensorstore_read_what_was_written(
     np.testing.assert_array_equal(store.read().result(), expected)
 
     for block in range(2):
-        shard = reader(shard_path(tmp_path / "a", block, 4), ChunkCodec(codec_name), dtype)
+        shard = reader(tmp_path / "a" / shard_name(block, 4), ChunkCodec(codec_name), dtype)
         for chunk in np.flatnonzero(shard.present):
             sample, layer = divmod(int(chunk), LAYERS)
             np.testing.assert_array_equal(shard.read_chunk(int(chunk)), values[block * BLOCK + sample, layer])
@@ -158,7 +158,7 @@ def test_we_read_shards_of_zarr_python(tmp_path: Path, codec_name: str) -> None:
     write_atomic(tmp_path / "zarr.json", canonical_json(metadata), replace=False)
     array = zarr.open_array(tmp_path, mode="r+")
     array[...] = values
-    shard = reader(shard_path(tmp_path, 0, 4), ChunkCodec(codec_name), "float16")
+    shard = reader(tmp_path / shard_name(0, 4), ChunkCodec(codec_name), "float16")
     outs = np.empty((BLOCK * LAYERS, *CHUNK), np.float16)
     order = np.random.default_rng(1).permutation(BLOCK * LAYERS).tolist()
     shard.read_chunks(order, outs)
@@ -236,7 +236,7 @@ def test_every_flipped_byte_is_noticed_by_our_reader(tmp_path: Path, codec_name:
 def test_a_flipped_bit_is_noticed_by_other_readers(tmp_path: Path, codec_name: str) -> None:
     values = random_chunks(BLOCK, "int8")
     write_array(tmp_path, values, set(), ChunkCodec(codec_name))
-    path = shard_path(tmp_path / "a", 0, 4)
+    path = tmp_path / "a" / shard_name(0, 4)
     offset, nbytes = read_index(path, BLOCK * LAYERS)[4].tolist()
     flip(path, offset + nbytes // 2)
     array = zarr.open_array(tmp_path / "a", mode="r")

@@ -55,6 +55,8 @@ NAMES_OF_MARKS = (
 NAMES_OF_SHARDS = (
     "c/lib/thesis.c", "c/0/0/notes.txt", "c/0/thesis.c", "c/007/0/0/0/0", "c/99999/0/0/0/0", "c/.nfs0000000000000001",
     "c/0.bak", "notes.md", ".tmp-mine", "zarr.json.bak", "c/0/.tmp-99-xyz", "c/12", "d/0/0/0/0/0",
+    "c.lib", "c.007.0.0.0.0", "c.99999.0.0.0.0", "c.0.0.0.0.0.bak", "c.0", "c.0.0.0.0.0.0.0.0", "c.1.0.0.0.1", "d.0.0.0.0.0",
+    ".tmp-b0.host-1-0123456789abcdef", ".tmp-bx.host-1-0123456789abcdef",
 )  # fmt: skip
 NAMES_OF_LOCKS = (
     "notes.txt", ".nfs000000000a1b2c3d00000003", "000000.lock.bak", ".hidden", "thesis.lock", ".000000.lock-mine",
@@ -76,6 +78,7 @@ def plant_in_cache(cache: Path, outside: Path) -> list[Path]:
     made += [link(cache / name, outside / "linked") for name in ("linked", "done/linked", "tokens/c/linked")]
     made += [
         link(cache / "tokens" / "c" / "77777", target),
+        link(cache / "tokens" / "c.77777.0.0.0.0", target / "0"),
         link(cache / "done" / "888888.json", target / "0"),
     ]
     made += [

@@ -89,7 +89,7 @@ class Forge:
 
     def shard(self, name: str, block: int, change: Callable[[bytes], bytes]) -> None:
         """Change a shard's bytes; its mark gets their size and digest."""
-        (path,) = (p for p in (self.cache / name / "c" / str(block)).rglob("*") if p.is_file())
+        (path,) = (self.cache / name).glob(f"c.{block}.*")
         content = change(path.read_bytes())
         path.write_bytes(content)
 
@@ -212,8 +212,11 @@ CACHES: dict[str, Attack] = {
             ("tower", [1, 2]), ("views", None), ("preprocessing", {"a": 1}), ("tower.heads", 0),
             ("tower.model", ["x"] * 10), ("content_id", 5), ("frame_rule", 0),
             ("frame_rule", HUGE), ("frame_rule", "2"),
+            ("chunk_keys", "folders"), ("chunk_keys", "../c"), ("chunk_keys", 1), ("chunk_keys", ["flat"]),
+            ("chunk_keys", "x" * 10**5),
         )
     },
+    "format version of the other chunk keys": lambda forge: forge.group(lambda own: own.update(format_version=1)),
     "format version of text": lambda forge: forge.group(lambda own: own.update(format_version="../1")),
     "spec a list": lambda forge: forge.write("zarr.json", b'{"attributes":{"evl_cache":[]}}'),
     "deep zarr.json": lambda forge: forge.write("zarr.json", DEEP),
@@ -265,9 +268,9 @@ CACHES: dict[str, Attack] = {
     "frame that is a pickle": lambda forge: forge.first_chunk("tokens", 0, pickle.dumps(Code(forge.marker))),
     "index outside the file": lambda forge: forge.shard("tokens", 0, lambda c: _outside_index(c, forge)),
     "shard cut off": lambda forge: forge.shard("maps", 0, lambda content: content[:100]),
-    "shard a link": lambda forge: forge.link("tokens/c/0/0/0/0/0", forge.outside / "shard"),
-    "shard a pipe": lambda forge: forge.pipe("tokens/c/0/0/0/0/0"),
-    "shard a device": lambda forge: forge.link("maps/c/0/0/0/0/0/0", Path("/dev/zero")),
+    "shard a link": lambda forge: forge.link("tokens/c.0.0.0.0.0", forge.outside / "shard"),
+    "shard a pipe": lambda forge: forge.pipe("tokens/c.0.0.0.0.0"),
+    "shard a device": lambda forge: forge.link("maps/c.0.0.0.0.0.0", Path("/dev/zero")),
     "array elsewhere": lambda forge: forge.link("tokens", forge.outside / "tokens"),
     "shards elsewhere": lambda forge: forge.link("token_scale/c", forge.outside / "scales"),
     "deep manifest": lambda forge: forge.write("manifest.json", DEEP),

@@ -18,8 +18,8 @@ GOLDEN = ROOT / "tests" / "fixtures" / "first_rule"
 
 
 def first_rule_spec(clips: ClipList, **changes: Any) -> Any:
-    """The spec of `store_helpers.small_spec`, of a cache whose frames the first rule chose."""
-    return small_spec(clips, small_tower(Path(clips.source)), frame_rule=1, **changes)
+    """The spec of `store_helpers.small_spec`, of a cache whose frames the first rule chose, a shard in folders of its own."""
+    return small_spec(clips, small_tower(Path(clips.source)), frame_rule=1, chunk_keys="folders", **changes)
 
 
 def extract_by_first_rule(

@@ -29,7 +29,7 @@ from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.redo import BlockRedo, KeptRows, failed_rows, rows_by_block
 from evl_cache.extract.stage_seconds import StageSeconds
-from evl_cache.spec import CacheSpec, TowerSpec, ViewSpec
+from evl_cache.spec import CHUNK_KEYS, CacheSpec, TowerSpec, ViewSpec
 from evl_cache.store import (
     LOCKS_NAME,
     BlockLock,
@@ -147,8 +147,8 @@ def _is_gone(row: int, spec: CacheSpec) -> bool:
 
 
 @lru_cache(maxsize=64)
-def _job(root: Path, blocks: int, block_clips: int) -> ExtractionJob:
-    spec = simulated_spec(blocks, block_clips)
+def _job(root: Path, blocks: int, block_clips: int, chunk_keys: str) -> ExtractionJob:
+    spec = simulated_spec(blocks, block_clips, chunk_keys)
     tower = Tower(visual=torch.nn.Identity(), spec=spec.tower)
     return ExtractionJob(
         clips=simulated_clips(spec.num_clips), root=root, cache_path=root, spec=spec, tower=tower
@@ -170,7 +170,7 @@ def simulated_clips(count: int) -> ClipList:
 
 
 @lru_cache(maxsize=64)
-def simulated_spec(blocks: int, block_clips: int = 1) -> CacheSpec:
+def simulated_spec(blocks: int, block_clips: int = 1, chunk_keys: str = CHUNK_KEYS[0]) -> CacheSpec:
     """The smallest features there are: two arrays of one layer."""
     tower = TowerSpec(
         model="none", pretrained="none", weights_sha256="0" * 64, image_size=2, patch_size=2, width=2, blocks=1,
@@ -180,8 +180,12 @@ def simulated_spec(blocks: int, block_clips: int = 1) -> CacheSpec:
         dataset="simulated", split="train", classes=("only",), tower=tower, views=ViewSpec(frames=1), layers=(1,),
         tokens="fp16", maps="none", codec="raw", compute_dtype="float32", num_clips=blocks * block_clips,
         content_id=simulated_clips(blocks * block_clips).content_id,
-        block_clips=block_clips,
+        block_clips=block_clips, chunk_keys=chunk_keys,
     )  # fmt: skip
+
+
+def _kind(spec: CacheSpec) -> tuple[int, int, str]:
+    return spec.num_blocks, spec.block_clips, spec.chunk_keys
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +205,8 @@ def run_schedule(plans: list[Plan], *, blocks: int, seed: int, redo: bool = Fals
 
     Raises: Failed.
     """
-    rng, spec = random.Random(seed), simulated_spec(blocks, 2 if redo else 1)
+    rng, keys = random.Random(seed), CHUNK_KEYS[seed % 5 == 4]  # some in a cache of the older kind
+    spec = simulated_spec(blocks, 2 if redo else 1, keys)
     with _laid_down(spec) as root:
         if redo:
             _write_with_failures(root, spec)
@@ -231,13 +236,15 @@ def run_schedule(plans: list[Plan], *, blocks: int, seed: int, redo: bool = Fals
 
 
 _DESCRIPTION = ("zarr.json", "clips.jsonl", "recovery.json")
-_FOLDERS: dict[tuple[int, int], Path] = {}  # making and removing directories would take a third of the time
+_FOLDERS: dict[
+    tuple[int, int, str], Path
+] = {}  # making and removing directories would take a third of the time
 
 
 @contextmanager
 def _laid_down(spec: CacheSpec) -> Iterator[Path]:
     """A cache's directory without a block, a lock or a leftover."""
-    key = (spec.num_blocks, spec.block_clips)
+    key = _kind(spec)
     if key not in _FOLDERS:
         folder = Path(tempfile.mkdtemp(prefix="evl-simulation-", dir=_SCRATCH))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -246,7 +253,7 @@ def _laid_down(spec: CacheSpec) -> Iterator[Path]:
         )
         for layout in array_layouts(spec).values():
             for block in range(spec.num_blocks):
-                os.makedirs(layout.shard(folder / "cache", block).parent)
+                os.makedirs(layout.shard(folder / "cache", block).parent, exist_ok=True)
         _FOLDERS[key] = folder / "cache"
     try:
         yield _FOLDERS[key]
@@ -284,7 +291,7 @@ def _work(process: Process, spec: CacheSpec, *, repairs: bool = False) -> None:
         return world.numbers - 1
 
     try:
-        job = _job(world.root, spec.num_blocks, spec.block_clips)
+        job = _job(world.root, *_kind(spec))
         rows = rows_by_block(spec, failed_rows(job)) if spec.block_clips > 1 else {}
         redo = {block: BlockRedo(again=again) for block, again in rows.items()}
         if repairs:

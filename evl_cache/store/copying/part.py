@@ -11,9 +11,10 @@ from pathlib import Path
 
 from evl_cache.errors import UsageError
 from evl_cache.notation import layers_of
-from evl_cache.spec import CacheSpec
+from evl_cache.spec import CHUNK_KEYS, CacheSpec
 from evl_cache.store.copying.source import OnBlock, TransferResult
 from evl_cache.store.disk.locks import LockWatcher
+from evl_cache.store.format.description import with_keys_there
 from evl_cache.store.format.layout import LOCKS_NAME, array_layouts, is_in_redo
 from evl_cache.store.format.marks import Mark
 from evl_cache.store.format.recomputed import read_projections
@@ -25,14 +26,17 @@ from evl_cache.store.writing.publication import valid_mark
 
 
 def part_spec(spec: CacheSpec, *, layers: Sequence[int] | None, codec: str | None) -> CacheSpec:
-    """Return the spec of a part. Raises: UsageError for layers that the cache has not, or an unknown codec."""
+    """Return the spec of a part, with the chunk keys of today.
+
+    Raises: UsageError for layers that the cache has not, or an unknown codec.
+    """
     wanted = spec.layers if layers is None else layers_of(layers)
     missing = [layer for layer in wanted if layer not in spec.layers]
     if missing:
         raise UsageError(
             f"--layers {list(wanted)}: {missing} are not stored; the cache has {list(spec.layers)}"
         )
-    return replace(spec, layers=wanted, codec=codec or spec.codec)
+    return replace(spec, layers=wanted, codec=codec or spec.codec, chunk_keys=CHUNK_KEYS[0])
 
 
 def copy_part(
@@ -55,7 +59,7 @@ def copy_part(
     Raises: as `copy_to_directory`.
     """
     cache = FeatureCache(place)
-    spec = part_spec(cache.spec, layers=layers, codec=codec)
+    spec = with_keys_there(part_spec(cache.spec, layers=layers, codec=codec), target)
     projections = None
     if spec.recomputes_maps:
         found = read_projections(cache.path, cache.spec, cache.description.projections_sha256)

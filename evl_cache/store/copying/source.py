@@ -1,6 +1,6 @@
 """The cache that is copied: its files, what describes them, its blocks one after another, and what a copy did."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,7 @@ class SourceCache:
 
     objects: Objects
     description: CacheDescription
-    clips: tuple[Clip, ...]
+    clips: Sequence[Clip]
     written_manifest: bytes | None
     manifest: Manifest | None
     blocks: tuple[int, ...]

@@ -18,10 +18,9 @@ from evl_cache.store.copying.source import (
     open_source,
     read_source_mark,
 )
-from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import check_no_links, remove_file
 from evl_cache.store.disk.locks import BlockLock, LockWatcher
-from evl_cache.store.disk.publish import StagedFile, stage_file
+from evl_cache.store.disk.publish import StagedFile
 from evl_cache.store.format.description import read_description
 from evl_cache.store.format.index_head import INDEX_NAME
 from evl_cache.store.format.layout import (
@@ -35,8 +34,9 @@ from evl_cache.store.format.layout import (
 from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.objects.objects import DirectoryObjects, Objects
 from evl_cache.store.writing.create import create_cache
-from evl_cache.store.writing.finish import finish_cache, remove_leftovers
+from evl_cache.store.writing.finish import finish_cache
 from evl_cache.store.writing.publication import BlockPublication, has_digest
+from evl_cache.store.writing.staged_block import stage_shard
 
 _PART_NBYTES = 16 << 20
 
@@ -120,9 +120,7 @@ def _copy_block(source: SourceCache, target: Path, block: int, lock: BlockLock) 
             check_no_links(target, shard.parent)
             if has_digest(shard, promised):
                 continue
-            make_directories(shard.parent, sync=False)
-            remove_leftovers(shard.parent)
-            staged[name] = staging.enter_context(stage_file(shard.parent))
+            staged[name] = staging.enter_context(stage_shard(target, layout, block, lock=lock))
             _receive(source.objects, layout.shard(Path(), block).as_posix(), promised, staged[name])
             nbytes += promised[0]
             if not publication.is_redo:  # so that a copy that is killed goes on behind this file

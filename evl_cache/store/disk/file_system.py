@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import errno
 import io
+import mmap
 import os
 import re
 import stat
@@ -32,6 +33,7 @@ _LOCAL = {
     "xfs",
     "zfs",
 }
+_MAPPED_FROM_NBYTES = 1 << 20  # a smaller file is read: a map holds a descriptor
 _MOUNTS = Path("/proc/self/mounts")
 _SYNC_FILE_RANGE_WRITE = 2  # of Linux's fcntl.h
 
@@ -217,6 +219,18 @@ def read_limited(path: Path, most_nbytes: int) -> bytes:
             f"{path}: has {size} bytes, expected at most {most_nbytes}; it is no file of a cache"
         )
     return content
+
+
+def map_limited(path: Path, most_nbytes: int) -> bytes | mmap.mmap:
+    """Return a regular file's bytes: those of a large file on a local disk mapped, which processes then share.
+
+    Raises: as `read_limited`.
+    """
+    if is_local(path.parent):
+        with contextlib.suppress(OSError), open_regular(path) as file:  # what fails here fails below, too
+            if _MAPPED_FROM_NBYTES <= os.fstat(file.fileno()).st_size <= most_nbytes:
+                return mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+    return read_limited(path, most_nbytes)
 
 
 def files_below(root: Path, directory: str = "") -> Iterator[tuple[str, int]]:

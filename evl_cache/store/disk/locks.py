@@ -85,12 +85,23 @@ class BlockLock:
         descriptor: its file, opened by that name: NFS, and some FUSE disks, keep an open file that loses the name it
             was opened by under another one.
         token: what tells it from every other lock.
+        took_over: whether the lock of a job that died, or stood still, was in its place: that job may have left files.
+
+    Attributes:
+        path, took_over: as given.
     """
 
     def __init__(
-        self, path: Path, descriptor: int, token: bytes, *, beat_s: float, runtime: Runtime = REAL
+        self,
+        path: Path,
+        descriptor: int,
+        token: bytes,
+        *,
+        beat_s: float,
+        runtime: Runtime = REAL,
+        took_over: bool = False,
     ) -> None:
-        self.path = path
+        self.path, self.took_over = path, took_over
         self._descriptor = descriptor
         self._token = token
         self._counter = 0
@@ -206,12 +217,12 @@ class LockWatcher:
             if not self._is_abandoned(path, content):
                 return None
             self._remove_abandoned(path)
-        lock = self._create(path)
+        lock = self._create(path, took_over=content is not None)
         if lock is None and content is None:
             check_readable(path, pause=lambda: self._runtime.sleep(_LEAST_POLL_S))
         return lock
 
-    def _create(self, path: Path) -> BlockLock | None:
+    def _create(self, path: Path, *, took_over: bool) -> BlockLock | None:
         pid = os.getpid()
         holder = _Holder(
             host=socket.gethostname(),
@@ -229,7 +240,9 @@ class LockWatcher:
             raise disk_error("lock", path, error) from error
         if descriptor is None:
             return None
-        return BlockLock(path, descriptor, token, beat_s=self.beat_s, runtime=self._runtime)
+        return BlockLock(
+            path, descriptor, token, beat_s=self.beat_s, runtime=self._runtime, took_over=took_over
+        )
 
     def _is_abandoned(self, path: Path, content: bytes) -> bool:
         now, before = self._runtime.now_s(), self._seen.get(path.name)

@@ -32,7 +32,8 @@ from evl_cache.store.disk.file_system import (
 )
 from evl_cache.store.disk.permissions import give_file_mode
 
-_STAGING_NAME = re.compile(r"\.tmp-[A-Za-z0-9_-]{1,40}-[0-9]+-[0-9a-f]{16}")
+# No host's name has a dot here, so that no other staged file is taken for one of a block.
+_STAGING_NAME = re.compile(r"\.tmp-(?:b([0-9]{6,12})\.)?[A-Za-z0-9_-]{1,40}-[0-9]+-[0-9a-f]{16}")
 _PLACEHOLDER_WAIT_S = 2.0
 # Written at a time, at multiples of it: the page cache then holds the file in pages of this size, which are copied
 # a tenth faster than small ones and mapped by one entry each.
@@ -52,12 +53,20 @@ def is_staging_name(name: str) -> bool:
     return _STAGING_NAME.fullmatch(name) is not None
 
 
-def stage_file(directory: Path) -> StagedFile:
+def staged_block(name: str) -> int | None:
+    """Return the block that a staged file's name tells; None where it tells none, or is no staged file's."""
+    found = _STAGING_NAME.fullmatch(name)
+    return None if found is None or found[1] is None else int(found[1])
+
+
+def stage_file(directory: Path, *, block: int | None = None) -> StagedFile:
     """Open a new staged file in `directory`. A context manager: what is not published is removed.
+
+    `block`: told by its name, so that whoever finds it knows whose lock tells that its writer is dead.
 
     Raises CacheError where the directory cannot be written.
     """
-    return StagedFile(directory)
+    return StagedFile(directory, block=block)
 
 
 class StagedFile:
@@ -69,8 +78,8 @@ class StagedFile:
         crc32c: checksum of the bytes written so far.
     """
 
-    def __init__(self, directory: Path) -> None:
-        self.path = _staging_path(Path(directory))
+    def __init__(self, directory: Path, *, block: int | None = None) -> None:
+        self.path = _staging_path(Path(directory), block)
         self.size = self.crc32c = 0
         self._pending: list[bytes | bytearray | memoryview] = []  # of the last huge page, not written yet
         self._written = 0  # bytes that the kernel has
@@ -308,9 +317,10 @@ def replacing(path: Path) -> Iterator[Path]:
     fsync_directory(path.parent)
 
 
-def _staging_path(directory: Path) -> Path:
+def _staging_path(directory: Path, block: int | None = None) -> Path:
+    of_block = "" if block is None else f"b{block:06d}."
     host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
-    return directory / f".tmp-{host}-{os.getpid()}-{secrets.token_hex(8)}"
+    return directory / f".tmp-{of_block}{host}-{os.getpid()}-{secrets.token_hex(8)}"
 
 
 def _is_file(path: Path, inode: int) -> bool:

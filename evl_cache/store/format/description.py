@@ -4,16 +4,20 @@
 `recovery.json` holds them a second time: a damaged one is restored from it, byte for byte.
 """
 
+import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from evl_cache.canonical_json import canonical_json, digest
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere
 from evl_cache.spec import FORMAT_VERSION, CacheSpec
+from evl_cache.store.format.clip_table import ClipTable, canonical_parts, map_clips
 from evl_cache.store.format.layout import (
     ATTRIBUTE,
     CLIPS_NAME,
@@ -22,11 +26,12 @@ from evl_cache.store.format.layout import (
     array_layouts,
 )
 from evl_cache.store.format.limits import MOST_DESCRIPTION_NBYTES, clips_limit
-from evl_cache.store.objects.objects import Objects, objects_of
+from evl_cache.store.objects.objects import DirectoryObjects, Objects, objects_of
 from evl_cache.store.shards.metadata import METADATA_NAME, group_metadata
 from evl_cache.untrusted.json_text import parse_json
 
-_CLIPS_AT_A_TIME = 10_000
+# By `CacheSpec.chunk_keys`. A version of evl-cache that knows no flat keys refuses format 2, and says so.
+_FORMAT_OF = {"folders": 1, "flat": FORMAT_VERSION}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +60,13 @@ def read_description(place: Path | Objects) -> CacheDescription:
     """
     objects = objects_of(place)
     return parse_description(read_group(objects), f"{objects.url}/{METADATA_NAME}")
+
+
+def with_keys_there(spec: CacheSpec, cache_path: Path) -> CacheSpec:
+    """Return the spec with the chunk keys of the cache that was begun at a path, where one was: work on that goes on."""
+    with contextlib.suppress(CacheError):  # what cannot be read is told where it is used
+        return replace(spec, chunk_keys=read_description(cache_path).spec.chunk_keys)
+    return spec
 
 
 def read_group(objects: Objects) -> bytes:
@@ -88,9 +100,9 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
             f"{path}: a Zarr group without the attribute {ATTRIBUTE!r}; expected a cache that extract wrote"
         )
     version = own.get("format_version")
-    if version != FORMAT_VERSION and isinstance(version, int):
+    if isinstance(version, int) and not 1 <= version <= FORMAT_VERSION:
         raise CacheError(
-            f"{path}: cache format {version}; this evl-cache reads format {FORMAT_VERSION}: "
+            f"{path}: cache format {version}; this evl-cache reads formats 1 to {FORMAT_VERSION}: "
             "install the version that wrote it, or extract again"
         )
     unsigned = {name: value for name, value in own.items() if name != "digest"}
@@ -105,8 +117,14 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
         for name in ("recipe", "created_with"):
             if not isinstance(own[name], dict):
                 raise CacheDamaged(f"{path}: its {name} is no object; repair the cache")
+        spec = CacheSpec.from_json(own["spec"])
+        if _FORMAT_OF[spec.chunk_keys] != version:
+            raise CacheDamaged(
+                f"{path}: cache format {version} with chunk keys {spec.chunk_keys!r}, which format "
+                f"{_FORMAT_OF[spec.chunk_keys]} has: the description was edited; repair the cache"
+            )
         return CacheDescription(
-            spec=CacheSpec.from_json(own["spec"]),
+            spec=spec,
             origin=own["recipe"],
             created_with=own["created_with"],
             clips_sha256=own["clips_sha256"],
@@ -116,20 +134,27 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
         raise CacheDamaged(f"{path}: {error} is missing; repair the cache") from error
 
 
-def read_clips(place: Path | Objects, description: CacheDescription) -> tuple[Clip, ...]:
-    """Return the clips of a cache in their order.
+def read_clips(
+    place: Path | Objects, description: CacheDescription, *, labels: np.ndarray | None = None
+) -> ClipTable:
+    """Return the clips of a cache in their order; rows are parsed when they are asked for.
+
+    Args:
+        labels: of the clips, where they are known from elsewhere.
 
     Raises: CacheDamaged where the file is not the one that was laid down.
     """
     objects = objects_of(place)
-    where = f"{objects.url}/{CLIPS_NAME}"
+    where, most_nbytes = f"{objects.url}/{CLIPS_NAME}", clips_limit(description.spec)
     try:
-        lines = objects.get(CLIPS_NAME, most_nbytes=clips_limit(description.spec))
+        if isinstance(objects, DirectoryObjects):
+            clips = map_clips(objects.path(CLIPS_NAME), most_nbytes, labels=labels)
+        else:
+            clips = ClipTable(objects.get(CLIPS_NAME, most_nbytes=most_nbytes), where, labels=labels)
     except OSError as error:
         raise CacheDamaged(f"{where}: cannot be read ({error}); repair the cache") from error
-    if hashlib.sha256(lines).hexdigest() != description.clips_sha256:
+    if clips.sha256 != description.clips_sha256:
         raise CacheDamaged(f"{where}: does not match the cache's description; repair the cache")
-    clips = parse_clips(lines, where)
     if len(clips) != description.spec.num_clips:
         raise CacheDamaged(
             f"{objects.url}: {len(clips)} clips listed, {description.spec.num_clips} described; repair the cache"
@@ -137,28 +162,15 @@ def read_clips(place: Path | Objects, description: CacheDescription) -> tuple[Cl
     return clips
 
 
-def parse_clips(lines: bytes, place: str) -> tuple[Clip, ...]:
-    """Return the clips in the bytes of `clips.jsonl`. Raises: CacheDamaged where they are no clips."""
-    rows, out = lines.splitlines(), []
-    try:
-        # One call for many: a large list has 240,000 lines.
-        for start in range(0, len(rows), _CLIPS_AT_A_TIME):
-            part = parse_json(b"[" + b",".join(rows[start : start + _CLIPS_AT_A_TIME]) + b"]")
-            out += [Clip.from_json(row) for row in part]
-    except ValueError as error:
-        raise CacheDamaged(f"{place}: is no list of clips ({error}); repair the cache") from error
-    return tuple(out)
-
-
 def clips_lines(clips: Iterable[Clip]) -> bytes:
     """Return the bytes of `clips.jsonl`."""
-    return b"".join(canonical_json(clip.to_json()) for clip in clips)
+    return b"".join(clips.canonical_parts() if isinstance(clips, ClipTable) else canonical_parts(clips))
 
 
 def group_document(description: CacheDescription) -> dict[str, Any]:
     """Return the group document that `parse_group` reads a description from."""
     content = {
-        "format_version": FORMAT_VERSION,
+        "format_version": _FORMAT_OF[description.spec.chunk_keys],
         "spec": description.spec.to_json(),
         "recipe": dict(description.origin),
         "created_with": dict(description.created_with),
@@ -169,22 +181,33 @@ def group_document(description: CacheDescription) -> dict[str, Any]:
     return group_metadata({ATTRIBUTE: {**content, "digest": digest(content)}})
 
 
-def recovery_document(group: Mapping[str, Any], clips: Iterable[Clip]) -> dict[str, Any]:
-    """Return the JSON of `recovery.json`."""
-    content = {"group": dict(group), "clips": [clip.to_json() for clip in clips]}
-    return {**content, "digest": digest(content)}
+def recovery_content(group: Mapping[str, Any], lines: bytes) -> bytes:
+    """Return the bytes of `recovery.json`: canonical JSON of the group document, and of the clips as a list.
+
+    Args:
+        lines: as `clips_lines` returns them. They are put together as bytes: as objects, a million clips are a gigabyte.
+    """
+    # No string of JSON holds a line break.
+    head = b'{"clips":[' + lines.removesuffix(b"\n").replace(b"\n", b",") + b"],"
+    tail = b'"group":' + canonical_json(group).removesuffix(b"\n") + b"}"
+    own = hashlib.sha256(head)
+    own.update(tail)
+    return b"".join((head, f'"digest":"{own.hexdigest()}",'.encode(), tail, b"\n"))
 
 
-def description_content(spec: CacheSpec, group: Mapping[str, Any], clips: Sequence[Clip]) -> dict[str, bytes]:
+def description_content(spec: CacheSpec, group: Mapping[str, Any], lines: bytes) -> dict[str, bytes]:
     """Return the bytes of the files that describe a cache, by name.
 
     They are in the order in which they are laid down: the group document comes last, and makes it a cache.
     The file of what recomputes maps is not among them.
+
+    Args:
+        lines: of the clips, as `clips_lines` returns them.
     """
-    files = {CLIPS_NAME: clips_lines(clips)}
+    files = {CLIPS_NAME: lines}
     for name, layout in array_layouts(spec).items():
         files[f"{name}/{METADATA_NAME}"] = canonical_json(layout.metadata(spec))
-    files[RECOVERY_NAME] = canonical_json(recovery_document(group, clips))
+    files[RECOVERY_NAME] = recovery_content(group, lines)
     files[METADATA_NAME] = canonical_json(group)
     return files
 

@@ -12,8 +12,9 @@ tables. See docs/cache-format.md.
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +27,19 @@ from evl_cache.store.disk.file_system import check_no_links, disk_error, is_refu
 from evl_cache.store.format.index_file import IndexFile
 from evl_cache.store.format.index_head import (
     DTYPES,
-    FILE_HEAD_NBYTES,
     HEAD_NBYTES,
     INDEX_NAME,
     Table,
     check_sections,
     index_damaged,
     index_nbytes,
-    num_chunks,
     parse_head,
     row_nbytes,
+    unpacked_row,
 )
 from evl_cache.store.format.layout import ArrayLayout, array_layouts
 from evl_cache.store.format.manifest import manifest_digest
-from evl_cache.store.format.marks import ShardFiles, check_record
+from evl_cache.store.format.marks import ClipRecord, ShardFiles, check_record
 from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.untrusted.json_text import parse_json
 
@@ -52,22 +52,46 @@ class IndexedBlock:
     """A block as an index has it: its mark without frame numbers and environment.
 
     Attributes:
+        spec: of the cache.
         block: its number.
         digest: of its mark.
         file_digest: size and sha256 of the mark's file.
-        files: record of each array's shard, by the array's name.
+        row: what the index has of its files.
         clips: `CLIP`, one a clip of the block.
         sources: `SOURCE`, likewise.
         texts: what `error` and `decoder` of `clips` are numbers of.
     """
 
+    spec: CacheSpec
     block: int
     digest: str
     file_digest: tuple[int, str]
-    files: ShardFiles
+    row: bytes
     clips: Table
     sources: Table
     texts: tuple[str, ...]
+
+    @cached_property
+    def files(self) -> ShardFiles:
+        """Record of each array's shard, by the array's name."""
+        return unpacked_row(self.row, self.spec)
+
+    def records(self, ids: Iterable[str]) -> list[ClipRecord]:
+        """Return the records of its clips, whose ids these are, without frame counts and frame numbers."""
+        return [
+            ClipRecord(
+                id=clip_id,
+                error=None if error < 0 else self.texts[error],
+                decoder=None if decoder < 0 else self.texts[decoder],
+                frame_size=None if height < 0 else (height, width),
+                frame_rule=None if rule < 0 else rule,
+                source_bytes=None if nbytes < 0 else nbytes,
+                source_sha256=bytes(sha256).hex() if has_sha256 else None,
+            )
+            for clip_id, (error, decoder, height, width, rule), (nbytes, has_sha256, sha256) in zip(
+                ids, self.clips.tolist(), self.sources.tolist(), strict=True
+            )
+        ]
 
 
 class Index:
@@ -85,7 +109,6 @@ class Index:
         totals: number and bytes of all files that the manifest names; None for a segment.
         head: its first bytes.
         head_digest: tells this index from any other.
-        marks, clips, labels: tables of `MARK`, `CLIP` and `LABEL`, by block and by clip; a segment has no labels.
         texts: what `error` and `decoder` of `clips` are numbers of.
 
     Raises: CacheDamaged where it is not intact, or of another cache; FileNotFoundError; CacheError where the disk refuses.
@@ -112,14 +135,29 @@ class Index:
         self.cache_digest: str | None = head["cache_digest"]
         self.totals: tuple[int, int] | None = head["totals"]
         self._places: Mapping[str, tuple[int, int, str]] = head["sections"]
-        if index_nbytes(head) > self._file.size:
-            raise self._damaged("is cut off")
-        self.marks, self.clips = self._table("marks"), self._table("clips")
-        self.labels, self._row_sums = self._table("labels"), self._table("row_sums")
+        if (nbytes := index_nbytes(head)) != self._file.size:
+            raise self._damaged(f"has {self._file.size} bytes, expected {nbytes}")
+        self._tables = {name: self._table(name) for name in ("marks", "clips", "labels")}
+        self._row_sums = self._table("row_sums").copy()
         self.texts = self._read_texts()
         if len(self.clips) and max(self.clips["error"].max(), self.clips["decoder"].max()) >= len(self.texts):
             raise self._damaged("names texts that it does not have")
         self._sources: Table | None = None
+
+    @property
+    def marks(self) -> Table:
+        """A table of `MARK` by block. Raises: CacheDamaged, as do the others."""
+        return self._still("marks")
+
+    @property
+    def clips(self) -> Table:
+        """A table of `CLIP` by clip."""
+        return self._still("clips")
+
+    @property
+    def labels(self) -> Table:
+        """A table of `LABEL` by clip; a segment has none."""
+        return self._still("labels")
 
     @property
     def num_clips(self) -> int:
@@ -166,19 +204,9 @@ class Index:
 
     def files(self, block: int) -> ShardFiles:
         """Return the records of a block's shards. Raises: CacheDamaged where its row is not intact."""
-        row, at = self.row(block), 0
-        count, found = num_chunks(self._spec), {}
+        found = unpacked_row(self.row(block), self._spec)
         for name, layout in self._layouts.items():
-            sizes = at + FILE_HEAD_NBYTES
-            checksums, stop = sizes + 4 * count, sizes + 8 * count
-            record = ShardRecord(
-                size=int.from_bytes(row[at : at + 8], "little"),
-                sha256=row[at + 8 : sizes].hex(),
-                packed_nbytes=row[sizes:checksums],
-                packed_checksums=row[checksums:stop],
-            )
-            self._check_record(record, layout)
-            found[name], at = record, stop
+            self._check_record(found[name], layout)
         return found
 
     def row(self, block: int) -> bytes:
@@ -197,10 +225,11 @@ class Index:
         """Return all that it holds of a block. Raises: CacheDamaged."""
         rows = self._rows_of(block)
         return IndexedBlock(
+            spec=self._spec,
             block=block,
             digest=self.mark_digest(block),
             file_digest=self.file_digest(block),
-            files=self.files(block),
+            row=self.row(block),
             clips=self.clips[rows],
             sources=self.sources[rows],
             texts=self.texts,
@@ -213,6 +242,11 @@ class Index:
     def _rows_of(self, block: int) -> slice:
         clips = self._spec.clips_of_block(block)
         return slice(clips.start - self.first_clip, clips.stop - self.first_clip)
+
+    def _still(self, name: str) -> Table:
+        """Return a table, unless the file was cut off since: a page of a map that is behind its end ends the process."""
+        self._file.check_size()
+        return self._tables[name]
 
     def _table(self, name: str) -> Table:
         written = self._section(name)

@@ -42,6 +42,11 @@ class IndexFile:
             return memoryview(self.read(start, nbytes))
         return memoryview(self._map)[start : start + nbytes]
 
+    def check_size(self) -> None:
+        """Check that nobody cut the file off, where it is mapped. Raises: CacheDamaged."""
+        if self._map is not None and os.fstat(self._descriptor).st_size < self.size:
+            raise index_damaged(self._path, "was cut off while it was open")
+
     def __del__(self) -> None:
         if self._descriptor >= 0:
             with contextlib.suppress(OSError):  # of a disk that is gone

@@ -4,7 +4,7 @@ Numbers are little-endian. A block's row has, of each array in the order of `arr
 sha256 (32 bytes), then sizes and checksums of all chunks (4 bytes each).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evl_cache.canonical_json import digest, signed_json
-from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.layout import array_layouts
 from evl_cache.store.format.marks import ShardFiles
+from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.untrusted.json_text import parse_json
 
 INDEX_NAME = "index.bin"
@@ -32,7 +32,7 @@ MARK = np.dtype([("digest", "u1", 32), ("sha256", "u1", 32), ("size", "<u8"), ("
 CLIP = np.dtype(
     [("error", "<i4"), ("decoder", "<i4"), ("height", "<i4"), ("width", "<i4"), ("frame_rule", "<i4")]
 )
-SOURCE = np.dtype([("nbytes", "<i8"), ("has_sha256", "u1"), ("sha256", "u1", 32)])
+SOURCE = np.dtype([("nbytes", "<i8"), ("has_sha256", "<u8"), ("sha256", "u1", 32)])
 LABEL, ROW_SUM = np.dtype("<i4"), np.dtype("<u4")
 DTYPES = {"sources": SOURCE, "marks": MARK, "clips": CLIP, "labels": LABEL, "row_sums": ROW_SUM}
 FILE_HEAD_NBYTES = 8 + 32  # of an array in a row: size and sha256
@@ -52,6 +52,22 @@ def packed_row(files: ShardFiles, spec: CacheSpec) -> bytes:
         parts += [record.size.to_bytes(8, "little"), packed_digest(record.sha256)]
         parts += [record.packed_nbytes, record.packed_checksums]
     return b"".join(parts)
+
+
+def unpacked_row(row: bytes, spec: CacheSpec) -> dict[str, ShardRecord]:
+    """Return the records of shards in a block's row, by array."""
+    at, count, found = 0, num_chunks(spec), {}
+    for name in array_layouts(spec):
+        sizes = at + FILE_HEAD_NBYTES
+        checksums, stop = sizes + 4 * count, sizes + 8 * count
+        found[name] = ShardRecord(
+            size=int.from_bytes(row[at : at + 8], "little"),
+            sha256=row[at + 8 : sizes].hex(),
+            packed_nbytes=row[sizes:checksums],
+            packed_checksums=row[checksums:stop],
+        )
+        at = stop
+    return found
 
 
 def packed_digest(sha256: str) -> bytes:
@@ -89,11 +105,6 @@ def index_head(
     written = signed_json(content)[0]
     assert len(written) <= HEAD_NBYTES
     return written.ljust(HEAD_NBYTES)
-
-
-def clip_labels(clips: Sequence[Clip]) -> Table:
-    """Return the labels of clips, `LABEL` (clips,)."""
-    return np.fromiter((clip.label for clip in clips), LABEL, len(clips))
 
 
 def cache_identity(spec: CacheSpec) -> str:
@@ -155,7 +166,7 @@ def check_sections(head: Mapping[str, Any], spec: CacheSpec, path: Path | str) -
     end = HEAD_NBYTES
     for name in SECTIONS:
         start, nbytes, _ = head["sections"][name]
-        if start != end + -end % 8 or nbytes != expected.get(name, nbytes):
+        if start != end or nbytes != expected.get(name, nbytes):
             raise index_damaged(path, "has other sections than its blocks make up")
         end = start + nbytes
 

@@ -1,16 +1,18 @@
 """The blocks of a cache by their marks, which are parsed only where no index or segment knows a mark of these bytes."""
 
 import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.disk.file_system import names_in
 from evl_cache.store.format.index import Index, IndexedBlock, open_index
 from evl_cache.store.format.index_head import SEGMENTS_NAME
-from evl_cache.store.format.layout import mark_path
-from evl_cache.store.format.marks import Mark, parse_mark, read_mark_bytes
+from evl_cache.store.format.layout import mark_path, marked_blocks
+from evl_cache.store.format.marks import ClipRecord, Mark, parse_mark, read_mark_bytes
 
 _SEGMENT_NAME = re.compile(r"([0-9]{6,12})-([0-9]{6,12})\.bin")
 
@@ -18,6 +20,17 @@ _SEGMENT_NAME = re.compile(r"([0-9]{6,12})-([0-9]{6,12})\.bin")
 def segment_name(first: int, stop: int) -> str:
     """Return the name of the segment of blocks first .. stop-1, relative to the cache."""
     return f"{SEGMENTS_NAME}/{first:06d}-{stop:06d}.bin"
+
+
+def clip_records(found: Mark | IndexedBlock, spec: CacheSpec, clips: Sequence[Clip]) -> Sequence[ClipRecord]:
+    """Return the records of a block's clips, frame counts and frame numbers left out where an index has them.
+
+    Args:
+        clips: all of the cache.
+    """
+    if isinstance(found, Mark):
+        return found.clips
+    return found.records(clips[row].id for row in spec.clips_of_block(found.block))
 
 
 class KnownBlocks:
@@ -33,6 +46,19 @@ class KnownBlocks:
         self._segments: dict[str, Index | None] = {}
         self._names: dict[int, str] = {}
         self._look_for_segments()
+
+    def all(self) -> Iterator[Mark | IndexedBlock]:
+        """Yield the blocks that have an intact mark, by their numbers."""
+        for block in sorted(marked_blocks(self._cache_path)):
+            if block < self._spec.num_blocks and (found := self.intact(block)) is not None:
+                yield found
+
+    def intact(self, block: int) -> Mark | IndexedBlock | None:
+        """Return a block; None where it has no intact mark."""
+        try:
+            return self.read(block)
+        except CacheDamaged:
+            return None
 
     def read(self, block: int) -> Mark | IndexedBlock | None:
         """Return a block; None where it has no mark. Raises: as `read_mark`."""

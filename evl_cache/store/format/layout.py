@@ -18,7 +18,7 @@ from evl_cache.errors import UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.file_system import is_there, names_in
 from evl_cache.store.shards.codec import ChunkCodec
-from evl_cache.store.shards.metadata import array_metadata, shard_path
+from evl_cache.store.shards.metadata import array_metadata, shard_name
 
 ATTRIBUTE = "evl_cache"
 CLIPS_NAME = "clips.jsonl"
@@ -28,7 +28,10 @@ MANIFEST_NAME = "manifest.json"
 PROJECTIONS_NAME = "recompute.safetensors"
 RECOVERY_NAME = "recovery.json"
 _REDO_SUFFIX = ".redo"
+_KEPT = "_array_layouts"
 _BLOCK_NUMBER = re.compile("[0-9]{6}|[1-9][0-9]{6,11}")  # as marks are named, and no other
+_SHARD_NUMBER = re.compile("0|[1-9][0-9]{0,11}")  # as shards are
+_SEPARATORS = {"flat": ".", "folders": "/"}  # by `CacheSpec.chunk_keys`
 
 # Measured (docs/rate-distortion.md): level 3 saves 0 to 1 % over 1 for twice the time; 12 saves nothing over 9.
 _PROFILES = {
@@ -50,6 +53,7 @@ class ArrayLayout:
         codec: how a chunk is stored.
         differenced: whether codes are stored as frame-to-frame differences, modulo 256, along the first chunk axis
             that counts frames: these compress better.
+        separator: between the numbers of a shard's name; "/" makes each a directory.
     """
 
     name: str
@@ -58,6 +62,7 @@ class ArrayLayout:
     axes: tuple[str, ...]
     codec: ChunkCodec
     differenced: bool = False
+    separator: str = "."
 
     @property
     def fill_value(self) -> float:
@@ -93,21 +98,51 @@ class ArrayLayout:
                 ATTRIBUTE: {"frame_difference": self.differenced, "layers": list(spec.stored_layers)}
             },
             dimension_names=("sample", "layer", *self.axes),
+            separator=self.separator,
         )
 
     def shard(self, cache_path: Path, block: int) -> Path:
         """Return where a block's shard lies."""
-        return shard_path(cache_path / self.name, block, 2 + len(self.chunk_shape))
+        return cache_path / self.name / shard_name(block, self._num_axes, self.separator)
 
     def shard_name(self, block: int) -> str:
         """Return the same as a manifest names it: relative to the cache, and much faster for a million files."""
-        return f"{self.name}/c/{block}{'/0' * (1 + len(self.chunk_shape))}"
+        return f"{self.name}/{shard_name(block, self._num_axes, self.separator)}"
+
+    @property
+    def shards_share_directory(self) -> bool:
+        """Whether shards of all blocks lie in one directory, which grows with the cache."""
+        return self.separator == "."
+
+    def blocks_directory(self, cache_path: Path) -> Path:
+        """Return the directory in which every block has a name of its own."""
+        return cache_path / self.name / ("" if self.shards_share_directory else "c")
+
+    def blocks_there(self, cache_path: Path) -> set[int]:
+        """Return the blocks of which the array has a file, or a folder for one. Raises: CacheError where the disk refuses."""
+        numbers = names_in(self.blocks_directory(cache_path))
+        if self.shards_share_directory:
+            rest = ".0" * (self._num_axes - 1)
+            numbers = [name[2 : -len(rest)] for name in numbers if name[:2] == "c." and name.endswith(rest)]
+        return {int(number) for number in numbers if _SHARD_NUMBER.fullmatch(number)}
+
+    @property
+    def _num_axes(self) -> int:
+        return 2 + len(self.chunk_shape)
 
 
 def array_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
     """Return the arrays by name, in the order in which a block's files are published."""
+    # Kept with the spec, which never changes: it is asked for with each of 40,000 blocks.
+    found: Mapping[str, ArrayLayout] | None = spec.__dict__.get(_KEPT)
+    if found is None:
+        found = spec.__dict__[_KEPT] = _made_layouts(spec)
+    return found
+
+
+def _made_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
     frames, tokens, width = spec.views.frames, spec.num_tokens, spec.tower.width
-    codec = _PROFILES[spec.codec]
+    codec, separator = _PROFILES[spec.codec], _SEPARATORS[spec.chunk_keys]
     out: dict[str, ArrayLayout] = {}
 
     def add(name: str, dtype: str, axes: Mapping[str, int], *, differenced: bool = False) -> None:
@@ -118,6 +153,7 @@ def array_layouts(spec: CacheSpec) -> Mapping[str, ArrayLayout]:
             axes=tuple(axes),
             codec=codec,
             differenced=differenced,
+            separator=separator,
         )
 
     token_axes = {"frame": frames, "token": tokens, "channel": width}
@@ -179,9 +215,8 @@ def finished_blocks(cache_path: Path) -> set[int]:
 
 def stored_blocks(cache_path: Path, spec: CacheSpec) -> set[int]:
     """Return the blocks of which any array has files, marked or not."""
-    names = {name for array in array_layouts(spec) for name in names_in(cache_path / array / "c")}
-    numbers = {int(name) for name in names if name.isascii() and name.isdecimal()}
-    return {block for block in numbers if block < spec.num_blocks}
+    found = set[int]().union(*(layout.blocks_there(cache_path) for layout in array_layouts(spec).values()))
+    return {block for block in found if block < spec.num_blocks}
 
 
 def _blocks_named(cache_path: Path, suffix: str) -> set[int]:

@@ -8,6 +8,8 @@ before anything is written of it: writer and reader take their numbers from here
 import json
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from evl_cache.clips import MAX_CLASSES, Clip
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.spec import CacheSpec
@@ -82,11 +84,11 @@ def projections_nbytes(spec: CacheSpec) -> int:
     return len(spec.layers) * (2 * width * width * 2 + 4 * width * 4 + 8) if spec.recomputes_maps else 0
 
 
-def check_limits(spec: CacheSpec, *, clip_lines: Sequence[bytes], files: Mapping[str, bytes]) -> None:
+def check_limits(spec: CacheSpec, *, clip_lines: bytes, files: Mapping[str, bytes]) -> None:
     """Check that readers will take every file of a cache that is about to be made.
 
     Args:
-        clip_lines: lines of `clips.jsonl`.
+        clip_lines: the bytes of `clips.jsonl`.
         files: content of the files that describe it, by name.
 
     Raises: UsageError naming what is too large, and what to do.
@@ -107,8 +109,7 @@ def check_limits(spec: CacheSpec, *, clip_lines: Sequence[bytes], files: Mapping
             f"{MANIFEST_NAME} may have {nbytes} bytes, and no reader takes more than {limit}: split the list of "
             "clips into several caches, or take fewer views"
         )
-    sizes, count = [len(line) for line in clip_lines], spec.block_clips
-    names_nbytes = max((sum(sizes[at : at + count]) for at in range(0, len(sizes), count)), default=0)
+    count, names_nbytes = spec.block_clips, _most_nbytes(clip_lines, spec.block_clips)
     if (nbytes := _mark_nbytes(spec, names_nbytes)) > (limit := mark_limit(spec)):
         raise UsageError(
             f"the mark of a block of {count} clips with {spec.views.per_clip} views of {spec.views.frames} frames may "
@@ -138,6 +139,13 @@ def shortened_reason(reason: str) -> str:
     ):
         kept = kept[: len(kept) * 7 // 8]
     return reason if kept == reason else f"{kept} …"
+
+
+def _most_nbytes(lines: bytes, count: int) -> int:
+    """Return how many bytes the largest `count` lines one after another have, of those that begin a block."""
+    ends = np.flatnonzero(np.frombuffer(lines, dtype=np.uint8) == ord("\n")) + 1
+    of_blocks = np.append(ends[count - 1 :: count], len(lines))
+    return int(np.diff(of_blocks, prepend=0).max())
 
 
 def _manifest_nbytes(spec: CacheSpec) -> int:

@@ -1,14 +1,16 @@
 """What lies already where a cache is about to be laid down: what a killed job left of one, or a person's own files."""
 
 import contextlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from evl_cache.canonical_json import digest_matches
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.file_system import check_no_links, read_limited
-from evl_cache.store.format.description import clips_lines, parse_clips
+from evl_cache.store.disk.file_system import check_no_links, is_there, names_in, read_limited
+from evl_cache.store.format.clip_table import ClipTable
+from evl_cache.store.format.description import clips_lines
 from evl_cache.store.format.layout import (
     ATTRIBUTE,
     CLIPS_NAME,
@@ -21,6 +23,7 @@ from evl_cache.store.format.limits import file_limit
 from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.untrusted.json_text import parse_json
 
+_SHARD = re.compile(r"c(\.[0-9].*)?\Z")  # a shard's file, or the folder of all
 # Entries that our files of a name have, beside their digest.
 _ENTRIES = {RECOVERY_NAME: {"group", "clips"}, MANIFEST_NAME: {"feature_id", "content_id", "files"}}
 
@@ -41,9 +44,12 @@ def check_place(cache_path: Path, spec: CacheSpec, files: Mapping[str, bytes]) -
             )
     for name in array_layouts(spec):
         check_no_links(cache_path, cache_path / name / "c")
-        if (cache_path / name / "c").exists() and not (cache_path / name / METADATA_NAME).exists():
+        if is_there(cache_path / name / METADATA_NAME):
+            continue
+        shard = next((found for found in sorted(names_in(cache_path / name)) if _SHARD.match(found)), None)
+        if shard is not None:
             raise UsageError(
-                f"{cache_path / name}/c is there, and no {METADATA_NAME} says of what array; move it away, or choose "
+                f"{cache_path / name}/{shard} is there, and no {METADATA_NAME} says of what array; move it away, or choose "
                 "another directory for the cache (--cache)"
             )
 
@@ -64,7 +70,7 @@ def _is_ours(name: str, found: bytes) -> bool:
         return b'.norm_eps"' in found[: 1 << 20] and b'.norm_weight"' in found[: 1 << 20]
     with contextlib.suppress(CacheError, ValueError, TypeError, AttributeError):
         if name == CLIPS_NAME:
-            return clips_lines(parse_clips(found, name)) == found != b""
+            return clips_lines(ClipTable(found, name)) == found != b""
         content = parse_json(found)
         if name in _ENTRIES:
             return _ENTRIES[name] <= content.keys() and digest_matches(content, found)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from evl_cache.canonical_json import canonical_json, digest
-from evl_cache.clips import Clip
+from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.disk.publish import write_atomic
+from evl_cache.store.format.clip_table import ClipTable
 from evl_cache.store.format.description import (
     CacheDescription,
     clips_lines,
@@ -24,6 +24,7 @@ from evl_cache.store.format.description import (
     parse_group,
     read_clips,
     read_group,
+    recovery_content,
 )
 from evl_cache.store.format.layout import RECOVERY_NAME, array_layouts, marked_blocks
 from evl_cache.store.format.limits import MOST_CLIPS_NBYTES, clips_limit
@@ -33,6 +34,8 @@ from evl_cache.store.objects.objects import DirectoryObjects
 from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.untrusted.json_text import parse_json
 
+_CLIPS_KEY, _DIGEST_KEY, _GROUP_KEY = b'{"clips":[', b'],"digest":"', b'","group":'
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Copy:
@@ -40,7 +43,7 @@ class _Copy:
 
     group: dict[str, Any]
     description: CacheDescription
-    clips: tuple[Clip, ...]
+    clips: ClipTable
 
 
 def restore_description(cache_path: Path) -> list[str]:
@@ -50,7 +53,8 @@ def restore_description(cache_path: Path) -> list[str]:
     Raises: CacheError where both copies are damaged, or it is unclear which of two is this cache's.
     """
     copy, rewritten = _best_copy(cache_path), []
-    for name, content in description_content(copy.description.spec, copy.group, copy.clips).items():
+    lines = clips_lines(copy.clips)
+    for name, content in description_content(copy.description.spec, copy.group, lines).items():
         path = cache_path / name
         check_no_links(cache_path, path.parent)
         if not DirectoryObjects(cache_path).holds(name, content):
@@ -91,19 +95,38 @@ def _second_copy(cache_path: Path, *, most_nbytes: int = MOST_CLIPS_NBYTES) -> _
     path = cache_path / RECOVERY_NAME
     try:
         written = DirectoryObjects(cache_path).get(RECOVERY_NAME, most_nbytes=most_nbytes)
-        content = parse_json(written)
-        group, rows = content["group"], content["clips"]
-        if content["digest"] != digest({"group": group, "clips": rows}):
-            raise CacheDamaged(f"{path}: its digest does not match; repair the cache")
-        if canonical_json(content) != written:
+        group, lines = _parse_recovery(written, path)
+        clips = ClipTable(lines, str(path))
+        if clips_lines(clips) != lines or recovery_content(group, lines) != written:
             raise CacheDamaged(f"{path}: is not written as evl-cache writes it; repair the cache")
-        clips = tuple(Clip.from_json(row) for row in rows)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheDamaged(f"{path}: cannot be read ({error!r}); repair the cache") from error
     description = parse_group(group, path)
-    if hashlib.sha256(clips_lines(clips)).hexdigest() != description.clips_sha256:
+    if clips.sha256 != description.clips_sha256:
         raise CacheDamaged(f"{path}: its clips are not those of its description; repair the cache")
     return _Copy(group=group, description=description, clips=clips)
+
+
+def _parse_recovery(written: bytes, path: Path) -> tuple[dict[str, Any], bytes]:
+    """Return the group document and the lines of `clips.jsonl` in a second copy; as objects they would be ten times as large.
+
+    Whether they are as they should be is for the caller to see, who writes them again.
+
+    Raises: CacheDamaged; ValueError for what is no JSON.
+    """
+    rows, found, rest = written.removeprefix(_CLIPS_KEY).partition(
+        _DIGEST_KEY
+    )  # the first: clips hold no list
+    own, key, group = rest.partition(_GROUP_KEY)
+    if not written.startswith(_CLIPS_KEY) or not found or not key or not group.endswith(b"}\n"):
+        raise CacheDamaged(f"{path}: is not written as evl-cache writes it; repair the cache")
+    content = parse_json(group.removesuffix(b"}\n"))
+    signed = hashlib.sha256(_CLIPS_KEY + rows + b'],"group":')
+    signed.update(group.removesuffix(b"\n"))
+    if own.decode() != signed.hexdigest():
+        raise CacheDamaged(f"{path}: its digest does not match; repair the cache")
+    # A quote within a text has a backslash before it: this is between two clips.
+    return content, rows.replace(b'"},{"id":"', b'"}\n{"id":"') + b"\n"
 
 
 def _best_copy(cache_path: Path) -> _Copy:

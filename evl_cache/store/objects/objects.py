@@ -91,11 +91,11 @@ class DirectoryObjects:
 
     def get(self, name: str, *, most_nbytes: int) -> bytes:
         """See `Objects`."""
-        return read_limited(self._inside(name), most_nbytes)
+        return read_limited(self.path(name), most_nbytes)
 
     def get_range(self, name: str, start: int, nbytes: int) -> Data:
         """See `Objects`."""
-        path = self._inside(name)
+        path = self.path(name)
         try:
             with open_regular(path) as file:
                 file.seek(start)
@@ -111,7 +111,8 @@ class DirectoryObjects:
             return self.get(name, most_nbytes=len(content)) == content
         return False
 
-    def _inside(self, name: str) -> Path:
+    def path(self, name: str) -> Path:
+        """Return where a file is. Raises: CacheError where a link leads out of the directory."""
         path = self.root / name
         check_no_links(self.root, path.parent)
         return path

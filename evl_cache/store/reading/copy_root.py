@@ -41,7 +41,6 @@ _MARKER = re.compile(rb'\{"cache_digest":"([0-9a-f]{64})"\}\n')
 _DIGITS = 32  # of the cache digest, in the copy's name
 _COPY_NAME = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
 _STAGED = re.compile(r"\.tmp-[0-9]+-.+")  # files on their way, beside their names
-_BLOCK_NAME = re.compile("0|[1-9][0-9]{0,11}")
 _STAGED_SHARD = re.compile(r"\.tmp-[0-9]+-[0-9a-f]{16}")
 _FREED_SHARE = 0.1  # beyond what is needed: so that not every fetch has to remove something
 
@@ -147,14 +146,13 @@ def _shard_files(copy: Path) -> Iterator[Path]:
     with contextlib.suppress(CacheError):
         spec = read_description(copy).spec
         for layout in array_layouts(spec).values():
-            blocks = layout.shard(copy, 0).parents[1 + len(layout.chunk_shape)]
             with contextlib.suppress(OSError, CacheError):
-                check_no_links(copy, blocks)
-                for block in (int(name) for name in os.listdir(blocks) if _BLOCK_NAME.fullmatch(name)):
-                    shard = layout.shard(copy, block)
-                    for name in os.listdir(shard.parent) if block < spec.num_blocks else ():
-                        if name == shard.name or _STAGED_SHARD.fullmatch(name):
-                            yield shard.with_name(name)
+                check_no_links(copy, layout.blocks_directory(copy))
+                shards = {layout.shard(copy, b) for b in layout.blocks_there(copy) if b < spec.num_blocks}
+                for directory in {layout.shard(copy, 0).parent, *(shard.parent for shard in shards)}:
+                    for path in (directory / name for name in os.listdir(directory)):
+                        if path in shards or _STAGED_SHARD.fullmatch(path.name):
+                            yield path
 
 
 def default_copy_root() -> Path:

@@ -4,6 +4,7 @@ B samples, T frames, P patches, N = 1+P tokens, C channels.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,8 @@ class FeatureCache:
     Attributes:
         place: where it lies, as it may be shown.
         spec: what it holds.
-        clips: every clip of the list, failed ones included, in order.
-        labels: int64 (samples,).
+        clips: every clip of the list, failed ones included, in order; rows are parsed when they are asked for.
         is_valid: bool (samples,): extracted, and the clip did not fail.
-        sample_clips: int64 (samples,): row of `clips`.
         is_local: whether it lies on a local disk.
         copy: what of a remote cache is kept on a local disk; None for others.
 
@@ -61,14 +60,15 @@ class FeatureCache:
         description = read_description(self.path)
         self.spec: CacheSpec = description.spec
         self.description = description
-        self.clips = read_clips(self.path, description)
-        if any(clip.label >= len(self.spec.classes) for clip in self.clips):
+        self._done = BlocksDone(self.path, self.spec, copy=self.copy)
+        index = self._done.index
+        self.clips = read_clips(self.path, description, labels=None if index is None else index.labels)
+        if len(self.clips) and not 0 <= self.clips.labels.min() <= self.clips.labels.max() < len(
+            self.spec.classes
+        ):
             raise CacheDamaged(
                 f"{path}: labels beyond its {len(self.spec.classes)} classes; repair the cache"
             )
-        self.sample_clips = np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
-        self.labels = np.asarray([clip.label for clip in self.clips], dtype=np.int64)[self.sample_clips]
-        self._done = BlocksDone(self.path, self.spec, copy=self.copy)
         self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
         self._num_samples = self.spec.num_samples
@@ -89,6 +89,16 @@ class FeatureCache:
     def __len__(self) -> int:
         """Return the number of samples, failed and unfinished ones included."""
         return self.spec.num_samples
+
+    @cached_property
+    def sample_clips(self) -> np.ndarray:
+        """The clip's row of each sample, int64 (samples,); made at the first use."""
+        return np.repeat(np.arange(self.spec.num_clips), self.spec.views.per_clip)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The label of each sample, int64 (samples,); made at the first use."""
+        return np.repeat(self.clips.labels.astype(np.int64), self.spec.views.per_clip)
 
     @property
     def name(self) -> str:

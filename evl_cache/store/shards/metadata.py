@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,10 +26,11 @@ def array_metadata(
     codec: ChunkCodec,
     attributes: Mapping[str, Any],
     dimension_names: Sequence[str],
+    separator: str = ".",
 ) -> dict[str, Any]:
     """Return the metadata of a sharded Zarr v3 array: a shard is one file, a chunk is what can be read alone.
 
-    Raises UsageError where the shapes, the names or the dtype contradict one another.
+    `separator`: as of `shard_name`. Raises UsageError where the shapes, the names or the dtype contradict one another.
     """
     name = np.dtype(dtype).name
     if name not in STORED_DTYPES:
@@ -56,7 +56,7 @@ def array_metadata(
         "shape": list(shape),
         "data_type": name,
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(shard_shape)}},
-        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": separator}},
         "fill_value": _fill_value(np.dtype(dtype), fill_value),
         "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
         "attributes": dict(attributes),
@@ -69,9 +69,12 @@ def group_metadata(attributes: Mapping[str, Any]) -> dict[str, Any]:
     return {"zarr_format": 3, "node_type": "group", "attributes": dict(attributes)}
 
 
-def shard_path(array_directory: Path, block: int, num_axes: int) -> Path:
-    """Return where shard `block` along the first axis lies, for shards that span all other axes."""
-    return array_directory.joinpath("c", str(block), *["0"] * (num_axes - 1))
+def shard_name(block: int, num_axes: int, separator: str = ".") -> str:
+    """Return the name, below its array's directory, of shard `block` along the first axis; it spans all other axes.
+
+    `separator`: "." or "/", between the numbers of Zarr's default chunk keys; "/" makes each number a directory.
+    """
+    return f"c{separator}{block}{f'{separator}0' * (num_axes - 1)}"
 
 
 def _fill_value(dtype: np.dtype[Any], value: float) -> int | float | str:

@@ -12,10 +12,8 @@ import numpy as np
 from evl_cache.errors import UsageError
 from evl_cache.quantize import frame_difference
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.directories import make_directories
-from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.disk.locks import BlockLock
-from evl_cache.store.disk.publish import StagedFile, stage_file
+from evl_cache.store.disk.publish import StagedFile
 from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.layout import ArrayLayout, array_layouts
 from evl_cache.store.format.marks import ClipRecord, Mark
@@ -23,8 +21,8 @@ from evl_cache.store.format.rows import Row
 from evl_cache.store.format.size import sample_nbytes
 from evl_cache.store.shards.codec import EncodedChunk, scratch
 from evl_cache.store.shards.shard import ShardWriter
-from evl_cache.store.writing.finish import remove_leftovers
 from evl_cache.store.writing.publication import BlockPublication
+from evl_cache.store.writing.staged_block import stage_shard
 from evl_cache.store.writing.stored_rows import StoredRow
 
 # Rows being compressed or waiting for the disk, by their bytes before the codec: what bounds the memory of a block. One
@@ -136,13 +134,7 @@ class BlockWriter:
             staged.discard()
 
     def _open(self, name: str, layout: ArrayLayout) -> None:
-        directory = layout.shard(self.cache_path, self.block).parent
-        check_no_links(self.cache_path, directory)
-        # The publication syncs before the mark. A sync now would wait for the data of the blocks before.
-        is_new = make_directories(directory, sync=False)
-        if not is_new and self._lock.is_held():
-            remove_leftovers(directory)
-        self._staged[name] = stage_file(directory)
+        self._staged[name] = stage_shard(self.cache_path, layout, self.block, lock=self._lock)
         grid = (self.spec.block_samples, len(self.spec.stored_layers))
         self._writers[name] = ShardWriter(self._staged[name], grid=grid, codec=layout.codec)
 

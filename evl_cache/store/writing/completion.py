@@ -4,18 +4,19 @@ import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from evl_cache.errors import CacheDamaged, UsageError
+from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
+from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.disk.file_system import remove_leftover
 from evl_cache.store.disk.publish import StagedFile, stage_file, write_atomic
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.index import IndexedBlock, believed_index
-from evl_cache.store.format.index_head import INDEX_NAME, Table, clip_labels
+from evl_cache.store.format.index_head import INDEX_NAME, Table
 from evl_cache.store.format.known_blocks import KnownBlocks
 from evl_cache.store.format.layout import MANIFEST_NAME, blocks_in_redo
 from evl_cache.store.format.limits import manifest_limit
-from evl_cache.store.format.manifest import BlockNotDone, block_files, manifest_content
-from evl_cache.store.format.marks import Mark
+from evl_cache.store.format.manifest import BlockNotDone, block_files, find_manifest, manifest_content
+from evl_cache.store.format.marks import Mark, read_mark_bytes
 from evl_cache.store.writing.index_files import IndexWriter, NotIndexable
 
 _Files = dict[str, tuple[int, str]]
@@ -32,11 +33,8 @@ def write_manifest(
     Returns: the cache digest.
     Raises: BlockNotDone; CacheDamaged where a mark is not intact; UsageError for a manifest that no reader takes.
     """
-    believed = believed_index(cache_path, spec)
-    if believed is not None:
-        files = _files_of(_done_blocks(cache_path, spec), spec)
-        if manifest_content(cache_path, spec, files)[1].digest == believed.cache_digest:
-            return believed.cache_digest
+    if (there := _still_true(cache_path, spec)) is not None:
+        return there
     with stage_file(cache_path) as staged:
         files, writer = _indexed(staged, cache_path, spec)
         content, manifest = manifest_content(cache_path, spec, files)
@@ -70,8 +68,50 @@ def _indexed(staged: StagedFile, cache_path: Path, spec: CacheSpec) -> tuple[_Fi
     return files, writer
 
 
-def _files_of(blocks: Iterator[Mark | IndexedBlock], spec: CacheSpec) -> _Files:
-    return {name: digest for found in blocks for name, digest in block_files(found, spec).items()}
+def _still_true(cache_path: Path, spec: CacheSpec) -> str | None:
+    """Return the digest of a manifest that lies there, and whose index is right in every row; None where one is not."""
+    index = believed_index(cache_path, spec)
+    if index is None or blocks_in_redo(cache_path):
+        return None
+    files: _Files = {}
+    with contextlib.suppress(CacheDamaged):
+        for block in range(spec.num_blocks):
+            written = read_mark_bytes(cache_path, block, spec)
+            if written is None or content_digest(written) != index.file_digest(block):
+                return None
+            files |= block_files(index.block(block), spec)
+        if manifest_content(cache_path, spec, files)[1].digest == index.cache_digest:
+            return index.cache_digest
+    return None
+
+
+def write_index(
+    cache_path: Path, spec: CacheSpec, *, before_writing: Callable[[], None] = lambda: None
+) -> str:
+    """Write the index of a cache that has its manifest, which stays as it is.
+
+    Arguments and return value as of `write_manifest`.
+
+    Raises: BlockNotDone where there is no manifest; CacheDamaged where marks are not those that it names.
+    """
+    manifest = find_manifest(cache_path, spec)
+    if manifest is None:
+        raise BlockNotDone(
+            f"{cache_path}: is not complete, so it has no index yet; run the extract command again"
+        )
+    with stage_file(cache_path) as staged:
+        files, writer = _indexed(staged, cache_path, spec)
+        labels = _labels(cache_path, spec)
+        if labels is None or manifest_content(cache_path, spec, files)[1].digest != manifest.digest:
+            raise CacheDamaged(
+                f"{cache_path}: its files are not those that {MANIFEST_NAME} names; repair the cache"
+            )
+        if writer is None:
+            raise CacheError(f"{cache_path}: has marks that cannot be indexed; it is read by its marks")
+        before_writing()
+        writer.finish(cache_digest=manifest.digest, labels=labels, totals=manifest.totals)
+        staged.publish_replacing(cache_path / INDEX_NAME)
+    return manifest.digest
 
 
 def _done_blocks(cache_path: Path, spec: CacheSpec) -> Iterator[Mark | IndexedBlock]:
@@ -88,5 +128,5 @@ def _done_blocks(cache_path: Path, spec: CacheSpec) -> Iterator[Mark | IndexedBl
 def _labels(cache_path: Path, spec: CacheSpec) -> Table | None:
     """Return the labels of all clips; None where the list is damaged, which `verify` tells: then there is no index."""
     with contextlib.suppress(CacheDamaged):
-        return clip_labels(read_clips(cache_path, read_description(cache_path)))
+        return read_clips(cache_path, read_description(cache_path)).labels
     return None

@@ -106,8 +106,8 @@ def _lay_down(
             (hashlib.sha256(content).hexdigest() for content in projected.values()), None
         ),
     )
-    files = description_content(spec, group_document(description), clips)
-    check_limits(spec, clip_lines=lines.splitlines(), files=files | projected)
+    files = description_content(spec, group_document(description), lines)
+    check_limits(spec, clip_lines=lines, files=files | projected)
     check_labels(spec, clips)
     check_place(cache_path, spec, files | projected)
     make_directories(cache_path / DONE_NAME)

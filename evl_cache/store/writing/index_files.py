@@ -1,19 +1,15 @@
 """Writing the index of a complete cache, and segments while it grows. Both are made of marks, and of nothing else."""
 
-import contextlib
 import hashlib
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
 from evl_cache.canonical_json import canonical_json
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import crc32c
-from evl_cache.store.disk.directories import make_directories
-from evl_cache.store.disk.file_system import check_no_links, is_there, names_in, remove_leftover
-from evl_cache.store.disk.publish import AlreadyPublished, StagedFile, is_staging_name, stage_file
 from evl_cache.store.format.index import IndexedBlock
 from evl_cache.store.format.index_head import (
     CLIP,
@@ -22,16 +18,13 @@ from evl_cache.store.format.index_head import (
     MARK,
     NONE,
     ROW_SUM,
-    SEGMENTS_NAME,
     SOURCE,
     Table,
     index_head,
     packed_digest,
     packed_row,
 )
-from evl_cache.store.format.known_blocks import segment_name
-from evl_cache.store.format.layout import mark_path
-from evl_cache.store.format.marks import ClipRecord, Mark, read_mark
+from evl_cache.store.format.marks import ClipRecord, Mark
 
 SEGMENT_BLOCKS = (
     256  # enough that a large cache has few, and few enough that most blocks of one at work are in one
@@ -42,14 +35,22 @@ class NotIndexable(CacheError):
     """A mark has numbers that no index can hold. Ours have none; a cache without an index is read by its marks."""
 
 
+class Sink(Protocol):
+    """Where an index goes: a `StagedFile` that is new, and published by the caller after `finish`."""
+
+    size: int
+
+    def write(self, data: bytes) -> None:
+        """Append bytes."""
+
+    def write_over(self, data: bytes) -> None:
+        """Write over the first bytes."""
+
+
 class IndexWriter:
-    """Writes an index into a staged file, block by block in their order; the same marks give the same bytes.
+    """Writes an index block by block, in their order; the same marks give the same bytes."""
 
-    Args:
-        staged: new; published by the caller after `finish`.
-    """
-
-    def __init__(self, staged: StagedFile, spec: CacheSpec, *, first: int) -> None:
+    def __init__(self, staged: Sink, spec: CacheSpec, *, first: int) -> None:
         self._staged, self._spec, self._first = staged, spec, first
         self._marks: list[Table] = []
         self._clips: list[Table] = []
@@ -66,7 +67,7 @@ class IndexWriter:
             else:
                 self._clips.append(self._with_own_texts(found))
                 self._sources.append(found.sources)
-            row = packed_row(found.files, self._spec)
+            row = packed_row(found.files, self._spec) if isinstance(found, Mark) else found.row
             nbytes = sum(record.size for record in found.files.values())
             size, sha256 = found.file_digest
             mark = (list(packed_digest(found.digest)), list(packed_digest(sha256)), size, nbytes)
@@ -89,7 +90,11 @@ class IndexWriter:
             cache_digest: of the manifest; None for a segment.
             labels: of all clips, for an index.
             totals: number and bytes of all files that the manifest names, likewise.
+
+        Raises: NotIndexable where there is no block.
         """
+        if not self._marks:
+            raise NotIndexable("no block can be indexed")
         sections = {"rows": (HEAD_NBYTES, self._staged.size - HEAD_NBYTES, "")}
         contents = {
             "sources": np.concatenate(self._sources).tobytes(),
@@ -100,7 +105,6 @@ class IndexWriter:
             "texts": canonical_json(list(self._texts)),
         }
         for name, content in contents.items():
-            self._staged.write(bytes(-self._staged.size % 8))
             sections[name] = (self._staged.size, len(content), hashlib.sha256(content).hexdigest())
             self._staged.write(content)
         stop = self._first + len(self._marks)
@@ -147,52 +151,3 @@ def _source(clip: ClipRecord) -> tuple[int, int, list[int]]:
     if clip.source_sha256 is None:
         return nbytes, 0, [0] * 32
     return nbytes, 1, list(packed_digest(clip.source_sha256))
-
-
-def write_segment_of(cache_path: Path, spec: CacheSpec, block: int) -> bool:
-    """Write the segment that a block belongs to, if all its blocks are marked now and none of it is there.
-
-    It is for speed alone: what cannot be written of it is left out, and a later job makes it.
-
-    Returns: whether it was written.
-    """
-    first = block // SEGMENT_BLOCKS * SEGMENT_BLOCKS
-    stop = min(first + SEGMENT_BLOCKS, spec.num_blocks)
-    path = cache_path / segment_name(first, stop)
-    # From the end: the last blocks of a range are the last that are done.
-    if stop - first == spec.num_blocks or not all(
-        is_there(mark_path(cache_path, each)) for each in reversed(range(first, stop))
-    ):
-        return False
-    with contextlib.suppress(AlreadyPublished, CacheError):
-        if is_there(path):
-            return False
-        make_directories(path.parent)
-        check_no_links(cache_path, path.parent)
-        with stage_file(path.parent) as staged:
-            writer = IndexWriter(staged, spec, first=first)
-            for mark in _marks(cache_path, spec, range(first, stop)):
-                writer.add(mark)
-            writer.finish(cache_digest=None)
-            staged.publish(path)
-            return True
-    return False
-
-
-def remove_segments(cache_path: Path) -> None:
-    """Remove the segments, and staged ones: the index has what they have."""
-    directory = cache_path / SEGMENTS_NAME
-    check_no_links(cache_path, directory)
-    for name in names_in(directory):
-        if name.endswith(".bin") or is_staging_name(name):
-            remove_leftover(directory / name)
-    with contextlib.suppress(OSError):
-        directory.rmdir()
-
-
-def _marks(cache_path: Path, spec: CacheSpec, blocks: Iterable[int]) -> Iterable[Mark]:
-    for block in blocks:
-        mark = read_mark(cache_path, block, spec)
-        if mark is None:
-            raise CacheDamaged(f"{mark_path(cache_path, block)}: is gone")
-        yield mark

@@ -6,14 +6,34 @@ from types import TracebackType
 from typing import Self, TypeVar
 
 from evl_cache.store.disk.checksum import file_crc32c
-from evl_cache.store.disk.directories import fsync_directory
-from evl_cache.store.disk.publish import StagedFile
+from evl_cache.store.disk.directories import fsync_directory, make_directories
+from evl_cache.store.disk.file_system import check_no_links
+from evl_cache.store.disk.locks import BlockLock
+from evl_cache.store.disk.publish import StagedFile, stage_file
 from evl_cache.store.disk.runtime import Runtime
+from evl_cache.store.format.layout import ArrayLayout
+from evl_cache.store.writing.leftovers import remove_leftovers
 
 Given = TypeVar("Given")
 Found = TypeVar("Found")
 
 _AT_ONCE = 8  # syncs of files and directories, most of which wait for the same write of the disk's journal
+
+
+def stage_shard(cache_path: Path, layout: ArrayLayout, block: int, *, lock: BlockLock) -> StagedFile:
+    """Open a new staged file for a block's shard of an array, after removing those that a dead job left for it.
+
+    `lock`: of the block, held by this process. Raises: CacheError where the disk refuses; for a link.
+    """
+    directory = layout.shard(cache_path, block).parent
+    check_no_links(cache_path, directory)
+    # The publication syncs before the mark. A sync now would wait for the data of the blocks before.
+    is_new = make_directories(directory, sync=False)
+    # A directory of all blocks is not listed for each of them, only where a lock tells that a job died at this one.
+    is_shared = layout.shards_share_directory
+    if (lock.took_over if is_shared else not is_new) and lock.is_held():
+        remove_leftovers(directory, block=block if is_shared else None)
+    return stage_file(directory, block=block)
 
 
 class StagedBlock:
