@@ -102,7 +102,7 @@ class ClipList:
         return digest_of_list([clip.id, clip.label] for clip in self.clips)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ListLine:
     """One line `path label` of a list, before labels are numbered."""
 

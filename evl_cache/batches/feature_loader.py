@@ -76,7 +76,9 @@ class FeatureLoader:
             raise UsageError(f"layers are {list(numbers)}, reads {reads}; expected one of them")
         self.reads = reads or Reads(layers=numbers, with_maps=with_maps, tokens=tokens)
         self.cache, self.batch = cache, batch
-        self.skipped_clips = len(np.unique(cache.sample_clips[rows[~cache.is_valid[rows]]]))
+        self.skipped_clips = int(
+            np.count_nonzero(np.bincount(cache.sample_clips[rows[~cache.is_valid[rows]]]))
+        )
         views = 1 if shuffle_seed is None else max(1, cache.spec.views.train_views)
         _check_views(cache, self.samples, views)
         self.times = LoaderTimes()

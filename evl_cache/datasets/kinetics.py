@@ -30,7 +30,7 @@ _SPLIT_FOLDERS = {
 _FILE_SPLITS = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class _Row:
     line: int
     label: str
@@ -237,7 +237,7 @@ def _places(tree: VideoTree, split: str) -> Iterator[str]:
 
 
 def _own_folders(tree: VideoTree, split: str) -> list[str]:
-    present = set(tree.folders(""))
+    present = tree.folders("")
     return [name for name in _SPLIT_FOLDERS[split] if name in present]
 
 

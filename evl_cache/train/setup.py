@@ -111,7 +111,7 @@ def _clips(loader: Loader) -> str | None:
 
     None where that would be too long: a random part of millions of clips.
     """
-    rows = np.unique(loader.cache.sample_clips[loader.samples])
+    rows = np.flatnonzero(np.bincount(loader.cache.sample_clips[loader.samples]))
     is_all = len(rows) + loader.skipped_clips == len(loader.cache.clips)
     text = ALL_CLIPS if is_all else format_rows(rows.tolist())
     return text if len(text) <= _MOST_CLIPS_NBYTES else None

@@ -6,6 +6,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
+from evl_cache.canonical_json import digest
+from evl_cache.runs import comparable
 from evl_cache.runs.comparable import (
     clips_of_run,
     comparable_key,
@@ -141,3 +143,12 @@ def test_whose_clips_were_scored_is_told_by_cache_and_rows():
     same = scored_key(config, fingerprint="val-digest", samples=rows["val"])
     assert same == comparable_key(config)
     assert scored_key(config, fingerprint="val-digest", samples=rows["val"][1:]) != same
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 10])
+def test_the_digest_of_samples_is_that_of_their_sorted_list(
+    count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(comparable, "_DIGESTED_AT_A_TIME", 3)
+    rows = np.arange(count)[::-1] * 7
+    assert samples_digest(rows) == digest(sorted(rows.tolist()))

@@ -61,7 +61,10 @@ class LayerParameters(nn.Module):
             nn.init.zeros_(linear.bias)
         for linear in (self.fc1, self.fc2):
             nn.init.xavier_uniform_(linear.weight)
-            nn.init.normal_(linear.bias, std=1e-6)
+            if (
+                not linear.bias.is_meta
+            ):  # there is nothing to fill, and to see that, torch loads its compiler, for seconds
+                nn.init.normal_(linear.bias, std=1e-6)
 
 
 class DecoderLayer(LayerParameters):

@@ -29,6 +29,7 @@ from evl_cache.store.format.index_head import (
     DTYPES,
     HEAD_NBYTES,
     INDEX_NAME,
+    MOST_TEXTS_NBYTES,
     Table,
     check_sections,
     index_damaged,
@@ -106,7 +107,6 @@ class Index:
     Attributes:
         first, stop: its blocks are first .. stop-1.
         cache_digest: of the manifest that it was made with; None for a segment.
-        totals: number and bytes of all files that the manifest names; None for a segment.
         head: its first bytes.
         head_digest: tells this index from any other.
         texts: what `error` and `decoder` of `clips` are numbers of.
@@ -133,7 +133,6 @@ class Index:
             raise CacheDamaged(f"{path}: is another index than before; run the same command again")
         self.first, self.stop = int(head["first"]), int(head["stop"])
         self.cache_digest: str | None = head["cache_digest"]
-        self.totals: tuple[int, int] | None = head["totals"]
         self._places: Mapping[str, tuple[int, int, str]] = head["sections"]
         if (nbytes := index_nbytes(head)) != self._file.size:
             raise self._damaged(f"has {self._file.size} bytes, expected {nbytes}")
@@ -260,6 +259,8 @@ class Index:
         return written
 
     def _read_texts(self) -> tuple[str, ...]:
+        if self._places["texts"][1] > MOST_TEXTS_NBYTES:
+            raise self._damaged("has more text than any that is written")
         texts = parse_json(bytes(self._section("texts")))
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise self._damaged("has texts that are none")

@@ -22,6 +22,7 @@ from evl_cache.untrusted.json_text import parse_json
 INDEX_NAME = "index.bin"
 SEGMENTS_NAME = "segments"  # directory of the indexes of some blocks each, of a cache that is not complete
 INDEX_VERSION = 1
+MOST_TEXTS_NBYTES = 64 << 20  # parsed at every opening; reasons repeat, so ours have a few kilobytes
 HEAD_NBYTES = 4096
 # In the order of the file: what opening needs lies behind the large ones, and is read from elsewhere by one request.
 SECTIONS = ("rows", "sources", "marks", "clips", "labels", "row_sums", "texts")
@@ -85,13 +86,13 @@ def index_head(
     stop: int,
     cache_digest: str | None,
     sections: Mapping[str, tuple[int, int, str]],
-    totals: tuple[int, int] | None = None,
+    nbytes: int,
 ) -> bytes:
     """Return the head of an index: which blocks of which cache it holds, and where each section lies.
 
     Args:
         sections: place, size and sha256 by name; rows have a checksum each, and none of all.
-        totals: number and bytes of all files that the manifest names: a list of caches needs no more of it.
+        nbytes: of all shard files of its blocks: a list of caches needs no more of it.
     """
     content = {
         "version": INDEX_VERSION,
@@ -100,7 +101,7 @@ def index_head(
         "first": first,
         "stop": stop,
         "sections": {name: list(place) for name, place in sections.items()},
-        "totals": None if totals is None else list(totals),
+        "nbytes": nbytes,
     }
     written = signed_json(content)[0]
     assert len(written) <= HEAD_NBYTES
@@ -123,7 +124,8 @@ def parse_head(written: bytes, spec: CacheSpec, path: Path | str) -> dict[str, A
         if (content["version"], content["cache"]) != (INDEX_VERSION, cache_identity(spec)):
             raise index_damaged(path, "is of another cache or version")
         content["sections"] = {name: _parsed_place(*content["sections"][name]) for name in SECTIONS}
-        content["totals"] = _parsed_totals(content["totals"])
+        if type(content["nbytes"]) is not int:
+            raise ValueError("no size of the shards")
         return dict(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise index_damaged(path, f"has a head that cannot be read ({error!r})") from error
@@ -133,15 +135,6 @@ def _parsed_place(start: int, nbytes: int, sha256: str) -> tuple[int, int, str]:
     if type(start) is not int or type(nbytes) is not int or start < HEAD_NBYTES or nbytes < 0:
         raise ValueError("sections that are none")
     return start, nbytes, str(sha256)
-
-
-def _parsed_totals(totals: Any) -> tuple[int, int] | None:
-    if totals is None:
-        return None
-    files, nbytes = totals
-    if type(files) is not int or type(nbytes) is not int or min(files, nbytes) < 0:
-        raise ValueError("totals that are none")
-    return files, nbytes
 
 
 def check_sections(head: Mapping[str, Any], spec: CacheSpec, path: Path | str) -> None:

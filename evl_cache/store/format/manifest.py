@@ -41,11 +41,6 @@ class Manifest:
     files: Mapping[str, tuple[int, str]]
     digest: str
 
-    @property
-    def totals(self) -> tuple[int, int]:
-        """Number and bytes of all files."""
-        return len(self.files), sum(size for size, _ in self.files.values())
-
 
 class DoneBlock(Protocol):
     """What a manifest names of a block: `Mark` and `IndexedBlock` have it."""
@@ -160,6 +155,24 @@ def _around_digest(spec: CacheSpec) -> tuple[bytes, bytes]:
 def _signed(spec: CacheSpec) -> re.Pattern[bytes]:
     before, after = _around_digest(spec)
     return re.compile(re.escape(before) + b'"digest":"([0-9a-f]{64})",' + re.escape(after))
+
+
+def shards_nbytes(manifest: Manifest, spec: CacheSpec) -> int:
+    """Return the bytes of all shard files that a manifest names."""
+    described, layouts = set(description_files(spec)), array_layouts(spec)
+    return sum(
+        size
+        for name, (size, _) in manifest.files.items()
+        if name not in described and name.partition("/")[0] in layouts
+    )
+
+
+def named_size(written: bytes, name: str) -> int | None:
+    """Return the size of a file in the bytes of a manifest, without parsing them; None where it is not there as we write it."""
+    row = re.compile(re.escape(f'"{name}":{{"sha256":"'.encode()) + b'[0-9a-f]{64}","size":([0-9]{1,20})}')
+    at = written.find(f'"{name}":'.encode())
+    found = row.match(written, at) if at >= 0 else None
+    return int(found[1]) if found else None
 
 
 def read_beginning(objects: Objects, spec: CacheSpec) -> tuple[bytes, bool, str | None]:

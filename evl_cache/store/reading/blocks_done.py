@@ -166,15 +166,8 @@ class BlocksDone:
     def check(self, blocks: Iterable[int]) -> None:
         """Check that the marks of blocks, where they have one, are intact, and those that the manifest names.
 
-        An index is of the marks that the manifest names, as long as that is the same manifest.
-
         Raises: CacheDamaged.
         """
-        if (
-            self.index is not None
-            and manifest_digest(self._cache_path, self._spec) == self.index.cache_digest
-        ):
-            return
         blocks = set(blocks)
         for block in sorted(blocks & self.damaged_marks.keys()):
             raise CacheDamaged(self.damaged_marks[block])
@@ -188,6 +181,12 @@ class BlocksDone:
                     f"{self._cache_path / name}: is not the mark that {MANIFEST_NAME} names; if the cache was changed just now "
                     "run the same command again, else repair the cache"
                 )
+
+    @property
+    def is_as_named(self) -> bool:
+        """Whether all blocks are as the manifest names them: by an index, as long as its manifest lies there."""
+        index = self.index
+        return index is not None and manifest_digest(self._cache_path, self._spec) == index.cache_digest
 
     def _file_sha256_of(self, block: int) -> str:
         return self._file_sha256s[block] if self.index is None else self.index.file_digest(block)[1]

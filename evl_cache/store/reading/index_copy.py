@@ -22,6 +22,7 @@ from evl_cache.store.format.index import Fetch, Index, open_index
 from evl_cache.store.format.index_head import (
     HEAD_NBYTES,
     INDEX_NAME,
+    MOST_TEXTS_NBYTES,
     TABLES,
     check_sections,
     index_nbytes,
@@ -32,9 +33,6 @@ from evl_cache.store.objects.objects import Objects
 from evl_cache.store.reading.attempts import ATTEMPTS, attempts
 
 _WINDOW_NBYTES = 1 << 20  # of rows that one request brings
-_MOST_TEXTS_NBYTES = (
-    64 << 20
-)  # reasons of failures and names of decoders; nothing else tells how large they may be
 
 
 class IndexCopy:
@@ -137,7 +135,7 @@ class IndexCopy:
                 if head["cache_digest"] != cache_digest:
                     return False
                 check_sections(head, self._spec, self._url)
-                if head["sections"]["texts"][1] > _MOST_TEXTS_NBYTES:
+                if head["sections"]["texts"][1] > MOST_TEXTS_NBYTES:
                     return False
                 self._make_file(written, head)
                 return True

@@ -22,8 +22,13 @@ from typing import Any
 
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere
 from evl_cache.store.disk.file_system import check_no_links
-from evl_cache.store.format.description import CacheDescription, parse_description, read_group
+from evl_cache.store.format.description import (
+    CacheDescription,
+    parse_description,
+    read_group,
+)
 from evl_cache.store.format.index import Index
+from evl_cache.store.format.index_head import INDEX_NAME
 from evl_cache.store.format.layout import (
     CLIPS_NAME,
     MANIFEST_NAME,
@@ -31,7 +36,7 @@ from evl_cache.store.format.layout import (
     array_layouts,
     mark_name,
 )
-from evl_cache.store.format.limits import clips_limit, file_limit, manifest_limit, projections_limit
+from evl_cache.store.format.limits import clips_limit, file_limit, projections_limit
 from evl_cache.store.format.manifest import (
     manifest_digest,
     parse_manifest,
@@ -46,6 +51,7 @@ from evl_cache.store.reading.attempts import ATTEMPTS, attempts
 from evl_cache.store.reading.copy_root import CopyRoot, write_in_copy
 from evl_cache.store.reading.index_copy import IndexCopy
 from evl_cache.store.reading.sparse_shard import TOUCH_S, SparseShard
+from evl_cache.store.reading.totals import copy_totals
 from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.store.shards.shard_pool import default_limit
 
@@ -82,6 +88,7 @@ class LocalCopy:
         self._files: Mapping[int, ShardFiles] = {}
         self._renew()
         self.index: Index | None = None
+        self._index_is_lost = False
         self.path = self._open()
 
     def serve(self, files: Mapping[int, ShardFiles]) -> None:
@@ -197,8 +204,8 @@ class LocalCopy:
     def _changed(self, reason: str) -> CacheError:
         """Return why what the marks promise does not come: another cache is there now, or this one is damaged."""
         with contextlib.suppress(FileNotFoundError, CacheError):
-            written = self._objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(self._spec))
-            if self._digest_of(written) == self._digest:
+            _, _, named = read_beginning(self._objects, self._spec)
+            if (named or self._digest_of(read_manifest_bytes(self._objects, self._spec))) == self._digest:
                 return CacheDamaged(f"{reason}; verify the cache where it lies")
         return CacheError(f"{self.url}: changed while it was read ({reason}); run the same command again")
 
@@ -237,19 +244,26 @@ class LocalCopy:
     @property
     def totals(self) -> tuple[int, int]:
         """Number and bytes of all files that the manifest names."""
-        known = None if self.index is None else self.index.totals
-        return read_manifest(self.path, self._spec).totals if known is None else known
+        return copy_totals(self.path, self._spec, self.index)
 
     def index_part(self, start: int, nbytes: int, is_right: Callable[[bytes], bool]) -> bytes:
         """Return bytes of the index that are not here. Raises: CacheDamaged where only the index is; CacheError."""
+        if self._index_is_lost:
+            raise CacheDamaged(f"{self.url}/{INDEX_NAME}: was removed; evl-cache index makes it again")
         try:
             return self._index_copy.fetch(start, nbytes, is_right)
         except (FileNotFoundError, CacheDamaged) as error:
-            raise self._changed(f"{error}") from error
+            found = self._changed(f"{error}")
+            # Marks tell from now on, which are asked for one by one.
+            self._index_is_lost = isinstance(error, FileNotFoundError) and isinstance(found, CacheDamaged)
+            raise found from error
 
     def keep_mark(self, block: int, file_digest: tuple[int, str]) -> None:
         """Have a block's mark here, of this size and sha256. Raises: CacheError."""
-        self._keep_whole(mark_name(block), file_digest)
+        try:
+            self._keep_whole(mark_name(block), file_digest)
+        except (NoCacheHere, CacheDamaged) as error:
+            raise self._changed(f"{error}") from error
 
     def _open(self) -> Path:
         """Fetch what describes the cache, as far as it is not here."""

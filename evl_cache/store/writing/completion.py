@@ -45,11 +45,11 @@ def write_manifest(
             )
         labels = _labels(cache_path, spec)
         before_writing()
-        if writer is None or labels is None:
-            remove_leftover(cache_path / INDEX_NAME)
-        else:
-            writer.finish(cache_digest=manifest.digest, labels=labels, totals=manifest.totals)
-            staged.publish_replacing(cache_path / INDEX_NAME)
+        remove_leftover(cache_path / INDEX_NAME)
+        with contextlib.suppress(NotIndexable):
+            if writer is not None and labels is not None:
+                writer.finish(cache_digest=manifest.digest, labels=labels)
+                staged.publish_replacing(cache_path / INDEX_NAME)
     write_atomic(cache_path / MANIFEST_NAME, content)
     return manifest.digest
 
@@ -109,7 +109,7 @@ def write_index(
         if writer is None:
             raise CacheError(f"{cache_path}: has marks that cannot be indexed; it is read by its marks")
         before_writing()
-        writer.finish(cache_digest=manifest.digest, labels=labels, totals=manifest.totals)
+        writer.finish(cache_digest=manifest.digest, labels=labels)
         staged.publish_replacing(cache_path / INDEX_NAME)
     return manifest.digest
 

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,8 @@ def create_cache(
         # One job at a time: two with different specs would mix their files.
         with LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK):
             if not _is_laid_down(cache_path):
-                _lay_down(cache_path, spec, tuple(clips), origin, created_with, projections)
+                listed = clips if isinstance(clips, Sequence) else tuple(clips)
+                _lay_down(cache_path, spec, listed, origin, created_with, projections)
     differences = spec.differences(read_description(cache_path).spec)
     if differences:
         raise UsageError(
@@ -87,7 +88,7 @@ def _is_laid_down(cache_path: Path) -> bool:
 def _lay_down(
     cache_path: Path,
     spec: CacheSpec,
-    clips: tuple[Clip, ...],
+    clips: Sequence[Clip],
     origin: Mapping[str, Any],
     created_with: Mapping[str, str],
     projections: Mapping[int, MapProjection] | None,

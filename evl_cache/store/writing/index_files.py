@@ -16,6 +16,7 @@ from evl_cache.store.format.index_head import (
     HEAD_NBYTES,
     LABEL,
     MARK,
+    MOST_TEXTS_NBYTES,
     NONE,
     ROW_SUM,
     SOURCE,
@@ -77,21 +78,14 @@ class IndexWriter:
         self._row_sums.append(crc32c(row))
         self._staged.write(row)
 
-    def finish(
-        self,
-        *,
-        cache_digest: str | None,
-        labels: Table | None = None,
-        totals: tuple[int, int] | None = None,
-    ) -> None:
+    def finish(self, *, cache_digest: str | None, labels: Table | None = None) -> None:
         """Write what comes after the rows, and the head.
 
         Args:
             cache_digest: of the manifest; None for a segment.
             labels: of all clips, for an index.
-            totals: number and bytes of all files that the manifest names, likewise.
 
-        Raises: NotIndexable where there is no block.
+        Raises: NotIndexable where there is no block, or too much text.
         """
         if not self._marks:
             raise NotIndexable("no block can be indexed")
@@ -104,6 +98,8 @@ class IndexWriter:
             "row_sums": np.asarray(self._row_sums, ROW_SUM).tobytes(),
             "texts": canonical_json(list(self._texts)),
         }
+        if len(contents["texts"]) > MOST_TEXTS_NBYTES:
+            raise NotIndexable(f"the reasons of clips that failed have {len(contents['texts'])} bytes")
         for name, content in contents.items():
             sections[name] = (self._staged.size, len(content), hashlib.sha256(content).hexdigest())
             self._staged.write(content)
@@ -115,7 +111,7 @@ class IndexWriter:
                 stop=stop,
                 cache_digest=cache_digest,
                 sections=sections,
-                totals=totals,
+                nbytes=int(np.concatenate(self._marks)["nbytes"].sum()),
             )
         )
 
