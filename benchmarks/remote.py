@@ -121,7 +121,10 @@ def run_epoch(loader: FeatureLoader) -> None:
 
 def ranged_requests(log: Path) -> int:
     """Answers with a part of a shard."""
-    return sum('"GET ' in line and "/c." in line and '" 206 ' in line for line in log.read_text(errors="replace").splitlines())
+    return sum(
+        '"GET ' in line and "/c." in line and '" 206 ' in line
+        for line in log.read_text(errors="replace").splitlines()
+    )
 
 
 @contextmanager
