@@ -111,7 +111,7 @@ def command(
 
 
 def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
-    from evl_cache.store import size_on_disk
+    from evl_cache.store import cache_size
 
     return {
         "cache": str(job.cache_path),
@@ -126,7 +126,7 @@ def _report(job: ExtractionJob, result: ExtractResult) -> dict[str, Any]:
         "clips_doubtful": result.clips_doubtful,
         "clips_cleared": result.clips_cleared,
         "frames_untold": result.frames_untold,
-        "bytes": size_on_disk(job.cache_path)[0],
+        "bytes": cache_size(job.cache_path, job.spec).nbytes,
         "seconds": result.seconds,
         "clips_per_s": result.clips_done_here / result.seconds,
         "cache_digest": result.cache_digest,

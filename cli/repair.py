@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from evl_cache.extract_options import Role, options_with
-from evl_cache.progress_lines import clip_progress
+from evl_cache.progress_lines import clip_progress, verify_progress
 
 from .common import Command, default_device, print_json, say, say_outage
 from .extract_flags import decoding_of, extract_flags
@@ -54,7 +54,10 @@ def command(
         decode_workers=decode_workers,
         **decoding_of(device, decoder, tolerate_bad_frames, clip_timeout),
     )
-    with clip_progress(0, "repair") as on_clip:
+    with (
+        verify_progress("verify", shown=not as_json) as on_progress,
+        clip_progress(0, "repair", shown=not as_json) as on_clip,
+    ):
         result = repair(
             cache,
             tower=partial(load_tower, model=model, pretrained=pretrained),
@@ -62,6 +65,7 @@ def command(
             options=options,
             on_clip=on_clip,
             on_outage=say_outage,
+            on_progress=on_progress,
         )
     if as_json:
         print_json({"cache": str(cache), **asdict(result)})

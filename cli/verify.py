@@ -4,16 +4,39 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import click
 
+from evl_cache.progress_lines import verify_progress
+
 from .common import Command, print_json, say
+
+if TYPE_CHECKING:
+    from evl_cache.store import Verification
 
 EXAMPLES = """
 evl-cache verify caches/mine
+evl-cache verify caches/mine --sample 5%
 evl-cache verify caches/mine --sources
 """
+
+
+class _Percent(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions only
+    """A share in per cent, with its sign or without."""
+
+    name = "N%"
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            percent = float(str(value).strip().removesuffix("%"))
+        except ValueError:
+            percent = 0.0
+        if not 0 < percent <= 100:  # nor what is no number
+            self.fail(
+                f"{value!r} is no share of the blocks; expected more than 0 and at most 100, such as 5%"
+            )
+        return percent
 
 
 class _Sources(NamedTuple):
@@ -26,7 +49,11 @@ class _Sources(NamedTuple):
 @click.command(cls=Command, name="verify", examples=EXAMPLES)
 @click.argument("cache", type=click.Path(path_type=Path))
 @click.option(
-    "--threads", type=click.IntRange(1), default=2, show_default=True, help="Blocks checked at a time."
+    "--threads", type=click.IntRange(1, 1024), help="Files read at a time [as many as there are processors]."
+)
+@click.option("--sample", type=_Percent(), help="Read the features of so many of the blocks only [all].")
+@click.option(
+    "--seed", type=click.IntRange(0), help="Draw the same blocks again with --sample [others each time]."
 )
 @click.option(
     "--sources",
@@ -37,14 +64,30 @@ class _Sources(NamedTuple):
 )
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the videos [where they were].")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
-def command(cache: Path, threads: int, check_sources: bool, root: Path | None, as_json: bool) -> int:
+def command(
+    cache: Path,
+    threads: int | None,
+    sample: float | None,
+    seed: int | None,
+    check_sources: bool,
+    root: Path | None,
+    as_json: bool,
+) -> int:
     """Prove every byte of a cache against its marks and manifest; exit status 1 where damage is found.
 
-    Agreement, not authenticity: compare the cache digest with one you trust.
+    Agreement, not authenticity: compare the cache digest with one you trust. With --sample marks, manifest, index and
+    description are proved wholly, and the exit status tells of what was read.
     """
-    from evl_cache.store import verify_cache
+    from evl_cache.errors import UsageError
+    from evl_cache.processes import usable_cpus
+    from evl_cache.store import Sample, verify_cache
 
-    found = verify_cache(cache, threads=threads)
+    if seed is not None and sample is None:
+        raise UsageError("--seed draws the blocks of --sample: give both, or neither")
+    drawn = None if sample is None else Sample(percent=sample, seed=seed)
+    threads = threads or usable_cpus()
+    with verify_progress("verify", shown=not as_json) as on_progress:
+        found = verify_cache(cache, threads=threads, sample=drawn, on_progress=on_progress)
     sources = _sources(cache, root, threads) if check_sources else _Sources()
     if as_json:
         print_json({"cache": str(cache), **asdict(found), **sources._asdict()})
@@ -58,16 +101,27 @@ def command(cache: Path, threads: int, check_sources: bool, root: Path | None, a
         for stray in found.strays:
             say(f"stray: {cache / stray} belongs to no block", err=True)
         told = f", {len(sources.doubtful)} clips doubtful" if sources.doubtful else ""
-        say(
-            f"{cache}: {found.blocks_done} of {found.blocks} blocks done and intact, {len(found.problems)} problems{told}; "
-            f"digest {found.cache_digest or '(not complete)'}"
-        )
+        say(f"{cache}: {_blocks(found)}, {len(found.problems)} problems{told}; {_digest(found)}")
         if sources.doubtful:
             say(
                 "doubtful clips may have other frames than they claim; extract --retry-doubtful makes them again",
                 err=True,
             )
     return 1 if found.problems or sources.sources or sources.doubtful else 0
+
+
+def _blocks(found: Verification) -> str:
+    if found.sampled_blocks is None:
+        return f"{found.blocks_done} of {found.blocks} blocks done and intact"
+    done = "" if found.blocks_done == found.blocks else f"{found.blocks_done:,} blocks done; "
+    return f"{done}of {found.blocks:,} blocks {found.sampled_blocks:,} were read"
+
+
+def _digest(found: Verification) -> str:
+    if found.cache_digest is None:
+        return "digest (not complete)"
+    is_part = found.sampled_blocks is not None and found.sampled_blocks < found.blocks
+    return f"digest {found.cache_digest}" + (" by the manifest: not all files were read" if is_part else "")
 
 
 def _sources(cache: Path, root: Path | None, threads: int) -> _Sources:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -103,3 +104,38 @@ def block_progress(description: str) -> Iterator[Callable[[bool], None]]:
             bar.update()
 
         yield on_block
+
+
+_MARKS, _BYTES = "marks", "bytes"
+_LEAST_S = 0.05  # between two looks of a line that is told of every few megabytes
+
+
+@contextmanager
+def verify_progress(description: str, *, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
+    """Show the marks that were read and then bytes/s, the bytes read and the time left, on one line, where `shown`.
+
+    Call what is yielded with `marks` or `bytes`, how many are done, and how many there are; from one thread at a time.
+    """
+    units: dict[str, dict[str, Any]] = {
+        _MARKS: {"desc": f"{description}: marks", "unit": " mark", "leave": False},
+        _BYTES: {"desc": description, "unit": "B", "unit_scale": True},
+    }
+    bars: dict[str, Any] = {}
+    told_s = 0.0
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        nonlocal told_s
+        if what not in bars:
+            for bar in bars.values():
+                bar.close()
+            bars[what] = _line(**units[what], total=total, shown=shown)
+        elif done < total and time.monotonic() - told_s < _LEAST_S:
+            return
+        told_s = time.monotonic()
+        bars[what].update(done - bars[what].n)
+
+    try:
+        yield on_progress
+    finally:
+        for bar in bars.values():
+            bar.close()

@@ -15,7 +15,7 @@ from evl_cache.clips import VAL_SPLITS
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.notation import command_line, format_layers
 from evl_cache.spec import CacheSpec
-from evl_cache.store import CARD_NAME, FeatureCache, Manifest, is_url, manifest_at, write_card
+from evl_cache.store import CARD_NAME, CacheSize, FeatureCache, cache_size, is_url, write_card
 
 UNKNOWN_LICENSE = "unknown"  # as data hubs call it
 # The classes of size that data hubs use, by number of samples.
@@ -74,8 +74,8 @@ def cache_card(
         raise UsageError(
             f"--license {license_name!r}; expected an identifier in small letters, such as cc-by-4.0 or other"
         )
-    manifest = manifest_at(cache.path, cache.spec)
-    if manifest is None:
+    size = cache_size(cache.path, cache.spec)
+    if size.cache_digest is None:
         raise CacheError(
             f"{cache.place}: has no intact manifest, and a card has its digest; run extract again, or repair it"
         )
@@ -84,7 +84,7 @@ def cache_card(
         _introduction(cache.spec),
         _table("What is in it", _contents(cache)),
         _how_made(cache),
-        _table("Size and digests", _sizes(cache.spec, manifest)),
+        _table("Size and digests", _sizes(cache.spec, size)),
         _PROOF,
         _how_to_use(cache, address),
         _licence(cache.spec, license_name),
@@ -180,11 +180,10 @@ def _how_made(cache: FeatureCache) -> str:
     )
 
 
-def _sizes(spec: CacheSpec, manifest: Manifest) -> dict[str, object]:
-    nbytes = sum(size for size, _ in manifest.files.values())
+def _sizes(spec: CacheSpec, size: CacheSize) -> dict[str, object]:
     return {
-        "size": f"{nbytes:,} bytes in {len(manifest.files)} files",
-        "cache digest": manifest.digest,
+        "size": f"{size.nbytes:,} bytes in {size.files} files",
+        "cache digest": size.cache_digest,
         "feature_id": spec.feature_id,
         "content_id": spec.content_id,
     }

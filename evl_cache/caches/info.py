@@ -8,7 +8,7 @@ from typing import Any
 
 from evl_cache.errors import reason_alone
 from evl_cache.spec import FRAME_RULE
-from evl_cache.store import FeatureCache, size_on_disk
+from evl_cache.store import FeatureCache, cache_size
 
 _ALL_BY_RULE = f"all clips by rule {FRAME_RULE}"
 # Of containers in which no decoder finds a frame by its number without reading what is before it.
@@ -24,13 +24,15 @@ _DOUBTFUL_ENDINGS = frozenset((
 def describe(path: str | Path) -> dict[str, Any]:
     """Describe a cache as plain JSON values: spec, size, completeness, failures by reason, versions.
 
+    `bytes` and `files` are of what describes it and of marks and shards of the blocks done, in a directory and behind a URL.
+
     Raises: CacheError where there is no cache; CacheDamaged where its description is not intact.
     """
     cache = FeatureCache(path)
     if cache.copy is None:
-        nbytes, files = size_on_disk(cache.path)
+        size = cache_size(cache.path, cache.spec)
     else:
-        files, nbytes = cache.copy.totals
+        size = cache.copy.size
     done = int(cache.is_valid.reshape(-1, cache.spec.views.per_clip).all(axis=1).sum())
     return {
         "path": cache.place,
@@ -38,8 +40,8 @@ def describe(path: str | Path) -> dict[str, Any]:
         "stored_layers": list(cache.spec.stored_layers),
         "grid": list(cache.spec.tower.grid),
         "content_id": cache.spec.content_id,
-        "bytes": nbytes,
-        "files": files,
+        "bytes": size.nbytes,
+        "files": size.files,
         "blocks": cache.spec.num_blocks,
         "blocks_done": cache.num_blocks_done,
         "is_complete": cache.is_complete,

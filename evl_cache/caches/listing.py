@@ -4,6 +4,7 @@ import contextlib
 import os
 import pwd
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +12,9 @@ from typing import Any
 
 from evl_cache.caches.places import FoundCache, find_caches
 from evl_cache.notation import format_layers
-from evl_cache.store import MANIFEST_NAME, array_layouts, is_url, manifest_at, marked_blocks, totals_at
+from evl_cache.store import MANIFEST_NAME, Totals, cache_size, is_url, totals_at
+
+_THREADS = 8  # each hashes a manifest, or waits for a disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,7 @@ class ListedCache:
         place: path, or URL without credentials.
         dataset, split, model: names.
         layers, frames, views: as options take them.
-        nbytes: size of the data files that are there.
+        nbytes: size of the data files of the blocks done.
         blocks_done, blocks: finished, and in all.
         owner: user whose files they are; None behind a URL.
         modified: when the newest mark or the manifest was written, ISO 8601 in UTC; None behind a URL.
@@ -58,25 +61,20 @@ class ListedCache:
 
 def list_caches(places: Sequence[str]) -> Iterator[ListedCache]:
     """Yield the caches at each place, in order. Raises: CacheError where a URL cannot be read."""
-    for place in places:
-        for found in find_caches(place):
-            yield _listed(found)
+    with ThreadPoolExecutor(_THREADS, thread_name_prefix="ls") as threads:
+        for place in places:
+            yield from threads.map(_listed, find_caches(place))
 
 
 def _listed(found: FoundCache) -> ListedCache:
     spec, views = found.spec, found.spec.views
+    owner, modified = None, None
     if is_url(found.address):
-        totals = totals_at(found.address, spec)
-        digest, nbytes = (totals.cache_digest, totals.nbytes) if totals else (None, 0)
-        done, owner, modified = (spec.num_blocks if totals else 0), None, None
+        size = totals_at(found.address, spec)
     else:
-        manifest = manifest_at(found.address, spec)
-        digest = None if manifest is None else manifest.digest
+        looked = cache_size(found.address, spec)
+        size = Totals(looked.cache_digest, looked.shard_nbytes, looked.blocks_done)
         root = Path(found.address)
-        marked = [block for block in marked_blocks(root) if block < spec.num_blocks]
-        layouts = array_layouts(spec).values()
-        nbytes = sum(_size(layout.shard(root, block)) for layout in layouts for block in marked)
-        done = len(marked)
         owner, modified = _owner_and_time([root / MANIFEST_NAME, root / "done", root / "zarr.json"])
     return ListedCache(
         place=found.place,
@@ -87,20 +85,14 @@ def _listed(found: FoundCache) -> ListedCache:
         frames=views.frames,
         views=views.summary,
         clips=spec.num_clips,
-        nbytes=nbytes,
-        blocks_done=done,
+        nbytes=size.nbytes,
+        blocks_done=size.blocks_done,
         blocks=spec.num_blocks,
         owner=owner,
         modified=modified,
-        cache_digest=digest,
+        cache_digest=size.cache_digest,
         frame_rule=spec.frame_rule,
     )
-
-
-def _size(path: Path) -> int:
-    with contextlib.suppress(OSError):
-        return path.stat().st_size
-    return 0
 
 
 def _owner_and_time(paths: Sequence[Path]) -> tuple[str | None, str | None]:

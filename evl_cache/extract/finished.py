@@ -6,7 +6,7 @@ import numpy as np
 
 from evl_cache.errors import CacheDamaged
 from evl_cache.extract.job import ExtractionJob
-from evl_cache.store import LOCKS_NAME, FeatureCache
+from evl_cache.store import LOCKS_NAME, FeatureCache, settled_digest
 
 
 def found_finished(job: ExtractionJob) -> FeatureCache | None:
@@ -19,8 +19,11 @@ def found_finished(job: ExtractionJob) -> FeatureCache | None:
     if all(os.access(directory, os.W_OK) for directory in directories if directory.is_dir()):
         return None
     cache = FeatureCache(job.cache_path)
+    if settled_digest(job.cache_path, job.spec) is not None:
+        return cache
     try:
         cache.check_marks(np.arange(len(cache)))
     except CacheDamaged:
         return None
-    return cache if cache.is_complete and cache.has_manifest else None
+    is_settled = cache.index_digest is None and cache.is_complete and cache.has_manifest
+    return cache if is_settled else None

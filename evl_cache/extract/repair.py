@@ -19,11 +19,14 @@ from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnClip, check_t
 from evl_cache.extract.outages import OnOutage
 from evl_cache.extract.redo import KEPT_ENVIRONMENTS, BlockRedo
 from evl_cache.extract.stage import BlocksResult, extract_blocks, tower_projections
+from evl_cache.processes import usable_cpus
 from evl_cache.spec import FRAME_RULE
 from evl_cache.store import (
     PROJECTIONS_NAME,
     CacheDescription,
     FeatureCache,
+    KnownBlocks,
+    OnProgress,
     Problem,
     blocks_in_redo,
     finish_cache,
@@ -36,6 +39,7 @@ from evl_cache.store import (
     restore_description,
     valid_mark,
     verify_cache,
+    withdraw_index,
     write_projections,
 )
 from evl_cache.towers import Tower, build_tower
@@ -78,7 +82,8 @@ def repair(
     options: ExtractOptions,
     on_clip: OnClip = lambda failed: None,
     on_outage: OnOutage = lambda message: None,
-    threads: int = 2,
+    threads: int | None = None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> RepairResult:
     """Make a damaged cache whole. Killed at any instant, it may be run again.
 
@@ -89,16 +94,21 @@ def repair(
         options: as for `extract`; its `batch` gives way to the one in the marks, which decides bytes.
         on_clip: called with whether it failed, after each clip.
         on_outage: as for `extract`.
-        threads: how many verify.
+        threads: how many verify; as many as there are processors by default.
+        on_progress: as for `verify_cache`.
 
     Raises: CacheError where both copies of the description are damaged or the disk refuses; UsageError for
         another tower than the cache's; Outage where the videos cannot be read now.
     """
-    found = verify_cache(cache_path, threads=threads)
+    threads = threads or usable_cpus()
+    found = verify_cache(cache_path, threads=threads, on_progress=on_progress)
     problems = list(found.problems)
-    restored = restore_description(cache_path) if any(p.block is None for p in problems) else []
+    restored = []
+    if any(problem.block is None for problem in problems):
+        restored = restore_description(cache_path)
+        withdraw_index(cache_path)  # it is made again of the marks
     if found.blocks == 0:  # the description was too damaged to look further
-        found = verify_cache(cache_path, threads=threads)
+        found = verify_cache(cache_path, threads=threads, on_progress=on_progress)
         problems += found.problems
     description = read_description(cache_path)
     restored += _restore_projections(cache_path, description, tower)
@@ -110,7 +120,8 @@ def repair(
         did, differs = _redo(job, broken, options=options, on_clip=on_clip, on_outage=on_outage)
     # What stays as it is keeps its signs for the next repair: the note of a redo, the manifest that names another mark.
     stays = bool(did.kept_instead) or not blocks_in_redo(cache_path).isdisjoint(did.stayed)
-    is_complete = FeatureCache(cache_path).is_complete and not stays
+    intact = sum(1 for _ in KnownBlocks(cache_path, description.spec).all())
+    is_complete = intact == description.spec.num_blocks and not stays
     return RepairResult(
         problems=tuple(problems),
         files_restored=tuple(restored),

@@ -7,7 +7,7 @@ to prove it, and `copy_to_directory`, `copy_to_bucket` and `copy_part` to copy i
 - `objects`: a cache's files by name, from a directory, a server or a bucket.
 - `shards`: chunks encoded into shard files, and read from them.
 - `format`: what a cache holds and where: arrays, marks, the manifest, the description and its second copy.
-- `reading`, `writing`, `copying`: what is done with a cache.
+- `reading`, `writing`, `copying`, `proving`: what is done with a cache.
 """
 
 from evl_cache.store.copying.card_file import CARD_NAME, write_card
@@ -54,15 +54,23 @@ from evl_cache.store.format.recomputed import (
 from evl_cache.store.format.recovery import restore_description
 from evl_cache.store.format.row_making import FeaturesOverflow, make_row, make_rows
 from evl_cache.store.format.rows import Row, StoredBatch, StoredMaps, StoredTokens
-from evl_cache.store.format.size import check_free_space, num_files, sample_nbytes, size_on_disk
+from evl_cache.store.format.size import (
+    CacheSize,
+    cache_size,
+    check_free_space,
+    num_files,
+    sample_nbytes,
+)
 from evl_cache.store.objects.address import SCHEMES, is_url, public_text, public_url
 from evl_cache.store.objects.objects import open_objects
+from evl_cache.store.proving.files import OnProgress, Sample
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch
 from evl_cache.store.reading.indices import Indices, rows_of
 from evl_cache.store.reading.reader import FeatureCache
 from evl_cache.store.reading.totals import Totals, totals_at
-from evl_cache.store.verify import Problem, verify_cache
+from evl_cache.store.verify import Problem, Verification, verify_cache
 from evl_cache.store.writing.block_writer import BlockWriter
+from evl_cache.store.writing.completion import settled_digest, withdraw_index
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache, index_cache
 from evl_cache.store.writing.mark_records import replace_records

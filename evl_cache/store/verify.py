@@ -4,9 +4,9 @@ It is no proof of authenticity: whoever can write the cache can make a consisten
 digest with one you trust.
 """
 
+import contextlib
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +14,11 @@ from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
-from evl_cache.store.disk.file_system import check_no_links, files_below, read_limited
+from evl_cache.store.disk.file_system import entries_below, read_limited
 from evl_cache.store.disk.publish import is_staging_name
 from evl_cache.store.format.description import (
     CacheDescription,
+    description_files,
     read_clips,
     read_description,
 )
@@ -26,25 +27,26 @@ from evl_cache.store.format.layout import (
     MANIFEST_NAME,
     array_layouts,
     blocks_in_redo,
-    is_in_redo,
     mark_name,
     mark_path,
     marked_blocks,
     redo_path,
 )
-from evl_cache.store.format.limits import MOST_DESCRIPTION_NBYTES
-from evl_cache.store.format.manifest import Manifest, block_files, find_manifest, manifest_content
-from evl_cache.store.format.marks import parse_mark, read_mark_bytes
+from evl_cache.store.format.limits import MOST_DESCRIPTION_NBYTES, manifest_limit
+from evl_cache.store.format.manifest import Manifest, find_manifest
 from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.format.recovery import check_recovery, has_intact_recovery
 from evl_cache.store.objects.objects import DirectoryObjects
+from evl_cache.store.proving.files import OnProgress, Sample, ShardProof
+from evl_cache.store.proving.index_proof import IndexProof
+from evl_cache.store.proving.manifest_text import proved_manifest
+from evl_cache.store.proving.promises import Promises, not_canonical, read_mark_whole
+from evl_cache.store.proving.workers import Workers
 from evl_cache.store.shards.metadata import METADATA_NAME
-from evl_cache.store.shards.shard_index import read_index
 from evl_cache.untrusted.json_text import parse_json
 
 _MARK_NAME = re.compile(rf"{DONE_NAME}/([0-9]{{6,12}})\.json")
 _FIRST_NUMBER = re.compile("[/.]([0-9]{1,12})(?![0-9])")
-BlockFiles = Mapping[str, tuple[int, str]]  # as `block_files` returns them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,8 @@ class Verification:
         blocks: blocks in all.
         strays: files inside the arrays that belong to no block.
         cache_digest: the manifest's; None where the cache is not complete or its manifest is damaged.
+        sampled_blocks: blocks whose shards were read; None where all were. With it, what is said of shards is said of
+            these blocks only, and the digest is of files of which not all were read.
     """
 
     problems: tuple[Problem, ...]
@@ -77,16 +81,22 @@ class Verification:
     blocks: int
     strays: tuple[str, ...]
     cache_digest: str | None
+    sampled_blocks: int | None = None
 
 
 def verify_cache(
-    cache_path: Path, *, on_block: Callable[[], None] = lambda: None, threads: int = 2
+    cache_path: Path,
+    *,
+    threads: int = 2,
+    sample: Sample | None = None,
+    on_progress: OnProgress = lambda what, done, total: None,
 ) -> Verification:
-    """Check every file of a cache.
+    """Check every file of a cache; with a sample all but the shards of blocks that are not in it.
 
     Args:
-        on_block: called after each block that has a mark.
-        threads: blocks checked at a time.
+        threads: files read at a time.
+        sample: of which blocks the shards are read; of all by default.
+        on_progress: see `OnProgress`.
 
     Raises: CacheError where there is no cache at all.
     """
@@ -102,29 +112,59 @@ def verify_cache(
         return Verification(problems=(problem,), blocks_done=0, blocks=0, strays=(), cache_digest=None)
     spec = description.spec
     problems = _check_description(cache_path, description)
-
-    def check(block: int) -> tuple[BlockFiles, list[str]]:
-        result = _check_block(cache_path, spec, block)
-        on_block()
-        return result
-
-    # Only those that are there: a stranger's description may claim a hundred million.
-    begun = marked_blocks(cache_path) | blocks_in_redo(cache_path)
-    marked = sorted(block for block in begun if block < spec.num_blocks)
-    with ThreadPoolExecutor(threads) as pool:
-        results = dict(zip(marked, pool.map(check, marked), strict=True))
-    for block, (_, reasons) in results.items():
-        problems += _problems(reasons, block)
-    done = {block: files for block, (files, reasons) in results.items() if files and not reasons}
-    blamed = {block for block, (_, reasons) in results.items() if reasons}
-    cache_digest, more = _check_manifest(cache_path, spec, done, blamed=blamed, intact=not problems)
+    with Workers(threads) as workers:
+        index = IndexProof(cache_path, spec)
+        promises, reasons = _check_marks(cache_path, spec, index, workers, on_progress)
+        read = promises.blocks if sample is None else sample.draw(promises.blocks)
+        for block, reason in ShardProof(cache_path, spec, promises, workers).read(read, on_progress):
+            reasons.setdefault(block, []).append(reason)
+    for block in sorted(reasons):
+        problems += _problems(reasons[block], block)
+    cache_digest, more = _check_manifest(
+        cache_path, spec, promises, blamed=reasons.keys(), intact=not problems
+    )
+    agrees = cache_digest is not None and not more and len(promises) == spec.num_blocks
+    more += _index_problems(cache_path, description, index, cache_digest if agrees else None)
     return Verification(
         problems=tuple(problems + more),
-        blocks_done=len(done),
+        blocks_done=len(set(promises.blocks) - reasons.keys()),
         blocks=spec.num_blocks,
         strays=tuple(_strays(cache_path, spec)),
         cache_digest=cache_digest,
+        sampled_blocks=None if sample is None else len(read),
     )
+
+
+def _check_marks(
+    cache_path: Path, spec: CacheSpec, index: IndexProof, workers: Workers, on_progress: OnProgress
+) -> tuple[Promises, dict[int, list[str]]]:
+    """Return what all intact marks promise, and what is wrong with marks, by block."""
+    promises, reasons, in_redo = Promises(spec), dict[int, list[str]](), blocks_in_redo(cache_path)
+    # Only those that are there: a stranger's description may claim a hundred million.
+    begun = sorted(block for block in marked_blocks(cache_path) | in_redo if block < spec.num_blocks)
+    found = workers.each(lambda block: read_mark_whole(cache_path, block, spec), begun)
+    for done, (block, read) in enumerate(zip(begun, found, strict=True), start=1):
+        wrong = list(read.wrong)
+        if read.mark is not None:
+            promises.admit(block, read.promise)
+            index.add(read.mark)
+        if block in in_redo and (read.mark is not None or not wrong):
+            redo = redo_path(cache_path, block)
+            wrong.append(f"{redo}: a redo was begun and not ended; repair the cache")
+        if wrong:
+            reasons[block] = wrong
+        on_progress("marks", done, len(begun))
+    return promises, reasons
+
+
+def _index_problems(
+    cache_path: Path, description: CacheDescription, index: IndexProof, cache_digest: str | None
+) -> list[Problem]:
+    labels = None
+    with contextlib.suppress(CacheDamaged):  # told already
+        labels = read_clips(cache_path, description).labels
+    found = index.problem(cache_digest, labels)
+    return [] if found is None else _problems([found])
 
 
 def _problems(reasons: Iterable[str], block: int | None = None) -> list[Problem]:
@@ -146,7 +186,9 @@ def _check_description(cache_path: Path, description: CacheDescription) -> list[
     if recovery is not None:
         reasons.append(recovery)
     path = cache_path / METADATA_NAME
-    reasons += _not_canonical(path, read_limited(path, MOST_DESCRIPTION_NBYTES))
+    written = read_limited(path, MOST_DESCRIPTION_NBYTES)
+    if written != canonical_json(parse_json(written)):
+        reasons.append(not_canonical(path))
     for name, layout in array_layouts(spec).items():
         path = cache_path / name / METADATA_NAME
         if not _holds(cache_path, path, canonical_json(layout.metadata(spec))):
@@ -156,41 +198,17 @@ def _check_description(cache_path: Path, description: CacheDescription) -> list[
     return _problems(reasons)
 
 
-def _check_block(cache_path: Path, spec: CacheSpec, block: int) -> tuple[BlockFiles, list[str]]:
-    """Return what the manifest should say of a block, nothing where it is not done, and what is wrong with it."""
-    marked, begun = mark_path(cache_path, block), []
-    if is_in_redo(cache_path, block):
-        begun = [f"{redo_path(cache_path, block)}: a redo was begun and not ended; repair the cache"]
-    try:
-        written = read_mark_bytes(cache_path, block, spec)
-        if written is None:
-            return {}, begun
-        mark = parse_mark(written, marked, block, spec)
-    except CacheDamaged as error:
-        return {}, [str(error)]
-    reasons = _not_canonical(marked, written) + begun
-    for name, layout in array_layouts(spec).items():
-        path, record = layout.shard(cache_path, block), mark.files[name]
-        try:
-            check_no_links(cache_path, path)
-            if file_digest(path) != record.digest:
-                reasons.append(f"{path}: its bytes are not those its mark promises; repair the cache")
-            else:
-                read_index(path, len(record.chunk_checksums))
-        except CacheError as error:
-            reasons.append(str(error))
-    return block_files(mark, spec), reasons
-
-
 def _check_manifest(
     cache_path: Path,
     spec: CacheSpec,
-    done: Mapping[int, BlockFiles],
+    promises: Promises,
     *,
     blamed: Collection[int],
     intact: bool,
 ) -> tuple[str | None, list[Problem]]:
-    path, is_complete = cache_path / MANIFEST_NAME, len(done) == spec.num_blocks
+    path, is_complete = cache_path / MANIFEST_NAME, len(promises) == spec.num_blocks
+    if is_complete and intact and (proved := _proved_manifest(cache_path, spec, promises)) is not None:
+        return proved, []
     try:
         manifest = find_manifest(cache_path, spec)
     except CacheDamaged as error:
@@ -198,7 +216,8 @@ def _check_manifest(
     if manifest is None:
         missing = f"{path}: missing, though every block is done; repair the cache"
         return None, _problems([missing] if is_complete and intact else [])
-    if not is_complete:
+    done = set(promises.blocks) - set(blamed)
+    if len(done) < spec.num_blocks:
         reason = "in the manifest, but not a valid mark; repair the cache"
         named = (int(match[1]) for name in manifest.files if (match := _MARK_NAME.fullmatch(name)))
         undone = sorted(block for block in named if block < spec.num_blocks and block not in done)
@@ -208,17 +227,24 @@ def _check_manifest(
         return manifest.digest, _blamed(cache_path, absent, reason) + _problems([] if is_whole else [unnamed])
     if not intact:
         return manifest.digest, []
-    files = {name: digest for block in done.values() for name, digest in block.items()}
-    content, found = manifest_content(cache_path, spec, files)
-    if _holds(cache_path, path, content):
-        return manifest.digest, []
-    return None, _disagreements(cache_path, spec, manifest, found)
+    return None, _disagreements(cache_path, spec, manifest, promises)
 
 
-def _disagreements(cache_path: Path, spec: CacheSpec, manifest: Manifest, found: Manifest) -> list[Problem]:
+def _proved_manifest(cache_path: Path, spec: CacheSpec, promises: Promises) -> str | None:
+    """Return the digest of the manifest where it is, to the last byte, the one of these files."""
+    description = {name: file_digest(cache_path / name) for name in description_files(spec)}
+    with contextlib.suppress(OSError, CacheError):
+        written = DirectoryObjects(cache_path).get(MANIFEST_NAME, most_nbytes=manifest_limit(spec))
+        return proved_manifest(written, spec, promises.rows(description))
+    return None
+
+
+def _disagreements(
+    cache_path: Path, spec: CacheSpec, manifest: Manifest, promises: Promises
+) -> list[Problem]:
     """Name the blocks that are whole but not those of the manifest, or the manifest where these are most."""
-    names = {block: mark_name(block) for block in range(spec.num_blocks)}
-    others = [block for block, name in names.items() if manifest.files.get(name) != found.files[name]]
+    named = manifest.files
+    others = [block for block in promises.blocks if named.get(mark_name(block)) != promises.mark(block)]
     if 0 < len(others) <= spec.num_blocks // 2:
         return _blamed(cache_path, others, "is not the mark that the manifest names; repair the cache")
     return _problems([f"{cache_path / MANIFEST_NAME}: does not agree with the files; repair the cache"])
@@ -226,13 +252,6 @@ def _disagreements(cache_path: Path, spec: CacheSpec, manifest: Manifest, found:
 
 def _blamed(cache_path: Path, blocks: Iterable[int], reason: str) -> list[Problem]:
     return [Problem(block=block, reason=f"{mark_path(cache_path, block)}: {reason}") for block in blocks]
-
-
-def _not_canonical(path: Path, written: bytes) -> list[str]:
-    """Return what is wrong with a document's form, if anything: a changed space or escape keeps its digest."""
-    if written == canonical_json(parse_json(written)):
-        return []
-    return [f"{path}: is not written as evl-cache writes it; repair the cache"]
 
 
 def _holds(cache_path: Path, path: Path, content: bytes) -> bool:
@@ -244,7 +263,7 @@ def _strays(cache_path: Path, spec: CacheSpec) -> list[str]:
     names_of |= {name: layout.shard_name for name, layout in array_layouts(spec).items()}
     out: list[str] = []
     for directory, name_of in names_of.items():
-        for name, _ in files_below(cache_path, directory):
+        for name, _ in entries_below(cache_path, directory):
             number = _FIRST_NUMBER.search(name)  # of the block, where it is one's
             is_known = (
                 number is not None and int(number[1]) < spec.num_blocks and name == name_of(int(number[1]))

@@ -9,7 +9,7 @@ import pytest
 
 from evl_cache.caches.info import describe
 from evl_cache.caches.listing import list_caches
-from evl_cache.store import FeatureCache, size_on_disk, verify_cache
+from evl_cache.store import FeatureCache, cache_size, read_description, verify_cache
 from evl_cache.store.format import manifest as manifest_module
 from tests.support.feature_caches import write_cache
 
@@ -59,7 +59,7 @@ def looks(cache: Path) -> dict[str, Callable[[], object]]:
         "info": lambda: describe(cache),
         "ls": lambda: list(list_caches([str(cache)])),
         "verify": lambda: verify_cache(cache),
-        "the report of extract": lambda: size_on_disk(cache),
+        "the report of extract": lambda: cache_size(cache, read_description(cache).spec),
     }
 
 
@@ -99,13 +99,3 @@ def test_a_manifest_that_goes_during_the_look_is_a_cache_that_is_not_complete(
     monkeypatch.setattr(manifest_module, "check_no_links", gone)
     assert describe(cache)["cache_digest"] != complete
     assert opened.check_marks(opened.sample_clips) is None
-
-
-def test_bytes_and_files_are_those_that_lie_there(cache: Path, tmp_path: Path) -> None:
-    files = [path for path in cache.rglob("*") if path.is_file()]
-    assert size_on_disk(cache) == (sum(path.stat().st_size for path in files), len(files))
-    big = tmp_path / "big"
-    big.write_bytes(bytes(10**6))
-    (cache / "link").symlink_to(big)  # not of this cache
-    assert size_on_disk(cache)[0] < sum(path.stat().st_size for path in files) + 10**5
-    assert size_on_disk(tmp_path / "nowhere") == (0, 0)

@@ -388,7 +388,11 @@ def test_a_replaced_video_is_noticed_and_made_again_when_asked(
     assert extract_small(clips, cache).sources_changed is None
     extract_small(clips, tmp_path / "fresh")
     # The reason of the broken clip names the folder of the first extraction.
-    assert differences(tree(cache), tree(tmp_path / "fresh")) == ["done/000001.json", "manifest.json"]
+    assert differences(tree(cache), tree(tmp_path / "fresh")) == [
+        "done/000001.json",
+        "index.bin",
+        "manifest.json",
+    ]
 
 
 def test_a_video_replaced_with_its_time_kept_is_proved_another_by_its_bytes_alone(

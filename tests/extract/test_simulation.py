@@ -171,7 +171,7 @@ def _lost_blocks_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         (_a_lock_once_held_is_believed_in, 130),
         (_what_was_written_is_not_looked_at, 4350),
         (_staged_files_of_all_blocks_are_taken_for_leftovers, 760),
-        (_broken_marks_are_left, 9880),
+        (_broken_marks_are_left, 150),
         (_nothing_is_synced, 300),
         (_the_mark_comes_first, 0),
         (_lost_blocks_are_forgotten, 0),

@@ -138,7 +138,8 @@ def truncate(rng: random.Random, caches: Caches) -> tuple[str, bytes | None]:
 
 
 def delete(rng: random.Random, caches: Caches) -> tuple[str, bytes | None]:
-    return pick(rng, caches.files), None
+    needed = {name: content for name, content in caches.files.items() if name != "index.bin"}
+    return pick(rng, needed), None
 
 
 def overwrite(rng: random.Random, caches: Caches) -> tuple[str, bytes | None]:

@@ -15,15 +15,15 @@ import pytest
 from evl_cache import FeatureCache
 from evl_cache.errors import CacheDamaged
 from evl_cache.spec import ViewSpec
-from evl_cache.store import BlockNotDone, finish_cache, index_cache, read_description
+from evl_cache.store import BlockNotDone, finish_cache, index_cache, read_clips, read_description
 from evl_cache.store.format.index import believed_index, open_index
 from evl_cache.store.format.index_head import HEAD_NBYTES
 from evl_cache.store.format.layout import mark_path, redo_path
 from evl_cache.store.format.marks import parse_mark
+from evl_cache.store.proving.index_proof import IndexProof
 from evl_cache.store.reading import blocks_done
 from evl_cache.store.reading.blocks_done import BlocksDone
 from evl_cache.store.writing import segments
-from evl_cache.store.writing.index_check import IndexCheck
 from tests.support.feature_caches import write_cache
 from tests.support.store_helpers import watched_changes
 
@@ -64,10 +64,10 @@ def values(cache: FeatureCache) -> list[bytes]:
 
 def problem(path: Path, cache: FeatureCache) -> str | None:
     """What is wrong with an index, by all marks."""
-    with IndexCheck(path, cache.spec) as check:
-        for block in range(cache.spec.num_blocks):
-            check.add(parse_mark(mark_path(path, block).read_bytes(), "", block, cache.spec))
-        return check.problem(cache.fingerprint)
+    proof = IndexProof(path, cache.spec)
+    for block in range(cache.spec.num_blocks):
+        proof.add(parse_mark(mark_path(path, block).read_bytes(), "", block, cache.spec))
+    return proof.problem(cache.fingerprint, read_clips(path, cache.description).labels)
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,13 @@ from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract_options import MOST_BATCH
 from evl_cache.spec import CacheSpec, ViewSpec
 from evl_cache.store import ClipRecord, create_cache, verify_cache
-from evl_cache.store import verify as verify_module
+from evl_cache.store.disk.checksum import WholeFile
 from evl_cache.store.format import limits
 from evl_cache.store.format.known_blocks import KnownBlocks
 from evl_cache.store.format.layout import array_layouts, mark_path, marked_blocks
 from evl_cache.store.format.manifest import read_manifest
 from evl_cache.store.format.marks import Mark, mark_content, mark_document, read_mark
+from evl_cache.store.proving import files as files_module
 from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.store.writing.completion import write_manifest
 from evl_cache_cli.main import main
@@ -153,15 +154,13 @@ def test_a_large_cache_is_written_read_and_verified(
             canonical_json(mark_document(mark_of(spec, block, records), spec))
         )
     cache_digest = write_manifest(tmp_path, spec)
-    real = verify_module.file_digest
     by_array = {name: record.digest for name, record in records.items()}  # the data: terabytes
 
-    def digest(path: Path) -> tuple[int, str]:
-        array = path.relative_to(tmp_path).parts[0]
-        return by_array[array] if array in by_array and path.name == "0" else real(path)
+    def read_whole(path: Path, **options: object) -> WholeFile:
+        return WholeFile(*by_array[path.relative_to(tmp_path).parts[0]], end=b"")
 
-    monkeypatch.setattr(verify_module, "file_digest", digest)
-    monkeypatch.setattr(verify_module, "read_index", lambda path, num_chunks: None)
+    monkeypatch.setattr(files_module, "read_whole", read_whole)
+    monkeypatch.setattr(files_module, "check_end", lambda *arguments: None)
     verified = verify_cache(tmp_path)
     assert (verified.cache_digest, verified.problems) == (cache_digest, ())
     assert verified.blocks_done == spec.num_blocks

@@ -272,7 +272,7 @@ CACHES: dict[str, Attack] = {
     "shard a pipe": lambda forge: forge.pipe("tokens/c.0.0.0.0.0"),
     "shard a device": lambda forge: forge.link("maps/c.0.0.0.0.0.0", Path("/dev/zero")),
     "array elsewhere": lambda forge: forge.link("tokens", forge.outside / "tokens"),
-    "shards elsewhere": lambda forge: forge.link("token_scale/c", forge.outside / "scales"),
+    "shards elsewhere": lambda forge: forge.link("token_scale", forge.outside / "scales"),
     "deep manifest": lambda forge: forge.write("manifest.json", DEEP),
     "manifest a link": lambda forge: forge.link("manifest.json", forge.outside / "manifest"),
     "huge manifest": lambda forge: forge.large("manifest.json"),

@@ -44,6 +44,7 @@ from evl_cache.store import (
     verify_cache,
 )
 from evl_cache.store.disk.checksum import file_digest
+from evl_cache.store.disk.file_system import is_local
 from evl_cache.store.disk.runtime import Runtime
 from evl_cache.store.format.layout import MANIFEST_NAME
 from evl_cache.store.format.manifest import Manifest, read_manifest
@@ -205,6 +206,7 @@ def run_schedule(plans: list[Plan], *, blocks: int, seed: int, redo: bool = Fals
 
     Raises: Failed.
     """
+    is_local.cache_clear()  # what it remembers of a schedule before would spare this one a step
     rng, keys = random.Random(seed), CHUNK_KEYS[seed % 5 == 4]  # some in a cache of the older kind
     spec = simulated_spec(blocks, 2 if redo else 1, keys)
     with _laid_down(spec) as root:

@@ -1,8 +1,11 @@
 """Digests and checksums, of bytes and of whole files."""
 
 import hashlib
+import io
+import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from awscrt import checksums
@@ -15,6 +18,7 @@ _combine: Any = getattr(checksums, "combine_crc32c", None)
 
 Buffer = bytes | bytearray | memoryview | np.ndarray[Any, Any]
 _PART_NBYTES = 1 << 20  # read and checked while it is in the processor's cache
+_LARGE_PART_NBYTES = 4 << 20
 
 
 def content_digest(content: bytes) -> tuple[int, str]:
@@ -24,16 +28,58 @@ def content_digest(content: bytes) -> tuple[int, str]:
 
 def file_digest(path: Path) -> tuple[int, str]:
     """Return size in bytes and sha256 (hexadecimal) of a file. Raises CacheError where it cannot be read."""
+    return read_whole(path)[:2]
 
-    def digest() -> tuple[int, str]:
+
+class WholeFile(NamedTuple):
+    """A file that was read from its beginning to its end.
+
+    Attributes:
+        size: in bytes.
+        sha256: hexadecimal.
+        end: its last bytes.
+    """
+
+    size: int
+    sha256: str
+    end: bytes
+
+
+def read_whole(
+    path: Path, *, end_nbytes: int = 0, on_part: Callable[[int], None] = lambda nbytes: None
+) -> WholeFile:
+    """Return size, sha256 and the last `end_nbytes` bytes of a file, read in large parts with the next one asked for.
+
+    Args:
+        on_part: called after each part with its size; what it raises ends the reading.
+
+    Raises: CacheError where it cannot be read.
+    """
+
+    def read() -> WholeFile:
+        digest, size, end = hashlib.sha256(), 0, b""
         with open_regular(path) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return file.tell(), digest
+            # Many threads that hash small parts wait for the interpreter, which only one has at a time.
+            part = memoryview(bytearray(min(_LARGE_PART_NBYTES, os.fstat(file.fileno()).st_size + 1)))
+            while count := _read_part(file, part, size):
+                found = part[:count]
+                digest.update(found)
+                size += count
+                if end_nbytes:
+                    end = (end + bytes(found[-end_nbytes:]))[-end_nbytes:]
+                on_part(count)
+        return WholeFile(size, digest.hexdigest(), end)
 
     try:
-        return again_if_stale(digest)
+        return again_if_stale(read)
     except OSError as error:
         raise disk_error("read", path, error) from error
+
+
+def _read_part(file: io.FileIO, part: memoryview, offset: int) -> int:
+    if len(part) == _LARGE_PART_NBYTES and hasattr(os, "posix_fadvise"):  # not on macOS
+        os.posix_fadvise(file.fileno(), offset + len(part), len(part), os.POSIX_FADV_WILLNEED)
+    return file.readinto(part)
 
 
 def file_crc32c(path: Path) -> tuple[int, int]:

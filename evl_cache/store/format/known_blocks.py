@@ -80,6 +80,11 @@ class KnownBlocks:
                 return index
         return None
 
+    def covering(self, block: int) -> Index | None:
+        """Return an index that had a mark of a block, not proved by its bytes: for what is told at a glance only."""
+        segment = self._segment_of(block)
+        return segment if segment is not None else self._whole
+
     def refresh(self) -> None:
         """See segments that were written since the last look."""
         self._look_for_segments()

@@ -157,16 +157,6 @@ def _signed(spec: CacheSpec) -> re.Pattern[bytes]:
     return re.compile(re.escape(before) + b'"digest":"([0-9a-f]{64})",' + re.escape(after))
 
 
-def shards_nbytes(manifest: Manifest, spec: CacheSpec) -> int:
-    """Return the bytes of all shard files that a manifest names."""
-    described, layouts = set(description_files(spec)), array_layouts(spec)
-    return sum(
-        size
-        for name, (size, _) in manifest.files.items()
-        if name not in described and name.partition("/")[0] in layouts
-    )
-
-
 def named_size(written: bytes, name: str) -> int | None:
     """Return the size of a file in the bytes of a manifest, without parsing them; None where it is not there as we write it."""
     row = re.compile(re.escape(f'"{name}":{{"sha256":"'.encode()) + b'[0-9a-f]{64}","size":([0-9]{1,20})}')

@@ -152,10 +152,19 @@ def read_mark_bytes(cache_path: Path, block: int, spec: CacheSpec) -> bytes | No
 
 def parse_mark(written: bytes, path: str | Path, block: int, spec: CacheSpec) -> Mark:
     """Return the mark in a file's bytes. Raises: as `read_mark`."""
+    return mark_of(parse_document(written, path), written, path, block, spec)
+
+
+def parse_document(written: bytes, path: str | Path) -> Any:
+    """Return the JSON of a mark in a file's bytes. Raises: CacheDamaged."""
     try:
-        content = parse_json(written)
+        return parse_json(written)
     except ValueError as error:
         raise CacheDamaged(f"{path}: not a done mark ({error}); repair the cache") from error
+
+
+def mark_of(content: Any, written: bytes, path: str | Path, block: int, spec: CacheSpec) -> Mark:
+    """Return the mark in a document, which `written` was read as. Raises: as `read_mark`."""
     if not isinstance(content, dict) or not digest_matches(content, written):
         raise CacheDamaged(f"{path}: the mark's own digest does not match; repair the cache")
     for name, value in _head(spec, block).items():

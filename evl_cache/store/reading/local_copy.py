@@ -46,12 +46,13 @@ from evl_cache.store.format.manifest import (
     read_manifest_bytes,
 )
 from evl_cache.store.format.marks import ShardFiles
+from evl_cache.store.format.size import CacheSize
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.attempts import ATTEMPTS, attempts
 from evl_cache.store.reading.copy_root import CopyRoot, write_in_copy
 from evl_cache.store.reading.index_copy import IndexCopy
 from evl_cache.store.reading.sparse_shard import TOUCH_S, SparseShard
-from evl_cache.store.reading.totals import copy_totals
+from evl_cache.store.reading.totals import size_of_copy
 from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.store.shards.shard_pool import default_limit
 
@@ -242,9 +243,9 @@ class LocalCopy:
     # What describes the cache
 
     @property
-    def totals(self) -> tuple[int, int]:
-        """Number and bytes of all files that the manifest names."""
-        return copy_totals(self.path, self._spec, self.index)
+    def size(self) -> CacheSize:
+        """The size of the cache where it lies."""
+        return size_of_copy(self.path, self._spec, self.index)
 
     def index_part(self, start: int, nbytes: int, is_right: Callable[[bytes], bool]) -> bytes:
         """Return bytes of the index that are not here. Raises: CacheDamaged where only the index is; CacheError."""

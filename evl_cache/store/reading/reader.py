@@ -124,6 +124,11 @@ class FeatureCache:
         return self._done.marks_digest if manifest is None else manifest.digest
 
     @property
+    def index_digest(self) -> str | None:
+        """The cache digest that its index names; None where it was opened by its marks."""
+        return None if self._done.index is None else self._done.index.cache_digest
+
+    @property
     def has_manifest(self) -> bool:
         """Whether the manifest is written, intact and this cache's."""
         is_proved = manifest_digest(self.path, self.spec) is not None

@@ -1,8 +1,8 @@
-"""What a complete cache takes where it lies, without opening it."""
+"""The size of a cache behind a URL: without opening it, and of its copy."""
 
 import contextlib
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
@@ -17,61 +17,67 @@ from evl_cache.store.format.manifest import (
     read_beginning,
     read_manifest,
     read_manifest_bytes,
-    shards_nbytes,
 )
+from evl_cache.store.format.size import CacheSize, size_by_manifest
 from evl_cache.store.objects.objects import Objects, objects_of, open_objects
 
 
-@dataclass(frozen=True, kw_only=True)
-class Totals:
-    """What a complete cache takes.
+class Totals(NamedTuple):
+    """What a list of caches says of one.
 
     Attributes:
-        cache_digest: the manifest's.
-        nbytes: of all shard files that it names.
+        cache_digest: the manifest's; None where it has no intact one.
+        nbytes: of all shard files.
+        blocks_done: blocks that have a mark.
     """
 
-    cache_digest: str
+    cache_digest: str | None
     nbytes: int
+    blocks_done: int
 
 
-def totals_at(place: str, spec: CacheSpec) -> Totals | None:
-    """Return what the cache at a path or URL takes; None where it has no intact manifest.
+def totals_at(url: str, spec: CacheSpec) -> Totals:
+    """Return what a list says of the cache at a URL: nothing is known of one that is not complete.
 
     The manifest of a large cache has tens of megabytes. Where its first bytes and the index name one digest, the index
     tells the rest. That the manifest is whole is then proved by who opens the cache, and not here.
 
     Raises: CacheError where it cannot be read.
     """
-    objects = open_objects(place)
+    objects = open_objects(url)
     try:
         beginning, is_all, named = read_beginning(objects, spec)
-        if not is_all and named is not None and (found := _by_index(objects, spec, named)) is not None:
-            return found
+        nbytes = None if is_all or named is None else _shards_by_index(objects, spec, named)
+        if nbytes is not None:
+            return Totals(named, nbytes, spec.num_blocks)
         written = beginning if is_all else read_manifest_bytes(objects, spec)
         manifest = parse_manifest(written, spec, f"{objects.url}/{MANIFEST_NAME}")
     except (BlockNotDone, CacheDamaged):
-        return None
-    return Totals(cache_digest=manifest.digest, nbytes=shards_nbytes(manifest, spec))
+        return Totals(None, 0, 0)
+    return Totals(manifest.digest, size_by_manifest(spec, manifest).shard_nbytes, spec.num_blocks)
 
 
-def copy_totals(path: Path, spec: CacheSpec, index: Index | None) -> tuple[int, int]:
-    """Return number and bytes of all files that the manifest in a copy names. Raises: CacheError."""
+def size_of_copy(path: Path, spec: CacheSpec, index: Index | None) -> CacheSize:
+    """Return the size of the cache that a directory is the copy of. Raises: CacheError."""
     if index is not None:
         written = read_manifest_bytes(objects_of(path), spec)  # parsed, it takes seconds
         sizes = [named_size(written, name) for name in description_files(spec)]
         described = [size for size in sizes if size is not None]
         if len(described) == len(sizes):
-            files = spec.num_blocks * (1 + len(array_layouts(spec)))
-            return len(sizes) + files, sum(described) + int(index.marks["size"].sum()) + index.nbytes
-    rows = read_manifest(path, spec).files.values()
-    return len(rows), sum(size for size, _ in rows)
+            return CacheSize(
+                nbytes=sum(described) + int(index.marks["size"].sum()) + index.nbytes,
+                files=len(sizes) + spec.num_blocks * (1 + len(array_layouts(spec))),
+                shard_nbytes=index.nbytes,
+                blocks_done=spec.num_blocks,
+                cache_digest=index.cache_digest,
+            )
+    return size_by_manifest(spec, read_manifest(path, spec))
 
 
-def _by_index(objects: Objects, spec: CacheSpec, named: str) -> Totals | None:
+def _shards_by_index(objects: Objects, spec: CacheSpec, named: str) -> int | None:
     with contextlib.suppress(FileNotFoundError, CacheError):
         written = bytes(objects.get_range(INDEX_NAME, 0, HEAD_NBYTES))
         head = parse_head(written, spec, f"{objects.url}/{INDEX_NAME}")
         if head["cache_digest"] == named:
-            return Totals(cache_digest=named, nbytes=head["nbytes"])
+            return int(head["nbytes"])
     return None

@@ -31,6 +31,20 @@ def index_content(index: NDArray[np.uint64]) -> bytes:
     return content + crc32c(content).to_bytes(CRC_NBYTES, "little")
 
 
+def index_nbytes(num_chunks: int) -> int:
+    """Return the size of the index that ends a shard."""
+    return num_chunks * _ENTRY_NBYTES + CRC_NBYTES
+
+
+def check_end(path: Path, end: bytes, file_nbytes: int, num_chunks: int) -> None:
+    """Check the index in the last bytes of a shard that was read. Raises: CacheDamaged as `read_index`."""
+    try:
+        data_nbytes = _data_nbytes(file_nbytes, index_nbytes(num_chunks))
+        _parsed(np.frombuffer(end, np.uint8), data_nbytes, num_chunks)
+    except CacheDamaged as error:
+        raise CacheDamaged(f"{path} {error}; verify and repair the cache") from error
+
+
 def read_index(path: Path, num_chunks: int) -> NDArray[np.uint64]:
     """Return the index of a shard, (num_chunks, 2): offset and size, 2^64-1 twice for a missing chunk.
 
@@ -84,13 +98,19 @@ def refusal_of(error: BaseException) -> OSError | None:
 
 def _index_of(file: ShardFile, num_chunks: int) -> NDArray[np.uint64]:
     """Return a shard's index. Raises CacheDamaged unless every chunk lies inside the file and before the index."""
-    index_nbytes = num_chunks * _ENTRY_NBYTES + CRC_NBYTES
-    file_nbytes = file.size_now()
-    data_nbytes = file_nbytes - index_nbytes
-    if data_nbytes < 0:
-        raise CacheDamaged(f"is cut off: {file_nbytes} bytes, its index alone has {index_nbytes}")
-    stored = np.empty(index_nbytes, np.uint8)
+    stored = np.empty(index_nbytes(num_chunks), np.uint8)
+    data_nbytes = _data_nbytes(file.size_now(), len(stored))
     file.read([stored], data_nbytes)
+    return _parsed(stored, data_nbytes, num_chunks)
+
+
+def _data_nbytes(file_nbytes: int, own_nbytes: int) -> int:
+    if file_nbytes < own_nbytes:
+        raise CacheDamaged(f"is cut off: {file_nbytes} bytes, its index alone has {own_nbytes}")
+    return file_nbytes - own_nbytes
+
+
+def _parsed(stored: NDArray[np.uint8], data_nbytes: int, num_chunks: int) -> NDArray[np.uint64]:
     if crc32c(stored[:-CRC_NBYTES]) != int.from_bytes(stored[-CRC_NBYTES:].tobytes(), "little"):
         raise CacheDamaged("has an index that does not match its CRC-32C")
     index = stored[:-CRC_NBYTES].view("<u8").astype(np.uint64).reshape(num_chunks, 2)

@@ -7,7 +7,7 @@ from pathlib import Path
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest
-from evl_cache.store.disk.file_system import remove_leftover
+from evl_cache.store.disk.file_system import remove_file, remove_leftover
 from evl_cache.store.disk.publish import StagedFile, stage_file, write_atomic
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.index import IndexedBlock, believed_index
@@ -33,7 +33,7 @@ def write_manifest(
     Returns: the cache digest.
     Raises: BlockNotDone; CacheDamaged where a mark is not intact; UsageError for a manifest that no reader takes.
     """
-    if (there := _still_true(cache_path, spec)) is not None:
+    if (there := settled_digest(cache_path, spec)) is not None:
         return there
     with stage_file(cache_path) as staged:
         files, writer = _indexed(staged, cache_path, spec)
@@ -68,8 +68,8 @@ def _indexed(staged: StagedFile, cache_path: Path, spec: CacheSpec) -> tuple[_Fi
     return files, writer
 
 
-def _still_true(cache_path: Path, spec: CacheSpec) -> str | None:
-    """Return the digest of a manifest that lies there, and whose index is right in every row; None where one is not."""
+def settled_digest(cache_path: Path, spec: CacheSpec) -> str | None:
+    """Return the cache digest where manifest and index are those of all marks as they lie there; None elsewhere."""
     index = believed_index(cache_path, spec)
     if index is None or blocks_in_redo(cache_path):
         return None
@@ -112,6 +112,11 @@ def write_index(
         writer.finish(cache_digest=manifest.digest, labels=labels)
         staged.publish_replacing(cache_path / INDEX_NAME)
     return manifest.digest
+
+
+def withdraw_index(cache_path: Path) -> None:
+    """Remove the index: what completes the cache next makes it of the marks. Raises: CacheError where the disk refuses."""
+    remove_file(cache_path / INDEX_NAME)
 
 
 def _done_blocks(cache_path: Path, spec: CacheSpec) -> Iterator[Mark | IndexedBlock]:
