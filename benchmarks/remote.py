@@ -5,7 +5,7 @@ that does nothing. ViT-B/16's sizes, five layers with maps, of both profiles. Th
 every sample through the read-through copy; it is as fast as that server is, which reads a whole object for every range
 (blocks are of 32 clips, so that these are not too large). Later epochs read the copy. Both sides lie on
 one disk and are in the page cache. A ratio is the median over rounds of the seconds of the local side over those of
-the other; `requests_a_sample` counts the ranged requests of a first epoch in the server's own log.
+the other; `requests_a_sample` counts the ranged requests for shards of a first epoch in the server's own log.
 """
 
 import argparse
@@ -120,8 +120,11 @@ def run_epoch(loader: FeatureLoader) -> None:
 
 
 def ranged_requests(log: Path) -> int:
-    """Answers with a part of an object."""
-    return sum('"GET ' in line and '" 206 ' in line for line in log.read_text(errors="replace").splitlines())
+    """Answers with a part of a shard."""
+    return sum(
+        '"GET ' in line and "/c." in line and '" 206 ' in line
+        for line in log.read_text(errors="replace").splitlines()
+    )
 
 
 @contextmanager

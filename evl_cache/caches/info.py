@@ -8,7 +8,7 @@ from typing import Any
 
 from evl_cache.errors import reason_alone
 from evl_cache.spec import FRAME_RULE
-from evl_cache.store import FeatureCache, cache_size, size_by_manifest, size_together
+from evl_cache.store import FeatureCache, cache_size, size_together
 
 _ALL_BY_RULE = f"all clips by rule {FRAME_RULE}"
 # Of containers in which no decoder finds a frame by its number without reading what is before it.
@@ -32,7 +32,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     held = [(member.path, member.spec, member.copy) for member in cache.members]
     size = size_together(
         [
-            cache_size(path, spec) if copy is None else size_by_manifest(spec, copy.manifest)
+            cache_size(path, spec) if copy is None else copy.size
             for path, spec, copy in held or [(cache.path, cache.spec, cache.copy)]
         ]
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from evl_cache.caches.places import FoundCache, find_caches
 from evl_cache.notation import format_layers
-from evl_cache.store import GROWN_NAME, MANIFEST_NAME, cache_size, is_url, size_together
+from evl_cache.store import GROWN_NAME, MANIFEST_NAME, is_url, totals_at, totals_together
 
 _THREADS = 8  # each hashes a manifest, or waits for a disk
 
@@ -68,7 +68,7 @@ def list_caches(places: Sequence[str]) -> Iterator[ListedCache]:
 
 def _listed(found: FoundCache) -> ListedCache:
     spec, views = found.spec, found.spec.views
-    size = size_together([cache_size(part.place, part.spec) for part in found.parts])
+    size = totals_together([totals_at(part.place, part.spec) for part in found.parts])
     owner, modified = None, None
     if not is_url(found.address):
         root = Path(found.address)
@@ -84,7 +84,7 @@ def _listed(found: FoundCache) -> ListedCache:
         frames=views.frames,
         views=views.summary,
         clips=spec.num_clips,
-        nbytes=size.shard_nbytes,
+        nbytes=size.nbytes,
         blocks_done=size.blocks_done,
         blocks=sum(part.spec.num_blocks for part in found.parts),
         owner=owner,

@@ -71,7 +71,6 @@ from evl_cache.store.format.size import (
     check_free_space,
     num_files,
     sample_nbytes,
-    size_by_manifest,
 )
 from evl_cache.store.objects.address import SCHEMES, is_url, public_text, public_url
 from evl_cache.store.objects.objects import open_objects
@@ -79,6 +78,7 @@ from evl_cache.store.proving.files import OnProgress, Sample
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch
 from evl_cache.store.reading.indices import Indices, rows_of
 from evl_cache.store.reading.reader import FeatureCache
+from evl_cache.store.reading.totals import totals_at, totals_together
 from evl_cache.store.verify import Problem, Verification
 from evl_cache.store.verify import verify_cache as verify_alone
 from evl_cache.store.verify_grown import verify_cache

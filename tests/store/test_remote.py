@@ -18,7 +18,7 @@ pytest.importorskip("obstore", reason="no obstore here: pip install 'evl-cache[r
 from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.store import FeatureCache, open_objects
-from evl_cache.store.reading import copy_root, local_copy
+from evl_cache.store.reading import attempts, copy_root, local_copy
 from evl_cache.store.reading.copy_root import CopyRoot
 
 LABELS = tuple(i % 3 for i in range(13))
@@ -47,7 +47,7 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def faulty(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
-    monkeypatch.setattr(local_copy, "_BACKOFF_S", 0.001)
+    monkeypatch.setattr(attempts, "_BACKOFF_S", 0.001)
     monkeypatch.setattr("evl_cache.store.objects.obstore_objects._AGAIN_S", (0.01, 0.02, 0.03))
     with faulty_server(cache.parent) as server:
         yield server
@@ -78,9 +78,8 @@ def test_an_epoch_makes_less_than_a_request_a_sample_and_the_next_one_none(web: 
     before = len(web.requests())
     remote = FeatureCache(f"{web.url}/caches/a")
     opened = len(web.requests())
-    assert (
-        opened - before == 1 + 1 + 1 + 3 + 1
-    )  # description, manifest, clips, a mark a block, what was added; nothing is listed
+    # Description, manifest, index, clips, what was added; nothing is listed.
+    assert opened - before == 1 + 1 + 2 + 1 + 1
     loader = FeatureLoader(remote, np.arange(len(remote)), layers=(3, 4), batch=4, shuffle_seed=0)
     first = {int(s) for batch in loader.epoch(0) for s in batch.samples}
     lines = web.requests()[opened:]
@@ -178,10 +177,19 @@ def test_what_stays_corrupted_is_an_error_that_tells_damage_from_change(
 def test_a_description_that_does_not_arrive_whole_is_refused(
     faulty: FaultyServer, copies: Path, name: str
 ) -> None:
-    faulty.fault = lambda path, body: body[:-9] + b"x" + body[-8:] if path.endswith(f"a/{name}") else None
+    is_mark = name.startswith("done/")  # which is read where there is no index
+
+    def fault(path: str, body: bytes) -> bytes | int | None:
+        if is_mark and path.endswith("index.bin"):
+            return 404
+        return body[:-9] + b"x" + body[-8:] if path.endswith(f"a/{name}") else None
+
+    faulty.fault = fault
     with pytest.raises(CacheError):
         FeatureCache(f"{faulty.url}/a")
-    faulty.fault = lambda path, body: 404 if path.endswith(name) else None
+    faulty.fault = lambda path, body: (
+        404 if path.endswith(name) or (is_mark and path.endswith("index.bin")) else None
+    )
     with pytest.raises(CacheError):
         FeatureCache(f"{faulty.url}/a")
     assert not list(copies.rglob("zarr.json")) or name not in ("manifest.json", "zarr.json")
@@ -273,8 +281,8 @@ def test_a_copy_damaged_on_this_disk_heals(web: Nginx, cache: Path) -> None:
         assert torch.equal(damaged.read([0])[0][0], FeatureCache(cache).read([0])[0][0])
     shard.unlink()  # another process made room
     assert torch.equal(remote.read([1])[0][0], FeatureCache(cache).read([1])[0][0])
-    (remote.path / "done" / "000002.json").write_text("{}")
-    assert FeatureCache(url).is_complete
+    (remote.path / "index.bin").write_bytes(b"{}")
+    assert_equal_reads(FeatureCache(url), FeatureCache(cache))
 
 
 def test_a_cache_behind_a_url_travels_to_another_process(web: Nginx, cache: Path) -> None:

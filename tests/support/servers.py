@@ -157,11 +157,13 @@ Fault = Callable[[str, bytes], bytes | int | None]
 @dataclass
 class FaultyServer:
     """Serves a directory over HTTP with ranges. `fault(path, body)` gives other bytes (a short body is a dropped
-    connection), or a status to answer with, or None. `served`: (path, bytes sent) of every request."""
+    connection), or a status to answer with, or None. `served`: (path, bytes sent) of every answer; `asked`: the path of every
+    request, answered or not."""
 
     root: Path
     fault: Fault = lambda path, body: None
     served: list[tuple[str, int]] = field(default_factory=list)
+    asked: list[str] = field(default_factory=list)
     url: str = ""
 
 
@@ -175,6 +177,7 @@ def faulty_server(root: Path) -> Iterator[FaultyServer]:
 
         def do_GET(self) -> None:
             path = state.root / self.path.lstrip("/")
+            state.asked.append(self.path)
             if not path.is_file():
                 self.send_error(404)
                 return
@@ -183,6 +186,9 @@ def faulty_server(root: Path) -> Iterator[FaultyServer]:
             if asked := self.headers.get("Range"):
                 first, _, last = asked.removeprefix("bytes=").partition("-")
                 start, stop = int(first), min(int(last or size - 1) + 1, size)
+                if start >= stop:
+                    self.send_error(416)
+                    return
                 body, status = body[start:stop], 206
             answer = state.fault(self.path, body)
             if isinstance(answer, int):

@@ -80,7 +80,7 @@ def copy_part(
     locks, moved, done = LockWatcher(target / LOCKS_NAME), [], 0
     with ThreadPoolExecutor(threads, thread_name_prefix="encode") as encoders:
         for block in range(spec.num_blocks):
-            mark = valid_mark(cache.path, cache.spec, block)
+            mark = cache.mark(block)
             if mark is None:
                 continue
             with locks.wait_for(f"{block:06d}") as lock:

@@ -1,12 +1,14 @@
-"""A cache sent to a bucket: blocks that differ, each one's mark after its data, the manifest last."""
+"""A cache sent to a bucket: blocks that differ, each one's mark after its data, then the index, the manifest last."""
 
 import contextlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
 from evl_cache.store.copying.card_file import CARD_NAME, may_replace_card, read_card
+from evl_cache.store.copying.index_sending import has_index, send_index, whole_index
 from evl_cache.store.copying.source import (
     THREADS,
     OnBlock,
@@ -15,11 +17,13 @@ from evl_cache.store.copying.source import (
     open_source,
     read_source_mark,
 )
-from evl_cache.store.disk.checksum import file_digest
+from evl_cache.store.disk.checksum import content_digest, file_digest
 from evl_cache.store.disk.file_system import check_no_links, file_identity
 from evl_cache.store.format.description import description_files, read_description
+from evl_cache.store.format.index_head import INDEX_NAME
 from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_path
 from evl_cache.store.format.limits import file_limit, manifest_limit, mark_limit
+from evl_cache.store.format.manifest import parse_manifest
 from evl_cache.store.format.marks import parse_mark
 from evl_cache.store.objects.objects import WritableObjects, open_writable
 from evl_cache.store.writing.publication import check_nothing_lost
@@ -38,7 +42,7 @@ def copy_to_bucket(
     card = read_card(source.objects)
     if card is not None and card != read_card(target) and may_replace_card(target):
         target.put(CARD_NAME, card)
-    manifest = source.written_manifest
+    manifest, index = source.written_manifest, whole_index(cache_path, source)
     there = _get(target, MANIFEST_NAME, manifest_limit(source.spec))
     if manifest is None and there is not None:
         raise CacheError(
@@ -46,16 +50,21 @@ def copy_to_bucket(
             "blocks done; nothing was changed: finish extract, then push"
         )
     if manifest is not None and there == manifest:
+        if index is not None:  # where ours is damaged, that one may be whole
+            send_index(index, target)
         return source.copy_blocks(lambda block: None, place=target.url, threads=threads, on_block=on_block)
+    known = _marks_there(source, target, there)
     # Looked at before anything is removed: what is refused leaves the cache there as it is.
     with ThreadPoolExecutor(threads) as pool:
         differs = dict(
-            zip(source.blocks, pool.map(partial(_differs, source, target), source.blocks), strict=True)
+            zip(source.blocks, pool.map(partial(_differs, source, target, known), source.blocks), strict=True)
         )
         if there is not None:  # it is complete, and stays so where ours is damaged
             others = [block for block in source.blocks if differs[block]]
             list(pool.map(partial(_check_block, source, cache_path), others))
     target.delete(MANIFEST_NAME)
+    if index is None or not has_index(target, index):
+        target.delete(INDEX_NAME)  # it is of another cache, or will be
     for name in description_files(source.spec):
         target.put(name, source.objects.get(name, most_nbytes=file_limit(name, source.spec)))
 
@@ -66,6 +75,7 @@ def copy_to_bucket(
     if manifest is not None:
         if source.objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(source.spec)) != manifest:
             raise CacheError(f"{cache_path}: changed while it was sent; run the same command again")
+        send_index(index, target)
         target.put(MANIFEST_NAME, manifest)
     return result
 
@@ -81,10 +91,31 @@ def _check_target(source: SourceCache, target: WritableObjects) -> None:
         raise UsageError(f"{target.url} holds another cache{reason}; push to another prefix")
 
 
-def _differs(source: SourceCache, target: WritableObjects, block: int) -> bool:
-    """Whether another block, or none, is there. Raises: RowsAtStake where it has features that would be lost."""
+def _marks_there(
+    source: SourceCache, target: WritableObjects, manifest: bytes | None
+) -> Mapping[str, tuple[int, str]]:
+    """Return sizes and sha256s of the marks of a complete cache in a bucket, by name; none of any other.
+
+    A push removes the manifest before it changes anything, so the marks beside a manifest are those that it names.
+    """
+    with contextlib.suppress(CacheDamaged):
+        if manifest is not None:
+            return parse_manifest(manifest, source.spec, f"{target.url}/{MANIFEST_NAME}").files
+    return {}
+
+
+def _differs(
+    source: SourceCache, target: WritableObjects, known: Mapping[str, tuple[int, str]], block: int
+) -> bool:
+    """Whether another block, or none, is there. Raises: RowsAtStake where it has features that would be lost.
+
+    Args:
+        known: the marks there, as far as they are known without a request each.
+    """
     written, mark = read_source_mark(source, block)
     name = mark_path(Path(), block).as_posix()
+    if known.get(name) == content_digest(written):
+        return False
     there = _get(target, name, mark_limit(source.spec))
     if there == written:
         return False

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.store.copying.card_file import may_replace_card, read_card, write_card
+from evl_cache.store.copying.index_sending import bring_index
 from evl_cache.store.copying.source import (
     THREADS,
     OnBlock,
@@ -21,6 +22,7 @@ from evl_cache.store.disk.file_system import check_no_links, remove_file
 from evl_cache.store.disk.locks import BlockLock, LockWatcher
 from evl_cache.store.disk.publish import StagedFile
 from evl_cache.store.format.description import read_description
+from evl_cache.store.format.index_head import INDEX_NAME
 from evl_cache.store.format.layout import (
     LOCKS_NAME,
     MANIFEST_NAME,
@@ -86,8 +88,11 @@ def copy_to_directory(
     if source.manifest is None:
         if len(finished_blocks(target)) == source.spec.num_blocks:  # it was complete before, and is so again
             finish_cache(target, source.spec)
-    elif finish_cache(target, source.spec) != source.cache_digest:
+        return result
+    bring_index(source, target)
+    if finish_cache(target, source.spec) != source.cache_digest:
         remove_file(target / MANIFEST_NAME)
+        remove_file(target / INDEX_NAME)
         raise CacheDamaged(
             f"{source.objects.url}: its files do not make up the cache that its manifest names; verify it there"
         )

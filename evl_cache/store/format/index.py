@@ -10,6 +10,7 @@ The file is a head, in JSON and of fixed size, and sections: a row a block with 
 tables. See docs/cache-format.md.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -29,9 +30,10 @@ from evl_cache.store.format.index_head import (
     HEAD_NBYTES,
     INDEX_NAME,
     MOST_TEXTS_NBYTES,
-    SECTIONS,
     Table,
+    check_sections,
     index_damaged,
+    index_nbytes,
     parse_head,
     row_nbytes,
     unpacked_row,
@@ -41,6 +43,9 @@ from evl_cache.store.format.manifest import manifest_digest
 from evl_cache.store.format.marks import ClipRecord, ShardFiles, check_record
 from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.untrusted.json_text import parse_json
+
+# Brings bytes (start, count) of the file that are as a check wants them, to a copy that has a hole or damage there.
+Fetch = Callable[[int, int, Callable[[bytes], bool]], bytes]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,11 +102,12 @@ class Index:
         path: of the file.
         spec: of the cache.
         expected: digest of the head, where only that very index will do.
-        fetch: brings bytes (start, count) of the file here, where it is a copy that may have holes.
+        fetch: gives what the file lacks, where it is a copy of one behind a URL.
 
     Attributes:
         first, stop: its blocks are first .. stop-1.
         cache_digest: of the manifest that it was made with; None for a segment.
+        head: its first bytes.
         head_digest: tells this index from any other.
         texts: what `error` and `decoder` of `clips` are numbers of.
 
@@ -114,19 +120,22 @@ class Index:
         spec: CacheSpec,
         *,
         expected: str | None = None,
-        fetch: Callable[[int, int], None] | None = None,
+        fetch: Fetch | None = None,
     ) -> None:
         self.path, self._spec, self._fetch = path, spec, fetch
         self._layouts = array_layouts(spec)
         self._file = IndexFile(path)
-        head = parse_head(self._file.read(0, HEAD_NBYTES), spec, path)
+        self.head = self._file.read(0, HEAD_NBYTES)
+        head = parse_head(self.head, spec, path)
+        check_sections(head, spec, path)
         self.head_digest: str = head["digest"]
         if expected not in (None, self.head_digest):
             raise CacheDamaged(f"{path}: is another index than before; run the same command again")
         self.first, self.stop = int(head["first"]), int(head["stop"])
         self.cache_digest: str | None = head["cache_digest"]
         self._places: Mapping[str, tuple[int, int, str]] = head["sections"]
-        self._check_sizes()
+        if (nbytes := index_nbytes(head)) != self._file.size:
+            raise self._damaged(f"has {self._file.size} bytes, expected {nbytes}")
         self._tables = {name: self._table(name) for name in ("marks", "clips", "labels")}
         self._row_sums = self._table("row_sums").copy()
         self.texts = self._read_texts()
@@ -168,8 +177,14 @@ class Index:
     def sources(self) -> Table:
         """A table of `SOURCE` by clip, which is read when it is first asked for. Raises: CacheDamaged."""
         if self._sources is None:
-            self._bring(*self._places["sources"][:2])
-            self._sources = self._table("sources")
+            start, nbytes, sha256 = self._places["sources"]
+            if self._fetch is None:
+                self._sources = self._table("sources")
+            else:
+                written = self._here_or_fetched(
+                    start, nbytes, lambda part: hashlib.sha256(part).hexdigest() == sha256
+                )
+                self._sources = np.frombuffer(written, DTYPES["sources"])
         return self._sources
 
     def file_digest(self, block: int) -> tuple[int, str]:
@@ -198,12 +213,11 @@ class Index:
         nbytes = row_nbytes(self._spec)
         start = self._places["rows"][0] + (block - self.first) * nbytes
         expected = int(self._row_sums[block - self.first])
+        if self._fetch is not None:
+            return self._here_or_fetched(start, nbytes, lambda part: crc32c(part) == expected)
         row = self._file.read(start, nbytes)
         if crc32c(row) != expected:
-            self._bring(start, nbytes)
-            row = self._file.read(start, nbytes)
-            if crc32c(row) != expected:
-                raise self._damaged(f"has a row of block {block} that does not match its CRC-32C")
+            raise self._damaged(f"has a row of block {block} that does not match its CRC-32C")
         return row
 
     def block(self, block: int) -> IndexedBlock:
@@ -227,32 +241,6 @@ class Index:
     def _rows_of(self, block: int) -> slice:
         clips = self._spec.clips_of_block(block)
         return slice(clips.start - self.first_clip, clips.stop - self.first_clip)
-
-    def _check_sizes(self) -> None:
-        num_blocks = self.stop - self.first
-        if not 0 <= self.first < self.stop <= self._spec.num_blocks:
-            raise self._damaged(f"holds blocks {self.first} to {self.stop - 1}")
-        clips = min(self.stop * self._spec.block_clips, self._spec.num_clips) - self.first_clip
-        is_whole = self.cache_digest is not None
-        counts = {
-            "marks": num_blocks,
-            "clips": clips,
-            "labels": clips * is_whole,
-            "row_sums": num_blocks,
-            "sources": clips,
-        }
-        expected = {name: count * DTYPES[name].itemsize for name, count in counts.items()}
-        expected["rows"] = num_blocks * row_nbytes(self._spec)
-        if any(self._places[name][1] != nbytes for name, nbytes in expected.items()):
-            raise self._damaged("has sections of other sizes than its blocks")
-        end = HEAD_NBYTES
-        for name in SECTIONS:  # nothing lies between them that no checksum is of
-            start, nbytes, _ = self._places[name]
-            if start != end:
-                raise self._damaged("has sections that do not follow each other")
-            end += nbytes
-        if end != self._file.size:
-            raise self._damaged(f"has {self._file.size} bytes, expected {end}")
 
     def _still(self, name: str) -> Table:
         """Return a table, unless the file was cut off since: a page of a map that is behind its end ends the process."""
@@ -284,15 +272,19 @@ class Index:
         except ValueError as error:
             raise self._damaged(f"describes files that cannot be ({error})") from error
 
-    def _bring(self, start: int, nbytes: int) -> None:
-        if self._fetch is not None:
-            self._fetch(start, nbytes)
+    def _here_or_fetched(self, start: int, nbytes: int, is_right: Callable[[bytes], bool]) -> bytes:
+        assert self._fetch is not None
+        with contextlib.suppress(CacheDamaged):  # of a copy that was cut off
+            here = self._file.read(start, nbytes)
+            if is_right(here):
+                return here
+        return self._fetch(start, nbytes, is_right)
 
     def _damaged(self, reason: str) -> CacheDamaged:
         return index_damaged(self.path, reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened_again, (self.path, self._spec, self.head_digest)
+        return _opened_again, (self.path, self._spec, self.head_digest, self._fetch)
 
 
 def open_index(
@@ -300,7 +292,7 @@ def open_index(
     spec: CacheSpec,
     *,
     name: str = INDEX_NAME,
-    fetch: Callable[[int, int], None] | None = None,
+    fetch: Fetch | None = None,
 ) -> Index | None:
     """Return an index or segment that lies in a cache; None where there is no intact one of this cache.
 
@@ -332,5 +324,5 @@ def believed_index(cache_path: Path, spec: CacheSpec) -> Index | None:
     return index if index.cache_digest == manifest_digest(cache_path, spec) else None
 
 
-def _opened_again(path: Path, spec: CacheSpec, head_digest: str) -> Index:
-    return Index(path, spec, expected=head_digest)
+def _opened_again(path: Path, spec: CacheSpec, head_digest: str, fetch: Fetch | None) -> Index:
+    return Index(path, spec, expected=head_digest, fetch=fetch)

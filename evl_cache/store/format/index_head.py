@@ -24,7 +24,9 @@ SEGMENTS_NAME = "segments"  # directory of the indexes of some blocks each, of a
 INDEX_VERSION = 1
 MOST_TEXTS_NBYTES = 64 << 20  # parsed at every opening; reasons repeat, so ours have a few kilobytes
 HEAD_NBYTES = 4096
+# In the order of the file: what opening needs lies behind the large ones, and is read from elsewhere by one request.
 SECTIONS = ("rows", "sources", "marks", "clips", "labels", "row_sums", "texts")
+TABLES = "marks"  # where that begins
 NONE = -1  # for a number that a record does not have
 
 MARK = np.dtype([("digest", "u1", 32), ("sha256", "u1", 32), ("size", "<u8"), ("nbytes", "<u8")])
@@ -84,11 +86,13 @@ def index_head(
     stop: int,
     cache_digest: str | None,
     sections: Mapping[str, tuple[int, int, str]],
+    nbytes: int,
 ) -> bytes:
     """Return the head of an index: which blocks of which cache it holds, and where each section lies.
 
     Args:
         sections: place, size and sha256 by name; rows have a checksum each, and none of all.
+        nbytes: of all shard files of its blocks: a list of caches needs no more of it.
     """
     content = {
         "version": INDEX_VERSION,
@@ -97,6 +101,7 @@ def index_head(
         "first": first,
         "stop": stop,
         "sections": {name: list(place) for name, place in sections.items()},
+        "nbytes": nbytes,
     }
     written = signed_json(content)[0]
     assert len(written) <= HEAD_NBYTES
@@ -108,7 +113,7 @@ def cache_identity(spec: CacheSpec) -> str:
     return digest([spec.feature_id, spec.content_id, list(spec.layers), spec.codec, spec.block_clips])
 
 
-def parse_head(written: bytes, spec: CacheSpec, path: Path) -> dict[str, Any]:
+def parse_head(written: bytes, spec: CacheSpec, path: Path | str) -> dict[str, Any]:
     """Return the fields of a head. Raises: CacheDamaged where it is not intact, or of another cache or version."""
     try:
         content = parse_json(written)
@@ -119,6 +124,8 @@ def parse_head(written: bytes, spec: CacheSpec, path: Path) -> dict[str, Any]:
         if (content["version"], content["cache"]) != (INDEX_VERSION, cache_identity(spec)):
             raise index_damaged(path, "is of another cache or version")
         content["sections"] = {name: _parsed_place(*content["sections"][name]) for name in SECTIONS}
+        if type(content["nbytes"]) is not int:
+            raise ValueError("no size of the shards")
         return dict(content)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise index_damaged(path, f"has a head that cannot be read ({error!r})") from error
@@ -130,7 +137,40 @@ def _parsed_place(start: int, nbytes: int, sha256: str) -> tuple[int, int, str]:
     return start, nbytes, str(sha256)
 
 
-def index_damaged(path: Path, reason: str) -> CacheDamaged:
+def check_sections(head: Mapping[str, Any], spec: CacheSpec, path: Path | str) -> None:
+    """Check that a head's sections have the sizes of its blocks, and lie one behind the other as they are written.
+
+    Raises: CacheDamaged.
+    """
+    first, stop = head["first"], head["stop"]
+    if type(first) is not int or type(stop) is not int or not 0 <= first < stop <= spec.num_blocks:
+        raise index_damaged(path, f"holds blocks {str(first)[:20]} to {str(stop)[:20]}, not included")
+    clips = min(stop * spec.block_clips, spec.num_clips) - first * spec.block_clips
+    is_whole = head["cache_digest"] is not None
+    counts = {
+        "marks": stop - first,
+        "clips": clips,
+        "labels": clips * is_whole,
+        "row_sums": stop - first,
+        "sources": clips,
+    }
+    expected = {name: count * DTYPES[name].itemsize for name, count in counts.items()}
+    expected["rows"] = (stop - first) * row_nbytes(spec)
+    end = HEAD_NBYTES
+    for name in SECTIONS:
+        start, nbytes, _ = head["sections"][name]
+        if start != end or nbytes != expected.get(name, nbytes):
+            raise index_damaged(path, "has other sections than its blocks make up")
+        end = start + nbytes
+
+
+def index_nbytes(head: Mapping[str, Any]) -> int:
+    """Return the size of the file of an index."""
+    start, nbytes, _ = head["sections"][SECTIONS[-1]]
+    return int(start + nbytes)
+
+
+def index_damaged(path: Path | str, reason: str) -> CacheDamaged:
     """Return the error of an index that is not as it was written."""
     return CacheDamaged(f"{path}: {reason}; evl-cache index makes it again")
 

@@ -22,6 +22,7 @@ from evl_cache.untrusted.json_text import parse_json
 
 MANIFEST_VERSION = 1
 _PART_NBYTES = 1 << 20
+_BEGINNING_NBYTES = 64 << 10  # of a manifest: the whole of one of few blocks, and of any other its digest
 
 
 class BlockNotDone(CacheError):
@@ -133,14 +134,10 @@ def proved_digest(parts: Iterable[bytes], spec: CacheSpec) -> str | None:
 
     Signed JSON has the digest at a known place, and is the digest of the bytes without it.
     """
-    before, after = (
-        f'{{"content_id":"{spec.content_id}",'.encode(),
-        f'"feature_id":"{spec.feature_id}",'.encode(),
-    )
-    signed = re.compile(re.escape(before) + b'"digest":"([0-9a-f]{64})",' + re.escape(after))
+    before, after = _around_digest(spec)
     parts = iter(parts)
     first = next(parts, b"")
-    if (match := signed.match(first)) is None:
+    if (match := _signed(spec).match(first)) is None:
         return None
     own = hashlib.sha256(before)
     last = first[match.end() - len(after) :]
@@ -151,17 +148,56 @@ def proved_digest(parts: Iterable[bytes], spec: CacheSpec) -> str | None:
     return match[1].decode() if last.endswith(b"\n") and own.hexdigest() == match[1].decode() else None
 
 
+def _around_digest(spec: CacheSpec) -> tuple[bytes, bytes]:
+    return f'{{"content_id":"{spec.content_id}",'.encode(), f'"feature_id":"{spec.feature_id}",'.encode()
+
+
+def _signed(spec: CacheSpec) -> re.Pattern[bytes]:
+    before, after = _around_digest(spec)
+    return re.compile(re.escape(before) + b'"digest":"([0-9a-f]{64})",' + re.escape(after))
+
+
+def named_size(written: bytes, name: str) -> int | None:
+    """Return the size of a file in the bytes of a manifest, without parsing them; None where it is not there as we write it."""
+    row = re.compile(re.escape(f'"{name}":{{"sha256":"'.encode()) + b'[0-9a-f]{64}","size":([0-9]{1,20})}')
+    at = written.find(f'"{name}":'.encode())
+    found = row.match(written, at) if at >= 0 else None
+    return int(found[1]) if found else None
+
+
+def read_beginning(objects: Objects, spec: CacheSpec) -> tuple[bytes, bool, str | None]:
+    """Return the first bytes of a manifest, whether they are all, and the digest that they name, which is not proved.
+
+    Raises: BlockNotDone where there is no manifest; CacheError as reading.
+    """
+    try:
+        beginning = bytes(objects.get_range(MANIFEST_NAME, 0, _BEGINNING_NBYTES))
+    except FileNotFoundError as error:
+        raise _not_complete(objects) from error
+    match = _signed(spec).match(beginning)
+    return beginning, len(beginning) < _BEGINNING_NBYTES, match[1].decode() if match else None
+
+
+def _not_complete(objects: Objects) -> BlockNotDone:
+    return BlockNotDone(
+        f"{objects.url}: has no {MANIFEST_NAME}: it is not complete; finish extract or push, then run this again"
+    )
+
+
+def read_manifest_bytes(objects: Objects, spec: CacheSpec) -> bytes:
+    """Return a complete cache's manifest as written. Raises: BlockNotDone where there is none."""
+    try:
+        return objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(spec))
+    except FileNotFoundError as error:
+        raise _not_complete(objects) from error
+
+
 def read_complete(objects: Objects, spec: CacheSpec) -> tuple[bytes, Manifest]:
     """Return a complete cache's manifest, as written and as read.
 
     Raises: BlockNotDone where there is none; CacheDamaged as `read_manifest`.
     """
-    try:
-        written = objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(spec))
-    except FileNotFoundError as error:
-        raise BlockNotDone(
-            f"{objects.url}: has no {MANIFEST_NAME}: it is not complete; finish extract or push, then run this again"
-        ) from error
+    written = read_manifest_bytes(objects, spec)
     return written, parse_manifest(written, spec, f"{objects.url}/{MANIFEST_NAME}")
 
 

@@ -23,13 +23,14 @@ from evl_cache.store.format.marks import (
     read_mark,
     read_mark_bytes,
 )
+from evl_cache.store.reading.local_copy import LocalCopy
 
 
 class DoneFiles(Mapping[int, ShardFiles]):
     """Records of the shards of the blocks that are done, by block. What an index has is read when it is asked for."""
 
-    def __init__(self, cache_path: Path, spec: CacheSpec) -> None:
-        self._cache_path, self._spec = cache_path, spec
+    def __init__(self, cache_path: Path, spec: CacheSpec, copy: LocalCopy | None = None) -> None:
+        self._cache_path, self._spec, self._copy = cache_path, spec, copy
         self._whole: Index | None = None
         self._indexed: dict[int, Index] = {}
         self._read: dict[int, ShardFiles] = {}
@@ -41,6 +42,8 @@ class DoneFiles(Mapping[int, ShardFiles]):
         try:
             return index.files(block)
         except CacheDamaged:
+            if self._copy is not None:
+                self._copy.keep_mark(block, index.file_digest(block))
             mark = read_mark(self._cache_path, block, self._spec)  # the truth, where its copy is damaged
             if mark is None or mark.file_digest != index.file_digest(block):
                 raise
@@ -86,6 +89,9 @@ class BlocksDone:
     A complete cache has an index, which says it all. Without one that can be believed, they are those with an intact
     mark.
 
+    Args:
+        copy: fetches what `cache_path` lacks, where it is a copy of a remote cache.
+
     Attributes:
         index: of the complete cache; None where marks were read.
         files: records of a block's shards, by block and array.
@@ -96,9 +102,9 @@ class BlocksDone:
         by_older_rule: the decoder of each clip whose frames an older rule chose, by its row.
     """
 
-    def __init__(self, cache_path: Path, spec: CacheSpec) -> None:
-        self._cache_path, self._spec = cache_path, spec
-        self.files = DoneFiles(cache_path, spec)
+    def __init__(self, cache_path: Path, spec: CacheSpec, *, copy: LocalCopy | None = None) -> None:
+        self._cache_path, self._spec, self._copy = cache_path, spec, copy
+        self.files = DoneFiles(cache_path, spec, copy)
         self.is_valid = np.zeros(spec.num_samples, dtype=bool)
         self.errors: dict[int, str] = {}
         self.damaged_marks: dict[int, str] = {}
@@ -107,7 +113,7 @@ class BlocksDone:
         self._file_sha256s: dict[int, str] = {}
         self._digests: dict[int, str] = {}
         self._known: KnownBlocks | None = None
-        self.index = believed_index(cache_path, spec)
+        self.index = believed_index(cache_path, spec) if copy is None else copy.index
         if self.index is not None:
             self.files.note_all(self.index)
             self._admit_clips(0, self.index.clips, self.index.texts)
@@ -136,6 +142,22 @@ class BlocksDone:
             except CacheDamaged as error:
                 self.damaged_marks[block] = str(error)
 
+    def intact_mark(self, block: int) -> Mark | None:
+        """Return a block's mark, which is fetched where it is not here; None where it has none that is intact.
+
+        Raises: CacheError where it cannot be read.
+        """
+        try:
+            return self.mark(block)
+        except CacheDamaged:
+            return None
+
+    def mark(self, block: int) -> Mark | None:
+        """Return a block's mark as `intact_mark`. Raises: CacheDamaged where it is not intact; CacheError."""
+        if self._copy is not None and self.index is not None:
+            self._copy.keep_mark(block, self.index.file_digest(block))
+        return read_mark(self._cache_path, block, self._spec)
+
     def _see(self, known: KnownBlocks, block: int) -> None:
         """Admit a block where it has an intact mark. Raises: CacheDamaged."""
         written = read_mark_bytes(self._cache_path, block, self._spec)
@@ -147,6 +169,11 @@ class BlocksDone:
         self._note(block, index.mark_digest(block), index.file_digest(block)[1])
         self.files.note_indexed(block, index)
         self._admit_clips(self._spec.clips_of_block(block).start, index.clips_of(block), index.texts)
+
+    def check_samples(self, samples: np.ndarray) -> None:
+        """Check the blocks of samples, int64 (M,), as `check` does, unless an index has proved all. Raises: CacheDamaged."""
+        if not self.is_as_named:
+            self.check(np.unique(samples // self._spec.block_samples).tolist())
 
     def check(self, blocks: Iterable[int]) -> None:
         """Check that the marks of blocks, where they have one, are intact, and those that the manifest names.

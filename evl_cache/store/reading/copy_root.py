@@ -22,6 +22,7 @@ from evl_cache.errors import CacheError, UsageError
 from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import check_no_links, read_limited
 from evl_cache.store.format.description import read_description
+from evl_cache.store.format.index_head import INDEX_NAME
 from evl_cache.store.format.layout import (
     CLIPS_NAME,
     DONE_NAME,
@@ -45,7 +46,10 @@ _FREED_SHARE = 0.1  # beyond what is needed: so that not every fetch has to remo
 
 
 _ARRAYS = ("tokens", "token_affine", "token_scale", "maps", "map_scale", "class_tokens")
-_OF_A_COPY = {MARKER_NAME, METADATA_NAME, MANIFEST_NAME, CLIPS_NAME, PROJECTIONS_NAME, DONE_NAME, *_ARRAYS}
+_OF_A_COPY = {
+    *(MARKER_NAME, METADATA_NAME, MANIFEST_NAME, CLIPS_NAME, PROJECTIONS_NAME, DONE_NAME, INDEX_NAME),
+    *_ARRAYS,
+}
 
 
 class CopyRoot:
@@ -79,6 +83,11 @@ class CopyRoot:
             )
         write_in_copy(path / MARKER_NAME, canonical_json({"cache_digest": cache_digest}))
         return path
+
+    def kept(self, cache_digest: str) -> Path | None:
+        """Return the directory of a cache's copy; None where there is none."""
+        path = self.path / cache_digest[:_DIGITS]
+        return path if not path.is_symlink() and _is_copy(path) else None
 
     def make_room(self, nbytes: int) -> None:
         """Remove files until so many bytes fit, but none that is in use. Call it before they are written."""

@@ -14,12 +14,13 @@ import numpy as np
 
 from evl_cache.attention_maps import MapProjection
 from evl_cache.clips import Clip
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.clip_table import ClipTable
 from evl_cache.store.format.description import CacheDescription, read_clips
 from evl_cache.store.format.grown import CLIPS, LAYERS, check_addition, find_grown, grown_digest, grown_spec
 from evl_cache.store.format.layout import as_range
+from evl_cache.store.format.marks import Mark
 from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.reading.member import Member, open_member, open_place
@@ -112,13 +113,11 @@ class GrownCache:
             member.done.refresh()
         self.is_valid[:] = _valid(self.spec, self.members)
 
-    def check(self, samples: np.ndarray[Any, Any]) -> None:
+    def check_samples(self, samples: np.ndarray[Any, Any]) -> None:
         """Check that the blocks of samples are not there, or whole. Raises: CacheDamaged."""
         for member in self.members:
-            if member.done.is_as_named:
-                continue
             own = member.own_samples(samples, self.spec.views.per_clip)
-            member.done.check(np.unique(own[own >= 0] // member.spec.block_samples).tolist())
+            member.done.check_samples(own[own >= 0])
 
     def why_not_served(self, sample: int, clips: Sequence[Clip], place: str) -> CacheError:
         """Return the error of asking for a sample that is not valid."""
@@ -173,6 +172,10 @@ class GrownCache:
     @cached_property
     def _routes(self) -> dict[tuple[int, ...], list[tuple[Member, list[tuple[slice, Sequence[int]]]]]]:
         return {}
+
+    def intact_mark(self, block: int) -> Mark | None:
+        """Raise UsageError: its blocks are those of several caches, each with numbers of its own."""
+        raise UsageError("a cache that has grown has no block of one number; read those of its members")
 
     def close(self) -> None:
         """Let go of every open file."""

@@ -153,7 +153,7 @@ def open_member(
         trust: do not check chunks against their marks' checksums.
     """
     spec = description.spec
-    done = BlocksDone(path, spec)
+    done = BlocksDone(path, spec, copy=copy)
     samples = SampleReader(
         path,
         spec,

@@ -17,6 +17,7 @@ from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.layout import array_layouts, as_range
 from evl_cache.store.format.manifest import find_manifest, manifest_at, manifest_digest
+from evl_cache.store.format.marks import Mark
 from evl_cache.store.format.recomputed import ProjectionOnDevices, read_projections
 from evl_cache.store.format.rows import Row, StoredBatch
 from evl_cache.store.objects.address import is_url
@@ -62,16 +63,13 @@ class FeatureCache:
         description = read_description(self.path)
         self.spec: CacheSpec = description.spec
         self.description = description
-        done = BlocksDone(self.path, self.spec)
+        done = BlocksDone(self.path, self.spec, copy=self.copy)
         self._done: BlocksDone | GrownCache = done
         index = done.index
         self.clips = read_clips(self.path, description, labels=None if index is None else index.labels)
-        if len(self.clips) and not 0 <= self.clips.labels.min() <= self.clips.labels.max() < len(
-            self.spec.classes
-        ):
-            raise CacheDamaged(
-                f"{path}: labels beyond its {len(self.spec.classes)} classes; repair the cache"
-            )
+        labels, count = self.clips.labels, len(self.spec.classes)
+        if len(labels) and not 0 <= labels.min() <= labels.max() < count:
+            raise CacheDamaged(f"{path}: labels beyond its {count} classes; repair the cache")
         self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
         self._num_samples = self.spec.num_samples
@@ -194,12 +192,13 @@ class FeatureCache:
         """See blocks that were finished since the cache was opened."""
         self._done.refresh()
 
+    def mark(self, block: int) -> Mark | None:
+        """Return a block's mark; None where it has none that is intact. Raises: CacheError where it cannot be read."""
+        return self._done.intact_mark(block)
+
     def check_marks(self, samples: Indices) -> None:
         """Check that blocks of samples are not there, or whole and as the manifest has them. Raises: CacheDamaged."""
-        if isinstance(self._done, GrownCache):
-            self._done.check(self.rows_of(samples))
-        elif not self._done.is_as_named:
-            self._done.check(np.unique(self.rows_of(samples) // self.spec.block_samples).tolist())
+        self._done.check_samples(self.rows_of(samples))
 
     def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
         """Return the places of layers in the arrays' layer axis. Raises: UsageError for one that is not stored."""

@@ -105,7 +105,14 @@ class IndexWriter:
             self._staged.write(content)
         stop = self._first + len(self._marks)
         self._staged.write_over(
-            index_head(self._spec, first=self._first, stop=stop, cache_digest=cache_digest, sections=sections)
+            index_head(
+                self._spec,
+                first=self._first,
+                stop=stop,
+                cache_digest=cache_digest,
+                sections=sections,
+                nbytes=int(np.concatenate(self._marks)["nbytes"].sum()),
+            )
         )
 
     def _add_clips(self, clips: Sequence[ClipRecord]) -> None:
