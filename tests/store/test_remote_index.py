@@ -84,13 +84,14 @@ def test_opening_takes_five_requests_however_many_blocks_there_are_and_two_the_n
     server: FaultyServer, cache: Path
 ) -> None:
     remote = FeatureCache(f"{server.url}/a")
-    assert sorted(asked(server)) == ["clips.jsonl", "index.bin", "index.bin", "manifest.json", "zarr.json"]
+    first = ["clips.jsonl", "grown.json", "index.bin", "index.bin", "manifest.json", "zarr.json"]
+    assert sorted(asked(server)) == first
     assert_same(remote, FeatureCache(cache))
     paths = asked(server)
     assert paths.count("index.bin") == 1, "rows of neighbouring blocks come by one request"
     assert not any(path.startswith("done/") or path.endswith(".json") for path in paths)
     again = FeatureCache(f"{server.url}/a")
-    assert asked(server) == ["zarr.json", "manifest.json"]
+    assert asked(server) == ["zarr.json", "manifest.json", "grown.json"]
     assert_same(again, FeatureCache(cache))
     assert asked(server) == [] and not list(remote.path.glob("done/*"))
 
@@ -102,6 +103,7 @@ def test_of_a_large_manifest_only_the_beginning_is_asked_for_the_next_time(
     FeatureCache(f"{server.url}/a")
     assert sorted(asked(server)) == [
         "clips.jsonl",
+        "grown.json",
         *["index.bin"] * 2,
         *["manifest.json"] * 2,
         "zarr.json",
@@ -358,7 +360,7 @@ def test_sizes_are_told_without_the_manifest_of_a_large_cache(
     files = [path for path in cache.rglob("*") if path.is_file()]
     expected = manifest_module.read_manifest(cache, FeatureCache(cache).spec)
     (listed,) = list_caches([f"{server.url}/a"])
-    assert asked(server) == ["zarr.json", "manifest.json", "index.bin"]
+    assert asked(server) == ["zarr.json", "grown.json", "manifest.json", "index.bin"]
     assert dict(server.served)["/a/manifest.json"] == 400 and len(files) > len(expected.files)
     shards = sum(path.stat().st_size for path in files if path.name.startswith("c."))
     assert (listed.nbytes, listed.cache_digest) == (shards, expected.digest)
