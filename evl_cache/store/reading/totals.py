@@ -52,20 +52,23 @@ def totals_together(each: Sequence[Totals]) -> Totals:
 def totals_at(place: str | Path, spec: CacheSpec) -> Totals:
     """Return what a list says of the cache at a path or URL: behind a URL nothing is known of one that is not complete.
 
-    There, the manifest of a large cache has tens of megabytes. Where its first bytes and the index name one digest, the index
+    The manifest of a large cache has tens of megabytes. Where its first bytes and the index name one digest, the index
     tells the rest. That the manifest is whole is then proved by who opens the cache, and not here.
 
     Raises: CacheError where it cannot be read.
     """
-    if not is_url(place):
-        looked = cache_size(place, spec)
-        return Totals(looked.cache_digest, looked.shard_nbytes, looked.blocks_done)
     objects = open_objects(place)
     try:
         beginning, is_all, named = read_beginning(objects, spec)
         nbytes = None if is_all or named is None else _shards_by_index(objects, spec, named)
         if nbytes is not None:
             return Totals(named, nbytes, spec.num_blocks)
+    except (BlockNotDone, CacheDamaged, OSError):
+        beginning, is_all = b"", False
+    if not is_url(place):
+        looked = cache_size(place, spec)
+        return Totals(looked.cache_digest, looked.shard_nbytes, looked.blocks_done)
+    try:
         written = beginning if is_all else read_manifest_bytes(objects, spec)
         manifest = parse_manifest(written, spec, f"{objects.url}/{MANIFEST_NAME}")
     except (BlockNotDone, CacheDamaged):
