@@ -8,7 +8,8 @@ only imported the package: proportional shares (PSS), files of the cache that ar
 
     SIZE.open_cpu_s, .open_mb     a process opens the cache; `open_peak_mb`: the most on the way
     SIZE.open_mb_8                eight processes have it open together
-    SIZE.first_batch_s            from imports to the first step: opening both caches, set-up, batch, a step of a small head
+    SIZE.first_batch_s            from imports to the first step: opening both caches, set-up, batch, a step of a small head;
+                                  `first_batch_import_s`: what torch imports with the first optimiser, before that
     SIZE.end_s, .end_cpu_s        one process ends an extraction whose blocks are all done; `end_mb`: its most memory;
                                   `end_without_segments_cpu_s`: where the extraction left no segments of the index
     SIZE.end_others_s             processor seconds, at most, of each of two other processes of that run
@@ -136,6 +137,7 @@ def training(caches: Caches, size: str) -> Found:
         f"{size}.first_batch_s": found["seconds"],
         f"{size}.first_batch_cpu_s": found["cpu_s"],
         f"{size}.first_batch_opening_s": found["opening_s"],
+        f"{size}.first_batch_import_s": found["optimiser_import_s"],
         f"{size}.first_batch_mb": found["mb"],
         f"{size}.first_batch_peak_mb": found["peak_mb"],
     }
