@@ -29,6 +29,7 @@ from evl_cache.store.format.index_head import (
     HEAD_NBYTES,
     INDEX_NAME,
     MOST_TEXTS_NBYTES,
+    NONE,
     SECTIONS,
     Table,
     index_damaged,
@@ -123,15 +124,17 @@ class Index:
         self.head_digest: str = head["digest"]
         if expected not in (None, self.head_digest):
             raise CacheDamaged(f"{path}: is another index than before; run the same command again")
-        self.first, self.stop = int(head["first"]), int(head["stop"])
+        self.first, self.stop = head["first"], head["stop"]
         self.cache_digest: str | None = head["cache_digest"]
         self._places: Mapping[str, tuple[int, int, str]] = head["sections"]
         self._check_sizes()
         self._tables = {name: self._table(name) for name in ("marks", "clips", "labels")}
         self._row_sums = self._table("row_sums").copy()
         self.texts = self._read_texts()
-        if len(self.clips) and max(self.clips["error"].max(), self.clips["decoder"].max()) >= len(self.texts):
-            raise self._damaged("names texts that it does not have")
+        for name in ("error", "decoder"):
+            numbers = self.clips[name]
+            if not NONE <= numbers.min() <= numbers.max() < len(self.texts):
+                raise self._damaged("names texts that it does not have")
         self._sources: Table | None = None
 
     @property
@@ -273,7 +276,10 @@ class Index:
     def _read_texts(self) -> tuple[str, ...]:
         if self._places["texts"][1] > MOST_TEXTS_NBYTES:
             raise self._damaged("has more text than any that is written")
-        texts = parse_json(bytes(self._section("texts")))
+        try:
+            texts = parse_json(bytes(self._section("texts")))
+        except ValueError as error:
+            raise self._damaged(f"has texts that cannot be read ({error})") from error
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise self._damaged("has texts that are none")
         return tuple(texts)

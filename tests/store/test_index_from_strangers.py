@@ -1,0 +1,76 @@
+"""An index or segment that a stranger made, its digests all right: it ends in no crash and no flood of memory."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from evl_cache import FeatureCache
+from evl_cache.canonical_json import signed_json
+from evl_cache.store import finish_cache, verify_cache
+from evl_cache.store.format.index import believed_index
+from evl_cache.store.format.index_head import CLIP, HEAD_NBYTES, SECTIONS
+from tests.support.feature_caches import write_cache
+
+Sections = dict[str, bytes]
+
+
+def remade(path: Path, change: Callable[[dict[str, Any], Sections], object]) -> None:
+    """Change head and sections of an index, and give it the digests of what it has now."""
+    written = path.read_bytes()
+    head = json.loads(written[:HEAD_NBYTES])
+    del head["digest"]
+    sections = {
+        name: written[start : start + nbytes] for name, (start, nbytes, _) in head["sections"].items()
+    }
+    change(head, sections)
+    at = HEAD_NBYTES
+    for name in SECTIONS:
+        own = "" if name == "rows" else hashlib.sha256(sections[name]).hexdigest()
+        head["sections"][name] = [at, len(sections[name]), own]
+        at += len(sections[name])
+    body = b"".join(sections[name] for name in SECTIONS)
+    path.unlink()
+    path.write_bytes(signed_json(head)[0].ljust(HEAD_NBYTES) + body)
+
+
+def clip(name: str, value: int) -> Callable[[dict[str, Any], Sections], object]:
+    def change(head: dict[str, Any], sections: Sections) -> None:
+        clips = np.frombuffer(sections["clips"], CLIP).copy()
+        clips[name][3] = value
+        sections["clips"] = clips.tobytes()
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda head, sections: head.update(first="abc"),
+        lambda head, sections: head.update(first=[1]),
+        lambda head, sections: head.update(stop=3.0),
+        lambda head, sections: head.pop("stop"),
+        lambda head, sections: head.pop("cache_digest"),
+        lambda head, sections: head.update(cache_digest={}),
+        lambda head, sections: sections.update(texts=b"{{{"),
+        lambda head, sections: sections.update(texts=b'["\xff"]'),
+        clip("error", -5),
+        clip("decoder", -2),
+        clip("decoder", 10**6),
+    ],
+)
+def test_an_index_that_no_writer_writes_is_not_believed(
+    tmp_path: Path, change: Callable[[dict[str, Any], Sections], object]
+) -> None:
+    cache = write_cache(tmp_path / "cache", failed=(3, 7))
+    good = (cache.path / "index.bin").read_bytes()
+    remade(cache.path / "index.bin", change)
+    assert believed_index(cache.path, cache.spec) is None
+    assert FeatureCache(cache.path).failures == cache.failures
+    assert [problem.block for problem in verify_cache(cache.path).problems] == [None]
+    finish_cache(cache.path, cache.spec)
+    assert (cache.path / "index.bin").read_bytes() == good
