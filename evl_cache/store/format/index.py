@@ -10,6 +10,7 @@ The file is a head, in JSON and of fixed size, and sections: a row a block with 
 tables. See docs/cache-format.md.
 """
 
+import errno
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -99,6 +100,7 @@ class Index:
         spec: of the cache.
         expected: digest of the head, where only that very index will do.
         fetch: brings bytes (start, count) of the file here, where it is a copy that may have holes.
+        stays_open: as `IndexFile` takes it.
 
     Attributes:
         first, stop: its blocks are first .. stop-1.
@@ -116,10 +118,11 @@ class Index:
         *,
         expected: str | None = None,
         fetch: Callable[[int, int], None] | None = None,
+        stays_open: bool = True,
     ) -> None:
         self.path, self._spec, self._fetch = path, spec, fetch
         self._layouts = array_layouts(spec)
-        self._file = IndexFile(path)
+        self._file, self._stays_open = IndexFile(path, stays_open=stays_open), stays_open
         head = parse_head(self._file.read(0, HEAD_NBYTES), spec, path)
         self.head_digest: str = head["digest"]
         if expected not in (None, self.head_digest):
@@ -136,6 +139,8 @@ class Index:
             if not NONE <= numbers.min() <= numbers.max() < len(self.texts):
                 raise self._damaged("names texts that it does not have")
         self._sources: Table | None = None
+        if not stays_open:
+            self._file.release()
 
     @property
     def marks(self) -> Table:
@@ -298,7 +303,7 @@ class Index:
         return index_damaged(self.path, reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened_again, (self.path, self._spec, self.head_digest)
+        return _opened_again, (self.path, self._spec, self.head_digest, self._stays_open)
 
 
 def open_index(
@@ -321,11 +326,11 @@ def open_index(
     path = cache_path / name
     try:
         check_no_links(cache_path, path.parent)
-        return Index(path, spec, fetch=fetch)
+        return Index(path, spec, fetch=fetch, stays_open=name == INDEX_NAME)
     except CacheDamaged:
         return None
     except OSError as error:
-        if is_refusal(error):
+        if is_refusal(error) and error.errno != errno.ESTALE:
             raise disk_error("read", path, error) from error
         return None
 
@@ -338,5 +343,8 @@ def believed_index(cache_path: Path, spec: CacheSpec) -> Index | None:
     return index if index.cache_digest == manifest_digest(cache_path, spec) else None
 
 
-def _opened_again(path: Path, spec: CacheSpec, head_digest: str) -> Index:
-    return Index(path, spec, expected=head_digest)
+def _opened_again(path: Path, spec: CacheSpec, head_digest: str, stays_open: bool) -> Index:
+    try:
+        return Index(path, spec, expected=head_digest, stays_open=stays_open)
+    except OSError as error:
+        raise CacheDamaged(f"{path}: cannot be read ({error}); open the cache again") from error
