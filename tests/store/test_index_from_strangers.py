@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ import pytest
 
 from evl_cache import FeatureCache
 from evl_cache.canonical_json import signed_json
-from evl_cache.store import finish_cache, verify_cache
+from evl_cache.store import finish_cache, index_cache, verify_cache
 from evl_cache.store.format.index import believed_index
 from evl_cache.store.format.index_head import CLIP, HEAD_NBYTES, SECTIONS
-from tests.support.feature_caches import write_cache
+from evl_cache.store.format.known_blocks import KnownBlocks
+from evl_cache.store.format.manifest import manifest_digest
+from tests.support.feature_caches import cache_spec, write_cache
 
 Sections = dict[str, bytes]
 
@@ -74,3 +78,24 @@ def test_an_index_that_no_writer_writes_is_not_believed(
     assert [problem.block for problem in verify_cache(cache.path).problems] == [None]
     finish_cache(cache.path, cache.spec)
     assert (cache.path / "index.bin").read_bytes() == good
+
+
+def test_the_index_command_makes_an_index_of_the_marks_and_of_nothing_in_a_wrong_one(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache", failed=(3, 7))
+    good = (cache.path / "index.bin").read_bytes()
+    remade(cache.path / "index.bin", clip("error", 0))
+    index_cache(cache.path, cache.spec)
+    assert (cache.path / "index.bin").read_bytes() == good
+
+
+def test_a_segment_whose_name_claims_all_blocks_takes_no_memory_for_them(tmp_path: Path) -> None:
+    (tmp_path / "segments").mkdir()
+    (tmp_path / "segments" / "000000-999999999999.bin").touch()
+    known = KnownBlocks(tmp_path, replace(cache_spec(block_clips=1), num_clips=10**8))
+    assert known.covering(7) is None and not known._names
+
+
+def test_a_manifest_of_holes_is_not_read_to_its_end(tmp_path: Path) -> None:
+    cache = write_cache(tmp_path / "cache")
+    os.truncate(cache.path / "manifest.json", 8 << 40)
+    assert manifest_digest(cache.path, cache.spec) is None

@@ -127,7 +127,8 @@ class Index:
         self.head_digest: str = head["digest"]
         if expected not in (None, self.head_digest):
             raise CacheDamaged(f"{path}: is another index than before; run the same command again")
-        self.first, self.stop = head["first"], head["stop"]
+        self.first: int = head["first"]
+        self.stop: int = head["stop"]
         self.cache_digest: str | None = head["cache_digest"]
         self._places: Mapping[str, tuple[int, int, str]] = head["sections"]
         self._check_sizes()

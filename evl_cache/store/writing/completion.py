@@ -1,7 +1,8 @@
 """A cache becomes complete: its index is written, then its manifest."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
@@ -16,10 +17,11 @@ from evl_cache.store.format.known_blocks import KnownBlocks
 from evl_cache.store.format.layout import MANIFEST_NAME, blocks_in_redo
 from evl_cache.store.format.limits import manifest_limit
 from evl_cache.store.format.manifest import BlockNotDone, block_files, find_manifest, manifest_content
-from evl_cache.store.format.marks import Mark, read_mark_bytes
+from evl_cache.store.format.marks import Mark, read_mark, read_mark_bytes
 from evl_cache.store.writing.index_files import IndexWriter, NotIndexable
 
 _Files = dict[str, tuple[int, str]]
+_Found = Mark | IndexedBlock
 
 
 def write_manifest(
@@ -36,7 +38,9 @@ def write_manifest(
     if (there := settled_digest(cache_path, spec)) is not None:
         return there
     with stage_file(cache_path) as staged:
-        files, writer = _indexed(staged, cache_path, spec)
+        files, writer = _indexed(
+            staged, spec, _done_blocks(cache_path, spec, KnownBlocks(cache_path, spec).read)
+        )
         content, manifest = manifest_content(cache_path, spec, files)
         if len(content) > manifest_limit(spec):  # the cache was begun before this was checked then
             raise UsageError(
@@ -54,11 +58,13 @@ def write_manifest(
     return manifest.digest
 
 
-def _indexed(staged: StagedFile, cache_path: Path, spec: CacheSpec) -> tuple[_Files, IndexWriter | None]:
+def _indexed(
+    staged: StagedFile, spec: CacheSpec, blocks: Iterable[_Found]
+) -> tuple[_Files, IndexWriter | None]:
     """Return what the manifest says of all blocks, and the index of them; None where there can be none."""
     writer: IndexWriter | None = IndexWriter(staged, spec, first=0)
     files: _Files = {}  # and not the marks, which take gigabytes for a large cache
-    for found in _done_blocks(cache_path, spec):
+    for found in blocks:
         files |= block_files(found, spec)
         try:
             if writer is not None:
@@ -100,7 +106,10 @@ def write_index(
             f"{cache_path}: is not complete, so it has no index yet; run the extract command again"
         )
     with stage_file(cache_path) as staged:
-        files, writer = _indexed(staged, cache_path, spec)
+        # Of the marks alone: an index that is there, and is to be made again, would give what is wrong with it.
+        files, writer = _indexed(
+            staged, spec, _done_blocks(cache_path, spec, partial(read_mark, cache_path, spec=spec))
+        )
         labels = _labels(cache_path, spec)
         if labels is None or manifest_content(cache_path, spec, files)[1].digest != manifest.digest:
             raise CacheDamaged(
@@ -119,12 +128,12 @@ def withdraw_index(cache_path: Path) -> None:
     remove_file(cache_path / INDEX_NAME)
 
 
-def _done_blocks(cache_path: Path, spec: CacheSpec) -> Iterator[Mark | IndexedBlock]:
-    in_redo, known = blocks_in_redo(cache_path), KnownBlocks(cache_path, spec)
+def _done_blocks(cache_path: Path, spec: CacheSpec, read: Callable[[int], _Found | None]) -> Iterator[_Found]:
+    in_redo = blocks_in_redo(cache_path)
     for block in range(spec.num_blocks):
         if block in in_redo:
             raise BlockNotDone(f"{cache_path}: block {block} is being redone; run the same command again")
-        found = known.read(block)
+        found = read(block)
         if found is None:
             raise BlockNotDone(f"{cache_path}: block {block} is not done; run the extract command again")
         yield found
