@@ -9,7 +9,7 @@ from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.disk.file_system import remove_file, remove_leftover
-from evl_cache.store.disk.publish import StagedFile, stage_file, write_atomic
+from evl_cache.store.disk.publish import StagedFile, stage_file
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.index import IndexedBlock, believed_index
 from evl_cache.store.format.index_head import INDEX_NAME, Table
@@ -37,25 +37,37 @@ def write_manifest(
     """
     if (there := settled_digest(cache_path, spec)) is not None:
         return there
-    with stage_file(cache_path) as staged:
-        files, writer = _indexed(
-            staged, spec, _done_blocks(cache_path, spec, KnownBlocks(cache_path, spec).read)
-        )
+    with stage_file(cache_path) as staged, stage_file(cache_path) as staged_manifest:
+        known = KnownBlocks(cache_path, spec)
+        files, writer = _indexed(staged, spec, _done_blocks(cache_path, spec, known.read))
         content, manifest = manifest_content(cache_path, spec, files)
         if len(content) > manifest_limit(spec):  # the cache was begun before this was checked then
             raise UsageError(
                 f"{cache_path}: its manifest would have {len(content)} bytes, and no reader takes more than "
                 f"{manifest_limit(spec)}; split the list of clips into several caches, and copy features with --reuse"
             )
-        labels = _labels(cache_path, spec)
+        is_indexed = _finish_index(writer, manifest.digest, _labels(cache_path, spec))
+        if is_indexed:
+            staged.seal()
+        staged_manifest.write(content)
+        staged_manifest.seal()
+        # All that takes long is behind: a job that was paused in it does not write what is older than another's marks.
         before_writing()
-        remove_leftover(cache_path / INDEX_NAME)
-        with contextlib.suppress(NotIndexable):
-            if writer is not None and labels is not None:
-                writer.finish(cache_digest=manifest.digest, labels=labels)
-                staged.publish_replacing(cache_path / INDEX_NAME)
-    write_atomic(cache_path / MANIFEST_NAME, content)
+        if is_indexed:
+            staged.publish_replacing(cache_path / INDEX_NAME)
+        else:
+            remove_leftover(cache_path / INDEX_NAME)
+        staged_manifest.publish_replacing(cache_path / MANIFEST_NAME)
     return manifest.digest
+
+
+def _finish_index(writer: IndexWriter | None, cache_digest: str, labels: Table | None) -> bool:
+    """Write the end of an index. Return whether there is one."""
+    with contextlib.suppress(NotIndexable):
+        if writer is not None and labels is not None:
+            writer.finish(cache_digest=cache_digest, labels=labels)
+            return True
+    return False
 
 
 def _indexed(
