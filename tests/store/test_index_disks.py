@@ -4,6 +4,7 @@ import errno
 import mmap
 import os
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NoReturn
@@ -19,6 +20,7 @@ from evl_cache.store.reading.blocks_done import BlocksDone
 from evl_cache.store.writing import segments
 from evl_cache.store.writing.segments import write_segment_of
 from tests.support.feature_caches import write_cache
+from tests.support.warm_python import ROOT, warm_python
 
 
 def stale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,3 +101,17 @@ def test_an_index_that_is_gone_from_a_process_to_another_is_named(tmp_path: Path
     (cache.path / "index.bin").unlink()
     with pytest.raises(CacheDamaged, match="open the cache again"):
         again(*arguments)
+
+
+def test_labels_stay_where_an_index_is_cut_off_while_it_is_open(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from evl_cache import FeatureCache; cache = FeatureCache(sys.argv[1]);"
+        "os.truncate(cache.path / 'index.bin', 4096); print(cache.labels.sum(), cache.clips.labels.sum())"
+    )
+    path = write_cache(
+        tmp_path / "cache", block_clips=100, labels=[1] * 2000
+    ).path  # labels lie beyond a page
+    found = subprocess.run(
+        [warm_python(), "-c", code, str(path)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert (found.returncode, found.stdout.split()) == (0, ["2000", "2000"]), found.stderr

@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 
 from evl_cache import FeatureCache
-from evl_cache.canonical_json import signed_json
+from evl_cache.canonical_json import canonical_json, signed_json
+from evl_cache.errors import CacheDamaged
 from evl_cache.store import finish_cache, index_cache, verify_cache
+from evl_cache.store.format.description import group_document
 from evl_cache.store.format.index import believed_index
 from evl_cache.store.format.index_head import CLIP, HEAD_NBYTES, SECTIONS
 from evl_cache.store.format.known_blocks import KnownBlocks
 from evl_cache.store.format.manifest import manifest_digest
+from evl_cache.store.reading import reader
+from evl_cache.store.shards.metadata import METADATA_NAME
 from tests.support.feature_caches import cache_spec, write_cache
 
 Sections = dict[str, bytes]
@@ -99,3 +103,14 @@ def test_a_manifest_of_holes_is_not_read_to_its_end(tmp_path: Path) -> None:
     cache = write_cache(tmp_path / "cache")
     os.truncate(cache.path / "manifest.json", 8 << 40)
     assert manifest_digest(cache.path, cache.spec) is None
+
+
+def test_a_list_of_clips_is_proved_before_memory_is_taken_for_as_many_as_an_index_claims(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = write_cache(tmp_path / "cache")
+    described = replace(cache.description, spec=replace(cache.spec, num_clips=10**8))
+    (cache.path / METADATA_NAME).write_bytes(canonical_json(group_document(described)))
+    monkeypatch.setattr(reader, "BlocksDone", lambda path, spec: pytest.fail("blocks were looked at"))
+    with pytest.raises(CacheDamaged, match="13 clips listed, 100000000 described"):
+        FeatureCache(cache.path)

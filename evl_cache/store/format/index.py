@@ -132,8 +132,9 @@ class Index:
         self.cache_digest: str | None = head["cache_digest"]
         self._places: Mapping[str, tuple[int, int, str]] = head["sections"]
         self._check_sizes()
-        self._tables = {name: self._table(name) for name in ("marks", "clips", "labels")}
-        self._row_sums = self._table("row_sums").copy()
+        self._tables = {name: self._table(name) for name in ("marks", "clips")}
+        # Copies, as these are used for as long as a cache is open, and the file may be cut off meanwhile.
+        self._row_sums, self._tables["labels"] = self._table("row_sums").copy(), self._table("labels").copy()
         self.texts = self._read_texts()
         for name in ("error", "decoder"):
             numbers = self.clips[name]

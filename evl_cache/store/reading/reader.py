@@ -59,9 +59,11 @@ class FeatureCache:
         description = read_description(self.path)
         self.spec: CacheSpec = description.spec
         self.description = description
+        # First: the list proves how many clips there are, before memory is taken for each that a stranger claims.
+        self.clips = read_clips(self.path, description)
         self._done = BlocksDone(self.path, self.spec)
-        index = self._done.index
-        self.clips = read_clips(self.path, description, labels=None if index is None else index.labels)
+        if self._done.index is not None:
+            self.clips.know_labels(self._done.index.labels)
         if len(self.clips) and not 0 <= self.clips.labels.min() <= self.clips.labels.max() < len(
             self.spec.classes
         ):
