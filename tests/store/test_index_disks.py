@@ -14,6 +14,7 @@ import pytest
 
 from evl_cache import FeatureCache
 from evl_cache.errors import CacheDamaged
+from evl_cache.store import verify_cache
 from evl_cache.store.format import index_file
 from evl_cache.store.format.index import believed_index
 from evl_cache.store.reading.blocks_done import BlocksDone
@@ -23,13 +24,13 @@ from tests.support.feature_caches import write_cache
 from tests.support.warm_python import ROOT, warm_python
 
 
-def stale(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From now on another machine has replaced the index that is open."""
+def failing(monkeypatch: pytest.MonkeyPatch, number: int, *, start: int = 0) -> None:
+    """From now on reading the index fails, from a place in it on."""
     pread = os.pread
 
     def read(descriptor: int, count: int, offset: int) -> bytes:
-        if os.readlink(f"/proc/self/fd/{descriptor}").endswith("index.bin"):
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        if offset >= start and os.readlink(f"/proc/self/fd/{descriptor}").endswith("index.bin"):
+            raise OSError(number, os.strerror(number))
         return pread(descriptor, count, offset)
 
     monkeypatch.setattr(os, "pread", read)
@@ -55,7 +56,7 @@ def test_an_open_cache_goes_on_by_its_marks_where_another_machine_replaced_the_i
     monkeypatch.setattr(index_file, "is_local", lambda path: False)
     opened = FeatureCache(write_cache(tmp_path / "cache").path)
     expected = FeatureCache(opened.path).read([0, 12])[0]
-    stale(monkeypatch)
+    failing(monkeypatch, errno.ESTALE)  # another machine replaced it
     assert all(np.array_equal(a, b) for a, b in zip(opened.read([0, 12])[0], expected, strict=True))
 
 
@@ -63,7 +64,7 @@ def test_a_cache_opens_by_its_marks_while_another_machine_replaces_the_index(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = write_cache(tmp_path / "cache")
-    stale(monkeypatch)
+    failing(monkeypatch, errno.ESTALE)  # another machine replaced it
     opened = FeatureCache(cache.path)
     assert opened.index_digest is None and opened.is_complete
 
@@ -115,3 +116,14 @@ def test_labels_stay_where_an_index_is_cut_off_while_it_is_open(tmp_path: Path) 
         [warm_python(), "-c", code, str(path)], capture_output=True, text=True, check=False, cwd=ROOT
     )
     assert (found.returncode, found.stdout.split()) == (0, ["2000", "2000"]), found.stderr
+
+
+@pytest.mark.parametrize("start", [0, 1, 5000])
+def test_an_index_that_the_disk_cannot_read_is_a_problem_of_the_cache_and_ends_no_verify(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, start: int
+) -> None:
+    cache = write_cache(tmp_path / "cache")
+    failing(monkeypatch, errno.EIO, start=start)
+    found = verify_cache(cache.path)
+    assert ["index.bin" in problem.reason for problem in found.problems] == [True]
+    assert found.blocks_done == cache.spec.num_blocks
