@@ -52,7 +52,7 @@ class ReusableRows:
         Raises: Outage where the file cannot be read, and is not to blame.
         """
         row = self._found.get(self._key(clip_id, sha256))
-        if row is None or (record := self._record(row)) is None:
+        if row is None or (record := self._record(row)) is None or record.source_sha256 != sha256:
             return False
         if record.is_by_older_rule(self._cache.spec) and why_doubted(self._doubt, path, record) is not None:
             return False
@@ -75,7 +75,9 @@ class ReusableRows:
         block, place = divmod(row, self._cache.spec.block_clips)
         if self._mark is None or self._mark.block != block:
             self._mark = valid_mark(self._cache.path, self._cache.spec, block)
-        return None if self._mark is None else self._mark.clips[place]
+        if self._mark is None or not self._cache.is_read_by(self._mark):
+            return None
+        return self._mark.clips[place]
 
     def _key(self, clip_id: str, sha256: str) -> tuple[str, str]:
         # Augmented views are drawn from the clip's id; other features follow from the file alone.

@@ -9,13 +9,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from evl_cache.errors import UsageError
+from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.notation import layers_of
 from evl_cache.spec import CHUNK_KEYS, CacheSpec
 from evl_cache.store.copying.source import OnBlock, TransferResult
 from evl_cache.store.disk.locks import LockWatcher
 from evl_cache.store.format.description import with_keys_there
-from evl_cache.store.format.layout import LOCKS_NAME, array_layouts, is_in_redo
+from evl_cache.store.format.layout import LOCKS_NAME, array_layouts, is_in_redo, mark_path
 from evl_cache.store.format.marks import Mark
 from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.reading.reader import FeatureCache
@@ -78,6 +78,11 @@ def copy_part(
             mark = valid_mark(cache.path, cache.spec, block)
             if mark is None:
                 continue
+            if not cache.is_read_by(mark):
+                raise CacheDamaged(
+                    f"{mark_path(cache.path, block)}: is not the mark that the cache was opened by; if the cache was changed "
+                    "just now run the same command again, else repair the cache"
+                )
             with locks.wait_for(f"{block:06d}") as lock:
                 there = valid_mark(target, spec, block)
                 if is_in_redo(target, block):

@@ -17,6 +17,7 @@ from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.layout import array_layouts, as_range
 from evl_cache.store.format.manifest import find_manifest, manifest_at, manifest_digest
+from evl_cache.store.format.marks import Mark
 from evl_cache.store.format.recomputed import ProjectionOnDevices, read_projections
 from evl_cache.store.format.rows import Row, StoredBatch
 from evl_cache.store.objects.address import is_url
@@ -173,6 +174,11 @@ class FeatureCache:
         """Check that blocks of samples are not there, or whole and as the manifest has them. Raises: CacheDamaged."""
         if not self._done.is_as_named:
             self._done.check(np.unique(self.rows_of(samples) // self.spec.block_samples).tolist())
+
+    def is_read_by(self, mark: Mark) -> bool:
+        """Whether a block is read by what this mark says: by an index it may be another mark that lies there now."""
+        index = self._done.index
+        return index is None or index.file_digest(mark.block) == mark.file_digest
 
     def layer_positions(self, layers: Sequence[int] | None) -> list[int]:
         """Return the places of layers in the arrays' layer axis. Raises: UsageError for one that is not stored."""
