@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from evl_cache import FeatureCache
-from evl_cache.errors import CacheDamaged
+from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store import verify_cache
 from evl_cache.store.format import index_file
 from evl_cache.store.format.index import believed_index
@@ -127,3 +127,13 @@ def test_an_index_that_the_disk_cannot_read_is_a_problem_of_the_cache_and_ends_n
     found = verify_cache(cache.path)
     assert ["index.bin" in problem.reason for problem in found.problems] == [True]
     assert found.blocks_done == cache.spec.num_blocks
+
+
+def test_a_block_is_committed_where_the_disk_refuses_a_look_at_what_its_segment_needs(
+    growing: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> NoReturn:
+        raise CacheError(f"cannot look at {path}")
+
+    monkeypatch.setattr(segments, "is_there", refuse)
+    assert not write_segment_of(growing.path, growing.spec, 0)

@@ -26,13 +26,12 @@ def write_segment_of(cache_path: Path, spec: CacheSpec, block: int) -> bool:
     first = block // SEGMENT_BLOCKS * SEGMENT_BLOCKS
     stop = min(first + SEGMENT_BLOCKS, spec.num_blocks)
     path = cache_path / segment_name(first, stop)
-    # From the end: the last blocks of a range are the last that are done.
-    if stop - first == spec.num_blocks or not all(
-        is_there(mark_path(cache_path, each)) for each in reversed(range(first, stop))
-    ):
+    if stop - first == spec.num_blocks:
         return False
     with contextlib.suppress(CacheError):
-        if is_there(path):
+        # From the end: the last blocks of a range are the last that are done.
+        are_done = all(is_there(mark_path(cache_path, each)) for each in reversed(range(first, stop)))
+        if not are_done or is_there(path):
             return False
         make_directories(path.parent)
         check_no_links(cache_path, path.parent)
