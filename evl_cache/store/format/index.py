@@ -127,8 +127,7 @@ class Index:
         self.head_digest: str = head["digest"]
         if expected not in (None, self.head_digest):
             raise CacheDamaged(f"{path}: is another index than before; run the same command again")
-        self.first: int = head["first"]
-        self.stop: int = head["stop"]
+        self.first, self.stop = int(head["first"]), int(head["stop"])
         self.cache_digest: str | None = head["cache_digest"]
         self._places: Mapping[str, tuple[int, int, str]] = head["sections"]
         self._check_sizes()
@@ -136,8 +135,7 @@ class Index:
         # Copies, as these are used for as long as a cache is open, and the file may be cut off meanwhile.
         self._row_sums, self._tables["labels"] = self._table("row_sums").copy(), self._table("labels").copy()
         self.texts = self._read_texts()
-        for name in ("error", "decoder"):
-            numbers = self.clips[name]
+        for numbers in (self.clips["error"], self.clips["decoder"]):
             if not NONE <= numbers.min() <= numbers.max() < len(self.texts):
                 raise self._damaged("names texts that it does not have")
         self._sources: Table | None = None
