@@ -1,12 +1,17 @@
 """A complete cache in a place that cannot be written, such as a read-only disk: extracting it again has nothing to do."""
 
 import os
+from pathlib import Path
 
-import numpy as np
-
-from evl_cache.errors import CacheDamaged
 from evl_cache.extract.job import ExtractionJob
-from evl_cache.store import LOCKS_NAME, FeatureCache, settled_digest
+from evl_cache.store import (
+    LOCKS_NAME,
+    FeatureCache,
+    KnownBlocks,
+    manifest_at,
+    mark_path,
+    settled_digest,
+)
 
 
 def found_finished(job: ExtractionJob) -> FeatureCache | None:
@@ -21,9 +26,11 @@ def found_finished(job: ExtractionJob) -> FeatureCache | None:
     cache = FeatureCache(job.cache_path, grown=False)
     if settled_digest(job.cache_path, job.spec) is not None:
         return cache
-    try:
-        cache.check_marks(np.arange(len(cache)))
-    except CacheDamaged:
+    # Not by the index, which may be damaged alone: then readers go by the marks.
+    manifest, found = manifest_at(job.cache_path, job.spec), KnownBlocks(job.cache_path, job.spec).all()
+    if manifest is None:
         return None
-    is_settled = cache.index_digest is None and cache.is_complete and cache.has_manifest
-    return cache if is_settled else None
+    named = (
+        manifest.files.get(mark_path(Path(), each.block).as_posix()) == each.file_digest for each in found
+    )
+    return cache if sum(named) == job.spec.num_blocks else None

@@ -66,7 +66,8 @@ class ReusableRows:
         Raises: Outage where the file cannot be read, and is not to blame.
         """
         row = self._found.get(self._key(clip_id, sha256))
-        if row is None or (record := self._records.of(row)) is None:
+        record = None if row is None else self._records.of(row)
+        if row is None or record is None or record.source_sha256 != sha256:
             return False
         if record.is_by_older_rule(self._cache.spec) and why_doubted(self._doubt, path, record) is not None:
             return False

@@ -5,14 +5,19 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheError
+from evl_cache.extract.finished import found_finished
 from evl_cache.store import FeatureCache
+from evl_cache.store.format.index_head import HEAD_NBYTES
+from evl_cache.store.format.layout import mark_path
 from evl_cache_cli.main import main
-from tests.support.feature_caches import write_pair
+from tests.support.feature_caches import write_cache, write_pair
 from tests.support.read_only import read_only
 from tests.support.store_helpers import BROKEN, extract_small, load_clips, tree
 
@@ -46,6 +51,21 @@ def test_without_its_directory_of_locks_too(motions: Path, cache: Path) -> None:
     shutil.rmtree(cache / "locks")
     with read_only(cache):
         assert extract_small(load_clips(motions), cache).clips_done_here == 0
+
+
+def test_a_finished_cache_with_a_damaged_row_in_its_index_need_not_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = write_cache(tmp_path / "cache")
+    written = bytearray((cache.path / "index.bin").read_bytes())
+    written[HEAD_NBYTES + 50] ^= 1
+    (cache.path / "index.bin").unlink()
+    (cache.path / "index.bin").write_bytes(written)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    job: Any = SimpleNamespace(cache_path=cache.path, spec=cache.spec)
+    assert found_finished(job) is not None
+    mark_path(cache.path, 1).unlink()
+    assert found_finished(job) is None
 
 
 @pytest.mark.parametrize("missing", ["manifest.json", "done/000001.json"])

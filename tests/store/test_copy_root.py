@@ -10,10 +10,11 @@ import pytest
 pytest.importorskip("obstore", reason="no obstore here: pip install 'evl-cache[remote]'")
 
 from evl_cache.errors import CacheError
-from evl_cache.store import FeatureCache, verify_cache
+from evl_cache.store import FeatureCache, create_cache, verify_cache
+from evl_cache.store.format.layout import array_layouts
 from evl_cache.store.reading import copy_root
 from evl_cache.store.reading.copy_root import MARKER_NAME, CopyRoot
-from tests.support.feature_caches import write_cache
+from tests.support.feature_caches import cache_spec, clip_list, write_cache
 from tests.support.foreign_files import look, plant_in_cache, touched, write
 from tests.support.servers import faulty_server
 
@@ -186,3 +187,15 @@ def test_the_message_of_a_full_disk_names_an_empty_directory(
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(CacheError, match="set EVL_CACHE_COPY_ROOT to an empty directory on another disk"):
         remote.read([0])
+
+
+@pytest.mark.parametrize("chunk_keys", ["flat", "folders"])
+def test_shards_of_a_copy_are_found_where_its_first_block_was_never_fetched(
+    tmp_path: Path, chunk_keys: str
+) -> None:
+    spec, clips = cache_spec(chunk_keys=chunk_keys), clip_list([i % 3 for i in range(13)], classes=3)
+    create_cache(tmp_path, spec, clips.clips, origin={}, created_with={})
+    shards = [layout.shard(tmp_path, block) for layout in array_layouts(spec).values() for block in (1, 2)]
+    for shard in shards:
+        write(shard, b"x")
+    assert sorted(copy_root._shard_files(tmp_path)) == sorted(shards)

@@ -57,7 +57,7 @@ class ClipTable(Sequence[Clip]):
         self._lines, self._path = lines, path
         self._bounds = _line_bounds(lines)
         if labels is not None:
-            self.__dict__["labels"] = _kept(labels)  # what the cached property would make
+            self.know_labels(labels)
         self.forget_pages()
 
     def __len__(self) -> int:
@@ -128,6 +128,15 @@ class ClipTable(Sequence[Clip]):
                 labels[start:stop] = [Clip.from_json(row).label for row in self._rows(start, stop)]
         self.forget_pages()
         return _kept(labels)
+
+    def know_labels(self, labels: np.ndarray) -> None:
+        """Take the label of each clip from elsewhere, so that no line is parsed for them."""
+        self.__dict__["labels"] = _kept(labels)  # what the cached property would make
+
+    def check_labels(self, classes: int, place: str | Path) -> None:
+        """Check that labels are those of so many classes. Raises: CacheDamaged."""
+        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < classes:
+            raise CacheDamaged(f"{place}: labels beyond its {classes} classes; repair the cache")
 
     @cached_property
     def rows_by_id(self) -> Mapping[str, int]:

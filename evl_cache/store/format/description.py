@@ -11,8 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from evl_cache.canonical_json import canonical_json, digest
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere
@@ -134,13 +132,8 @@ def parse_group(content: Any, path: str | Path) -> CacheDescription:
         raise CacheDamaged(f"{path}: {error} is missing; repair the cache") from error
 
 
-def read_clips(
-    place: Path | Objects, description: CacheDescription, *, labels: np.ndarray | None = None
-) -> ClipTable:
+def read_clips(place: Path | Objects, description: CacheDescription) -> ClipTable:
     """Return the clips of a cache in their order; rows are parsed when they are asked for.
-
-    Args:
-        labels: of the clips, where they are known from elsewhere.
 
     Raises: CacheDamaged where the file is not the one that was laid down.
     """
@@ -148,9 +141,9 @@ def read_clips(
     where, most_nbytes = f"{objects.url}/{CLIPS_NAME}", clips_limit(description.spec)
     try:
         if isinstance(objects, DirectoryObjects):
-            clips = map_clips(objects.path(CLIPS_NAME), most_nbytes, labels=labels)
+            clips = map_clips(objects.path(CLIPS_NAME), most_nbytes)
         else:
-            clips = ClipTable(objects.get(CLIPS_NAME, most_nbytes=most_nbytes), where, labels=labels)
+            clips = ClipTable(objects.get(CLIPS_NAME, most_nbytes=most_nbytes), where)
     except OSError as error:
         raise CacheDamaged(f"{where}: cannot be read ({error}); repair the cache") from error
     if clips.sha256 != description.clips_sha256:

@@ -11,6 +11,7 @@ tables. See docs/cache-format.md.
 """
 
 import contextlib
+import errno
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from evl_cache.store.format.index_head import (
     HEAD_NBYTES,
     INDEX_NAME,
     MOST_TEXTS_NBYTES,
+    NONE,
     Table,
     check_sections,
     index_damaged,
@@ -103,6 +105,7 @@ class Index:
         spec: of the cache.
         expected: digest of the head, where only that very index will do.
         fetch: gives what the file lacks, where it is a copy of one behind a URL.
+        stays_open: as `IndexFile` takes it.
 
     Attributes:
         first, stop: its blocks are first .. stop-1.
@@ -121,10 +124,11 @@ class Index:
         *,
         expected: str | None = None,
         fetch: Fetch | None = None,
+        stays_open: bool = True,
     ) -> None:
         self.path, self._spec, self._fetch = path, spec, fetch
         self._layouts = array_layouts(spec)
-        self._file = IndexFile(path)
+        self._file, self._stays_open = IndexFile(path, stays_open=stays_open), stays_open
         self.head = self._file.read(0, HEAD_NBYTES)
         head = parse_head(self.head, spec, path)
         check_sections(head, spec, path)
@@ -136,12 +140,16 @@ class Index:
         self._places: Mapping[str, tuple[int, int, str]] = head["sections"]
         if (nbytes := index_nbytes(head)) != self._file.size:
             raise self._damaged(f"has {self._file.size} bytes, expected {nbytes}")
-        self._tables = {name: self._table(name) for name in ("marks", "clips", "labels")}
-        self._row_sums = self._table("row_sums").copy()
+        self._tables = {name: self._table(name) for name in ("marks", "clips")}
+        # Copies, as these are used for as long as a cache is open, and the file may be cut off meanwhile.
+        self._row_sums, self._tables["labels"] = self._table("row_sums").copy(), self._table("labels").copy()
         self.texts = self._read_texts()
-        if len(self.clips) and max(self.clips["error"].max(), self.clips["decoder"].max()) >= len(self.texts):
-            raise self._damaged("names texts that it does not have")
+        for numbers in (self.clips["error"], self.clips["decoder"]):
+            if not NONE <= numbers.min() <= numbers.max() < len(self.texts):
+                raise self._damaged("names texts that it does not have")
         self._sources: Table | None = None
+        if not stays_open:
+            self._file.release()
 
     @property
     def marks(self) -> Table:
@@ -261,7 +269,10 @@ class Index:
     def _read_texts(self) -> tuple[str, ...]:
         if self._places["texts"][1] > MOST_TEXTS_NBYTES:
             raise self._damaged("has more text than any that is written")
-        texts = parse_json(bytes(self._section("texts")))
+        try:
+            texts = parse_json(bytes(self._section("texts")))
+        except ValueError as error:
+            raise self._damaged(f"has texts that cannot be read ({error})") from error
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             raise self._damaged("has texts that are none")
         return tuple(texts)
@@ -284,7 +295,7 @@ class Index:
         return index_damaged(self.path, reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _opened_again, (self.path, self._spec, self.head_digest, self._fetch)
+        return _opened_again, (self.path, self._spec, self.head_digest, self._fetch, self._stays_open)
 
 
 def open_index(
@@ -307,11 +318,11 @@ def open_index(
     path = cache_path / name
     try:
         check_no_links(cache_path, path.parent)
-        return Index(path, spec, fetch=fetch)
+        return Index(path, spec, fetch=fetch, stays_open=name == INDEX_NAME)
     except CacheDamaged:
         return None
     except OSError as error:
-        if is_refusal(error):
+        if is_refusal(error) and error.errno != errno.ESTALE:
             raise disk_error("read", path, error) from error
         return None
 
@@ -324,5 +335,10 @@ def believed_index(cache_path: Path, spec: CacheSpec) -> Index | None:
     return index if index.cache_digest == manifest_digest(cache_path, spec) else None
 
 
-def _opened_again(path: Path, spec: CacheSpec, head_digest: str, fetch: Fetch | None) -> Index:
-    return Index(path, spec, expected=head_digest, fetch=fetch)
+def _opened_again(
+    path: Path, spec: CacheSpec, head_digest: str, fetch: Fetch | None, stays_open: bool
+) -> Index:
+    try:
+        return Index(path, spec, expected=head_digest, fetch=fetch, stays_open=stays_open)
+    except OSError as error:
+        raise CacheDamaged(f"{path}: cannot be read ({error}); open the cache again") from error

@@ -123,6 +123,10 @@ def parse_head(written: bytes, spec: CacheSpec, path: Path | str) -> dict[str, A
             raise index_damaged(path, "has a head that does not match its digest")
         if (content["version"], content["cache"]) != (INDEX_VERSION, cache_identity(spec)):
             raise index_damaged(path, "is of another cache or version")
+        if not all(type(content[name]) is int for name in ("first", "stop")):
+            raise ValueError("blocks that are none")
+        if not isinstance(content["cache_digest"], str | None):
+            raise ValueError("a digest that is none")
         content["sections"] = {name: _parsed_place(*content["sections"][name]) for name in SECTIONS}
         if type(content["nbytes"]) is not int:
             raise ValueError("no size of the shards")

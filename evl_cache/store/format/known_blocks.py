@@ -14,6 +14,7 @@ from evl_cache.store.format.index_head import SEGMENTS_NAME
 from evl_cache.store.format.layout import mark_path, marked_blocks
 from evl_cache.store.format.marks import ClipRecord, Mark, parse_mark, read_mark_bytes
 
+SEGMENT_BLOCKS = 256  # a large cache has few segments, and of one at work most blocks are in one
 _SEGMENT_NAME = re.compile(r"([0-9]{6,12})-([0-9]{6,12})\.bin")
 
 
@@ -102,6 +103,8 @@ class KnownBlocks:
     def _look_for_segments(self) -> None:
         for name in names_in(self._cache_path / SEGMENTS_NAME):
             match = _SEGMENT_NAME.fullmatch(name)
-            if match is not None:
-                first, stop = int(match[1]), min(int(match[2]), self._spec.num_blocks)
-                self._names |= dict.fromkeys(range(first, stop), segment_name(int(match[1]), int(match[2])))
+            if match is None:
+                continue
+            blocks = range(int(match[1]), min(int(match[2]), self._spec.num_blocks))
+            if len(blocks) <= SEGMENT_BLOCKS:  # a stranger's may claim a hundred million
+                self._names |= dict.fromkeys(blocks, segment_name(int(match[1]), int(match[2])))

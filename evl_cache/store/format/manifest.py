@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,13 @@ from evl_cache.canonical_json import digest_matches, signed_json
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import file_digest
-from evl_cache.store.disk.file_system import check_no_links, disk_error, is_refusal, open_regular
+from evl_cache.store.disk.file_system import (
+    again_if_stale,
+    check_no_links,
+    disk_error,
+    is_refusal,
+    open_regular,
+)
 from evl_cache.store.format.description import description_files
 from evl_cache.store.format.layout import MANIFEST_NAME, array_layouts, mark_name
 from evl_cache.store.format.limits import manifest_limit
@@ -119,10 +126,18 @@ def manifest_digest(cache_path: Path, spec: CacheSpec) -> str | None:
     Raises: CacheError where the disk refuses.
     """
     path = cache_path / MANIFEST_NAME
+
+    def read() -> str | None:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > manifest_limit(
+                spec
+            ):  # a stranger's may have terabytes of holes
+                return None
+            return proved_digest(iter(lambda: file.read(_PART_NBYTES), b""), spec)
+
     try:
         check_no_links(cache_path, path.parent)
-        with open_regular(path) as file:
-            return proved_digest(iter(lambda: file.read(_PART_NBYTES), b""), spec)
+        return again_if_stale(read)
     except OSError as error:
         if is_refusal(error):
             raise disk_error("read", path, error) from error

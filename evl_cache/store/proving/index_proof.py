@@ -10,7 +10,7 @@ from evl_cache.store.format.index import Index
 from evl_cache.store.format.index_file import IndexFile
 from evl_cache.store.format.index_head import INDEX_NAME, Table
 from evl_cache.store.format.marks import Mark
-from evl_cache.store.writing.index_files import IndexWriter, NotIndexable
+from evl_cache.store.writing.index_files import IndexWriter
 
 
 class IndexProof:
@@ -32,7 +32,7 @@ class IndexProof:
             return
         try:
             self._writer.add(mark)
-        except NotIndexable:
+        except CacheError:  # not to be indexed; or the file cannot be read, which is damage like any other
             self._as_written.is_same = False
         self._next += 1
         if not self._as_written.is_same:
@@ -60,9 +60,10 @@ class IndexProof:
         if found.cache_digest != cache_digest:
             return f"{self._path}: is not the index of this manifest; {remedy}"
         if self._writer is not None and self._as_written is not None and self._next == self._spec.num_blocks:
-            self._writer.finish(cache_digest=cache_digest, labels=labels)
-            if self._as_written.is_same and self._as_written.is_at_end():
-                return None
+            with contextlib.suppress(CacheError):
+                self._writer.finish(cache_digest=cache_digest, labels=labels)
+                if self._as_written.is_same and self._as_written.is_at_end():
+                    return None
         return f"{self._path}: is not what the marks give; {remedy}"
 
 

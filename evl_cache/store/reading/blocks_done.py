@@ -145,12 +145,18 @@ class BlocksDone:
     def intact_mark(self, block: int) -> Mark | None:
         """Return a block's mark, which is fetched where it is not here; None where it has none that is intact.
 
-        Raises: CacheError where it cannot be read.
+        Raises: CacheDamaged where by the index it was another when the cache was opened; CacheError where it cannot be read.
         """
         try:
-            return self.mark(block)
+            mark = self.mark(block)
         except CacheDamaged:
             return None
+        if mark is not None and self.index is not None and self.index.file_digest(block) != mark.file_digest:
+            raise CacheDamaged(
+                f"{mark_path(self._cache_path, block)}: is not the mark that the cache was opened by; if the cache was changed "
+                "just now run the same command again, else repair the cache"
+            )
+        return mark
 
     def mark(self, block: int) -> Mark | None:
         """Return a block's mark as `intact_mark`. Raises: CacheDamaged where it is not intact; CacheError."""

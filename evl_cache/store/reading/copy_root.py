@@ -150,9 +150,10 @@ def _shard_files(copy: Path) -> Iterator[Path]:
                 check_no_links(copy, layout.blocks_directory(copy))
                 shards = {layout.shard(copy, b) for b in layout.blocks_there(copy) if b < spec.num_blocks}
                 for directory in {layout.shard(copy, 0).parent, *(shard.parent for shard in shards)}:
-                    for path in (directory / name for name in os.listdir(directory)):
-                        if path in shards or _STAGED_SHARD.fullmatch(path.name):
-                            yield path
+                    with contextlib.suppress(OSError):  # of the first block there may be none
+                        for path in (directory / name for name in os.listdir(directory)):
+                            if path in shards or _STAGED_SHARD.fullmatch(path.name):
+                                yield path
 
 
 def default_copy_root() -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from evl_cache.errors import CacheDamaged, UsageError
+from evl_cache.errors import UsageError
 from evl_cache.notation import layers_of
 from evl_cache.spec import FRAME_RULE, CacheSpec
 from evl_cache.store.format.description import read_clips, read_description
@@ -63,13 +63,13 @@ class FeatureCache:
         description = read_description(self.path)
         self.spec: CacheSpec = description.spec
         self.description = description
+        # First: the list proves how many clips there are, before memory is taken for each that a stranger claims.
+        self.clips = read_clips(self.path, description)
         done = BlocksDone(self.path, self.spec, copy=self.copy)
         self._done: BlocksDone | GrownCache = done
-        index = done.index
-        self.clips = read_clips(self.path, description, labels=None if index is None else index.labels)
-        labels, count = self.clips.labels, len(self.spec.classes)
-        if len(labels) and not 0 <= labels.min() <= labels.max() < count:
-            raise CacheDamaged(f"{path}: labels beyond its {count} classes; repair the cache")
+        if done.index is not None:
+            self.clips.know_labels(done.index.labels)
+        self.clips.check_labels(len(self.spec.classes), path)
         self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
         self._num_samples = self.spec.num_samples
@@ -193,7 +193,7 @@ class FeatureCache:
         self._done.refresh()
 
     def mark(self, block: int) -> Mark | None:
-        """Return a block's mark; None where it has none that is intact. Raises: CacheError where it cannot be read."""
+        """Return a block's mark; None where none is intact. Raises: CacheDamaged where the block is not read by it."""
         return self._done.intact_mark(block)
 
     def check_marks(self, samples: Indices) -> None:

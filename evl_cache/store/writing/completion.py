@@ -1,14 +1,15 @@
 """A cache becomes complete: its index is written, then its manifest."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import content_digest
 from evl_cache.store.disk.file_system import remove_file, remove_leftover
-from evl_cache.store.disk.publish import StagedFile, stage_file, write_atomic
+from evl_cache.store.disk.publish import StagedFile, stage_file
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.index import IndexedBlock, believed_index
 from evl_cache.store.format.index_head import INDEX_NAME, Table
@@ -16,10 +17,11 @@ from evl_cache.store.format.known_blocks import KnownBlocks
 from evl_cache.store.format.layout import MANIFEST_NAME, blocks_in_redo
 from evl_cache.store.format.limits import manifest_limit
 from evl_cache.store.format.manifest import BlockNotDone, block_files, find_manifest, manifest_content
-from evl_cache.store.format.marks import Mark, read_mark_bytes
+from evl_cache.store.format.marks import Mark, read_mark, read_mark_bytes
 from evl_cache.store.writing.index_files import IndexWriter, NotIndexable
 
 _Files = dict[str, tuple[int, str]]
+_Found = Mark | IndexedBlock
 
 
 def write_manifest(
@@ -35,30 +37,46 @@ def write_manifest(
     """
     if (there := settled_digest(cache_path, spec)) is not None:
         return there
-    with stage_file(cache_path) as staged:
-        files, writer = _indexed(staged, cache_path, spec)
+    with stage_file(cache_path) as staged, stage_file(cache_path) as staged_manifest:
+        known = KnownBlocks(cache_path, spec)
+        files, writer = _indexed(staged, spec, _done_blocks(cache_path, spec, known.read))
         content, manifest = manifest_content(cache_path, spec, files)
         if len(content) > manifest_limit(spec):  # the cache was begun before this was checked then
             raise UsageError(
                 f"{cache_path}: its manifest would have {len(content)} bytes, and no reader takes more than "
                 f"{manifest_limit(spec)}; split the list of clips into several caches, and copy features with --reuse"
             )
-        labels = _labels(cache_path, spec)
+        is_indexed = _finish_index(writer, manifest.digest, _labels(cache_path, spec))
+        if is_indexed:
+            staged.seal()
+        staged_manifest.write(content)
+        staged_manifest.seal()
+        # All that takes long is behind: a job that was paused in it does not write what is older than another's marks.
         before_writing()
-        remove_leftover(cache_path / INDEX_NAME)
-        with contextlib.suppress(NotIndexable):
-            if writer is not None and labels is not None:
-                writer.finish(cache_digest=manifest.digest, labels=labels)
-                staged.publish_replacing(cache_path / INDEX_NAME)
-    write_atomic(cache_path / MANIFEST_NAME, content)
+        if is_indexed:
+            staged.publish_replacing(cache_path / INDEX_NAME)
+        else:
+            remove_leftover(cache_path / INDEX_NAME)
+        staged_manifest.publish_replacing(cache_path / MANIFEST_NAME)
     return manifest.digest
 
 
-def _indexed(staged: StagedFile, cache_path: Path, spec: CacheSpec) -> tuple[_Files, IndexWriter | None]:
+def _finish_index(writer: IndexWriter | None, cache_digest: str, labels: Table | None) -> bool:
+    """Write the end of an index. Return whether there is one."""
+    with contextlib.suppress(NotIndexable):
+        if writer is not None and labels is not None:
+            writer.finish(cache_digest=cache_digest, labels=labels)
+            return True
+    return False
+
+
+def _indexed(
+    staged: StagedFile, spec: CacheSpec, blocks: Iterable[_Found]
+) -> tuple[_Files, IndexWriter | None]:
     """Return what the manifest says of all blocks, and the index of them; None where there can be none."""
     writer: IndexWriter | None = IndexWriter(staged, spec, first=0)
     files: _Files = {}  # and not the marks, which take gigabytes for a large cache
-    for found in _done_blocks(cache_path, spec):
+    for found in blocks:
         files |= block_files(found, spec)
         try:
             if writer is not None:
@@ -100,7 +118,10 @@ def write_index(
             f"{cache_path}: is not complete, so it has no index yet; run the extract command again"
         )
     with stage_file(cache_path) as staged:
-        files, writer = _indexed(staged, cache_path, spec)
+        # Of the marks alone: an index that is there, and is to be made again, would give what is wrong with it.
+        files, writer = _indexed(
+            staged, spec, _done_blocks(cache_path, spec, partial(read_mark, cache_path, spec=spec))
+        )
         labels = _labels(cache_path, spec)
         if labels is None or manifest_content(cache_path, spec, files)[1].digest != manifest.digest:
             raise CacheDamaged(
@@ -119,12 +140,12 @@ def withdraw_index(cache_path: Path) -> None:
     remove_file(cache_path / INDEX_NAME)
 
 
-def _done_blocks(cache_path: Path, spec: CacheSpec) -> Iterator[Mark | IndexedBlock]:
-    in_redo, known = blocks_in_redo(cache_path), KnownBlocks(cache_path, spec)
+def _done_blocks(cache_path: Path, spec: CacheSpec, read: Callable[[int], _Found | None]) -> Iterator[_Found]:
+    in_redo = blocks_in_redo(cache_path)
     for block in range(spec.num_blocks):
         if block in in_redo:
             raise BlockNotDone(f"{cache_path}: block {block} is being redone; run the same command again")
-        found = known.read(block)
+        found = read(block)
         if found is None:
             raise BlockNotDone(f"{cache_path}: block {block} is not done; run the extract command again")
         yield found

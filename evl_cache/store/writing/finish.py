@@ -64,7 +64,8 @@ def finish_cache(
             if lock.is_held():
                 remove_segments(cache_path)
                 return cache_digest
-            before = file_identity(manifest)  # written after a long pause: it may be older than a mark
+            # Written after a long pause: it may be older than a mark, though its index agrees with it.
+            before, keeps_manifest = file_identity(manifest), False
     raise CacheError(
         f"{cache_path}: other jobs took the manifest's lock over {_ATTEMPTS} times; run the same command again"
     )

@@ -31,6 +31,7 @@ from evl_cache.store.format.grown import (
     grown_content,
     grown_spec,
 )
+from evl_cache.store.format.index import believed_index
 from evl_cache.store.format.layout import LOCKS_NAME
 from evl_cache.store.format.manifest import manifest_digest, read_manifest
 from evl_cache.store.format.marks import ClipRecord, Mark
@@ -50,9 +51,10 @@ class GrownRecords:
     def __init__(self, parts: Sequence[CachePart]) -> None:
         self._parts = parts
         self._marks: dict[Path, Mark] = {}  # of each part the last that was read
+        self._indexes = {part.path: believed_index(part.path, part.spec) for part in parts}
 
     def of(self, row: int) -> ClipRecord | None:
-        """Return a clip's record with the frames of all its views; None where a mark is not intact."""
+        """Return a clip's record with the frames of all its views; None where a mark is not intact, or not the one read by."""
         record: ClipRecord | None = None
         for part in self._parts:
             if row not in part.box.clips or part.side == LAYERS:
@@ -69,7 +71,9 @@ class GrownRecords:
         block, place = divmod(row, part.spec.block_clips)
         mark = self._marks.get(part.path)
         if mark is None or mark.block != block:
-            if (mark := valid_mark(part.path, part.spec, block)) is None:
+            mark, index = valid_mark(part.path, part.spec, block), self._indexes[part.path]
+            # Features are read by the index, where it is of another mark than lies there now.
+            if mark is None or (index is not None and index.file_digest(block) != mark.file_digest):
                 return None
             self._marks[part.path] = mark
         return mark.clips[place]

@@ -27,10 +27,6 @@ from evl_cache.store.format.index_head import (
 )
 from evl_cache.store.format.marks import ClipRecord, Mark
 
-SEGMENT_BLOCKS = (
-    256  # enough that a large cache has few, and few enough that most blocks of one at work are in one
-)
-
 
 class NotIndexable(CacheError):
     """A mark has numbers that no index can hold. Ours have none; a cache without an index is read by its marks."""

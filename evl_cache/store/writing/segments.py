@@ -10,12 +10,10 @@ from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import check_no_links, is_there, names_in, remove_leftover
 from evl_cache.store.disk.publish import is_staging_name, stage_file
 from evl_cache.store.format.index_head import SEGMENTS_NAME
-from evl_cache.store.format.known_blocks import segment_name
+from evl_cache.store.format.known_blocks import SEGMENT_BLOCKS, segment_name
 from evl_cache.store.format.layout import mark_path
 from evl_cache.store.format.marks import Mark, read_mark
 from evl_cache.store.writing.index_files import IndexWriter
-
-SEGMENT_BLOCKS = 256  # a large cache has few segments, and of one at work most blocks are in one
 
 
 def write_segment_of(cache_path: Path, spec: CacheSpec, block: int) -> bool:
@@ -28,13 +26,12 @@ def write_segment_of(cache_path: Path, spec: CacheSpec, block: int) -> bool:
     first = block // SEGMENT_BLOCKS * SEGMENT_BLOCKS
     stop = min(first + SEGMENT_BLOCKS, spec.num_blocks)
     path = cache_path / segment_name(first, stop)
-    # From the end: the last blocks of a range are the last that are done.
-    if stop - first == spec.num_blocks or not all(
-        is_there(mark_path(cache_path, each)) for each in reversed(range(first, stop))
-    ):
+    if stop - first == spec.num_blocks:
         return False
     with contextlib.suppress(CacheError):
-        if is_there(path):
+        # From the end: the last blocks of a range are the last that are done.
+        are_done = all(is_there(mark_path(cache_path, each)) for each in reversed(range(first, stop)))
+        if not are_done or is_there(path):
             return False
         make_directories(path.parent)
         check_no_links(cache_path, path.parent)
