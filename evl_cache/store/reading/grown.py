@@ -221,6 +221,7 @@ def open_grown(base: Member, place: str, *, trust: bool) -> GrownCache | None:
                 stored_before=() if side != LAYERS else whole.stored_layers,
                 copy=copy,
                 trust=trust,
+                before=members,
             )
         )
         if side == CLIPS:
