@@ -1,5 +1,6 @@
 """What a cache is made of belongs together: the same clips and videos, in its own directories, with one limit of open files."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.stage import extract
 from evl_cache.store import ADDITIONS_NAME, GROWN_NAME, FeatureCache, copy_to_directory, verify_cache
+from evl_cache.store.format.description import group_document, read_description
 from evl_cache.store.format.manifest import read_manifest
 from tests.extract.test_growing_in_place import same_bits
 from tests.support.grown_caches import first_clips, grow, planned, spec_of
@@ -105,3 +107,16 @@ def test_no_addition_is_made_or_read_through_a_link(motions: Path, tmp_path: Pat
     assert any("is a link" in problem.reason for problem in verify_cache(cache).problems)
     with pytest.raises(CacheError, match="is a link"):
         copy_to_directory(cache, tmp_path / "copied")
+
+
+def test_labels_beyond_the_classes_of_what_was_added_are_told(motions: Path, tmp_path: Path) -> None:
+    clips, cache = load_clips(motions), tmp_path / "cache"
+    for count in (3, 5):
+        grow(first_clips(clips, count), cache)
+    (addition,) = (cache / ADDITIONS_NAME).glob("clips-*")
+    lines = (addition / "clips.jsonl").read_bytes().replace(b'"label":4', b'"label":9')
+    (addition / "clips.jsonl").write_bytes(lines)
+    described = replace(read_description(addition), clips_sha256=hashlib.sha256(lines).hexdigest())
+    (addition / "zarr.json").write_text(json.dumps(group_document(described)))
+    with pytest.raises(CacheDamaged, match="labels beyond its 8 classes"):
+        FeatureCache(cache)

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from evl_cache.errors import CacheDamaged, UsageError
+from evl_cache.errors import UsageError
 from evl_cache.notation import layers_of
 from evl_cache.spec import FRAME_RULE, CacheSpec
-from evl_cache.store.format.description import read_clips, read_description
+from evl_cache.store.format.description import check_labels, read_clips, read_description
 from evl_cache.store.format.layout import array_layouts, as_range
 from evl_cache.store.format.manifest import find_manifest, manifest_at, manifest_digest
 from evl_cache.store.format.recomputed import ProjectionOnDevices, read_projections
@@ -66,12 +66,7 @@ class FeatureCache:
         self._done: BlocksDone | GrownCache = done
         index = done.index
         self.clips = read_clips(self.path, description, labels=None if index is None else index.labels)
-        if len(self.clips) and not 0 <= self.clips.labels.min() <= self.clips.labels.max() < len(
-            self.spec.classes
-        ):
-            raise CacheDamaged(
-                f"{path}: labels beyond its {len(self.spec.classes)} classes; repair the cache"
-            )
+        check_labels(self.clips, self.spec, str(path))
         self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
         self._num_samples = self.spec.num_samples
