@@ -139,6 +139,16 @@ def test_training_from_it_is_training_from_the_one_made_at_once(folder: Path) ->
     assert heads[0] == heads[1]
 
 
+def test_a_run_of_fewer_classes_is_told_of_the_new_ones(folder: Path) -> None:
+    options = "--head decoder2 --epochs 1 --batch 4 --device cpu".split()
+    done("train", "--cache", "base", "--val-cache", "base", *options, "--out", "run")
+    (folder / "more.txt").write_text(f"{SIX}\nclip 6.mp4 3")
+    done(*EXTRACT, "--list", "more.txt", "--layers", "3-4", "--cache", "base")
+    for words in (("eval", "--run", "run", "--cache", "base"), ("show", "--run", "run", "--page", "page")):
+        refusal = invoke(*words).exception
+        assert isinstance(refusal, UsageError) and "its head has 3 classes, base has 4" in str(refusal)
+
+
 @pytest.mark.parametrize("place", ["", ADDITIONS_NAME])
 def test_damage_is_found_and_repaired_wherever_it_lies(folder: Path, place: str) -> None:
     before = tree(folder / "grown")
