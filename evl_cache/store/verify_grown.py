@@ -15,6 +15,7 @@ from evl_cache.store.format.grown import (
     SECOND_COPY_NAME,
     Grown,
     check_addition,
+    check_not_lost,
     find_grown,
     grown_digest,
     grown_spec,
@@ -34,6 +35,7 @@ def verify_cache(cache_path: Path, **options: Any) -> Verification:
     try:
         spec = read_description(cache_path).spec
         grown = find_grown(cache_path, spec)
+        check_not_lost(cache_path, spec, grown)
     except CacheDamaged as error:
         known = {problem.reason for problem in base.problems}
         more = () if str(error) in known else (Problem(block=None, reason=str(error)),)

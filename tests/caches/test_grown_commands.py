@@ -184,6 +184,18 @@ def test_a_damaged_list_of_additions_is_never_believed(folder: Path, name: str, 
     assert verify_cache(folder / "grown").problems == ()
 
 
+def test_a_list_of_additions_that_is_lost_is_told_and_restored(folder: Path) -> None:
+    before = tree(folder / "grown")
+    (folder / "grown" / GROWN_NAME).unlink()
+    assert f"{GROWN_NAME}: is not there" in done("verify", "grown").output
+    done("repair", "grown", "--device", "cpu")
+    assert differences(tree(folder / "grown"), before) == []
+    (folder / "grown" / GROWN_NAME).unlink()
+    shutil.rmtree(folder / "grown" / ADDITIONS_NAME)
+    assert "0 problems" in done("verify", "grown").output
+    assert FeatureCache(folder / "grown").spec == FeatureCache(folder / "base").spec
+
+
 def test_every_flipped_byte_of_the_list_is_found(folder: Path) -> None:
     file = folder / "grown" / GROWN_NAME
     content = file.read_bytes()

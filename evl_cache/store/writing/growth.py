@@ -27,6 +27,7 @@ from evl_cache.store.format.grown import (
     Box,
     Grown,
     addition_spec,
+    check_not_lost,
     find_grown,
     grown_content,
     grown_digest,
@@ -166,6 +167,10 @@ def restore_grown(cache_path: Path) -> tuple[list[str], list[str]]:
             found[name] = find_grown(cache_path, spec, name=name)
         except CacheDamaged as error:
             damage[name] = str(error)
+    try:
+        check_not_lost(cache_path, spec, found.get(GROWN_NAME))
+    except CacheDamaged as error:
+        damage.setdefault(GROWN_NAME, str(error))
     intact = found.get(GROWN_NAME) or (found.get(SECOND_COPY_NAME) if damage else None)
     if intact is None and damage:
         raise CacheDamaged(
