@@ -6,6 +6,7 @@ what is there, then the views, then the clips; so no sample is decoded twice for
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from evl_cache.clips import Clip, ClipList
 from evl_cache.errors import NoCacheHere, UsageError
@@ -21,6 +22,7 @@ from evl_cache.store import (
     addition_spec,
     cache_parts,
     grown_spec,
+    place_of,
 )
 
 _MAY_GROW = ("layers", "num_clips", "content_id", "classes", "views.train_views", "block_clips", "feature_id")
@@ -144,7 +146,8 @@ class _Planner:
         listed = replace(self._job.clips, clips=own, classes=whole.classes)
         spec = addition_spec(whole, added, content_id=listed.content_id)
         addition = replace(addition, name=addition_name(side, spec, added))
-        job = replace(self._job, cache_path=self._job.cache_path / addition.place, spec=spec, clips=listed)
+        place = Path(place_of(self._job.cache_path, addition))
+        job = replace(self._job, cache_path=place, spec=spec, clips=listed)
         what = {
             "layers": f"layers {format_layers(added.layers)} of {len(own):,} clips",
             "views": f"views {added.views.start + 1} to {added.views.stop} of {len(own):,} clips",

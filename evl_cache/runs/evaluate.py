@@ -64,8 +64,17 @@ def run_loader(
 ) -> FeatureLoader:
     """Read some clips of a cache (all by default) as a run's head needs them, into batches on a device.
 
-    Raises: UsageError naming both sides where the cache's features are not the head's.
+    Raises: UsageError naming both sides where the cache's features or classes are not the head's.
     """
+    if len(cache.spec.classes) != config.head_config["num_classes"]:
+        raise UsageError(
+            f"{run}: its head has {config.head_config['num_classes']} classes, {cache.place} has {len(cache.spec.classes)}"
+        )
+    if config.features is not None and cache.spec.classes != config.classes:
+        ours, theirs = next((a, b) for a, b in zip(config.classes, cache.spec.classes, strict=True) if a != b)
+        raise UsageError(
+            f"{run}: its head was trained on other classes ({ours!r}) than {cache.place} has ({theirs!r})"
+        )
     reads = head_reads(head, check_features(config, cache.spec, run=run))
     check_reads(reads, cache)
     return FeatureLoader(
@@ -103,15 +112,6 @@ def evaluate(
     config, device = read_run_config(run), device_named(device)
     precision = precision or precision_of_run(config.training, device)
     check_precision(precision, device)
-    if len(cache.spec.classes) != config.head_config["num_classes"]:
-        raise UsageError(
-            f"{run}: its head has {config.head_config['num_classes']} classes, {cache.place} has {len(cache.spec.classes)}"
-        )
-    if config.features is not None and cache.spec.classes != config.classes:
-        ours, theirs = next((a, b) for a, b in zip(config.classes, cache.spec.classes, strict=True) if a != b)
-        raise UsageError(
-            f"{run}: its head was trained on other classes ({ours!r}) than {cache.place} has ({theirs!r})"
-        )
     head = load_head(run, best=best).to(device)
     loader = run_loader(run, config, head, cache, clips=clips, batch=batch, device=device, threads=threads)
     started = time.monotonic()

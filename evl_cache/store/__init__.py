@@ -56,7 +56,7 @@ from evl_cache.store.format.layout import (
 from evl_cache.store.format.limits import projections_nbytes
 from evl_cache.store.format.manifest import BlockNotDone, Manifest, manifest_at, manifest_digest
 from evl_cache.store.format.marks import UNKNOWN_DECODER, ClipRecord, Mark, mark_file_digest
-from evl_cache.store.format.parts import CachePart, CacheParts, cache_parts, size_together
+from evl_cache.store.format.parts import CachePart, CacheParts, cache_parts, place_of, size_together
 from evl_cache.store.format.recomputed import (
     projections_content,
     read_projections,

@@ -15,12 +15,15 @@ from evl_cache.store.format.grown import (
     SECOND_COPY_NAME,
     Grown,
     check_addition,
+    check_not_lost,
     find_grown,
     grown_digest,
     grown_spec,
 )
+from evl_cache.store.format.parts import cache_parts, place_of
 from evl_cache.store.verify import Problem, Verification
 from evl_cache.store.verify import verify_cache as verify_alone
+from evl_cache.store.writing.growth import check_videos
 
 
 def verify_cache(cache_path: Path, **options: Any) -> Verification:
@@ -32,6 +35,7 @@ def verify_cache(cache_path: Path, **options: Any) -> Verification:
     try:
         spec = read_description(cache_path).spec
         grown = find_grown(cache_path, spec)
+        check_not_lost(cache_path, spec, grown)
     except CacheDamaged as error:
         known = {problem.reason for problem in base.problems}
         more = () if str(error) in known else (Problem(block=None, reason=str(error)),)
@@ -41,7 +45,7 @@ def verify_cache(cache_path: Path, **options: Any) -> Verification:
     found = [base]
     for addition in grown.additions:
         try:
-            found.append(verify_alone(cache_path / addition.place, **options))
+            found.append(verify_alone(Path(place_of(cache_path, addition)), **options))
         except CacheError as error:
             problem = Problem(block=None, reason=str(error))
             found.append(
@@ -94,6 +98,10 @@ def _check_together(cache_path: Path, grown: Grown, found: Sequence[Verification
                 raise CacheDamaged(f"{where}: names other clips than are there; repair the cache")
         except CacheError as error:
             reasons.append(str(error))
+    try:
+        check_videos(cache_parts(cache_path).parts)
+    except CacheError as error:
+        reasons.append(str(error))
     try:
         if file_digest(cache_path / SECOND_COPY_NAME) != file_digest(where):
             raise CacheDamaged(

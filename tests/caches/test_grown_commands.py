@@ -139,6 +139,16 @@ def test_training_from_it_is_training_from_the_one_made_at_once(folder: Path) ->
     assert heads[0] == heads[1]
 
 
+def test_a_run_of_fewer_classes_is_told_of_the_new_ones(folder: Path) -> None:
+    options = "--head decoder2 --epochs 1 --batch 4 --device cpu".split()
+    done("train", "--cache", "base", "--val-cache", "base", *options, "--out", "run")
+    (folder / "more.txt").write_text(f"{SIX}\nclip 6.mp4 3")
+    done(*EXTRACT, "--list", "more.txt", "--layers", "3-4", "--cache", "base")
+    for words in (("eval", "--run", "run", "--cache", "base"), ("show", "--run", "run", "--page", "page")):
+        refusal = invoke(*words).exception
+        assert isinstance(refusal, UsageError) and "its head has 3 classes, base has 4" in str(refusal)
+
+
 @pytest.mark.parametrize("place", ["", ADDITIONS_NAME])
 def test_damage_is_found_and_repaired_wherever_it_lies(folder: Path, place: str) -> None:
     before = tree(folder / "grown")
@@ -172,6 +182,18 @@ def test_a_damaged_list_of_additions_is_never_believed(folder: Path, name: str, 
     done("repair", "grown", "--device", "cpu")
     assert differences(tree(folder / "grown"), before) == []
     assert verify_cache(folder / "grown").problems == ()
+
+
+def test_a_list_of_additions_that_is_lost_is_told_and_restored(folder: Path) -> None:
+    before = tree(folder / "grown")
+    (folder / "grown" / GROWN_NAME).unlink()
+    assert f"{GROWN_NAME}: is not there" in done("verify", "grown").output
+    done("repair", "grown", "--device", "cpu")
+    assert differences(tree(folder / "grown"), before) == []
+    (folder / "grown" / GROWN_NAME).unlink()
+    shutil.rmtree(folder / "grown" / ADDITIONS_NAME)
+    assert "0 problems" in done("verify", "grown").output
+    assert FeatureCache(folder / "grown").spec == FeatureCache(folder / "base").spec
 
 
 def test_every_flipped_byte_of_the_list_is_found(folder: Path) -> None:

@@ -69,7 +69,7 @@ def open_files(path: Path) -> int:
 
 def limited(path: Path, limit: int) -> FeatureCache:
     opened = FeatureCache(path)
-    opened._samples._shards = ShardPool(limit=limit)
+    opened._samples.shards = ShardPool(limit=limit)
     return opened
 
 

@@ -133,11 +133,6 @@ class ClipTable(Sequence[Clip]):
         """Take the label of each clip from elsewhere, so that no line is parsed for them."""
         self.__dict__["labels"] = _kept(labels)  # what the cached property would make
 
-    def check_labels(self, classes: int, place: str | Path) -> None:
-        """Check that labels are those of so many classes. Raises: CacheDamaged."""
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < classes:
-            raise CacheDamaged(f"{place}: labels beyond its {classes} classes; repair the cache")
-
     @cached_property
     def rows_by_id(self) -> Mapping[str, int]:
         """The row of each clip by its id: made at the first use, and large."""

@@ -155,6 +155,12 @@ def read_clips(place: Path | Objects, description: CacheDescription) -> ClipTabl
     return clips
 
 
+def check_labels(clips: ClipTable, spec: CacheSpec, where: str) -> None:
+    """Check that the labels of clips are those of the spec's classes. Raises: CacheDamaged."""
+    if len(clips) and not 0 <= clips.labels.min() <= clips.labels.max() < len(spec.classes):
+        raise CacheDamaged(f"{where}: labels beyond its {len(spec.classes)} classes; repair the cache")
+
+
 def clips_lines(clips: Iterable[Clip]) -> bytes:
     """Return the bytes of `clips.jsonl`."""
     return b"".join(clips.canonical_parts() if isinstance(clips, ClipTable) else canonical_parts(clips))

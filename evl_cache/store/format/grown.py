@@ -164,8 +164,11 @@ def addition_name(side: str, spec: CacheSpec, box: Box) -> str:
     else:
         rows = box.views if side == VIEWS else box.clips
         told = f"{rows.start}-{rows.stop - 1}"
-    identity = digest([spec.feature_id, spec.content_id, list(spec.layers)])
-    return f"{side}-{told}-{identity[:8]}"
+    return f"{side}-{told}-{_identity(spec)}"
+
+
+def _identity(spec: CacheSpec) -> str:
+    return digest([spec.feature_id, spec.content_id, list(spec.layers)])[:8]
 
 
 def grown_digest(digests: Sequence[str]) -> str:
@@ -212,6 +215,15 @@ def find_grown(place: Path | Objects, spec: CacheSpec, *, name: str = GROWN_NAME
     return parse_grown(written, spec, where)
 
 
+def check_not_lost(place: Path, spec: CacheSpec, grown: Grown | None) -> None:
+    """Check that a cache to which nothing was added has no second copy that names additions. Raises: CacheDamaged."""
+    if grown is None and find_grown(place, spec, name=SECOND_COPY_NAME) is not None:
+        raise CacheDamaged(
+            f"{place / GROWN_NAME}: is not there, though {SECOND_COPY_NAME} is: repair the cache, or remove "
+            f"{ADDITIONS_NAME} if nothing is to be added to it"
+        )
+
+
 def parse_grown(written: bytes, spec: CacheSpec, where: str) -> Grown:
     """Return the content of a file's bytes. Raises: as `find_grown`."""
     try:
@@ -253,6 +265,12 @@ def check_addition(found: CacheSpec, whole: CacheSpec, addition: Addition, where
     if differences := wanted.differences(found):
         raise CacheDamaged(
             f"{where}: is not the addition that {GROWN_NAME} names ({'; '.join(differences[:4])}); repair the cache"
+        )
+    # The name has a digest of the addition's clips, which `grown.json` tells nowhere else.
+    if not addition.name.endswith(f"-{_identity(found)}"):
+        raise CacheDamaged(
+            f"{where}: is not the addition that {GROWN_NAME} names (it holds other clips); bring the directories back under "
+            "their own names"
         )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, NoCacheHere
 from evl_cache.spec import CacheSpec
+from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.format.description import CacheDescription, read_clips, read_description
 from evl_cache.store.format.grown import (
     CLIPS,
@@ -19,6 +20,7 @@ from evl_cache.store.format.grown import (
     grown_spec,
 )
 from evl_cache.store.format.size import CacheSize
+from evl_cache.store.objects.address import is_url
 from evl_cache.store.objects.objects import open_objects
 
 
@@ -121,5 +123,9 @@ def size_together(sizes: Sequence[CacheSize]) -> CacheSize:
 
 
 def place_of(place: str | Path, addition: Addition) -> str | Path:
-    """Return the directory or URL of an addition to the cache at a place."""
-    return place / addition.place if isinstance(place, Path) else f"{place.rstrip('/')}/{addition.place}"
+    """Return the directory or URL of an addition to the cache at a place. Raises: CacheError for a link."""
+    found = f"{str(place).rstrip('/')}/{addition.place}"
+    if is_url(found):
+        return found
+    check_no_links(Path(place), Path(found))
+    return Path(found) if isinstance(place, Path) else found

@@ -17,7 +17,7 @@ from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.clip_table import ClipTable
-from evl_cache.store.format.description import CacheDescription, read_clips
+from evl_cache.store.format.description import CacheDescription, check_labels, read_clips
 from evl_cache.store.format.grown import CLIPS, LAYERS, check_addition, find_grown, grown_digest, grown_spec
 from evl_cache.store.format.layout import as_range
 from evl_cache.store.format.marks import Mark
@@ -204,7 +204,7 @@ def open_grown(base: Member, place: str, *, trust: bool) -> GrownCache | None:
     grown = find_grown(objects, base.spec)
     if grown is None:
         return None
-    whole, members, clips = base.spec, [base], base.clips
+    whole, members, tables = base.spec, [base], [base.clips]
     for addition, (side, box) in zip(grown.additions, grown.boxes(base.spec), strict=True):
         path, copy, description = open_place(place, addition)
         classes = description.spec.classes if side == CLIPS else whole.classes
@@ -224,11 +224,17 @@ def open_grown(base: Member, place: str, *, trust: bool) -> GrownCache | None:
                 stored_before=() if side != LAYERS else whole.stored_layers,
                 copy=copy,
                 trust=trust,
+                before=members,
             )
         )
         if side == CLIPS:
-            clips = ClipTable(b"".join((*clips.canonical_parts(), *own.canonical_parts())), objects.url)
+            tables.append(own)
         whole = larger
+    clips = tables[0]
+    if len(tables) > 1:
+        lines = b"".join(part for table in tables for part in table.canonical_parts())
+        clips = ClipTable(lines, objects.url, labels=np.concatenate([table.labels for table in tables]))
+    check_labels(clips, whole, place)
     return GrownCache(spec=whole, clips=clips, members=tuple(members), is_valid=_valid(whole, members))
 
 

@@ -142,6 +142,7 @@ def open_member(
     stored_before: Sequence[int],
     copy: LocalCopy | None,
     trust: bool,
+    before: Sequence[Member],
 ) -> Member:
     """Return an addition, opened.
 
@@ -151,6 +152,7 @@ def open_member(
         stored_before: layers that are read from members before it.
         copy: fetches it, where it lies behind a URL.
         trust: do not check chunks against their marks' checksums.
+        before: the members before it, whose open files count as its own: a process may open so many for all of them.
     """
     spec = description.spec
     done = BlocksDone(path, spec, copy=copy)
@@ -161,6 +163,8 @@ def open_member(
         files=done.files,
         copy=copy,
         trust=trust and copy is None,
+        shards=before[0].samples.shards,
+        first_block=sum(member.spec.num_blocks for member in before),
     )
     if copy is not None:
         copy.serve(done.files)

@@ -14,7 +14,7 @@ import torch
 from evl_cache.errors import UsageError
 from evl_cache.notation import layers_of
 from evl_cache.spec import FRAME_RULE, CacheSpec
-from evl_cache.store.format.description import read_clips, read_description
+from evl_cache.store.format.description import check_labels, read_clips, read_description
 from evl_cache.store.format.layout import array_layouts, as_range
 from evl_cache.store.format.manifest import find_manifest, manifest_at, manifest_digest
 from evl_cache.store.format.marks import Mark
@@ -69,7 +69,7 @@ class FeatureCache:
         self._done: BlocksDone | GrownCache = done
         if done.index is not None:
             self.clips.know_labels(done.index.labels)
-        self.clips.check_labels(len(self.spec.classes), path)
+        check_labels(self.clips, self.spec, str(path))
         self.is_valid = self._done.is_valid
         self._layouts = array_layouts(self.spec)
         self._num_samples = self.spec.num_samples

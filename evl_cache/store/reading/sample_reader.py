@@ -37,11 +37,14 @@ class SampleReader:
 
     Attributes:
         maps_files: whether shards are mapped: they lie on a local disk.
+        shards: those that are open; readers of one process may share it.
 
     Args:
         files: records of the marked blocks' shards, as they come.
         copy: fetches what `cache_path` lacks, where it is a copy of a remote cache.
         trust: do not check chunks against their marks' checksums.
+        shards: as the attribute; its own by default.
+        first_block: number of its first block among those of all that share `shards`.
     """
 
     def __init__(
@@ -53,6 +56,8 @@ class SampleReader:
         files: Mapping[int, ShardFiles],
         copy: LocalCopy | None,
         trust: bool,
+        shards: ShardPool | None = None,
+        first_block: int = 0,
     ) -> None:
         self._cache_path, self._layouts, self._files, self._copy, self._trust = (
             cache_path,
@@ -65,13 +70,13 @@ class SampleReader:
         self.maps_files = is_local(cache_path)
         self._open_file = partial(LocalFile, map_file=self.maps_files)
         self._read_ahead = ReadAhead(always=not self.maps_files)
-        self._shards = ShardPool()
+        self.shards, self._first_block = shards or ShardPool(), first_block
 
     def read(
         self, stacks: Sequence[Stack], wanted: Sequence[tuple[int, int]], positions: Sequence[int]
     ) -> None:
         """Read (slot, sample) pairs, at positions of the layer axis, and sum differences. Raises: CacheDamaged."""
-        self._shards.renew_after_fork()
+        self.shards.renew_after_fork()
         for start in range(0, len(wanted), _READ_AHEAD):
             group = wanted[start : start + _READ_AHEAD]
             if self._read_ahead.is_on():
@@ -90,7 +95,9 @@ class SampleReader:
         for name, stack, differenced in stacks:
             outs = stack[:, slot]  # (L,*chunk)
             try:
-                self._shards.get((name, block), self._open_shard).read_stacked(chunks, outs)
+                self.shards.get((name, self._first_block + block), self._open_shard).read_stacked(
+                    chunks, outs
+                )
             except CacheDamaged:
                 self._read_again(name, block, chunks, outs)
             if differenced:
@@ -112,7 +119,7 @@ class SampleReader:
 
     def close(self) -> None:
         """Let go of every open file; the next read opens what it needs again."""
-        self._shards.close()
+        self.shards.close()
 
     def _will_need(self, sample: int, stacks: Iterable[Stack], positions: Sequence[int]) -> None:
         block, chunks = self.chunks(sample, positions)
@@ -121,16 +128,18 @@ class SampleReader:
         for name, _, _ in stacks:
             if self._layouts[name].chunk_nbytes >= _READ_AHEAD_NBYTES:
                 with contextlib.suppress(CacheDamaged):  # the read itself looks again, and tells
-                    self._shards.get((name, block), self._open_shard).will_need(chunks)
+                    self.shards.get((name, self._first_block + block), self._open_shard).will_need(chunks)
 
     def _read_again(self, name: str, block: int, chunks: Sequence[int], outs: np.ndarray[Any, Any]) -> None:
         """Look again, in a newly opened file: on NFS a mark can be seen before its data."""
         for attempt in range(_NFS_RETRIES):
             if self._copy is not None:  # removed there to make room, or damaged on this disk
                 self._copy.refetch(name, block, chunks)
-            self._shards.forget((name, block))
+            self.shards.forget((name, self._first_block + block))
             try:
-                self._shards.get((name, block), self._open_shard).read_stacked(chunks, outs)
+                self.shards.get((name, self._first_block + block), self._open_shard).read_stacked(
+                    chunks, outs
+                )
                 return
             except CacheDamaged:
                 if attempt + 1 == _NFS_RETRIES:
@@ -138,7 +147,7 @@ class SampleReader:
                 time.sleep(_NFS_WAIT_S)
 
     def _open_shard(self, key: tuple[str, int]) -> ShardReader:
-        name, block = key
+        name, block = key[0], key[1] - self._first_block
         layout, record = self._layouts[name], self._files[block][name]
         path = layout.shard(self._cache_path, block)
         check_no_links(self._cache_path, path.parent)
@@ -152,10 +161,3 @@ class SampleReader:
             trust=self._trust,
             open_file=self._open_file,
         )
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_shards"}  # open files
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._shards = ShardPool()

@@ -5,6 +5,7 @@ import resource
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 from evl_cache.store.shards.shard import ShardReader
 
@@ -61,6 +62,13 @@ class ShardPool:
             for reader in self._readers.values():
                 reader.close()
             self._readers.clear()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"limit": self.limit}  # no open files
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.limit = state["limit"]
+        self._renew()
 
     def _renew(self) -> None:
         # After a fork the lock may be held by a thread that only the parent has.

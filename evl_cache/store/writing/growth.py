@@ -27,8 +27,10 @@ from evl_cache.store.format.grown import (
     Box,
     Grown,
     addition_spec,
+    check_not_lost,
     find_grown,
     grown_content,
+    grown_digest,
     grown_spec,
 )
 from evl_cache.store.format.index import believed_index
@@ -59,7 +61,7 @@ class GrownRecords:
         for part in self._parts:
             if row not in part.box.clips or part.side == LAYERS:
                 continue
-            if (found := self._in_part(part, row - part.box.clips.start)) is None:
+            if (found := self.in_part(part, row)) is None:
                 return None
             if record is None:
                 record = found
@@ -67,8 +69,9 @@ class GrownRecords:
                 record = replace(record, indices=(*record.indices, *(found.indices or ())))
         return record
 
-    def _in_part(self, part: CachePart, row: int) -> ClipRecord | None:
-        block, place = divmod(row, part.spec.block_clips)
+    def in_part(self, part: CachePart, row: int) -> ClipRecord | None:
+        """Return a clip's record with the frames of the views that one part has; None where its mark is not intact."""
+        block, place = divmod(row - part.box.clips.start, part.spec.block_clips)
         mark = self._marks.get(part.path)
         if mark is None or mark.block != block:
             mark, index = valid_mark(part.path, part.spec, block), self._indexes[part.path]
@@ -125,7 +128,9 @@ def add_to_cache(
                 "run the same command again"
             )
         if not checked:  # it takes a look at all marks
-            _check_videos(before.parts, addition, side, cache_path / addition.place)
+            path = cache_path / addition.place
+            more = CachePart(place=path, description=read_description(path), box=addition.box, side=side)
+            _check_same_videos(before.parts, more)
             checked = True
         return grown
 
@@ -133,9 +138,24 @@ def add_to_cache(
 
 
 def renew_grown(cache_path: Path, *, lock_expiry_s: float = EXPIRY_S) -> None:
-    """Write the digests of a grown cache's members into `grown.json`, as they are now; of another cache do nothing."""
+    """Write the digests of a grown cache's members into `grown.json`, as they are now; of another cache do nothing.
+
+    Raises: CacheDamaged where a member that was made again was made of other videos than the rest.
+    """
+    checked = set[str]()
+
+    def renewed(before: CacheParts) -> Grown | None:
+        grown = before.grown
+        if grown is not None and (now := _with_digests(cache_path, grown)) != grown:
+            # A clip that failed in one member alone may have been made again of a video that was replaced since.
+            found = grown_digest([now.cache_digest, *(addition.cache_digest for addition in now.additions)])
+            if found not in checked:
+                check_videos(before.parts)
+                checked.add(found)
+        return grown
+
     if cache_parts(cache_path).grown is not None:
-        _write(cache_path, lambda before: before.grown, lock_expiry_s=lock_expiry_s)
+        _write(cache_path, renewed, lock_expiry_s=lock_expiry_s)
 
 
 def restore_grown(cache_path: Path) -> tuple[list[str], list[str]]:
@@ -151,6 +171,10 @@ def restore_grown(cache_path: Path) -> tuple[list[str], list[str]]:
             found[name] = find_grown(cache_path, spec, name=name)
         except CacheDamaged as error:
             damage[name] = str(error)
+    try:
+        check_not_lost(cache_path, spec, found.get(GROWN_NAME))
+    except CacheDamaged as error:
+        damage.setdefault(GROWN_NAME, str(error))
     intact = found.get(GROWN_NAME) or (found.get(SECOND_COPY_NAME) if damage else None)
     if intact is None and damage:
         raise CacheDamaged(
@@ -202,27 +226,34 @@ def _cache_digest(path: Path, spec: CacheSpec) -> str:
     return manifest_digest(path, spec) or read_manifest(path, spec).digest
 
 
-def _check_videos(parts: Sequence[CachePart], addition: Addition, side: str, path: Path) -> None:
+def check_videos(parts: Sequence[CachePart]) -> None:
+    """Check that the parts of a grown cache were made of the same videos and frames. Raises: CacheDamaged."""
+    for at, more in enumerate(parts[1:], start=1):
+        _check_same_videos(parts[:at], more)
+
+
+def _check_same_videos(parts: Sequence[CachePart], more: CachePart) -> None:
     """Check that more layers or views of clips are of the same videos, and layers of the same frames, as the rest.
 
     Raises: CacheDamaged naming a clip.
     """
+    side, path = more.side, more.path
     if side == CLIPS:
         return
-    made = dict(_records_of(CachePart(place=path, description=read_description(path), box=addition.box)))
-    for part in parts:
-        if part.side == LAYERS or not set(part.box.clips) & made.keys():
-            continue
-        for row, record in _records_of(part):
-            other = made.get(row)
-            if other is None or record.error is not None or other.error is not None:
+    records = GrownRecords(parts)
+    for row, other in _records_of(more):
+        for part in parts:
+            if part.side == LAYERS or row not in part.box.clips:
+                continue
+            record = records.in_part(part, row)
+            if record is None or record.error is not None or other.error is not None:
                 continue
             if record.source_sha256 != other.source_sha256:
                 raise CacheDamaged(
                     f"{path}: {record.id!r} was made of another video than the features that {parts[0].place} has; "
                     "run the same command again with --check-sources, or put the old video back"
                 )
-            if side == LAYERS and not _same_frames(record, other, part.box, addition.box):
+            if side == LAYERS and not _same_frames(record, other, part.box, more.box):
                 raise CacheDamaged(
                     f"{path}: {record.id!r} was made of other frames than the features that {parts[0].place} has; "
                     "use the same decoder"
