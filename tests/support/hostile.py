@@ -35,14 +35,20 @@ class Code:
 
 
 class Forge:
-    """A copy of a good cache that is changed and signed again. `outside`: what an attack must not reach."""
+    """A copy of a good cache that is changed and signed again. `outside`: what an attack must not reach.
 
-    def __init__(self, good: Path, folder: Path) -> None:
+    Args:
+        has_index: keep the good cache's index, by which readers go as long as its manifest lies there.
+    """
+
+    def __init__(self, good: Path, folder: Path, *, has_index: bool = False) -> None:
         self.outside = folder / "outside"
         self.outside.mkdir()
         (self.outside / "secret").write_text("secret\n")
         self.marker = self.outside / "code-ran"
         self.cache = Path(shutil.copytree(good, folder / "cache"))
+        if not has_index:  # with it, readers need no marks
+            (self.cache / "index.bin").unlink(missing_ok=True)
 
     def group(self, change: Callable[[JSON], None]) -> None:
         """Change the attribute `evl_cache` and everything that follows from it."""

@@ -1,5 +1,6 @@
 """A cache or a head from a stranger: refused in one line, in little memory, with nothing run and nothing written."""
 
+import contextlib
 import json
 import os
 import resource
@@ -9,7 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
 from evl_cache.caches.share import pull
 from evl_cache.canonical_json import canonical_json, digest
@@ -132,6 +135,25 @@ def test_a_hostile_checkpoint_is_not_imported(
     arguments = ("import-head", forge.run / "official.pth", "--out", tmp_path / "imported")
     assert_refused(ended(capsys, *arguments))
     assert contents(forge.outside) == {} and not (tmp_path / "imported").exists()
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("attack", CACHES)
+def test_a_hostile_cache_with_an_index_is_refused_or_read_as_it_was(
+    attack: str, good: Path, tmp_path: Path
+) -> None:
+    forge = Forge(good / "cache", tmp_path, has_index=True)
+    CACHES[attack](forge)
+    before, was = contents(forge.outside), FeatureCache(good / "cache")
+    with contextlib.suppress(EvlCacheError):
+        found = FeatureCache(forge.cache)
+        rows = np.flatnonzero(found.is_valid)
+        tokens, _ = found.read(rows)
+        expected, _ = was.read(rows)
+        if found.fingerprint == was.fingerprint:  # else it is another cache, whose features may be any
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(tokens, expected, strict=True))
+        assert all(0 <= label < len(found.spec.classes) for label in found.labels.tolist())
+    assert contents(forge.outside) == before
 
 
 LARGEST = (

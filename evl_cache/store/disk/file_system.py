@@ -206,7 +206,11 @@ def read_limited(path: Path, most_nbytes: int) -> bytes:
     def read() -> tuple[int, bytes]:
         with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
-            return size, b"" if size > most_nbytes else file.read(most_nbytes + 1)
+            if size > most_nbytes:
+                return size, b""
+            # Memory is taken before anything is read, so for what is there; which may be more than its size says.
+            content = file.read(size + 1)
+            return size, content + file.read(most_nbytes) if len(content) > size else content
 
     try:
         size, content = again_if_stale(read)
