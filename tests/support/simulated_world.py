@@ -15,11 +15,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 from greenlet import getcurrent, greenlet
 
 from evl_cache.store.disk import locks as locks_module
 from evl_cache.store.disk.runtime import Runtime
+from evl_cache.store.format.index_file import IndexFile
 
 EXPIRY_S = 20.0
 MOST_STEPS = 15_000  # of one schedule: it hangs
@@ -83,6 +85,7 @@ class World:
     def __init__(self, rng: random.Random, root: Path) -> None:
         self.rng, self.root = rng, root
         self.now_s, self.steps = 0.0, 0
+        self.indexes = WeakSet[IndexFile]()
         self.last_marked_s = 0.0
         self._queue: list[tuple[float, int, greenlet]] = []
         self._order = itertools.count()
@@ -138,6 +141,8 @@ class World:
             if not task.dead:
                 with suppress(Died):
                     task.throw(Died)
+        for index in list(self.indexes):  # closed below: later their numbers are those of other files
+            index._descriptor = -1
         for process in self.processes:
             for descriptor in process.open:
                 with suppress(OSError):
@@ -313,6 +318,7 @@ _REAL = {name: getattr(os, name) for name in (*_SWITCHED, "close", "getpid")}
 @contextmanager
 def patched(world: World) -> Iterator[None]:
     """Have the world make the calls of the operating system."""
+    real_index = IndexFile.__init__
     real_open, real_token, real_id, real_start = (
         Path.open,
         secrets.token_hex,
@@ -323,6 +329,10 @@ def patched(world: World) -> Iterator[None]:
     def switched(name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: world.call(name, _REAL[name], args, kwargs)
 
+    def noted_index(index: IndexFile, *args: Any, **kwargs: Any) -> None:
+        real_index(index, *args, **kwargs)
+        world.indexes.add(index)
+
     def process_start(pid: int) -> str:
         return "began" if world.processes[pid - 1].is_alive else ""
 
@@ -330,6 +340,7 @@ def patched(world: World) -> Iterator[None]:
         for name in _SWITCHED:
             setattr(os, name, switched(name))
         os.close = world.close
+        IndexFile.__init__ = noted_index  # type: ignore[method-assign]
         os.getpid = lambda: _REAL["getpid"]() if world.current is None else world.current.pid
         Path.open = lambda *args, **kwargs: world.call("read", real_open, args, kwargs)  # type: ignore[method-assign]
         secrets.token_hex = lambda count=8: f"{world.rng.getrandbits(8 * count):0{2 * count}x}"
@@ -339,5 +350,6 @@ def patched(world: World) -> Iterator[None]:
     finally:
         for name, function in _REAL.items():
             setattr(os, name, function)
+        IndexFile.__init__ = real_index  # type: ignore[method-assign]
         Path.open, secrets.token_hex = real_open, real_token  # type: ignore[method-assign]
         locks_module.machine_id, locks_module.process_start = real_id, real_start
