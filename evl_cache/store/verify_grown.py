@@ -32,6 +32,8 @@ def verify_cache(cache_path: Path, **options: Any) -> Verification:
     Arguments and errors as `verify_alone`, which checks a cache without what was added to it.
     """
     base = verify_alone(cache_path, **options)
+    if base.blocks == 0:  # without its description nothing more can be looked at
+        return base
     try:
         spec = read_description(cache_path).spec
         grown = find_grown(cache_path, spec)
