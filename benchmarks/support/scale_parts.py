@@ -66,7 +66,12 @@ def first_batch(train_path: str, val_path: str, layers: int) -> Found:
         nonlocal opening_s
         caches = FeatureCache(train_path), FeatureCache(val_path)
         opening_s = time.perf_counter() - began
-        options = TrainOptions(head="decoder1" if layers < 4 else "decoder4", steps=100, batch=_BATCH)
+        options = TrainOptions(
+            head="decoder1" if layers < 4 else "decoder4",
+            temporal_cross_attention=caches[0].spec.has_maps,
+            steps=100,
+            batch=_BATCH,
+        )
         with TemporaryDirectory() as folder:
             try:
                 train(*caches, options=options, out=Path(folder) / "run", on_step=stop)
