@@ -21,6 +21,7 @@ from greenlet import getcurrent, greenlet
 
 from evl_cache.store.disk import locks as locks_module
 from evl_cache.store.disk.runtime import Runtime
+from evl_cache.store.format.index import Index
 from evl_cache.store.format.index_file import IndexFile
 
 EXPIRY_S = 20.0
@@ -318,7 +319,7 @@ _REAL = {name: getattr(os, name) for name in (*_SWITCHED, "close", "getpid")}
 @contextmanager
 def patched(world: World) -> Iterator[None]:
     """Have the world make the calls of the operating system."""
-    real_index = IndexFile.__init__
+    real_index, real_brief = IndexFile.__init__, Index.__init__
     real_open, real_token, real_id, real_start = (
         Path.open,
         secrets.token_hex,
@@ -329,9 +330,13 @@ def patched(world: World) -> Iterator[None]:
     def switched(name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: world.call(name, _REAL[name], args, kwargs)
 
-    def noted_index(index: IndexFile, *args: Any, **kwargs: Any) -> None:
-        real_index(index, *args, **kwargs)
+    def noted_index(index: IndexFile, path: Path, **kwargs: Any) -> None:
+        real_index(index, path, **kwargs)
         world.indexes.add(index)
+
+    def brief_index(index: Index, *args: Any, **kwargs: Any) -> None:
+        # Not kept open: it would be closed by number when it is collected, in the midst of another test.
+        real_brief(index, *args, **{**kwargs, "stays_open": False})
 
     def process_start(pid: int) -> str:
         return "began" if world.processes[pid - 1].is_alive else ""
@@ -341,6 +346,7 @@ def patched(world: World) -> Iterator[None]:
             setattr(os, name, switched(name))
         os.close = world.close
         IndexFile.__init__ = noted_index  # type: ignore[method-assign]
+        Index.__init__ = brief_index  # type: ignore[method-assign]
         os.getpid = lambda: _REAL["getpid"]() if world.current is None else world.current.pid
         Path.open = lambda *args, **kwargs: world.call("read", real_open, args, kwargs)  # type: ignore[method-assign]
         secrets.token_hex = lambda count=8: f"{world.rng.getrandbits(8 * count):0{2 * count}x}"
@@ -351,5 +357,6 @@ def patched(world: World) -> Iterator[None]:
         for name, function in _REAL.items():
             setattr(os, name, function)
         IndexFile.__init__ = real_index  # type: ignore[method-assign]
+        Index.__init__ = real_brief  # type: ignore[method-assign]
         Path.open, secrets.token_hex = real_open, real_token  # type: ignore[method-assign]
         locks_module.machine_id, locks_module.process_start = real_id, real_start

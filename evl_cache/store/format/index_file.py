@@ -20,9 +20,10 @@ class IndexFile:
 
     def __init__(self, path: Path, *, stays_open: bool = True) -> None:
         self._path = path
-        self._descriptor = -1
+        self._descriptor, self._identity = -1, (0, 0)
         self._descriptor = open_descriptor(path)
-        self.size = os.fstat(self._descriptor).st_size
+        found = os.fstat(self._descriptor)
+        self.size, self._identity = found.st_size, (found.st_dev, found.st_ino)
         # Nobody changes the file under this name: another index comes as another file.
         is_mapped = stays_open and self.size > 0 and is_local(path.parent)
         self._map = _mapped(self._descriptor, self.size) if is_mapped else None
@@ -68,7 +69,10 @@ class IndexFile:
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with contextlib.suppress(OSError):  # of a disk that is gone
-                os.close(descriptor)
+                found = os.fstat(descriptor)
+                # By now the number may be another file's, where somebody closed all that a process had open.
+                if (found.st_dev, found.st_ino) == self._identity:
+                    os.close(descriptor)
 
     def __del__(self) -> None:
         self.release()
