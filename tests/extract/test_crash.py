@@ -104,6 +104,25 @@ def test_killed_at_a_random_moment(
     resumed(store_server, tmp_path / "cache", whole)
 
 
+def test_killed_between_a_placeholder_and_its_file_where_there_are_no_hard_links(
+    store_server: Server, whole: Whole, tmp_path: Path
+) -> None:
+    undisturbed = store_server.run(tmp_path / "undisturbed", no_links=True, kill_call="rename")
+    assert differences(tree(tmp_path / "undisturbed"), whole.files) == []
+    renames = undisturbed.report["changes"]
+    assert renames > len(whole.files) / 2
+    empty = 0
+    for number in range(1, 1 + renames):
+        cache = tmp_path / str(number)
+        ended = store_server.run(cache, no_links=True, kill_call="rename", kill_at=number)
+        assert ended.code == -signal.SIGKILL
+        empty += any(path.stat().st_size == 0 for path in cache.rglob("*") if path.is_file())
+        again = store_server.run(cache, no_links=True)
+        assert "digest" in again.report, (number, again)
+        assert differences(tree(cache), whole.files) == []
+    assert empty > renames / 2
+
+
 def test_killed_again_and_again_it_still_ends(store_server: Server, whole: Whole, tmp_path: Path) -> None:
     codes = [store_server.run(tmp_path / "cache", kill_at=150).code for _ in range(6)]
     assert codes[0] == -signal.SIGKILL

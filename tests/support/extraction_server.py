@@ -1,5 +1,6 @@
 """Extractions in children that may be killed, stopped or starved. As a script: the process that forks them."""
 
+import errno
 import faulthandler
 import json
 import os
@@ -79,7 +80,8 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     """In the child. Keys of a job: cache, report; and, where given,
 
     clips: only so many of the list. spec: changes to it. options: of the extraction. folder: other videos.
-    kill_at: SIGKILL at this change (see CHANGES); kill_after: behind it, not before.
+    kill_at: SIGKILL at this change (see CHANGES); kill_after: behind it, not before; kill_call: of these alone.
+    no_links: there are no hard links.
     file_limit: bytes of the largest file. polite: SIGTERM raises SystemExit. clip_s: pause after each clip.
     gates: files by the number of a clip: behind that one, the child waits until the file is there; see `reached`.
     stop_before_link: SIGSTOP before the link whose target's name contains this, once.
@@ -90,6 +92,8 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     os.environ.update(job.get("environment", {}))
     if job.get("stop_before_publishing"):
         _stop_before_publishing()
+    if job.get("no_links"):
+        os.link = _no_link
     if job.get("file_limit"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_limit"], resource.RLIM_INFINITY))
     if job.get("polite"):
@@ -124,6 +128,10 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
 def _grown(clips: ClipList, cache: Path, *, spec: CacheSpec, **_: Any) -> ExtractResult:
     """Let a cache grow into a spec, as `extract_small` makes one."""
     return grow(clips, cache, layers=tuple(spec.layers))
+
+
+def _no_link(*_: Any, **__: Any) -> None:
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
 
 
 def _stop_before_publishing() -> None:
@@ -162,14 +170,14 @@ class _Counter:
 
     def __init__(self, job: Mapping[str, Any]) -> None:
         self._kill_at, self._after = job.get("kill_at"), bool(job.get("kill_after"))
-        self._stop_at = job.get("stop_before_link")
+        self._stop_at, self._only = job.get("stop_before_link"), job.get("kill_call")
         self._lock = threading.Lock()
         self.count = 0
 
     def __call__(self, name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any:
         with self._lock:
-            self.count += 1
-            is_it = self.count == self._kill_at
+            self.count += self._only in (None, name)
+            is_it = self.count == self._kill_at and self._only in (None, name)
             stops = self._stop_at is not None and name == "link" and self._stop_at in str(args[1])
             if stops:
                 self._stop_at = None

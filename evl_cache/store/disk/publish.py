@@ -248,7 +248,7 @@ class StagedFile:
             os.rename(self.path, final)
         except OSError:
             with contextlib.suppress(OSError):
-                if _is_empty(final):
+                if is_empty(final):
                     remove_leftover(final)
             raise
         self._staged = False
@@ -333,14 +333,14 @@ def _is_file(path: Path, inode: int) -> bool:
 def _stays_empty(path: Path) -> bool:
     deadline = time.monotonic() + _PLACEHOLDER_WAIT_S
     while time.monotonic() < deadline:
-        if not _is_empty(path):
+        if not is_empty(path):
             return False
         time.sleep(0.01)
-    return _is_empty(path)
+    return is_empty(path)
 
 
-def _is_empty(path: Path) -> bool:
-    """Whether a file is empty by now. Read, since its size may be remembered from before."""
+def is_empty(path: Path) -> bool:
+    """Whether a file is empty by now, as a placeholder is. Read, since its size may be remembered from before."""
 
     def read() -> bytes:
         with open_regular(path) as file:

@@ -15,7 +15,7 @@ from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import check_no_links, is_there, names_in
 from evl_cache.store.disk.lock_files import CACHE_LOCK
 from evl_cache.store.disk.locks import EXPIRY_S, LockWatcher
-from evl_cache.store.disk.publish import AlreadyPublished, write_atomic
+from evl_cache.store.disk.publish import AlreadyPublished, is_empty, write_atomic
 from evl_cache.store.format.description import (
     CacheDescription,
     clips_lines,
@@ -76,13 +76,16 @@ def create_cache(
 
 
 def _is_laid_down(cache_path: Path) -> bool:
-    """Whether a directory is a cache. A network disk may remember for seconds that it was none; a listing is newer."""
+    """Whether a directory is a cache. A network disk may remember for seconds that it was none; a listing is newer.
+
+    An empty description is a placeholder of a job that died as it wrote it, where there are no hard links: none yet.
+    """
     path, deadline = cache_path / METADATA_NAME, time.monotonic() + _REMEMBERED_S
     while not is_there(path):
         if METADATA_NAME not in names_in(cache_path) or time.monotonic() > deadline:
             return False
         time.sleep(_LOOK_S)
-    return True
+    return not is_empty(path)
 
 
 def _lay_down(
