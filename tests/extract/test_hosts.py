@@ -116,23 +116,20 @@ def test_a_host_that_comes_late_takes_its_share(
 def test_a_host_that_is_cut_off_works_on_and_is_back_when_the_network_is(
     servers: list[Server], hosts: list[Host], alone: dict[str, bytes], tmp_path: Path, cut: int
 ) -> None:
-    cache, alone_again, end = tmp_path / "cache", tmp_path / "go on alone", tmp_path / "go on"
+    cache, end = tmp_path / "cache", tmp_path / "go on"
+    alone_again, third = tmp_path / "go on alone", tmp_path / "its third clip"
     gates = [{1: str(end)}, {1: str(end)}]
-    gates[cut] = {
-        1: str(alone_again),
-        3: str(end),
-    }  # it has begun two blocks by then: the third clip is of another
+    # It has begun two blocks by then: the third clip is of another.
+    gates[cut] = {1: str(alone_again), 3: str(third)}
     pids = [start(servers, cache, rank, gates=gates[rank]) for rank in range(2)]
     wait_until(lambda: all(held_by(cache, host) for host in hosts[:2]), what="each has a block in hand")
-    before = held_by(cache, hosts[cut])
     hosts[cut].cut_off()
     alone_again.touch()
     try:
-        wait_until(
-            lambda: bool(held_by(cache, hosts[cut]) - before), what="it takes another one by the disk's locks"
-        )
+        wait_until(reached(third).exists, what="it takes another one by the disk's locks")
     finally:
         hosts[cut].bring_back()
+        third.touch()
         end.touch()
     reports = [servers[rank].wait(pid).report for rank, pid in enumerate(pids)]
     assert sum(report["here"] for report in reports) == 8 and reports[cut]["here"] >= 3
