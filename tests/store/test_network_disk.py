@@ -129,6 +129,14 @@ def test_what_the_disk_refuses_to_read_is_not_taken_for_missing_or_damaged(
     assert not isinstance(caught.value, CacheDamaged)
 
 
+@pytest.mark.parametrize("call", ["open", "read"])
+def test_a_description_that_cannot_be_read_is_told_by_a_job_that_goes_on(disk: LyingDisk, call: str) -> None:
+    write_cache(disk.path / "cache", labels=(0, 1, 2))
+    disk.set(Fault(call, errno.EIO, times=None, under="cache/zarr.json"))
+    with pytest.raises(CacheError, match=r"cannot read .*zarr\.json: Input/output error; check the disk"):
+        write_cache(disk.path / "cache", labels=(0, 1, 2))
+
+
 def test_a_disk_that_maps_no_files_is_read_by_calls(disk: LyingDisk, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sample_reader, "is_local", lambda path: True)
     cache = write_cache(disk.path / "cache", codec="raw")

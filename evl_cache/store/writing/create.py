@@ -12,7 +12,7 @@ from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.directories import make_directories
-from evl_cache.store.disk.file_system import check_no_links, is_there, names_in
+from evl_cache.store.disk.file_system import check_no_links, disk_error, is_refusal, is_there, names_in
 from evl_cache.store.disk.lock_files import CACHE_LOCK
 from evl_cache.store.disk.locks import EXPIRY_S, LockWatcher
 from evl_cache.store.disk.publish import AlreadyPublished, is_empty, write_atomic
@@ -85,7 +85,12 @@ def _is_laid_down(cache_path: Path) -> bool:
         if METADATA_NAME not in names_in(cache_path) or time.monotonic() > deadline:
             return False
         time.sleep(_LOOK_S)
-    return not is_empty(path)
+    try:
+        return not is_empty(path)
+    except OSError as error:
+        if is_refusal(error):
+            raise disk_error("read", path, error) from error
+        return False  # whose placeholder it was removed it
 
 
 def _lay_down(
