@@ -111,13 +111,15 @@ def test_killed_between_a_placeholder_and_its_file_where_there_are_no_hard_links
     assert differences(tree(tmp_path / "undisturbed"), whole.files) == []
     renames = undisturbed.report["changes"]
     assert renames > len(whole.files) / 2
+    # Another machine may have the same disk with hard links. The first is the description's.
+    cases = [(1, True), *((number, number % 2 == 0) for number in range(1, 1 + renames))]
     empty = 0
-    for number in range(1, 1 + renames):
-        cache = tmp_path / str(number)
+    for number, no_links in cases:
+        cache = tmp_path / f"{number} {no_links}"
         ended = store_server.run(cache, no_links=True, kill_call="rename", kill_at=number)
         assert ended.code == -signal.SIGKILL
         empty += any(path.stat().st_size == 0 for path in cache.rglob("*") if path.is_file())
-        again = store_server.run(cache, no_links=True)
+        again = store_server.run(cache, no_links=no_links)
         assert "digest" in again.report, (number, again)
         assert differences(tree(cache), whole.files) == []
     assert empty > renames / 2

@@ -129,10 +129,9 @@ def test_of_many_writers_exactly_one_publishes(tmp_path: Path, file_system: str)
     assert (tmp_path / "final").read_bytes() == winners[0]
 
 
-def test_placeholder_of_a_dead_writer_is_taken_over_without_hard_links(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_placeholder_of_a_dead_writer_is_taken_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_system: str
 ) -> None:
-    monkeypatch.setattr(os, "link", failing(errno.ENOTSUP))
     monkeypatch.setattr(publish, "_PLACEHOLDER_WAIT_S", 0.05)
     (tmp_path / "final").touch()
     publish_bytes(tmp_path / "final", b"data")

@@ -196,6 +196,16 @@ def open_descriptor(path: Path) -> int:
     return descriptor
 
 
+def is_empty(path: Path) -> bool:
+    """Whether a file is empty by now, as a placeholder is. Read, since its size may be remembered from before."""
+
+    def read() -> bytes:
+        with open_regular(path) as file:
+            return file.read(1)
+
+    return again_if_stale(read) == b""
+
+
 def read_limited(path: Path, most_nbytes: int) -> bytes:
     """Return a regular file's bytes.
 

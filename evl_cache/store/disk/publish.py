@@ -23,10 +23,9 @@ from evl_cache.store.disk.checksum import content_digest, file_digest, longer_cr
 from evl_cache.store.disk.directories import FILE_MODE, fsync_directory
 from evl_cache.store.disk.file_system import (
     NoHardLinks,
-    again_if_stale,
     disk_error,
     give_second_name,
-    open_regular,
+    is_empty,
     remove_leftover,
     start_writeback,
 )
@@ -38,9 +37,8 @@ _PLACEHOLDER_WAIT_S = 2.0
 # Written at a time, at multiples of it: the page cache then holds the file in pages of this size, which are copied
 # a tenth faster than small ones and mapped by one entry each.
 _HUGE_PAGE_NBYTES = 2 << 20
-_SMALL_NBYTES = (
-    1 << 14
-)  # what is smaller is gathered, so that a page is of few pieces: a call takes at most 1024
+# What is smaller is gathered, so that a page is of few pieces: a call takes at most 1024.
+_SMALL_NBYTES = 1 << 14
 _WRITEBACK_NBYTES = 8 << 20  # handed to the disk at a time, so that the sync at the end has little left
 
 
@@ -224,26 +222,23 @@ class StagedFile:
             raise disk_error(action, path, error) from error
 
     def _take_name(self, final: Path) -> None:
-        try:
-            give_second_name(self.path, final)
-        except FileExistsError:
-            self._refuse(final)
-        except NoHardLinks:
-            self._rename_without_links(final)
-
-    def _rename_without_links(self, final: Path) -> None:
-        """Publish where there are no hard links.
+        """Publish: by a second name, or where there are no hard links, by renaming.
 
         A rename alone would replace what exists. O_EXCL on an empty placeholder under the final name decides
         who may rename. A writer that died between the two steps leaves the placeholder; no file of ours is
-        empty, so one that stays empty for a while, by this machine's own clock, is taken over. Only a writer
-        stalled that long exactly there could replace a file, and blocks are checked before they are marked.
+        empty, so one that stays empty for a while, by this machine's own clock, is taken over, also through a
+        mount that has hard links. Only a writer stalled that long exactly there could replace a file, and
+        blocks are checked before they are marked.
         """
         try:
-            os.close(os.open(final, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+            give_second_name(self.path, final)
+            return
         except FileExistsError:
-            if not _stays_empty(final):
-                self._refuse(final)
+            is_taken = True
+        except NoHardLinks:
+            is_taken = not _made_placeholder(final)
+        if is_taken and not _stays_empty(final):
+            self._refuse(final)
         try:
             os.rename(self.path, final)
         except OSError:
@@ -330,6 +325,15 @@ def _is_file(path: Path, inode: int) -> bool:
         return False
 
 
+def _made_placeholder(path: Path) -> bool:
+    """Whether an empty file was made at a path; False where something is there."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, FILE_MODE))
+    except FileExistsError:
+        return False
+    return True
+
+
 def _stays_empty(path: Path) -> bool:
     deadline = time.monotonic() + _PLACEHOLDER_WAIT_S
     while time.monotonic() < deadline:
@@ -337,13 +341,3 @@ def _stays_empty(path: Path) -> bool:
             return False
         time.sleep(0.01)
     return is_empty(path)
-
-
-def is_empty(path: Path) -> bool:
-    """Whether a file is empty by now, as a placeholder is. Read, since its size may be remembered from before."""
-
-    def read() -> bytes:
-        with open_regular(path) as file:
-            return file.read(1)
-
-    return again_if_stale(read) == b""

@@ -12,10 +12,17 @@ from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.directories import make_directories
-from evl_cache.store.disk.file_system import check_no_links, disk_error, is_refusal, is_there, names_in
+from evl_cache.store.disk.file_system import (
+    check_no_links,
+    disk_error,
+    is_empty,
+    is_refusal,
+    is_there,
+    names_in,
+)
 from evl_cache.store.disk.lock_files import CACHE_LOCK
 from evl_cache.store.disk.locks import EXPIRY_S, LockWatcher
-from evl_cache.store.disk.publish import AlreadyPublished, is_empty, write_atomic
+from evl_cache.store.disk.publish import AlreadyPublished, write_atomic
 from evl_cache.store.format.description import (
     CacheDescription,
     clips_lines,
