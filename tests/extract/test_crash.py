@@ -111,18 +111,51 @@ def test_killed_between_a_placeholder_and_its_file_where_there_are_no_hard_links
     assert differences(tree(tmp_path / "undisturbed"), whole.files) == []
     renames = undisturbed.report["changes"]
     assert renames > len(whole.files) / 2
-    # Another machine may have the same disk with hard links. The first is the description's.
-    cases = [(1, True), *((number, number % 2 == 0) for number in range(1, 1 + renames))]
     empty = 0
-    for number, no_links in cases:
-        cache = tmp_path / f"{number} {no_links}"
+    for number in range(1, 1 + renames):
+        cache = tmp_path / str(number)
         ended = store_server.run(cache, no_links=True, kill_call="rename", kill_at=number)
         assert ended.code == -signal.SIGKILL
-        empty += any(path.stat().st_size == 0 for path in cache.rglob("*") if path.is_file())
-        again = store_server.run(cache, no_links=no_links)
+        files = [path for path in cache.rglob("*") if path.is_file()]
+        empty += any(path.stat().st_size == 0 for path in files)
+        assert all(path.stat().st_size for path in files if path.name == "zarr.json")
+        again = store_server.run(cache, no_links=number % 2 == 0)  # another machine may have links
         assert "digest" in again.report, (number, again)
         assert differences(tree(cache), whole.files) == []
     assert empty > renames / 2
+
+
+@pytest.mark.parametrize("no_links", [True, False])
+def test_a_job_that_stood_still_as_it_named_its_description_does_no_harm(
+    store_server: Server, whole: Whole, tmp_path: Path, no_links: bool
+) -> None:
+    call = "stop_before_rename" if no_links else "stop_before_link"
+    cache = tmp_path / "cache"
+    pid = store_server.start(cache, spec={"block_clips": 1}, no_links=no_links, **{call: "zarr.json"})
+    wait_until(lambda: is_stopped(pid), what="it is about to name it")
+    assert not (cache / "zarr.json").exists()
+    taken_over = store_server.run(cache, no_links=no_links, options={"lock_expiry_s": 0.5})
+    assert "digest" in taken_over.report
+    os.kill(pid, signal.SIGCONT)
+    ended = store_server.wait(pid)
+    assert ended.report["error"] == "CacheError"
+    assert "run the same command again" in ended.report["message"]
+    assert differences(tree(cache), whole.files) == []
+    assert verify_cache(cache).problems == ()
+
+
+def test_a_mark_that_had_no_content_yet_holds_no_clip_back(store_server: Server, tmp_path: Path) -> None:
+    cache, folder = tmp_path / "cache", tmp_path / "clips"
+    pid = store_server.start(cache, no_links=True, stop_before_rename="000000.json")
+    wait_until(lambda: is_stopped(pid), what="the child reaches the first mark")
+    os.kill(pid, signal.SIGKILL)
+    store_server.wait(pid)
+    assert (cache / "done" / "000000.json").read_bytes() == b""
+    shutil.copytree(store_server.folder, folder)
+    (folder / "01.mp4").write_bytes(b"no video any more")
+    ended = store_server.run(cache, no_links=True, folder=str(folder))
+    assert [clip for clip, _ in ended.report["failures"]] == ["01.mp4", "05.mp4"]
+    assert verify_cache(cache).problems == ()
 
 
 def test_killed_again_and_again_it_still_ends(store_server: Server, whole: Whole, tmp_path: Path) -> None:

@@ -123,10 +123,14 @@ def test_a_host_that_is_cut_off_works_on_and_is_back_when_the_network_is(
     gates[cut] = {1: str(alone_again), 3: str(third)}
     pids = [start(servers, cache, rank, gates=gates[rank]) for rank in range(2)]
     wait_until(lambda: all(held_by(cache, host) for host in hosts[:2]), what="each has a block in hand")
+    before = held_by(cache, hosts[cut])
     hosts[cut].cut_off()
     alone_again.touch()
     try:
-        wait_until(reached(third).exists, what="it takes another one by the disk's locks")
+        wait_until(
+            lambda: bool(held_by(cache, hosts[cut]) - before) and reached(third).exists(),
+            what="it takes another one by the disk's locks",
+        )
     finally:
         hosts[cut].bring_back()
         third.touch()

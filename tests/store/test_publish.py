@@ -129,12 +129,48 @@ def test_of_many_writers_exactly_one_publishes(tmp_path: Path, file_system: str)
     assert (tmp_path / "final").read_bytes() == winners[0]
 
 
-def test_placeholder_of_a_dead_writer_is_taken_over(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_system: str
+def test_placeholder_of_a_dead_writer_is_taken_over_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(os, "link", failing(errno.ENOTSUP))
     monkeypatch.setattr(publish, "_PLACEHOLDER_WAIT_S", 0.05)
     (tmp_path / "final").touch()
     publish_bytes(tmp_path / "final", b"data")
+    assert (tmp_path / "final").read_bytes() == b"data"
+
+
+@pytest.mark.parametrize("is_locked", [False, True])
+def test_repeated_rename_request_of_nfs_counts_as_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_locked: bool
+) -> None:
+    rename = os.rename
+
+    def answer_lost(source: Path, target: Path) -> None:
+        rename(source, target)
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(os, "link", failing(errno.ENOTSUP))
+    monkeypatch.setattr(os, "rename", answer_lost)
+    assert write_atomic(tmp_path / "final", b"data", replace=False, is_locked=is_locked)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
+    assert (tmp_path / "final").read_bytes() == b"data"
+
+
+def test_under_a_lock_nothing_is_there_before_the_file_and_nothing_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_system: str
+) -> None:
+    rename = os.rename
+
+    def watched(source: Path, target: Path) -> None:
+        assert not target.exists()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", watched)
+    for _ in range(2):
+        write_atomic(tmp_path / "final", b"data", replace=False, is_locked=True)
+    with pytest.raises(AlreadyPublished):
+        write_atomic(tmp_path / "final", b"other", replace=False, is_locked=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert (tmp_path / "final").read_bytes() == b"data"
 
 

@@ -26,6 +26,7 @@ from evl_cache.store.disk.file_system import (
     disk_error,
     give_second_name,
     is_empty,
+    is_there,
     remove_leftover,
     start_writeback,
 )
@@ -174,8 +175,15 @@ class StagedFile:
             self._inode = os.fstat(self._descriptor).st_ino
             self._close()
 
-    def publish(self, final: Path, *, sync_directory: bool = True) -> None:
+    def publish(self, final: Path, *, sync_directory: bool = True, is_locked: bool = False) -> None:
         """Give the file the name `final` (same directory), durably, never replacing what exists.
+
+        Where there are no hard links, a rename would replace what exists. O_EXCL on an empty placeholder under the
+        final name then decides who may rename. A writer that died between the two steps leaves the placeholder; no
+        file of ours is empty, so one that stays empty for a while, by this machine's own clock, is taken over. Only a
+        writer stalled that long exactly there could replace a file, and blocks are checked before they are marked.
+        Where `is_locked`, the caller has a lock under which alone this name is given, and whoever takes that over
+        removes this staged file first: there is no placeholder, and a kill leaves none.
 
         Where `sync_directory` is false, the caller syncs the directory: only then is the name durable.
         Raises AlreadyPublished where the name is taken, CacheError where the file system refuses.
@@ -183,7 +191,7 @@ class StagedFile:
         self._check_directory(final)
         self.seal()
         with self._discarded_on_error("publish", final):
-            self._take_name(final)
+            self._take_name(final, is_locked=is_locked)
             self._remove()
         if sync_directory:
             fsync_directory(final.parent)
@@ -221,31 +229,29 @@ class StagedFile:
             self.discard()
             raise disk_error(action, path, error) from error
 
-    def _take_name(self, final: Path) -> None:
-        """Publish: by a second name, or where there are no hard links, by renaming.
-
-        A rename alone would replace what exists. O_EXCL on an empty placeholder under the final name decides
-        who may rename. A writer that died between the two steps leaves the placeholder; no file of ours is
-        empty, so one that stays empty for a while, by this machine's own clock, is taken over, also through a
-        mount that has hard links. Only a writer stalled that long exactly there could replace a file, and
-        blocks are checked before they are marked.
-        """
+    def _take_name(self, final: Path, *, is_locked: bool) -> None:
         try:
             give_second_name(self.path, final)
-            return
         except FileExistsError:
-            is_taken = True
-        except NoHardLinks:
-            is_taken = not _made_placeholder(final)
-        if is_taken and not _stays_empty(final):
             self._refuse(final)
+        except NoHardLinks:
+            if is_locked:
+                if is_there(final):
+                    self._refuse(final)
+            elif not _made_placeholder(final) and not _stays_empty(final):
+                self._refuse(final)
+            self._rename(final)
+
+    def _rename(self, final: Path) -> None:
         try:
             os.rename(self.path, final)
-        except OSError:
-            with contextlib.suppress(OSError):
-                if is_empty(final):
-                    remove_leftover(final)
-            raise
+        except OSError as error:
+            # NFS repeats a request whose answer was lost, and the repeat finds nothing left to rename.
+            if not isinstance(error, FileNotFoundError) or not _is_file(final, self._inode):
+                with contextlib.suppress(OSError):
+                    if is_empty(final):
+                        remove_leftover(final)
+                raise
         self._staged = False
 
     def _refuse(self, final: Path) -> None:
@@ -274,11 +280,11 @@ class StagedFile:
         self.discard()
 
 
-def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> bool:
-    """Publish bytes under a name, in place of what may exist there unless `replace` is false.
+def write_atomic(path: Path, content: bytes, *, replace: bool = True, is_locked: bool = False) -> bool:
+    """Publish bytes under a name, in place of what may exist there unless `replace` is false; `is_locked`: as in `publish`.
 
     Returns: whether they were written; False where the same bytes were there and were not to be replaced.
-    Raises AlreadyPublished where other bytes are there and `replace` is false; CacheError as `StagedFile`.
+    Raises: AlreadyPublished where other bytes are there and `replace` is false; CacheError as `StagedFile`.
     """
     with stage_file(path.parent) as staged:
         staged.write(content)
@@ -286,7 +292,7 @@ def write_atomic(path: Path, content: bytes, *, replace: bool = True) -> bool:
             staged.publish_replacing(path)
             return True
         try:
-            staged.publish(path)
+            staged.publish(path, is_locked=is_locked)
         except AlreadyPublished:
             if file_digest(path) != content_digest(content):
                 raise
@@ -319,10 +325,9 @@ def _staging_path(directory: Path, block: int | None = None) -> Path:
 
 
 def _is_file(path: Path, inode: int) -> bool:
-    try:
+    with contextlib.suppress(OSError):
         return path.stat().st_ino == inode
-    except OSError:
-        return False
+    return False
 
 
 def _made_placeholder(path: Path) -> bool:

@@ -61,9 +61,7 @@ def _may_be_replaced(cache_path: Path, name: str, spec: CacheSpec, content: byte
         return True
     except (OSError, CacheError):
         return False
-    # An empty description is a placeholder, see `StagedFile`.
-    is_placeholder = name == METADATA_NAME and found == b""
-    return is_placeholder or found == content or _is_ours(name, found)
+    return found == content or _is_ours(name, found)
 
 
 def _is_ours(name: str, found: bytes) -> bool:

@@ -9,19 +9,12 @@ from typing import Any
 
 from evl_cache.attention_maps import MapProjection
 from evl_cache.clips import Clip
-from evl_cache.errors import CacheDamaged, UsageError
+from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.directories import make_directories
-from evl_cache.store.disk.file_system import (
-    check_no_links,
-    disk_error,
-    is_empty,
-    is_refusal,
-    is_there,
-    names_in,
-)
+from evl_cache.store.disk.file_system import check_no_links, is_there, names_in
 from evl_cache.store.disk.lock_files import CACHE_LOCK
-from evl_cache.store.disk.locks import EXPIRY_S, LockWatcher
+from evl_cache.store.disk.locks import EXPIRY_S, BlockLock, LockWatcher
 from evl_cache.store.disk.publish import AlreadyPublished, write_atomic
 from evl_cache.store.format.description import (
     CacheDescription,
@@ -41,6 +34,7 @@ from evl_cache.store.format.limits import check_labels, check_limits
 from evl_cache.store.format.occupied import check_place
 from evl_cache.store.format.recomputed import projections_content, write_projections
 from evl_cache.store.shards.metadata import METADATA_NAME
+from evl_cache.store.writing.leftovers import remove_leftovers
 
 _REMEMBERED_S, _LOOK_S = 60.0, 0.1  # Linux's NFS client remembers what is not there for up to a minute
 
@@ -70,10 +64,14 @@ def create_cache(
         check_no_links(cache_path, cache_path / name)
     if not _is_laid_down(cache_path):
         # One job at a time: two with different specs would mix their files.
-        with LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK):
+        with LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK) as lock:
+            if not _is_laid_down(cache_path):
+                # A job that stands still, and whose lock was taken over, may wake as it names its description: then
+                # it finds nothing to name.
+                remove_leftovers(cache_path)
             if not _is_laid_down(cache_path):
                 listed = clips if isinstance(clips, Sequence) else tuple(clips)
-                _lay_down(cache_path, spec, listed, origin, created_with, projections)
+                _lay_down(cache_path, spec, listed, origin, created_with, projections, lock)
     differences = spec.differences(read_description(cache_path).spec)
     if differences:
         raise UsageError(
@@ -83,21 +81,13 @@ def create_cache(
 
 
 def _is_laid_down(cache_path: Path) -> bool:
-    """Whether a directory is a cache. A network disk may remember for seconds that it was none; a listing is newer.
-
-    An empty description is a placeholder of a job that died as it wrote it, where there are no hard links: none yet.
-    """
+    """Whether a directory is a cache. A network disk may remember for seconds that it was none; a listing is newer."""
     path, deadline = cache_path / METADATA_NAME, time.monotonic() + _REMEMBERED_S
     while not is_there(path):
         if METADATA_NAME not in names_in(cache_path) or time.monotonic() > deadline:
             return False
         time.sleep(_LOOK_S)
-    try:
-        return not is_empty(path)
-    except OSError as error:
-        if is_refusal(error):
-            raise disk_error("read", path, error) from error
-        return False  # whose placeholder it was removed it
+    return True
 
 
 def _lay_down(
@@ -107,6 +97,7 @@ def _lay_down(
     origin: Mapping[str, Any],
     created_with: Mapping[str, str],
     projections: Mapping[int, MapProjection] | None,
+    lock: BlockLock,
 ) -> None:
     if marked_blocks(cache_path):  # their description was lost, and another one would lose them too
         raise CacheDamaged(f"{cache_path}: has finished blocks but no {METADATA_NAME}; repair the cache")
@@ -130,8 +121,11 @@ def _lay_down(
     for content in projected.values():
         write_projections(cache_path, content)
     for name, content in files.items():
+        if not lock.is_held():  # this job stood still for long: what it knows of the place is old
+            raise CacheError(
+                f"{cache_path}: is being laid down by another job by now; run the same command again"
+            )
         make_directories((cache_path / name).parent)
-        # The last one makes it a cache. Where that is there, this job was paused for long and another took its lock
-        # over: the caller compares.
+        # The last one makes it a cache. Where that is there, another job took this one's lock over: the caller compares.
         with contextlib.suppress(AlreadyPublished):
-            write_atomic(cache_path / name, content, replace=name != METADATA_NAME)
+            write_atomic(cache_path / name, content, replace=name != METADATA_NAME, is_locked=True)

@@ -18,6 +18,7 @@ from evl_cache.store.disk.file_system import (
     check_no_links,
     disk_error,
     file_identity,
+    is_empty,
     is_refusal,
     is_there,
     remove_file,
@@ -316,9 +317,18 @@ def valid_marks(cache_path: Path, spec: CacheSpec) -> Iterator[Mark]:
 
 
 def _was_marked(cache_path: Path, block: int) -> bool:
-    """Whether a block has a mark, intact or not, or is part of a cache that is complete, or was when a redo began."""
-    signs = (mark_path(cache_path, block), cache_path / MANIFEST_NAME)
-    return is_in_redo(cache_path, block) or any(map(is_there, signs))
+    """Whether a block has a mark, intact or not, or is part of a cache that is complete, or was when a redo began.
+
+    An empty mark is the placeholder of a job that died as it named it, see `StagedFile.publish`: no mark.
+    """
+    if is_in_redo(cache_path, block) or is_there(cache_path / MANIFEST_NAME):
+        return True
+    mark = mark_path(cache_path, block)
+    try:
+        return not is_empty(mark)
+    except (OSError, CacheError) as error:
+        _raise_if_refused(mark, error)
+        return is_there(mark)
 
 
 def _unlink_for_good(cache_path: Path, path: Path) -> None:
