@@ -134,12 +134,15 @@ def test_a_job_that_stood_still_as_it_named_its_description_does_no_harm(
     pid = store_server.start(cache, spec={"block_clips": 1}, no_links=no_links, **{call: "zarr.json"})
     wait_until(lambda: is_stopped(pid), what="it is about to name it")
     assert not (cache / "zarr.json").exists()
-    taken_over = store_server.run(cache, no_links=no_links, options={"lock_expiry_s": 0.5})
-    assert "digest" in taken_over.report
+    gate = tmp_path / "go on"
+    other = store_server.start(cache, no_links=no_links, gates={1: str(gate)}, options={"lock_expiry_s": 0.5})
+    wait_until(reached(gate).exists, what="another took the lock over and is at work")
     os.kill(pid, signal.SIGCONT)
     ended = store_server.wait(pid)
     assert ended.report["error"] == "CacheError"
     assert "run the same command again" in ended.report["message"]
+    gate.touch()
+    assert "digest" in store_server.wait(other).report
     assert differences(tree(cache), whole.files) == []
     assert verify_cache(cache).problems == ()
 
