@@ -54,10 +54,11 @@ def test_two_jobs_share_the_blocks_of_one_cache(
     store_server: Server, alone: tuple[dict[str, bytes], int], tmp_path: Path
 ) -> None:
     files, passes = alone
-    gate = tmp_path / "go on"
-    pids = [store_server.start(tmp_path / "cache", gates={1: str(gate)}) for _ in range(2)]
-    wait_until(lambda: len(list(tmp_path.glob("cache/locks/0*.lock"))) == 2, what="each has a block in hand")
-    gate.touch()
+    gates = [tmp_path / name for name in ("go on", "go on, too")]
+    pids = [store_server.start(tmp_path / "cache", gates={1: str(gate)}) for gate in gates]
+    wait_until(lambda: all(reached(gate).exists() for gate in gates), what="each has a block in hand")
+    for gate in gates:
+        gate.touch()
     reports = [store_server.wait(pid).report for pid in pids]
     assert sum(report["here"] for report in reports) == 8  # each clip once
     assert sum(report["passes"] for report in reports) == passes
