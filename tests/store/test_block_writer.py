@@ -315,8 +315,8 @@ def test_every_file_is_safe_before_one_has_its_name_and_every_name_before_the_ma
     spec, calls = make_spec(2, tower=TOWER), list[str]()
     name, sync = StagedFile._take_name, os.fsync
 
-    def named(self: StagedFile, final: Path) -> None:
-        name(self, final)
+    def named(self: StagedFile, final: Path, **options: bool) -> None:
+        name(self, final, **options)
         calls.append(f"name of {'a shard' if final.name.startswith('c.') else 'the mark'}")
 
     def synced(descriptor: int) -> None:

@@ -62,9 +62,8 @@ def check_nothing_lost(clips: Sequence[ClipRecord], there: Sequence[bool], *, pl
     """
     lost = [clip for clip, has_features in zip(clips, there, strict=True) if has_features and clip.error]
     if lost:
-        told = "; ".join(
-            f"{clip.id}: {reason_alone(clip.error or '', clip.id)}" for clip in lost[:_MOST_NAMED]
-        )
+        named = lost[:_MOST_NAMED]
+        told = "; ".join(f"{clip.id}: {reason_alone(clip.error or '', clip.id)}" for clip in named)
         raise RowsAtStake(
             f"{place}: block {block} stays as it is: {len(lost)} of its clips would lose their features "
             f"({told}{'; …' if len(lost) > _MOST_NAMED else ''}); bring back what they need where they are made, then run "
@@ -317,18 +316,14 @@ def valid_marks(cache_path: Path, spec: CacheSpec) -> Iterator[Mark]:
 
 
 def _was_marked(cache_path: Path, block: int) -> bool:
-    """Whether a block has a mark, intact or not, or is part of a cache that is complete, or was when a redo began.
-
-    An empty mark is the placeholder of a job that died as it named it, see `StagedFile.publish`: no mark.
-    """
-    if is_in_redo(cache_path, block) or is_there(cache_path / MANIFEST_NAME):
-        return True
+    """Whether a block has a mark, intact or not, or is part of a cache that is complete, or was when a redo began."""
     mark = mark_path(cache_path, block)
     try:
-        return not is_empty(mark)
+        has_mark = not is_empty(mark)  # an empty one is a placeholder, see `StagedFile.publish`
     except (OSError, CacheError) as error:
         _raise_if_refused(mark, error)
-        return is_there(mark)
+        has_mark = is_there(mark)
+    return has_mark or is_in_redo(cache_path, block) or is_there(cache_path / MANIFEST_NAME)
 
 
 def _unlink_for_good(cache_path: Path, path: Path) -> None:
