@@ -125,13 +125,22 @@ def test_killed_between_a_placeholder_and_its_file_where_there_are_no_hard_links
     assert empty > renames / 2
 
 
-@pytest.mark.parametrize("no_links", [True, False])
-def test_a_job_that_stood_still_as_it_named_its_description_does_no_harm(
-    store_server: Server, whole: Whole, tmp_path: Path, no_links: bool
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        ("link", "cache/zarr.json"),
+        ("rename", "cache/zarr.json"),  # where there are no links
+        ("replace", "tokens/zarr.json"),
+        ("replace", "recovery.json"),
+        ("replace", "clips.jsonl"),
+    ],
+)
+def test_a_job_that_stood_still_as_it_laid_a_cache_down_does_no_harm(
+    store_server: Server, whole: Whole, tmp_path: Path, call: str, name: str
 ) -> None:
-    call = "stop_before_rename" if no_links else "stop_before_link"
-    cache = tmp_path / "cache"
-    pid = store_server.start(cache, spec={"block_clips": 1}, no_links=no_links, **{call: "zarr.json"})
+    cache, no_links = tmp_path / "cache", call == "rename"
+    job: dict[str, Any] = {"spec": {"block_clips": 1}, "clips": 7, f"stop_before_{call}": name}
+    pid = store_server.start(cache, no_links=no_links, **job)
     wait_until(lambda: is_stopped(pid), what="it is about to name it")
     assert not (cache / "zarr.json").exists()
     gate = tmp_path / "go on"
@@ -139,8 +148,8 @@ def test_a_job_that_stood_still_as_it_named_its_description_does_no_harm(
     wait_until(reached(gate).exists, what="another took the lock over and is at work")
     os.kill(pid, signal.SIGCONT)
     ended = store_server.wait(pid)
-    assert ended.report["error"] == "CacheError"
-    assert "run the same command again" in ended.report["message"]
+    assert ended.report["error"] == "UsageError"
+    assert re.search("holds another cache .*block_clips", ended.report["message"])
     gate.touch()
     assert "digest" in store_server.wait(other).report
     assert differences(tree(cache), whole.files) == []

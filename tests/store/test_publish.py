@@ -151,7 +151,9 @@ def test_repeated_rename_request_of_nfs_counts_as_success(
 
     monkeypatch.setattr(os, "link", failing(errno.ENOTSUP))
     monkeypatch.setattr(os, "rename", answer_lost)
-    assert write_atomic(tmp_path / "final", b"data", replace=False, is_locked=is_locked)
+    assert write_atomic(
+        tmp_path / "final", b"data", replace=False, before_naming=(lambda: None) if is_locked else None
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert (tmp_path / "final").read_bytes() == b"data"
 
@@ -167,9 +169,9 @@ def test_under_a_lock_nothing_is_there_before_the_file_and_nothing_is_replaced(
 
     monkeypatch.setattr(os, "rename", watched)
     for _ in range(2):
-        write_atomic(tmp_path / "final", b"data", replace=False, is_locked=True)
+        write_atomic(tmp_path / "final", b"data", replace=False, before_naming=lambda: None)
     with pytest.raises(AlreadyPublished):
-        write_atomic(tmp_path / "final", b"other", replace=False, is_locked=True)
+        write_atomic(tmp_path / "final", b"other", replace=False, before_naming=lambda: None)
     assert [path.name for path in tmp_path.iterdir()] == ["final"]
     assert (tmp_path / "final").read_bytes() == b"data"
 

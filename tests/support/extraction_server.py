@@ -84,7 +84,7 @@ def _run_job(job: Mapping[str, Any], clips: ClipList, tower: Tower) -> None:
     no_links: there are no hard links.
     file_limit: bytes of the largest file. polite: SIGTERM raises SystemExit. clip_s: pause after each clip.
     gates: files by the number of a clip: behind that one, the child waits until the file is there; see `reached`.
-    stop_before_link, stop_before_rename: SIGSTOP before the call whose target's name contains this, once.
+    stop_before_link, stop_before_rename, stop_before_replace: SIGSTOP before the call whose target contains this, once.
     stop_before_publishing: SIGSTOP in the first commit, between the look at the lock and the first change.
     grow: the cache grows into that spec, where it is there.
     environment: as torchrun would set it. patience_s: with its rendezvous store.
@@ -171,7 +171,7 @@ class _Counter:
     def __init__(self, job: Mapping[str, Any]) -> None:
         self._kill_at, self._after = job.get("kill_at"), bool(job.get("kill_after"))
         self._only = job.get("kill_call")
-        self._stop_at = {call: job.get(f"stop_before_{call}") for call in ("link", "rename")}
+        self._stop_at = {call: job.get(f"stop_before_{call}") for call in ("link", "rename", "replace")}
         self._lock = threading.Lock()
         self.count = 0
 

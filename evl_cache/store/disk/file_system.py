@@ -196,6 +196,13 @@ def open_descriptor(path: Path) -> int:
     return descriptor
 
 
+def has_inode(path: Path, inode: int) -> bool:
+    """Whether a path leads to the file of an inode, as far as the disk tells."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_ino == inode
+    return False
+
+
 def is_empty(path: Path) -> bool:
     """Whether a file is empty by now, as a placeholder is. Read, since its size may be remembered from before."""
 

@@ -116,6 +116,15 @@ class BlockLock:
         """
         return is_of(self._token, self.path)
 
+    def check(self) -> None:
+        """Check that it is held. Raises: CacheError."""
+        if not self.is_held():
+            raise CacheError(f"{self.path} was taken over by another job; run the same command again")
+
+    def may_explain(self, error: CacheError) -> bool:
+        """Whether another job may have caused an error: it took this lock over, or what is staged here for a leftover."""
+        return not self.is_held() or isinstance(error.__cause__, FileNotFoundError)
+
     def release(self) -> None:
         """Give the block back. Safe to call twice."""
         if self._is_released:

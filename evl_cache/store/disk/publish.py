@@ -13,7 +13,7 @@ import re
 import secrets
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -25,6 +25,7 @@ from evl_cache.store.disk.file_system import (
     NoHardLinks,
     disk_error,
     give_second_name,
+    has_inode,
     is_empty,
     is_there,
     remove_leftover,
@@ -182,8 +183,8 @@ class StagedFile:
         final name then decides who may rename. A writer that died between the two steps leaves the placeholder; no
         file of ours is empty, so one that stays empty for a while, by this machine's own clock, is taken over. Only a
         writer stalled that long exactly there could replace a file, and blocks are checked before they are marked.
-        Where `is_locked`, the caller has a lock under which alone this name is given, and whoever takes that over
-        removes this staged file first: there is no placeholder, and a kill leaves none.
+        Where `is_locked`, the caller had a lock under which alone this name is given when the file was staged, and
+        whoever took that over meanwhile removed the file: there is no placeholder, and a kill leaves none.
 
         Where `sync_directory` is false, the caller syncs the directory: only then is the name durable.
         Raises AlreadyPublished where the name is taken, CacheError where the file system refuses.
@@ -205,7 +206,7 @@ class StagedFile:
                 os.replace(self.path, final)
             except FileNotFoundError:
                 # NFS repeats a request whose answer was lost, and the repeat finds nothing left to rename.
-                if not _is_file(final, self._inode):
+                if not has_inode(final, self._inode):
                     raise
             self._staged = False
         if sync_directory:
@@ -247,7 +248,7 @@ class StagedFile:
             os.rename(self.path, final)
         except OSError as error:
             # NFS repeats a request whose answer was lost, and the repeat finds nothing left to rename.
-            if not isinstance(error, FileNotFoundError) or not _is_file(final, self._inode):
+            if not isinstance(error, FileNotFoundError) or not has_inode(final, self._inode):
                 with contextlib.suppress(OSError):
                     if is_empty(final):
                         remove_leftover(final)
@@ -280,19 +281,26 @@ class StagedFile:
         self.discard()
 
 
-def write_atomic(path: Path, content: bytes, *, replace: bool = True, is_locked: bool = False) -> bool:
-    """Publish bytes under a name, in place of what may exist there unless `replace` is false; `is_locked`: as in `publish`.
+def write_atomic(
+    path: Path, content: bytes, *, replace: bool = True, before_naming: Callable[[], None] | None = None
+) -> bool:
+    """Publish bytes under a name, in place of what may exist there unless `replace` is false.
+
+    `before_naming` checks, once the file is staged, that the caller has a lock still; for that `publish` has `is_locked`.
 
     Returns: whether they were written; False where the same bytes were there and were not to be replaced.
     Raises: AlreadyPublished where other bytes are there and `replace` is false; CacheError as `StagedFile`.
     """
     with stage_file(path.parent) as staged:
         staged.write(content)
+        if before_naming is not None:
+            staged.seal()
+            before_naming()
         if replace:
             staged.publish_replacing(path)
             return True
         try:
-            staged.publish(path, is_locked=is_locked)
+            staged.publish(path, is_locked=before_naming is not None)
         except AlreadyPublished:
             if file_digest(path) != content_digest(content):
                 raise
@@ -322,12 +330,6 @@ def _staging_path(directory: Path, block: int | None = None) -> Path:
     of_block = "" if block is None else f"b{block:06d}."
     host = re.sub(r"[^A-Za-z0-9_-]", "_", socket.gethostname())[:40] or "host"
     return directory / f".tmp-{of_block}{host}-{os.getpid()}-{secrets.token_hex(8)}"
-
-
-def _is_file(path: Path, inode: int) -> bool:
-    with contextlib.suppress(OSError):
-        return path.stat().st_ino == inode
-    return False
 
 
 def _made_placeholder(path: Path) -> bool:

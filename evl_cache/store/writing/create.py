@@ -32,10 +32,11 @@ from evl_cache.store.format.layout import (
 )
 from evl_cache.store.format.limits import check_labels, check_limits
 from evl_cache.store.format.occupied import check_place
-from evl_cache.store.format.recomputed import projections_content, write_projections
+from evl_cache.store.format.recomputed import projections_content
 from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.store.writing.leftovers import remove_leftovers
 
+_ATTEMPTS = 5  # by a job whose lock is taken over again and again
 _REMEMBERED_S, _LOOK_S = 60.0, 0.1  # Linux's NFS client remembers what is not there for up to a minute
 
 
@@ -62,16 +63,19 @@ def create_cache(
     """
     for name in (DONE_NAME, LOCKS_NAME, METADATA_NAME, *array_layouts(spec)):
         check_no_links(cache_path, cache_path / name)
-    if not _is_laid_down(cache_path):
+    watcher = LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s)
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        if _is_laid_down(cache_path):
+            break
         # One job at a time: two with different specs would mix their files.
-        with LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK) as lock:
-            if not _is_laid_down(cache_path):
-                # A job that stands still, and whose lock was taken over, may wake as it names its description: then
-                # it finds nothing to name.
-                remove_leftovers(cache_path)
-            if not _is_laid_down(cache_path):
-                listed = clips if isinstance(clips, Sequence) else tuple(clips)
-                _lay_down(cache_path, spec, listed, origin, created_with, projections, lock)
+        with watcher.wait_for(CACHE_LOCK) as lock:
+            try:
+                if not _is_laid_down(cache_path):
+                    clips = clips if isinstance(clips, Sequence) else tuple(clips)
+                    _lay_down(cache_path, spec, clips, origin, created_with, projections, lock)
+            except CacheError as error:
+                if not attempts_left or not lock.may_explain(error):
+                    raise
     differences = spec.differences(read_description(cache_path).spec)
     if differences:
         raise UsageError(
@@ -118,14 +122,13 @@ def _lay_down(
     check_labels(spec, clips)
     check_place(cache_path, spec, files | projected)
     make_directories(cache_path / DONE_NAME)
-    for content in projected.values():
-        write_projections(cache_path, content)
-    for name, content in files.items():
-        if not lock.is_held():  # this job stood still for long: what it knows of the place is old
-            raise CacheError(
-                f"{cache_path}: is being laid down by another job by now; run the same command again"
-            )
-        make_directories((cache_path / name).parent)
+    paths = {cache_path / name: content for name, content in (projected | files).items()}
+    # A job that stood still, and whose lock this job took over, may wake as it names a file: it finds nothing to name.
+    for directory in {path.parent for path in paths}:
+        make_directories(directory)
+        remove_leftovers(directory)
+    for path, content in paths.items():
         # The last one makes it a cache. Where that is there, another job took this one's lock over: the caller compares.
         with contextlib.suppress(AlreadyPublished):
-            write_atomic(cache_path / name, content, replace=name != METADATA_NAME, is_locked=True)
+            is_last = path == cache_path / METADATA_NAME
+            write_atomic(path, content, replace=not is_last, before_naming=lock.check)

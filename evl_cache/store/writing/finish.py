@@ -1,13 +1,12 @@
 """The end of a job: it removes the staged files and locks that killed jobs left, and writes manifest and index."""
 
-from functools import partial
 from pathlib import Path
 
 from evl_cache.errors import CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.file_system import file_identity
 from evl_cache.store.disk.lock_files import CACHE_LOCK
-from evl_cache.store.disk.locks import EXPIRY_S, BlockLock, LockWatcher
+from evl_cache.store.disk.locks import EXPIRY_S, LockWatcher
 from evl_cache.store.disk.runtime import REAL, Runtime
 from evl_cache.store.format.index import believed_index
 from evl_cache.store.format.layout import DONE_NAME, LOCKS_NAME, MANIFEST_NAME, array_layouts
@@ -51,14 +50,9 @@ def finish_cache(
                     remove_staged(staged)
                 index = believed_index(cache_path, spec) if keeps_manifest else None
                 cache_digest = index.cache_digest if index is not None else None
-                cache_digest = cache_digest or write_manifest(
-                    cache_path, spec, before_writing=partial(_check, lock)
-                )
+                cache_digest = cache_digest or write_manifest(cache_path, spec, before_writing=lock.check)
             except CacheError as error:
-                # Another job took this over meanwhile, or believes so, and what is staged here for a leftover.
-                if not attempts_left or (
-                    lock.is_held() and not isinstance(error.__cause__, FileNotFoundError)
-                ):
+                if not attempts_left or not lock.may_explain(error):
                     raise
                 continue
             if lock.is_held():
@@ -79,9 +73,4 @@ def index_cache(cache_path: Path, spec: CacheSpec, *, lock_expiry_s: float = EXP
         names; CacheError where the disk refuses.
     """
     with LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK) as lock:
-        return write_index(cache_path, spec, before_writing=partial(_check, lock))
-
-
-def _check(lock: BlockLock) -> None:
-    if not lock.is_held():
-        raise CacheError(f"{lock.path} was taken over by another job; run the same command again")
+        return write_index(cache_path, spec, before_writing=lock.check)
