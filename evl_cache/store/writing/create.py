@@ -63,12 +63,11 @@ def create_cache(
     """
     for name in (DONE_NAME, LOCKS_NAME, METADATA_NAME, *array_layouts(spec)):
         check_no_links(cache_path, cache_path / name)
-    watcher = LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s)
     for attempts_left in reversed(range(_ATTEMPTS)):
         if _is_laid_down(cache_path):
             break
         # One job at a time: two with different specs would mix their files.
-        with watcher.wait_for(CACHE_LOCK) as lock:
+        with LockWatcher(cache_path / LOCKS_NAME, expiry_s=lock_expiry_s).wait_for(CACHE_LOCK) as lock:
             try:
                 if not _is_laid_down(cache_path):
                     clips = clips if isinstance(clips, Sequence) else tuple(clips)
