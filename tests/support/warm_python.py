@@ -80,6 +80,11 @@ def warm_python() -> str:
     return str(python)
 
 
+def with_root() -> str:
+    """Return PYTHONPATH with this repository before what is there: packages may lie beside the environment's."""
+    return os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
 def start_server(script: str, **environment: str) -> Path:
     """Start a process that forks at a socket; it ends with this one.
 
@@ -93,7 +98,7 @@ def start_server(script: str, **environment: str) -> Path:
         [sys.executable, script, str(folder / "socket")],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "PASSIVE"} | environment,
+        env=os.environ | {"PYTHONPATH": with_root(), "OMP_WAIT_POLICY": "PASSIVE"} | environment,
         cwd=ROOT,
     )
     assert server.stdin is not None and server.stdout is not None

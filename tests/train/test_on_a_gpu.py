@@ -80,11 +80,11 @@ def test_divergence_is_noticed_before_anything_of_it_is_saved(caches, tmp_path, 
             torch.nn.init.constant_(self.head.classifier.bias, math.nan)
 
     monkeypatch.setattr(Optimisation, "finish", breaks)
-    with pytest.raises(EvlCacheError, match="loss is nan at step 13: training diverged"):
+    with pytest.raises(EvlCacheError, match="are NaN or infinite after step 12: training diverged"):
         run(caches, tmp_path / "run", save_every_steps=1, cuda_graph=cuda_graph)
     steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "steps.jsonl").read_text().splitlines()]
-    assert steps == list(range(1, 13))
-    assert load_state(tmp_path / "run")["progress"]["step"] == 12
+    assert steps == list(range(1, 12))
+    assert load_state(tmp_path / "run")["progress"]["step"] == 11
 
 
 class Killed(Exception):
