@@ -53,8 +53,8 @@ def done_blocks(cache: Path) -> int:
     return len(list(cache.glob("done/*.json")))
 
 
-def blocks_in_hand(cache: Path) -> int:
-    return len(list(cache.glob("locks/0*.lock")))
+def gates_of(ranks: int, folder: Path) -> list[Path]:
+    return [folder / f"rank {rank} goes on" for rank in range(ranks)]
 
 
 def check_whole(cache: Path, alone: dict[str, bytes]) -> None:
@@ -65,12 +65,14 @@ def check_whole(cache: Path, alone: dict[str, bytes]) -> None:
 def test_ranks_share_the_blocks_by_numbers(
     store_server: Server, alone: dict[str, bytes], tmp_path: Path
 ) -> None:
-    cache, port, gates = tmp_path / "cache", free_port(), {1: str(tmp_path / "go on")}
+    cache, port, gates = tmp_path / "cache", free_port(), gates_of(2, tmp_path)
     pids = [
-        store_server.start(cache, spec=SPEC, gates=gates, environment=place(rank, 2, port)) for rank in (0, 1)
+        store_server.start(cache, spec=SPEC, gates={1: str(gate)}, environment=place(rank, 2, port))
+        for rank, gate in enumerate(gates)
     ]
-    wait_until(lambda: blocks_in_hand(cache) == 4, what="each has two blocks in hand")
-    (tmp_path / "go on").touch()
+    wait_until(lambda: all(reached(gate).exists() for gate in gates), what="each has a block in hand")
+    for gate in gates:
+        gate.touch()
     reports = [store_server.wait(pid).report for pid in pids]
     assert sum(report["here"] for report in reports) == 8
     assert min(report["here"] for report in reports) >= 1
@@ -82,14 +84,15 @@ def test_ranks_share_the_blocks_by_numbers(
 def test_one_of_four_ranks_is_killed_and_the_others_finish_its_blocks(
     store_server: Server, alone: dict[str, bytes], tmp_path: Path, killed: int
 ) -> None:
-    cache, port, gates = tmp_path / "cache", free_port(), {1: str(tmp_path / "go on")}
+    cache, port, gates = tmp_path / "cache", free_port(), gates_of(4, tmp_path)
     pids = [
-        store_server.start(cache, spec=SPEC, gates=gates, environment=place(rank, 4, port))
-        for rank in range(4)
+        store_server.start(cache, spec=SPEC, gates={1: str(gate)}, environment=place(rank, 4, port))
+        for rank, gate in enumerate(gates)
     ]
-    wait_until(lambda: blocks_in_hand(cache) == 8, what="each has two blocks in hand")
+    wait_until(lambda: reached(gates[killed]).exists(), what="it has a block in hand")
     os.kill(pids[killed], signal.SIGKILL)
-    (tmp_path / "go on").touch()
+    for gate in gates:
+        gate.touch()
     ended = [store_server.wait(pid) for pid in pids]
     assert [end.code for rank, end in enumerate(ended) if rank != killed] == [0, 0, 0]
     assert ended[killed].code == -signal.SIGKILL
@@ -241,15 +244,16 @@ def test_a_progress_line_counts_what_others_finish(
     store_server: Server, motions: Path, tmp_path: Path
 ) -> None:
     cache, clips, gate = tmp_path / "cache", load_clips(motions), tmp_path / "go on"
-    pid = store_server.start(cache, gates={1: str(gate)})
-    wait_until(lambda: blocks_in_hand(cache) == 1, what="the other job has begun")
+    pid = store_server.start(cache, spec=SPEC, gates={1: str(gate)})
+    wait_until(reached(gate).exists, what="the other job has a block in hand")
     told: list[bool] = []
 
     def tell(failed: bool) -> None:
         told.append(failed)
         gate.touch()
 
-    here = extract_small(clips, cache, on_clip=tell).clips_done_here
+    spec = replace(small_spec(clips, small_tower(motions)), **SPEC)
+    here = extract_small(clips, cache, spec=spec, on_clip=tell).clips_done_here
     there = store_server.wait(pid).report["here"]
     assert here + there == 8 and there > 0
     assert (len(told), sum(told)) == (8, 1)
