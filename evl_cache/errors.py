@@ -80,6 +80,14 @@ class NoCacheHere(CacheError):
     """There is no cache at this place."""
 
 
+class Unreachable(CacheError):
+    """A place cannot be looked at: a server is silent or refuses, a directory may not be read. What is there is unknown."""
+
+
+class WaitEnded(CacheError):
+    """A wait for a server was ended from outside, by a signal or as other work failed: no fault of the server."""
+
+
 class CacheDamaged(CacheError):
     """Bytes of a cache are not those that its marks record."""
 

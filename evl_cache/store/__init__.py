@@ -74,6 +74,7 @@ from evl_cache.store.format.size import (
 )
 from evl_cache.store.objects.address import SCHEMES, is_url, public_text, public_url
 from evl_cache.store.objects.objects import open_objects
+from evl_cache.store.objects.waits import waits_end_when
 from evl_cache.store.proving.files import OnProgress, Sample
 from evl_cache.store.reading.buffers import BatchBuffers, Reads, TokensRead, stored_batch
 from evl_cache.store.reading.indices import Indices, rows_of

@@ -24,7 +24,8 @@ from evl_cache.store.objects.address import Data, as_url, is_url, public_url
 class Objects(Protocol):
     """Files that can be read.
 
-    Every method raises FileNotFoundError for a file that is not there, and CacheError for what else is wrong.
+    Every method raises FileNotFoundError for a file that is not there, Unreachable where that cannot be told, WaitEnded,
+    and CacheError for what else is wrong.
 
     Attributes:
         url: where the files are, as it may be shown: without credentials.
@@ -40,6 +41,9 @@ class Objects(Protocol):
 
     def folders(self) -> list[str]:
         """Return the names of the folders directly below, sorted."""
+
+    def end_waits(self) -> None:
+        """End what waits for the other side now, in whatever thread: it raises WaitEnded. Later calls wait again."""
 
 
 class WritableObjects(Objects, Protocol):
@@ -122,3 +126,6 @@ class DirectoryObjects:
         if not self.root.is_dir():
             return []
         return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+
+    def end_waits(self) -> None:
+        """See `Objects`. Nothing waits here."""

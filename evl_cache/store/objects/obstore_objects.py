@@ -114,6 +114,9 @@ class RemoteObjects:
         with contextlib.suppress(FileNotFoundError):
             self._told(name, lambda: obstore.delete(self._store, name))
 
+    def end_waits(self) -> None:
+        """See `Objects`."""
+
     def _told(self, name: str, action: Callable[[], _T]) -> _T:
         """Return what an action returns, and raise its errors as ours. An answer that breaks off is asked for again."""
         place = f"{self.url}/{name}".rstrip("/")
