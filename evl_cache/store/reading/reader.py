@@ -317,6 +317,13 @@ class FeatureCache:
         """Let go of every open file; the next read opens what it needs again."""
         self._samples.close()
 
+    def end_waits(self) -> None:
+        """End what waits for the cache's server now, in whatever thread: it raises WaitEnded. Later reads wait again."""
+        copies = [member.copy for member in self.members] or [self.copy]
+        for copy in copies:
+            if copy is not None:
+                copy.end_waits()
+
     def read_row(self, sample: int, positions: Sequence[int] | None = None) -> Row:
         """Return every array's chunks of one sample, as `make_row` made them. Errors as `read`.
 
