@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from typing import Any, ParamSpec, Self
+from typing import ParamSpec, Self
 
 import torch
 
@@ -43,14 +43,14 @@ class ReadingThreads:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *error: object) -> None:
         for future in list(self._given):
             future.cancel()
-        _, reading = wait(list(self._given), timeout=_GRACE_S)
+        reading = wait(list(self._given), timeout=_GRACE_S).not_done
         # Again and again: a thread that was called away from one piece may have begun to wait for the next.
         while reading:
             self._end_waits()
-            _, reading = wait(reading, timeout=_AGAIN_S)
+            reading = wait(reading, timeout=_AGAIN_S).not_done
         self._pool.shutdown()
 
 

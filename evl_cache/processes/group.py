@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +26,14 @@ class ToldElsewhere(EvlCacheError):
     """The first process met an error and tells it to the user; this one only ends."""
 
 
+class _Words(Protocol):
+    """What a store of `torch.distributed` does."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def check(self, keys: list[str]) -> bool: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Processes:
     """The processes of a run, as one of them sees them; this one alone by default.
@@ -36,7 +44,7 @@ class Processes:
     """
 
     place: ProcessPlace = field(default_factory=ProcessPlace)
-    store: dist.Store | None = field(default=None, repr=False, compare=False)
+    store: _Words | None = field(default=None, repr=False, compare=False)
 
     def wrap(self, head: nn.Module, *, some_unused: bool) -> nn.Module:
         """Return the head so that it starts as the first process's, and its gradients are averaged over processes.
@@ -155,7 +163,7 @@ def processes_of_environment(
         torch.cuda.set_device(device)
     with Processes(place=place).watched("at the start"):
         backend, timeout = "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timedelta(seconds=timeout_s)
-        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+        store, _, _ = next(dist.rendezvous("env://", timeout=timeout))  # type: ignore[attr-defined]
         dist.init_process_group(
             backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout
         )

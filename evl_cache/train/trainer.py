@@ -16,26 +16,13 @@ from evl_cache.batches import Batch, Loader
 from evl_cache.errors import EvlCacheError, WaitEnded
 from evl_cache.heads import Head
 from evl_cache.processes import Interrupted, Processes, StopRequests
-from evl_cache.runs import (
-    HeadInputs,
-    RunConfig,
-    RunFile,
-    RunLog,
-    RunWriter,
-    Scores,
-    not_finite,
-    save_head,
-    save_state,
-    scores_of,
-    view_sums,
-    write_json,
-    write_report,
-)
+from evl_cache.runs import HeadInputs, RunConfig, RunLog, RunWriter, Scores, not_finite, scores_of, view_sums
 from evl_cache.store import waits_end_when
 from evl_cache.train.optimisation import Optimisation
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.passes import Passes
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, RunState, TrainResult
+from evl_cache.train.run_output import RunOutput
 from evl_cache.train.step_graph import step_graph
 from evl_cache.train.step_loss import Diverged, LossReader, StepLoss, told_of_training
 from evl_cache.train.stopping import Stopping
@@ -91,14 +78,15 @@ class Trainer:
         self._graph = (
             step_graph(self._passes, self.head, options, self.processes, on_note) if records_steps else None
         )
-        self._state, self._stop, self._writer = RunState(), stop or StopRequests(), writer
+        self._state, self._stop = RunState(), stop or StopRequests()
         self._began: float | None = None
         self._seconds_before = 0.0
         self._losses = LossReader(self.processes, self._stop, self.device)
         may_wait = train_loader.waits_for_server or val_loader.waits_for_server
         self._stopping = Stopping(self.processes, self._stop, waits_for_server=may_wait)
         self._on_loss: Callable[[StepLoss], None] = lambda loss: None
-        self._log = RunLog(out if self.processes.place.is_first else None, tensorboard=options.tensorboard)
+        is_first = self.processes.place.is_first
+        self._output = RunOutput(out, is_written=is_first, writer=writer, tensorboard=options.tensorboard)
 
     @property
     def result_head(self) -> Head:
@@ -159,8 +147,8 @@ class Trainer:
     def begin(self) -> AbstractContextManager[RunLog]:
         """Open the logs, without the lines of what a continued run does again. Returns: what closes them."""
         self._began = time.monotonic()
-        self._log.keep(steps=self._state.step, epochs=self._state.epoch)
-        return self._log
+        self._output.log.keep(steps=self._state.step, epochs=self._state.epoch)
+        return self._output.log
 
     def validate(self) -> Scores:
         """Score the validation clips. Raises: as `settle` and `told_of_training`."""
@@ -269,7 +257,7 @@ class Trainer:
     def _note(self, loss: StepLoss | None) -> None:
         if loss is not None:
             self._state.epoch_loss_sum += loss.value * loss.samples
-            self._log.step(loss.step, {"loss": loss.value, "lr": self._optimisation.lr(loss.step - 1)})
+            self._output.log.step(loss.step, {"loss": loss.value, "lr": self._optimisation.lr(loss.step - 1)})
             self._on_loss(loss)
 
     def end_epoch(self, scores: Scores, bottleneck: str) -> None:
@@ -284,13 +272,10 @@ class Trainer:
         self._check_state()
         state = self._state
         lr = self._optimisation.lr(state.step - 1)
-        self._check_writer()
-        self._log.epoch(state.step, {**state.epoch_row(scores), "lr": lr, "bottleneck": bottleneck})
+        self._output.check()
+        self._output.log.epoch(state.step, {**state.epoch_row(scores), "lr": lr, "bottleneck": bottleneck})
         is_best = state.end_epoch(scores.top(1))
-        if self.processes.place.is_first:
-            save_head(self.out, self.result_head)
-            if is_best:
-                save_head(self.out, self.result_head, best=True)
+        self._output.write_head(self.result_head, is_best=is_best)
         self.save()
 
     def state(self) -> dict[str, Any]:
@@ -312,10 +297,7 @@ class Trainer:
         Raises: as `settle`; Diverged where something else of the state is NaN or infinite, such as AdamW's moments.
         """
         self._check_state()
-        if self.processes.place.is_first:
-            self._check_writer()
-            self._log.flush()
-            save_state(self.out, self.state())
+        self._output.write_state(self.state())
 
     def _check_state(self) -> None:
         """Look at all that a state holds, before it or anything of it is written. Raises: as `save`."""
@@ -324,10 +306,6 @@ class Trainer:
             raise Diverged(f"{found} is NaN or infinite after step {self._state.step}")
         if self._optimisation.overflows:
             raise Diverged(f"float16 gradients overflow at any scale, up to step {self._state.step}")
-
-    def _check_writer(self) -> None:
-        if self._writer is not None:
-            self._writer.check()
 
     def _interrupt_if_asked(self) -> None:
         # Several processes must stop at the same step, so they go by what they told each other.
@@ -353,8 +331,5 @@ class Trainer:
             skipped_clips=self.train_loader.skipped_clips + self.val_loader.skipped_clips,
             parameters=sum(p.numel() for p in self.head.parameters()),
         )
-        if self.processes.place.is_first:
-            self._check_writer()
-            write_report(self.out, scores, self.config.classes, self.val_loader.cache.clips)
-            write_json(self.out / RunFile.RESULT, asdict(result))
+        self._output.write_result(result, scores, self.config.classes, self.val_loader.cache.clips)
         return result
