@@ -120,8 +120,8 @@ class FeatureLoader:
         """Yield this process's part of every batch, from batch `start_batch` on (to resume in mid-epoch).
 
         Batches lie in memory that is used again: to touch one that was overwritten raises BatchOverwritten, and
-        `batch.clone()` keeps one. Who leaves an epoch before its end, by an error or `close`, has whatever waits for the
-        server of `cache` raise WaitEnded, unless it comes in half a second.
+        `batch.clone()` keeps one. Who leaves an epoch before its end, by an error or `close`, has what waits for the server
+        of `cache` raise WaitEnded, where reading threads are not done half a second later.
         """
         if min(-1 if n is None else n for n in map(whole_number, (number, start_batch))) < 0:
             raise UsageError(f"epoch {number!r} from batch {start_batch!r}; expected whole numbers from 0")

@@ -43,10 +43,12 @@ class ReadingThreads:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for future in list(self._given):
             future.cancel()
         reading = wait(list(self._given), timeout=_GRACE_S).not_done
+        if kind not in (None, GeneratorExit):  # nobody goes on: what is fetched ahead is not wanted either
+            self._end_waits()
         # Again and again: a thread that was called away from one piece may have begun to wait for the next.
         while reading:
             self._end_waits()

@@ -6,6 +6,7 @@ ends, which is counted in time and not in attempts: a server that is started aga
 """
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -49,6 +50,15 @@ def waits_end_when(asked: Callable[[], bool]) -> Iterator[None]:
 def end_all_waits() -> None:
     """End every wait for a server, in any thread, and those to come: the process is about to end."""
     _asked.append(lambda: True)
+
+
+@functools.cache
+def end_with_interpreter() -> None:
+    """Have waits end where the interpreter does, by an error of other work too.
+
+    It joins the threads of pools first of all, before `atexit`; each that waits for a silent server would keep it.
+    """
+    threading._register_atexit(end_all_waits)  # type: ignore[attr-defined]
 
 
 class Attempt:
@@ -107,6 +117,7 @@ class Server:
     """
 
     def __init__(self, name: str) -> None:
+        end_with_interpreter()
         self.name = name
         self._ended = 0  # how often all waits were ended
         self._told = float("-inf")
