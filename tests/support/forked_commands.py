@@ -54,6 +54,10 @@ class Commands(ForkServer):
         self._outputs[pid] = out
         return pid
 
+    def output_of(self, pid: int) -> Path:
+        """What a command prints so far, and with `.err` its errors."""
+        return self._outputs[pid]
+
     def wait(self, pid: int) -> Ended:
         status = self.ended(pid)
         out = self._outputs.pop(pid)

@@ -43,6 +43,13 @@ def silent_server(root: Path, silence: Callable[[str], Silence | None]) -> Itera
                 self.be_silent()
                 return
             path = state.root / self.path.lstrip("/")
+            if how and not path.is_file():
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(bytes(500))
+                self.be_silent()
+                return
             if not path.is_file():
                 self.send_error(404)
                 return
