@@ -37,11 +37,11 @@ from evl_cache.store.format.manifest import Manifest, find_manifest
 from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.format.recovery import check_recovery, has_intact_recovery
 from evl_cache.store.objects.objects import DirectoryObjects
+from evl_cache.store.objects.workers import Workers
 from evl_cache.store.proving.files import OnProgress, Sample, ShardProof
 from evl_cache.store.proving.index_proof import IndexProof
 from evl_cache.store.proving.manifest_text import proved_manifest
 from evl_cache.store.proving.promises import Promises, not_canonical, read_mark_whole
-from evl_cache.store.proving.workers import Workers
 from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.untrusted.json_text import parse_json
 

@@ -11,8 +11,8 @@ from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.checksum import read_whole
 from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.format.layout import array_layouts
+from evl_cache.store.objects.workers import Workers
 from evl_cache.store.proving.promises import FileDigest, Promises, read_mark_whole
-from evl_cache.store.proving.workers import Workers
 from evl_cache.store.shards.shard_index import check_end, index_nbytes
 
 OnProgress = Callable[[str, int, int], None]

@@ -131,6 +131,10 @@ class LocalCopy:
         self._shard(name, block).drop_damaged(chunks)
         self.ensure(block, [name], chunks)
 
+    def end_waits(self) -> None:
+        """End what waits for the server, in any thread: it raises WaitEnded."""
+        self._objects.end_waits()
+
     def close(self) -> None:
         """Stop fetching, and let go of files."""
         self._pool.shutdown(wait=True, cancel_futures=True)
