@@ -36,7 +36,7 @@ def push(
         target: one that ends with a slash is what the cache is put into.
         layers, codec: what a part is; a copy where neither is given.
 
-    Raises: UsageError, CacheError, CacheDamaged as `copy_to_directory`; UsageError for a cache behind a URL, and for a part to a bucket.
+    Raises: as `copy_to_directory`; UsageError for a cache behind a URL, and for a part to a bucket.
     """
     cache = directory_of(cache)
     if layers is not None or codec is not None:
