@@ -2,7 +2,9 @@
 
 import contextlib
 import fcntl
+import mmap
 import os
+import shutil
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -10,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.feature_caches import TOWER, write_cache
 from tests.support.servers import FaultyServer, faulty_server
@@ -19,7 +22,7 @@ pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remot
 
 from evl_cache.store import FeatureCache
 from evl_cache.store.reading import copy_root
-from evl_cache.store.reading.copy_root import ACCOUNT_NAME, MARKER_NAME, CopyRoot
+from evl_cache.store.reading.copy_root import ACCOUNT_NAME, CopyRoot
 
 SAMPLES, LIMIT = 24, 3_000_000
 LARGE = replace(TOWER, image_size=112, width=64)  # 140 kB of tokens and 460 kB of maps a sample
@@ -91,7 +94,10 @@ def taken_by_shards(home: Path) -> int:
             found[path.lstat().st_ino] = path.lstat().st_blocks
     for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
         with contextlib.suppress(OSError):  # closed meanwhile, or of another user
-            if os.readlink(descriptor).startswith(f"{home}/") and (status := os.stat(descriptor)).st_nlink == 0:
+            if (
+                os.readlink(descriptor).startswith(f"{home}/")
+                and (status := os.stat(descriptor)).st_nlink == 0
+            ):
                 found[status.st_ino] = status.st_blocks
     return 512 * sum(found.values())
 
@@ -143,7 +149,9 @@ def ended(process: "subprocess.Popen[str]") -> list[int]:
     return [int(word) for word in out.split()]
 
 
-@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="only Linux tells which removed files are open")
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="only Linux tells which removed files are open"
+)
 def test_two_processes_take_at_most_the_limit_and_one_request_over_three_epochs(
     cache: Path, server: FaultyServer, home: Path
 ) -> None:
@@ -157,3 +165,178 @@ def test_two_processes_take_at_most_the_limit_and_one_request_over_three_epochs(
     with CopyRoot().room(0):
         pass
     assert int((home / ACCOUNT_NAME).read_text()) == taken_by_shards(home)
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/fd").exists(), reason="only Linux tells which removed files are open"
+)
+def test_pieces_that_are_written_by_whole_pages_are_counted_as_they_lie(
+    server: FaultyServer, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 9_000_000
+    monkeypatch.setenv("EVL_CACHE_COPY_GB", str(limit / 1e9))
+    server.root = tmp_path
+    write_cache(
+        tmp_path / "b", labels=[i % 3 for i in range(SAMPLES)], tower=LARGE, codec="raw", block_clips=12
+    )
+    with Watch(home) as watch, running(EPOCHS, tmp_path / "b", f"{server.url}/b", 1, 1) as process:
+        request, nbytes = ended(process)
+    assert request > 4 << 20 and limit // 2 < watch.most <= limit + request and nbytes > 2 * limit
+
+
+def test_files_that_others_remove_while_they_are_read_cost_requests_and_nothing_else(
+    cache: Path, server: FaultyServer, home: Path
+) -> None:
+    with running(REMOVER, home) as remover:
+        assert remover.stdout is not None and remover.stdout.readline() == "ready\n"
+        with (
+            running(EPOCHS, cache, f"{server.url}/a", 1) as one,
+            running(EPOCHS, cache, f"{server.url}/a", 2) as two,
+        ):
+            results = [ended(one), ended(two)]
+    assert min(nbytes for _, nbytes in results) > 1.5 * sum(f.stat().st_size for f in cache.glob("*/c.*"))
+
+
+def test_a_shard_that_is_held_is_not_removed_and_gives_its_blocks_back_when_it_is_while_others_have_it_open(
+    cache: Path, server: FaultyServer, home: Path
+) -> None:
+    remote, other = FeatureCache(f"{server.url}/a"), FeatureCache(f"{server.url}/a")
+    expected = FeatureCache(cache).read([0])
+    assert remote.copy is not None and other.copy is not None
+    for opened in (remote, other):
+        opened.read([0])
+    held = remote.copy.shards.hold("tokens", 0, range(3))
+    inode = held.path.stat().st_ino
+    root = CopyRoot(limit_nbytes=1)
+    with mapped(held.path) as still_open, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copy_root, "_PATIENCE_S", 0.0)
+        with root.room(1):
+            assert held.path.exists() and not list(remote.path.glob("maps/c.*"))
+        held.release()
+        with root.room(1):
+            assert not held.path.exists() and os.fstat(still_open).st_blocks == 0
+            assert os.fstat(still_open).st_ino == inode
+    for opened in (remote, other):  # what they have open is no more: they see it and fetch again
+        found = opened.read([0])
+        assert all(map(torch.equal, found[0], expected[0])) and found[1] is not None
+        assert all(map(torch.equal, found[1], expected[1] or ()))
+
+
+def test_a_shard_that_has_a_name_elsewhere_stays_whole_there(
+    server: FaultyServer, home: Path, tmp_path: Path
+) -> None:
+    remote = FeatureCache(f"{server.url}/a")
+    remote.read([0])
+    (shard,) = remote.path.glob("maps/c.*")
+    kept, content = tmp_path / "kept", shard.read_bytes()
+    kept.hardlink_to(shard)
+    with CopyRoot(limit_nbytes=1).room(1):
+        pass
+    assert not shard.exists() and kept.read_bytes() == content
+
+
+def test_where_all_is_held_one_request_goes_over_the_limit_after_a_while(
+    server: FaultyServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_root, "_PATIENCE_S", 0.05)
+    remote = FeatureCache(f"{server.url}/a")
+    assert remote.copy is not None
+    held = remote.copy.shards.hold("maps", 0, range(3))
+    root, entered = CopyRoot(limit_nbytes=1), 0
+    with root.room(1_000_000):
+        entered += 1
+    assert entered and held.path.exists()
+    held.release()
+
+
+def test_who_waits_for_room_goes_on_when_a_reader_lets_go(server: FaultyServer, home: Path) -> None:
+    remote = FeatureCache(f"{server.url}/a")
+    assert remote.copy is not None
+    held = remote.copy.shards.hold("maps", 0, range(3))
+    root, has_room = CopyRoot(limit_nbytes=LIMIT), threading.Event()
+
+    def wait() -> None:
+        with root.room(LIMIT):
+            has_room.set()
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    assert not has_room.wait(0.1)
+    held.release()
+    thread.join(timeout=60)
+    assert has_room.is_set() and not held.path.exists()
+
+
+def test_a_process_that_stands_still_with_the_account_stops_no_other(
+    cache: Path, server: FaultyServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy_root, "_LOCK_PATIENCE_S", 0.05)
+    with (home / ACCOUNT_NAME).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        tokens, _ = FeatureCache(f"{server.url}/a").read([0])
+    assert all(map(torch.equal, tokens, FeatureCache(cache).read([0])[0]))
+
+
+def test_an_account_that_a_dead_process_left_too_high_is_taken_anew(server: FaultyServer, home: Path) -> None:
+    remote = FeatureCache(f"{server.url}/a")
+    remote.read([0])
+    (home / ACCOUNT_NAME).write_text(f"{10**15:020d}\n")
+    remote.read([23])
+    assert int((home / ACCOUNT_NAME).read_text()) == taken_by_shards(home) < LIMIT
+    assert len(list(remote.path.glob("maps/c.*"))) == 2  # nothing was removed
+
+
+def test_the_default_limit_does_not_shrink_by_its_own_copies(
+    cache: Path, server: FaultyServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("EVL_CACHE_COPY_GB")
+    size = 20_000_000
+    usage = lambda path: shutil._ntuple_diskusage(size, taken_by_shards(home), size - taken_by_shards(home))  # type: ignore[attr-defined] # noqa: E731
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert CopyRoot().limit_nbytes == size // 2
+    FeatureCache(f"{server.url}/a").read(range(12))
+    assert taken_by_shards(home) > size // 4 and CopyRoot().limit_nbytes == size // 2
+
+
+def test_what_is_fetched_ahead_and_not_read_yet_is_a_share_of_the_limit(
+    server: FaultyServer, home: Path
+) -> None:
+    remote = FeatureCache(f"{server.url}/a")
+    assert remote.copy is not None
+    shards = remote.copy.shards
+    wanted = [(block, range(3 * row, 3 * row + 3)) for block in range(8) for row in range(3)]
+    shards.prefetch(wanted, ["tokens"])
+    asked = sum(nbytes for _, nbytes in shards._ahead.values())
+    assert 0 < len(shards._ahead) < 8 and asked <= LIMIT // 8
+    for block, chunks in wanted[:3]:
+        shards.hold("tokens", block, chunks).release()
+    before = set(shards._ahead)
+    shards.prefetch(wanted, ["tokens"])
+    assert set(shards._ahead) - before  # what was read makes way for more
+
+
+@pytest.mark.parametrize("damage", ["cut", "index"])
+def test_a_copy_whose_file_is_damaged_beside_its_chunks_heals(
+    cache: Path, server: FaultyServer, home: Path, damage: str
+) -> None:
+    url, expected = f"{server.url}/a", FeatureCache(cache).read([1])[0]
+    remote = FeatureCache(url)
+    remote.read([1])
+    shard = remote.path / "tokens" / "c.0.0.0.0.0"
+    content = bytearray(shard.read_bytes())
+    content[-9] ^= 1
+    shard.write_bytes(content[: len(content) // 2] if damage == "cut" else content)
+    for opened in (FeatureCache(url), remote):
+        assert all(map(torch.equal, opened.read([1])[0], expected))
+
+
+@contextlib.contextmanager
+def mapped(path: Path) -> Iterator[int]:
+    """Have a file open and mapped, as who reads it has; yields a descriptor."""
+    descriptor = os.open(path, os.O_RDONLY)
+    pages = mmap.mmap(descriptor, 0, prot=mmap.PROT_READ)
+    try:
+        yield descriptor
+    finally:
+        pages.close()
+        os.close(descriptor)
