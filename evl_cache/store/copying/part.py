@@ -128,7 +128,7 @@ def _copy_rows(cache: FeatureCache, writer: BlockWriter, mark: Mark) -> int:
     first = mark.block * source.block_samples
     if cache.copy is not None:
         wanted = [[row * count + at for at in positions] for row, is_out in enumerate(failed) if not is_out]
-        cache.copy.prefetch(((mark.block, chunks) for chunks in wanted), array_layouts(source))
+        cache.copy.shards.prefetch(((mark.block, chunks) for chunks in wanted), array_layouts(source))
     try:
         for row, is_out in enumerate(failed):
             writer.append(None if is_out else cache.read_row(first + row, positions))
