@@ -92,10 +92,6 @@ class LocalCopy:
         """End what waits for the server now, in whatever thread: it raises WaitEnded. What is asked for later waits again."""
         self.shards.end_waits()
 
-    def end_waits(self) -> None:
-        """End what waits for the server, in any thread: it raises WaitEnded."""
-        self._objects.end_waits()
-
     def close(self) -> None:
         """Stop fetching, without waiting for the server, and let go of files; the next read opens them again."""
         self.shards.end_waits()

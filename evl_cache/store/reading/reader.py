@@ -311,11 +311,6 @@ class FeatureCache:
             self._layouts[name].check_stack(stack, len(positions))
         self._samples.read(stacks, [(slot, self._checked_sample(s)) for slot, s in samples], positions)
 
-    def end_waits(self) -> None:
-        """End what waits for a server, in any thread: it raises WaitEnded."""
-        if self.copy is not None:
-            self.copy.end_waits()
-
     def close(self) -> None:
         """Let go of every open file; the next read opens what it needs again."""
         self._samples.close()
