@@ -182,6 +182,11 @@ class GrownCache:
         for member in self.members:
             member.samples.close()
 
+    def end_waits(self) -> None:
+        """End what waits for a server now, in whatever thread: it raises WaitEnded."""
+        for member in self.members:
+            member.samples.end_waits()
+
     def projections(self) -> dict[int, MapProjection]:
         """Return what makes maps of each layer, where they are not stored. Raises: CacheDamaged."""
         found: dict[int, MapProjection] = {}
