@@ -32,6 +32,7 @@ COMMANDS = {
     "ls": "ls {url}",
     "pull": "pull {url}/train {out}/pulled",
     "push": "push {local}/train s3://lab/pushed",
+    "verify": "verify {url}/train",
     "card": "card {url}/train --print",
     "eval": "eval --run {run} --cache {url}/val",
     "train": "train --cache {url}/train --val-cache {url}/val --head linear --epochs 1 --out {out}/run",
@@ -49,7 +50,7 @@ CASES = [
     (name, when)
     for name in COMMANDS
     for when in SILENCES
-    if when != "features" or name in ("pull", "eval", "train", "train --dataset", "sweep")
+    if when != "features" or name in ("pull", "verify", "eval", "train", "train --dataset", "sweep")
 ]
 
 

@@ -15,7 +15,7 @@ from evl_cache.runs.recorded import recorded_cache
 from evl_cache.store import INDEX_NAME, FeatureCache, verify_cache
 from evl_cache.store.objects import waits
 from tests.support.feature_caches import write_cache
-from tests.support.servers import faulty_server
+from tests.support.silent_server import silent_server
 
 
 def read_all(url, tmp_path):
@@ -70,7 +70,7 @@ def test_waits_that_are_ended_are_told_as_that(folder, tmp_path, monkeypatch, na
         DONE[name](f"{server.url}/{cache}", here)
 
     monkeypatch.setattr(waits.Server, "ask", ask)
-    with faulty_server(folder) as server:
+    with silent_server(folder, lambda path: None) as server:
         allowed = 1_000_000
         do(allowed)
         whole = tuple(asked)

@@ -35,6 +35,7 @@ def silent_server(root: Path, silence: Callable[[str], Silence | None]) -> Itera
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = 1 << 16  # an answer in pieces waits for the acknowledgement of the first
 
         def do_GET(self) -> None:
             state.asked.append(self.path)
