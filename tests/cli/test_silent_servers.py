@@ -151,7 +151,10 @@ def test_commands_say_what_they_wait_for_and_end_at_a_signal(folder, tmp_path, c
         assert ended.status == 128 + number, (case, ended)
         assert ended.took_s < SOON_S and ended.told_after_s < TOLD_S, (case, ended)
         place = "s3://lab/pushed/" if name == "push" else "http://127.0.0.1:"
-        assert ended.told[0].startswith(f"waiting for {place}") and ended.told[0].endswith(" s more"), (case, ended)
+        assert ended.told[0].startswith(f"waiting for {place}") and ended.told[0].endswith(" s more"), (
+            case,
+            ended,
+        )
         errors = [line for line in ended.errors if line.startswith("error: ")]
         assert len(errors) <= 1 and not any("Traceback" in line for line in ended.errors), (case, ended)
         if when == "features" and name.startswith("train"):

@@ -14,7 +14,9 @@ from evl_cache.runs.directory import RunConfig
 from evl_cache.runs.recorded import recorded_cache
 from evl_cache.store import INDEX_NAME, FeatureCache, verify_cache
 from evl_cache.store.objects import waits
+from evl_cache.store.reading import attempts
 from tests.support.feature_caches import write_cache
+from tests.support.servers import faulty_server
 from tests.support.silent_server import silent_server
 
 
@@ -25,7 +27,13 @@ def read_all(url, tmp_path):
 
 def recorded(url, tmp_path):
     config = RunConfig(
-        head="linear", head_config={}, layers=(2,), classes=(), features=None, training={}, caches={"val": {"path": url}}
+        head="linear",
+        head_config={},
+        layers=(2,),
+        classes=(),
+        features=None,
+        training={},
+        caches={"val": {"path": url}},
     )
     recorded_cache(tmp_path, config, "val", option="--cache", trust=False)
 
@@ -83,3 +91,21 @@ def test_waits_that_are_ended_are_told_as_that(folder, tmp_path, monkeypatch, na
             except EvlCacheError as error:
                 raise AssertionError(f"{asked[allowed]}: {error}") from error
             raise AssertionError(f"{asked[allowed]}: was not waited for, and nothing says so")
+
+
+def test_a_wait_that_is_ended_while_it_is_seen_why_data_arrive_damaged(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(attempts, "_BACKOFF_S", 0.001)
+    monkeypatch.setenv("EVL_CACHE_COPY_ROOT", str(tmp_path / "copies"))
+    with faulty_server(folder) as server:
+        cache = FeatureCache(f"{server.url}/indexed")
+        server.fault = lambda path, body: bytes(len(body)) if "/c." in path else None
+        real = waits.Server.ask
+
+        def ask(server, place, *more, **others):
+            if "/c." not in place:  # the look whether another cache is there by now
+                raise WaitEnded(f"{place}: no longer waited for")
+            return real(server, place, *more, **others)
+
+        monkeypatch.setattr(waits.Server, "ask", ask)
+        with pytest.raises(WaitEnded):
+            cache.read([0])

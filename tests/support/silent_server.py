@@ -60,7 +60,9 @@ def silent_server(root: Path, silence: Callable[[str], Silence | None]) -> Itera
                 start, stop = int(first), min(int(last or size - 1) + 1, size)
                 body = body[start:stop]
                 self.send_response(206 if body else 416)
-                self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{size}" if body else f"bytes */{size}")
+                self.send_header(
+                    "Content-Range", f"bytes {start}-{stop - 1}/{size}" if body else f"bytes */{size}"
+                )
             else:
                 self.send_response(200)
             self.send_header("Content-Length", str(len(body)))
@@ -71,7 +73,7 @@ def silent_server(root: Path, silence: Callable[[str], Silence | None]) -> Itera
             if how:
                 self.be_silent()
 
-        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET
+        do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
         def be_silent(self) -> None:
             self.wfile.flush()

@@ -94,14 +94,18 @@ def same_files(a, b):
 
 
 @pytest.mark.parametrize(
-    ("side", "batch", "steps"), [("train", 0, 0), ("train", 5, 5), ("val", 3, 8)], ids=["first step", "epoch", "validation"]
+    ("side", "batch", "steps"),
+    [("train", 0, 0), ("train", 5, 5), ("val", 3, 8)],
+    ids=["first step", "epoch", "validation"],
 )
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_training_stops_while_it_waits(folder, whole, tmp_path, side, batch, steps, number):
     with silent_server(folder, silent_at(folder, side, batch=batch)) as server:
         caches = remote(server)
         sent = told_when_silent(server, number)
-        with pytest.raises(Interrupted, match=f"stopped after step {steps} of 16, which is kept; .*--resume") as stopped:
+        with pytest.raises(
+            Interrupted, match=f"stopped after step {steps} of 16, which is kept; .*--resume"
+        ) as stopped:
             train(*caches, options=OPTIONS, out=tmp_path / "run")
         assert time.monotonic() - sent[0] < SOON_S
         assert stopped.value.signal_number == number
@@ -143,14 +147,21 @@ def test_a_wait_that_is_ended_without_a_signal_is_told_as_that(folder, tmp_path)
 
 
 def sweep_runs():
-    return [SweepRun(name=head, group=head, options=replace(OPTIONS, head=head)) for head in ("decoder2", "linear")]
+    return [
+        SweepRun(name=head, group=head, options=replace(OPTIONS, head=head))
+        for head in ("decoder2", "linear")
+    ]
 
 
-@pytest.mark.parametrize(("side", "batch", "steps"), [("train", 5, 5), ("val", 3, 8)], ids=["epoch", "validation"])
+@pytest.mark.parametrize(
+    ("side", "batch", "steps"), [("train", 5, 5), ("val", 3, 8)], ids=["epoch", "validation"]
+)
 def test_a_sweep_stops_while_it_waits(folder, whole, tmp_path, side, batch, steps):
     with silent_server(folder, silent_at(folder, side, batch=batch)) as server:
         sent = told_when_silent(server)
-        with pytest.raises(Interrupted, match=f"stopped after step {steps} of a pass of 2 heads, which is kept"):
+        with pytest.raises(
+            Interrupted, match=f"stopped after step {steps} of a pass of 2 heads, which is kept"
+        ):
             sweep(*remote(server), runs=sweep_runs(), out=tmp_path / "sweep")
         assert time.monotonic() - sent[0] < SOON_S
         server.silence = lambda path: None

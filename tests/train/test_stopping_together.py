@@ -89,7 +89,11 @@ def test_processes_stop_together(folder, tmp_path, where):
     """Each of three jobs: the one that waits gets a signal, or the other one, or both. The state goes on to the same bytes."""
     from tests.train.test_stopping import silent_at
 
-    side, batch, steps = {"first step": ("train", 0, 0), "epoch": ("train", 5, 5), "validation": ("val", 3, 8)}[where]
+    side, batch, steps = {
+        "first step": ("train", 0, 0),
+        "epoch": ("train", 5, 5),
+        "validation": ("val", 3, 8),
+    }[where]
     silence = silent_at(folder, side, batch=batch)
     told = [(WAITING,), (OTHER,), (WAITING, OTHER)]
     with silent_server(folder, silence) as silent, silent_server(folder, lambda path: None) as sound:
@@ -112,7 +116,10 @@ def test_processes_stop_together(folder, tmp_path, where):
                     processes.children[rank].send_signal(signal.SIGTERM)
                 reports = processes.reports(number, within_s=10)
                 assert time.monotonic() - sent < SOON_S, reports
-                assert reports == [reports[0]] * 2 and f"Interrupted: stopped after step {steps} of 16" in reports[0]
+                assert (
+                    reports == [reports[0]] * 2
+                    and f"Interrupted: stopped after step {steps} of 16" in reports[0]
+                )
             assert processes.reports(3, within_s=60) == processes.reports(4, within_s=60) == ["done", "done"]
             errors = [child.communicate(timeout=60)[1] for child in processes.children]
         finally:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.errors import CacheDamaged, CacheError, WaitEnded
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.file_system import disk_error, open_regular
 from evl_cache.store.disk.forks import renew_in_children
@@ -128,6 +128,8 @@ class IndexCopy:
             try:
                 # Servers that hide what is not there answer as if it were forbidden: then marks tell.
                 written = bytes(self._objects.get_range(INDEX_NAME, 0, HEAD_NBYTES))
+            except WaitEnded:
+                raise
             except (FileNotFoundError, CacheError):
                 return False
             try:
