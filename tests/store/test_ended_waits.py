@@ -97,7 +97,7 @@ def test_a_wait_that_is_ended_while_it_is_seen_why_data_arrive_damaged(folder, t
     monkeypatch.setattr(attempts, "_BACKOFF_S", 0.001)
     monkeypatch.setenv("EVL_CACHE_COPY_ROOT", str(tmp_path / "copies"))
     with faulty_server(folder) as server:
-        cache = FeatureCache(f"{server.url}/indexed")
+        cache = FeatureCache(f"{server.url}/marked")
         server.fault = lambda path, body: bytes(len(body)) if "/c." in path else None
         real = waits.Server.ask
 
