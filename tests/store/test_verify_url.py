@@ -258,7 +258,7 @@ def test_where_no_cache_is_and_other_urls(web: Nginx) -> None:
 def test_a_description_of_very_many_blocks_is_not_asked_for_one_by_one(
     faulty: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evl_cache.store.proving.small_files._MOST_ABSENT", 10)
+    monkeypatch.setattr("evl_cache.store.reading.small_files._MOST_ABSENT", 10)
     write_cache(tmp_path / "www" / "many", labels=[0] * 60, block_clips=1, layers=(2,), maps="none")
     shutil.rmtree(tmp_path / "www" / "many" / "done")
     (tmp_path / "www" / "many" / "manifest.json").unlink()
