@@ -14,7 +14,8 @@ from evl_cache.store import FeatureCache, Problem, cache_parts, directory_of, re
 def repair_all(cache_path: Path, *, options: ExtractOptions, **how: Any) -> RepairResult:
     """Make a damaged cache whole, and what was added to it. Killed at any instant, it may be run again.
 
-    Arguments and errors as `repair`; UsageError for a URL; CacheDamaged where both copies of `grown.json` are damaged, or an addition is gone.
+    Arguments and errors as `repair`; UsageError for a URL; CacheDamaged where both copies of `grown.json`
+    are damaged, or an addition is gone.
     """
     cache_path = directory_of(cache_path)
     before = _fingerprint(cache_path)

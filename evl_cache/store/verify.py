@@ -42,7 +42,7 @@ from evl_cache.store.proving.files import OnProgress, Sample, ShardProof
 from evl_cache.store.proving.index_proof import IndexProof
 from evl_cache.store.proving.manifest_text import proved_manifest
 from evl_cache.store.proving.promises import Promises, not_canonical, read_mark_whole
-from evl_cache.store.proving.remote_shards import RemoteShards
+from evl_cache.store.reading.remote_shards import RemoteShards
 from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.untrusted.json_text import parse_json
 

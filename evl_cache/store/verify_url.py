@@ -14,8 +14,8 @@ from evl_cache.store.format.parts import place_of
 from evl_cache.store.objects.address import is_url
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.proving.files import OnProgress
-from evl_cache.store.proving.remote_shards import RemoteShards
-from evl_cache.store.proving.small_files import SmallFiles
+from evl_cache.store.reading.remote_shards import RemoteShards
+from evl_cache.store.reading.small_files import SmallFiles
 from evl_cache.store.verify import Verification
 from evl_cache.store.verify import verify_cache as verify_alone
 from evl_cache.store.verify_grown import verify_cache as verify_grown

@@ -59,7 +59,7 @@ def test_a_block_that_arrives_damaged_leaves_the_one_that_is_there(whole: Path, 
     path = whole / "maps/c.1.0.0.0.0.0"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     before = FeatureCache(worse).is_valid.copy()
-    with pytest.raises(CacheDamaged, match="arrives damaged, 4 times, .*; repair the cache"):
+    with pytest.raises(CacheDamaged, match=r"arrives damaged, 4 times, .*; repair the cache"):
         pull(str(whole), str(worse), threads=1)
     assert (FeatureCache(worse).is_valid >= before).all()
     assert [problem for problem in verify_cache(worse).problems if problem.block is not None] == []

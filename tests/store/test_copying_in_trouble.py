@@ -22,11 +22,10 @@ pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remot
 
 from evl_cache.caches.share import pull, push
 from evl_cache.errors import CacheDamaged, CacheError, Unreachable
-from evl_cache.store.copying import shard_parts
-from evl_cache.store.copying.shard_parts import ShardParts
 from evl_cache.store.disk.publish import stage_file
 from evl_cache.store.objects.objects import open_objects
-from evl_cache.store.reading import attempts
+from evl_cache.store.reading import attempts, shard_parts
+from evl_cache.store.reading.shard_parts import ShardParts
 from evl_cache.store.shards.codec import ChunkCodec
 from evl_cache.store.shards.shard import ShardRecord, ShardWriter
 

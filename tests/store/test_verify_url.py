@@ -1,7 +1,9 @@
 """Verifying a cache on a server: as on the disk, of which the same directory is the slow twin, and what only a server does."""
 
+import ast
 import json
 import random
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from click.testing import CliRunner, Result
 
 pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
 
-from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, Unreachable, UsageError
+from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, Unreachable, UsageError, for_readers
 from evl_cache.store import Sample, Verification, open_objects, read_description, verify_cache
 from evl_cache.store.format.layout import array_layouts
 from evl_cache.store.objects.objects import open_writable
@@ -22,7 +24,7 @@ from evl_cache_cli.main import cli
 from tests.support.damage_kinds import KINDS
 from tests.support.feature_caches import write_cache
 from tests.support.servers import KEYS, FaultyServer, Nginx, faulty_server, nginx, s3_server
-from tests.support.store_helpers import tree
+from tests.support.store_helpers import ROOT, tree
 
 LABELS, BLOCKS = tuple(i % 3 for i in range(13)), 3
 
@@ -256,7 +258,7 @@ def test_where_no_cache_is_and_other_urls(web: Nginx) -> None:
 def test_a_description_of_very_many_blocks_is_not_asked_for_one_by_one(
     faulty: FaultyServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("evl_cache.store.proving.small_files._MOST_ABSENT", 10)
+    monkeypatch.setattr("evl_cache.store.reading.small_files._MOST_ABSENT", 10)
     write_cache(tmp_path / "www" / "many", labels=[0] * 60, block_clips=1, layers=(2,), maps="none")
     shutil.rmtree(tmp_path / "www" / "many" / "done")
     (tmp_path / "www" / "many" / "manifest.json").unlink()
@@ -340,3 +342,33 @@ def test_damage_behind_a_url_is_never_to_be_repaired_by_who_reads_it() -> None:
     assert str(CacheDamaged("https://lab/a: run the same command again")).endswith(
         "a: run the same command again"
     )
+
+
+def test_no_remedy_of_the_store_tells_a_reader_to_repair() -> None:
+    """Every text of the store that advises a repair, or what only who may write a cache can do, has it replaced."""
+    texts = [text for path in sorted((ROOT / "evl_cache" / "store").rglob("*.py")) for text in texts_of(path)]
+    advising = [text for text in texts if re.search("; .*(repair|evl-cache index)", text)]
+    assert len(advising) > 40
+    for text in advising:
+        assert not re.search("repair|evl-cache index", for_readers(text)), text
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """Strings of a module that are no docstrings, with a letter for each value in them."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    alone = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else "x" for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in alone:
+            yield node.value
+
+
+def test_no_more_than_a_byte_behind_the_end_is_read_of_a_shard(faulty: FaultyServer, caches: Caches) -> None:
+    name = "tokens/c.1.0.0.0.0"
+    with (faulty.root / "a" / name).open("ab") as file:
+        file.write(bytes(1 << 20))
+    (problem,) = verify_cache(f"{faulty.url}/a").problems
+    assert problem.block == 1
+    sent = [nbytes for path, nbytes in faulty.served if path == f"/a/{name}"]
+    assert sum(sent) == 2 * (len(caches.files[name]) + 1)

@@ -129,3 +129,26 @@ def test_processes_stop_together(folder, tmp_path, where):
     a, b = (tmp_path / name for name in ("cut-1", "whole"))
     for name in ("head.safetensors", "steps.jsonl"):
         assert (a / name).read_bytes() == (b / name).read_bytes()
+
+
+def test_a_process_that_is_lost_while_it_waits_is_told_at_once(folder, tmp_path):
+    from tests.train.test_stopping import silent_at
+
+    with silent_server(folder, silent_at(folder, "train", batch=5)) as silent:
+        job = {"urls": [silent.url] * 2, "options": OPTIONS, "out": str(tmp_path / "run"), "resume": False}
+        with silent_server(folder, lambda path: None) as sound:
+            job["urls"][OTHER] = sound.url
+            processes = Processes([job], tmp_path)
+            try:
+                assert silent.is_waited_for.wait(60)
+                time.sleep(0.5)  # so that the other one waits for it
+                processes.children[WAITING].kill()
+                report = tmp_path / f"report-0-{OTHER}"
+                deadline = time.monotonic() + 30
+                while not report.exists() and time.monotonic() < deadline:
+                    time.sleep(0.02)
+            finally:
+                for child in processes.children:
+                    child.kill()
+                    child.communicate()
+    assert "EvlCacheError: process 1 of 2 lost another one while waiting for a batch" in report.read_text()

@@ -126,10 +126,12 @@ def _copy_rows(cache: FeatureCache, writer: BlockWriter, mark: Mark) -> int:
     views = source.views.per_clip
     failed = [clip.error is not None for clip in mark.clips for _ in range(views)]
     first = mark.block * source.block_samples
-    if cache.copy is not None:
-        wanted = [[row * count + at for at in positions] for row, is_out in enumerate(failed) if not is_out]
-        cache.copy.shards.prefetch(((mark.block, chunks) for chunks in wanted), array_layouts(source))
     try:
+        if cache.copy is not None:
+            wanted = [
+                [row * count + at for at in positions] for row, is_out in enumerate(failed) if not is_out
+            ]
+            cache.copy.shards.prefetch(((mark.block, chunks) for chunks in wanted), array_layouts(source))
         for row, is_out in enumerate(failed):
             writer.append(None if is_out else cache.read_row(first + row, positions))
         written = writer.commit(mark.clips, mark.environment)

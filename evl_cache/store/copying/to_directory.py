@@ -10,7 +10,6 @@ from pathlib import Path
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.store.copying.card_file import may_replace_card, read_card, write_card
 from evl_cache.store.copying.index_sending import bring_index
-from evl_cache.store.copying.shard_parts import receive_shard
 from evl_cache.store.copying.source import (
     THREADS,
     OnBlock,
@@ -38,6 +37,7 @@ from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.objects.objects import DirectoryObjects
 from evl_cache.store.objects.workers import Workers
 from evl_cache.store.reading.attempts import once_intact
+from evl_cache.store.reading.shard_parts import receive_shard
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
 from evl_cache.store.writing.publication import BlockPublication, has_digest

@@ -14,6 +14,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 _IN_HAND = 4  # things a thread that are begun or wait: one that takes long keeps no thread idle
+_LOOK_EVERY_S = 0.1
 _END_AGAIN_S = 0.05  # a thread may begin to wait just after the waits were ended
 
 
@@ -56,7 +57,8 @@ class Workers:
         while begun:
             future = begun.popleft()
             either: tuple[Future[Any], ...] = (future, self._failure)
-            wait(either, return_when=FIRST_COMPLETED)
+            while not wait(either, timeout=_LOOK_EVERY_S, return_when=FIRST_COMPLETED).done:
+                pass  # a signal that comes just before a wait is handled at its end only
             if self._failure.done():
                 self._failure.result()
             result = future.result()

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
@@ -13,7 +14,6 @@ from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.format.layout import array_layouts
 from evl_cache.store.objects.workers import Workers
 from evl_cache.store.proving.promises import FileDigest, Promises, read_mark_whole
-from evl_cache.store.proving.remote_shards import RemoteShards
 from evl_cache.store.shards.shard_index import check_end, index_nbytes
 
 OnProgress = Callable[[str, int, int], None]
@@ -42,6 +42,15 @@ class Sample:
         return sorted(random.Random(self.seed).sample(blocks, count))
 
 
+class ReadsShards(Protocol):
+    """Reads shards that lie elsewhere than under their paths."""
+
+    def read(
+        self, path: Path, promised: FileDigest, *, end_nbytes: int, on_part: Callable[[int], None]
+    ) -> WholeFile:
+        """Return what `read_whole` does. Raises: CacheDamaged; CacheError where it cannot be told what lies there."""
+
+
 class ShardProof:
     """Reads shards and compares them with what marks promise.
 
@@ -56,7 +65,7 @@ class ShardProof:
         spec: CacheSpec,
         promises: Promises,
         workers: Workers,
-        remote: RemoteShards | None = None,
+        remote: ReadsShards | None = None,
     ) -> None:
         self._cache_path, self._spec, self._remote = cache_path, spec, remote
         self._promises, self._workers = promises, workers

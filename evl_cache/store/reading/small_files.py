@@ -7,7 +7,7 @@ once it arrives so twice. Damage on the way is no damage of the cache.
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from evl_cache.errors import CacheDamaged
@@ -35,7 +35,6 @@ from evl_cache.store.format.limits import (
 from evl_cache.store.format.manifest import proved_digest
 from evl_cache.store.objects.objects import Objects
 from evl_cache.store.objects.workers import Workers
-from evl_cache.store.proving.files import OnProgress
 from evl_cache.store.reading.attempts import attempts
 from evl_cache.store.shards.metadata import METADATA_NAME
 
@@ -63,8 +62,15 @@ class SmallFiles:
         self._named: dict[str, tuple[int, str]] = {}
         self.manifest: bytes | None = None
 
-    def bring(self, threads: int, on_progress: OnProgress) -> None:
-        """Bring all. Raises: CacheError where the server fails, or the disk refuses."""
+    def bring(self, threads: int, on_progress: Callable[[str, int, int], None]) -> None:
+        """Bring all.
+
+        Args:
+            threads: requests at a time.
+            on_progress: called with `marks`, how many were asked for, and how many there may be.
+
+        Raises: CacheError where the server fails, or the disk refuses.
+        """
         _make_directory(self._root)
         spec = self._bring_group()
         if spec is None:
@@ -108,7 +114,9 @@ class SmallFiles:
                     self._named[name.decode(errors="replace")] = int(size), sha256.decode()
         return written
 
-    def _bring_marks(self, spec: CacheSpec, workers: Workers, on_progress: OnProgress) -> None:
+    def _bring_marks(
+        self, spec: CacheSpec, workers: Workers, on_progress: Callable[[str, int, int], None]
+    ) -> None:
         def bring(block: int) -> bool:
             if self.manifest is None:  # it goes before a block is done again
                 self._bring(redo_path(Path(), block).as_posix(), mark_limit(spec))
