@@ -9,8 +9,8 @@ from time import monotonic
 import torch
 
 from evl_cache.batches import Batch
-from evl_cache.errors import WaitEnded
-from evl_cache.processes import Processes, StopRequests
+from evl_cache.errors import EvlCacheError, WaitEnded
+from evl_cache.processes import Processes, StopRequests, ToldElsewhere
 
 _LOOK_S = 0.2
 
@@ -63,22 +63,28 @@ class Stopping:
 
     @contextmanager
     def waiting(self, when: str) -> Iterator[None]:
-        """Wait for a server inside; leave when all processes have. Raises: WaitEnded where the wait of any was ended."""
-        ended: WaitEnded | None = None
+        """Wait for a server inside; leave when all processes have what they wait for.
+
+        Raises: what is raised inside; in the others WaitEnded where the wait of one was ended, ToldElsewhere where one failed.
+        """
+        if not self._agrees:
+            yield
+            return
+        mine: EvlCacheError | OSError | None = None
         try:
             yield
-        except WaitEnded as error:
-            if not self._agrees:
-                raise
-            ended = error
-        if not self._agrees:
-            return
-        mine = torch.tensor([ended is not None, self.is_asked], dtype=torch.float64)
-        sums = self._processes.add(mine, when, meanwhile=self._leave_word)
-        num_ended, num_asked = sums.tolist()
-        self._is_told = self._is_told or num_asked > 0
-        if num_ended:
-            raise ended or WaitEnded("another process of the run no longer waits for its server")
+        except (EvlCacheError, OSError) as error:
+            mine = error
+        is_ended = isinstance(mine, WaitEnded)
+        told = torch.tensor([is_ended, mine is not None and not is_ended, self.is_asked], dtype=torch.float64)
+        ended, failed, asked = self._processes.add(told, when, meanwhile=self._leave_word).tolist()
+        self._is_told = self._is_told or asked > 0
+        if failed:
+            raise (
+                mine if mine is not None and not is_ended else ToldElsewhere(f"another process failed {when}")
+            )
+        if ended:
+            raise mine or WaitEnded(f"another process of the run was called away {when}")
 
     def _leave_word(self) -> None:
         if self._stop.signal_number and not self._has_left_word:

@@ -152,3 +152,23 @@ def test_a_process_that_is_lost_while_it_waits_is_told_at_once(folder, tmp_path)
                     child.kill()
                     child.communicate()
     assert "EvlCacheError: process 1 of 2 lost another one while waiting for a batch" in report.read_text()
+
+
+def test_a_server_that_stays_silent_for_one_process_ends_all(folder, tmp_path, monkeypatch):
+    from tests.train.test_stopping import silent_at
+
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1")
+    with (
+        silent_server(folder, silent_at(folder, "train", batch=5)) as silent,
+        silent_server(folder, lambda path: None) as sound,
+    ):
+        job = {"options": OPTIONS, "out": str(tmp_path / "run"), "resume": False}
+        processes = Processes([{**job, "urls": [silent.url, sound.url]}], tmp_path)
+        try:
+            waiting, other = processes.reports(0, within_s=60)
+        finally:
+            for child in processes.children:
+                child.kill()
+                child.communicate()
+    assert waiting.startswith("Unreachable: ") and silent.url in waiting
+    assert other == "ToldElsewhere: another process failed while waiting for a batch"
