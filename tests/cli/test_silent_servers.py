@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import threading
@@ -167,6 +168,46 @@ def test_commands_end_by_themselves_where_patience_does(folder, tmp_path, comman
         assert ended.took_s < 3 + SOON_S, (case, ended)
         errors = [line for line in ended.errors if line.startswith("error: ")]
         assert len(errors) == 1 and not any("Traceback" in line for line in ended.errors), (case, ended)
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_a_training_that_is_stopped_at_random_moments_ends_as_one_that_is_not(
+    folder, tmp_path, commands, seed
+):
+    """Its server falls silent at random too, now before an answer and now in its middle."""
+    drawn, settings = (
+        random.Random(seed),
+        "--head linear --epochs 4 --batch 4 --shuffle-blocks 1 --save-every-steps 1",
+    )
+
+    def silence(path):
+        return drawn.choice([None, None, None, "whole", "from mid-body"])
+
+    def begin(server, out):
+        words = (
+            f"train --cache {server.url}/train --val-cache {server.url}/val {settings} --out {out}".split()
+        )
+        resumes = ["--resume"] if (out / "last.pt").exists() else []
+        return commands.start(*words, *resumes, EVL_CACHE_COPY_ROOT=str(tmp_path / "copies"))
+
+    with silent_server(folder, silence) as server:
+        for _ in range(5):
+            pid = begin(server, tmp_path / "cut")
+            errors = commands.output_of(pid).with_suffix(".err")
+            time.sleep(drawn.uniform(0.0, 1.5))
+            since = time.monotonic()
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+            wait_until(lambda pid=pid: has_ended(pid), 30, errors)
+            took, ended = time.monotonic() - since, commands.wait(pid)
+            # Before the command has begun a signal acts as it does on any process.
+            assert took < SOON_S and ended.status in (143, -signal.SIGTERM, 0), ended
+            assert "Traceback" not in ended.stderr and ended.stderr.count("error: ") <= 1, ended
+        server.silence = lambda path: None
+        assert commands.wait(begin(server, tmp_path / "cut")).status == 0
+        assert commands.wait(begin(server, tmp_path / "whole")).status == 0
+    for name in ("head.safetensors", "steps.jsonl"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 OPENED = """
