@@ -372,3 +372,12 @@ def test_no_more_than_a_byte_behind_the_end_is_read_of_a_shard(faulty: FaultySer
     assert problem.block == 1
     sent = [nbytes for path, nbytes in faulty.served if path == f"/a/{name}"]
     assert sum(sent) == 2 * (len(caches.files[name]) + 1)
+
+
+@pytest.mark.parametrize("parts", [1, 7])
+def test_a_shard_in_parts_that_end_with_it_is_whole(
+    web: Nginx, served: Path, caches: Caches, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    part_nbytes = -(-len(caches.files["tokens/c.1.0.0.0.0"]) // parts)
+    monkeypatch.setattr("evl_cache.store.reading.remote_shards._PART_NBYTES", part_nbytes)
+    assert verify_cache(f"{web.url}/a").problems == ()
