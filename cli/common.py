@@ -18,6 +18,7 @@ from evl_cache.notation import encodable, escaped
 from .environment import check_environment, name_variables
 
 if TYPE_CHECKING:
+    from evl_cache.caches.places import NotSeen
     from evl_cache.store import FeatureCache, TransferResult
 
 
@@ -235,6 +236,12 @@ def tell_rules(ours: str | Path, rule: int, theirs: str | Path, other_rule: int)
 
     if told := frame_rules_differ(ours, rule, theirs, other_rule):
         click.echo(f"note: {printable(told)}", err=True)
+
+
+def tell_not_seen(not_seen: Iterable[NotSeen]) -> None:
+    """Say on stderr which places, and which caches at one, could not be looked at."""
+    for found in not_seen:
+        click.echo(f"not seen: {printable(str(found))}", err=True)
 
 
 def tell_found(*caches: FeatureCache) -> None:

@@ -2,7 +2,9 @@
 
 import re
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import SplitResult, urlsplit, urlunsplit
+
+from evl_cache.errors import UsageError
 
 SCHEMES = ("s3", "http", "https")
 Data = bytes | bytearray | memoryview
@@ -25,14 +27,31 @@ def public_text(text: str) -> str:
     found = _URL_INSIDE.search(text)
     if found is None:
         return text
-    try:
-        return text[: found.start()] + public_url(text[found.start() :])
-    except ValueError:  # no URL, but what looks like one may hold a password all the same
-        return f"{text[: found.end()]}…"
+    return text[: found.start()] + public_url(text[found.start() :])
 
 
 def public_url(url: str) -> str:
-    """Return a URL as it may be printed and stored: without user name, password and query."""
-    parts = urlsplit(as_url(url))
+    """Return a URL as it may be printed and stored: without user name, password and query.
+
+    Of what looks like a URL and is none, only the scheme is shown: it may hold a password all the same.
+    """
+    try:
+        parts = split_url(url)
+    except UsageError:
+        return f"{as_url(url).partition('://')[0]}://…"
     host = parts.netloc.rpartition("@")[2]
     return urlunsplit((parts.scheme, host, parts.path.rstrip("/"), "", ""))
+
+
+def split_url(url: str) -> SplitResult:
+    """Return the parts of a URL. Raises: UsageError for one that cannot be parted, or whose port is no number."""
+    try:
+        parts = urlsplit(as_url(url))
+        _ = parts.port
+    except ValueError:
+        # What Python says of it may hold a password.
+        raise UsageError(
+            f"{as_url(url).partition('://')[0]}://…: is no URL, by its host or port; expected such as "
+            "https://host:8443/path, http://[::1]:8000/path or s3://bucket/prefix: correct the address"
+        ) from None
+    return parts

@@ -8,9 +8,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
-from evl_cache.errors import CacheError, UsageError
+from evl_cache.errors import CacheError, Unreachable, UsageError
 from evl_cache.store.disk.file_system import (
     check_no_links,
     disk_error,
@@ -18,7 +17,7 @@ from evl_cache.store.disk.file_system import (
     open_regular,
     read_limited,
 )
-from evl_cache.store.objects.address import Data, as_url, is_url, public_url
+from evl_cache.store.objects.address import Data, as_url, is_url, public_url, split_url
 
 
 class Objects(Protocol):
@@ -60,6 +59,7 @@ def open_objects(place: str | Path) -> Objects:
     """Return the files of a directory or URL. Raises: UsageError for a URL that cannot be read from."""
     if not is_url(place):
         return DirectoryObjects(Path(place))
+    split_url(str(place))
     return _remote()(as_url(place))
 
 
@@ -70,7 +70,7 @@ def objects_of(place: Path | Objects) -> Objects:
 
 def open_writable(url: str) -> WritableObjects:
     """Return the files of a bucket. Raises: UsageError for a URL that cannot be written to."""
-    if urlsplit(as_url(url)).scheme != "s3":
+    if split_url(url).scheme != "s3":
         raise UsageError(
             f"{public_url(url)}: cannot be written to; push to a directory or to s3://bucket/prefix"
         )
@@ -123,9 +123,23 @@ class DirectoryObjects:
 
     def folders(self) -> list[str]:
         """See `Objects`."""
-        if not self.root.is_dir():
+        try:
+            with os.scandir(self.root) as entries:
+                return sorted(entry.name for entry in entries if _may_be_folder(entry))
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        except OSError as error:
+            raise Unreachable(
+                f"{self.root}: cannot be listed ({error.strerror}); check its permissions and the disk"
+            ) from error
 
     def end_waits(self) -> None:
         """See `Objects`. Nothing waits here."""
+
+
+def _may_be_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a directory, or a link to one; so it is where the disk does not tell: whoever looks is told."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        return is_refusal(error)
