@@ -19,7 +19,7 @@ from evl_cache.errors import (
     WaitEnded,
 )
 from evl_cache.spec import CacheSpec
-from evl_cache.store import CachePart, OtherGroup, cache_parts, is_url, open_objects, public_url
+from evl_cache.store import CachePart, OtherZarr, cache_parts, is_url, open_objects, public_url
 
 CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
 _DEFAULT_PLACE = "caches"
@@ -139,7 +139,7 @@ def find_caches(place: str | Path) -> Iterator[FoundCache | NotSeen]:
     try:
         _check_there(address)
         found = _look_at(address)
-    except (NoCacheHere, OtherGroup):
+    except (NoCacheHere, OtherZarr):
         pass
     except WaitEnded:
         raise
@@ -233,7 +233,7 @@ def _names_at(address: str) -> list[str]:
 def _seen(address: str) -> FoundCache | None:
     try:
         return _look_at(address)
-    except (NoCacheHere, OtherGroup):
+    except (NoCacheHere, OtherZarr):
         return None
 
 

@@ -27,7 +27,7 @@ from evl_cache.store.disk.locks import (
 from evl_cache.store.disk.permissions import set_file_mode
 from evl_cache.store.disk.publish import is_staging_name, replacing
 from evl_cache.store.disk.runtime import REAL, Runtime
-from evl_cache.store.format.description import CacheDescription, OtherGroup, read_clips, read_description
+from evl_cache.store.format.description import CacheDescription, OtherZarr, read_clips, read_description
 from evl_cache.store.format.grown import (
     ADDITIONS_NAME,
     GROWN_NAME,
