@@ -30,6 +30,15 @@ def public_text(text: str) -> str:
     return text[: found.start()] + public_url(text[found.start() :])
 
 
+def check_address(url: str) -> None:
+    """Raises: UsageError for a URL of another kind than a cache may have, or one that cannot be read."""
+    parts, shown = split_url(url), public_url(url)
+    if parts.scheme not in SCHEMES or not parts.netloc:
+        raise UsageError(f"{shown}: expected s3://bucket/prefix, http://host/path or https://host/path")
+    if parts.query or parts.fragment:
+        raise UsageError(f"{shown}: give the cache's own address, without ? and #")
+
+
 def public_url(url: str) -> str:
     """Return a URL as it may be printed and stored: without user name, password and query.
 
