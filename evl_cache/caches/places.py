@@ -26,9 +26,9 @@ _DEFAULT_PLACE = "caches"
 _AT_ONCE = 16  # places, and caches of each: they wait for servers and disks
 _SILENCE_S = 5.0  # a look that fails after so long has waited for a server
 # A URL up to the colon that ends it: user and password, a host that may be in brackets, a port, a path without colons.
-# What follows its bracket, or lacks one, stays with it, and is refused as one.
+# What follows its bracket, or lacks one, stays with it, and is refused as one; so does a secret key's slash.
 _PLACE = re.compile(
-    r"[a-z][a-z0-9+.-]+://(?:[^/]*@)?(?:\[[^]/]*)?[^/:]*(?::[0-9]+(?=[/:]|\Z))?(?:/[^:]*)?|[^:]+",
+    r"[a-z][a-z0-9+.-]+://(?:[^/@:]*:(?!/)[^:@]*@|[^/]*@)?(?:\[[^]/]*)?[^/:]*(?::[0-9]+(?=[/:]|\Z))?(?:/[^:]*)?|[^:]+",
     re.IGNORECASE,
 )
 # Directories that the system keeps at the top of a disk, and whose owner alone may look into them.

@@ -72,7 +72,7 @@ from evl_cache.store.format.size import (
     num_files,
     sample_nbytes,
 )
-from evl_cache.store.objects.address import SCHEMES, is_url, public_text, public_url
+from evl_cache.store.objects.address import SCHEMES, is_url, public_text, public_url, split_url
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.objects.waits import waits_end_when
 from evl_cache.store.proving.files import OnProgress, Sample
