@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from evl_cache.errors import EvlCacheError
+from evl_cache.errors import EvlCacheError, UsageError
+from evl_cache.processes.master import master, port_trouble
 from evl_cache.processes.place import ProcessPlace
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -109,19 +110,25 @@ def processes_of_environment(
         device: of this process: NCCL for CUDA, gloo otherwise.
         timeout_s: a process not heard of for so long is lost.
 
-    Raises: UsageError for an environment that is half torchrun's.
+    Raises: UsageError for an environment that is half torchrun's, or whose port is another program's.
     """
     place = ProcessPlace.of_environment()
     if place.world == 1:
         yield Processes()
         return
+    _, port = master()
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     processes = Processes(place=place)
     with processes.watched("at the start"):
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        except RuntimeError as error:
+            if told := port_trouble(error, port):
+                raise UsageError(told) from error
+            raise
     yield processes
     # Together, so that none finds another gone; not after an error: taking leave of a lost one may wait for ever.
     processes.add(torch.zeros(1), "at the end")

@@ -128,6 +128,27 @@ def test_places_are_asked_together_and_told_of_in_their_order(place: Path) -> No
     assert (done.exit_code, names(done)) == (0, ["c", "a", "b"]), done
 
 
+def test_silent_servers_are_each_one_line_beside_what_is_there(
+    four: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two are silent until both are asked: they are waited for at the same time."""
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1")
+    both, answer = threading.Barrier(2), threading.Event()
+
+    def silent(path: str, body: bytes) -> None:
+        both.wait(60)
+        answer.wait(60)
+
+    with faulty_server(four) as first, faulty_server(four) as second:
+        first.fault = second.fault = silent
+        done = ls(f"{first.url}/a", four, f"{second.url}/b")
+        answer.set()
+    assert (done.exit_code, names(done)) == (1, ["a", "b", "c", "d"])
+    told = done.stderr.splitlines()
+    for line, place in zip(told, (f"{first.url}/a", f"{second.url}/b"), strict=True):
+        assert line.startswith(f"not seen: {place}: zarr.json: ") and "answer" in line
+
+
 @pytest.mark.parametrize("mode", [0, 0o111])
 def test_a_directory_that_may_not_be_read_is_told_of(four: Path, place: Path, mode: int) -> None:
     other = Path(shutil.copytree(four, place.parent / "other"))
