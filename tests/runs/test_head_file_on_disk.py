@@ -17,7 +17,7 @@ from evl_cache.runs.head_files import save_head
 
 @pytest.fixture
 def head() -> Head:
-    return build_head("linear", width=512, num_frames=2, grid=(2, 2), num_classes=40)
+    return build_head("linear", width=512, num_frames=2, grid=(2, 2), num_classes=40, num_layers=1)
 
 
 @pytest.fixture
