@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import click
 
 from evl_cache.errors import NotEnoughMemory, is_want_of_memory, reason_alone, told_of_memory
-from evl_cache.notation import encodable, escaped
+from evl_cache.notation import encodable, escaped, without_logins
 
 from .environment import check_environment, name_variables
 
@@ -35,8 +35,8 @@ def printable(text: str) -> str:
 
 
 def shown(line: str) -> str:
-    """A line in which what a terminal would act on stands as an escape."""
-    return escaped(line)
+    """A line in which what a terminal would act on stands as an escape, and no URL has user and password."""
+    return escaped(without_logins(line))
 
 
 def say(line: object, *, err: bool = False) -> None:

@@ -82,12 +82,12 @@ def test_a_command_runs_in_any_thread(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def classes_that_end() -> list[tuple[str, str]]:
-    """Module and name of every class with a `__del__`."""
+    """Module and name of every class with a `__del__`; SparseShard's is tested with its file."""
     return [
         (".".join(path.relative_to(ROOT).with_suffix("").parts), node.name)
         for path in sorted((ROOT / "evl_cache").rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef) and "__del__" in ast.unparse(node)
+        if isinstance(node, ast.ClassDef) and "__del__" in ast.unparse(node) and node.name != "SparseShard"
     ]
 
 

@@ -23,11 +23,13 @@ def as_url(place: str | Path) -> str:
 
 
 def public_text(text: str) -> str:
-    """Return a word of a command line as it may be printed and stored: a URL in it as `public_url` has it."""
-    found = _URL_INSIDE.search(text)
-    if found is None:
+    """Return a word of a command line as it may be printed and stored: each URL in it as `public_url` has it."""
+    begins = [found.start() for found in _URL_INSIDE.finditer(text)]
+    if not begins:
         return text
-    return text[: found.start()] + public_url(text[found.start() :])
+    return text[: begins[0]] + "".join(
+        public_url(text[begin:end]) for begin, end in zip(begins, [*begins[1:], len(text)], strict=True)
+    )
 
 
 def check_address(url: str) -> None:
