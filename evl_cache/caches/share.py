@@ -106,8 +106,7 @@ def _check_apart(source: str, target: Path) -> None:
         raise UsageError(f"{target}: lies in the cache that is copied, {source}; name a directory outside it")
     if any(_is_same(go_to, above) for above in come_from.parents):
         raise UsageError(
-            f"{target}: holds the cache that is copied, {source}, and would become a cache itself; name a new directory, or "
-            f"{target}/ to put the copy into it"
+            f"{target}: holds the cache that is copied, {source}, and would become a cache itself; name a new directory"
         )
 
 
