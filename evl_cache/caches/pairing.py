@@ -19,7 +19,7 @@ from evl_cache.errors import EvlCacheError, UsageError, WaitEnded
 from evl_cache.extract_options import DEFAULT_MODEL, DEFAULT_MODEL_LAYERS
 from evl_cache.notation import command_line, format_layers, parse_layers
 from evl_cache.spec import CacheSpec
-from evl_cache.store import FeatureCache, cache_parts, is_url, public_url
+from evl_cache.store import FeatureCache, cache_parts, is_url, public_text, public_url
 from evl_cache.train import HeadNeeds, pair_differences
 
 _MOST_TOLD = 4  # of what could not be looked at, in an error
@@ -232,7 +232,7 @@ def find_training_caches(
     if cache is not None:
         if val_cache is None and not same_cache_for_val:
             raise UsageError(
-                f"--cache {cache} without --val-cache; give one, or --val-clips of the same cache"
+                f"--cache {public_text(str(cache))} without --val-cache; give one, or --val-clips of the same cache"
             )
         train = FeatureCache(cache, trust=trust)
         return train, train if val_cache is None else FeatureCache(val_cache, trust=trust)

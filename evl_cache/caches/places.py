@@ -60,8 +60,8 @@ class FoundCache:
 
     @property
     def name(self) -> str:
-        """The last part of the address."""
-        return self.address.rstrip("/").rpartition("/")[2]
+        """The last part of its place."""
+        return self.place.rstrip("/").rpartition("/")[2]
 
 
 @dataclass(frozen=True, kw_only=True)

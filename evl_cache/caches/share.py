@@ -45,7 +45,7 @@ def push(
             )
         return pull(str(cache), target, layers=layers, codec=codec, threads=threads, on_block=on_block)
     if target.endswith("/"):
-        target += _own_name(cache)
+        target += _name(str(cache), None, None)
     if is_url(target):
         return copy_to_bucket(cache, target, threads=threads, on_block=on_block)
     _check_apart(str(cache), Path(target))
@@ -84,12 +84,10 @@ def pull(
 def _name(source: str, layers: Sequence[int] | None, codec: str | None) -> str:
     if layers is not None:
         return part_spec(cache_parts(source).spec, layers=layers, codec=codec).name
-    return public_url(source).rpartition("/")[2] if is_url(source) else _own_name(source)
-
-
-def _own_name(path: str | Path) -> str:
+    if is_url(source):
+        return public_url(source).rpartition("/")[2]
     return os.path.basename(
-        os.path.realpath(path)
+        os.path.realpath(source)
     )  # which takes a circle of links, as `Path.resolve` does not
 
 

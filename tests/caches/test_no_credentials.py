@@ -10,8 +10,12 @@ from urllib.parse import quote
 import pytest
 
 from evl_cache.caches.card import cache_card
+from evl_cache.caches.pairing import find_training_caches
+from evl_cache.caches.places import FoundCache
+from evl_cache.errors import UsageError
 from evl_cache.notation import without_logins
 from evl_cache.store import FeatureCache, public_text
+from evl_cache.train.needs import HeadNeeds
 from evl_cache_cli.main import main
 from tests.support.feature_caches import write_cache
 from tests.support.servers import PASSWORD, USER, Nginx, nginx
@@ -63,6 +67,7 @@ def run(capfd: pytest.CaptureFixture[str], *words: str) -> tuple[object, str]:
 def check_silent(home: Path, told: str, words: tuple[str, ...]) -> None:
     assert not [form for form in FORMS if form in told], (words, told)
     for path in home.rglob("*"):
+        assert not [form for form in FORMS if form in str(path.relative_to(home))], (words, path)
         if path.is_file():
             content = path.read_bytes()
             assert not [form for form in FORMS if form.encode() in content], (words, path)
@@ -90,6 +95,9 @@ def test_what_commands_print_and_write_of_an_address_with_a_password(
         (0, ("pull", f"{url}/a")),
         (0, ("pull", f"{url}/a", "part", "--layers", "3", "--json")),
         (2, ("push", "mine", f"{url}/x")),
+        (None, ("push", f"{url}/a", "pushed/")),
+        (None, ("push", url, "pushed/")),
+        (2, ("train", "--cache", f"{url}/a", *TRAIN)),
         (0, ("train", *caches, "--out", "run", *TRAIN)),
         (0, ("train", f"--cache={url}/a", f"--val-cache={url}/v", "--out", "run", *TRAIN, "--resume")),
         (2, ("train", "--dataset", "other", *TRAIN)),
@@ -165,6 +173,15 @@ def test_every_address_in_a_word_of_a_command_loses_its_login() -> None:
 )
 def test_a_line_on_the_screen_has_no_login_in_an_address(text: str, shown: str) -> None:
     assert without_logins(text) == shown
+
+
+def test_names_and_messages_in_python_have_no_login(home: Path) -> None:
+    spec = FeatureCache("mine").spec
+    assert FoundCache(address="https://lab:pw@example.org/", spec=spec).name == "example.org"
+    with pytest.raises(UsageError, match=r"^--cache https://example\.org/a without --val-cache"):
+        find_training_caches(
+            None, "https://lab:pw@example.org/a", None, needs=HeadNeeds(()), same_cache_for_val=False
+        )
 
 
 def test_the_card_names_the_address_without_its_login(home: Path) -> None:
