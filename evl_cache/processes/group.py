@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from evl_cache.errors import EvlCacheError, UsageError
-from evl_cache.processes.master import master, port_trouble
+from evl_cache.errors import EvlCacheError
+from evl_cache.processes.master import listening_at, master
 from evl_cache.processes.place import ProcessPlace
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -121,14 +121,9 @@ def processes_of_environment(
     if on_gpu:
         torch.cuda.set_device(device)
     processes = Processes(place=place)
-    with processes.watched("at the start"):
+    with processes.watched("at the start"), listening_at(port):
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
-        except RuntimeError as error:
-            if told := port_trouble(error, port):
-                raise UsageError(told) from error
-            raise
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     yield processes
     # Together, so that none finds another gone; not after an error: taking leave of a lost one may wait for ever.
     processes.add(torch.zeros(1), "at the end")

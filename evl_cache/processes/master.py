@@ -2,6 +2,8 @@
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from evl_cache.errors import UsageError
 
@@ -32,3 +34,14 @@ def port_trouble(error: RuntimeError, port: int) -> str | None:
     if "EACCES" in str(error):
         return f"MASTER_PORT {port} may not be opened by this user; choose one above 1023 for all processes"
     return None
+
+
+@contextmanager
+def listening_at(port: int) -> Iterator[None]:
+    """Raises: UsageError where the first process may not listen at its port."""
+    try:
+        yield
+    except RuntimeError as error:
+        if told := port_trouble(error, port):
+            raise UsageError(told) from error
+        raise
