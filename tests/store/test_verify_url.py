@@ -6,6 +6,7 @@ import random
 import re
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,10 +231,11 @@ def test_a_server_that_is_silent_in_one_thread_ends_all(faulty: FaultyServer) ->
         return None
 
     faulty.fault = fault
+    since = time.monotonic()
     try:
         with pytest.raises(Unreachable, match="418"):
             verify_cache(f"{faulty.url}/a", threads=8)
-        assert not over.is_set()
+        assert time.monotonic() - since < 25
     finally:
         over.set()
 
