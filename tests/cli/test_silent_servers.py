@@ -171,7 +171,9 @@ def test_commands_say_what_they_wait_for_and_end_at_a_signal(folder, tmp_path, c
 
 def test_commands_end_by_themselves_where_patience_does(folder, tmp_path, commands):
     for case, ended in Runs(folder, tmp_path, commands).all([0]).items():
-        assert ended.status == 1, (case, ended)
+        # Which caches there are is not known then: no pair is found.
+        is_pair_unknown = case[0] == "train --dataset" and case[1] != "features"
+        assert ended.status == (2 if is_pair_unknown else 1), (case, ended)
         assert ended.took_s < 3 + 5, (case, ended)
         errors = [line for line in ended.errors if line.startswith(("error: ", "not seen: "))]
         assert len(errors) == 1 and not any("Traceback" in line for line in ended.errors), (case, ended)
