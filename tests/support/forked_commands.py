@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.fork_server import ForkServer, serve
+from tests.support.recorded import note_shown
 from tests.support.store_helpers import is_stopped, wait_until, watched_changes
 
 
@@ -57,7 +58,9 @@ class Commands(ForkServer):
     def wait(self, pid: int) -> Ended:
         status = self.ended(pid)
         out = self._outputs.pop(pid)
-        return Ended(status, out.read_text(), out.with_suffix(".err").read_text())
+        ended = Ended(status, out.read_text(), out.with_suffix(".err").read_text())
+        note_shown(ended.stdout, ended.stderr)
+        return ended
 
     def run(self, *arguments: object, **environment: str) -> Ended:
         return self.wait(self.start(*arguments, **environment))
