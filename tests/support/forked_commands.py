@@ -29,12 +29,12 @@ class Ended:
 
 
 class Commands(ForkServer):
-    """`start` and `wait`, or `run`."""
+    """`start` and `wait`, or `run`. script: what serves the jobs; this file's are commands."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, script: str = __file__) -> None:
         self._folder, self._count = folder, 0
         self._outputs: dict[int, Path] = {}
-        super().__init__(__file__)
+        super().__init__(script)
 
     def start(self, *arguments: object, stops_with: str = "", **environment: str) -> int:
         """Start a command.
@@ -75,11 +75,9 @@ class Commands(ForkServer):
         assert self.wait(pid).status == -signal.SIGKILL
 
 
-def _run(job: dict[str, Any]) -> None:
+def run_command(job: dict[str, Any]) -> None:
     """A command, its output in files."""
-    for number, name in ((1, job["out"]), (2, job["out"] + ".err")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.environ.update(job["environment"])
+    take_streams(job)
     from evl_cache_cli.main import main
 
     def saw(name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any:
@@ -92,7 +90,15 @@ def _run(job: dict[str, Any]) -> None:
         main(job["argv"])
 
 
-def _serve() -> None:
+def take_streams(job: dict[str, Any]) -> None:
+    """Print into the files of a job from now on, in its environment."""
+    for number, name in ((1, job["out"]), (2, job["out"] + ".err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(job["environment"])
+
+
+def serve_commands(work: Callable[[dict[str, Any]], None] = run_command) -> None:
+    """Serve jobs with what commands need loaded."""
     import torch
 
     import evl_cache.caches.pairing
@@ -100,8 +106,8 @@ def _serve() -> None:
     import evl_cache.train.stage  # noqa: F401
 
     torch.set_num_threads(1)
-    serve(_run)
+    serve(work)
 
 
 if __name__ == "__main__":
-    _serve()
+    serve_commands()
