@@ -5,11 +5,13 @@ import http.client
 import random
 import re
 import socket
+import ssl
 import threading
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from tests.support.bad_answers import CUT, FAULTS, RESTART, SILENCE, Answer, Request, Scene, Step
@@ -156,6 +158,8 @@ def misbehaving_server(
     login: tuple[str, str] | None = None,
     given: tuple[str, ...] = (),
     elsewhere: str = "",
+    tls: ssl.SSLContext | None = None,
+    host: str = "127.0.0.1",
 ) -> Iterator[BadServer]:
     """Start one.
 
@@ -165,6 +169,7 @@ def misbehaving_server(
         login: user and password that are given for it, and without which it answers 401.
         given: credentials that are given for it otherwise.
         elsewhere: where it redirects to.
+        tls: with it, the server speaks TLS. host: that it listens at, and by which its URL names it.
     """
     given = (*given, login[1]) if login else given
     with recorded(f"misbehaving server, seed {seed}", given=given) as record:
@@ -175,8 +180,9 @@ def misbehaving_server(
             login=login,
             elsewhere=elsewhere,
         )
-        listener = Listener(state)
-        state.url = f"http://127.0.0.1:{listener.port}"
+        listener = Listener(state, host, tls)
+        named = f"[{host}]" if ":" in host else host
+        state.url = f"{'https' if tls else 'http'}://{named}:{listener.port}"
         try:
             yield state
         finally:
@@ -186,8 +192,8 @@ def misbehaving_server(
 class Listener:
     """The sockets of a server: one thread for each connection."""
 
-    def __init__(self, state: BadServer) -> None:
-        self._state, self.port = state, 0
+    def __init__(self, state: BadServer, host: str, tls: ssl.SSLContext | None) -> None:
+        self._state, self._host, self._tls, self.port = state, host, tls, 0
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._connections: set[socket.socket] = set()
         self._open()
@@ -197,10 +203,9 @@ class Listener:
         self._shut()
 
     def _open(self) -> None:
-        self._listener = socket.socket()
-        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._listener.bind(("127.0.0.1", self.port))
-        self._listener.listen(64)
+        self._listener = socket.create_server(
+            (self._host, self.port), family=socket.AF_INET6 if ":" in self._host else socket.AF_INET, backlog=64
+        )
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()
 
@@ -227,18 +232,23 @@ class Listener:
                     self._connections.add(connection)
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
-    def _serve(self, connection: socket.socket) -> None:
+    def _serve(self, plain: socket.socket) -> None:
+        connection = plain
         try:
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            with contextlib.suppress(OSError), connection.makefile("rb") as incoming:
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            with contextlib.suppress(OSError), contextlib.ExitStack() as stack:
+                if self._tls is not None:
+                    connection = self._tls.wrap_socket(plain, server_side=True)
+                incoming = stack.enter_context(connection.makefile("rb"))
                 while (request := read_request(incoming)) is not None:
                     self._state.record.requests.append(request.head)
                     if not self._answer(connection, request):
                         return
         finally:
             with self._lock:
-                self._connections.discard(connection)
+                self._connections.discard(plain)
             connection.close()
+            plain.close()
 
     def _answer(self, connection: socket.socket, request: Request) -> bool:
         """Whether the connection stays."""
@@ -262,10 +272,10 @@ class Listener:
         return True
 
 
-def read_request(incoming: "socket.SocketIO | object") -> Request | None:
+def read_request(incoming: BinaryIO) -> Request | None:
     """The next request of a connection; None where it has ended."""
     lines: list[str] = []
-    while (line := incoming.readline(1 << 16)) not in (b"\r\n", b"\n"):  # type: ignore[attr-defined]
+    while (line := incoming.readline(1 << 16)) not in (b"\r\n", b"\n"):
         if not line:
             return None
         lines.append(line.decode("latin-1").rstrip("\r\n"))
@@ -273,5 +283,5 @@ def read_request(incoming: "socket.SocketIO | object") -> Request | None:
         return None
     method, path, _ = lines[0].split(" ", 2)
     headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines[1:])}
-    body = incoming.read(int(headers.get("content-length", 0)))  # type: ignore[attr-defined]
+    body = incoming.read(int(headers.get("content-length", 0)))
     return Request(method=method, path=path, headers=headers, head="\n".join(lines), body=body)
