@@ -18,6 +18,7 @@ OTHERS: Mapping[str, str] = MappingProxyType(
         "EVL_CACHE_ROOT": "where caches lie",
         "EVL_CACHE_COPY_ROOT": "where copies of remote caches lie",
         "EVL_CACHE_COPY_GB": "how large they may become",
+        "EVL_CACHE_SERVER_PATIENCE": "how long servers are waited for",
         "EVL_CACHE_PROVE_FRAMES": "frames are compared with a plain decode",
         "EVL_CACHE_HEAD_PATH": "how the decoder is computed",
         "EVL_CACHE_DEBUG": "the traceback of an error is shown, as --debug does",

@@ -6,6 +6,7 @@ import io
 import os
 import signal
 import sys
+import threading
 from types import FrameType
 
 import click
@@ -95,7 +96,10 @@ def cli() -> None:
 
 def main(args: list[str] | None = None) -> None:
     """The console script: a user's mistake is one line and an exit status, never a traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    if threading.current_thread() is threading.main_thread():  # no other may say what a signal does
+        signal.signal(signal.SIGTERM, _terminate)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # neither ignored nor another's
+            signal.signal(signal.SIGINT, _interrupt)
     # Before torch is loaded: threads that spin while others (decoders, encoders, another job) hold the core made
     # small operations three times slower on two cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -140,7 +144,19 @@ def main(args: list[str] | None = None) -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     # As an exception, so that staged files are removed and locks released on the way out.
+    _end_waits()
     sys.exit(128 + number)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    _end_waits()
+    signal.default_int_handler(number, frame)
+
+
+def _end_waits() -> None:
+    """Have other threads no longer wait for servers: the process ends only when they do. Unless loaded, none waits."""
+    if (waits := sys.modules.get("evl_cache.store.objects.waits")) is not None:
+        waits.end_all_waits()
 
 
 def _fail(message: str, status: int) -> None:

@@ -255,7 +255,7 @@ def test_no_part_is_taken_of_it(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def remote(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pytest.importorskip("obstore", reason="no obstore here: pip install 'evl-cache[remote]'")
+    pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
     with s3_server(tmp_path_factory.mktemp("s3") / "log") as url, pytest.MonkeyPatch.context() as patch:
         for name, value in {**KEYS, "AWS_ENDPOINT_URL": url}.items():
             patch.setenv(name, value)
@@ -275,7 +275,7 @@ def test_it_is_read_from_a_bucket_and_pulled_back(folder: Path, remote: str) -> 
 
 
 def test_it_is_read_from_a_web_server(folder: Path, tmp_path: Path) -> None:
-    pytest.importorskip("obstore", reason="no obstore here: pip install 'evl-cache[remote]'")
+    pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
     (tmp_path / "nginx").mkdir()
     with nginx(tmp_path / "nginx") as server:
         shutil.copytree(folder / "grown", server.www / "grown")

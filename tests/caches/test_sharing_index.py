@@ -11,14 +11,14 @@ from tests.support.feature_caches import write_cache
 from tests.support.servers import KEYS, s3_server
 from tests.support.store_helpers import differences, tree
 
-pytest.importorskip("obstore", reason="no obstore here: pip install 'evl-cache[remote]'")
+pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
 
 from evl_cache.caches.share import pull, push
 from evl_cache.errors import CacheError
 from evl_cache.store import FeatureCache, open_objects
 from evl_cache.store.format import known_blocks
 from evl_cache.store.format.manifest import read_manifest
-from evl_cache.store.objects.obstore_objects import RemoteObjects
+from evl_cache.store.objects.s3_objects import S3Objects
 
 BLOCKS = 24
 
@@ -59,13 +59,13 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def requests(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Requests by name; those for parts of a list by its directory."""
     found: Counter[str] = Counter()
-    real = RemoteObjects._told
+    real = S3Objects._ask
 
     def told(self, name, action):  # type: ignore[no-untyped-def]
         found[name.partition("/")[0]] += 1
         return real(self, name, action)
 
-    monkeypatch.setattr(RemoteObjects, "_told", told)
+    monkeypatch.setattr(S3Objects, "_ask", told)
     return found
 
 
@@ -149,7 +149,7 @@ def test_a_push_that_ends_at_its_last_files_goes_on(
 ) -> None:
     url = f"{bucket}/ends/{last}"
     push(other, url)
-    real = RemoteObjects.put
+    real = S3Objects.put
 
     def put(self, name, data):  # type: ignore[no-untyped-def]
         if name == last:
@@ -157,7 +157,7 @@ def test_a_push_that_ends_at_its_last_files_goes_on(
         real(self, name, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(RemoteObjects, "put", put)
+        patched.setattr(S3Objects, "put", put)
         with pytest.raises(KeyboardInterrupt):
             push(cache, url)
     assert has(url, "manifest.json") is None

@@ -174,7 +174,7 @@ def test_no_command_touches_files_of_others(
 def test_a_training_from_a_remote_cache_touches_no_files_of_others(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("obstore", reason="no obstore here: pip install 'evl-cache[remote]'")
+    pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
     monkeypatch.setattr(copy_root, "IN_USE_S", 0.0)
     monkeypatch.setattr(copy_root, "_LOOKS_PER_LIMIT", 1000)
     monkeypatch.setenv("EVL_CACHE_COPY_GB", "0.0001")

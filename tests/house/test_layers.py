@@ -29,7 +29,7 @@ video                                                                           
 towers                                                                            huggingface_hub open_clip timm
 heads                                                                             triton
 store/disk                                                                        awscrt
-store/objects  store/disk                                                         obstore
+store/objects  store/disk                                                         boto3 botocore certifi urllib3
 store/shards   store/disk                                                         numcodecs
 store/format   cpu_codes store/disk store/objects store/shards untrusted
 store/reading  store/disk store/format store/objects store/shards

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("obstore", reason="no obstore here: pip install 'evl-cache[remote]'")
+pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
 
 from evl_cache.errors import CacheError
 from evl_cache.store import FeatureCache, create_cache, verify_cache

@@ -14,11 +14,12 @@ from tests.support.credentials import PASSWORD, USER, write_secret
 from tests.support.feature_caches import write_cache
 from tests.support.servers import FaultyServer, Nginx, faulty_server, nginx
 
-pytest.importorskip("obstore", reason="no obstore here: pip install 'evl-cache[remote]'")
+pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
 
 from evl_cache.batches.feature_loader import FeatureLoader
-from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.errors import CacheDamaged, CacheError, Unreachable, UsageError
 from evl_cache.store import FeatureCache, open_objects
+from evl_cache.store.objects import waits
 from evl_cache.store.reading import attempts, copy_root, local_copy
 from evl_cache.store.reading.copy_root import CopyRoot
 
@@ -49,7 +50,8 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def faulty(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
     monkeypatch.setattr(attempts, "_BACKOFF_S", 0.001)
-    monkeypatch.setattr("evl_cache.store.objects.obstore_objects._AGAIN_S", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(waits, "_FIRST_WAIT_S", 0.01)
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.5")
     with faulty_server(cache.parent) as server:
         yield server
 
@@ -197,9 +199,8 @@ def test_a_description_that_does_not_arrive_whole_is_refused(
 
 
 def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    remote = pytest.importorskip("evl_cache.store.objects.obstore_objects")
-    monkeypatch.setattr(remote, "RETRIES", 1)
-    with pytest.raises(CacheError, match=r"http://127\.0\.0\.1:9/x/zarr\.json: cannot be reached"):
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.3")
+    with pytest.raises(Unreachable, match=r"http://127\.0\.0\.1:9/x/zarr\.json: nothing listens there"):
         FeatureCache("http://127.0.0.1:9/x")
 
 
@@ -219,9 +220,10 @@ def test_tls_and_password_work_and_are_never_shown(
     caplog.set_level(logging.DEBUG)
     url = f"{web.tls_url}/caches/a"
     with_login = url.replace("https://", f"https://{USER}:{PASSWORD}@")
-    monkeypatch.setattr("evl_cache.store.objects.obstore_objects.RETRIES", 0)
     messages = []
-    with pytest.raises(CacheError, match="cannot be reached") as raised:  # an unknown certificate
+    with pytest.raises(
+        CacheError, match="certificate of localhost is not accepted"
+    ) as raised:  # an unknown certificate
         FeatureCache(with_login)
     messages.append(str(raised.value))
     monkeypatch.setenv("SSL_CERT_FILE", str(web.certificate))

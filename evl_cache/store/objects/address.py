@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from evl_cache.errors import UsageError
+
 SCHEMES = ("s3", "http", "https")
 Data = bytes | bytearray | memoryview
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+", re.IGNORECASE)
@@ -29,6 +31,22 @@ def public_text(text: str) -> str:
         return text[: found.start()] + public_url(text[found.start() :])
     except ValueError:  # no URL, but what looks like one may hold a password all the same
         return f"{text[: found.end()]}…"
+
+
+def check_address(url: str) -> None:
+    """Raises: UsageError for a URL of another kind than a cache may have, or one that cannot be read."""
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018 - raises where it is no number
+        shown = public_url(url)
+    except ValueError as error:
+        raise UsageError(
+            f"{public_text(url)}: is no address ({error}); expected https://host/path"
+        ) from error
+    if parts.scheme not in SCHEMES or not parts.netloc:
+        raise UsageError(f"{shown}: expected s3://bucket/prefix, http://host/path or https://host/path")
+    if parts.query or parts.fragment:
+        raise UsageError(f"{shown}: give the cache's own address, without ? and #")
 
 
 def public_url(url: str) -> str:

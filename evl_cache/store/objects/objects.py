@@ -5,10 +5,9 @@ Names are relative to the cache (or to a place that holds several), with forward
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
-from urllib.parse import urlsplit
 
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.store.disk.file_system import (
@@ -18,7 +17,7 @@ from evl_cache.store.disk.file_system import (
     open_regular,
     read_limited,
 )
-from evl_cache.store.objects.address import Data, as_url, is_url, public_url
+from evl_cache.store.objects.address import Data, as_url, check_address, is_url, public_url
 
 
 class Objects(Protocol):
@@ -60,7 +59,8 @@ def open_objects(place: str | Path) -> Objects:
     """Return the files of a directory or URL. Raises: UsageError for a URL that cannot be read from."""
     if not is_url(place):
         return DirectoryObjects(Path(place))
-    return _remote()(as_url(place))
+    url = as_url(place)
+    return _s3(url) if url.lower().startswith("s3:") else _http(url)
 
 
 def objects_of(place: Path | Objects) -> Objects:
@@ -70,21 +70,35 @@ def objects_of(place: Path | Objects) -> Objects:
 
 def open_writable(url: str) -> WritableObjects:
     """Return the files of a bucket. Raises: UsageError for a URL that cannot be written to."""
-    if urlsplit(as_url(url)).scheme != "s3":
+    if not as_url(url).lower().startswith("s3:"):
         raise UsageError(
             f"{public_url(url)}: cannot be written to; push to a directory or to s3://bucket/prefix"
         )
-    return _remote()(as_url(url))
+    return _s3(as_url(url))
 
 
-def _remote() -> Callable[[str], WritableObjects]:
+def _s3(url: str) -> WritableObjects:
+    check_address(url)
+    with _telling_what_is_missing():
+        from evl_cache.store.objects.s3_objects import S3Objects
+    return S3Objects(url)
+
+
+def _http(url: str) -> Objects:
+    check_address(url)
+    with _telling_what_is_missing():
+        from evl_cache.store.objects.http_objects import HttpObjects
+    return HttpObjects(url)
+
+
+@contextlib.contextmanager
+def _telling_what_is_missing() -> Iterator[None]:
     try:
-        from evl_cache.store.objects.obstore_objects import RemoteObjects
+        yield
     except ImportError as error:
         raise UsageError(
-            "caches behind URLs need obstore, which is not installed; pip install 'evl-cache[remote]'"
+            f"caches behind URLs need {error.name or 'boto3'}, which is not installed; pip install 'evl-cache[remote]'"
         ) from error
-    return RemoteObjects
 
 
 class DirectoryObjects:
