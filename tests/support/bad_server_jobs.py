@@ -1,6 +1,7 @@
 """What is done with servers that misbehave, in children: commands, and `epochs`. As a script: the process that forks them."""
 
 import hashlib
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,18 @@ def _work(job: dict[str, Any]) -> None:
     from evl_cache.errors import EvlCacheError
     from evl_cache_cli.main import main
 
+    def end(number: int, frame: object) -> None:
+        sys.exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # as scripts do that tidy up
+        signal.signal(number, end)
     _, place, *command = job["argv"]
     try:
         print(epochs_digest(place), flush=True)
     except EvlCacheError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main(command)
 
 

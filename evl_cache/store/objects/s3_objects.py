@@ -249,6 +249,7 @@ def _make_client(url: str) -> Any:
         if not client.meta.endpoint_url.endswith(".amazonaws.com"):
             options["s3"] = {"addressing_style": "path"}
             client = session.client("s3", region_name=region, config=Config(**options), verify=certificates)
+            client.meta.events.register("before-call.s3", _stay_here)
         return client
     except wrong.ProfileNotFound as error:
         raise UsageError(
@@ -264,6 +265,11 @@ def _make_client(url: str) -> Any:
         named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         shown = f"AWS_ENDPOINT_URL is {public_url(named)!r}" if named else _short(error)
         raise UsageError(f"{url}: {shown}; expected http://host:port or https://host") from error
+
+
+def _stay_here(params: dict[str, Any], **_: Any) -> None:
+    # botocore takes any redirect for one to Amazon's other regions, and asks for the region without end.
+    params.get("context", {}).setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _status(error: wrong.ClientError) -> int:
