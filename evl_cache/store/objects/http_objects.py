@@ -25,12 +25,13 @@ from evl_cache.store.objects.troubles import Trouble, status_trouble
 from evl_cache.store.objects.waits import Attempt, Server
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
-_CONNECTIONS = 64  # to a host, kept open
+_SERVERS, _CONNECTIONS = 16, 64  # connections to a server that are kept open, of so many servers
 _MOST_REDIRECTS = 5
 _MOST_LISTING_NBYTES = 16 << 20
 _MOST_PASSED_OVER_NBYTES = 32 << 20  # of a file that comes whole where a part was asked for
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _T = TypeVar("_T")
+_clients: dict[tuple[int, str | None, str | None, bool], urllib3.PoolManager] = {}
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ class HttpObjects:
         if not parts.hostname:
             raise UsageError(f"{self.url}: expected https://host/path")
         self._host, self._login = parts.hostname, login_of(parts)
+        self._proxy = _proxy_for(url)
         self._server = Server(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}".lower())
-        self._renew()
 
     def get(self, name: str, *, most_nbytes: int) -> bytes:
         """See `Objects`."""
@@ -124,8 +125,6 @@ class HttpObjects:
         return f"{self.url}/{quote(name)}"
 
     def _ask(self, name: str, read: Callable[[Attempt], _T]) -> _T:
-        if self._pid != os.getpid():
-            self._renew()
         place = f"{self.url}/{name}".rstrip("/")
         try:
             return self._server.ask(place, read)
@@ -135,7 +134,6 @@ class HttpObjects:
     @contextlib.contextmanager
     def _answer(self, url: str, headers: dict[str, str], *, listing: bool = False) -> Iterator[_Answer]:
         """Yield an answer that is a file, or that its end is passed. Raises: FileNotFoundError; Trouble."""
-        proxy = _proxy_for(url)
         try:
             answer = self._follow(url, headers)
             try:
@@ -147,7 +145,7 @@ class HttpObjects:
         except FileNotFoundError:
             raise
         except (HTTPError, OSError, http.client.HTTPException, UnicodeError) as error:
-            shown = None if proxy is None else public_url(proxy)
+            shown = None if self._proxy is None else public_url(self._proxy)
             raise error_trouble(error, host=self._host, proxy=shown) from error
 
     def _follow(self, url: str, headers: dict[str, str]) -> _Answer:
@@ -157,7 +155,8 @@ class HttpObjects:
             own = {**headers, "Accept-Encoding": "identity", "User-Agent": "evl-cache"}
             if self._login.header is not None and is_given_for(self.url, here):
                 own["Authorization"] = self._login.header
-            response = self._client(here).urlopen(
+            proxy = self._proxy if here is url else _proxy_for(here)
+            response = _client(here, proxy).urlopen(
                 "GET", here, headers=own, redirect=False, preload_content=False, decode_content=False
             )
             location = response.headers.get("location")
@@ -184,27 +183,25 @@ class HttpObjects:
         if status not in (200, 206, 416):
             raise status_trouble(status, response.headers)
 
-    def _client(self, url: str) -> urllib3.PoolManager:
-        """Return what asks for an address: directly, or through the proxy that the environment names."""
-        proxy = _proxy_for(url)
-        is_tls = url.lower().startswith("https:")
-        client = self._clients.get((proxy, is_tls))
-        if client is None:
-            options: dict[str, Any] = {
-                "num_pools": 8,
-                "maxsize": _CONNECTIONS,
-                "retries": False,
-                "timeout": urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
-                "ssl_context": tls_context() if is_tls else None,
-            }
-            client = urllib3.PoolManager(**options) if proxy is None else _through(proxy, options)
-            self._clients[proxy, is_tls] = client
-        return client
 
-    def _renew(self) -> None:
-        # A forked process shares no connection with its parent.
-        self._pid = os.getpid()
-        self._clients: dict[tuple[str | None, bool], urllib3.PoolManager] = {}
+def _client(url: str, proxy: str | None) -> urllib3.PoolManager:
+    """Return what asks for an address, directly or through a proxy.
+
+    All of a process share it, and so its connections; a forked process makes its own.
+    """
+    is_tls = url.lower().startswith("https:")
+    key = (os.getpid(), proxy, os.environ.get("SSL_CERT_FILE") if is_tls else None, is_tls)
+    if (client := _clients.get(key)) is None:
+        options: dict[str, Any] = {
+            "num_pools": _SERVERS,
+            "maxsize": _CONNECTIONS,
+            "retries": False,
+            "timeout": urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
+            "ssl_context": tls_context() if is_tls else None,
+        }
+        client = urllib3.PoolManager(**options) if proxy is None else _through(proxy, options)
+        client = _clients.setdefault(key, client)
+    return client
 
 
 def tls_context() -> ssl.SSLContext:
@@ -227,6 +224,7 @@ def tls_context() -> ssl.SSLContext:
 
 
 def _proxy_for(url: str) -> str | None:
+    """Return the proxy that the environment names for an address; looked for once, as that takes as long as a request."""
     parts = urlsplit(url)
     if urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
         return None

@@ -41,6 +41,7 @@ _ELSEWHERE = frozenset(
     {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 )
 _T = TypeVar("_T")
+_clients: dict[tuple[int, tuple[tuple[str, str], ...]], Any] = {}
 
 
 class S3Objects:
@@ -60,7 +61,7 @@ class S3Objects:
             raise UsageError(f"{self.url}: expected s3://bucket/prefix")
         self._bucket, self._prefix = parts.netloc, parts.path.strip("/")
         self._server = Server(f"s3://{self._bucket}")
-        self._renew()
+        self._client()  # so that what is wrong with the environment is told at once
 
     def get(self, name: str, *, most_nbytes: int) -> bytes:
         """See `Objects`."""
@@ -101,7 +102,7 @@ class S3Objects:
 
         def read(attempt: Attempt) -> list[str]:
             found: list[str] = []
-            pages = self._client.get_paginator("list_objects_v2")
+            pages = self._client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/"):
                 attempt.came(1 << 12)
                 found += [folder["Prefix"][len(prefix) : -1] for folder in page.get("CommonPrefixes", ())]
@@ -119,11 +120,11 @@ class S3Objects:
 
         def write(attempt: Attempt) -> None:
             if isinstance(data, bytes):
-                self._client.put_object(
+                self._client().put_object(
                     Bucket=self._bucket, Key=self._key(name), Body=data, ChecksumAlgorithm="SHA256"
                 )
                 return
-            self._client.upload_file(
+            self._client().upload_file(
                 str(data),
                 self._bucket,
                 self._key(name),
@@ -145,7 +146,7 @@ class S3Objects:
         """See `WritableObjects`."""
 
         def remove(attempt: Attempt) -> None:
-            self._client.delete_object(Bucket=self._bucket, Key=self._key(name))
+            self._client().delete_object(Bucket=self._bucket, Key=self._key(name))
 
         with contextlib.suppress(FileNotFoundError):
             self._ask(name, remove)
@@ -159,15 +160,13 @@ class S3Objects:
 
     @contextlib.contextmanager
     def _object(self, name: str, **options: Any) -> Iterator[Mapping[str, Any]]:
-        found = self._client.get_object(Bucket=self._bucket, Key=self._key(name), **options)
+        found = self._client().get_object(Bucket=self._bucket, Key=self._key(name), **options)
         try:
             yield found
         finally:
             found["Body"].close()
 
     def _ask(self, name: str, request: Callable[[Attempt], _T]) -> _T:
-        if self._pid != os.getpid():
-            self._renew()
         place = f"{self.url}/{name}".rstrip("/")
 
         def told(attempt: Attempt) -> _T:
@@ -196,7 +195,7 @@ class S3Objects:
             )
         if isinstance(error, wrong.CredentialRetrievalError | wrong.TokenRetrievalError | wrong.SSOError):
             return Trouble(f"credentials cannot be had ({_short(error)})", "sign in again (aws sso login)")
-        host = urlsplit(self._client.meta.endpoint_url).hostname or self._bucket
+        host = urlsplit(self._client().meta.endpoint_url).hostname or self._bucket
         inner = getattr(error, "kwargs", {}).get("error")
         if isinstance(inner, BaseException):
             return error_trouble(inner, host=host, proxy=None)
@@ -221,9 +220,15 @@ class S3Objects:
             return Trouble.broken(f"the server answers {code}")
         return status_trouble(status, headers)
 
-    def _renew(self) -> None:
-        # A forked process shares no connection with its parent.
-        self._pid, self._client = os.getpid(), _make_client(self.url)
+    def _client(self) -> Any:
+        """Return boto3's client, which all of a process share while the environment stays; a forked process makes its own."""
+        settings = sorted(
+            (name, value) for name, value in os.environ.items() if name.startswith(("AWS_", "SSL_", "HOME"))
+        )
+        key = (os.getpid(), tuple(settings))
+        if (client := _clients.get(key)) is None:
+            client = _clients.setdefault(key, _make_client(self.url))
+        return client
 
 
 def _make_client(url: str) -> Any:
