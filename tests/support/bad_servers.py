@@ -2,6 +2,7 @@
 
 import contextlib
 import http.client
+import io
 import random
 import re
 import socket
@@ -11,7 +12,6 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from tests.support.bad_answers import CUT, FAULTS, RESTART, SILENCE, Answer, Request, Scene, Step
@@ -21,6 +21,18 @@ from tests.support.recorded import Record, recorded
 _MOST_WAITS = 3  # of a passing schedule: each costs the whole of a client's patience
 # What a lasting fault befalls.
 _PLACES = ("", "/tokens/", "/maps/", "/class_tokens/", "manifest.json", "zarr.json", "clips.jsonl", "index.bin", "/done/")
+
+
+@dataclass(frozen=True)
+class Always:
+    """One fault befalls every request."""
+
+    lasting: str
+    pause_s = 0.0
+    is_lasting = True
+
+    def fault(self, path: str, count: int) -> str:
+        return self.lasting
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,7 @@ class Schedule:
 
 
 NOTHING_WRONG = -1
+NO_HTTP = "none"  # the method of what is no request
 
 
 @dataclass
@@ -72,7 +85,7 @@ class BadServer:
     """
 
     answer: Callable[[Request], tuple[Answer, bytes]]
-    schedule: Schedule | None
+    schedule: Schedule | Always | None
     record: Record
     login: tuple[str, str] | None = None
     elsewhere: str = ""
@@ -105,13 +118,16 @@ class BadServer:
         self.begun.set()
         if self.login is not None and request.headers.get("authorization") != f"Basic {basic(*self.login)}":
             return Answer(status=401, headers={"WWW-Authenticate": 'Basic realm="lab"'}).steps()
-        right, whole = self.answer(request)
         pause_s = 0.0 if self.schedule is None else self.schedule.pause_s
-        if name is None:
-            return [pause_s, *right.steps()]
-        rng = random.Random(f"{path} {count}")
+        return [pause_s, *self.answered(request, name, random.Random(f"{path} {count}"))]
+
+    def answered(self, request: Request, fault: str | None, rng: random.Random) -> "list[Step]":
+        """The right answer, or what a fault makes of it."""
+        right, whole = self.answer(request)
+        if fault is None:
+            return right.steps()
         scene = Scene(request=request, whole=whole, elsewhere=self.elsewhere, rng=rng)
-        return [pause_s, *FAULTS[name].act(right, scene)]
+        return list(FAULTS[fault].act(right, scene))
 
 
 def file_answer(root: Path, request: Request) -> tuple[Answer, bytes]:
@@ -241,6 +257,9 @@ class Listener:
                     connection = self._tls.wrap_socket(plain, server_side=True)
                 incoming = stack.enter_context(connection.makefile("rb"))
                 while (request := read_request(incoming)) is not None:
+                    if request.method == NO_HTTP:
+                        connection.sendall(Answer(status=400, body=b"not HTTP").head())
+                        return
                     self._state.record.requests.append(request.head)
                     if not self._answer(connection, request):
                         return
@@ -272,9 +291,11 @@ class Listener:
         return True
 
 
-def read_request(incoming: BinaryIO) -> Request | None:
+def read_request(incoming: io.BufferedReader) -> Request | None:
     """The next request of a connection; None where it has ended."""
     lines: list[str] = []
+    if (first := incoming.peek(1)[:1]) and not first.isalpha():  # the greeting of TLS, say
+        return Request(method=NO_HTTP, path="", headers={}, head="")
     while (line := incoming.readline(1 << 16)) not in (b"\r\n", b"\n"):
         if not line:
             return None

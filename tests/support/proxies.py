@@ -28,11 +28,11 @@ class Proxy:
 
 
 @contextlib.contextmanager
-def http_proxy(*, login: tuple[str, str] | None = None) -> Iterator[Proxy]:
-    """Start one. login: user and password that are given for it."""
+def http_proxy(*, login: tuple[str, str] | None = None, passes_on: tuple[str, ...] = ()) -> Iterator[Proxy]:
+    """Start one. login: user and password that are given for it. passes_on: credentials of plain servers behind it."""
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
-        recorded("proxy", given=[login[1]] if login else []) as record,
+        recorded("proxy", given=[*passes_on, *([login[1]] if login else [])]) as record,
     ):
         proxy = Proxy(f"127.0.0.1:{listener.getsockname()[1]}", login)
 

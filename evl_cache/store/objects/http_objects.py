@@ -67,6 +67,7 @@ class HttpObjects:
 
         def read(attempt: Attempt) -> bytes:
             with self._answer(self._address(name), {}) as answer:
+                attempt.came(0)
                 _check_is_file(answer)
                 size = answer.response.headers.get("content-length", "")
                 found = None
@@ -77,6 +78,8 @@ class HttpObjects:
                         f"{self.url}/{name}: has {size or 'more'} bytes, expected at most {most_nbytes}"
                     )
                 _check_is_no_page(answer, found)
+                if not found and not answer.response.headers.get("content-length"):
+                    raise Trouble.broken()  # among its headers, which urllib3 takes for an answer
                 return found
 
         return self._ask(name, read)
@@ -88,6 +91,7 @@ class HttpObjects:
             with self._answer(
                 self._address(name), {"Range": f"bytes={start}-{start + nbytes - 1}"}
             ) as answer:
+                attempt.came(0)
                 if answer.response.status == 416:  # the file ends before `start`
                     return b""
                 _check_is_file(answer)
@@ -106,13 +110,14 @@ class HttpObjects:
 
         def read(attempt: Attempt) -> list[str]:
             with self._answer(f"{self.url}/", {}, listing=True) as answer:
+                attempt.came(0)
                 _check_is_file(answer)
                 page = read_most(answer.response, _MOST_LISTING_NBYTES, attempt)
                 if page is None:
                     raise Trouble("its listing is too long", "name the cache itself", has_answered=True)
                 found = listed_folders(page, answer.url)
-                if found is None:
-                    raise _sign_in(answer)
+                if found is None or (not found and not is_given_for(self.url, answer.url)):
+                    raise _sign_in(answer)  # of another server at times, which lists no folder of this one
                 return found
 
         return self._ask("", read)
@@ -302,7 +307,7 @@ def _part_of_whole(answer: _Answer, start: int, nbytes: int, attempt: Attempt) -
     found = read_known(answer.response, start + nbytes, attempt)
     _check_is_no_page(answer, bytes(found[:1024]))
     size = answer.response.headers.get("content-length", "")
-    if len(found) < start + nbytes and size.isdecimal() and len(found) < int(size):
+    if len(found) < start + nbytes and len(found) < (int(size) if size.isdecimal() else 1):
         raise Trouble.broken()
     return found[start:]
 
