@@ -118,7 +118,7 @@ def test_silence_and_a_trickle_end_a_request(monkeypatch: pytest.MonkeyPatch, se
                 attempt.came(1)
 
     expected = "its answer stopped half way" if sends else "it does not answer"
-    with pytest.raises(Unreachable, match=f"x: {expected}, 0 s without a byte worth mention.*; check that"):
+    with pytest.raises(Unreachable, match=f"x: {expected}; check that"):
         Server("a").ask("x", request)
     stopped.set()
 

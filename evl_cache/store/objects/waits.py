@@ -184,7 +184,7 @@ class _Wait:
             if self._since is not None:
                 left = min(left, self._since + patience - attempt.moved)
             if silent_s > left:
-                raise Trouble.silence(silent_s, has_begun=attempt.has_begun)
+                raise Trouble.silence(has_begun=attempt.has_begun)
             if silent_s > _TOLD_AFTER_S:
                 self._tell("it does not answer", attempt.moved)
 
