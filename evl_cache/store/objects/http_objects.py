@@ -16,7 +16,7 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.store.objects.address import Data, public_url
+from evl_cache.store.objects.address import Data, public_text, public_url
 from evl_cache.store.objects.bodies import read_known, read_most
 from evl_cache.store.objects.causes import error_trouble
 from evl_cache.store.objects.listing_page import is_web_page, listed_folders
@@ -234,22 +234,28 @@ def _proxy_for(url: str) -> str | None:
     if urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
         return None
     found = urllib.request.getproxies()
-    return found.get(parts.scheme) or found.get("all")
+    proxy = found.get(parts.scheme) or found.get("all")
+    if not proxy:
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    try:
+        named = urlsplit(proxy)
+        is_address = named.scheme in ("http", "https") and bool(named.hostname) and named.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise UsageError(
+            f"the proxy {public_text(proxy)} is no address; expected http://host:port in HTTP_PROXY and HTTPS_PROXY"
+        )
+    return proxy
 
 
 def _through(proxy: str, options: dict[str, Any]) -> urllib3.PoolManager:
-    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    headers = None
+    parts, headers = urlsplit(proxy), None
     if parts.username is not None:
-        login = login_of(parts).header or ""
-        headers = {"Proxy-Authorization": login}
+        headers = {"Proxy-Authorization": login_of(parts).header or ""}
     address = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], "", "", ""))
-    try:
-        return urllib3.ProxyManager(address, proxy_headers=headers, **options)
-    except HTTPError as error:
-        raise UsageError(
-            f"the proxy {address} is not one that is known; expected http://host:port in HTTP_PROXY and HTTPS_PROXY"
-        ) from error
+    return urllib3.ProxyManager(address, proxy_headers=headers, **options)
 
 
 def _check_is_file(answer: _Answer) -> None:

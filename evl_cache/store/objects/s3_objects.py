@@ -14,7 +14,7 @@ import botocore.exceptions as wrong
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from evl_cache.errors import CacheError, Unreachable, UsageError
+from evl_cache.errors import CacheError, UsageError
 from evl_cache.store.objects.address import Data, public_url
 from evl_cache.store.objects.bodies import read_known, read_most
 from evl_cache.store.objects.causes import error_trouble
@@ -105,15 +105,16 @@ class S3Objects:
             pages = self._client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/"):
                 attempt.came(1 << 12)
+                if "IsTruncated" not in page and "Name" not in page:
+                    raise Trouble(
+                        "what answers is no S3 server", "check AWS_ENDPOINT_URL", has_answered=True
+                    )
                 found += [folder["Prefix"][len(prefix) : -1] for folder in page.get("CommonPrefixes", ())]
                 if len(found) > _MOST_FOLDERS:
                     break
             return sorted(name for name in found if name not in ("", ".", ".."))
 
-        try:
-            return self._ask("", read)
-        except FileNotFoundError as error:
-            raise Unreachable(f"{self.url}: no such bucket; check its name, and the endpoint") from error
+        return self._ask("", read)
 
     def put(self, name: str, data: bytes | Path) -> None:
         """See `WritableObjects`: the server compares sha256 digests."""
@@ -137,10 +138,7 @@ class S3Objects:
 
         if isinstance(data, Path) and not data.is_file():
             raise CacheError(f"{data}: is gone; run the same command again")
-        try:
-            self._ask(name, write)
-        except FileNotFoundError as error:
-            raise CacheError(f"{self.url}: no such bucket; create it, or name another one") from error
+        self._ask(name, write)
 
     def delete(self, name: str) -> None:
         """See `WritableObjects`."""
@@ -205,6 +203,10 @@ class S3Objects:
 
     def _answered(self, error: wrong.ClientError) -> Exception:
         status, code = _status(error), str(error.response.get("Error", {}).get("Code", ""))
+        if code == "NoSuchBucket":
+            return Trouble(
+                "no such bucket", "create it, or check its name and AWS_ENDPOINT_URL", has_answered=True
+            )
         if status == 404:
             return FileNotFoundError(code)
         if code in _DENIED:
