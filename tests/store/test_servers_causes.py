@@ -96,7 +96,7 @@ REFUSED = {
     "cut before": "the connection broke off.* check the connection",
     "cut in headers": "the connection broke off|does not speak HTTP",
     "cut in the body": "the connection broke off",
-    "silence": r"it does not answer, 1 s without a byte",
+    "silence": "it does not answer",
     "stops in the middle": "its answer stopped half way",
 }
 
@@ -109,6 +109,15 @@ def test_an_answer_that_is_of_no_use_is_told_by_its_cause(
         monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1")
     with always(root, fault) as server:
         line_of(f"{server.url}/a", REFUSED[fault])
+
+
+def test_what_a_slow_server_answered_is_told_and_not_that_it_is_silent(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1")  # the last answer comes after the end of it
+    with always(root, "503") as server:
+        server.schedule = Always("503", pause_s=0.3)
+        line_of(f"{server.url}/a", REFUSED["503"])
 
 
 @pytest.mark.parametrize("fault", ["no length", "chunked", "the whole file", "redirect on this host", "another tag"])

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 from urllib.parse import unquote, urlsplit
 
 from tests.support.bad_answers import CUT, FAULTS, RESTART, SILENCE, Answer, Request, Scene, Step
@@ -28,8 +29,8 @@ class Always:
     """One fault befalls every request."""
 
     lasting: str
-    pause_s = 0.0
-    is_lasting = True
+    pause_s: float = 0.0
+    is_lasting: ClassVar[bool] = True
 
     def fault(self, path: str, count: int) -> str:
         return self.lasting
