@@ -6,18 +6,21 @@ The suite runs a few seeds, `make soak` the three hundred. A failure names its s
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.support import bad_server_jobs
 from tests.support.bad_server_jobs import epochs_digest
-from tests.support.bad_server_runs import Schedules, Sources
+from tests.support.bad_server_runs import Schedules, Sources, words
 from tests.support.feature_caches import write_cache
 from tests.support.forked_commands import Commands
 from tests.support.servers import KEYS, s3_server
 
 pytest.importorskip("urllib3", reason="no urllib3 here: pip install 'evl-cache[remote]'")
+
+from evl_cache.caches.share import push
 
 FEW = 6  # of each kind, in the suite
 BATCH = 25  # seeds a test
@@ -40,13 +43,21 @@ def sources(commands: Commands, tmp_path_factory: pytest.TempPathFactory) -> Sou
     for name in ("a", "v"):
         shutil.rmtree(root / name / "locks")
     out = tmp_path_factory.mktemp("undisturbed")
-    from tests.support.bad_server_runs import words
-
     ended = commands.run(*words("train", str(root), out))
     assert ended.status == 0, ended
     digest, head = ended.stdout.split("\n", 1)[0], (out / "run" / "head.safetensors").read_bytes()
     assert digest == epochs_digest(root / "a")
     return Sources(root=root, features=digest, head=head)
+
+
+@pytest.fixture
+def bucket(sources: Sources, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sources]:
+    """The caches in a bucket."""
+    with s3_server(tmp_path_factory.mktemp("s3") / "log") as url, pytest.MonkeyPatch.context() as patch:
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": url}.items():
+            patch.setenv(name, value)
+        push(sources.root / "a", "s3://lab/a")
+        yield replace(sources, s3=url)
 
 
 def batches() -> list[object]:
@@ -73,4 +84,14 @@ def test_a_signal_at_any_moment_ends_it_and_leaves_nothing_in_the_way(
     commands: Commands, sources: Sources, tmp_path: Path, kind: str, seeds: list[int]
 ) -> None:
     wrong = Schedules(commands, sources, tmp_path).run(kind, seeds, signals=True)
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("signals", [False, True])
+def test_a_bucket_whose_server_misbehaves_costs_time_or_one_true_line(
+    commands: Commands, bucket: Sources, tmp_path: Path, signals: bool
+) -> None:
+    seeds = list(range(56)) if ONLY is None else [int(ONLY)]
+    wrong = Schedules(commands, bucket, tmp_path).run("s3", seeds, signals=signals, keys=KEYS)
     assert not wrong, "\n".join(wrong)
