@@ -189,7 +189,7 @@ def _restart(answer: Answer, scene: Scene) -> Sequence[Step]:
 _BROKEN = r"closed|broke|cut|ended|end of|reset|incomplete|too few|fewer|short|no answer|disconnect|abort"
 _SILENT = r"silent|no answer|not answer|nothing|timed out|no byte|in time|stopp?ed|patience"
 _DAMAGE = (
-    r"damaged|not what|changed|promis|JSON|not a |is no |expected|another|differ|damage|unexpected|mismatch|instead of|does not match"
+    r"damaged|not what|changed|promis|JSON|not a |is no |expected|another|differ|damage|unexpected|mismatch|instead of|cannot be read|does not match"
 )
 _GONE = r"no such|no cache|not there|changed|404|missing|not complete|no file|lost|removed|no manifest"
 FAULTS: dict[str, Fault] = {
@@ -210,7 +210,7 @@ FAULTS: dict[str, Fault] = {
     "cut in headers": Fault(act=_cut_in_head, words=_BROKEN),
     "cut in the body": Fault(act=_cut_in_body, words=_BROKEN),
     "flip": Fault(act=_flip, words=_DAMAGE, passes=False),
-    "another range": Fault(act=_other_range, words=rf"range|{_DAMAGE}", passes=False),
+    "another range": Fault(act=_other_range, words=rf"range|other bytes than|{_DAMAGE}", passes=False),
     "other bytes": Fault(act=_other_bytes, words=_DAMAGE, passes=False),
     "the whole file": Fault(act=_whole_file, words=r"range|whole", harmless=True),
     "redirect on this host": Fault(
@@ -221,7 +221,7 @@ FAULTS: dict[str, Fault] = {
     ),
     "redirect in a circle": Fault(act=_to(lambda scene: scene.request.path), words="redirect|circle", passes=False),
     "sign-in page": Fault(act=_sign_in, words="page|HTML|html|sign", passes=False),
-    "gzip": Fault(act=_gzip, words=r"gzip|compress|encod", harmless=True),
+    "gzip": Fault(act=_gzip, words=r"gzip|compress|encod", passes=False),
     "no length": Fault(act=_no_length, words="length", harmless=True),
     "chunked": Fault(act=_chunked, words="length|chunked", harmless=True),
     "another tag": Fault(act=_other_tag, words="changed|another", passes=False, harmless=True),

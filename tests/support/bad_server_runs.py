@@ -178,7 +178,7 @@ class Schedules:
         """The server behaves, and the same command is given again."""
         run.server.schedule = None
         command = words(run.kind, run.server.url, run.folder)
-        if (run.folder / "run").exists():
+        if (run.folder / "run" / "last.pt").exists():
             command.append("--resume")
         run.ended = self._commands.run(*command, **self._environment(run.folder, run.server))
         if run.ended.status != 0:

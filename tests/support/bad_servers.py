@@ -211,7 +211,7 @@ class Listener:
 
     def __init__(self, state: BadServer, host: str, tls: ssl.SSLContext | None) -> None:
         self._state, self._host, self._tls, self.port = state, host, tls, 0
-        self._lock, self._closing = threading.Lock(), threading.Event()
+        self._lock, self._closing, self._away = threading.Lock(), threading.Event(), threading.Lock()
         self._connections: set[socket.socket] = set()
         self._open()
 
@@ -237,9 +237,13 @@ class Listener:
 
     def restart(self, away_s: float) -> None:
         """Refuse connections for a while."""
-        self._shut()
-        if not self._closing.wait(away_s):
-            self._open()
+        if not self._away.acquire(blocking=False):
+            return  # it is away already
+        with contextlib.ExitStack() as back:
+            back.callback(self._away.release)
+            self._shut()
+            if not self._closing.wait(away_s):
+                self._open()
 
     def _accept(self, listener: socket.socket) -> None:
         with contextlib.suppress(OSError):  # shut
