@@ -1,19 +1,19 @@
 """What can be wrong with a server: each cause, by a server that has it, gives a line of its own with its own remedy."""
 
 import contextlib
-import os
 import re
 import shutil
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from evl_cache.errors import CacheError, EvlCacheError, UsageError
+from evl_cache.store import FeatureCache, open_objects
 from tests.support.bad_answers import Answer, Request
 from tests.support.bad_servers import NOTHING_WRONG, Always, BadServer, misbehaving_server
 from tests.support.certificates import Certificate, make_certificate
@@ -22,9 +22,6 @@ from tests.support.redirects import redirecting
 from tests.support.servers import free_port
 from tests.support.store_helpers import wait_until
 from tests.support.warm_python import warm_python
-
-from evl_cache.errors import CacheError, EvlCacheError, UsageError
-from evl_cache.store import FeatureCache, open_objects
 
 PATIENCE_S = "0.3"  # of what answers at once
 SILENT = ("silence", "stops in the middle")
@@ -120,7 +117,9 @@ def test_what_a_slow_server_answered_is_told_and_not_that_it_is_silent(
         line_of(f"{server.url}/a", REFUSED["503"])
 
 
-@pytest.mark.parametrize("fault", ["no length", "chunked", "the whole file", "redirect on this host", "another tag"])
+@pytest.mark.parametrize(
+    "fault", ["no length", "chunked", "the whole file", "redirect on this host", "another tag"]
+)
 def test_an_unusual_answer_that_holds_the_file_is_taken(root: Path, fault: str) -> None:
     with always(root, fault) as server:
         if fault == "redirect on this host":
@@ -138,7 +137,10 @@ def test_an_unusual_answer_that_holds_the_file_is_taken(root: Path, fault: str) 
 @pytest.mark.parametrize("fault", ["another range", "other bytes"])
 def test_another_part_than_was_asked_for_is_never_taken(root: Path, fault: str) -> None:
     with always(root, fault) as server:
-        line_of(f"{server.url}/a", "other bytes than were asked for|damaged|not what|does not match|is no|not a|is not")
+        line_of(
+            f"{server.url}/a",
+            "other bytes than were asked for|damaged|not what|does not match|is no|not a|is not",
+        )
 
 
 def test_pythons_own_server_which_knows_no_ranges_is_read_from(root: Path) -> None:
@@ -163,7 +165,9 @@ def _listens(port: int) -> bool:
 # TLS
 
 
-def at(certificate: Certificate, root: Path, host: str = "localhost") -> "contextlib.AbstractContextManager[BadServer]":
+def at(
+    certificate: Certificate, root: Path, host: str = "localhost"
+) -> "contextlib.AbstractContextManager[BadServer]":
     return misbehaving_server(root, NOTHING_WRONG, tls=certificate.server_context(), host=host)
 
 
@@ -180,7 +184,11 @@ def test_a_certificate_of_another_host_and_an_expired_one_are_told_apart(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, options, words in (
-        ("other", {"host": "elsewhere.example"}, "(?i)localhost.*(mismatch|not valid for).*name that the certificate is for"),
+        (
+            "other",
+            {"host": "elsewhere.example"},
+            "(?i)localhost.*(mismatch|not valid for).*name that the certificate is for",
+        ),
         ("expired", {"days_ago": 9, "days": 3}, "certificate has expired.*(clock|renew)"),
         ("early", {"days_ago": -9}, "not yet valid.*clock"),
     ):
@@ -261,7 +269,7 @@ def test_an_address_of_ip_version_6(root: Path) -> None:
 
 @pytest.mark.parametrize("url", ["http://[::1/a", "http://host:port/a", "http://host:99999/a", "https://"])
 def test_what_is_no_address_is_told(url: str) -> None:
-    with pytest.raises(UsageError, match="expected|address"):
+    with pytest.raises(UsageError, match=r"expected|address"):
         open_objects(url)
 
 
@@ -271,7 +279,7 @@ LINKS = {
     '<a href="{url}/caches/a/">a</a>': ["a"],
     '<A HREF="a/">a</A>': ["a"],
     "<a class=x href='a/'>a</a>": ["a"],
-    '<a href=a/ >a</a>': ["a"],
+    "<a href=a/ >a</a>": ["a"],
     '<a href="a%20b%2Bc/">a</a>': ["a b+c"],
     '<a href="caf%C3%A9/">a</a>': ["café"],
     '<a href="a&amp;b/">a</a>': ["a&b"],

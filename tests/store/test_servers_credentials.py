@@ -1,12 +1,15 @@
 """Credentials go to the host that they were given for, to no other, and are written and shown nowhere."""
 
 import logging
+import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from evl_cache.errors import CacheError, EvlCacheError, UsageError
+from evl_cache.store import FeatureCache, open_objects
 from tests.support import recorded
 from tests.support.bad_servers import NOTHING_WRONG, BadServer, misbehaving_server
 from tests.support.certificates import make_certificate
@@ -19,15 +22,13 @@ from tests.support.credentials import (
     SECRET_KEY,
     USER,
     basic,
+    declare,
     nothing_declared,
     write_secret,
 )
 from tests.support.feature_caches import write_cache
 from tests.support.redirects import redirecting
 from tests.support.servers import faulty_server, nginx, s3_server
-
-from evl_cache.errors import CacheError, EvlCacheError, UsageError
-from evl_cache.store import FeatureCache, open_objects
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,9 @@ def test_a_secret_in_a_file_an_output_or_a_log_is_found(tmp_path: Path, root: Pa
         with nothing_declared():
             assert len(recorded.problems(tmp_path, [])) == 2
         (tmp_path / "deep" / "card.md").unlink()
-        assert recorded.problems(tmp_path, [f"error: {SECRET_KEY}"]) == [f"{SECRET_KEY} was printed or logged"]
+        assert recorded.problems(tmp_path, [f"error: {SECRET_KEY}"]) == [
+            f"{SECRET_KEY} was printed or logged"
+        ]
         assert recorded.problems(tmp_path, []) == []
 
 
@@ -127,25 +130,19 @@ def test_a_redirect_to_another_server_takes_no_password_along(
     with misbehaving_server(root, NOTHING_WRONG, host="localhost") as other:
         redirecting(guarded, f"{other.url}")
         objects = open_objects(f"{url}/a") if what != "listing" else open_objects(url)
-        try:
-            if what == "listing":
-                assert objects.folders() == ["a"]
-            elif what == "file":
-                assert objects.get("zarr.json", most_nbytes=1 << 20) == (root / "a/zarr.json").read_bytes()
-            else:
-                assert bytes(objects.get_range("zarr.json", 3, 5)) == (root / "a/zarr.json").read_bytes()[3:8]
-        except CacheError as error:
-            assert "redirect" in str(error) or "leads to" in str(error)
+        if what == "listing":
+            assert objects.folders() == ["a"]
+        elif what == "file":
+            assert objects.get("zarr.json", most_nbytes=1 << 20) == (root / "a/zarr.json").read_bytes()
+        else:
+            assert bytes(objects.get_range("zarr.json", 3, 5)) == (root / "a/zarr.json").read_bytes()[3:8]
         assert guarded.asked
 
 
 def test_another_port_of_the_same_host_is_another_server(root: Path, guarded: BadServer) -> None:
     with misbehaving_server(root, NOTHING_WRONG) as other:
         redirecting(guarded, other.url)
-        try:
-            open_objects(with_login(guarded.url) + "/a").get("zarr.json", most_nbytes=1 << 20)
-        except CacheError as error:
-            assert "redirect" in str(error) or "leads to" in str(error)
+        assert open_objects(with_login(guarded.url) + "/a").get("zarr.json", most_nbytes=1 << 20)
 
 
 def test_from_https_to_http_of_the_same_host_no_password_goes_along(
@@ -156,14 +153,13 @@ def test_from_https_to_http_of_the_same_host_no_password_goes_along(
     context = certificate.server_context()
     with (
         misbehaving_server(root, NOTHING_WRONG, host="localhost") as plain,
-        misbehaving_server(root, NOTHING_WRONG, login=(USER, PASSWORD), tls=context, host="localhost") as safe,
+        misbehaving_server(
+            root, NOTHING_WRONG, login=(USER, PASSWORD), tls=context, host="localhost"
+        ) as safe,
     ):
         assert open_objects(with_login(safe.url)).folders() == ["a"]
         redirecting(safe, plain.url)
-        try:
-            open_objects(with_login(safe.url) + "/a").get("zarr.json", most_nbytes=1 << 20)
-        except CacheError as error:
-            assert "redirect" in str(error) or "leads to" in str(error)
+        assert open_objects(with_login(safe.url) + "/a").get("zarr.json", most_nbytes=1 << 20)
 
 
 def test_from_http_to_https_of_the_same_host_reads_or_says_why(
@@ -176,10 +172,7 @@ def test_from_http_to_https_of_the_same_host_reads_or_says_why(
         misbehaving_server(root, NOTHING_WRONG, host="localhost") as plain,
     ):
         redirecting(plain, safe.url)
-        try:
-            assert open_objects(f"{plain.url}/a").get("zarr.json", most_nbytes=1 << 20)
-        except CacheError as error:
-            assert safe.url in str(error) or "redirect" in str(error)
+        assert open_objects(f"{plain.url}/a").get("zarr.json", most_nbytes=1 << 20)
 
 
 def test_netrc_of_another_host_is_not_used(root: Path, tmp_path: Path) -> None:
@@ -197,9 +190,17 @@ def test_a_password_file_that_cannot_be_used_hinders_no_public_server_and_is_nam
     entry = f"machine 127.0.0.1 login {USER} password {PASSWORD}\n"
     other = f"machine elsewhere.example login {OTHER_USER} password {OTHER_PASSWORD}\n"
     cases = {
-        "slip": (f"{entry}machine 127.0.0.1 logn {USER}\n", 0o600, r"netrc has a mistake in line 2, .*mend it"),
+        "slip": (
+            f"{entry}machine 127.0.0.1 logn {USER}\n",
+            0o600,
+            r"netrc has a mistake in line 2, .*mend it",
+        ),
         "other host": (other, 0o600, r"put user and password for the host into .*netrc"),
-        "wrong password": (entry.replace(PASSWORD, PASSWORD + "x"), 0o600, "refuses the user and password of .*netrc"),
+        "wrong password": (
+            entry.replace(PASSWORD, PASSWORD + "x"),
+            0o600,
+            "refuses the user and password of .*netrc",
+        ),
     }
     for text, mode, words in cases.values():
         netrc(tmp_path, text, mode=mode)
@@ -217,14 +218,23 @@ def test_a_password_file_that_cannot_be_used_hinders_no_public_server_and_is_nam
             assert open_objects(public.url).folders() == ["a"]
 
 
-def test_a_password_file_that_others_may_read_is_used_or_refused_with_the_remedy(
-    guarded: BadServer, tmp_path: Path
+def test_a_password_file_that_others_may_read_is_refused_with_the_remedy(
+    root: Path, guarded: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    netrc(tmp_path, f"machine 127.0.0.1 login {USER} password {PASSWORD}\n", mode=0o644)
-    try:
-        assert open_objects(guarded.url).folders() == ["a"]
-    except CacheError as error:
-        assert "may be read by others, so it is not used; chmod 600" in str(error)
+    entry = f"machine 127.0.0.1 login {USER} password {PASSWORD}\n"
+    netrc(tmp_path, entry, mode=0o644)
+    assert open_objects(guarded.url).folders() == ["a"]  # who names the file with NETRC may have it so
+    monkeypatch.delenv("NETRC")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    netrc(tmp_path, entry, mode=0o644).rename(declare(tmp_path / ".netrc"))
+    with pytest.raises(
+        CacheError, match=r"netrc may be read by others, so it is not used; chmod 600 ~/\.netrc"
+    ):
+        open_objects(guarded.url).folders()
+    with misbehaving_server(root, NOTHING_WRONG) as public:
+        assert open_objects(public.url).folders() == ["a"]
+    (tmp_path / ".netrc").chmod(0o600)
+    assert open_objects(guarded.url).folders() == ["a"]
 
 
 def test_a_password_in_a_url_is_shown_nowhere(
@@ -232,7 +242,7 @@ def test_a_password_in_a_url_is_shown_nowhere(
 ) -> None:
     cache = FeatureCache(with_login(f"{guarded.url}/a"))
     cache.read([0, 1])
-    print(cache.place, cache.path, repr(cache))
+    sys.stdout.write(f"{cache.place} {cache.path} {cache!r}")
     with pytest.raises(EvlCacheError):
         FeatureCache(with_login(f"{guarded.url}/none"))
     assert PASSWORD not in "".join(capfd.readouterr())
@@ -261,6 +271,6 @@ def test_an_endpoint_that_redirects_gets_no_keys_sent_on(root: Path, monkeypatch
     ):
         redirecting(endpoint, other.url)
         monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint.url)
-        with pytest.raises(CacheError, match="redirect|leads to|elsewhere|30[1278]"):
+        with pytest.raises(CacheError, match="the server answers 302 Found"):
             open_objects("s3://lab/a").get("zarr.json", most_nbytes=1 << 20)
         assert endpoint.asked

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from evl_cache.errors import CacheError, EvlCacheError
+from evl_cache.store import FeatureCache, open_objects
 from tests.support.bad_servers import NOTHING_WRONG, BadServer, misbehaving_server
 from tests.support.certificates import make_certificate
 from tests.support.credentials import KEY_ID, PASSWORD, PROXY_PASSWORD, PROXY_USER, SECRET_KEY, USER
 from tests.support.feature_caches import write_cache
 from tests.support.proxies import Proxy, http_proxy
 from tests.support.servers import free_port
-
-from evl_cache.errors import CacheError, EvlCacheError
-from evl_cache.store import FeatureCache, open_objects
 
 LOGIN = (PROXY_USER, PROXY_PASSWORD)
 
@@ -105,7 +104,9 @@ def test_a_proxy_that_wants_a_password_says_where_it_goes(
         monkeypatch.setenv(f"{scheme.upper()}_PROXY", given)
         server = plain if scheme == "http" else safe
         url = server.url  # without a password, which a proxy of a plain server would see
-        with pytest.raises(CacheError, match=r"the proxy wants user and password \(407\); .*HTTP_PROXY") as raised:
+        with pytest.raises(
+            CacheError, match=r"the proxy wants user and password \(407\); .*HTTP_PROXY"
+        ) as raised:
             open_objects(url).folders()
         assert PROXY_PASSWORD not in str(raised.value) and "\n" not in str(raised.value)
 
@@ -122,20 +123,18 @@ def test_a_dead_proxy_is_named_and_not_the_server(
     assert PROXY_PASSWORD not in str(raised.value)
 
 
-def test_a_proxy_that_cannot_reach_the_server_is_told(
-    proxy: Proxy, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_proxy_that_cannot_reach_the_server_is_told(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HTTPS_PROXY", proxy.url())
     monkeypatch.setenv("HTTP_PROXY", proxy.url())
     for scheme in ("https", "http"):
-        with pytest.raises(CacheError, match="proxy.*502|502 Bad Gateway"):
+        with pytest.raises(CacheError, match=r"proxy.*502|502 Bad Gateway"):
             open_objects(f"{scheme}://localhost:{free_port()}/x").folders()
 
 
 @pytest.mark.parametrize("value", ["ftp://127.0.0.1:9", "http://[::1", "http://host:port", "http://"])
 def test_a_proxy_that_is_no_address_is_one_line(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("HTTP_PROXY", value)
-    with pytest.raises(EvlCacheError, match="(?i)proxy") as raised:
+    with pytest.raises(EvlCacheError, match=r"the proxy .* is no address; expected") as raised:
         open_objects("http://localhost:1/x").folders()
     assert "\n" not in str(raised.value)
 

@@ -1,4 +1,4 @@
-"""Buckets that cannot be read from: each cause gives a line of its own, and files of AWS profiles are heeded as Amazon's tools do."""
+"""Buckets that cannot be read from: each cause gives a line of its own; files of AWS profiles are heeded as Amazon's tools do."""
 
 import os
 from collections.abc import Iterator
@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from evl_cache.caches.share import push
+from evl_cache.errors import CacheError, EvlCacheError
+from evl_cache.store import FeatureCache, open_objects
 from tests.support.bad_answers import Answer
 from tests.support.bad_servers import NOTHING_WRONG, BadServer, misbehaving_server
 from tests.support.credentials import KEY_ID, SECRET_KEY, write_secret
 from tests.support.feature_caches import write_cache
 from tests.support.servers import KEYS, free_port, s3_server
-
-from evl_cache.caches.share import push
-from evl_cache.errors import CacheError, EvlCacheError
-from evl_cache.store import FeatureCache, open_objects
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +101,9 @@ def test_keys_region_and_endpoint_come_from_a_profile(
     monkeypatch.setenv("AWS_PROFILE", "lab")
     assert FeatureCache("s3://lab/caches/a").is_complete
     assert open_objects("s3://lab/caches").folders() == ["a"]
-    (tmp_path / "config").write_text(f"[profile lab]\nservices = ours\n[services ours]\ns3 =\n  endpoint_url = {endpoint}\n")
+    (tmp_path / "config").write_text(
+        f"[profile lab]\nservices = ours\n[services ours]\ns3 =\n  endpoint_url = {endpoint}\n"
+    )
     assert open_objects("s3://lab").folders() == ["caches"]
 
 
@@ -164,7 +165,10 @@ def test_what_a_server_of_buckets_refuses_is_told_by_its_code(refusing: BadServe
 
 @pytest.mark.parametrize("body", [b"<html><body>Sign in</body></html>", b"", b"\x00\xff"])
 def test_an_endpoint_that_is_no_s3_server_is_one_line(refusing: BadServer, body: bytes) -> None:
-    refusing.answer = lambda request: (Answer(status=200, headers={"Content-Type": "text/html"}, body=body), body)
+    refusing.answer = lambda request: (
+        Answer(status=200, headers={"Content-Type": "text/html"}, body=body),
+        body,
+    )
     with pytest.raises(EvlCacheError) as raised:
         FeatureCache("s3://lab/a")
     assert "\n" not in str(raised.value)

@@ -1,6 +1,7 @@
 """Servers that misbehave by seed: a pull or a training ends in equal bytes or one true line, in time, and obeys signals.
 
-The suite runs a few seeds, `make soak` the three hundred. A failure names its seed: `EVL_CACHE_SERVER_SCHEDULE=SEED` runs it alone.
+The suite runs a few seeds, `make soak` the three hundred. A failure names its seed, and `EVL_CACHE_SERVER_SCHEDULE=SEED` runs it
+alone.
 """
 
 import os

@@ -149,7 +149,11 @@ def _other_bytes(answer: Answer, scene: Scene) -> Sequence[Step]:
 
 def _whole_file(answer: Answer, scene: Scene) -> Sequence[Step]:
     headers = {name: value for name, value in answer.headers.items() if name != "Content-Range"}
-    return Answer(status=200, headers=headers, body=scene.whole).steps() if answer.status == 206 else answer.steps()
+    return (
+        Answer(status=200, headers=headers, body=scene.whole).steps()
+        if answer.status == 206
+        else answer.steps()
+    )
 
 
 def _to(where: Callable[[Scene], str], status: int = 302) -> Misbehave:
@@ -157,7 +161,9 @@ def _to(where: Callable[[Scene], str], status: int = 302) -> Misbehave:
 
 
 def _sign_in(answer: Answer, scene: Scene) -> Sequence[Step]:
-    page = b"<!DOCTYPE html><html><head><title>Sign in</title></head><body><form>Password</form></body></html>"
+    page = (
+        b"<!DOCTYPE html><html><head><title>Sign in</title></head><body><form>Password</form></body></html>"
+    )
     return Answer(status=200, headers={"Content-Type": "text/html; charset=utf-8"}, body=page).steps()
 
 
@@ -189,7 +195,8 @@ def _restart(answer: Answer, scene: Scene) -> Sequence[Step]:
 _BROKEN = r"closed|broke|cut|ended|end of|reset|incomplete|too few|fewer|short|no answer|disconnect|abort"
 _SILENT = r"silent|no answer|not answer|nothing|timed out|no byte|in time|stopp?ed|patience"
 _DAMAGE = (
-    r"damaged|not what|changed|promis|JSON|not a |is no |expected|another|differ|damage|unexpected|mismatch|instead of|cannot be read|does not match"
+    r"damaged|not what|changed|promis|JSON|not a |is no |expected|another|differ|damage|unexpected|mismatch|instead of|"
+    r"cannot be read|does not match"
 )
 _GONE = r"no such|no cache|not there|changed|404|missing|not complete|no file|lost|removed|no manifest"
 FAULTS: dict[str, Fault] = {

@@ -45,9 +45,10 @@ def _work(job: dict[str, Any]) -> None:
         signal.signal(number, end)
     _, place, *command = job["argv"]
     try:
-        print(epochs_digest(place), flush=True)
+        sys.stdout.write(f"{epochs_digest(place)}\n")
+        sys.stdout.flush()
     except EvlCacheError as error:
-        print(f"error: {error}", file=sys.stderr)
+        sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     main(command)

@@ -68,7 +68,9 @@ class Schedules:
         self._commands, self._sources, self._folder = commands, sources, folder
         self._keys: dict[str, str] = {}
 
-    def run(self, kind: str, seeds: list[int], *, signals: bool = False, keys: dict[str, str] | None = None) -> list[str]:
+    def run(
+        self, kind: str, seeds: list[int], *, signals: bool = False, keys: dict[str, str] | None = None
+    ) -> list[str]:
         """What is wrong with how these seeds end, each line with its seed. signals: ask each to end at a random moment."""
         self._keys, waiting, running, wrong = keys or {}, list(seeds), [], []
         with ExitStack() as servers:
@@ -94,8 +96,12 @@ class Schedules:
         login = (USER, PASSWORD) if seed % 4 >= 2 and not is_s3 else None
         root = self._sources.s3 if is_s3 else self._sources.root
         given = (self._keys["AWS_ACCESS_KEY_ID"],) if is_s3 else ()
-        server = stack.enter_context(misbehaving_server(root, seed, login=login, given=given, elsewhere=elsewhere))
-        write_secret(folder / "netrc", f"machine 127.0.0.1 login {USER} password {PASSWORD}\n" if login else "")
+        server = stack.enter_context(
+            misbehaving_server(root, seed, login=login, given=given, elsewhere=elsewhere)
+        )
+        write_secret(
+            folder / "netrc", f"machine 127.0.0.1 login {USER} password {PASSWORD}\n" if login else ""
+        )
         pid = self._commands.start(*words(kind, server.url, folder), **self._environment(folder, server))
         rng = random.Random(f"signal {kind} {seed}")
         run = Run(seed=seed, kind=kind, folder=folder, server=server, pid=pid, begun_at=time.monotonic())

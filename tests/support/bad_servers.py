@@ -1,4 +1,7 @@
-"""HTTP servers that misbehave by seed, on loopback: which fault a request meets depends on the seed and on how often its path was asked."""
+"""HTTP servers that misbehave by seed, on loopback.
+
+Which fault a request meets depends on the seed, and on how often its path was asked for.
+"""
 
 import contextlib
 import http.client
@@ -21,7 +24,17 @@ from tests.support.recorded import Record, recorded
 
 _MOST_WAITS = 3  # of a passing schedule: each costs the whole of a client's patience
 # What a lasting fault befalls.
-_PLACES = ("", "/tokens/", "/maps/", "/class_tokens/", "manifest.json", "zarr.json", "clips.jsonl", "index.bin", "/done/")
+_PLACES = (
+    "",
+    "/tokens/",
+    "/maps/",
+    "/class_tokens/",
+    "manifest.json",
+    "zarr.json",
+    "clips.jsonl",
+    "index.bin",
+    "/done/",
+)
 
 
 @dataclass(frozen=True)
@@ -135,7 +148,9 @@ def file_answer(root: Path, request: Request) -> tuple[Answer, bytes]:
     """The right answer of a server of files, and the whole file."""
     path = root / unquote(urlsplit(request.path).path).lstrip("/")
     if path.is_dir():
-        links = "".join(f'<a href="{p.name}{"/" * p.is_dir()}">{p.name}</a>\n' for p in sorted(path.iterdir()))
+        links = "".join(
+            f'<a href="{p.name}{"/" * p.is_dir()}">{p.name}</a>\n' for p in sorted(path.iterdir())
+        )
         page = links.encode()
         return Answer(status=200, headers={"Content-Type": "text/html"}, body=page), page
     if not path.is_file():
@@ -191,7 +206,9 @@ def misbehaving_server(
     given = (*given, login[1]) if login else given
     with recorded(f"misbehaving server, seed {seed}", given=given) as record:
         state = BadServer(
-            answer=(lambda r: file_answer(root, r)) if isinstance(root, Path) else (lambda r: passed_on(root, r)),
+            answer=(lambda r: file_answer(root, r))
+            if isinstance(root, Path)
+            else (lambda r: passed_on(root, r)),
             schedule=None if seed == NOTHING_WRONG else Schedule(seed),
             record=record,
             login=login,
@@ -221,7 +238,9 @@ class Listener:
 
     def _open(self) -> None:
         self._listener = socket.create_server(
-            (self._host, self.port), family=socket.AF_INET6 if ":" in self._host else socket.AF_INET, backlog=64
+            (self._host, self.port),
+            family=socket.AF_INET6 if ":" in self._host else socket.AF_INET,
+            backlog=64,
         )
         self.port = self._listener.getsockname()[1]
         threading.Thread(target=self._accept, args=(self._listener,), daemon=True).start()

@@ -22,7 +22,9 @@ class Certificate:
         return context
 
 
-def make_certificate(folder: Path, *, host: str = "localhost", days_ago: int = 1, days: int = 30) -> Certificate:
+def make_certificate(
+    folder: Path, *, host: str = "localhost", days_ago: int = 1, days: int = 30
+) -> Certificate:
     """Write a certificate that its own key has signed. days: that it is good for, from `days_ago` on."""
     pytest.importorskip("cryptography", reason="no cryptography here: pip install 'evl-cache[test]'")
     from cryptography import x509

@@ -47,9 +47,10 @@ def write_secret(path: Path, text: str, *, mode: int = 0o600) -> Path:
     return path
 
 
-def declare(path: Path) -> None:
-    """From now on a file, or a folder with all that it holds, may have secrets in it: a test, or a server's set-up, put them there."""
+def declare(path: Path) -> Path:
+    """From now on a file, or a folder with all that it holds, may have secrets in it: who set it up put them there."""
     _declared.add(path.absolute())
+    return path
 
 
 def is_declared(path: Path) -> bool:

@@ -53,7 +53,9 @@ class Record:
 
     def problems(self) -> list[str]:
         """What was sent here since the last call and had not been given for this server."""
-        return [f"{self.name}: {trouble}" for request in self.take() for trouble in _troubles(request, self.given)]
+        return [
+            f"{self.name}: {trouble}" for request in self.take() for trouble in _troubles(request, self.given)
+        ]
 
 
 _records: list[Record] = []

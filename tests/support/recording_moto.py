@@ -34,4 +34,10 @@ if __name__ == "__main__":
     port, log = sys.argv[1:]
     backend = DomainDispatcherApplication(create_backend_app)
     backend.debug = True
-    run_simple("127.0.0.1", int(port), Recording(backend, Path(log)), threaded=True, request_handler=MotoRequestHandler)
+    run_simple(
+        "127.0.0.1",
+        int(port),
+        Recording(backend, Path(log)),
+        threaded=True,
+        request_handler=MotoRequestHandler,
+    )

@@ -135,7 +135,9 @@ def _sent_to(server: Nginx, log: str) -> Callable[[], list[str]]:
     def sent() -> list[str]:
         with contextlib.suppress(OSError):  # it may have been stopped meanwhile
             server.requests()
-        return [re.sub(r"~~([a-z-]+: )", r"\n\1", re.sub(r"~~[a-z-]+: (?=~~|$)", "", line)) for line in added()]
+        return [
+            re.sub(r"~~([a-z-]+: )", r"\n\1", re.sub(r"~~[a-z-]+: (?=~~|$)", "", line)) for line in added()
+        ]
 
     return sent
 
@@ -147,7 +149,15 @@ def s3_server(log: Path) -> Iterator[str]:
     port = free_port()
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.support.recording_moto", str(port), f"{log}.headers"],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "tests.support.recording_moto",
+                str(port),
+                f"{log}.headers",
+            ],
             stdout=out,
             stderr=out,
             env=os.environ | KEYS | {"PYTHONPATH": with_root()},
@@ -250,4 +260,3 @@ def faulty_server(root: Path) -> Iterator[FaultyServer]:
         finally:
             server.shutdown()
             thread.join(timeout=60)
-

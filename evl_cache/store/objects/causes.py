@@ -50,7 +50,7 @@ def error_trouble(error: BaseException, *, host: str, proxy: str | None) -> Trou
 
 def _is_no_http(error: wrong.ProtocolError) -> bool:
     """Whether what came begins as no answer of HTTP does; one that broke off in its first line begins so."""
-    lines = [inner.line for inner in error.args if type(inner) is http.client.BadStatusLine]
+    lines = [str(inner.args[0]) for inner in error.args if type(inner) is http.client.BadStatusLine]
     return any(not (line.startswith("HTTP/") or "HTTP/".startswith(line)) for line in lines)
 
 

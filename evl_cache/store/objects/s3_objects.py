@@ -106,9 +106,7 @@ class S3Objects:
             for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/"):
                 attempt.came(1 << 12)
                 if "IsTruncated" not in page and "Name" not in page:
-                    raise Trouble(
-                        "what answers is no S3 server", "check AWS_ENDPOINT_URL", has_answered=True
-                    )
+                    raise Trouble("what answers is no S3 server", "check AWS_ENDPOINT_URL", has_answered=True)
                 found += [folder["Prefix"][len(prefix) : -1] for folder in page.get("CommonPrefixes", ())]
                 if len(found) > _MOST_FOLDERS:
                     break
