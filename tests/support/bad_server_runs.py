@@ -20,6 +20,7 @@ SLACK_S = 8.0  # of a computer that does other things: to start, compute, write
 # What a fault that passes costs a client beside its own answer, at most.
 _COST_S = {"429 with Retry-After": 1.0, "503 with a date": 2.0, "restart": 1.0, "delay": 0.2}
 _ENDS_IN_S = 2.0  # of a command that was asked to end
+_JUST_THEN_S = 0.7  # it had ended by itself when the signal came
 _AT_ONCE = 4
 
 
@@ -41,9 +42,11 @@ class Run:
     kind: str
     folder: Path
     server: BadServer
+    url: str
     pid: int
     begun_at: float
-    ends_at: float | None = None  # when it is asked to end
+    signal_after_s: float | None = None  # behind its first request, it is asked to end
+    signal_at: float | None = None
     ended: Ended | None = None
     took_s: float = 0.0
     signalled_at: float | None = None
@@ -99,15 +102,17 @@ class Schedules:
         server = stack.enter_context(
             misbehaving_server(root, seed, login=login, given=given, elsewhere=elsewhere)
         )
-        write_secret(
-            folder / "netrc", f"machine 127.0.0.1 login {USER} password {PASSWORD}\n" if login else ""
-        )
-        pid = self._commands.start(*words(kind, server.url, folder), **self._environment(folder, server))
+        in_url = login is not None and seed % 8 >= 6
+        url = server.url.replace("://", f"://{USER}:{PASSWORD}@") if in_url else server.url
+        entry = f"machine 127.0.0.1 login {USER} password {PASSWORD}\n" if login and not in_url else ""
+        write_secret(folder / "netrc", entry)
+        pid = self._commands.start(*words(kind, url, folder), **self._environment(folder, server))
         rng = random.Random(f"signal {kind} {seed}")
-        run = Run(seed=seed, kind=kind, folder=folder, server=server, pid=pid, begun_at=time.monotonic())
+        now = time.monotonic()
+        run = Run(seed=seed, kind=kind, folder=folder, server=server, url=url, pid=pid, begun_at=now)
         run.number = rng.choice((signal.SIGTERM, signal.SIGTERM, signal.SIGINT))
         if signals and server.schedule is not None:
-            run.ends_at = rng.uniform(0.0, 1.2)
+            run.signal_after_s = rng.uniform(0.0, 1.2)
             server.schedule = replace(server.schedule, pause_s=0.06)  # so that it is at work still
         return run
 
@@ -123,13 +128,11 @@ class Schedules:
 
     def _has_ended(self, run: Run) -> bool:
         now = time.monotonic()
-        if run.ends_at is not None and run.signalled_at is None and run.server.begun.is_set():
-            if run.ends_at > 10:  # a moment by the clock
-                if now >= run.ends_at:
-                    os.kill(run.pid, run.number)
-                    run.signalled_at = now
-            else:
-                run.ends_at += now
+        if run.signal_after_s is not None and run.signal_at is None and run.server.begun.is_set():
+            run.signal_at = now + run.signal_after_s
+        if run.signal_at is not None and run.signalled_at is None and now >= run.signal_at:
+            os.kill(run.pid, run.number)
+            run.signalled_at = now
         if _is_zombie(run.pid):
             run.took_s = now - (run.signalled_at or run.begun_at)
             run.ended = self._commands.wait(run.pid)
@@ -150,6 +153,9 @@ class Schedules:
             wrong.append(f"ends with status {status}: {told[-1500:]}")
         errors = [line for line in told.splitlines() if line.startswith("error: ")]
         if run.signalled_at is not None:
+            is_ignored = status in (0, 1) and run.took_s > _JUST_THEN_S
+            if is_ignored or "no longer waited for" in told:
+                wrong.append(f"signal {run.number} leads to status {status}: {told[-800:]}")
             if run.took_s > _ENDS_IN_S:
                 wrong.append(f"ended {run.took_s:.1f} s after signal {run.number}, {sorted(served)}")
         elif run.took_s > (allowed := _allowed_s(run)):
@@ -183,7 +189,7 @@ class Schedules:
     def _again(self, run: Run) -> list[str]:
         """The server behaves, and the same command is given again."""
         run.server.schedule = None
-        command = words(run.kind, run.server.url, run.folder)
+        command = words(run.kind, run.url, run.folder)
         if (run.folder / "run" / "last.pt").exists():
             command.append("--resume")
         run.ended = self._commands.run(*command, **self._environment(run.folder, run.server))
