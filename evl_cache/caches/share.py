@@ -12,6 +12,7 @@ from evl_cache.store import (
     copy_part,
     copy_to_bucket,
     copy_to_directory,
+    directory_of,
     is_url,
     part_spec,
     public_url,
@@ -35,8 +36,9 @@ def push(
         target: one that ends with a slash is what the cache is put into.
         layers, codec: what a part is; a copy where neither is given.
 
-    Raises: UsageError, CacheError, CacheDamaged as `store.transfer.copy_to_directory`; UsageError for a part to a bucket.
+    Raises: as `copy_to_directory`; UsageError for a cache behind a URL, and for a part to a bucket.
     """
+    cache = directory_of(cache)
     if layers is not None or codec is not None:
         if is_url(target):
             raise UsageError(

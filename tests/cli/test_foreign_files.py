@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 from evl_cache.store import FeatureCache
-from evl_cache.store.reading import copy_root
 from evl_cache_cli.main import main
 from tests.support.example_data import DEMO_TOWER, OFFICIAL
 from tests.support.foreign_files import ARRAYS, Found, link, look, plant_in_cache, touched, write
@@ -175,8 +174,6 @@ def test_a_training_from_a_remote_cache_touches_no_files_of_others(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
-    monkeypatch.setattr(copy_root, "IN_USE_S", 0.0)
-    monkeypatch.setattr(copy_root, "_LOOKS_PER_LIMIT", 1000)
     monkeypatch.setenv("EVL_CACHE_COPY_GB", "0.0001")
     monkeypatch.setenv("EVL_CACHE_COPY_ROOT", str(home))
     before = plant(home)

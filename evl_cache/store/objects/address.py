@@ -22,6 +22,17 @@ def as_url(place: str | Path) -> str:
     return _URL.sub(r"\1://", str(place), count=1)
 
 
+def directory_of(place: str | Path) -> Path:
+    """Return the directory of a cache that is to be changed, copied from or sent. Raises: UsageError for a URL."""
+    if not is_url(place):
+        return Path(place)
+    shown = public_text(str(place))
+    raise UsageError(
+        f"{shown}: is an address, and this works on the directory where a cache lies; run it there, or on a copy, which "
+        f"evl-cache pull {shown} makes"
+    )
+
+
 def public_text(text: str) -> str:
     """Return a word of a command line as it may be printed and stored: a URL in it as `public_url` has it."""
     found = _URL_INSIDE.search(text)

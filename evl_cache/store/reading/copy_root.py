@@ -1,26 +1,31 @@
 """The directory of local copies of remote caches: how much they may take, and what is removed when they take more.
 
 `$EVL_CACHE_COPY_ROOT` (default: `evl-cache` in the user's cache directory) and `$EVL_CACHE_COPY_GB` (default: half of
-what was free when the first copy was made there by this process). All copies there share the limit.
+what is free and what copies take there already). All copies there share the limit, and all processes the account of what
+they take, which is written before bytes are and put right after. A process that died in between leaves it too high; so it is
+taken anew when the limit is reached.
 
 The directory may hold anything else, even caches and a person's own files: nothing is looked at or removed but shard
 files, under their exact names, of directories that are named by a cache digest and hold the marker of a copy.
 """
 
 import contextlib
+import fcntl
 import os
 import re
 import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.store.disk.directories import make_directories
 from evl_cache.store.disk.file_system import check_no_links, read_limited
+from evl_cache.store.disk.forks import renew_in_children
 from evl_cache.store.format.description import read_description
 from evl_cache.store.format.index_head import INDEX_NAME
 from evl_cache.store.format.layout import (
@@ -33,15 +38,22 @@ from evl_cache.store.format.layout import (
 from evl_cache.store.shards.metadata import METADATA_NAME
 
 ROOT_VARIABLE, LIMIT_VARIABLE = "EVL_CACHE_COPY_ROOT", "EVL_CACHE_COPY_GB"
-IN_USE_S = 2.0  # a file used so recently is not removed: a batch may be reading it
+ACCOUNT_NAME = (
+    ".evl-cache-copies"  # holds the bytes that all copies take, and its lock is that of who changes them
+)
 _DEFAULT_SHARE = 0.5
-_LOOKS_PER_LIMIT = 32  # how often the files are counted while a limit's worth is fetched
+# Who reads holds a file for a moment only, and never while it waits for room itself.
+_PATIENCE_S = 5.0
+_PAUSES_S = (0.001, 0.05)  # first, longest
+_LOCK_PATIENCE_S = 10.0  # a process that was stopped (Ctrl-Z) must not stop the others
 MARKER_NAME = "evl-cache-copy.json"  # only directories that hold it are copies
 _MARKER = re.compile(rb'\{"cache_digest":"([0-9a-f]{64})"\}\n')
 _DIGITS = 32  # of the cache digest, in the copy's name
 _COPY_NAME = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
 _STAGED = re.compile(r"\.tmp-[0-9]+-.+")  # files on their way, beside their names
 _STAGED_SHARD = re.compile(r"\.tmp-[0-9]+-[0-9a-f]{16}")
+_ACCOUNT_DIGITS = 20
+_ACCOUNT = re.compile(rb"[0-9]{20}\n")
 _FREED_SHARE = 0.1  # beyond what is needed: so that not every fetch has to remove something
 
 
@@ -58,9 +70,24 @@ class CopyRoot:
     def __init__(self, path: Path | None = None, limit_nbytes: int | None = None) -> None:
         self.path = path or default_copy_root()
         make_directories(self.path)
-        self.limit_nbytes = limit_nbytes or default_limit(self.path)
+        self.limit_nbytes = limit_nbytes or default_limit(
+            self.path, lambda: sum(n for _, n, _ in self._files())
+        )
+        self._descriptor = -1
+        self.renew()
+        renew_in_children(self)
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            os.close(self._descriptor)
+
+    def renew(self) -> None:
+        """Begin anew in a forked child: a lock may be held for ever, and that of the account's file is the parent's."""
         self._lock = threading.Lock()
-        self._since_look = self.limit_nbytes  # look at once
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+        self._has_looked = False
 
     def claim(self, cache_digest: str) -> Path:
         """Return the directory of a cache's copy, which is made and marked, or has been.
@@ -89,27 +116,86 @@ class CopyRoot:
         path = self.path / cache_digest[:_DIGITS]
         return path if not path.is_symlink() and _is_copy(path) else None
 
-    def make_room(self, nbytes: int) -> None:
-        """Remove files until so many bytes fit, but none that is in use. Call it before they are written."""
-        with self._lock:
-            self._since_look += nbytes
-            if self._since_look < self.limit_nbytes // _LOOKS_PER_LIMIT:
-                return
-            self._since_look = 0
-            files = sorted(self._files())
-            taken = sum(size for _, size, _ in files)
-            if taken + nbytes <= self.limit_nbytes:
-                return
+    @contextlib.contextmanager
+    def room(self, nbytes: int) -> Iterator[Callable[[int], None]]:
+        """Remove files until so many bytes more fit; while this is entered, nobody else writes or removes any.
+
+        Files that are held stay. Where no other is left, and none is let go of in time, the bytes are over the limit.
+
+        Yields: what is to be called with the bytes that were written in fact. Raises: CacheError.
+        """
+        until, pause = time.monotonic() + _PATIENCE_S, _PAUSES_S[0]
+        while True:
+            with self._alone():
+                taken, is_all = self._taken_beside(nbytes)
+                if taken + nbytes <= self.limit_nbytes or is_all or time.monotonic() > until:
+                    self._note(taken + nbytes)
+                    yield partial(self._note_written, taken)
+                    return
+                self._note(taken)
+            time.sleep(pause)
+            pause = min(2 * pause, _PAUSES_S[1])
+
+    def _taken_beside(self, nbytes: int) -> tuple[int, bool]:
+        """Return what copies take when files were removed so that `nbytes` fit, and whether no other could be."""
+        noted = self._noted()
+        if noted is not None and self._has_looked and noted + nbytes <= self.limit_nbytes:
+            return noted, True
+        self._has_looked = True
+        files = sorted(self._files())
+        taken = sum(size for _, size, _ in files)
+        is_all = True
+        if taken + nbytes > self.limit_nbytes:
             free = taken + nbytes - int(self.limit_nbytes * (1 - _FREED_SHARE))
-            for used, size, path in files:
-                if free <= 0 or time.time() - used < IN_USE_S:
+            for _, size, path in files:
+                if free <= 0:
                     break
-                with contextlib.suppress(
-                    OSError, CacheError
-                ):  # another process was faster; a link was put there
+                with contextlib.suppress(OSError, CacheError):  # gone meanwhile; a link was put there
                     check_no_links(self.path, path)
-                    path.unlink()
-                    free -= size
+                    if _remove_unless_held(path):
+                        free, taken = free - size, taken - size
+                    else:
+                        is_all = False
+        return taken, is_all
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other threads and processes from the account, and from files' coming and going."""
+        with self._lock:
+            if self._descriptor < 0:
+                self._descriptor = self._open_account()
+            is_locked = _locked(self._descriptor)
+            try:
+                yield
+            finally:
+                if is_locked:
+                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+
+    def _open_account(self) -> int:
+        try:
+            place = self.path / ACCOUNT_NAME
+            return os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            raise self._no_account(error) from error
+
+    def _no_account(self, error: OSError) -> CacheError:
+        return CacheError(
+            f"cannot write {self.path / ACCOUNT_NAME}: {error.strerror}; free space, or set {ROOT_VARIABLE} to an empty "
+            "directory on another disk, or to one of your own"
+        )
+
+    def _noted(self) -> int | None:
+        written = os.pread(self._descriptor, _ACCOUNT_DIGITS + 1, 0)
+        return int(written) if _ACCOUNT.fullmatch(written) else None
+
+    def _note_written(self, before: int, written: int) -> None:
+        self._note(before + written)
+
+    def _note(self, nbytes: int) -> None:
+        try:
+            os.pwrite(self._descriptor, b"%0*d\n" % (_ACCOUNT_DIGITS, max(0, nbytes)), 0)
+        except OSError as error:
+            raise self._no_account(error) from error
 
     def _files(self) -> Iterator[tuple[float, int, Path]]:
         """Yield (last use, bytes on the disk, path) of every shard file of every copy."""
@@ -122,6 +208,44 @@ class CopyRoot:
                 found = path.lstat()
                 if stat.S_ISREG(found.st_mode):
                     yield found.st_mtime, found.st_blocks * 512, path
+
+
+def _remove_unless_held(path: Path) -> bool:
+    """Remove a shard file, and give back what it takes, whoever has it open; return whether nobody held it."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a disk without such locks: who reads it keeps its bytes until the file is closed
+            path.unlink()
+            return True
+        path.unlink()
+        if os.fstat(descriptor).st_nlink == 0:  # else it has a name somewhere else, where it must stay whole
+            os.ftruncate(descriptor, 0)
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file, or go on without after a while, or where the disk has no such locks; return whether it is locked.
+
+    Two who write at once can spoil each other's chunks, which is noticed when they are read.
+    """
+    until, pause = time.monotonic() + _LOCK_PATIENCE_S, _PAUSES_S[0]
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > until:
+                return False
+        except OSError:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, _PAUSES_S[1])
 
 
 def write_in_copy(path: Path, content: bytes) -> None:
@@ -163,11 +287,15 @@ def default_copy_root() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evl-cache"
 
 
-def default_limit(path: Path) -> int:
-    """Return the bytes that copies may take, as the environment says. Raises: UsageError where it says no number."""
+def default_limit(path: Path, taken: Callable[[], int]) -> int:
+    """Return the bytes that copies may take, as the environment says. Raises: UsageError where it says no number.
+
+    Args:
+        taken: gives what copies take there already, which counts as free: else the limit would shrink by its own copies.
+    """
     named = os.environ.get(LIMIT_VARIABLE)
     if not named:
-        return max(1, int(shutil.disk_usage(path).free * _DEFAULT_SHARE))
+        return max(1, int((shutil.disk_usage(path).free + taken()) * _DEFAULT_SHARE))
     try:
         limit = int(float(named) * 1e9)
     except (ValueError, OverflowError):

@@ -182,6 +182,11 @@ class GrownCache:
         for member in self.members:
             member.samples.close()
 
+    def end_waits(self) -> None:
+        """End what waits for a server now, in whatever thread: it raises WaitEnded."""
+        for member in self.members:
+            member.samples.end_waits()
+
     def projections(self) -> dict[int, MapProjection]:
         """Return what makes maps of each layer, where they are not stored. Raises: CacheDamaged."""
         found: dict[int, MapProjection] = {}
@@ -209,9 +214,11 @@ def open_grown(base: Member, place: str, *, trust: bool) -> GrownCache | None:
         path, copy, description = open_place(place, addition)
         classes = description.spec.classes if side == CLIPS else whole.classes
         if classes[: len(whole.classes)] != whole.classes:
-            raise CacheDamaged(f"{path}: its classes are not those of {objects.url}; repair the cache")
+            raise CacheDamaged(
+                f"{objects.url}/{addition.place}: its classes are not those of {objects.url}; repair the cache"
+            )
         larger = grown_spec(base.spec, box, addition, classes=classes)
-        check_addition(description.spec, larger, addition, str(path))
+        check_addition(description.spec, larger, addition, f"{objects.url}/{addition.place}")
         own = read_clips(path, description)
         members.append(
             open_member(

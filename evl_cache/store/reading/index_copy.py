@@ -18,6 +18,7 @@ from typing import Any
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.file_system import disk_error, open_regular
+from evl_cache.store.disk.forks import renew_in_children
 from evl_cache.store.format.index import Fetch, Index, open_index
 from evl_cache.store.format.index_head import (
     HEAD_NBYTES,
@@ -53,7 +54,8 @@ class IndexCopy:
         self._url = f"{objects.url}/{INDEX_NAME}"
         self._head = b""
         self._rows = range(0)
-        self._renew()
+        self.renew()
+        renew_in_children(self)
 
     def open(self, cache_digest: str, fetch: Fetch) -> Index | None:
         """Return the index with this cache digest, with its tables here; None where there is none, or none intact.
@@ -80,8 +82,6 @@ class IndexCopy:
 
         Raises: FileNotFoundError; CacheDamaged where they do not arrive as `is_right` wants them; CacheError.
         """
-        if self._pid != os.getpid():
-            self._renew()
         first, stop = self._window(start, nbytes)
         with self._locks.setdefault(first, threading.Lock()):  # for who waits here, another has fetched them
             if is_right(here := self._here(start, nbytes)):
@@ -164,7 +164,6 @@ class IndexCopy:
             with contextlib.suppress(OSError):
                 staged.unlink(missing_ok=True)
 
-    def _renew(self) -> None:
-        # A lock may be held by a thread that did not survive a fork.
-        self._pid = os.getpid()
+    def renew(self) -> None:
+        """Begin with no locks, in a forked child: one may be held by a thread that only the parent has."""
         self._locks: dict[int, threading.Lock] = {}

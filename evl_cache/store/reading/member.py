@@ -85,11 +85,6 @@ class Member:
         own = (clip - self.box.clips.start) * len(self.box.views) + view - self.box.views.start
         return np.where(has, own, -1)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self.copy is not None:
-            self.copy.serve(self.done.files)
-
 
 def base_member(
     path: Path,
@@ -166,8 +161,6 @@ def open_member(
         shards=before[0].samples.shards,
         first_block=sum(member.spec.num_blocks for member in before),
     )
-    if copy is not None:
-        copy.serve(done.files)
     places = {layer: position for position, layer in enumerate(spec.stored_layers)}
     owned = {layer: position for layer, position in places.items() if layer not in stored_before}
     return Member(

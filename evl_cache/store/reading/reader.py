@@ -84,8 +84,6 @@ class FeatureCache:
         )
         self.is_local = self.copy is None and self._samples.maps_files
         self._projections: Mapping[int, ProjectionOnDevices] | None = None
-        if self.copy is not None:
-            self.copy.serve(self._done.files)
         base = base_member(self.path, description, self.clips, done, self._samples, self.copy)
         if grown and (whole := open_grown(base, str(path), trust=trust)) is not None:
             self._become(whole)
@@ -317,6 +315,10 @@ class FeatureCache:
         """Let go of every open file; the next read opens what it needs again."""
         self._samples.close()
 
+    def end_waits(self) -> None:
+        """End what waits for a server now, in whatever thread: it raises WaitEnded. What is read later waits again."""
+        self._samples.end_waits()
+
     def read_row(self, sample: int, positions: Sequence[int] | None = None) -> Row:
         """Return every array's chunks of one sample, as `make_row` made them. Errors as `read`.
 
@@ -342,8 +344,3 @@ class FeatureCache:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_projections": None}  # tensors on this process's devices
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if self.copy is not None and isinstance(self._done, BlocksDone):
-            self.copy.serve(self._done.files)

@@ -40,14 +40,15 @@ class LocalFile:
     Args:
         path: where the file lies.
         map_file: map it; for local disks only, see `file_system`.
+        descriptor: the file, where it is open already; it is looked at through a descriptor of its own.
 
     Raises: OSError where it cannot be opened; CacheError where it is a link, a pipe or a device.
     """
 
-    def __init__(self, path: Path, *, map_file: bool = False) -> None:
+    def __init__(self, path: Path, *, map_file: bool = False, descriptor: int | None = None) -> None:
         self._pages: mmap.mmap | None = None
         self.mapped: Bytes | None = None
-        self._descriptor: int | None = open_descriptor(path)
+        self._descriptor: int | None = open_descriptor(path) if descriptor is None else os.dup(descriptor)
         if map_file and self.size_now() > 0:
             with contextlib.suppress(OSError):  # a disk that maps no files: they are read by calls
                 self._pages = mmap.mmap(self._descriptor, 0, prot=mmap.PROT_READ)
