@@ -10,7 +10,7 @@ from evl_cache.caches.share import push
 from evl_cache.errors import CacheError, EvlCacheError
 from evl_cache.store import FeatureCache, open_objects
 from tests.support.bad_answers import Answer
-from tests.support.bad_servers import NOTHING_WRONG, BadServer, misbehaving_server
+from tests.support.bad_servers import NOTHING_WRONG, Always, BadServer, misbehaving_server
 from tests.support.credentials import KEY_ID, SECRET_KEY, write_secret
 from tests.support.feature_caches import write_cache
 from tests.support.servers import KEYS, free_port, s3_server
@@ -175,3 +175,35 @@ def test_an_endpoint_that_is_no_s3_server_is_one_line(refusing: BadServer, body:
     with pytest.raises(EvlCacheError) as raised:
         open_objects("s3://lab/a").folders()
     assert "\n" not in str(raised.value)
+
+
+ANSWERS = {
+    "no length": None,
+    "chunked": None,
+    "cut in headers": "the connection broke off|other bytes",
+    "cut in the body": "the connection broke off",
+    "gzip": "compresses its answers",
+    "another range": "other bytes came than were asked for",
+    "redirect in a circle": "the server answers 302 Found",
+}
+
+
+@pytest.mark.parametrize("fault", ANSWERS)
+def test_parts_of_a_bucket_come_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    content = bytes(range(256)) * 40
+    (tmp_path / "lab").mkdir()
+    (tmp_path / "lab" / "file").write_bytes(content)
+    with misbehaving_server(tmp_path, NOTHING_WRONG, given=(KEY_ID,)) as server:
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": server.url}.items():
+            monkeypatch.setenv(name, value)
+        server.schedule = Always(fault)
+        objects, words = open_objects("s3://lab"), ANSWERS[fault]
+        if words is None:
+            assert objects.get("file", most_nbytes=1 << 20) == content
+            assert bytes(objects.get_range("file", 100, 50)) == content[100:150]
+            assert bytes(objects.get_range("file", len(content) - 5, 50)) == content[-5:]
+            return
+        with pytest.raises(CacheError, match=words):
+            objects.get_range("file", 100, 50)

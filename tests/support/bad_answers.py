@@ -132,10 +132,10 @@ def _other_range(answer: Answer, scene: Scene) -> Sequence[Step]:
     if answer.status != 206 or size < 2:
         return answer.steps()
     start = scene.rng.randrange(1, size)
+    if f"bytes {start}-" in answer.headers["Content-Range"]:
+        start = start % (size - 1) + 1 if size > 2 else 0
     body = scene.whole[start : start + len(answer.body)]
     headers = answer.headers | {"Content-Range": f"bytes {start}-{start + len(body) - 1}/{size}"}
-    if headers["Content-Range"] == answer.headers["Content-Range"]:
-        return _flip(answer, scene)
     return replace(answer, headers=headers, body=body).steps()
 
 
@@ -219,14 +219,14 @@ FAULTS: dict[str, Fault] = {
     "flip": Fault(act=_flip, words=_DAMAGE, passes=False),
     "another range": Fault(act=_other_range, words=rf"range|other bytes than|{_DAMAGE}", passes=False),
     "other bytes": Fault(act=_other_bytes, words=_DAMAGE, passes=False),
-    "the whole file": Fault(act=_whole_file, words=r"range|whole", harmless=True),
+    "the whole file": Fault(act=_whole_file, words=r"range|whole|other bytes", harmless=True),
     "redirect on this host": Fault(
-        act=_to(lambda scene: scene.request.path + "?again=1"), words="redirect|another address|leads", harmless=True
+        act=_to(lambda scene: scene.request.path + "?again=1"), words=r"redirect|\b30\d\b", harmless=True
     ),
     "redirect elsewhere": Fault(
-        act=_to(lambda scene: scene.elsewhere + scene.request.path, 307), words="redirect|another", harmless=True
+        act=_to(lambda scene: scene.elsewhere + scene.request.path, 307), words=r"redirect|\b30\d\b", harmless=True
     ),
-    "redirect in a circle": Fault(act=_to(lambda scene: scene.request.path), words="redirect|circle", passes=False),
+    "redirect in a circle": Fault(act=_to(lambda scene: scene.request.path), words=r"circle|\b30\d\b", passes=False),
     "sign-in page": Fault(act=_sign_in, words="page|HTML|html|sign", passes=False),
     "gzip": Fault(act=_gzip, words=r"gzip|compress|encod", passes=False),
     "no length": Fault(act=_no_length, words="length", harmless=True),

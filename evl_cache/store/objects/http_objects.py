@@ -262,11 +262,7 @@ def _check_is_file(answer: _Answer) -> None:
     """Raises: Trouble where what comes is not the file as it lies there."""
     encoding = answer.response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        raise Trouble(
-            f"the server compresses its answers ({encoding}), though that was not asked for",
-            "have that turned off for the files of caches",
-            has_answered=True,
-        )
+        raise Trouble.compressed(encoding)
 
 
 def _check_is_no_page(answer: _Answer, content: bytes) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +26,7 @@ from evl_cache.store.objects.waits import Attempt, Server
 UNSIGNED_VARIABLE = "AWS_NO_SIGN_REQUEST"  # as GDAL and others name it
 _PART_NBYTES = 8 << 20  # of an upload
 _CONNECTIONS = 64
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
 _MOST_FOLDERS = 100_000
 _KEYS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and AWS_ENDPOINT_URL if not Amazon's"
@@ -68,10 +70,16 @@ class S3Objects:
 
         def read(attempt: Attempt) -> bytes:
             with self._object(name) as found:
-                size = int(found["ContentLength"])
-                content = None if size > most_nbytes else read_most(found["Body"], most_nbytes, attempt)
+                size = found.get("ContentLength")
+                content = None
+                if size is None or size <= most_nbytes:
+                    content = read_most(found["Body"], most_nbytes, attempt)
                 if content is None:
-                    raise CacheError(f"{self.url}/{name}: has {size} bytes, expected at most {most_nbytes}")
+                    raise CacheError(
+                        f"{self.url}/{name}: has {size or 'more'} bytes, expected at most {most_nbytes}"
+                    )
+                if not content and size is None:
+                    raise Trouble.broken()  # among its headers
                 return content
 
         return self._ask(name, read)
@@ -82,8 +90,9 @@ class S3Objects:
         def read(attempt: Attempt) -> Data:
             try:
                 with self._object(name, Range=f"bytes={start}-{start + nbytes - 1}") as found:
-                    expected = min(int(found["ContentLength"]), nbytes)
-                    if not str(found.get("ContentRange", "")).startswith(f"bytes {start}-"):
+                    parts = _RANGE.match(str(found.get("ContentRange", "")))
+                    expected = 0 if parts is None else int(parts[2]) - int(parts[1]) + 1
+                    if parts is None or int(parts[1]) != start or not 0 < expected <= nbytes:
                         raise Trouble.broken("other bytes came than were asked for")
                     content = read_known(found["Body"], expected, attempt)
                     if len(content) < expected:
@@ -158,6 +167,10 @@ class S3Objects:
     def _object(self, name: str, **options: Any) -> Iterator[Mapping[str, Any]]:
         found = self._client().get_object(Bucket=self._bucket, Key=self._key(name), **options)
         try:
+            # Some servers keep how an upload was sent.
+            encoding = {part.strip() for part in found.get("ContentEncoding", "").lower().split(",")}
+            if encoded := sorted(encoding - {"", "identity", "aws-chunked"}):
+                raise Trouble.compressed(", ".join(encoded))
             yield found
         finally:
             found["Body"].close()
@@ -183,6 +196,8 @@ class S3Objects:
             error = inner if isinstance(inner, wrong.BotoCoreError | wrong.ClientError) else error
         if isinstance(error, wrong.ClientError):
             return self._answered(error)
+        if isinstance(error, wrong.IncompleteReadError | wrong.ResponseStreamingError):
+            return Trouble.broken()
         if isinstance(error, wrong.PartialCredentialsError):
             return UsageError(f"{self.url}: a key without its secret, or the reverse; {_KEYS}")
         if isinstance(error, wrong.NoCredentialsError):
