@@ -139,7 +139,7 @@ def test_another_part_than_was_asked_for_is_never_taken(root: Path, fault: str) 
     with always(root, fault) as server:
         line_of(
             f"{server.url}/a",
-            "other bytes than were asked for|damaged|not what|does not match|is no|not a|is not",
+            "other bytes than were asked for|damaged|not what|does not match|is no|not a|is not|cannot be read",
         )
 
 

@@ -23,7 +23,7 @@ pytest.importorskip("urllib3", reason="no urllib3 here: pip install 'evl-cache[r
 
 from evl_cache.caches.share import push
 
-FEW = 6  # of each kind, in the suite
+FEW = 4  # of each kind, in the suite
 BATCH = 25  # seeds a test
 ALL = 300
 ONLY = os.environ.get("EVL_CACHE_SERVER_SCHEDULE")
