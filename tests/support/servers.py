@@ -205,8 +205,8 @@ class FaultyServer:
 
 
 @contextlib.contextmanager
-def faulty_server(root: Path) -> Iterator[FaultyServer]:
-    """Start one; its faults may be changed while it runs."""
+def faulty_server(root: Path, *, given: tuple[str, ...] = ()) -> Iterator[FaultyServer]:
+    """Start one; its faults may be changed while it runs. given: credentials that it may be sent."""
     state = FaultyServer(root=root)
 
     class Handler(BaseHTTPRequestHandler):
@@ -250,7 +250,7 @@ def faulty_server(root: Path) -> Iterator[FaultyServer]:
 
     with (
         ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
-        recorded("faulty server") as state.record,
+        recorded("faulty server", given=given) as state.record,
     ):
         state.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
