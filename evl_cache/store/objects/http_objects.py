@@ -16,7 +16,7 @@ import urllib3
 from urllib3.exceptions import HTTPError
 
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.store.objects.address import Data, public_url
+from evl_cache.store.objects.address import Data, public_text, public_url
 from evl_cache.store.objects.bodies import read_known, read_most
 from evl_cache.store.objects.causes import error_trouble
 from evl_cache.store.objects.listing_page import is_web_page, listed_folders
@@ -67,6 +67,7 @@ class HttpObjects:
 
         def read(attempt: Attempt) -> bytes:
             with self._answer(self._address(name), {}) as answer:
+                attempt.came(0)
                 _check_is_file(answer)
                 size = answer.response.headers.get("content-length", "")
                 found = None
@@ -77,6 +78,8 @@ class HttpObjects:
                         f"{self.url}/{name}: has {size or 'more'} bytes, expected at most {most_nbytes}"
                     )
                 _check_is_no_page(answer, found)
+                if not found and not answer.response.headers.get("content-length"):
+                    raise Trouble.broken()  # among its headers, which urllib3 takes for an answer
                 return found
 
         return self._ask(name, read)
@@ -88,6 +91,7 @@ class HttpObjects:
             with self._answer(
                 self._address(name), {"Range": f"bytes={start}-{start + nbytes - 1}"}
             ) as answer:
+                attempt.came(0)
                 if answer.response.status == 416:  # the file ends before `start`
                     return b""
                 _check_is_file(answer)
@@ -106,13 +110,14 @@ class HttpObjects:
 
         def read(attempt: Attempt) -> list[str]:
             with self._answer(f"{self.url}/", {}, listing=True) as answer:
+                attempt.came(0)
                 _check_is_file(answer)
                 page = read_most(answer.response, _MOST_LISTING_NBYTES, attempt)
                 if page is None:
                     raise Trouble("its listing is too long", "name the cache itself", has_answered=True)
                 found = listed_folders(page, answer.url)
-                if found is None:
-                    raise _sign_in(answer)
+                if found is None or (not found and not is_given_for(self.url, answer.url)):
+                    raise _sign_in(answer)  # of another server at times, which lists no folder of this one
                 return found
 
         return self._ask("", read)
@@ -229,33 +234,35 @@ def _proxy_for(url: str) -> str | None:
     if urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
         return None
     found = urllib.request.getproxies()
-    return found.get(parts.scheme) or found.get("all")
+    proxy = found.get(parts.scheme) or found.get("all")
+    if not proxy:
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    try:
+        named = urlsplit(proxy)
+        is_address = named.scheme in ("http", "https") and bool(named.hostname) and named.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise UsageError(
+            f"the proxy {public_text(proxy)} is no address; expected http://host:port in HTTP_PROXY and HTTPS_PROXY"
+        )
+    return proxy
 
 
 def _through(proxy: str, options: dict[str, Any]) -> urllib3.PoolManager:
-    parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    headers = None
+    parts, headers = urlsplit(proxy), None
     if parts.username is not None:
-        login = login_of(parts).header or ""
-        headers = {"Proxy-Authorization": login}
+        headers = {"Proxy-Authorization": login_of(parts).header or ""}
     address = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], "", "", ""))
-    try:
-        return urllib3.ProxyManager(address, proxy_headers=headers, **options)
-    except HTTPError as error:
-        raise UsageError(
-            f"the proxy {address} is not one that is known; expected http://host:port in HTTP_PROXY and HTTPS_PROXY"
-        ) from error
+    return urllib3.ProxyManager(address, proxy_headers=headers, **options)
 
 
 def _check_is_file(answer: _Answer) -> None:
     """Raises: Trouble where what comes is not the file as it lies there."""
     encoding = answer.response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        raise Trouble(
-            f"the server compresses its answers ({encoding}), though that was not asked for",
-            "have that turned off for the files of caches",
-            has_answered=True,
-        )
+        raise Trouble.compressed(encoding)
 
 
 def _check_is_no_page(answer: _Answer, content: bytes) -> None:
@@ -302,7 +309,7 @@ def _part_of_whole(answer: _Answer, start: int, nbytes: int, attempt: Attempt) -
     found = read_known(answer.response, start + nbytes, attempt)
     _check_is_no_page(answer, bytes(found[:1024]))
     size = answer.response.headers.get("content-length", "")
-    if len(found) < start + nbytes and size.isdecimal() and len(found) < int(size):
+    if len(found) < start + nbytes and len(found) < (int(size) if size.isdecimal() else 1):
         raise Trouble.broken()
     return found[start:]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ import botocore.exceptions as wrong
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from evl_cache.errors import CacheError, Unreachable, UsageError
+from evl_cache.errors import CacheError, UsageError
 from evl_cache.store.objects.address import Data, public_url
 from evl_cache.store.objects.bodies import read_known, read_most
 from evl_cache.store.objects.causes import error_trouble
@@ -25,6 +26,7 @@ from evl_cache.store.objects.waits import Attempt, Server
 UNSIGNED_VARIABLE = "AWS_NO_SIGN_REQUEST"  # as GDAL and others name it
 _PART_NBYTES = 8 << 20  # of an upload
 _CONNECTIONS = 64
+_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
 _MOST_FOLDERS = 100_000
 _KEYS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and AWS_ENDPOINT_URL if not Amazon's"
@@ -68,10 +70,16 @@ class S3Objects:
 
         def read(attempt: Attempt) -> bytes:
             with self._object(name) as found:
-                size = int(found["ContentLength"])
-                content = None if size > most_nbytes else read_most(found["Body"], most_nbytes, attempt)
+                size = found.get("ContentLength")
+                content = None
+                if size is None or size <= most_nbytes:
+                    content = read_most(found["Body"], most_nbytes, attempt)
                 if content is None:
-                    raise CacheError(f"{self.url}/{name}: has {size} bytes, expected at most {most_nbytes}")
+                    raise CacheError(
+                        f"{self.url}/{name}: has {size or 'more'} bytes, expected at most {most_nbytes}"
+                    )
+                if not content and size is None:
+                    raise Trouble.broken()  # among its headers
                 return content
 
         return self._ask(name, read)
@@ -82,8 +90,9 @@ class S3Objects:
         def read(attempt: Attempt) -> Data:
             try:
                 with self._object(name, Range=f"bytes={start}-{start + nbytes - 1}") as found:
-                    expected = min(int(found["ContentLength"]), nbytes)
-                    if not str(found.get("ContentRange", "")).startswith(f"bytes {start}-"):
+                    parts = _RANGE.match(str(found.get("ContentRange", "")))
+                    expected = 0 if parts is None else int(parts[2]) - int(parts[1]) + 1
+                    if parts is None or int(parts[1]) != start or not 0 < expected <= nbytes:
                         raise Trouble.broken("other bytes came than were asked for")
                     content = read_known(found["Body"], expected, attempt)
                     if len(content) < expected:
@@ -105,15 +114,14 @@ class S3Objects:
             pages = self._client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/"):
                 attempt.came(1 << 12)
+                if "IsTruncated" not in page and "Name" not in page:
+                    raise Trouble("what answers is no S3 server", "check AWS_ENDPOINT_URL", has_answered=True)
                 found += [folder["Prefix"][len(prefix) : -1] for folder in page.get("CommonPrefixes", ())]
                 if len(found) > _MOST_FOLDERS:
                     break
             return sorted(name for name in found if name not in ("", ".", ".."))
 
-        try:
-            return self._ask("", read)
-        except FileNotFoundError as error:
-            raise Unreachable(f"{self.url}: no such bucket; check its name, and the endpoint") from error
+        return self._ask("", read)
 
     def put(self, name: str, data: bytes | Path) -> None:
         """See `WritableObjects`: the server compares sha256 digests."""
@@ -137,10 +145,7 @@ class S3Objects:
 
         if isinstance(data, Path) and not data.is_file():
             raise CacheError(f"{data}: is gone; run the same command again")
-        try:
-            self._ask(name, write)
-        except FileNotFoundError as error:
-            raise CacheError(f"{self.url}: no such bucket; create it, or name another one") from error
+        self._ask(name, write)
 
     def delete(self, name: str) -> None:
         """See `WritableObjects`."""
@@ -162,6 +167,10 @@ class S3Objects:
     def _object(self, name: str, **options: Any) -> Iterator[Mapping[str, Any]]:
         found = self._client().get_object(Bucket=self._bucket, Key=self._key(name), **options)
         try:
+            # Some servers keep how an upload was sent.
+            encoding = {part.strip() for part in found.get("ContentEncoding", "").lower().split(",")}
+            if encoded := sorted(encoding - {"", "identity", "aws-chunked"}):
+                raise Trouble.compressed(", ".join(encoded))
             yield found
         finally:
             found["Body"].close()
@@ -187,6 +196,8 @@ class S3Objects:
             error = inner if isinstance(inner, wrong.BotoCoreError | wrong.ClientError) else error
         if isinstance(error, wrong.ClientError):
             return self._answered(error)
+        if isinstance(error, wrong.IncompleteReadError | wrong.ResponseStreamingError):
+            return Trouble.broken()
         if isinstance(error, wrong.PartialCredentialsError):
             return UsageError(f"{self.url}: a key without its secret, or the reverse; {_KEYS}")
         if isinstance(error, wrong.NoCredentialsError):
@@ -205,6 +216,10 @@ class S3Objects:
 
     def _answered(self, error: wrong.ClientError) -> Exception:
         status, code = _status(error), str(error.response.get("Error", {}).get("Code", ""))
+        if code == "NoSuchBucket":
+            return Trouble(
+                "no such bucket", "create it, or check its name and AWS_ENDPOINT_URL", has_answered=True
+            )
         if status == 404:
             return FileNotFoundError(code)
         if code in _DENIED:
@@ -254,6 +269,7 @@ def _make_client(url: str) -> Any:
         if not client.meta.endpoint_url.endswith(".amazonaws.com"):
             options["s3"] = {"addressing_style": "path"}
             client = session.client("s3", region_name=region, config=Config(**options), verify=certificates)
+            client.meta.events.register("before-call.s3", _stay_here)
         return client
     except wrong.ProfileNotFound as error:
         raise UsageError(
@@ -269,6 +285,11 @@ def _make_client(url: str) -> Any:
         named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         shown = f"AWS_ENDPOINT_URL is {public_url(named)!r}" if named else _short(error)
         raise UsageError(f"{url}: {shown}; expected http://host:port or https://host") from error
+
+
+def _stay_here(params: dict[str, Any], **_: Any) -> None:
+    # botocore takes any redirect for one to Amazon's other regions, and asks for the region without end.
+    params.get("context", {}).setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _status(error: wrong.ClientError) -> int:

@@ -178,6 +178,7 @@ class _Wait:
         self._ended = server.times_ended
         self._since: float | None = None  # when it began to fail
         self._failures = 0
+        self._last: Trouble | None = None
 
     @property
     def _patience_s(self) -> float:
@@ -195,13 +196,15 @@ class _Wait:
             if self._since is not None:
                 left = min(left, self._since + patience - attempt.moved)
             if silent_s > left:
+                if self._last is not None and silent_s < min(_SILENCE_S, patience):
+                    raise self._last  # there was no time left to answer, and that is not what was wrong
                 raise Trouble.silence(has_begun=attempt.has_begun)
             if silent_s > _TOLD_AFTER_S:
                 self._tell("it does not answer", attempt.moved)
 
     def before_next(self, attempt: Attempt, trouble: Trouble) -> None:
         """Wait before the next attempt. Raises: Unreachable where there is none; WaitEnded."""
-        now = time.monotonic()
+        now, self._last = time.monotonic(), trouble
         if self._since is None:
             self._since = attempt.moved
         failing_s = now - self._since
