@@ -40,11 +40,11 @@ class Trouble(Exception):
         return f"{self.reason}{waited}; {self.remedy}"
 
     @classmethod
-    def silence(cls, seconds: float, *, has_begun: bool) -> "Trouble":
+    def silence(cls, *, has_begun: bool) -> "Trouble":
         """Return the trouble that nothing comes."""
         reason = "its answer stopped half way" if has_begun else "it does not answer"
         remedy = "check that the server works, and the network; run the same command again"
-        return cls(f"{reason}, {seconds:.0f} s without a byte worth mention", remedy, may_pass=True)
+        return cls(reason, remedy, may_pass=True)
 
     @classmethod
     def broken(cls, what: str = "the connection broke off") -> "Trouble":

@@ -184,7 +184,7 @@ class _Wait:
             if self._since is not None:
                 left = min(left, self._since + patience - attempt.moved)
             if silent_s > left:
-                raise Trouble.silence(silent_s, has_begun=attempt.has_begun)
+                raise Trouble.silence(has_begun=attempt.has_begun)
             if silent_s > _TOLD_AFTER_S:
                 self._tell("it does not answer", attempt.moved)
 
@@ -194,11 +194,13 @@ class _Wait:
         if self._since is None:
             self._since = attempt.moved
         failing_s = now - self._since
+        left_s = self._patience_s - failing_s
         pause = min(_LONGEST_WAIT_S, _FIRST_WAIT_S * 2**self._failures) * random.uniform(0.5, 1.0)
+        pause = min(pause, left_s)  # the last attempt comes where patience ends
         if trouble.retry_after_s is not None:
-            pause = max(trouble.retry_after_s, 0.05)
+            pause = max(trouble.retry_after_s, _FIRST_WAIT_S)
         self._failures += 1
-        if not trouble.may_pass or failing_s + pause > self._patience_s:
+        if not trouble.may_pass or left_s <= 0 or pause > left_s:
             raise Unreachable(f"{self._place}: {trouble.told(failing_s)}") from trouble
         until = now + pause
         while (left := until - time.monotonic()) > 0:
