@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere
+from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, Unreachable, WaitEnded
 from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.format.description import (
     CacheDescription,
@@ -90,11 +90,12 @@ class LocalCopy:
 
     def end_waits(self) -> None:
         """End what waits for the server now, in whatever thread: it raises WaitEnded. What is asked for later waits again."""
+        self._index_copy.end_waits()
         self.shards.end_waits()
 
     def close(self) -> None:
         """Stop fetching, without waiting for the server, and let go of files; the next read opens them again."""
-        self.shards.end_waits()
+        self.end_waits()
         self.shards.let_go()
 
     # What describes the cache
@@ -117,11 +118,18 @@ class LocalCopy:
             raise found from error
 
     def _changed(self, reason: str) -> CacheError:
-        """Return why what the marks promise does not come: another cache is there now, or this one is damaged."""
-        with contextlib.suppress(FileNotFoundError, CacheError):
+        """Return why what the marks promise does not come: another cache is there now, or this one is damaged.
+
+        Raises: Unreachable, WaitEnded where that cannot be told.
+        """
+        try:
             _, _, named = read_beginning(self._objects, self._spec)
             if (named or self._digest_of(read_manifest_bytes(self._objects, self._spec))) == self._digest:
                 return CacheDamaged(f"{reason}; verify the cache where it lies")
+        except (Unreachable, WaitEnded):
+            raise
+        except (FileNotFoundError, CacheError):
+            pass
         return CacheError(f"{self.url}: changed while it was read ({reason}); run the same command again")
 
     def keep_mark(self, block: int, file_digest: tuple[int, str]) -> None:

@@ -286,7 +286,8 @@ class SparseShard:
 
 
 def _lock(descriptor: int, operation: int) -> None:
+    # A disk without such locks: files there are removed, but never emptied under who reads them.
     try:  # noqa: SIM105 - `suppress` takes as long as the lock, twice for every array of a sample
         fcntl.flock(descriptor, operation)
-    except OSError:  # a disk without such locks: files there are removed, but never emptied under who reads them
+    except OSError:
         pass
