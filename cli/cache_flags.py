@@ -11,7 +11,7 @@ import click
 
 from evl_cache.errors import UsageError
 
-from .common import Function, existing_lines, tell_found, tell_rules
+from .common import Function, existing_lines, tell_found, tell_not_seen, tell_rules
 
 if TYPE_CHECKING:
     from evl_cache.store import FeatureCache
@@ -111,6 +111,7 @@ class CacheFlags:
             same_cache_for_val=self.val_clips is not None,
             trust=self.trust,
             on_found=tell_found if is_told else lambda train, val: None,
+            on_not_seen=tell_not_seen if is_told else lambda not_seen: None,
         )
         if is_told:
             tell_rules(train.place, train.frame_rule, val.place, val.frame_rule)

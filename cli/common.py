@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 import click
 
 from evl_cache.errors import NotEnoughMemory, is_want_of_memory, reason_alone, told_of_memory
-from evl_cache.notation import encodable, escaped
+from evl_cache.notation import encodable, escaped, without_logins
 
 from .environment import check_environment, name_variables
 
 if TYPE_CHECKING:
+    from evl_cache.caches.places import NotSeen
     from evl_cache.store import FeatureCache, TransferResult
 
 
@@ -34,8 +35,8 @@ def printable(text: str) -> str:
 
 
 def shown(line: str) -> str:
-    """A line in which what a terminal would act on stands as an escape."""
-    return escaped(line)
+    """A line in which what a terminal would act on stands as an escape, and no URL has user and password."""
+    return escaped(without_logins(line))
 
 
 def say(line: object, *, err: bool = False) -> None:
@@ -235,6 +236,12 @@ def tell_rules(ours: str | Path, rule: int, theirs: str | Path, other_rule: int)
 
     if told := frame_rules_differ(ours, rule, theirs, other_rule):
         click.echo(f"note: {printable(told)}", err=True)
+
+
+def tell_not_seen(not_seen: Iterable[NotSeen]) -> None:
+    """Say on stderr which places, and which caches at one, could not be looked at."""
+    for found in not_seen:
+        click.echo(f"not seen: {printable(str(found))}", err=True)
 
 
 def tell_found(*caches: FeatureCache) -> None:

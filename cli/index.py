@@ -22,12 +22,9 @@ def command(cache: Path, as_json: bool) -> int:
     Caches get one when extract finishes them; this adds it to those of older versions, and makes a damaged one again.
     Nothing else is changed, neither is the cache digest.
     """
-    from evl_cache.errors import UsageError
-    from evl_cache.store import INDEX_NAME, cache_parts, grown_digest, index_cache, is_url
+    from evl_cache.store import INDEX_NAME, cache_parts, directory_of, grown_digest, index_cache
 
-    if is_url(str(cache)):
-        raise UsageError(f"{cache}: an index is written where the cache lies; give a directory, then push it")
-    parts = cache_parts(cache).parts
+    parts = cache_parts(directory_of(cache)).parts
     cache_digest = grown_digest([index_cache(part.path, part.spec) for part in parts])
     nbytes = sum((part.path / INDEX_NAME).stat().st_size for part in parts)
     if as_json:

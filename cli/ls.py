@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from .common import Command, human_bytes, print_json, printable
+from .common import Command, human_bytes, print_json, printable, tell_not_seen
 
 if TYPE_CHECKING:
     from evl_cache.caches.listing import ListedCache
@@ -38,27 +38,27 @@ def command(places: tuple[str, ...], as_json: bool) -> int:
     """Caches there are, at the places given or those of $EVL_CACHE_ROOT.
 
     A place is a directory or a URL that holds caches, or is one. EVL_CACHE_ROOT names several as PATH does:
-    /data/caches:/shared/caches:s3://lab/caches.
+    /data/caches:/shared/caches:s3://lab/caches. What cannot be looked at is told on stderr, and the exit status is 1.
     """
-    from evl_cache.caches.listing import list_caches
-    from evl_cache.caches.places import cache_places
-    from evl_cache.errors import CacheError
+    from evl_cache.caches.listing import ListedCache, list_caches
 
-    listed, failed = [], False
-    for place in places or cache_places():
-        try:
-            listed += list(list_caches([place]))
-        except CacheError as error:
-            failed = True
-            click.echo(f"error: {printable(str(error))}", err=True)
+    seen = list(list_caches(places or None))
+    listed = [found for found in seen if isinstance(found, ListedCache)]
+    not_seen = [found for found in seen if not isinstance(found, ListedCache)]
+    tell_not_seen(not_seen)
     if as_json:
-        print_json({"caches": [cache.to_json() for cache in listed]})
+        print_json(
+            {
+                "caches": [cache.to_json() for cache in listed],
+                "not_seen": [{"place": found.place, "reason": found.reason} for found in not_seen],
+            }
+        )
     elif listed:
         for line in _table([tuple(map(printable, _row(cache))) for cache in listed]):
             click.echo(line)
-    elif not failed:
+    elif not not_seen:
         click.echo("no caches; run evl-cache extract, or set EVL_CACHE_ROOT", err=True)
-    return 1 if failed else 0
+    return 1 if not_seen else 0
 
 
 def _row(cache: ListedCache) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import click
 
 from evl_cache import __version__
 from evl_cache.errors import EvlCacheError, UsageError, WeightsError, WeightsUnavailable
+from evl_cache.notation import without_logins
 
 from .common import printable
 
@@ -168,7 +169,7 @@ def _show_if_debugging() -> None:
     if os.environ.get("EVL_CACHE_DEBUG"):
         import traceback
 
-        traceback.print_exc()
+        click.echo(without_logins(traceback.format_exc()), err=True, nl=False)
 
 
 if __name__ == "__main__":

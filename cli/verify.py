@@ -19,6 +19,7 @@ EXAMPLES = """
 evl-cache verify caches/mine
 evl-cache verify caches/mine --sample 5%
 evl-cache verify caches/mine --sources
+evl-cache verify https://lab.example.org/caches/k400-train-1f3a9c2e --sample 5%
 """
 
 
@@ -47,7 +48,7 @@ class _Sources(NamedTuple):
 
 
 @click.command(cls=Command, name="verify", examples=EXAMPLES)
-@click.argument("cache", type=click.Path(path_type=Path))
+@click.argument("cache")
 @click.option(
     "--threads", type=click.IntRange(1, 1024), help="Files read at a time [as many as there are processors]."
 )
@@ -65,7 +66,7 @@ class _Sources(NamedTuple):
 @click.option("--root", type=click.Path(path_type=Path), help="Folder of the videos [where they were].")
 @click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 def command(
-    cache: Path,
+    cache: str,
     threads: int | None,
     sample: float | None,
     seed: int | None,
@@ -73,24 +74,29 @@ def command(
     root: Path | None,
     as_json: bool,
 ) -> int:
-    """Prove every byte of a cache against its marks and manifest; exit status 1 where damage is found.
+    """Prove every byte of a cache, here or at s3:// or http(s)://; exit status 1 where damage is found.
 
-    Agreement, not authenticity: compare the cache digest with one you trust. With --sample marks, manifest, index and
-    description are proved wholly, and the exit status tells of what was read.
+    Agreement of marks, manifest and files, not authenticity: compare the cache digest with one you trust. With --sample
+    marks, manifest, index and description are proved wholly, and the exit status tells of what was read.
     """
     from evl_cache.errors import UsageError
     from evl_cache.processes import usable_cpus
-    from evl_cache.store import Sample, verify_cache
+    from evl_cache.store import Sample, is_url, public_text, verify_cache
 
     if seed is not None and sample is None:
         raise UsageError("--seed draws the blocks of --sample: give both, or neither")
+    place = public_text(cache)
+    if check_sources and is_url(cache):
+        raise UsageError(
+            f"{place}: --sources compares videos with the marks of a cache in a directory; pull the cache, then verify that"
+        )
     drawn = None if sample is None else Sample(percent=sample, seed=seed)
     threads = threads or usable_cpus()
     with verify_progress("verify", shown=not as_json) as on_progress:
         found = verify_cache(cache, threads=threads, sample=drawn, on_progress=on_progress)
-    sources = _sources(cache, root, threads) if check_sources else _Sources()
+    sources = _sources(Path(cache), root, threads) if check_sources else _Sources()
     if as_json:
-        print_json({"cache": str(cache), **asdict(found), **sources._asdict()})
+        print_json({"cache": place, **asdict(found), **sources._asdict()})
     else:
         for reason in sources.sources:
             say(f"source: {reason}", err=True)
@@ -99,9 +105,9 @@ def command(
         for problem in found.problems:
             say(f"damaged: {problem.reason}", err=True)
         for stray in found.strays:
-            say(f"stray: {cache / stray} belongs to no block", err=True)
+            say(f"stray: {Path(cache) / stray} belongs to no block", err=True)
         told = f", {len(sources.doubtful)} clips doubtful" if sources.doubtful else ""
-        say(f"{cache}: {_blocks(found)}, {len(found.problems)} problems{told}; {_digest(found)}")
+        say(f"{place}: {_blocks(found)}, {len(found.problems)} problems{told}; {_digest(found)}")
         if sources.doubtful:
             say(
                 "doubtful clips may have other frames than they claim; extract --retry-doubtful makes them again",

@@ -17,6 +17,12 @@ _NO_MEMORY = re.compile(
     r"out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|cudaErrorMemoryAllocation",
     re.IGNORECASE,
 )
+# What only who may write a cache can do about damage.
+_OWNERS_REMEDY = re.compile(
+    r"; [^;]*\b(?:repair|evl-cache index|bring the director|put the old video|use the same decoder)[^;]*$"
+)
+_BEHIND_URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
+READERS_REMEDY = "tell who keeps the cache, or use another copy of it"
 _LIMITS = {
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.ENFILE: "raise the system's limit of open files (fs.file-max)",
@@ -89,7 +95,10 @@ class WaitEnded(CacheError):
 
 
 class CacheDamaged(CacheError):
-    """Bytes of a cache are not those that its marks record."""
+    """Bytes of a cache are not those that its marks record. Of a cache behind a URL the message advises no repair."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(for_readers(message) if _BEHIND_URL.match(message) else message)
 
 
 class NotEnoughMemory(EvlCacheError):
@@ -102,6 +111,11 @@ class WorkerError(EvlCacheError):
 
 class TooManyFailures(EvlCacheError):
     """More clips failed than the user, or the default, allows: the run is stopped before they are recorded."""
+
+
+def for_readers(message: str) -> str:
+    """Return what is said of damage to who can only read the cache: not to repair it, but whom to tell."""
+    return _OWNERS_REMEDY.sub(f"; {READERS_REMEDY}", message)
 
 
 def reason_alone(reason: str, name: str) -> str:

@@ -10,6 +10,10 @@ from typing import Any
 from evl_cache.errors import UsageError
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# What follows a URL's slashes, of which `Path` leaves one.
+_LOGIN = re.compile(
+    r"(://|(?<![\w/.-])[a-z][a-z0-9+.-]+:/+)(?:[^\s/@:]*:(?!/|[0-9]{1,5}/)[^\s@]*@|[^\s/]*@)", re.IGNORECASE
+)
 
 
 def parse_layers(text: str) -> tuple[int, ...]:
@@ -125,6 +129,11 @@ def command_line(words: Iterable[str], *places: str) -> str | None:
     dashes = ("--",) if any(place.startswith("-") for place in places) else ()
     line = shlex.join([*words, *dashes, *places])
     return line if line.isprintable() else None
+
+
+def without_logins(text: str) -> str:
+    """Return a text in which no URL has user and password; a secret key may have slashes, as Amazon's have."""
+    return _LOGIN.sub(r"\1", text)
 
 
 def escaped(text: str) -> str:

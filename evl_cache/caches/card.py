@@ -15,7 +15,17 @@ from evl_cache.clips import VAL_SPLITS
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.notation import command_line, format_layers
 from evl_cache.spec import CacheSpec
-from evl_cache.store import CARD_NAME, CacheSize, FeatureCache, cache_size, is_url, size_together, write_card
+from evl_cache.store import (
+    CARD_NAME,
+    CacheSize,
+    FeatureCache,
+    cache_size,
+    is_url,
+    public_url,
+    size_together,
+    split_url,
+    write_card,
+)
 
 UNKNOWN_LICENSE = "unknown"  # as data hubs call it
 # The classes of size that data hubs use, by number of samples.
@@ -66,9 +76,10 @@ def cache_card(
     Args:
         cache: the cache.
         license_name: as data hubs name it, such as `cc-by-4.0`.
-        address: URL where others will find the cache.
+        address: URL where others will find the cache; the card has it without credentials.
 
-    Raises: CacheError where the cache is not complete; UsageError for a licence that is no such name.
+    Raises: CacheError where the cache is not complete; UsageError for a licence that is no such name, or an
+        address that is no URL though it looks like one.
     """
     if not re.fullmatch(r"[a-z0-9][a-z0-9.+-]{0,60}", license_name):
         raise UsageError(
@@ -194,7 +205,7 @@ _PROOF = "`evl-cache verify .` proves every byte against the cache digest: compa
 
 
 def _how_to_use(cache: FeatureCache, address: str | None) -> str:
-    place = address or cache.spec.name
+    place = cache.spec.name if not address else _public(address)
     shown = place if place.isprintable() else "CACHE"
     layers = tuple(cache.spec.layers[-4:])
     side, other = ("--cache", ("--val-cache", "VAL_CACHE"))
@@ -208,6 +219,14 @@ def _how_to_use(cache: FeatureCache, address: str | None) -> str:
         f"tokens, maps = cache.read([0, 1], layers={layers})  # float32, a tensor a layer\nlabels = cache.labels"
     )
     return f"## How to use it\n\n{_code('bash', chr(10).join(lines))}\n\n{_code('python', python)}"
+
+
+def _public(address: str) -> str:
+    """Return an address without credentials. Raises: UsageError for a URL that is none."""
+    if not is_url(address):
+        return address
+    split_url(address)
+    return public_url(address)
 
 
 def _licence(spec: CacheSpec, license_name: str) -> str:

@@ -4,17 +4,14 @@ import contextlib
 import os
 import pwd
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from evl_cache.caches.places import FoundCache, find_caches
+from evl_cache.caches.places import FoundCache, NotSeen, find_caches, look_at_places, look_together
 from evl_cache.notation import format_layers
 from evl_cache.store import GROWN_NAME, MANIFEST_NAME, is_url, totals_at, totals_together
-
-_THREADS = 8  # each hashes a manifest, or waits for a disk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +56,28 @@ class ListedCache:
         return {**asdict(self), "is_complete": self.is_complete}
 
 
-def list_caches(places: Sequence[str]) -> Iterator[ListedCache]:
-    """Yield the caches at each place, in order. Raises: CacheError where a URL cannot be read."""
-    with ThreadPoolExecutor(_THREADS, thread_name_prefix="ls") as threads:
-        for place in places:
-            yield from threads.map(_listed, find_caches(place))
+def list_caches(places: Sequence[str | Path] | None = None) -> Iterator[ListedCache | NotSeen]:
+    """Yield the caches at each place, in order, and what could not be looked at; all places are looked at together.
+
+    Args:
+        places: None for those of `$EVL_CACHE_ROOT`.
+
+    Raises: WaitEnded.
+    """
+    return look_at_places(places, _listed_at)
 
 
-def _listed(found: FoundCache) -> ListedCache:
+def _listed_at(place: str | Path) -> Iterator[ListedCache | NotSeen]:
+    return look_together(_listed, list(find_caches(place)), address_of=_address_of)
+
+
+def _address_of(seen: FoundCache | NotSeen) -> str:
+    return seen.address if isinstance(seen, FoundCache) else seen.place
+
+
+def _listed(found: FoundCache | NotSeen) -> ListedCache | NotSeen:
+    if isinstance(found, NotSeen):
+        return found
     spec, views = found.spec, found.spec.views
     size = totals_together([totals_at(part.place, part.spec) for part in found.parts])
     owner, modified = None, None

@@ -3,38 +3,80 @@
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
 
 from evl_cache.caches.extract_command import extract_command, is_undivided, run_command
-from evl_cache.caches.places import CACHE_ROOT_VARIABLE, FoundCache, cache_places, find_caches
+from evl_cache.caches.places import (
+    CACHE_ROOT_VARIABLE,
+    FoundCache,
+    NotSeen,
+    cache_places,
+    find_caches,
+    look_at_places,
+)
 from evl_cache.clips import TRAIN_SPLITS, VAL_SPLITS
-from evl_cache.errors import UsageError
+from evl_cache.errors import EvlCacheError, UsageError, WaitEnded
 from evl_cache.extract_options import DEFAULT_MODEL, DEFAULT_MODEL_LAYERS
 from evl_cache.notation import command_line, format_layers, parse_layers
 from evl_cache.spec import CacheSpec
-from evl_cache.store import FeatureCache, cache_parts, is_url, public_url
+from evl_cache.store import FeatureCache, cache_parts, is_url, public_text, public_url
 from evl_cache.train import HeadNeeds, pair_differences
+
+_MOST_TOLD = 4  # of what could not be looked at, in an error
+OnNotSeen = Callable[[Sequence[NotSeen]], None]
 
 
 def find_pair(
-    dataset: str | None, *, places: Sequence[str | Path], needs: HeadNeeds
+    dataset: str | None,
+    *,
+    places: Sequence[str | Path] | None,
+    needs: HeadNeeds,
+    on_not_seen: OnNotSeen = lambda not_seen: None,
 ) -> tuple[FoundCache, FoundCache]:
-    """The one training cache (of a data set, where named) that fits, and its validation cache.
+    """The one training cache (of a data set, where named) that fits, and its validation cache, among what can be seen.
 
-    Raises: UsageError where none fits, saying what is missing and how to make it, or several do (they are listed).
+    Args:
+        places: None for those of `$EVL_CACHE_ROOT`.
+        on_not_seen: told what could not be looked at, if anything, where a pair was found all the same.
+
+    Raises: UsageError where none fits, saying what could not be looked at, what is missing and how to make it, or
+        several do (they are listed).
     """
-    found = [c for place in places for c in find_caches(place) if dataset in (None, c.spec.dataset)]
+    seen = list(look_at_places(places, find_caches))
+    not_seen = [one for one in seen if isinstance(one, NotSeen)]
+    found = [one for one in seen if isinstance(one, FoundCache) and dataset in (None, one.spec.dataset)]
+    pairs = _fitting(found, needs, not_seen)
+    if len(pairs) == 1:
+        if not_seen:
+            on_not_seen(not_seen)
+        return pairs[0]
     wanted = "caches" if dataset is None else f"caches of {dataset}"
-    under = ", ".join(public_url(str(p)) if is_url(p) else str(p) for p in places)
+    shown = (public_url(str(p)) if is_url(p) else str(p) for p in places or cache_places())
+    under = f"{wanted} under {', '.join(shown)}"
     if not found:
-        layers = range(1, DEFAULT_MODEL_LAYERS + 1)
-        words = ("--dataset", dataset or "NAME", "--layers", needs.layers(DEFAULT_MODEL_LAYERS))
-        remedy = _no_command(DEFAULT_MODEL, needs.lacking(layers)) or run_command(
-            command_line(("evl-cache", "extract", *words))
+        remedy = f"{_made_anew(dataset, needs)}, or set {CACHE_ROOT_VARIABLE}"
+        raise UsageError(f"{_unknown(not_seen)}no {under}; {remedy}")
+    listed = "; ".join(
+        f"{c.name} ({c.spec.dataset} {c.spec.split}, {c.spec.tower.model}, layers {list(c.spec.layers)})"
+        for c in found
+    )
+    if not pairs:
+        raise UsageError(
+            f"{_unknown(not_seen)}no pair of train and validation {under} fits the head; there are: {listed}; "
+            f"{_missing(found, needs)}"
         )
-        raise UsageError(f"no {wanted} under {under}; {remedy}, or set {CACHE_ROOT_VARIABLE}")
-    clip_ids = lru_cache(maxsize=None)(_clip_ids)
+    raise UsageError(f"several {under} fit; name one with --cache and --val-cache: {listed}")
+
+
+def _fitting(
+    found: Sequence[FoundCache], needs: HeadNeeds, not_seen: list[NotSeen]
+) -> list[tuple[FoundCache, FoundCache]]:
+    """Return the pairs that fit: of one rule for frames if there are any, and of the newest.
+
+    Args:
+        not_seen: gets those whose clips cannot be read: they are in no pair.
+    """
+    clips = _Clips(not_seen)
     pairs = [
         (t, v)
         for t in found
@@ -44,23 +86,56 @@ def find_pair(
         and _belong_together(t.spec, v.spec)
         and t.spec.content_id != v.spec.content_id
         # Folds of one data set: what one trains on, another validates on.
-        and clip_ids(t.address).isdisjoint(clip_ids(v.address))
+        and clips.are_apart(t, v)
     ]
-    if pairs:  # of one rule for frames if there are any, and of the newest
-        best = max(map(_by_rules, pairs))
-        pairs = [pair for pair in pairs if _by_rules(pair) == best]
-    if len(pairs) == 1:
-        return pairs[0]
-    listed = "; ".join(
-        f"{c.name} ({c.spec.dataset} {c.spec.split}, {c.spec.tower.model}, layers {list(c.spec.layers)})"
-        for c in found
+    best = max(map(_by_rules, pairs), default=None)
+    return [pair for pair in pairs if _by_rules(pair) == best]
+
+
+class _Clips:
+    """The ids of the clips of caches, read once each. `not_seen`: gets the caches whose clips cannot be read."""
+
+    def __init__(self, not_seen: list[NotSeen]) -> None:
+        self._not_seen = not_seen
+        self._ids: dict[str, frozenset[str] | None] = {}
+
+    def are_apart(self, one: FoundCache, other: FoundCache) -> bool:
+        """Whether both lists of clips can be read, and no clip is in both."""
+        ids, others = self._of(one), self._of(other)
+        return ids is not None and others is not None and ids.isdisjoint(others)
+
+    def _of(self, cache: FoundCache) -> frozenset[str] | None:
+        if cache.address not in self._ids:
+            try:
+                found = frozenset(clip.id for clip in cache_parts(cache.address).clips())
+            except WaitEnded:
+                raise
+            except (EvlCacheError, OSError) as error:
+                self._not_seen.append(NotSeen.of(cache.address, error))
+                self._ids[cache.address] = None
+            else:
+                self._ids[cache.address] = found
+        return self._ids[cache.address]
+
+
+def _unknown(not_seen: Sequence[NotSeen]) -> str:
+    """Return the beginning of an error: what could not be looked at, and so may fit."""
+    if not not_seen:
+        return ""
+    told = [f"{one.place} ({one.reason})" for one in not_seen[:_MOST_TOLD]]
+    more = f" and {len(not_seen) - _MOST_TOLD} more" if len(not_seen) > _MOST_TOLD else ""
+    return (
+        f"could not look at {', nor at '.join(told)}{more}: what fits may be there; of what could be seen: "
     )
-    if not pairs:
-        raise UsageError(
-            f"no pair of train and validation {wanted} under {under} fits the head; there are: {listed}; "
-            f"{_missing(found, needs)}"
-        )
-    raise UsageError(f"several {wanted} under {under} fit; name one with --cache and --val-cache: {listed}")
+
+
+def _made_anew(dataset: str | None, needs: HeadNeeds) -> str:
+    """Return how to make a cache where there is none like it."""
+    layers = range(1, DEFAULT_MODEL_LAYERS + 1)
+    words = ("--dataset", dataset or "NAME", "--layers", needs.layers(DEFAULT_MODEL_LAYERS))
+    return _no_command(DEFAULT_MODEL, needs.lacking(layers)) or run_command(
+        command_line(("evl-cache", "extract", *words))
+    )
 
 
 def _by_rules(pair: tuple[FoundCache, FoundCache]) -> tuple[bool, int]:
@@ -121,10 +196,6 @@ def _other_side(found: FoundCache, split: str) -> str:
     )
 
 
-def _clip_ids(address: str) -> frozenset[str]:
-    return frozenset(clip.id for clip in cache_parts(address).clips())
-
-
 def _belong_together(train: CacheSpec, val: CacheSpec) -> bool:
     """Whether `train` takes them as a pair and they are stored alike.
 
@@ -143,6 +214,7 @@ def find_training_caches(
     same_cache_for_val: bool,
     trust: bool = False,
     on_found: Callable[[FeatureCache, FeatureCache], None] = lambda train, val: None,
+    on_not_seen: OnNotSeen = lambda not_seen: None,
 ) -> tuple[FeatureCache, FeatureCache]:
     """The training and the validation cache: those named, or the pair there is that fits.
 
@@ -151,6 +223,7 @@ def find_training_caches(
         same_cache_for_val: clips for validation are named: they may be of the training cache.
         trust: do not check chunks against their marks.
         on_found: told the pair, where none was named.
+        on_not_seen: told what could not be looked at, where a pair was found all the same.
 
     Raises: UsageError where the arguments do not tell, nothing fits, or several do.
     """
@@ -159,12 +232,12 @@ def find_training_caches(
     if cache is not None:
         if val_cache is None and not same_cache_for_val:
             raise UsageError(
-                f"--cache {cache} without --val-cache; give one, or --val-clips of the same cache"
+                f"--cache {public_text(str(cache))} without --val-cache; give one, or --val-clips of the same cache"
             )
         train = FeatureCache(cache, trust=trust)
         return train, train if val_cache is None else FeatureCache(val_cache, trust=trust)
 
-    pair = find_pair(dataset, places=cache_places(), needs=needs)
+    pair = find_pair(dataset, places=None, needs=needs, on_not_seen=on_not_seen)
     opened = (
         FeatureCache(pair[0].address, trust=trust),
         FeatureCache(val_cache or pair[1].address, trust=trust),

@@ -1,17 +1,40 @@
-"""Where caches lie: the places that `$EVL_CACHE_ROOT` names, and the caches at each."""
+"""Where caches lie: the places that `$EVL_CACHE_ROOT` names, and what is seen at each."""
 
-import contextlib
 import os
-from collections.abc import Iterator, Mapping
+import re
+import stat
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, UsageError
+from evl_cache.errors import (
+    NO_SUCH_FILE,
+    EvlCacheError,
+    NoCacheHere,
+    Unreachable,
+    UsageError,
+    WaitEnded,
+)
 from evl_cache.spec import CacheSpec
-from evl_cache.store import SCHEMES, CachePart, cache_parts, is_url, open_objects, public_url
+from evl_cache.store import CachePart, OtherZarr, cache_parts, is_url, open_objects, public_url
 
 CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
+_DEFAULT_PLACE = "caches"
+_AT_ONCE = 16  # places, and caches of each: they wait for servers and disks
+_SILENCE_S = 5.0  # a look that fails after so long has waited for a server
+# A URL up to the colon that ends it: user and password, a host that may be in brackets, a port, a path without colons.
+# What follows its bracket, or lacks one, stays with it, and is refused as one; so does a secret key's slash.
+_PLACE = re.compile(
+    r"[a-z][a-z0-9+.-]+://(?:[^/@:]*:(?!/)[^:@]*@|[^/]*@)?(?:\[[^]/]*)?[^/:]*(?::[0-9]+(?=[/:]|\Z))?(?:/[^:]*)?|[^:]+",
+    re.IGNORECASE,
+)
+# Directories that the system keeps at the top of a disk, and whose owner alone may look into them.
+_SYSTEMS_OWN = re.compile(r"lost\+found|\.Trash-.*|\.Trashes|\.Spotlight-.*")
+Item = TypeVar("Item")
+Seen = TypeVar("Seen")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,38 +56,51 @@ class FoundCache:
     @property
     def place(self) -> str:
         """Where it lies, as it may be shown."""
-        return public_url(self.address) if is_url(self.address) else self.address
+        return _shown(self.address)
 
     @property
     def name(self) -> str:
-        """The last part of the address."""
-        return self.address.rstrip("/").rpartition("/")[2]
+        """The last part of its place."""
+        return self.place.rstrip("/").rpartition("/")[2]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotSeen:
+    """A place, or a cache at one, that could not be looked at: what is there is unknown.
+
+    Attributes:
+        place: path, or URL without credentials.
+        reason: why, and what to do about it.
+    """
+
+    place: str
+    reason: str
+
+    @classmethod
+    def of(cls, address: str, error: Exception) -> "NotSeen":
+        """Return what an error tells of a path or URL, without the name of the place that it begins with."""
+        place = _shown(address).rstrip("/") or address
+        told = str(error)
+        if isinstance(error, OSError):
+            told = f"{error.strerror or error}; check the path, its permissions and the disk"
+        return cls(place=place, reason=told.removeprefix(f"{place}/").removeprefix(f"{place}: "))
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+def _shown(address: str) -> str:
+    return public_url(address) if is_url(address) else address
 
 
 def cache_places() -> tuple[str, ...]:
     """The directories and URLs that `$EVL_CACHE_ROOT` names, parted as in PATH; `./caches` by default."""
-    return split_places(os.environ.get(CACHE_ROOT_VARIABLE) or "caches")
+    return split_places(os.environ.get(CACHE_ROOT_VARIABLE, "")) or (_DEFAULT_PLACE,)
 
 
 def split_places(text: str) -> tuple[str, ...]:
-    """Split a list of places at its colons, but not at those inside URLs (scheme, password, port)."""
-    places: list[str] = []
-    for piece in text.split(os.pathsep):
-        before = places[-1] if places else ""
-        if (piece.startswith("//") and before in SCHEMES) or _is_rest_of_host(before, piece):
-            places[-1] = f"{before}{os.pathsep}{piece}"
-        elif piece:
-            places.append(piece)
-    return tuple(places)
-
-
-def _is_rest_of_host(before: str, piece: str) -> bool:
-    """Whether `piece` is a password with its host, or a port: the URL before it has no path yet."""
-    scheme, _, rest = before.partition("://")
-    if scheme not in SCHEMES or not rest or "/" in rest:
-        return False
-    host = piece.partition("/")[0]
-    return host.isdecimal() or ("@" in host and "@" not in rest)
+    """Split a list of places at its colons, but not at those inside URLs (scheme, password, IPv6 address, port)."""
+    return tuple(_PLACE.findall(text))
 
 
 def cache_root() -> Path:
@@ -77,17 +113,128 @@ def cache_root() -> Path:
     )
 
 
-def find_caches(place: str | Path) -> Iterator[FoundCache]:
-    """Yield the caches directly under a place, by name, or the place itself; what is damaged is passed over.
+def look_at_places(
+    places: Sequence[str | Path] | None, look: Callable[[str | Path], Iterable[Seen]]
+) -> Iterator[Seen]:
+    """Look at all places at once, so that none waits for another, and yield what is seen, in their order.
 
-    Raises: CacheError where a URL cannot be read.
+    Args:
+        places: None for those of `$EVL_CACHE_ROOT`, of which the default need not exist.
+        look: returns what is seen at one, such as `find_caches`.
     """
-    with contextlib.suppress(NoCacheHere, CacheDamaged):
-        yield _look_at(str(place))
+    if places is None:
+        places = cache_places()
+        if not split_places(os.environ.get(CACHE_ROOT_VARIABLE, "")) and not os.path.lexists(_DEFAULT_PLACE):
+            return
+    for seen in _together(lambda place: list(look(place)), places):
+        yield from seen
+
+
+def find_caches(place: str | Path) -> Iterator[FoundCache | NotSeen]:
+    """Yield the caches directly under a place, by name, or the place itself, and what could not be looked at.
+
+    Directories that hold no cache are passed over. Raises: WaitEnded.
+    """
+    address, trouble = str(place), None
+    try:
+        _check_there(address)
+        found = _look_at(address)
+    except (NoCacheHere, OtherZarr):
+        pass
+    except WaitEnded:
+        raise
+    except (Unreachable, UsageError) as error:
+        yield NotSeen.of(address, error)
         return
-    for name in open_objects(place).folders():
-        with contextlib.suppress(NoCacheHere, CacheError):
-            yield _look_at(f"{str(place).rstrip('/')}/{name}")
+    except (EvlCacheError, OSError) as error:  # a damaged cache, which others may lie below all the same
+        trouble = NotSeen.of(address, error)
+        yield trouble
+    else:
+        yield found
+        return
+    try:
+        names = _names_at(address)
+    except WaitEnded:
+        raise
+    except (EvlCacheError, OSError) as error:
+        if trouble is None:
+            yield NotSeen.of(address, error)
+        return
+    below = [f"{address.rstrip('/')}/{name}" for name in names]
+    yield from (seen for seen in look_together(_seen, below, address_of=str) if seen is not None)
+
+
+def look_together(
+    look: Callable[[Item], Seen], items: Sequence[Item], *, address_of: Callable[[Item], str]
+) -> Iterator[Seen | NotSeen]:
+    """Yield what is seen at each of the caches of one place, in order; they are looked at together.
+
+    Args:
+        look: raises CacheError or OSError for a cache that cannot be looked at.
+        address_of: returns the path or URL of one.
+
+    Raises: WaitEnded.
+    """
+    silent: list[NotSeen] = []
+
+    def look_at(item: Item) -> Seen | NotSeen:
+        if silent:  # or each would wait as long once more
+            return NotSeen(place=_shown(address_of(item)), reason=f"not asked for, as {silent[0]}")
+        begun = time.monotonic()
+        try:
+            return look(item)
+        except WaitEnded:
+            raise
+        except (EvlCacheError, OSError) as error:
+            found = NotSeen.of(address_of(item), error)
+            if isinstance(error, Unreachable) and time.monotonic() - begun > _SILENCE_S:
+                silent.append(found)
+            return found
+
+    return _together(look_at, items)
+
+
+def _together(look: Callable[[Item], Seen], items: Sequence[Item]) -> Iterator[Seen]:
+    threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="look")
+    try:
+        yield from threads.map(look, items)
+    finally:
+        # Who is interrupted does not wait for servers: a wait is ended by the signal, or when it has lasted long enough.
+        threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _check_there(address: str) -> None:
+    """Check that a directory is there. Raises: Unreachable: the disk that it is on may be missing."""
+    if is_url(address):
+        return
+    try:
+        is_directory = stat.S_ISDIR(os.stat(address).st_mode)
+    except (OSError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_SUCH_FILE:
+            raise Unreachable(
+                f"{address}: cannot be looked at ({error.strerror}); check its permissions and the disk"
+            ) from error
+        is_directory = False
+    if not is_directory:
+        raise Unreachable(f"{address}: no such directory; correct the name, or mount the disk that it is on")
+
+
+def _names_at(address: str) -> list[str]:
+    """Return the names of the directories at a place. Raises: Unreachable where there is no list of them."""
+    try:
+        names = open_objects(address).folders()
+    except FileNotFoundError as error:
+        raise Unreachable(
+            f"{_shown(address)}: has no list of what is there; check the address, or name a cache itself"
+        ) from error
+    return [name for name in names if is_url(address) or not _SYSTEMS_OWN.fullmatch(name)]
+
+
+def _seen(address: str) -> FoundCache | None:
+    try:
+        return _look_at(address)
+    except (NoCacheHere, OtherZarr):
+        return None
 
 
 def _look_at(place: str) -> FoundCache:

@@ -1,5 +1,6 @@
 """Caches carried from place to place: what `push` and `pull` do."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from evl_cache.store import (
     copy_part,
     copy_to_bucket,
     copy_to_directory,
+    directory_of,
     is_url,
     part_spec,
     public_url,
@@ -35,8 +37,9 @@ def push(
         target: one that ends with a slash is what the cache is put into.
         layers, codec: what a part is; a copy where neither is given.
 
-    Raises: UsageError, CacheError, CacheDamaged as `store.transfer.copy_to_directory`; UsageError for a part to a bucket.
+    Raises: as `copy_to_directory`; UsageError for a cache behind a URL, and for a part to a bucket.
     """
+    cache = directory_of(cache)
     if layers is not None or codec is not None:
         if is_url(target):
             raise UsageError(
@@ -44,7 +47,7 @@ def push(
             )
         return pull(str(cache), target, layers=layers, codec=codec, threads=threads, on_block=on_block)
     if target.endswith("/"):
-        target += cache.resolve().name
+        target += _name(str(cache), None, None)
     if is_url(target):
         return copy_to_bucket(cache, target, threads=threads, on_block=on_block)
     _check_apart(str(cache), Path(target))
@@ -83,11 +86,33 @@ def pull(
 def _name(source: str, layers: Sequence[int] | None, codec: str | None) -> str:
     if layers is not None:
         return part_spec(cache_parts(source).spec, layers=layers, codec=codec).name
-    return public_url(source).rpartition("/")[2] if is_url(source) else Path(source).resolve().name
+    if is_url(source):
+        return public_url(source).rpartition("/")[2]
+    return os.path.basename(
+        os.path.realpath(source)
+    )  # which takes a circle of links, as `Path.resolve` does not
 
 
 def _check_apart(source: str, target: Path) -> None:
+    """Check that neither lies in the other, wherever links lead: a cache in a cache would be taken for its files."""
     if is_url(target):
         raise UsageError(f"{public_url(str(target))}: pull writes to a directory; push copies to s3://")
-    if not is_url(source) and Path(source).resolve() == target.resolve():
+    if is_url(source):
+        return
+    come_from, go_to = Path(os.path.realpath(source)), Path(os.path.realpath(target))
+    if _is_same(come_from, go_to):
         raise UsageError(f"{source}: from and to are the same directory; name another one")
+    if any(_is_same(come_from, above) for above in go_to.parents):
+        raise UsageError(f"{target}: lies in the cache that is copied, {source}; name a directory outside it")
+    if any(_is_same(go_to, above) for above in come_from.parents):
+        raise UsageError(
+            f"{target}: holds the cache that is copied, {source}, and would become a cache itself; name a new directory"
+        )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    """Whether two paths lead to one directory, by whatever names: a disk may be mounted twice, or heed no capitals."""
+    try:
+        return one == other or os.path.samefile(one, other)
+    except OSError:  # one is not there
+        return False

@@ -8,14 +8,16 @@ from typing import Any
 from evl_cache.errors import CacheDamaged
 from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.repair import RepairResult, repair
-from evl_cache.store import FeatureCache, Problem, cache_parts, renew_grown, restore_grown
+from evl_cache.store import FeatureCache, Problem, cache_parts, directory_of, renew_grown, restore_grown
 
 
 def repair_all(cache_path: Path, *, options: ExtractOptions, **how: Any) -> RepairResult:
     """Make a damaged cache whole, and what was added to it. Killed at any instant, it may be run again.
 
-    Arguments and errors as `repair`; CacheDamaged where both copies of `grown.json` are damaged, or an addition is gone.
+    Arguments and errors as `repair`; UsageError for a URL; CacheDamaged where both copies of `grown.json`
+    are damaged, or an addition is gone.
     """
+    cache_path = directory_of(cache_path)
     before = _fingerprint(cache_path)
     base = repair(cache_path, options=options, **how)
     damage, restored = restore_grown(cache_path)

@@ -23,6 +23,7 @@ from evl_cache.extract.stage import ExtractResult, extract, make_spec
 from evl_cache.extract_options import DEFAULT_LAYERS, DEFAULT_MODEL, Role, options_with
 from evl_cache.processes import Rendezvous
 from evl_cache.spec import CODECS, MAP_STORAGE, SOFTWARE_PIXELS, TOKEN_STORAGE, CacheSpec, ViewSpec
+from evl_cache.store import directory_of
 from evl_cache.towers import build_tower, default_pretrained, is_model_file, is_weights_file
 
 DATA_ROOT_VARIABLE = "EVL_DATA_ROOT"
@@ -68,6 +69,8 @@ class ExtractRequest(ViewChoice):
         for name in ("root", "annotations", "list_path", "cache"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
+        if self.cache is not None:
+            directory_of(self.cache)
 
     @property
     def weights(self) -> str:

@@ -18,6 +18,7 @@ from evl_cache.store import (
     Row,
     cache_parts,
     clip_records,
+    directory_of,
     read_clips,
 )
 
@@ -34,7 +35,7 @@ class ReusableRows:
     """
 
     def __init__(self, cache_path: Path, spec: CacheSpec, *, doubt: Doubt) -> None:
-        self._cache, self._doubt = FeatureCache(cache_path), doubt
+        self._cache, self._doubt = FeatureCache(directory_of(cache_path)), doubt
         theirs = self._cache.spec
         theirs.check_frame_rule(f"--reuse {cache_path}")
         if replace(theirs, frame_rule=spec.frame_rule).feature_id != spec.feature_id or not set(

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 from evl_cache.errors import EvlCacheError
+from evl_cache.processes.master import listening_at, master
 from evl_cache.processes.place import ProcessPlace
 
 DEFAULT_TIMEOUT_S = 600.0
@@ -109,17 +110,18 @@ def processes_of_environment(
         device: of this process: NCCL for CUDA, gloo otherwise.
         timeout_s: a process not heard of for so long is lost.
 
-    Raises: UsageError for an environment that is half torchrun's.
+    Raises: UsageError for an environment that is half torchrun's, or whose port is another program's.
     """
     place = ProcessPlace.of_environment()
     if place.world == 1:
         yield Processes()
         return
+    _, port = master()
     on_gpu = torch.device(device).type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
     processes = Processes(place=place)
-    with processes.watched("at the start"):
+    with processes.watched("at the start"), listening_at(port):
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     yield processes

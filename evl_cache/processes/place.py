@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,8 +62,11 @@ class ProcessPlace:
 
     @classmethod
     def on_computer(cls) -> "ProcessPlace":
-        """Return the place among the processes of this computer alone, as torchrun tells it in LOCAL_RANK, or SLURM."""
-        rank, task = _number("LOCAL_RANK"), _number("SLURM_LOCALID")
+        """Return the place among the processes of this computer alone, as torchrun tells it in LOCAL_RANK, or SLURM.
+
+        Raises: UsageError for a LOCAL_RANK that is no number.
+        """
+        rank, task = _told("LOCAL_RANK", least=0), _number("SLURM_LOCALID")
         is_task = _number("SLURM_PROCID") is not None
         return cls(local_rank=rank, local_task=task if is_task else None)
 
@@ -70,28 +74,48 @@ class ProcessPlace:
     def of_environment(cls) -> "ProcessPlace":
         """Return the place that torchrun tells in RANK, WORLD_SIZE and the like.
 
-        Raises: UsageError for a WORLD_SIZE without a RANK.
+        Raises: UsageError for an environment that is half torchrun's, or whose numbers cannot be.
         """
         here = cls.on_computer()
-        if "WORLD_SIZE" not in os.environ:
+        rank, world = _told("RANK", least=0), _told("WORLD_SIZE", least=1)
+        if rank is None and world is None:
             return here
-        try:
-            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-            restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-        except (KeyError, ValueError) as error:
+        if rank is None or world is None:
+            there, lacking = ("WORLD_SIZE", "RANK") if rank is None else ("RANK", "WORLD_SIZE")
+            raise UsageError(f"{there} is set and {lacking} is not; {_REMEDY} {there}")
+        if rank >= world:
             raise UsageError(
-                f"WORLD_SIZE is set, RANK is {os.environ.get('RANK')!r}; start several processes with torchrun, or unset it"
-            ) from error
+                f"RANK is {rank} of a WORLD_SIZE of {world}; expected 0 to {world - 1}; {_REMEDY} both"
+            )
+        local_world = _told("LOCAL_WORLD_SIZE", least=1)
+        if local_world is not None and (here.local_rank or 0) >= local_world:
+            raise UsageError(
+                f"LOCAL_RANK is {here.local_rank} of a LOCAL_WORLD_SIZE of {local_world}; expected 0 to {local_world - 1}; "
+                f"{_REMEDY} both"
+            )
         return cls(
             rank=rank,
             world=world,
             local_rank=here.local_rank,
-            local_world=local_world,
+            local_world=local_world or world,
             local_task=here.local_task,
-            restarts=restarts,
+            restarts=_told("TORCHELASTIC_RESTART_COUNT", least=0) or 0,
             is_supervised="TORCHELASTIC_RUN_ID" in os.environ,
         )
+
+
+_REMEDY = "start several processes with torchrun, or unset"
+
+
+def _told(name: str, *, least: int) -> int | None:
+    """Return the number that a variable of torchrun holds, or None where it is not set. Raises: UsageError for no number."""
+    text = os.environ.get(name, "")
+    if not text:
+        return None
+    number = int(text) if re.fullmatch(r"-?[0-9]{1,9}", text) else None
+    if number is None or number < least:
+        raise UsageError(f"{name} is {text!r}; expected a number, {least} or more; {_REMEDY} it")
+    return number
 
 
 def _number(name: str) -> int | None:

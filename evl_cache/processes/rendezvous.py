@@ -11,6 +11,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Protocol
 
+from evl_cache.processes.master import master, port_trouble
 from evl_cache.processes.place import ProcessPlace
 
 CONNECT_TIMEOUT_S = 300.0
@@ -63,23 +64,31 @@ class Rendezvous:
         on_lost: Callable[[str], None] = lambda reason: None,
         patience_s: float = PATIENCE_S,
     ) -> "Rendezvous | None":
-        """Use the store that MASTER_ADDR and MASTER_PORT name; None without them, or for a process alone."""
-        address, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-        if place.world == 1 or not address or not port.isdecimal():
+        """Use the store that MASTER_ADDR and MASTER_PORT name; None without them, or for a process alone.
+
+        Raises: UsageError for a port that is none.
+        """
+        if place.world == 1 or not (os.environ.get("MASTER_ADDR") and os.environ.get("MASTER_PORT")):
             return None
+        address, port = master()
         hosts = place.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
 
         def connect() -> NumberStore:
             from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
-            store: NumberStore = TCPStore(
-                address,
-                int(port),
-                is_master=hosts,
-                timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
-                wait_for_workers=False,
-                multi_tenant=True,
-            )
+            try:
+                store: NumberStore = TCPStore(
+                    address,
+                    port,
+                    is_master=hosts,
+                    timeout=timedelta(seconds=CONNECT_TIMEOUT_S),
+                    wait_for_workers=False,
+                    multi_tenant=True,
+                )
+            except RuntimeError as error:
+                if told := port_trouble(error, port):
+                    raise RuntimeError(told) from error
+                raise
             return store
 
         return cls(connect, place=place, on_lost=on_lost, patience_s=patience_s)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from evl_cache.errors import WeightsError
 from evl_cache.heads import Head
@@ -39,5 +39,6 @@ def save_head(run: Path, head: Head, *, best: bool = False) -> None:
     name = RunFile.BEST if best else RunFile.HEAD
     check_finite(head.state_dict(), run / name)
     tensors = {name: value.detach().cpu().contiguous() for name, value in head.state_dict().items()}
+    # Not by `save_file`: it stages the file under a name of its own, which a kill leaves, and closes it to the group.
     with whole_file(run / name) as staging:
-        save_file(tensors, staging)
+        staging.write_bytes(save(tensors))

@@ -27,7 +27,7 @@ from evl_cache.store.disk.locks import (
 from evl_cache.store.disk.permissions import set_file_mode
 from evl_cache.store.disk.publish import is_staging_name, replacing
 from evl_cache.store.disk.runtime import REAL, Runtime
-from evl_cache.store.format.description import CacheDescription, read_clips, read_description
+from evl_cache.store.format.description import CacheDescription, OtherZarr, read_clips, read_description
 from evl_cache.store.format.grown import (
     ADDITIONS_NAME,
     GROWN_NAME,
@@ -72,7 +72,14 @@ from evl_cache.store.format.size import (
     num_files,
     sample_nbytes,
 )
-from evl_cache.store.objects.address import SCHEMES, is_url, public_text, public_url
+from evl_cache.store.objects.address import (
+    SCHEMES,
+    directory_of,
+    is_url,
+    public_text,
+    public_url,
+    split_url,
+)
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.objects.waits import waits_end_when
 from evl_cache.store.proving.files import OnProgress, Sample
@@ -82,7 +89,7 @@ from evl_cache.store.reading.reader import FeatureCache
 from evl_cache.store.reading.totals import totals_at, totals_together
 from evl_cache.store.verify import Problem, Verification
 from evl_cache.store.verify import verify_cache as verify_alone
-from evl_cache.store.verify_grown import verify_cache
+from evl_cache.store.verify_url import verify_cache
 from evl_cache.store.writing.block_writer import BlockWriter
 from evl_cache.store.writing.completion import settled_digest, withdraw_index
 from evl_cache.store.writing.create import create_cache

@@ -37,11 +37,12 @@ from evl_cache.store.format.manifest import Manifest, find_manifest
 from evl_cache.store.format.recomputed import read_projections
 from evl_cache.store.format.recovery import check_recovery, has_intact_recovery
 from evl_cache.store.objects.objects import DirectoryObjects
+from evl_cache.store.objects.workers import Workers
 from evl_cache.store.proving.files import OnProgress, Sample, ShardProof
 from evl_cache.store.proving.index_proof import IndexProof
 from evl_cache.store.proving.manifest_text import proved_manifest
 from evl_cache.store.proving.promises import Promises, not_canonical, read_mark_whole
-from evl_cache.store.proving.workers import Workers
+from evl_cache.store.reading.remote_shards import RemoteShards
 from evl_cache.store.shards.metadata import METADATA_NAME
 from evl_cache.untrusted.json_text import parse_json
 
@@ -90,6 +91,7 @@ def verify_cache(
     threads: int = 2,
     sample: Sample | None = None,
     on_progress: OnProgress = lambda what, done, total: None,
+    remote: RemoteShards | None = None,
 ) -> Verification:
     """Check every file of a cache; with a sample all but the shards of blocks that are not in it.
 
@@ -97,8 +99,9 @@ def verify_cache(
         threads: files read at a time.
         sample: of which blocks the shards are read; of all by default.
         on_progress: see `OnProgress`.
+        remote: reads the shards of a cache of which all else was brought from a server.
 
-    Raises: CacheError where there is no cache at all.
+    Raises: CacheError where there is no cache at all, or a server fails.
     """
     if not cache_path.is_dir():
         raise CacheError(f"{cache_path}: no such directory; give a cache that extract wrote")
@@ -112,11 +115,12 @@ def verify_cache(
         return Verification(problems=(problem,), blocks_done=0, blocks=0, strays=(), cache_digest=None)
     spec = description.spec
     problems = _check_description(cache_path, description)
-    with Workers(threads) as workers:
+    with Workers(threads, *(() if remote is None else (remote.objects,))) as workers:
         index = IndexProof(cache_path, spec)
         promises, reasons = _check_marks(cache_path, spec, index, workers, on_progress)
         read = promises.blocks if sample is None else sample.draw(promises.blocks)
-        for block, reason in ShardProof(cache_path, spec, promises, workers).read(read, on_progress):
+        proof = ShardProof(cache_path, spec, promises, workers, remote)
+        for block, reason in proof.read(read, on_progress):
             reasons.setdefault(block, []).append(reason)
     for block in sorted(reasons):
         problems += _problems(reasons[block], block)

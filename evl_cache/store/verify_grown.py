@@ -1,12 +1,12 @@
 """Proof of every byte of a cache and of what was added to it: each of them alone, and that they belong together."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from evl_cache.clips import ClipList
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.errors import CacheDamaged, CacheError, Unreachable, WaitEnded
 from evl_cache.store.disk.checksum import file_digest
 from evl_cache.store.format.description import read_clips, read_description
 from evl_cache.store.format.grown import (
@@ -26,12 +26,14 @@ from evl_cache.store.verify import verify_cache as verify_alone
 from evl_cache.store.writing.growth import check_videos
 
 
-def verify_cache(cache_path: Path, **options: Any) -> Verification:
+def verify_cache(
+    cache_path: Path, *, alone: Callable[..., Verification] = verify_alone, **options: Any
+) -> Verification:
     """Check every file of a cache, and of what was added to it.
 
-    Arguments and errors as `verify_alone`, which checks a cache without what was added to it.
+    Arguments and errors as `verify_alone`, which checks a cache without what was added to it, unless `alone` does.
     """
-    base = verify_alone(cache_path, **options)
+    base = alone(cache_path, **options)
     if base.blocks == 0:  # without its description nothing more can be looked at
         return base
     try:
@@ -47,7 +49,9 @@ def verify_cache(cache_path: Path, **options: Any) -> Verification:
     found = [base]
     for addition in grown.additions:
         try:
-            found.append(verify_alone(Path(place_of(cache_path, addition)), **options))
+            found.append(alone(Path(place_of(cache_path, addition)), **options))
+        except (Unreachable, WaitEnded):
+            raise
         except CacheError as error:
             problem = Problem(block=None, reason=str(error))
             found.append(

@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner
 
 from evl_cache.caches.extract_command import extract_command
-from evl_cache.caches.places import FoundCache, find_caches
+from evl_cache.caches.places import FoundCache, NotSeen, find_caches
 from evl_cache.errors import UsageError
 from evl_cache.extract import ExtractionJob, ExtractRequest, plan_extraction
 from evl_cache.extract import request as request_module
@@ -264,7 +264,8 @@ def test_a_description_whose_parts_are_no_objects_is_damaged(name: str, tmp_path
     forge.group(lambda own: own.update({name: ["x"]}))
     done = CliRunner().invoke(cli, ["card", "--print", str(forge.cache)])
     assert f"its {name} is no object; repair the cache" in str(done.exception)
-    assert list(find_caches(forge.cache)) == []
+    (damaged,) = find_caches(forge.cache)
+    assert isinstance(damaged, NotSeen) and f"its {name} is no object" in damaged.reason
 
 
 def test_a_card_names_files_and_not_where_they_lay(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,12 @@ from click.testing import CliRunner
 
 from evl_cache.caches import pairing
 from evl_cache.caches.pairing import find_pair
-from evl_cache.caches.places import cache_root, find_caches, split_places
+from evl_cache.caches.places import NotSeen, cache_root, find_caches, split_places
 from evl_cache.errors import UsageError
 from evl_cache.notation import format_layers, parse_layers
 from evl_cache.train.needs import HeadNeeds
 from evl_cache.train.options import TrainOptions
-from evl_cache_cli.main import cli
+from evl_cache_cli.main import cli, main
 from tests.support.feature_caches import TOWER, write_cache
 
 
@@ -31,10 +32,103 @@ from tests.support.feature_caches import TOWER, write_cache
         ("http://host:80", ["http://host:80"]),
         ("http://user:p@host:8080/x:s3://b", ["http://user:p@host:8080/x", "s3://b"]),
         ("s3://bucket:/a", ["s3://bucket", "/a"]),
+        ("http://[::1]:8000/caches:/data", ["http://[::1]:8000/caches", "/data"]),
+        ("/data:http://[fe80::1%25eth0]/x:b", ["/data", "http://[fe80::1%25eth0]/x", "b"]),
+        ("http://user:p@[::1]:8080:/a", ["http://user:p@[::1]:8080", "/a"]),
+        ("http://user:p:q@host/x:rel", ["http://user:p:q@host/x", "rel"]),
+        ("s3://key:secret@lab:/a:s3://b/c", ["s3://key:secret@lab", "/a", "s3://b/c"]),
+        ("HTTPS://host:1:/a", ["HTTPS://host:1", "/a"]),
+        ("http://[::1/x:/a", ["http://[::1/x", "/a"]),
+        ("s3://key:sec/ret@lab/x:/a", ["s3://key:sec/ret@lab/x", "/a"]),
+        ("ftp://host:21/x:/a", ["ftp://host:21/x", "/a"]),
+        (":", []),
     ],
 )
 def test_places_are_parted_as_in_path_but_urls_stay_whole(text: str, places: list[str]) -> None:
     assert list(split_places(text)) == places
+
+
+def test_lists_of_places_in_all_combinations_are_split_where_they_were_joined() -> None:
+    drawn = random.Random(0)
+    hosts = ["host", "127.0.0.1", "[::1]", "[2001:db8::7%25eth0]", "lab.example.org"]
+    urls = [
+        f"{scheme}://{login}{host}{port}{path}"
+        for scheme in ("http", "https", "s3")
+        for login in ("", "user@", "user:pass@", "us%40er:p:a!s$s@")
+        for host in hosts
+        for port in ("", ":1", ":65535")
+        for path in ("", "/", "/a/b-1", "/a%3Ab?x")
+    ]
+    places = [*urls, *(["/data", "rel/ative", "caches", "/a b/é", "x"] * 100)]
+    for _ in range(500):
+        expected = tuple(drawn.choices(places, k=drawn.randrange(1, 6)))
+        assert split_places(os.pathsep.join(expected)) == expected
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_text_as_a_place_ends_in_a_result_or_one_line(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No name is resolved: hosts are addresses of this computer, at a port where nothing answers."""
+    drawn = random.Random(seed)
+    parts = [
+        "http", "https", "s3", "ftp", ":", "://", "/", "//", "[", "]", "[::1]", "127.0.0.1", ":1", ":99999", ":x", "@", "u:p",
+        "?q", "#f", "%", "%zz", "caches", "..", " ", "\t", "\n", "é", "\udcff", "℀", "~", "-", "\x1b[31m", "*", "'", "",
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.2")
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    for _ in range(6):
+        text = "".join(drawn.choices(parts, k=drawn.randrange(1, 9)))
+        for words in (["ls"], ["ls", text], ["info", text], ["pull", text], ["card", "--print", text]):
+            if words[-1].startswith("-"):
+                continue
+            monkeypatch.setenv("EVL_CACHE_ROOT", text)
+            with pytest.raises(SystemExit) as ended:
+                main(words)
+            told = capsys.readouterr().err.splitlines()
+            assert ended.value.code in (0, 1, 2), (text, words, told)
+            lines = [line for line in told if not line.startswith(("not seen: ", "note: ", "waiting "))]
+            assert len(lines) <= 1 and not any("Traceback" in line for line in told), (text, words, told)
+            assert all(line.isprintable() for line in told), (text, told)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[::1/x", "http://lab:secret@[::1/x", "https://host:secret/x", "s3://key:sec/ret@lab/x", "http://h℀/x"]
+)  # fmt: skip
+def test_what_is_no_url_is_one_line_in_every_command(
+    url: str, pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    # In a list of places this is a URL and a directory.
+    monkeypatch.setenv("EVL_CACHE_ROOT", "http://[::1" if url == "https://host:secret/x" else url)
+    shutil.copytree(pair / "a", "mine")
+    head = ("--head", "linear", "--steps", "1", "--device", "cpu")
+    is_no_url = "is no URL, by its host or port; expected"
+    for words, said in (
+        (("ls",), is_no_url),
+        (("ls", url), is_no_url),
+        (("info", url), is_no_url),
+        (("pull", url), "names URLs only; extract writes to a directory"),
+        (("pull", url, "here"), is_no_url),
+        (("pull", "mine", url), "pull writes to a directory"),
+        (("push", "mine", url), "cannot be written to" if "http" in url else is_no_url),
+        (("push", "mine", f"{url}/"), "cannot be written to" if "http" in url else is_no_url),
+        (("push", "mine", url, "--layers", "3"), "a part is made in a directory"),
+        (("card", "--print", url), is_no_url),
+        (("card", url), "behind a URL cannot be written to"),
+        (("card", "mine", "--print", "--address", url), is_no_url),
+        (("train", "--dataset", "test", *head), is_no_url),
+        (("train", "--cache", url, "--val-cache", "mine", *head), is_no_url),
+        (("train", "--cache", "mine", "--val-cache", url, *head), is_no_url),
+    ):
+        with pytest.raises(SystemExit) as ended:
+            main(list(words))
+        out, told = capsys.readouterr()
+        assert ended.value.code in (1, 2), words
+        assert len(told.splitlines()) == 1 and said in told, (words, told)
+        assert "sec" not in out + told, (words, told)
 
 
 def test_new_caches_go_to_the_first_directory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +163,8 @@ def test_a_pair_is_found_across_places_and_a_place_may_be_a_cache(pair: Path, tm
     for places in ([pair / "a", tmp_path / "elsewhere"], [pair / "a", tmp_path / "elsewhere" / "val"]):
         found = find_pair("test", places=places, needs=needs)
         assert [c.name for c in found] == ["a", "val"]
-    assert list(find_caches(tmp_path / "nowhere")) == []
+    (lacking,) = find_caches(tmp_path / "nowhere")
+    assert isinstance(lacking, NotSeen) and lacking.reason.startswith("no such directory")
 
 
 def test_a_cache_that_no_such_head_can_read_does_not_hide_the_pair(pair: Path, tmp_path: Path) -> None:

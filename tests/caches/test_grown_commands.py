@@ -284,3 +284,33 @@ def test_it_is_read_from_a_web_server(folder: Path, tmp_path: Path) -> None:
         buffers = opened.buffers(slots=9)
         opened.prefetch(buffers, range(9))
         opened.read_into(buffers, enumerate(range(9)))
+
+
+def test_it_is_verified_on_a_web_server_as_on_the_disk(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
+    (tmp_path / "nginx").mkdir()
+    addition = cache_parts(folder / "grown").parts[2].path.relative_to(folder / "grown").as_posix()
+    shard = shards_of(folder / "grown" / addition)[0].relative_to(folder / "grown").as_posix()
+    with nginx(tmp_path / "nginx") as server:
+        served = server.www / "grown"
+        shutil.copytree(folder / "grown", served)
+        for name in (
+            "",
+            GROWN_NAME,
+            SECOND_COPY,
+            shard,
+            f"{addition}/manifest.json",
+            f"{addition}/zarr.json",
+        ):
+            for damage in (lambda content: content[:-9] + b"?" + content[-8:], lambda content: None):
+                if name:
+                    spoilt = damage((served / name).read_bytes())
+                    (served / name).unlink() if spoilt is None else (served / name).write_bytes(spoilt)
+                remote, local = verify_cache(f"{server.url}/grown"), verify_cache(served)
+                assert [problem.block for problem in remote.problems] == [p.block for p in local.problems]
+                assert (remote.problems == ()) == (name == "")
+                assert (remote.cache_digest, remote.blocks_done) == (local.cache_digest, local.blocks_done)
+                told = " ".join(problem.reason for problem in remote.problems)
+                assert "evl-cache-verify" not in told and str(tmp_path) not in told and "repair" not in told
+                if name:
+                    shutil.copy(folder / "grown" / name, served / name)

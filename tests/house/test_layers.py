@@ -35,7 +35,7 @@ store/format   cpu_codes store/disk store/objects store/shards untrusted
 store/reading  store/disk store/format store/objects store/shards
 store/writing  store/disk store/format store/shards
 store/copying  store/disk store/format store/objects store/reading store/writing
-store/proving  store/disk store/format store/shards store/writing
+store/proving  store/disk store/format store/objects store/shards store/writing
 store          store/* untrusted
 batches        processes store
 runs           batches heads store untrusted

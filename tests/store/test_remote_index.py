@@ -266,7 +266,7 @@ def test_rows_that_do_not_come_are_an_error_that_tells_damage_from_change(
 ) -> None:
     remote = FeatureCache(f"{server.url}/a")
     server.fault = lambda path, body: 404 if "index.bin" in path or "/done/" in path else None
-    with pytest.raises(CacheError, match="push the cache again"):
+    with pytest.raises(CacheError, match="though the manifest names it; verify http"):
         remote.read([0])
     write_cache(tmp_path / "a", labels=[i % 3 for i in range(BLOCKS)], block_clips=1, seed=9)
     server.fault, server.root = lambda path, body: None, tmp_path

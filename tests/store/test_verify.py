@@ -19,10 +19,10 @@ from evl_cache.store import FeatureCache, Sample, read_clips, read_description, 
 from evl_cache.store.disk.publish import stage_file
 from evl_cache.store.format.layout import array_layouts
 from evl_cache.store.format.manifest import manifest_content
+from evl_cache.store.objects.workers import Stopped, Workers
 from evl_cache.store.proving import files as files_module
 from evl_cache.store.proving.manifest_text import proved_manifest
 from evl_cache.store.proving.promises import Promises, read_mark_whole
-from evl_cache.store.proving.workers import Stopped, Workers
 from evl_cache.store.shards.shard_index import check_end
 from evl_cache.store.writing.index_files import IndexWriter
 from tests.support.feature_caches import cache_spec, clip_list, write_cache

@@ -167,6 +167,11 @@ class FaultyServer:
     url: str = ""
 
 
+def _listing(folder: Path) -> bytes:
+    names = sorted(f"{path.name}/" if path.is_dir() else path.name for path in folder.iterdir())
+    return "".join(f'<a href="{name}">{name}</a>\n' for name in names).encode()
+
+
 @contextlib.contextmanager
 def faulty_server(root: Path) -> Iterator[FaultyServer]:
     """Start one; its faults may be changed while it runs."""
@@ -178,10 +183,11 @@ def faulty_server(root: Path) -> Iterator[FaultyServer]:
         def do_GET(self) -> None:
             path = state.root / self.path.lstrip("/")
             state.asked.append(self.path)
-            if not path.is_file():
+            is_folder = path.is_dir() and self.path.endswith("/")
+            if not is_folder and not path.is_file():
                 self.send_error(404)
                 return
-            body, status = path.read_bytes(), 200
+            body, status = _listing(path) if is_folder else path.read_bytes(), 200
             size = len(body)
             if asked := self.headers.get("Range"):
                 first, _, last = asked.removeprefix("bytes=").partition("-")

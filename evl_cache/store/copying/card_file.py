@@ -1,9 +1,8 @@
 """The card of a cache, its README.md: text for people, which copies carry along and no check reads."""
 
-import contextlib
 from pathlib import Path
 
-from evl_cache.errors import CacheError
+from evl_cache.errors import CacheError, WaitEnded
 from evl_cache.store.disk.publish import write_atomic
 from evl_cache.store.objects.objects import Objects
 
@@ -13,9 +12,12 @@ _MOST_NBYTES = 1 << 20
 
 def read_card(objects: Objects) -> bytes | None:
     """Return the card of a cache; None where it has none, or something else."""
-    with contextlib.suppress(FileNotFoundError, CacheError):
+    try:
         return objects.get(CARD_NAME, most_nbytes=_MOST_NBYTES)
-    return None
+    except WaitEnded:
+        raise
+    except (FileNotFoundError, CacheError):  # none; a server that hides so says forbidden
+        return None
 
 
 def may_replace_card(objects: Objects) -> bool:
@@ -24,6 +26,8 @@ def may_replace_card(objects: Objects) -> bool:
         found = objects.get(CARD_NAME, most_nbytes=_MOST_NBYTES)
     except FileNotFoundError:
         return True
+    except WaitEnded:
+        raise
     except CacheError:
         return False
     return found.startswith(b"---\n") and b'"evl-cache"' in found.partition(b"\n---")[0]

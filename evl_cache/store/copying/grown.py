@@ -23,6 +23,7 @@ from evl_cache.store.format.grown import (
 )
 from evl_cache.store.format.parts import place_of
 from evl_cache.store.objects.objects import Objects, open_objects, open_writable
+from evl_cache.store.reading.attempts import once_intact
 
 
 def copy_to_directory(
@@ -112,7 +113,7 @@ def _named(grown: Grown, digests: Sequence[str]) -> Grown:
 
 def _grown_at(objects: Objects) -> Grown | None:
     with contextlib.suppress(NoCacheHere):
-        return find_grown(objects, read_description(objects).spec)
+        return once_intact(lambda: find_grown(objects, read_description(objects).spec))
     return None
 
 

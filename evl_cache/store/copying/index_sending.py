@@ -3,10 +3,9 @@
 Nothing depends on it. A bucket's readers open by it; a directory gets its own, which is made faster with it.
 """
 
-import contextlib
 from pathlib import Path
 
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.errors import CacheDamaged, CacheError, WaitEnded
 from evl_cache.store.copying.source import SourceCache
 from evl_cache.store.disk.publish import stage_file
 from evl_cache.store.format.index import Index, believed_index, open_index
@@ -44,9 +43,12 @@ def send_index(index: Index | None, target: WritableObjects) -> None:
 
 def has_index(objects: Objects, index: Index) -> bool:
     """Whether the same index is there: a head has the digests of all that follows, and files come whole or not at all."""
-    with contextlib.suppress(FileNotFoundError, CacheError):
+    try:
         return bytes(objects.get_range(INDEX_NAME, 0, HEAD_NBYTES)) == index.head
-    return False
+    except WaitEnded:
+        raise
+    except (FileNotFoundError, CacheError):
+        return False
 
 
 def bring_index(source: SourceCache, target: Path) -> None:
@@ -55,20 +57,27 @@ def bring_index(source: SourceCache, target: Path) -> None:
     It is a help and no more: each of its rows is used only where the mark beside it has the digest that the row names.
     What does not come, or not whole, is made there.
     """
-    with contextlib.suppress(FileNotFoundError, CacheError):
+    try:
         there = open_index(target, source.spec)
-        if there is not None and there.cache_digest == source.cache_digest:
-            return
-        objects, url = source.objects, f"{source.objects.url}/{INDEX_NAME}"
-        written = bytes(objects.get_range(INDEX_NAME, 0, HEAD_NBYTES))
-        head = parse_head(written, source.spec, url)
-        if head["cache_digest"] != source.cache_digest:
-            return
-        stop = index_nbytes(head)
-        with stage_file(target) as staged:
-            while staged.size < stop:
-                part = objects.get_range(INDEX_NAME, staged.size, min(_PART_NBYTES, stop - staged.size))
-                if not len(part):
-                    return
-                staged.write(part)
-            staged.publish_replacing(target / INDEX_NAME)
+        if there is None or there.cache_digest != source.cache_digest:
+            _bring(source, target)
+    except WaitEnded:
+        raise
+    except (FileNotFoundError, CacheError):
+        return
+
+
+def _bring(source: SourceCache, target: Path) -> None:
+    objects, url = source.objects, f"{source.objects.url}/{INDEX_NAME}"
+    written = bytes(objects.get_range(INDEX_NAME, 0, HEAD_NBYTES))
+    head = parse_head(written, source.spec, url)
+    if head["cache_digest"] != source.cache_digest:
+        return
+    stop = index_nbytes(head)
+    with stage_file(target) as staged:
+        while staged.size < stop:
+            part = objects.get_range(INDEX_NAME, staged.size, min(_PART_NBYTES, stop - staged.size))
+            if not len(part):
+                return
+            staged.write(part)
+        staged.publish_replacing(target / INDEX_NAME)

@@ -59,6 +59,22 @@ def copy_part(
     Raises: as `copy_to_directory`.
     """
     cache = FeatureCache(place)
+    try:
+        return _copy_part(cache, target, layers=layers, codec=codec, threads=threads, on_block=on_block)
+    except BaseException:
+        cache.end_waits()  # of what is fetched ahead
+        raise
+
+
+def _copy_part(
+    cache: FeatureCache,
+    target: Path,
+    *,
+    layers: Sequence[int] | None,
+    codec: str | None,
+    threads: int,
+    on_block: OnBlock,
+) -> TransferResult:
     if cache.members:
         raise UsageError(
             f"{cache.place} has grown ({', '.join(member.told for member in cache.members[1:])}), and a part is taken of a cache "
@@ -110,10 +126,12 @@ def _copy_rows(cache: FeatureCache, writer: BlockWriter, mark: Mark) -> int:
     views = source.views.per_clip
     failed = [clip.error is not None for clip in mark.clips for _ in range(views)]
     first = mark.block * source.block_samples
-    if cache.copy is not None:
-        wanted = [[row * count + at for at in positions] for row, is_out in enumerate(failed) if not is_out]
-        cache.copy.shards.prefetch(((mark.block, chunks) for chunks in wanted), array_layouts(source))
     try:
+        if cache.copy is not None:
+            wanted = [
+                [row * count + at for at in positions] for row, is_out in enumerate(failed) if not is_out
+            ]
+            cache.copy.shards.prefetch(((mark.block, chunks) for chunks in wanted), array_layouts(source))
         for row, is_out in enumerate(failed):
             writer.append(None if is_out else cache.read_row(first + row, positions))
         written = writer.commit(mark.clips, mark.environment)

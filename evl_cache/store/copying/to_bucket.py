@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from evl_cache.store.copying.source import (
     open_source,
     read_source_mark,
 )
-from evl_cache.store.disk.checksum import content_digest, file_digest
+from evl_cache.store.disk.checksum import content_digest, read_whole
 from evl_cache.store.disk.file_system import check_no_links, file_identity
 from evl_cache.store.format.description import description_files, read_description
 from evl_cache.store.format.index_head import INDEX_NAME
@@ -26,6 +25,7 @@ from evl_cache.store.format.limits import file_limit, manifest_limit, mark_limit
 from evl_cache.store.format.manifest import parse_manifest
 from evl_cache.store.format.marks import parse_mark
 from evl_cache.store.objects.objects import WritableObjects, open_writable
+from evl_cache.store.objects.workers import Workers
 from evl_cache.store.writing.publication import check_nothing_lost
 
 
@@ -49,35 +49,47 @@ def copy_to_bucket(
             f"{target.url} holds a complete cache, {cache_path} has {len(source.blocks)} of {source.spec.num_blocks} "
             "blocks done; nothing was changed: finish extract, then push"
         )
-    if manifest is not None and there == manifest:
-        if index is not None:  # where ours is damaged, that one may be whole
-            send_index(index, target)
-        return source.copy_blocks(lambda block: None, place=target.url, threads=threads, on_block=on_block)
-    known = _marks_there(source, target, there)
-    # Looked at before anything is removed: what is refused leaves the cache there as it is.
-    with ThreadPoolExecutor(threads) as pool:
-        differs = dict(
-            zip(source.blocks, pool.map(partial(_differs, source, target, known), source.blocks), strict=True)
-        )
-        if there is not None:  # it is complete, and stays so where ours is damaged
-            others = [block for block in source.blocks if differs[block]]
-            list(pool.map(partial(_check_block, source, cache_path), others))
-    target.delete(MANIFEST_NAME)
-    if index is None or not has_index(target, index):
-        target.delete(INDEX_NAME)  # it is of another cache, or will be
-    for name in description_files(source.spec):
-        target.put(name, source.objects.get(name, most_nbytes=file_limit(name, source.spec)))
+    with Workers(threads, target, name="copy") as workers:
+        if manifest is not None and there == manifest:
+            if index is not None:  # where ours is damaged, that one may be whole
+                send_index(index, target)
+            return source.copy_blocks(lambda block: None, workers, place=target.url, on_block=on_block)
+        differing = _differing_blocks(source, cache_path, target, there, workers)
+        target.delete(MANIFEST_NAME)
+        if index is None or not has_index(target, index):
+            target.delete(INDEX_NAME)  # it is of another cache, or will be
+        for name in description_files(source.spec):
+            target.put(name, source.objects.get(name, most_nbytes=file_limit(name, source.spec)))
 
-    def send(block: int) -> int | None:
-        return _send_block(source, cache_path, target, block) if differs[block] else None
+        def send(block: int) -> int | None:
+            return _send_block(source, cache_path, target, block, workers) if block in differing else None
 
-    result = source.copy_blocks(send, place=target.url, threads=threads, on_block=on_block)
+        result = source.copy_blocks(send, workers, place=target.url, on_block=on_block)
     if manifest is not None:
         if source.objects.get(MANIFEST_NAME, most_nbytes=manifest_limit(source.spec)) != manifest:
             raise CacheError(f"{cache_path}: changed while it was sent; run the same command again")
         send_index(index, target)
         target.put(MANIFEST_NAME, manifest)
     return result
+
+
+def _differing_blocks(
+    source: SourceCache, cache_path: Path, target: WritableObjects, there: bytes | None, workers: Workers
+) -> set[int]:
+    """Return the blocks that are to be sent. Looked at before anything is removed: what is refused leaves all there.
+
+    Args:
+        there: the manifest at the target; a cache that has one is complete, and stays so where ours is damaged.
+
+    Raises: RowsAtStake; CacheDamaged where a block cannot be sent.
+    """
+    known = _marks_there(source, target, there)
+    differs = workers.each(partial(_differs, source, target, known), source.blocks)
+    found = [block for block, other in zip(source.blocks, differs, strict=True) if other]
+    if there is not None:
+        for _ in workers.each(lambda block: _check_block(source, cache_path, block, workers), found):
+            pass
+    return set(found)
 
 
 def _check_target(source: SourceCache, target: WritableObjects) -> None:
@@ -127,38 +139,44 @@ def _differs(
     return True
 
 
-def _check_block(source: SourceCache, cache_path: Path, block: int) -> None:
+def _check_block(source: SourceCache, cache_path: Path, block: int, workers: Workers) -> None:
     """Raises: CacheDamaged where the block here cannot be sent."""
     _, mark = read_source_mark(source, block)
     for array, layout in array_layouts(source.spec).items():
-        _check_shard(cache_path, layout.shard(Path(), block), mark.files[array].digest)
+        _check_shard(cache_path, layout.shard(Path(), block), mark.files[array].digest, workers)
 
 
-def _send_block(source: SourceCache, cache_path: Path, target: WritableObjects, block: int) -> int:
+def _send_block(
+    source: SourceCache, cache_path: Path, target: WritableObjects, block: int, workers: Workers
+) -> int:
     """Send a block. Returns: bytes sent."""
     written, mark = read_source_mark(source, block)
     name = mark_path(Path(), block).as_posix()
     target.delete(name)
     for array, layout in array_layouts(source.spec).items():
-        _send_shard(cache_path, layout.shard(Path(), block), mark.files[array].digest, target)
+        _send_shard(cache_path, layout.shard(Path(), block), mark.files[array].digest, target, workers)
     target.put(name, written)
     return sum(record.size for record in mark.files.values())
 
 
-def _check_shard(cache_path: Path, name: Path, promised: tuple[int, str]) -> tuple[int, int]:
+def _check_shard(
+    cache_path: Path, name: Path, promised: tuple[int, str], workers: Workers
+) -> tuple[int, int]:
     """Return which file a shard is. Raises: CacheDamaged where it is not what its mark promises."""
     file = cache_path / name
     check_no_links(cache_path, file)
     identity = file_identity(file)
-    if identity is None or file_digest(file) != promised:
+    if identity is None or read_whole(file, on_part=workers.check)[:2] != promised:
         raise CacheDamaged(
             f"{file}: its bytes are not those its mark promises; repair the cache, then push again"
         )
     return identity
 
 
-def _send_shard(cache_path: Path, name: Path, promised: tuple[int, str], target: WritableObjects) -> None:
-    file, before = cache_path / name, _check_shard(cache_path, name, promised)
+def _send_shard(
+    cache_path: Path, name: Path, promised: tuple[int, str], target: WritableObjects, workers: Workers
+) -> None:
+    file, before = cache_path / name, _check_shard(cache_path, name, promised, workers)
     target.put(name.as_posix(), file)  # S3 compares sha256 digests of what arrives
     if file_identity(file) != before or file.stat().st_size != promised[0]:
         raise CacheError(f"{file}: changed while it was sent; run the same command again")

@@ -26,19 +26,22 @@ from evl_cache.store.format.index_head import INDEX_NAME
 from evl_cache.store.format.layout import (
     LOCKS_NAME,
     MANIFEST_NAME,
+    ArrayLayout,
     array_layouts,
     finished_blocks,
     is_in_redo,
     mark_path,
 )
+from evl_cache.store.format.marks import Mark
 from evl_cache.store.format.recomputed import read_projections
-from evl_cache.store.objects.objects import DirectoryObjects, Objects
+from evl_cache.store.objects.objects import DirectoryObjects
+from evl_cache.store.objects.workers import Workers
+from evl_cache.store.reading.attempts import once_intact
+from evl_cache.store.reading.shard_parts import receive_shard
 from evl_cache.store.writing.create import create_cache
 from evl_cache.store.writing.finish import finish_cache
 from evl_cache.store.writing.publication import BlockPublication, has_digest
 from evl_cache.store.writing.staged_block import stage_shard
-
-_PART_NBYTES = 16 << 20
 
 
 def _lay_down_as(source: SourceCache, target: Path) -> None:
@@ -46,7 +49,9 @@ def _lay_down_as(source: SourceCache, target: Path) -> None:
     spec, description = source.spec, source.description
     projections = None
     if spec.recomputes_maps:
-        projections = read_projections(source.objects, spec, description.projections_sha256)
+        projections = once_intact(
+            lambda: read_projections(source.objects, spec, description.projections_sha256)
+        )
     create_cache(
         target,
         spec,
@@ -76,12 +81,13 @@ def copy_to_directory(
     source = open_source(place)
     _lay_down_as(source, target)
     locks = LockWatcher(target / LOCKS_NAME)
+    with Workers(threads, source.objects, name="copy") as workers:
 
-    def copy(block: int) -> int | None:
-        with locks.wait_for(f"{block:06d}") as lock:
-            return _copy_block(source, target, block, lock)
+        def copy(block: int) -> int | None:
+            with locks.wait_for(f"{block:06d}", on_look=workers.check) as lock:
+                return _copy_block(source, target, block, lock, workers)
 
-    result = source.copy_blocks(copy, place=str(target), threads=threads, on_block=on_block)
+        result = source.copy_blocks(copy, workers, place=str(target), on_block=on_block)
     card, there = read_card(source.objects), DirectoryObjects(target)
     if card is not None and card != read_card(there) and may_replace_card(there):
         write_card(target, card)
@@ -94,12 +100,14 @@ def copy_to_directory(
         remove_file(target / MANIFEST_NAME)
         remove_file(target / INDEX_NAME)
         raise CacheDamaged(
-            f"{source.objects.url}: its files do not make up the cache that its manifest names; verify it there"
+            f"{source.objects.url}: its files do not make up the cache that its manifest names; repair the cache"
         )
     return result
 
 
-def _copy_block(source: SourceCache, target: Path, block: int, lock: BlockLock) -> int | None:
+def _copy_block(
+    source: SourceCache, target: Path, block: int, lock: BlockLock, workers: Workers
+) -> int | None:
     """Copy a block. Returns: bytes copied, or None where the same block is there."""
     written, mark = read_source_mark(source, block)
     path, layouts = mark_path(target, block), array_layouts(source.spec)
@@ -121,7 +129,7 @@ def _copy_block(source: SourceCache, target: Path, block: int, lock: BlockLock) 
             if has_digest(shard, promised):
                 continue
             staged[name] = staging.enter_context(stage_shard(target, layout, block, lock=lock))
-            _receive(source.objects, layout.shard(Path(), block).as_posix(), promised, staged[name])
+            _receive(source, layout, mark, staged[name], workers)
             nbytes += promised[0]
             if not publication.is_redo:  # so that a copy that is killed goes on behind this file
                 publication.publish_file(name, staged[name])
@@ -132,21 +140,16 @@ def _copy_block(source: SourceCache, target: Path, block: int, lock: BlockLock) 
     return nbytes
 
 
-def _receive(objects: Objects, name: str, promised: tuple[int, str], staged: StagedFile) -> None:
-    size, _ = promised
-    while staged.size < size:
-        try:
-            part = objects.get_range(name, staged.size, min(_PART_NBYTES, size - staged.size))
-        except FileNotFoundError as error:
-            raise CacheError(f"{error}: the source changed; run the same command again") from error
-        if not len(part):
-            break
-        staged.write(part)
-    if (staged.size, staged.sha256) != promised:
-        raise CacheDamaged(
-            f"{objects.url}/{name}: what arrived is not what its mark promises: the source changed, or is damaged; "
-            "run the same command again, or verify it there"
-        )
+def _receive(
+    source: SourceCache, layout: ArrayLayout, mark: Mark, staged: StagedFile, workers: Workers
+) -> None:
+    name, record = layout.shard_name(mark.block), mark.files[layout.name]
+    try:
+        receive_shard(source.objects, name, record, layout.codec, staged, check=workers.check)
+    except FileNotFoundError as error:
+        raise CacheError(f"{error}: the source changed; run the same command again") from error
+    except CacheDamaged as error:
+        raise source.not_as_promised(name, str(error)) from error
 
 
 def _has_size(path: Path, nbytes: int) -> bool:

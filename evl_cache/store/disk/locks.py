@@ -189,11 +189,16 @@ class LockWatcher:
         """Return the lock of something that is no block, as `take` does."""
         return self._take(self.directory / f"{name}{SUFFIX}")
 
-    def wait_for(self, name: str) -> BlockLock:
-        """Return the lock of something, once no other job holds it. Errors as `take`."""
+    def wait_for(self, name: str, *, on_look: Callable[[], None] = lambda: None) -> BlockLock:
+        """Return the lock of something, once no other job holds it. Errors as `take`.
+
+        `on_look`: called before each look; what it raises ends the waiting.
+        """
         wait_s, longest_s = _LEAST_POLL_S, min(_LONGEST_POLL_S, self.expiry_s / _BEATS_PER_EXPIRY)
+        on_look()
         while (lock := self._take(self.directory / f"{name}{SUFFIX}")) is None:
             self._runtime.sleep(wait_s)
+            on_look()
             # Longer each time: many jobs end at once, and should not lay siege to the disk.
             wait_s = max(_LEAST_POLL_S, min(1.5 * wait_s, longest_s))
         return lock

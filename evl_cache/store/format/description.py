@@ -32,6 +32,10 @@ from evl_cache.untrusted.json_text import parse_json
 _FORMAT_OF = {"folders": 1, "flat": FORMAT_VERSION}
 
 
+class OtherZarr(CacheError):
+    """A Zarr group or array that is no cache."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CacheDescription:
     """What a cache says of itself.
@@ -54,7 +58,8 @@ class CacheDescription:
 def read_description(place: Path | Objects) -> CacheDescription:
     """Return what a cache says of itself.
 
-    Raises: CacheError where there is no cache, or one of another format; CacheDamaged where it is not intact.
+    Raises: CacheError where there is no cache (NoCacheHere, OtherZarr), or one of another format; CacheDamaged where it
+        is not intact.
     """
     objects = objects_of(place)
     return parse_description(read_group(objects), f"{objects.url}/{METADATA_NAME}")
@@ -91,10 +96,12 @@ def parse_description(written: bytes, place: str) -> CacheDescription:
 
 def parse_group(content: Any, path: str | Path) -> CacheDescription:
     """Return the description in a group document. Raises: as `read_description`."""
+    if isinstance(content, dict) and content.get("node_type") == "array":
+        raise OtherZarr(f"{path}: is of a Zarr array; expected the directory of a cache that extract wrote")
     attributes: Any = content.get("attributes") if isinstance(content, dict) else None
     own = attributes.get(ATTRIBUTE) if isinstance(attributes, dict) else None
     if not isinstance(own, dict) or attributes is None:
-        raise CacheError(
+        raise OtherZarr(
             f"{path}: a Zarr group without the attribute {ATTRIBUTE!r}; expected a cache that extract wrote"
         )
     version = own.get("format_version")

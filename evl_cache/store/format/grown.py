@@ -219,7 +219,7 @@ def check_not_lost(place: Path, spec: CacheSpec, grown: Grown | None) -> None:
     """Check that a cache to which nothing was added has no second copy that names additions. Raises: CacheDamaged."""
     if grown is None and find_grown(place, spec, name=SECOND_COPY_NAME) is not None:
         raise CacheDamaged(
-            f"{place / GROWN_NAME}: is not there, though {SECOND_COPY_NAME} is: repair the cache, or remove "
+            f"{place / GROWN_NAME}: is not there, though {SECOND_COPY_NAME} is; repair the cache, or remove "
             f"{ADDITIONS_NAME} if nothing is to be added to it"
         )
 

@@ -18,9 +18,11 @@ class IndexFile:
             thousand files: these are `release`d, and opened again for each read.
     """
 
+    _descriptor = -1  # of an object that was never opened, too
+
     def __init__(self, path: Path, *, stays_open: bool = True) -> None:
         self._path = path
-        self._descriptor, self._identity = -1, (0, 0)
+        self._identity = (0, 0)
         self._descriptor = open_descriptor(path)
         found = os.fstat(self._descriptor)
         self.size, self._identity = found.st_size, (found.st_dev, found.st_ino)

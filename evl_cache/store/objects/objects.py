@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
 
-from evl_cache.errors import CacheError, UsageError
+from evl_cache.errors import CacheError, Unreachable, UsageError
 from evl_cache.store.disk.file_system import (
     check_no_links,
     disk_error,
@@ -137,9 +137,23 @@ class DirectoryObjects:
 
     def folders(self) -> list[str]:
         """See `Objects`."""
-        if not self.root.is_dir():
+        try:
+            with os.scandir(self.root) as entries:
+                return sorted(entry.name for entry in entries if _may_be_folder(entry))
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        return sorted(entry.name for entry in os.scandir(self.root) if entry.is_dir())
+        except OSError as error:
+            raise Unreachable(
+                f"{self.root}: cannot be listed ({error.strerror}); check its permissions and the disk"
+            ) from error
 
     def end_waits(self) -> None:
         """See `Objects`. Nothing waits here."""
+
+
+def _may_be_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a directory, or a link to one; so it is where the disk does not tell: whoever looks is told."""
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        return is_refusal(error)

@@ -5,14 +5,15 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from evl_cache.errors import CacheError, UsageError
+from evl_cache.errors import CacheDamaged, CacheError, UsageError
 from evl_cache.spec import CacheSpec
-from evl_cache.store.disk.checksum import read_whole
+from evl_cache.store.disk.checksum import WholeFile, read_whole
 from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.format.layout import array_layouts
+from evl_cache.store.objects.workers import Workers
 from evl_cache.store.proving.promises import FileDigest, Promises, read_mark_whole
-from evl_cache.store.proving.workers import Workers
 from evl_cache.store.shards.shard_index import check_end, index_nbytes
 
 OnProgress = Callable[[str, int, int], None]
@@ -41,15 +42,32 @@ class Sample:
         return sorted(random.Random(self.seed).sample(blocks, count))
 
 
+class ReadsShards(Protocol):
+    """Reads shards that lie elsewhere than under their paths."""
+
+    def read(
+        self, path: Path, promised: FileDigest, *, end_nbytes: int, on_part: Callable[[int], None]
+    ) -> WholeFile:
+        """Return what `read_whole` does. Raises: CacheDamaged; CacheError where it cannot be told what lies there."""
+
+
 class ShardProof:
     """Reads shards and compares them with what marks promise.
 
     Args:
         promises: of the blocks; what the mark of a block that was done again meanwhile promises comes into it.
+        remote: reads shards that lie on a server.
     """
 
-    def __init__(self, cache_path: Path, spec: CacheSpec, promises: Promises, workers: Workers) -> None:
-        self._cache_path, self._spec = cache_path, spec
+    def __init__(
+        self,
+        cache_path: Path,
+        spec: CacheSpec,
+        promises: Promises,
+        workers: Workers,
+        remote: ReadsShards | None = None,
+    ) -> None:
+        self._cache_path, self._spec, self._remote = cache_path, spec, remote
         self._promises, self._workers = promises, workers
         self._layouts = list(array_layouts(spec).values())
         self._num_chunks = spec.block_samples * len(spec.stored_layers)
@@ -58,7 +76,7 @@ class ShardProof:
     def read(self, blocks: Sequence[int], on_progress: OnProgress) -> Iterator[tuple[int, str]]:
         """Read all shards of blocks. Yield what is wrong with a block, in their order.
 
-        Raises: CacheError where the disk refuses to tell of a mark.
+        Raises: CacheError where the disk refuses to tell of a mark, or a server fails.
         """
         total = sum(self._promises.nbytes(block) for block in blocks)
 
@@ -99,10 +117,18 @@ class ShardProof:
         path = self._cache_path / self._layouts[array].shard_name(block)
         try:
             check_no_links(self._cache_path, path)
-            found = read_whole(path, end_nbytes=index_nbytes(self._num_chunks), on_part=on_part)
+            found = self._read(path, promised, on_part)
             if (found.size, found.sha256) != promised:
                 return f"{path}: its bytes are not those its mark promises; repair the cache"
             check_end(path, found.end, found.size, self._num_chunks)
         except CacheError as error:
+            if self._remote is not None and not isinstance(error, CacheDamaged):
+                raise  # the server fails, and what lies there is not known
             return str(error)
         return None
+
+    def _read(self, path: Path, promised: FileDigest, on_part: Callable[[int], None]) -> WholeFile:
+        end_nbytes = index_nbytes(self._num_chunks)
+        if self._remote is not None:
+            return self._remote.read(path, promised, end_nbytes=end_nbytes, on_part=on_part)
+        return read_whole(path, end_nbytes=end_nbytes, on_part=on_part)

@@ -281,10 +281,17 @@ def _shard_files(copy: Path) -> Iterator[Path]:
 
 
 def default_copy_root() -> Path:
-    """Return where copies lie, as the environment says."""
+    """Return where copies lie, as the environment says. Raises: UsageError where it does not, and there is no home directory."""
     if named := os.environ.get(ROOT_VARIABLE):
         return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "evl-cache"
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named) / "evl-cache"
+    try:
+        return Path.home() / ".cache" / "evl-cache"
+    except RuntimeError as error:
+        raise UsageError(
+            f"this user has no home directory for copies of remote caches; set {ROOT_VARIABLE} to a directory for them, or HOME"
+        ) from error
 
 
 def default_limit(path: Path, taken: Callable[[], int]) -> int:

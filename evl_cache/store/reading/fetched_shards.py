@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from evl_cache.store.reading.sparse_shard import SparseShard
 from evl_cache.store.shards.shard import ShardRecord
 from evl_cache.store.shards.shard_pool import ShardKey, ShardPool
 
+_LOOK_EVERY_S = 0.1
 THREADS = 8  # that fetch; a request waits most of its time
 _PIECE_NBYTES = 8 << 20
 _PIECES_OF_LIMIT = 16  # at least: with fewer, room for one would be made by removing what was just fetched
@@ -121,6 +122,8 @@ class FetchedShards:
             for other in names:
                 if other != name and not self.is_here(other, block, chunks):
                     self._fetching(self._piece(other, block, chunks))
+            while not fetching.done():  # a signal that comes just before a wait is handled at its end only
+                wait((fetching,), timeout=_LOOK_EVERY_S)
             fetching.result()
             # Where others made room at its cost at once, it is held from the moment on when it comes again.
             held = self.find(name, block, chunks) or self._fetch(piece, self._times_ended, hold=True)

@@ -214,9 +214,11 @@ def open_grown(base: Member, place: str, *, trust: bool) -> GrownCache | None:
         path, copy, description = open_place(place, addition)
         classes = description.spec.classes if side == CLIPS else whole.classes
         if classes[: len(whole.classes)] != whole.classes:
-            raise CacheDamaged(f"{path}: its classes are not those of {objects.url}; repair the cache")
+            raise CacheDamaged(
+                f"{objects.url}/{addition.place}: its classes are not those of {objects.url}; repair the cache"
+            )
         larger = grown_spec(base.spec, box, addition, classes=classes)
-        check_addition(description.spec, larger, addition, str(path))
+        check_addition(description.spec, larger, addition, f"{objects.url}/{addition.place}")
         own = read_clips(path, description)
         members.append(
             open_member(

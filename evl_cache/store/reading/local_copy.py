@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evl_cache.errors import CacheDamaged, CacheError, NoCacheHere, Unreachable, WaitEnded
+from evl_cache.errors import CacheDamaged, CacheError, Unreachable, WaitEnded
 from evl_cache.store.disk.file_system import check_no_links
 from evl_cache.store.format.description import (
     CacheDescription,
@@ -42,6 +42,7 @@ from evl_cache.store.format.manifest import (
 from evl_cache.store.format.marks import ShardFiles
 from evl_cache.store.format.size import CacheSize
 from evl_cache.store.objects.objects import open_objects
+from evl_cache.store.reading.attempts import ATTEMPTS, attempts, once_intact
 from evl_cache.store.reading.copy_root import CopyRoot, write_in_copy
 from evl_cache.store.reading.fetch_threads import FetchThreads
 from evl_cache.store.reading.fetched_shards import THREADS, FetchedShards
@@ -125,26 +126,32 @@ class LocalCopy:
         try:
             _, _, named = read_beginning(self._objects, self._spec)
             if (named or self._digest_of(read_manifest_bytes(self._objects, self._spec))) == self._digest:
-                return CacheDamaged(f"{reason}; verify the cache where it lies")
+                return CacheDamaged(f"{reason}; verify {self.url}, and tell who keeps the cache")
         except (Unreachable, WaitEnded):
             raise
-        except (FileNotFoundError, CacheError):
+        except (FileNotFoundError, CacheError):  # none that is intact: another one comes
             pass
         return CacheError(f"{self.url}: changed while it was read ({reason}); run the same command again")
 
     def keep_mark(self, block: int, file_digest: tuple[int, str]) -> None:
         """Have a block's mark here, of this size and sha256. Raises: CacheError."""
-        try:
-            self._keep_whole(mark_name(block), file_digest)
-        except (NoCacheHere, CacheDamaged) as error:
-            raise self._changed(f"{error}") from error
+        self._keep_whole(mark_name(block), file_digest)
+
+    def damaged(self, error: CacheDamaged) -> CacheDamaged:
+        """Return an error of reading; where it is the copy that is damaged, and not the cache, with what to do about that."""
+        if str(self.path) not in str(error):
+            return error
+        found = str(error).rpartition("; ")[0] or str(error)
+        return CacheDamaged(
+            f"{self.url}: its copy on this disk is damaged ({found}); check the disk, remove {self.path}, then run the same "
+            "command again"
+        )
 
     def _open(self) -> Path:
         """Fetch what describes the cache, as far as it is not here."""
-        group = read_group(self._objects)
-        description = parse_description(group, f"{self.url}/{METADATA_NAME}")
+        group, description = once_intact(self._read_group)
         self._spec = spec = description.spec
-        self._digest, written = self._find_manifest()
+        self._digest, written = once_intact(self._find_manifest)
         self.path = path = self._root.claim(self._digest)
         self.shards = FetchedShards(
             self._objects,
@@ -183,6 +190,10 @@ class LocalCopy:
             self._objects.end_waits()
             raise
 
+    def _read_group(self) -> tuple[bytes, CacheDescription]:
+        group = read_group(self._objects)
+        return group, parse_description(group, f"{self.url}/{METADATA_NAME}")
+
     def _find_manifest(self) -> tuple[str, bytes | None]:
         """Return the cache digest and the manifest; None for the manifest where the copy has it.
 
@@ -210,17 +221,17 @@ class LocalCopy:
         with contextlib.suppress(OSError):
             if hashlib.sha256(path.read_bytes()).hexdigest() == sha256:
                 return
-        try:
-            content = self._objects.get(name, most_nbytes=min(size, file_limit(name, self._spec)))
-        except FileNotFoundError as error:
-            raise NoCacheHere(f"{error}, though the manifest names it; push the cache again") from error
-        if hashlib.sha256(content).hexdigest() != sha256:
-            raise CacheDamaged(
-                f"{self.url}/{name}: is not what the manifest says; run the same command again"
-            )
-        check_no_links(self.path, path.parent)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_in_copy(path, content)
+        for _ in attempts():
+            try:
+                content = self._objects.get(name, most_nbytes=min(size, file_limit(name, self._spec)))
+            except FileNotFoundError as error:
+                raise self._changed(f"{error}, though the manifest names it") from error
+            if hashlib.sha256(content).hexdigest() == sha256:
+                check_no_links(self.path, path.parent)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_in_copy(path, content)
+                return
+        raise self._changed(f"{self.url}/{name}: is not what the manifest says, {ATTEMPTS} times")
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalCopy, (self._given,)  # opened anew in the other process

@@ -170,9 +170,11 @@ class SampleReader:
             try:
                 self._read_chunks(name, block, chunks, outs, [name])
                 return
-            except CacheDamaged:
+            except CacheDamaged as error:
                 if attempt + 1 == _NFS_RETRIES:
-                    raise
+                    if self._copy is None:
+                        raise
+                    raise self._copy.damaged(error) from error
                 time.sleep(_NFS_WAIT_S)
 
     def _open_shard(self, key: ShardKey) -> ShardReader:
