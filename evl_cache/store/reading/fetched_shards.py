@@ -145,7 +145,7 @@ class FetchedShards:
         names = tuple(names)
         for block, chunks in wanted:
             for name in names:
-                if not self.is_here(name, block, chunks):
+                if not self._shard(name, block).was_here(chunks) and not self.is_here(name, block, chunks):
                     piece = self._piece(name, block, chunks)
                     if not self._may_fetch_ahead(piece):
                         return
