@@ -217,7 +217,7 @@ FAULTS: dict[str, Fault] = {
     "cut in headers": Fault(act=_cut_in_head, words=_BROKEN),
     "cut in the body": Fault(act=_cut_in_body, words=_BROKEN),
     "flip": Fault(act=_flip, words=_DAMAGE, passes=False),
-    "another range": Fault(act=_other_range, words=rf"range|other bytes than|{_DAMAGE}", passes=False),
+    "another range": Fault(act=_other_range, words=rf"range|other bytes (came )?than|{_DAMAGE}", passes=False),
     "other bytes": Fault(act=_other_bytes, words=_DAMAGE, passes=False),
     "the whole file": Fault(act=_whole_file, words=r"range|whole|other bytes", harmless=True),
     "redirect on this host": Fault(

@@ -178,7 +178,7 @@ def passed_on(upstream: str, request: Request) -> tuple[Answer, bytes]:
         answer = connection.getresponse()
         body = answer.read()
     left_out = ("content-length", "transfer-encoding", "connection")
-    headers = {name: value for name, value in answer.getheaders() if name.lower() not in left_out}
+    headers = {name.title(): value for name, value in answer.getheaders() if name.lower() not in left_out}
     return Answer(status=answer.status, headers=headers, body=body), body
 
 
