@@ -57,8 +57,8 @@ from evl_cache.store.reading.copy_root import CopyRoot
 root = CopyRoot(Path(sys.argv[1]), limit_nbytes=1)
 print("ready", flush=True)
 while True:
-    root._has_looked = False
-    with root._alone():
+    root._unseen_nbytes = 2
+    with root._alone(lambda: None):
         root._taken_beside(1)
     time.sleep(0.002)
 """

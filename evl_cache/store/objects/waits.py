@@ -52,6 +52,11 @@ def end_all_waits() -> None:
     _asked.append(lambda: True)
 
 
+def are_waits_ending() -> bool:
+    """Whether every wait is to end, by `waits_end_when` or `end_all_waits`."""
+    return any(asked() for asked in list(_asked))
+
+
 @functools.cache
 def end_with_interpreter() -> None:
     """Have waits end where the interpreter does, by an error of other work too.
@@ -154,7 +159,7 @@ class Server:
 
     def check_ended(self, ended_before: int, place: str) -> None:
         """Raises: WaitEnded where waits were ended since they had been ended so often."""
-        if self._ended != ended_before or any(asked() for asked in list(_asked)):
+        if self._ended != ended_before or are_waits_ending():
             raise WaitEnded(f"{place}: no longer waited for")
 
     @property

@@ -11,6 +11,7 @@ files, under their exact names, of directories that are named by a cache digest 
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,7 @@ from pathlib import Path
 from evl_cache.canonical_json import canonical_json
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.store.disk.directories import make_directories
-from evl_cache.store.disk.file_system import check_no_links, read_limited
+from evl_cache.store.disk.file_system import check_no_links, disk_error, read_limited
 from evl_cache.store.disk.forks import renew_in_children
 from evl_cache.store.format.description import read_description
 from evl_cache.store.format.index_head import INDEX_NAME
@@ -45,7 +46,11 @@ _DEFAULT_SHARE = 0.5
 # Who reads holds a file for a moment only, and never while it waits for room itself.
 _PATIENCE_S = 5.0
 _PAUSES_S = (0.001, 0.05)  # first, longest
-_LOCK_PATIENCE_S = 10.0  # a process that was stopped (Ctrl-Z) must not stop the others
+# A process that was stopped (Ctrl-Z) must not stop the others: it is waited for once, and then hardly.
+_LOCK_PATIENCE_S, _NEXT_LOCK_PATIENCE_S = 10.0, 0.2
+# In parts of the limit: after so much is written, what lies there is looked at again. The account may be wrong, by older
+# versions that keep none, by a disk without locks, or by a person's hand.
+_LOOKS_OF_LIMIT = 16
 MARKER_NAME = "evl-cache-copy.json"  # only directories that hold it are copies
 _MARKER = re.compile(rb'\{"cache_digest":"([0-9a-f]{64})"\}\n')
 _DIGITS = 32  # of the cache digest, in the copy's name
@@ -87,7 +92,8 @@ class CopyRoot:
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1
-        self._has_looked = False
+        self._unseen_nbytes: float = math.inf  # written since what lies there was looked at
+        self._lock_patience_s = _LOCK_PATIENCE_S
 
     def claim(self, cache_digest: str) -> Path:
         """Return the directory of a cache's copy, which is made and marked, or has been.
@@ -117,16 +123,21 @@ class CopyRoot:
         return path if not path.is_symlink() and _is_copy(path) else None
 
     @contextlib.contextmanager
-    def room(self, nbytes: int) -> Iterator[Callable[[int], None]]:
+    def room(
+        self, nbytes: int, *, check: Callable[[], None] = lambda: None
+    ) -> Iterator[Callable[[int], None]]:
         """Remove files until so many bytes more fit; while this is entered, nobody else writes or removes any.
 
         Files that are held stay. Where no other is left, and none is let go of in time, the bytes are over the limit.
+
+        Args:
+            check: called before each look; what it raises ends the waiting.
 
         Yields: what is to be called with the bytes that were written in fact. Raises: CacheError.
         """
         until, pause = time.monotonic() + _PATIENCE_S, _PAUSES_S[0]
         while True:
-            with self._alone():
+            with self._alone(check):
                 taken, is_all = self._taken_beside(nbytes)
                 if taken + nbytes <= self.limit_nbytes or is_all or time.monotonic() > until:
                     self._note(taken + nbytes)
@@ -139,9 +150,10 @@ class CopyRoot:
     def _taken_beside(self, nbytes: int) -> tuple[int, bool]:
         """Return what copies take when files were removed so that `nbytes` fit, and whether no other could be."""
         noted = self._noted()
-        if noted is not None and self._has_looked and noted + nbytes <= self.limit_nbytes:
+        is_seen = self._unseen_nbytes <= self.limit_nbytes // _LOOKS_OF_LIMIT
+        if noted is not None and is_seen and noted + nbytes <= self.limit_nbytes:
             return noted, True
-        self._has_looked = True
+        self._unseen_nbytes = 0
         files = sorted(self._files())
         taken = sum(size for _, size, _ in files)
         is_all = True
@@ -159,19 +171,29 @@ class CopyRoot:
         return taken, is_all
 
     @contextlib.contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self, check: Callable[[], None]) -> Iterator[None]:
         """Keep other threads and processes from the account, and from files' coming and going."""
         with self._lock:
-            if self._descriptor < 0:
-                self._descriptor = self._open_account()
-            is_locked = _locked(self._descriptor)
+            is_locked = self._lock_account(check)
             try:
                 yield
             finally:
                 if is_locked:
                     fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
+    def _lock_account(self, check: Callable[[], None]) -> bool:
+        """Lock the account, opened where it is not, or is none any more; return whether it is locked."""
+        if self._descriptor >= 0 and not os.fstat(self._descriptor).st_nlink:
+            os.close(self._descriptor)  # removed: others make, and lock, another one
+            self._descriptor = -1
+        if self._descriptor < 0:
+            self._descriptor = self._open_account()
+        is_locked = _locked(self._descriptor, self._lock_patience_s, check)
+        self._lock_patience_s = _LOCK_PATIENCE_S if is_locked else _NEXT_LOCK_PATIENCE_S
+        return is_locked
+
     def _open_account(self) -> int:
+        make_directories(self.path)
         try:
             place = self.path / ACCOUNT_NAME
             return os.open(place, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
@@ -189,6 +211,7 @@ class CopyRoot:
         return int(written) if _ACCOUNT.fullmatch(written) else None
 
     def _note_written(self, before: int, written: int) -> None:
+        self._unseen_nbytes += written
         self._note(before + written)
 
     def _note(self, nbytes: int) -> None:
@@ -229,13 +252,14 @@ def _remove_unless_held(path: Path) -> bool:
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
+def _locked(descriptor: int, patience_s: float, check: Callable[[], None]) -> bool:
     """Lock a file, or go on without after a while, or where the disk has no such locks; return whether it is locked.
 
     Two who write at once can spoil each other's chunks, which is noticed when they are read.
     """
-    until, pause = time.monotonic() + _LOCK_PATIENCE_S, _PAUSES_S[0]
+    until, pause = time.monotonic() + patience_s, _PAUSES_S[0]
     while True:
+        check()
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
@@ -249,10 +273,16 @@ def _locked(descriptor: int) -> bool:
 
 
 def write_in_copy(path: Path, content: bytes) -> None:
-    """Write a small file of a copy, whole or not at all; several processes may do so at once."""
+    """Write a small file of a copy, whole or not at all; several processes may do so at once. Raises: CacheError."""
     temporary = path.with_name(f".tmp-{os.getpid()}-{threading.get_ident()}-{path.name}")
-    temporary.write_bytes(content)
-    temporary.replace(path)
+    try:
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        raise disk_error("write", path, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _is_copy(path: Path) -> bool:

@@ -5,6 +5,8 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 
+from evl_cache.errors import CacheError
+
 
 class FetchThreads:
     """A few threads, started as there is work for them. Those of `concurrent.futures` are waited for at a process's end.
@@ -19,15 +21,26 @@ class FetchThreads:
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[], object]) -> Future[None]:
-        """Have work done; the future is done, or has what it raised, after it."""
+        """Have work done; the future is done, or has what it raised, after it. Where no thread can be had, that is CacheError."""
         future: Future[None] = Future()
         with self._lock:
             self._waiting.append((future, work))
             is_new = self._running < self._most
             self._running += is_new
         if is_new:
-            threading.Thread(target=self._run, name="fetch", daemon=True).start()
+            try:
+                threading.Thread(target=self._run, name="fetch", daemon=True).start()
+            except RuntimeError as error:
+                self._go_on_without(error)
         return future
+
+    def _go_on_without(self, error: RuntimeError) -> None:
+        """Leave the work to other threads; where there are none, nobody will ever do it."""
+        with self._lock:
+            self._running -= 1
+            while self._waiting and not self._running:
+                reason = f"no thread to fetch with ({error}); raise the limit of processes (ulimit -u)"
+                self._waiting.popleft()[0].set_exception(CacheError(reason))
 
     def drop_waiting(self) -> None:
         """Forget the work that was not begun, for which nobody waits any more."""

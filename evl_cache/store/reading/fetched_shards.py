@@ -20,6 +20,7 @@ from evl_cache.store.format.layout import ArrayLayout
 from evl_cache.store.format.marks import ShardFiles
 from evl_cache.store.objects.address import Data
 from evl_cache.store.objects.objects import Objects
+from evl_cache.store.objects.waits import are_waits_ending
 from evl_cache.store.reading.attempts import ATTEMPTS, attempts
 from evl_cache.store.reading.copy_root import CopyRoot
 from evl_cache.store.reading.fetch_threads import FetchThreads
@@ -51,6 +52,7 @@ class FetchedShards:
         layouts: of its arrays.
         num_layers: chunks of a sample.
         root: makes room.
+        lay_down: makes the copy known as one where it is not any more, before something is written into it.
         changed: says why what was promised does not come, given how that was noticed.
 
     Attributes:
@@ -66,10 +68,11 @@ class FetchedShards:
         layouts: Mapping[str, ArrayLayout],
         num_layers: int,
         root: CopyRoot,
+        lay_down: Callable[[], None],
         changed: Callable[[str], CacheError],
     ) -> None:
         self._objects, self._path, self._layouts, self._num_layers = objects, path, layouts, num_layers
-        self._root, self._changed = root, changed
+        self._root, self._lay_down, self._changed = root, lay_down, changed
         self._arrays = {name: f"{path}/{name}" for name in layouts}
         self._files: Mapping[int, ShardFiles] = {}
         self.requests = self.nbytes = self._times_ended = 0
@@ -118,13 +121,15 @@ class FetchedShards:
         """
         held = self.find(name, block, chunks)
         if held is None:
-            piece = self._piece(name, block, chunks)
+            piece, times_ended = self._piece(name, block, chunks), self._times_ended
             fetching = self._fetching(piece)
             for other in names:
                 if other != name and not self.is_here(other, block, chunks):
                     self._fetching(self._piece(other, block, chunks))
             while not fetching.done():  # a signal that comes just before a wait is handled at its end only
                 wait((fetching,), timeout=_LOOK_EVERY_S)
+                if not fetching.done():  # it may wait for a disk, or for who stands still with the account
+                    self._check_ended(piece, times_ended)
             fetching.result()
             # Where others made room at its cost at once, it is held from the moment on when it comes again.
             held = self.find(name, block, chunks) or self._fetch(piece, self._times_ended, hold=True)
@@ -159,10 +164,13 @@ class FetchedShards:
                 shard.drop_damaged(chunks)
             finally:
                 shard.release()
+            # Others may hold the file, and with it what they saw of it: who reads next looks at what has its name.
+            self._open.forget((self._arrays[name], block))
 
     def end_waits(self) -> None:
         """End what waits for the server now; what is asked for later waits again."""
         self._times_ended += 1
+        self._ahead = {}  # of it nothing comes any more; no lock, as a signal's handler may call this
         self._objects.end_waits()
 
     def let_go(self) -> None:
@@ -216,7 +224,9 @@ class FetchedShards:
         if (held := self.find(name, block, there)) is None:
             data = self._data_of(piece, shard, times_ended)
             # Fetched bytes lie in memory until there is room for them.
-            with self._root.room(shard.room_for(first, stop)) as written:
+            check = partial(self._check_ended, piece, times_ended)
+            with self._root.room(shard.room_for(first, stop), check=check) as written:
+                self._lay_down()
                 written(shard.write(first, stop, data, hold=hold))
             return shard if hold else None
         if hold:
@@ -230,10 +240,7 @@ class FetchedShards:
         file_name = self._layouts[name].shard_name(block)
         wrong = None
         for _ in attempts():
-            if self._times_ended != times_ended:
-                raise WaitEnded(
-                    f"{self._objects.url}/{file_name}: was not waited for; run the same command again"
-                )
+            self._check_ended(piece, times_ended)
             self.count(nbytes)
             try:
                 data = self._objects.get_range(file_name, start, nbytes)
@@ -246,13 +253,19 @@ class FetchedShards:
             f"{self._objects.url}/{file_name}: chunk {wrong} arrives damaged, {ATTEMPTS} times"
         )
 
+    def _check_ended(self, piece: Piece, times_ended: int) -> None:
+        """Raises: WaitEnded where waits were ended since they had been ended so often, or are to end."""
+        if self._times_ended != times_ended or are_waits_ending():
+            name = self._layouts[piece[0]].shard_name(piece[1])
+            raise WaitEnded(f"{self._objects.url}/{name}: no longer waited for")
+
     def _may_fetch_ahead(self, piece: Piece) -> bool:
         """Note a piece that is fetched ahead; False where too much is that nobody has read yet, which it would push out."""
         shard, now = self._shard(piece[0], piece[1]), time.monotonic()
         nbytes = shard.room_for(piece[2], piece[3])
         with self._lock:
             for old in [old for old, (asked, _) in self._ahead.items() if asked < now - _AHEAD_S]:
-                del self._ahead[old]
+                self._ahead.pop(old, None)
             self._ahead.pop(piece, None)
             if (
                 nbytes + sum(size for _, size in self._ahead.values())

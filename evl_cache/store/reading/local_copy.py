@@ -159,6 +159,7 @@ class LocalCopy:
             layouts=array_layouts(spec),
             num_layers=len(spec.stored_layers),
             root=self._root,
+            lay_down=self._lay_down,
             changed=self._changed,
         )
         self._index_copy = IndexCopy(self._objects, spec, path, count=partial(self.shards.count, 0))
@@ -172,10 +173,17 @@ class LocalCopy:
             marks = [mark_name(block) for block in range(spec.num_blocks)]
             names |= {name: manifest.files.get(name, (0, "")) for name in marks}
         self._keep_all(names)
+        self._group = group
         write_in_copy(path / METADATA_NAME, group)
         if written is not None:
             write_in_copy(path / MANIFEST_NAME, written)
         return path
+
+    def _lay_down(self) -> None:
+        """Have it known as a copy, whose files are counted, though somebody removed its directory while it is in use."""
+        if not (self.path / METADATA_NAME).exists():
+            self._root.claim(self._digest)
+            write_in_copy(self.path / METADATA_NAME, self._group)
 
     def _keep_all(self, names: Mapping[str, tuple[int, str]]) -> None:
         """Have files here, of these sizes at most and sha256. Where one fails, the others are not waited for."""

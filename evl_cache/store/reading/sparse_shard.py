@@ -90,7 +90,7 @@ class SparseShard:
         with self._lock:
             self._users -= 1
             if self._users == 0:
-                _lock(self._descriptor, fcntl.LOCK_UN)
+                _unlock(self._descriptor)
 
     def close(self) -> None:
         """Close the file unless somebody holds it; then it is closed with the last reference to this."""
@@ -107,7 +107,9 @@ class SparseShard:
         """Lock the open file; whether it is still the one to use. Else it is closed."""
         if self._descriptor < 0:
             return False
-        _lock(self._descriptor, fcntl.LOCK_SH)
+        if not _is_shared(self._descriptor):  # somebody is removing it, who may stand still meanwhile
+            self._let_go()
+            return False
         found = os.fstat(self._descriptor)
         if found.st_nlink and found.st_size == self._size:
             self._seen = time.monotonic()
@@ -285,9 +287,22 @@ class SparseShard:
         return index_content(index)
 
 
-def _lock(descriptor: int, operation: int) -> None:
-    # A disk without such locks: files there are removed, but never emptied under who reads them.
-    try:  # noqa: SIM105 - `suppress` takes as long as the lock, twice for every array of a sample
-        fcntl.flock(descriptor, operation)
+# A disk without such locks: files there are removed, but never emptied under who reads them.
+
+
+def _is_shared(descriptor: int) -> bool:
+    """Lock a file against its removal, at once; return False where another has locked it to remove it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _unlock(descriptor: int) -> None:
+    try:  # noqa: SIM105 - `suppress` takes as long as the lock, for every array of a sample
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
     except OSError:
         pass
