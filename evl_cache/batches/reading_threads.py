@@ -6,6 +6,7 @@ from typing import ParamSpec, Self
 
 import torch
 
+from evl_cache.errors import EvlCacheError
 from evl_cache.processes import usable_cpus
 
 FEWEST_READ_THREADS = 2
@@ -34,8 +35,13 @@ class ReadingThreads:
         self._given: set[Future[None]] = set()  # and not done
 
     def submit(self, read: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> "Future[None]":
-        """Have something read. Returns: what tells when it is."""
-        future = self._pool.submit(read, *args, **kwargs)
+        """Have something read. Returns: what tells when it is. Raises: EvlCacheError where the system gives no thread."""
+        try:
+            future = self._pool.submit(read, *args, **kwargs)
+        except RuntimeError as error:
+            raise EvlCacheError(
+                f"no thread to read with ({error}); use fewer, or raise the limit of processes (ulimit -u)"
+            ) from error
         self._given.add(future)
         future.add_done_callback(self._given.discard)
         return future

@@ -1,5 +1,6 @@
 """Copies of remote caches beside processes that stand still, files that a person removed, and a system without threads."""
 
+import errno
 import fcntl
 import os
 import shutil
@@ -17,8 +18,12 @@ from tests.support.servers import FaultyServer, faulty_server
 
 pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
 
-from evl_cache.errors import CacheError, WaitEnded
+from evl_cache.batches import FeatureLoader
+from evl_cache.errors import CacheError, EvlCacheError, WaitEnded
 from evl_cache.store import FeatureCache, waits_end_when
+from evl_cache.store.copying.grown import copy_to_directory
+from evl_cache.store.objects.objects import open_objects
+from evl_cache.store.objects.workers import Workers
 from evl_cache.store.reading import copy_root
 from evl_cache.store.reading.copy_root import ACCOUNT_NAME, write_in_copy
 from evl_cache.store.reading.fetch_threads import FetchThreads
@@ -201,6 +206,49 @@ def test_without_threads_there_is_an_error_and_no_endless_wait(monkeypatch: pyte
             with pytest.raises(CacheError, match=r"no thread to fetch with .*; raise the limit of processes"):
                 threads.submit(lambda: None).result(timeout=30)
     assert threads.submit(lambda: None).result(timeout=30) is None
+
+
+@pytest.mark.parametrize("of", ["copying", "workers", "reading ahead"])
+def test_without_threads_other_work_ends_with_a_line(
+    cache: Path, tmp_path: Path, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    opened = FeatureCache(cache)
+    loader = FeatureLoader(opened, slice(None), layers=2, batch=4)
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(EvlCacheError, match=r"no thread to .*; use fewer, or raise the limit of processes"):
+        if of == "copying":
+            copy_to_directory(cache, tmp_path / "copy")
+        elif of == "workers":
+            with Workers(2, open_objects(cache)) as workers:
+                next(workers.each(str, [1]))
+        else:
+            next(loader.epoch())
+    assert not list(tmp_path.rglob("*.lock"))  # which would not beat
+
+
+def test_too_many_open_files_are_told_with_their_own_remedy(
+    server: FaultyServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, opens = FeatureCache(f"{server.url}/a"), os.open
+
+    def none_left(path: object, *words: int, **others: int) -> int:
+        if Path(str(path)).name.startswith("c."):
+            raise OSError(errno.EMFILE, "Too many open files")
+        return opens(path, *words, **others)  # type: ignore[call-overload, no-any-return]
+
+    monkeypatch.setattr(os, "open", none_left)
+    with pytest.raises(CacheError, match=r"Too many open files; raise the limit of open files .*ulimit -n"):
+        remote.read([0])
+
+
+def test_an_account_that_is_no_file_is_told_in_a_line(server: FaultyServer, home: Path) -> None:
+    remote = FeatureCache(f"{server.url}/a")
+    os.mkfifo(home / ACCOUNT_NAME)
+    with pytest.raises(CacheError, match=rf"cannot write .*{ACCOUNT_NAME}: Illegal seek; free space, or set"):
+        remote.read([0])
 
 
 def test_a_small_file_that_does_not_fit_leaves_nothing_and_is_told_in_a_line(

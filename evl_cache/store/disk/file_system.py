@@ -317,6 +317,8 @@ _REMEDIES = {
     errno.EROFS: "the file system is read-only: use another disk",
     errno.ESTALE: "another machine replaced it meanwhile: run the same command again",
     errno.ENOENT: "something removed it meanwhile: run the same command again",
+    errno.EMFILE: "raise the limit of open files of a process (ulimit -n)",
+    errno.ENFILE: "the system has too many files open: end other processes, then run the same command again",
 }
 
 

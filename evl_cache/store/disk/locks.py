@@ -254,9 +254,15 @@ class LockWatcher:
             raise disk_error("lock", path, error) from error
         if descriptor is None:
             return None
-        return BlockLock(
-            path, descriptor, token, beat_s=self.beat_s, runtime=self._runtime, took_over=took_over
-        )
+        try:
+            return BlockLock(
+                path, descriptor, token, beat_s=self.beat_s, runtime=self._runtime, took_over=took_over
+            )
+        except CacheError:  # it does not beat: others would wait for it as long as this process lives
+            os.close(descriptor)
+            with contextlib.suppress(OSError):
+                path.unlink()
+            raise
 
     def _is_abandoned(self, path: Path, content: bytes) -> bool:
         now, before = self._runtime.now_s(), self._seen.get(path.name)

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 
+from evl_cache.errors import CacheError
+
 
 class Runtime:
     """The real clock and the real threads."""
@@ -18,7 +20,10 @@ class Runtime:
         time.sleep(seconds)
 
     def repeat(self, action: Callable[[], None], *, every_s: float, name: str) -> Callable[[], None]:
-        """Do something again and again, in a thread of its own, and return what stops it and waits for its end."""
+        """Do something again and again, in a thread of its own, and return what stops it and waits for its end.
+
+        Raises: CacheError where the system gives no thread.
+        """
         stopped = threading.Event()
 
         def loop() -> None:
@@ -26,7 +31,12 @@ class Runtime:
                 action()
 
         thread = threading.Thread(target=loop, name=name, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError as error:
+            raise CacheError(
+                f"no thread to work with ({error}); use fewer, or raise the limit of processes (ulimit -u)"
+            ) from error
 
         def stop() -> None:
             stopped.set()

@@ -8,6 +8,7 @@ from itertools import islice
 from types import TracebackType
 from typing import Any, TypeVar
 
+from evl_cache.errors import CacheError
 from evl_cache.store.objects.objects import Objects
 
 Item = TypeVar("Item")
@@ -46,12 +47,18 @@ class Workers:
     def each(self, work: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """Yield what `work` returns of each thing, in their order.
 
-        Raises: what `work` raises of any thing, as soon as it does: of several errors the first in time.
+        Raises: what `work` raises of any thing, as soon as it does: of several errors the first in time; CacheError where
+            the system gives no thread.
         """
         waiting, begun = iter(items), deque[Future[Result]]()
 
         def begin(count: int) -> None:
-            begun.extend(self._pool.submit(self._do, work, item) for item in islice(waiting, count))
+            try:
+                begun.extend(self._pool.submit(self._do, work, item) for item in islice(waiting, count))
+            except RuntimeError as error:
+                raise CacheError(
+                    f"no thread to work with ({error}); use fewer, or raise the limit of processes (ulimit -u)"
+                ) from error
 
         begin(self.in_hand)
         while begun:
@@ -89,7 +96,11 @@ class Workers:
         self._stop.set()
         ended = threading.Event()
         if kind is not None and self._servers:
-            threading.Thread(target=self._end_waits, args=(ended,), daemon=True).start()
+            try:
+                threading.Thread(target=self._end_waits, args=(ended,), daemon=True).start()
+            except RuntimeError:  # no thread: what waits now ends all the same
+                for server in self._servers:
+                    server.end_waits()
         try:
             self._pool.shutdown(wait=True, cancel_futures=True)
         finally:

@@ -207,7 +207,10 @@ class CopyRoot:
         )
 
     def _noted(self) -> int | None:
-        written = os.pread(self._descriptor, _ACCOUNT_DIGITS + 1, 0)
+        try:
+            written = os.pread(self._descriptor, _ACCOUNT_DIGITS + 1, 0)
+        except OSError as error:
+            raise self._no_account(error) from error
         return int(written) if _ACCOUNT.fullmatch(written) else None
 
     def _note_written(self, before: int, written: int) -> None:

@@ -11,6 +11,7 @@ them under an exclusive lock: the disk has their blocks back at once, whoever el
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import secrets
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from evl_cache.errors import CacheDamaged, CacheError
-from evl_cache.store.disk.file_system import check_no_links, link_error
+from evl_cache.store.disk.file_system import check_no_links, disk_error, link_error
 from evl_cache.store.objects.address import Data
 from evl_cache.store.shards.codec import CRC_NBYTES, ChunkCodec, byte_view
 from evl_cache.store.shards.shard import ShardReader, ShardRecord
@@ -126,9 +127,14 @@ class SparseShard:
         except OSError as error:
             if self.path.is_symlink():
                 raise link_error(self.path) from error
-            raise CacheError(f"cannot write {self.path}: {error.strerror}; {_REMEDY}") from error
+            raise self._refused(error) from error
         self._known = bytearray(len(self.nbytes))
         return self._is_kept()
+
+    def _refused(self, error: OSError) -> CacheError:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return disk_error("open", self.path, error)
+        return CacheError(f"cannot write {self.path}: {error.strerror}; {_REMEDY}")
 
     def _let_go(self) -> None:
         descriptor, self._descriptor, self.reader = self._descriptor, -1, None
@@ -230,7 +236,7 @@ class SparseShard:
                 self.release()
             if not isinstance(error, OSError):
                 raise
-            raise CacheError(f"cannot write {self.path}: {error.strerror}; {_REMEDY}") from error
+            raise self._refused(error) from error
         if not hold:
             self.release()
         return taken
