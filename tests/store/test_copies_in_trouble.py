@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from evl_cache.store.copying.grown import copy_to_directory
 from evl_cache.store.objects.objects import open_objects
 from evl_cache.store.objects.workers import Workers
 from evl_cache.store.reading import copy_root
-from evl_cache.store.reading.copy_root import ACCOUNT_NAME, write_in_copy
+from evl_cache.store.reading.copy_root import ACCOUNT_NAME, CopyRoot, write_in_copy
 from evl_cache.store.reading.fetch_threads import FetchThreads
 
 SAMPLES, LIMIT = 24, 3_000_000
@@ -99,6 +100,26 @@ def test_a_process_that_stands_still_with_the_account_is_waited_for_once(
     check_sample(remote, cache, 12)
     check_sample(remote, cache, 16)
     assert waits[-1] == 1.0  # it goes on by now
+
+
+def test_a_process_that_stands_still_with_a_file_is_waited_for_once(
+    server: FaultyServer, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = FeatureCache(f"{server.url}/a")
+    assert remote.copy is not None
+    held, root, now, waits = remote.copy.shards.hold("maps", 0, range(3)), CopyRoot(limit_nbytes=1), [0.0], []
+
+    def sleep(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr(copy_root, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=sleep))
+    for number in range(4):
+        if number == 3:
+            held.release()
+        before = now[0]
+        with root.room(1):
+            waits.append(now[0] - before)
+    assert waits[0] > copy_root._PATIENCE_S > 10 * max(waits[1:]) and not waits[3] and not held.path.exists()
 
 
 @pytest.mark.parametrize("end", ["end_waits", "asked"])

@@ -47,7 +47,7 @@ _DEFAULT_SHARE = 0.5
 _PATIENCE_S = 5.0
 _PAUSES_S = (0.001, 0.05)  # first, longest
 # A process that was stopped (Ctrl-Z) must not stop the others: it is waited for once, and then hardly.
-_LOCK_PATIENCE_S, _NEXT_LOCK_PATIENCE_S = 10.0, 0.2
+_LOCK_PATIENCE_S, _NEXT_PATIENCE_S = 10.0, 0.2
 # In parts of the limit: after so much is written, what lies there is looked at again. The account may be wrong, by older
 # versions that keep none, by a disk without locks, or by a person's hand.
 _LOOKS_OF_LIMIT = 16
@@ -93,7 +93,7 @@ class CopyRoot:
             os.close(self._descriptor)
         self._descriptor = -1
         self._unseen_nbytes: float = math.inf  # written since what lies there was looked at
-        self._lock_patience_s = _LOCK_PATIENCE_S
+        self._lock_patience_s, self._waited_in_vain = _LOCK_PATIENCE_S, False
 
     def claim(self, cache_digest: str) -> Path:
         """Return the directory of a cache's copy, which is made and marked, or has been.
@@ -135,11 +135,14 @@ class CopyRoot:
 
         Yields: what is to be called with the bytes that were written in fact. Raises: CacheError.
         """
-        until, pause = time.monotonic() + _PATIENCE_S, _PAUSES_S[0]
+        patience_s = _NEXT_PATIENCE_S if self._waited_in_vain else _PATIENCE_S
+        until, pause = time.monotonic() + patience_s, _PAUSES_S[0]
         while True:
             with self._alone(check):
                 taken, is_all = self._taken_beside(nbytes)
-                if taken + nbytes <= self.limit_nbytes or is_all or time.monotonic() > until:
+                has_room = taken + nbytes <= self.limit_nbytes or is_all
+                if has_room or time.monotonic() > until:
+                    self._waited_in_vain = not has_room
                     self._note(taken + nbytes)
                     yield partial(self._note_written, taken)
                     return
@@ -189,7 +192,7 @@ class CopyRoot:
         if self._descriptor < 0:
             self._descriptor = self._open_account()
         is_locked = _locked(self._descriptor, self._lock_patience_s, check)
-        self._lock_patience_s = _LOCK_PATIENCE_S if is_locked else _NEXT_LOCK_PATIENCE_S
+        self._lock_patience_s = _LOCK_PATIENCE_S if is_locked else _NEXT_PATIENCE_S
         return is_locked
 
     def _open_account(self) -> int:
