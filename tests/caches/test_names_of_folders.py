@@ -36,7 +36,9 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str]:
     with pytest.raises(SystemExit) as ended:
         main(list(words))
-    return ended.value.code, capsys.readouterr().out
+    told = capsys.readouterr()
+    print(told.err)
+    return ended.value.code, told.out
 
 
 def test_folders_of_a_server_may_have_any_name(
@@ -44,7 +46,7 @@ def test_folders_of_a_server_may_have_any_name(
 ) -> None:
     found = [seen for seen in find_caches(web.url) if isinstance(seen, FoundCache)]
     assert sorted(cache.address for cache in found) == sorted(f"{web.url}/{quote(name)}" for name in NAMES)
-    assert len({FeatureCache(cache.address).spec.cache_id for cache in found}) == 1
+    assert len({FeatureCache(cache.address).spec.content_id for cache in found}) == 1
     assert len(json.loads(run(capsys, "ls", web.url, "--json")[1])["caches"]) == len(NAMES)
     monkeypatch.setenv("EVL_CACHE_ROOT", str(tmp_path / "mine"))
     assert run(capsys, "pull", f"{web.url}/{quote('a%20b')}")[0] == 0
@@ -71,6 +73,7 @@ def test_a_place_that_is_named_twice_is_looked_at_once(
     root = tmp_path / "caches"
     write_cache(root / "a", layers=(2, 3))
     write_cache(root / "v", layers=(2, 3), split="val", prefix="v")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(root)
     monkeypatch.setenv("EVL_CACHE_ROOT", f"{root}:{root}/:{tmp_path / 'link'}")
     found = json.loads(run(capsys, "ls", "--json")[1])["caches"]
@@ -84,8 +87,6 @@ def test_a_place_that_is_named_twice_is_looked_at_once(
         "4",
         "--device",
         "cpu",
-        "--run",
-        str(tmp_path / "r"),
     )
     assert run(capsys, "train", "--dataset", "test", *words)[0] == 0
     url = f"{web.url}/{quote('a b')}"

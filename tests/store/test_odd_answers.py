@@ -58,13 +58,14 @@ BOTH = pytest.mark.parametrize("kind", ["http", "s3"])
     [
         (CUT, "broke off"),
         (answer(206, "Content-Range: bytes 0-4/10", body=b"hello"), "206 Partial|part of the file came"),
+        (answer(206, body=b"hello"), "206 Partial|part of the file came"),
         (answer(416, body=b"error"), "416"),
         (answer(200, f"Content-Length: {DIGITS}", body=b"hello", sized=False), "digits"),
         (answer(307, "Location: http://127.0.0.1:1/"), "sends requests on to|nothing listens there"),
         (answer(503, f"Retry-After: {DIGITS}"), "asked again in 31622400 s"),
         (b"what is this?\r\n\r\n Connection: close", "does not speak HTTP"),
     ],
-    ids=["cut", "part", "416", "digits", "elsewhere", "retry", "no-http"],
+    ids=["cut", "part", "unnamed-part", "416", "digits", "elsewhere", "retry", "no-http"],
 )
 # boto3 leaves the connection to the garbage collector where it cannot read an answer.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

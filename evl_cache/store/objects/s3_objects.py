@@ -73,7 +73,7 @@ class S3Objects:
 
         def read(attempt: Attempt) -> bytes:
             with self._object(name) as found:
-                if "ContentRange" in found:
+                if found["ResponseMetadata"]["HTTPStatusCode"] != 200:
                     raise Trouble.broken("a part of the file came for the whole")
                 size, content = found.get("ContentLength"), None
                 if size is None or size <= most_nbytes:
