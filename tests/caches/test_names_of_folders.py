@@ -36,9 +36,7 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str]:
     with pytest.raises(SystemExit) as ended:
         main(list(words))
-    told = capsys.readouterr()
-    print(told.err)
-    return ended.value.code, told.out
+    return ended.value.code, capsys.readouterr().out
 
 
 def test_folders_of_a_server_may_have_any_name(
