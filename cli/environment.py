@@ -29,6 +29,7 @@ OTHERS: Mapping[str, str] = MappingProxyType(
         "EVL_CACHE_SIMULATIONS": "tests",
         "EVL_CACHE_SIMULATION_FIRST": "tests",
         "EVL_CACHE_DISK_SCHEDULE": "tests",
+        "EVL_CACHE_SERVER_SCHEDULE": "tests",
         "EVL_CACHE_CONCURRENT_S": "tests",
         "EVL_CACHE_FULL_SIZE": "tests",
     }

@@ -15,6 +15,7 @@ from evl_cache import __version__
 from evl_cache.errors import EvlCacheError, UsageError, WeightsError, WeightsUnavailable
 from evl_cache.notation import without_logins
 
+from . import lost_signals
 from .common import printable
 
 # section -> name -> (module, one line of help); the module's `command` is loaded only when it is called
@@ -99,6 +100,7 @@ def main(args: list[str] | None = None) -> None:
     """The console script: a user's mistake is one line and an exit status, never a traceback."""
     if threading.current_thread() is threading.main_thread():  # no other may say what a signal does
         signal.signal(signal.SIGTERM, _terminate)
+        lost_signals.come_again()
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # neither ignored nor another's
             signal.signal(signal.SIGINT, _interrupt)
     # Before torch is loaded: threads that spin while others (decoders, encoders, another job) hold the core made

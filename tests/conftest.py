@@ -84,6 +84,36 @@ def _real_decoders(request: pytest.FixtureRequest, _warm_decoders: None) -> Iter
         yield
 
 
+# What each test printed and logged.
+SHOWN = pytest.StashKey[list[str]]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    item.stash[SHOWN] = [text for _, text in report.sections]  # type: ignore[attr-defined]
+    return report
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _shown_is_kept() -> Iterator[None]:
+    from tests.support.recorded import keep_shown
+
+    with pytest.MonkeyPatch.context() as patch:
+        keep_shown(patch)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _credentials_go_nowhere_else(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No server of the test was sent a credential that is another's, and no file, output or log holds one."""
+    from tests.support.recorded import problems
+
+    yield
+    found = problems(request.node.funcargs.get("tmp_path"), request.node.stash.get(SHOWN, []))
+    assert not found, "\n".join(found)
+
+
 @pytest.fixture
 def one_thread() -> None:
     """On tensors as small as those of most tests a second thread only waits."""

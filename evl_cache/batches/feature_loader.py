@@ -6,7 +6,7 @@ device that uses them.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 
 import numpy as np
@@ -16,6 +16,7 @@ from evl_cache.batches.batch import Batch, Hold, LoaderTimes, held
 from evl_cache.batches.batch_memory import DEVICE_SLOTS, BatchMemory, DeviceSlot, HostSlot
 from evl_cache.batches.device_feed import DeviceFeed
 from evl_cache.batches.epoch_order import BatchPart, EpochOrder
+from evl_cache.batches.reading_threads import ReadingThreads
 from evl_cache.batches.resident import ResidentSamples
 from evl_cache.batches.ring import PartInRing, Ring
 from evl_cache.errors import UsageError
@@ -106,6 +107,11 @@ class FeatureLoader:
         return len(self.order)
 
     @property
+    def waits_for_server(self) -> bool:
+        """Whether batches may have to be waited for until a server answers."""
+        return self.cache.copy is not None
+
+    @property
     def sample_nbytes(self) -> int:
         """The bytes that are read of a sample, decompressed."""
         return self.cache.buffers(slots=1, reads=self.reads).nbytes
@@ -114,7 +120,8 @@ class FeatureLoader:
         """Yield this process's part of every batch, from batch `start_batch` on (to resume in mid-epoch).
 
         Batches lie in memory that is used again: to touch one that was overwritten raises BatchOverwritten, and
-        `batch.clone()` keeps one.
+        `batch.clone()` keeps one. Who leaves an epoch before its end, by an error or `close`, has what waits for the server
+        of `cache` raise WaitEnded, where reading threads are not done half a second later.
         """
         if min(-1 if n is None else n for n in map(whole_number, (number, start_batch))) < 0:
             raise UsageError(f"epoch {number!r} from batch {start_batch!r}; expected whole numbers from 0")
@@ -124,16 +131,13 @@ class FeatureLoader:
         # Taken away while in use: a second iterator makes its own.
         host, device = self._take(left)
         try:
-            with ThreadPoolExecutor(self._threads, thread_name_prefix="read") as pool:
-                ring = Ring(parts, host, partial(self._start, pool), self.times)
-                try:
-                    if self.memory.streams is None:
-                        yield from self._from_ring(ring)
-                    else:
-                        feed = DeviceFeed(ring, device, self.memory.streams, self._copies)
-                        yield from feed.batches(self._on_device_batch)
-                finally:
-                    ring.stop()
+            with ReadingThreads(self._threads, end_waits=self.cache.end_waits) as threads:
+                ring = Ring(parts, host, partial(self._start, threads), self.times)
+                if self.memory.streams is None:
+                    yield from self._from_ring(ring)
+                else:
+                    feed = DeviceFeed(ring, device, self.memory.streams, self._copies)
+                    yield from feed.batches(self._on_device_batch)
         finally:
             self.memory.give_back(host, device)
 
@@ -197,7 +201,7 @@ class FeatureLoader:
         )
 
     def _start(
-        self, pool: ThreadPoolExecutor, part: BatchPart, slot: HostSlot
+        self, threads: ReadingThreads, part: BatchPart, slot: HostSlot
     ) -> tuple[PartInRing, list["Future[None]"]]:
         rows, is_kept = part.rows, None
         if self._on_device is not None:
@@ -208,7 +212,7 @@ class FeatureLoader:
         away = rows if self._in_ram is None else rows[~self._in_ram.holds(rows)]
         self.cache.prefetch(slot.buffers, away.tolist(), self.reads.layers)
         futures = [
-            pool.submit(self._read, pairs[thread :: self._threads], slot.buffers)
+            threads.submit(self._read, pairs[thread :: self._threads], slot.buffers)
             for thread in range(min(self._threads, len(pairs)))
         ]
         return PartInRing(part=part, slot=slot, is_kept=is_kept), futures

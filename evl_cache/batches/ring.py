@@ -74,12 +74,6 @@ class Ring:
         self._free.append(slot)
         self._fill()
 
-    def stop(self) -> None:
-        """Give up what no thread has begun to read."""
-        for _, futures in self._filling:
-            for future in futures:
-                future.cancel()
-
     def _fill(self) -> None:
         while self._free and (part := next(self._parts, None)) is not None:
             slot = self._free.popleft()

@@ -56,6 +56,10 @@ class Loader(Protocol):
         """What the samples are rows of."""
 
     @property
+    def waits_for_server(self) -> bool:
+        """Whether batches may have to be waited for until a server answers; one that is silent may keep some for minutes."""
+
+    @property
     def sample_nbytes(self) -> int:
         """The bytes of a sample as it is stored, decompressed; 0 if none is stored."""
 

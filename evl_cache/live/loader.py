@@ -91,6 +91,11 @@ class OnlineLoader:
         return len(self.order)
 
     @property
+    def waits_for_server(self) -> bool:
+        """False: videos are files."""
+        return False
+
+    @property
     def sample_nbytes(self) -> int:
         """Zero, as nothing is stored."""
         return 0

@@ -1,5 +1,6 @@
 """A run that is asked to stop finishes its step and keeps its state first."""
 
+import os
 import signal
 import threading
 from types import FrameType
@@ -23,6 +24,8 @@ class Interrupted(KeyboardInterrupt):
 class StopRequests:
     """Notes SIGINT and SIGTERM while it is entered in the main thread; a second one acts as it did before.
 
+    In a process that was forked meanwhile, the first one does.
+
     Attributes:
         signal_number: of the signal that was noted; 0 for none.
     """
@@ -30,6 +33,7 @@ class StopRequests:
     def __init__(self) -> None:
         self.signal_number = 0
         self._before: dict[signal.Signals, Any] = {}
+        self._pid = os.getpid()
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -42,7 +46,7 @@ class StopRequests:
         self._before = {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_number:
+        if self.signal_number or os.getpid() != self._pid:  # a forked child has nothing of the run to keep
             self.__exit__()
             signal.raise_signal(number)
         self.signal_number = number

@@ -47,6 +47,7 @@ from evl_cache.runs.scoring import (
     head_logits,
     score,
     scores_of,
+    view_sums,
 )
 from evl_cache.runs.tables import write_report
 from evl_cache.runs.whole_files import read_json, read_json_lines, whole_file, write_json, write_text
@@ -105,6 +106,7 @@ __all__ = [
     "scored_key",
     "scores_of",
     "spread_text",
+    "view_sums",
     "whole_file",
     "wilson_interval",
     "write_json",

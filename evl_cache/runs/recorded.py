@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from evl_cache.errors import CacheError, UsageError
+from evl_cache.errors import CacheError, UsageError, WaitEnded
 from evl_cache.notation import parse_rows
 from evl_cache.runs.comparable import ALL_CLIPS, is_online
 from evl_cache.runs.directory import RunConfig
@@ -31,6 +31,8 @@ def recorded_cache(
         raise CacheError(f"{which} {place} is not there; give {option}")
     try:
         return FeatureCache(place, trust=trust)
+    except WaitEnded:
+        raise
     except CacheError as error:  # a run does not keep a URL's password
         raise CacheError(f"{which} cannot be opened ({error}); give {option}") from error
 

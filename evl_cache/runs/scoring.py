@@ -195,19 +195,28 @@ def score(
     *,
     device: torch.device,
     precision: str = "float32",
+    on_batch: Callable[[int], None] = lambda samples: None,
+) -> Scores:
+    """Run a head over the loader's samples. Arguments as `view_sums`, errors as `scores_of`."""
+    mine = view_sums(head, loader, device=device, precision=precision, on_batch=on_batch)
+    return scores_of([mine], loader)
+
+
+def view_sums(
+    head: nn.Module,
+    loader: Loader,
+    *,
+    device: torch.device,
+    precision: str,
     parts: Callable[[Batch], Sequence[slice]] = lambda batch: [slice(0, len(batch.labels))],
     on_batch: Callable[[int], None] = lambda samples: None,
-    gather: Callable[[ViewSums], list[ViewSums]] = lambda sums: [sums],
-) -> Scores:
-    """Run a head over the loader's samples. The head's mode is restored.
+) -> ViewSums:
+    """Run a head over this process's part of the loader's samples. The head's mode is restored.
 
     Args:
         precision: to compute in, one that the device can.
         parts: splits a batch into the samples of each forward pass, which are on the device one after another.
         on_batch: called with the samples of each batch.
-        gather: collects what every process found, where several share the samples.
-
-    Raises: as `scores_of`.
     """
     mine = ViewSums()
     for batch in loader.epoch():
@@ -224,7 +233,7 @@ def score(
                 part=part,
             )
         on_batch(len(batch.labels))
-    return scores_of(gather(mine), loader)
+    return mine
 
 
 def scores_of(parts: Sequence[ViewSums], loader: Loader) -> Scores:

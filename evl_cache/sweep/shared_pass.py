@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from evl_cache.batches import Batch, Loader
-from evl_cache.errors import NotFinite
+from evl_cache.errors import NotFinite, WaitEnded
 from evl_cache.heads import EVLHead, Workspace
 from evl_cache.precision import PRECISIONS, tf32_as
 from evl_cache.processes import Interrupted, ProcessPlace, StopRequests, training_environment
 from evl_cache.runs import RunFile, RunWriter, Scores, ViewSums, load_state, scores_of
-from evl_cache.store import Reads
+from evl_cache.store import Reads, waits_end_when
 from evl_cache.sweep.grid import SweepRun
 from evl_cache.sweep.shared_batch import SharedBatch
 from evl_cache.train import Trainer, prepare_run, run_config, told_of_training
@@ -103,15 +103,23 @@ class SweepPass:
 
         Raises: Interrupted where a signal asks to stop, after every state was kept.
         """
-        with contextlib.ExitStack() as logs:
+        with contextlib.ExitStack() as kept:
+            kept.enter_context(waits_end_when(lambda: bool(self._stop.signal_number)))
             for member in self._training():  # of others the log stays as it is
-                logs.enter_context(member.trainer.begin())
-            while waiting := [m for m in self._training() if not m.trainer.is_done]:
-                self._epoch(min(m.trainer.epoch for m in waiting), on_step)
-            self._validate([m for m in self._training() if m.scores is None])
-            for member in self._training():
-                assert member.scores is not None
-                member.trainer.finish(member.scores)
+                kept.enter_context(member.trainer.begin())
+            try:
+                self._train(on_step)
+            except WaitEnded:
+                self._interrupt_if_asked()
+                raise
+
+    def _train(self, on_step: OnPassStep) -> None:
+        while waiting := [m for m in self._training() if not m.trainer.is_done]:
+            self._epoch(min(m.trainer.epoch for m in waiting), on_step)
+        self._validate([m for m in self._training() if m.scores is None])
+        for member in self._training():
+            assert member.scores is not None
+            member.trainer.finish(member.scores)
 
     def _training(self) -> list[Member]:
         return [m for m in self.members if m.error is None]

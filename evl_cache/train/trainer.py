@@ -3,40 +3,29 @@
 A step is the same in both: batch k of an epoch holds the same samples, and its loss is divided by their number.
 """
 
-import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from evl_cache.batches import Batch, Loader
-from evl_cache.errors import EvlCacheError
+from evl_cache.errors import EvlCacheError, WaitEnded
 from evl_cache.heads import Head
 from evl_cache.processes import Interrupted, Processes, StopRequests
-from evl_cache.runs import (
-    HeadInputs,
-    RunConfig,
-    RunFile,
-    RunLog,
-    RunWriter,
-    Scores,
-    not_finite,
-    save_head,
-    save_state,
-    score,
-    write_json,
-    write_report,
-)
+from evl_cache.runs import HeadInputs, RunConfig, RunLog, RunWriter, Scores, not_finite, scores_of, view_sums
+from evl_cache.store import waits_end_when
 from evl_cache.train.optimisation import Optimisation
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.passes import Passes
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, RunState, TrainResult
+from evl_cache.train.run_output import RunOutput
 from evl_cache.train.step_graph import step_graph
 from evl_cache.train.step_loss import Diverged, LossReader, StepLoss, told_of_training
+from evl_cache.train.stopping import Stopping
 
 
 class Trainer:
@@ -89,12 +78,15 @@ class Trainer:
         self._graph = (
             step_graph(self._passes, self.head, options, self.processes, on_note) if records_steps else None
         )
-        self._state, self._stop, self._writer = RunState(), stop or StopRequests(), writer
+        self._state, self._stop = RunState(), stop or StopRequests()
         self._began: float | None = None
         self._seconds_before = 0.0
         self._losses = LossReader(self.processes, self._stop, self.device)
+        may_wait = train_loader.waits_for_server or val_loader.waits_for_server
+        self._stopping = Stopping(self.processes, self._stop, waits_for_server=may_wait)
         self._on_loss: Callable[[StepLoss], None] = lambda loss: None
-        self._log = RunLog(out if self.processes.place.is_first else None, tensorboard=options.tensorboard)
+        is_first = self.processes.place.is_first
+        self._output = RunOutput(out, is_written=is_first, writer=writer, tensorboard=options.tensorboard)
 
     @property
     def result_head(self) -> Head:
@@ -140,18 +132,23 @@ class Trainer:
             NaN or infinite; EvlCacheError where another process is lost.
         """
         scores = None
-        with self._stop, self.begin():
-            while not self.is_done:
-                bottleneck = self._train_epoch(on_step, on_bottleneck)
-                scores = self.validate()
-                self.end_epoch(scores, bottleneck)
-            return self.finish(scores or self.validate())
+        with self._stop, waits_end_when(self._stopping.ends_waits), self.begin():
+            try:
+                while not self.is_done:
+                    bottleneck = self._train_epoch(on_step, on_bottleneck)
+                    scores = self.validate()
+                    self.end_epoch(scores, bottleneck)
+                return self.finish(scores or self.validate())
+            except WaitEnded:
+                if self._stopping.is_asked:
+                    self._interrupt()
+                raise
 
     def begin(self) -> AbstractContextManager[RunLog]:
         """Open the logs, without the lines of what a continued run does again. Returns: what closes them."""
         self._began = time.monotonic()
-        self._log.keep(steps=self._state.step, epochs=self._state.epoch)
-        return self._log
+        self._output.log.keep(steps=self._state.step, epochs=self._state.epoch)
+        return self._output.log
 
     def validate(self) -> Scores:
         """Score the validation clips. Raises: as `settle` and `told_of_training`."""
@@ -160,18 +157,20 @@ class Trainer:
         def on_batch(samples: int) -> None:
             # With several processes they would disagree: those stop at their next step.
             if self._stop.signal_number and self.processes.place.world == 1:
-                self._interrupt(self._stop.signal_number)
+                self._interrupt()
 
-        with told_of_training(self._state.step):
-            return score(
+        when = "in validation"
+        with self._stopping.waiting(when):
+            mine = view_sums(
                 self.result_head,
                 self.val_loader,
                 device=self.device,
                 precision=self.options.precision,
                 parts=self.parts,
                 on_batch=on_batch,
-                gather=lambda sums: self.processes.gather(sums, "in validation"),
             )
+        with told_of_training(self._state.step):
+            return scores_of(self.processes.gather(mine, when), self.val_loader)
 
     def _train_epoch(self, on_step: OnStep, on_bottleneck: OnBottleneck) -> str:
         """Train the rest of the epoch, or of the run. Returns: what it waited for."""
@@ -186,7 +185,7 @@ class Trainer:
 
         # It must not name the trainer: each would hold the other, and samples that are kept would stay after the run.
         self._on_loss = on_loss
-        for batch in loader.epoch(state.epoch, start_batch=state.batches):
+        for batch in self._stopping.together(loader.epoch(state.epoch, start_batch=state.batches)):
             state.epoch_seconds += time.monotonic() - before  # a step counts its own; to save is no training
             self.step(batch)
             self._interrupt_if_asked()
@@ -258,7 +257,7 @@ class Trainer:
     def _note(self, loss: StepLoss | None) -> None:
         if loss is not None:
             self._state.epoch_loss_sum += loss.value * loss.samples
-            self._log.step(loss.step, {"loss": loss.value, "lr": self._optimisation.lr(loss.step - 1)})
+            self._output.log.step(loss.step, {"loss": loss.value, "lr": self._optimisation.lr(loss.step - 1)})
             self._on_loss(loss)
 
     def end_epoch(self, scores: Scores, bottleneck: str) -> None:
@@ -273,13 +272,10 @@ class Trainer:
         self._check_state()
         state = self._state
         lr = self._optimisation.lr(state.step - 1)
-        self._check_writer()
-        self._log.epoch(state.step, {**state.epoch_row(scores), "lr": lr, "bottleneck": bottleneck})
+        self._output.check()
+        self._output.log.epoch(state.step, {**state.epoch_row(scores), "lr": lr, "bottleneck": bottleneck})
         is_best = state.end_epoch(scores.top(1))
-        if self.processes.place.is_first:
-            save_head(self.out, self.result_head)
-            if is_best:
-                save_head(self.out, self.result_head, best=True)
+        self._output.write_head(self.result_head, is_best=is_best)
         self.save()
 
     def state(self) -> dict[str, Any]:
@@ -301,10 +297,7 @@ class Trainer:
         Raises: as `settle`; Diverged where something else of the state is NaN or infinite, such as AdamW's moments.
         """
         self._check_state()
-        if self.processes.place.is_first:
-            self._check_writer()
-            self._log.flush()
-            save_state(self.out, self.state())
+        self._output.write_state(self.state())
 
     def _check_state(self) -> None:
         """Look at all that a state holds, before it or anything of it is written. Raises: as `save`."""
@@ -314,22 +307,17 @@ class Trainer:
         if self._optimisation.overflows:
             raise Diverged(f"float16 gradients overflow at any scale, up to step {self._state.step}")
 
-    def _check_writer(self) -> None:
-        if self._writer is not None:
-            self._writer.check()
-
     def _interrupt_if_asked(self) -> None:
         # Several processes must stop at the same step, so they go by what they told each other.
-        own = self._stop.signal_number
-        if self._losses.is_stopping or (own and self.processes.place.world == 1):
-            self._interrupt(own or signal.SIGTERM)
+        if self._losses.is_stopping or (self._stop.signal_number and self.processes.place.world == 1):
+            self._interrupt()
 
-    def _interrupt(self, signal_number: int) -> None:
+    def _interrupt(self) -> NoReturn:
         self.save()
         raise Interrupted(
             f"stopped after step {self._state.step} of {self.total_steps}, which is kept; go on with "
             f"--out {self.out} --resume",
-            signal_number,
+            self._stopping.signal_number,
         )
 
     def finish(self, scores: Scores) -> TrainResult:
@@ -343,8 +331,5 @@ class Trainer:
             skipped_clips=self.train_loader.skipped_clips + self.val_loader.skipped_clips,
             parameters=sum(p.numel() for p in self.head.parameters()),
         )
-        if self.processes.place.is_first:
-            self._check_writer()
-            write_report(self.out, scores, self.config.classes, self.val_loader.cache.clips)
-            write_json(self.out / RunFile.RESULT, asdict(result))
+        self._output.write_result(result, scores, self.config.classes, self.val_loader.cache.clips)
         return result

@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.credentials import PASSWORD, USER, write_secret
 from tests.support.feature_caches import write_cache
 from tests.support.forked_commands import Commands, Ended
-from tests.support.servers import KEYS, PASSWORD, USER, Nginx, nginx, s3_server
+from tests.support.servers import KEYS, Nginx, nginx, s3_server
 from tests.support.store_helpers import (
     BROKEN,
     clear_mark,
@@ -186,7 +187,7 @@ def test_push_to_a_directory_over_tls_and_back(
     assert push(caches / "a", f"{tmp_path}/shared/").blocks_moved == 12
     assert push(caches / "a", f"{tmp_path}/shared/").blocks_moved == 0
     assert differences(files_of(tmp_path / "shared" / "a"), files_of(caches / "a")) == []
-    (tmp_path / "netrc").write_text(f"machine localhost login {USER} password {PASSWORD}\n")
+    write_secret(tmp_path / "netrc", f"machine localhost login {USER} password {PASSWORD}\n")
     environment = {"SSL_CERT_FILE": str(web.certificate), "NETRC": str(tmp_path / "netrc")}
     ended = commands.run("pull", f"{web.tls_url}/caches/v", tmp_path / "v", **environment)
     assert ended.status == 0 and PASSWORD not in ended.stdout + ended.stderr

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.credentials import PASSWORD, USER, write_secret
 from tests.support.feature_caches import write_cache
-from tests.support.servers import PASSWORD, USER, FaultyServer, Nginx, faulty_server, nginx
+from tests.support.servers import FaultyServer, Nginx, faulty_server, nginx
 
 pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
 
@@ -234,8 +235,7 @@ def test_tls_and_password_work_and_are_never_shown(
     messages.append(str(raised.value))
     remote = FeatureCache(with_login)
     assert_equal_reads(remote, FeatureCache(cache))
-    (tmp_path / "netrc").write_text(f"machine localhost login {USER} password {PASSWORD}\n")
-    (tmp_path / "netrc").chmod(0o600)
+    write_secret(tmp_path / "netrc", f"machine localhost login {USER} password {PASSWORD}\n")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     assert len(FeatureCache(url)) == len(LABELS)
     stored = b"".join(f.read_bytes() for f in copies.rglob("*") if f.is_file())

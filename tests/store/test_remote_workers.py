@@ -18,8 +18,8 @@ from tests.support.warm_python import warm_python
 
 pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
 
-from evl_cache.errors import CacheError, WaitEnded
-from evl_cache.store import FeatureCache
+from evl_cache.errors import CacheError, Unreachable, WaitEnded
+from evl_cache.store import FeatureCache, waits_end_when
 from evl_cache.store.reading.fetched_shards import Piece
 
 SAMPLES = 40
@@ -203,6 +203,61 @@ def test_who_waits_for_features_is_called_away_and_may_ask_again(
     assert len(caught) == len(threads) and all(isinstance(error, WaitEnded) for error in caught)
     silence.end()
     assert all(map(torch.equal, remote.read([4])[0], FeatureCache(cache).read([4])[0]))
+
+
+def test_who_waits_for_the_same_rows_of_the_index_is_called_away_at_once_with_the_others(
+    server: FaultyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote = FeatureCache(f"{server.url}/a")
+    assert remote.copy is not None
+    silence = Silence(server, part="/index.bin")
+    window, calls, all_wait = remote.copy._index_copy._window, itertools.count(1), threading.Event()
+    caught: list[BaseException] = []
+
+    def counted(start: int, nbytes: int) -> tuple[int, int]:
+        if next(calls) == 4:
+            all_wait.set()
+        return window(start, nbytes)
+
+    def read(sample: int) -> None:
+        try:
+            remote.read([sample])
+        except CacheError as error:
+            caught.append(error)
+
+    monkeypatch.setattr(remote.copy._index_copy, "_window", counted)
+    threads = [threading.Thread(target=read, args=(sample,)) for sample in (0, 10, 20, 30)]  # in four blocks
+    for thread in threads:
+        thread.start()
+    try:
+        assert all_wait.wait(60) and silence.asked.wait(60)
+        remote.end_waits()
+        for thread in threads:
+            thread.join(timeout=20)
+        assert [type(error) for error in caught] == [WaitEnded] * 4
+    finally:
+        silence.end()
+        for thread in threads:
+            thread.join(timeout=60)
+
+
+def test_a_cache_whose_opening_is_ended_while_the_index_does_not_come_is_not_opened_by_its_marks(
+    server: FaultyServer,
+) -> None:
+    silence = Silence(server, part="/index.bin")
+    try:
+        with waits_end_when(silence.asked.is_set), pytest.raises(WaitEnded):
+            FeatureCache(f"{server.url}/a")
+        assert not [path for path in server.asked if "/done/" in path]
+    finally:
+        silence.end()
+
+
+def test_a_cache_that_cannot_be_looked_at_again_is_not_said_to_have_changed(server: FaultyServer) -> None:
+    remote = FeatureCache(f"{server.url}/a")
+    server.fault = lambda path, body: {"manifest.json": 403}.get(path.rpartition("/")[2], 404)
+    with pytest.raises(Unreachable, match=r"manifest\.json: access denied"):
+        remote.read([0])
 
 
 def test_a_process_ends_while_what_it_fetches_ahead_does_not_come(

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -97,6 +98,7 @@ def _end_with(work: Callable[[dict[str, Any]], None], job: dict[str, Any]) -> No
     except BaseException:
         traceback.print_exc()
     finally:
+        threading._shutdown()  # type: ignore[attr-defined]  # threads that are no daemons end first, as in any Python
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

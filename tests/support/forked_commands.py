@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.fork_server import ForkServer, serve
+from tests.support.recorded import note_shown
 from tests.support.store_helpers import is_stopped, wait_until, watched_changes
 
 
@@ -28,12 +29,12 @@ class Ended:
 
 
 class Commands(ForkServer):
-    """`start` and `wait`, or `run`."""
+    """`start` and `wait`, or `run`. script: what serves the jobs; this file's are commands."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, script: str = __file__) -> None:
         self._folder, self._count = folder, 0
         self._outputs: dict[int, Path] = {}
-        super().__init__(__file__)
+        super().__init__(script)
 
     def start(self, *arguments: object, stops_with: str = "", **environment: str) -> int:
         """Start a command.
@@ -54,10 +55,16 @@ class Commands(ForkServer):
         self._outputs[pid] = out
         return pid
 
+    def output_of(self, pid: int) -> Path:
+        """What a command prints so far, and with `.err` its errors."""
+        return self._outputs[pid]
+
     def wait(self, pid: int) -> Ended:
         status = self.ended(pid)
         out = self._outputs.pop(pid)
-        return Ended(status, out.read_text(), out.with_suffix(".err").read_text())
+        ended = Ended(status, out.read_text(), out.with_suffix(".err").read_text())
+        note_shown(ended.stdout, ended.stderr)
+        return ended
 
     def run(self, *arguments: object, **environment: str) -> Ended:
         return self.wait(self.start(*arguments, **environment))
@@ -72,11 +79,9 @@ class Commands(ForkServer):
         assert self.wait(pid).status == -signal.SIGKILL
 
 
-def _run(job: dict[str, Any]) -> None:
+def run_command(job: dict[str, Any]) -> None:
     """A command, its output in files."""
-    for number, name in ((1, job["out"]), (2, job["out"] + ".err")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    os.environ.update(job["environment"])
+    take_streams(job)
     from evl_cache_cli.main import main
 
     def saw(name: str, args: tuple[Any, ...], call: Callable[[], Any]) -> Any:
@@ -89,7 +94,15 @@ def _run(job: dict[str, Any]) -> None:
         main(job["argv"])
 
 
-def _serve() -> None:
+def take_streams(job: dict[str, Any]) -> None:
+    """Print into the files of a job from now on, in its environment."""
+    for number, name in ((1, job["out"]), (2, job["out"] + ".err")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(job["environment"])
+
+
+def serve_commands(work: Callable[[dict[str, Any]], None] = run_command) -> None:
+    """Serve jobs with what commands need loaded."""
     import torch
 
     import evl_cache.caches.pairing
@@ -97,8 +110,8 @@ def _serve() -> None:
     import evl_cache.train.stage  # noqa: F401
 
     torch.set_num_threads(1)
-    serve(_run)
+    serve(work)
 
 
 if __name__ == "__main__":
-    _serve()
+    serve_commands()

@@ -1,10 +1,11 @@
 """Real servers on loopback for the tests of remote caches: nginx, moto's S3, and one that fails on purpose."""
 
-import base64
 import contextlib
 import http.client
+import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -20,26 +21,31 @@ from pathlib import Path
 
 import pytest
 
-KEYS = {
-    "AWS_ACCESS_KEY_ID": "test-key",
-    "AWS_SECRET_ACCESS_KEY": "test-secret-1a2b3c",
-    "AWS_REGION": "us-east-1",
-}
+from tests.support.credentials import KEY_ID, PASSWORD, SECRET_KEY, USER, declare
+from tests.support.recorded import Record, as_text, lines_added_to, recorded
+from tests.support.warm_python import with_root
+
+KEYS = {"AWS_ACCESS_KEY_ID": KEY_ID, "AWS_SECRET_ACCESS_KEY": SECRET_KEY, "AWS_REGION": "us-east-1"}
 _IS_LOGGED = "/is-all-logged"
-USER, PASSWORD = "lab", "pa-ss-4d5e6f"
 _NGINX = """
 daemon off; pid {root}/nginx.pid; error_log {root}/error.log; worker_processes 1; {user}
 events {{ worker_connections 256; }}
 http {{
   log_format ranges '$request_method $uri $http_range $status';
+  log_format headers escape=json '$request~~authorization: $http_authorization~~cookie: $http_cookie'
+    '~~proxy-authorization: $http_proxy_authorization~~x-amz-security-token: $http_x_amz_security_token~~referer: $http_referer';
   access_log {root}/access.log ranges;
   client_body_temp_path {root}/t1; proxy_temp_path {root}/t2; fastcgi_temp_path {root}/t3;
   uwsgi_temp_path {root}/t4; scgi_temp_path {root}/t5;
-  server {{ listen 127.0.0.1:{port}; root {root}/www; autoindex on; {rate} }}
+  server {{
+    listen 127.0.0.1:{port}; root {root}/www; autoindex on; {rate}
+    access_log {root}/access.log ranges; access_log {root}/headers.log headers;
+  }}
   server {{
     listen 127.0.0.1:{tls_port} ssl; root {root}/www;
     ssl_certificate {root}/cert.pem; ssl_certificate_key {root}/key.pem;
     auth_basic "lab"; auth_basic_user_file {root}/users;
+    access_log {root}/access.log ranges; access_log {root}/tls-headers.log headers;
   }}
 }}
 """
@@ -105,16 +111,35 @@ def nginx(root: Path, *, rate: str = "") -> Iterator[Nginx]:
     )
     try:
         _wait_for(port, process)
-        yield Nginx(
+        server = Nginx(
             www=www,
             url=f"http://127.0.0.1:{port}",
             tls_url=f"https://localhost:{tls_port}",
             certificate=root / "cert.pem",
             log=root / "access.log",
         )
+        with (
+            recorded("nginx", fetch=_sent_to(server, "headers.log")),
+            recorded("nginx with TLS", given=[PASSWORD], fetch=_sent_to(server, "tls-headers.log")),
+        ):
+            yield server
     finally:
         process.terminate()
         process.wait(timeout=60)
+
+
+def _sent_to(server: Nginx, log: str) -> Callable[[], list[str]]:
+    added = lines_added_to(server.log.with_name(log))
+    declare(server.log.parent)
+
+    def sent() -> list[str]:
+        with contextlib.suppress(OSError):  # it may have been stopped meanwhile
+            server.requests()
+        return [
+            re.sub(r"~~([a-z-]+: )", r"\n\1", re.sub(r"~~[a-z-]+: (?=~~|$)", "", line)) for line in added()
+        ]
+
+    return sent
 
 
 @contextlib.contextmanager
@@ -124,10 +149,18 @@ def s3_server(log: Path) -> Iterator[str]:
     port = free_port()
     with log.open("wb") as out:
         process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+            [
+                sys.executable,
+                "-W",
+                "ignore",
+                "-m",
+                "tests.support.recording_moto",
+                str(port),
+                f"{log}.headers",
+            ],
             stdout=out,
             stderr=out,
-            env=os.environ | KEYS,
+            env=os.environ | KEYS | {"PYTHONPATH": with_root()},
             start_new_session=True,
         )
     try:
@@ -135,7 +168,10 @@ def s3_server(log: Path) -> Iterator[str]:
         url = f"http://127.0.0.1:{port}"
         with urllib.request.urlopen(urllib.request.Request(f"{url}/lab", method="PUT")) as answer:
             assert answer.status == 200
-        yield url
+        declare(Path(f"{log}.headers"))
+        sent = lines_added_to(Path(f"{log}.headers"))
+        with recorded("moto", given=[KEY_ID], fetch=lambda: map(json.loads, sent())):
+            yield url
     finally:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=60)
@@ -165,6 +201,7 @@ class FaultyServer:
     served: list[tuple[str, int]] = field(default_factory=list)
     asked: list[str] = field(default_factory=list)
     url: str = ""
+    record: Record = field(default_factory=lambda: Record("faulty server"))
 
 
 def _listing(folder: Path) -> bytes:
@@ -173,14 +210,15 @@ def _listing(folder: Path) -> bytes:
 
 
 @contextlib.contextmanager
-def faulty_server(root: Path) -> Iterator[FaultyServer]:
-    """Start one; its faults may be changed while it runs."""
+def faulty_server(root: Path, *, given: tuple[str, ...] = ()) -> Iterator[FaultyServer]:
+    """Start one; its faults may be changed while it runs. given: credentials that it may be sent."""
     state = FaultyServer(root=root)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            state.record.requests.append(as_text(self.requestline, self.headers.items()))
             path = state.root / self.path.lstrip("/")
             state.asked.append(self.path)
             is_folder = path.is_dir() and self.path.endswith("/")
@@ -216,7 +254,10 @@ def faulty_server(root: Path) -> Iterator[FaultyServer]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+    with (
+        ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
+        recorded("faulty server", given=given) as state.record,
+    ):
         state.url = f"http://127.0.0.1:{server.server_port}"
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
@@ -225,7 +266,3 @@ def faulty_server(root: Path) -> Iterator[FaultyServer]:
         finally:
             server.shutdown()
             thread.join(timeout=60)
-
-
-def basic(user: str, password: str) -> str:
-    return base64.b64encode(f"{user}:{password}".encode()).decode()

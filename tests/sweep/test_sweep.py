@@ -204,7 +204,7 @@ def test_a_killed_sweep_goes_on_to_the_same_weights(caches, tmp_path, killed_at)
 
 def test_heads_that_were_kept_at_different_steps_meet_again(caches, tmp_path, monkeypatch):
     """A kill between two heads' states leaves one further than the other."""
-    import evl_cache.train.trainer as module
+    import evl_cache.train.run_output as module
 
     runs = small()
     sweep(*caches, runs=runs, out=tmp_path / "whole")

@@ -21,6 +21,7 @@ from evl_cache.sweep import sweep
 from evl_cache.sweep.grid import expand
 from evl_cache.train.stage import TrainOptions, train
 from evl_cache_cli.main import cli
+from tests.support.credentials import PASSWORD, USER
 from tests.support.feature_caches import write_cache, write_pair
 from tests.support.servers import faulty_server
 
@@ -133,8 +134,8 @@ def test_runs_of_a_sweep_and_of_python_record_it_too(caches, tmp_path):
 
 def test_no_password_is_recorded(caches, tmp_path, monkeypatch):
     monkeypatch.setenv("EVL_CACHE_COPY_ROOT", str(tmp_path / "copies"))
-    with faulty_server(caches[0].path.parent) as server:
-        place = server.url.replace("://", "://lab:pa-ss@")
+    with faulty_server(caches[0].path.parent, given=(PASSWORD,)) as server:
+        place = server.url.replace("://", f"://{USER}:{PASSWORD}@")
         given = (
             f"--cache={place}/train",
             "--val-cache",
@@ -148,7 +149,7 @@ def test_no_password_is_recorded(caches, tmp_path, monkeypatch):
         )
         assert command(*given, "--out", tmp_path / "run").return_value == 0
         files = [path for path in (tmp_path / "run").rglob("*") if path.is_file()]
-        assert files and not any(b"pa-ss" in path.read_bytes() for path in files)
+        assert files and not any(PASSWORD.encode() in path.read_bytes() for path in files)
         found = content(tmp_path / "run")["environment"]["command"]
         assert f"--cache={server.url}/train --val-cache {server.url}/val " in found
         again(tmp_path / "run", tmp_path / "second")

@@ -1,6 +1,7 @@
 """What errors of urllib3, and those of the system that they are made of, tell of a request."""
 
 import errno
+import http.client
 import socket
 import ssl
 from typing import Any
@@ -38,7 +39,7 @@ def error_trouble(error: BaseException, *, host: str, proxy: str | None) -> Trou
         return Trouble.broken("the server stopped answering")
     if isinstance(error, wrong.LocationParseError | wrong.LocationValueError):
         return Trouble("is no address", "check it: https://host/path")
-    if isinstance(error, wrong.ProtocolError) and "BadStatusLine" in repr(error):
+    if isinstance(error, wrong.ProtocolError) and _is_no_http(error):
         return Trouble(
             "does not speak HTTP",
             "check the address and the port; is it https://, or another service?",
@@ -47,6 +48,12 @@ def error_trouble(error: BaseException, *, host: str, proxy: str | None) -> Trou
     if isinstance(error, wrong.HTTPError | OSError):
         return Trouble.broken()
     return Trouble.broken(f"the request failed ({_short(error)})")
+
+
+def _is_no_http(error: wrong.ProtocolError) -> bool:
+    """Whether what came begins as no answer of HTTP does; one that broke off in its first line begins so."""
+    lines = [str(inner.args[0]) for inner in error.args if type(inner) is http.client.BadStatusLine]
+    return any(not (line.startswith("HTTP/") or "HTTP/".startswith(line)) for line in lines)
 
 
 def _connect_trouble(cause: BaseException, host: str) -> Trouble:

@@ -8,9 +8,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 import certifi
 import urllib3
-from urllib3.exceptions import HTTPError
 
 from evl_cache.errors import UsageError
+from evl_cache.store.objects.address import public_text
 from evl_cache.store.objects.logins import login_of
 
 CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
@@ -64,19 +64,24 @@ def proxy_for(url: str) -> str | None:
         return None
     found = urllib.request.getproxies()
     proxy = found.get(parts.scheme) or found.get("all")
-    return f"http://{proxy}" if proxy and "://" not in proxy else proxy
+    if not proxy:
+        return None
+    proxy = proxy if "://" in proxy else f"http://{proxy}"
+    try:
+        named = urlsplit(proxy)
+        is_address = named.scheme in ("http", "https") and bool(named.hostname) and named.port != 0
+    except ValueError:
+        is_address = False
+    if not is_address:
+        raise UsageError(
+            f"the proxy {public_text(proxy)} is no address; expected http://host:port in HTTP_PROXY and HTTPS_PROXY"
+        )
+    return proxy
 
 
 def _through(proxy: str, options: dict[str, Any]) -> urllib3.PoolManager:
-    parts = urlsplit(proxy)
-    headers = None
+    parts, headers = urlsplit(proxy), None
     if parts.username is not None:
-        login = login_of(parts).header or ""
-        headers = {"Proxy-Authorization": login}
+        headers = {"Proxy-Authorization": login_of(parts).header or ""}
     address = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], "", "", ""))
-    try:
-        return urllib3.ProxyManager(address, proxy_headers=headers, **options)
-    except HTTPError as error:
-        raise UsageError(
-            f"the proxy {address} is not one that is known; expected http://host:port in HTTP_PROXY and HTTPS_PROXY"
-        ) from error
+    return urllib3.ProxyManager(address, proxy_headers=headers, **options)

@@ -67,6 +67,7 @@ class HttpObjects:
 
         def read(attempt: Attempt) -> bytes:
             with self._answer(self._address(name)) as answer:
+                attempt.came(0)
                 _check_is_file(answer)
                 size, found = answer.size, None
                 if size is None or size <= most_nbytes:
@@ -75,6 +76,8 @@ class HttpObjects:
                     told = "more" if size is None else size
                     raise CacheError(f"{self.url}/{name}: has {told} bytes, expected at most {most_nbytes}")
                 _check_is_no_page(answer, found)
+                if not found and not answer.response.headers.get("content-length"):
+                    raise Trouble.broken()  # among its headers, which urllib3 takes for an answer
                 return found
 
         return self._ask(name, read)
@@ -84,6 +87,7 @@ class HttpObjects:
 
         def read(attempt: Attempt) -> Data:
             with self._answer(self._address(name), part=f"bytes={start}-{start + nbytes - 1}") as answer:
+                attempt.came(0)
                 if answer.response.status == 416:  # the file ends before `start`
                     return b""
                 _check_is_file(answer)
@@ -103,6 +107,7 @@ class HttpObjects:
 
         def read(attempt: Attempt) -> list[str]:
             with self._answer(f"{self.url}/", listing=True) as answer:
+                attempt.came(0)
                 _check_is_file(answer)
                 page = read_most(answer.response, _MOST_LISTING_NBYTES, attempt)
                 if page is None:
@@ -205,11 +210,7 @@ def _check_is_file(answer: _Answer) -> None:
     """Raises: Trouble where what comes is not the file as it lies there."""
     encoding = answer.response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
-        raise Trouble(
-            f"the server compresses its answers ({encoding}), though that was not asked for",
-            "have that turned off for the files of caches",
-            has_answered=True,
-        )
+        raise Trouble.compressed(encoding)
 
 
 def _is_same_folder(one: str, other: str) -> bool:
@@ -271,7 +272,7 @@ def _part_of_whole(answer: _Answer, start: int, nbytes: int, attempt: Attempt) -
         )
     found = read_known(answer.response, wanted, attempt)
     _check_is_no_page(answer, bytes(found[:1024]))
-    if len(found) < wanted and size is not None:
+    if len(found) < wanted and (size is not None or not found):
         raise Trouble.broken()
     return found[start:]
 

@@ -16,7 +16,7 @@ import botocore.exceptions as wrong
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from evl_cache.errors import CacheError, EvlCacheError, Unreachable, UsageError
+from evl_cache.errors import CacheError, EvlCacheError, UsageError
 from evl_cache.notation import without_logins
 from evl_cache.store.objects.address import Data, public_url
 from evl_cache.store.objects.bodies import read_known, read_most
@@ -44,7 +44,6 @@ _DENIED = {
 _ELSEWHERE = frozenset(
     {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 )
-_COMPRESSED = frozenset({"gzip", "deflate", "br", "zstd"})
 _T = TypeVar("_T")
 _clients: dict[tuple[int, tuple[tuple[str, str], ...]], Any] = {}
 
@@ -81,6 +80,8 @@ class S3Objects:
                 if content is None:
                     told = "more" if size is None else size
                     raise CacheError(f"{self.url}/{name}: has {told} bytes, expected at most {most_nbytes}")
+                if not content and size is None:
+                    raise Trouble.broken()  # among its headers
                 return content
 
         return self._ask(name, read)
@@ -112,15 +113,14 @@ class S3Objects:
             pages = self._client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=prefix, Delimiter="/"):
                 attempt.came(1 << 12)
+                if "IsTruncated" not in page and "Name" not in page:
+                    raise Trouble("what answers is no S3 server", "check AWS_ENDPOINT_URL", has_answered=True)
                 found += [folder["Prefix"][len(prefix) : -1] for folder in page.get("CommonPrefixes", ())]
                 if len(found) > _MOST_FOLDERS:
                     raise Trouble("its listing is too long", "name the cache itself", has_answered=True)
             return sorted(name for name in found if name not in ("", ".", ".."))
 
-        try:
-            return self._ask("", read)
-        except FileNotFoundError as error:
-            raise Unreachable(f"{self.url}: no such bucket; check its name, and the endpoint") from error
+        return self._ask("", read)
 
     def put(self, name: str, data: bytes | Path) -> None:
         """See `WritableObjects`: the server compares sha256 digests."""
@@ -140,10 +140,7 @@ class S3Objects:
 
         if isinstance(data, Path) and not data.is_file():
             raise CacheError(f"{data}: is gone; run the same command again")
-        try:
-            self._ask(name, write)
-        except FileNotFoundError as error:
-            raise CacheError(f"{self.url}: no such bucket; create it, or name another one") from error
+        self._ask(name, write)
 
     def delete(self, name: str) -> None:
         """See `WritableObjects`."""
@@ -165,12 +162,10 @@ class S3Objects:
     def _object(self, name: str, **options: Any) -> Iterator[Mapping[str, Any]]:
         found = self._client().get_object(Bucket=self._bucket, Key=self._key(name), **options)
         try:
-            if found.get("ContentEncoding", "") in _COMPRESSED:
-                raise Trouble(
-                    f"the object is stored compressed ({found['ContentEncoding']})",
-                    "ask who keeps it to store it as it is, as evl-cache push does",
-                    has_answered=True,
-                )
+            # Some servers keep how an upload was sent.
+            encoding = {part.strip() for part in found.get("ContentEncoding", "").lower().split(",")}
+            if encoded := sorted(encoding - {"", "identity", "aws-chunked"}):
+                raise Trouble.compressed(", ".join(encoded))
             yield found
         finally:
             found["Body"].close()
@@ -183,12 +178,6 @@ class S3Objects:
                 return request(attempt)
             except (wrong.BotoCoreError, wrong.ClientError, boto3.exceptions.Boto3Error) as error:
                 raise self._trouble(error) from error
-            except RecursionError as error:  # boto3 asks for the region again and again
-                raise Trouble(
-                    "the server sends requests on to another",
-                    "give the address of the bucket's own server: AWS_ENDPOINT_URL, AWS_REGION",
-                    has_answered=True,
-                ) from error
             except EvlCacheError:
                 raise
             except (ValueError, OSError) as error:  # a header that is none, or of the system
@@ -206,6 +195,8 @@ class S3Objects:
             error = inner if isinstance(inner, wrong.BotoCoreError | wrong.ClientError) else error
         if isinstance(error, wrong.ClientError):
             return self._answered(error)
+        if isinstance(error, wrong.IncompleteReadError | wrong.ResponseStreamingError):
+            return Trouble.broken()
         if isinstance(error, wrong.PartialCredentialsError):
             return UsageError(f"{self.url}: a key without its secret, or the reverse; {_KEYS}")
         if isinstance(error, wrong.NoCredentialsError):
@@ -214,8 +205,6 @@ class S3Objects:
             )
         if isinstance(error, wrong.CredentialRetrievalError | wrong.TokenRetrievalError | wrong.SSOError):
             return Trouble(f"credentials cannot be had ({_short(error)})", "sign in again (aws sso login)")
-        if isinstance(error, wrong.IncompleteReadError):
-            return Trouble.broken()
         host = urlsplit(self._client().meta.endpoint_url).hostname or self._bucket
         inner = getattr(error, "kwargs", {}).get("error")
         if isinstance(inner, BaseException):
@@ -228,6 +217,10 @@ class S3Objects:
 
     def _answered(self, error: wrong.ClientError) -> Exception:
         status, code = _status(error), str(error.response.get("Error", {}).get("Code", ""))
+        if code == "NoSuchBucket":
+            return Trouble(
+                "no such bucket", "create it, or check its name and AWS_ENDPOINT_URL", has_answered=True
+            )
         if status == 404:
             return FileNotFoundError(code)
         if code in _DENIED:
@@ -293,6 +286,7 @@ def _make_client(url: str) -> Any:
         if not client.meta.endpoint_url.endswith(".amazonaws.com"):
             options["s3"] = {"addressing_style": "path"}
             client = session.client("s3", region_name=region, config=Config(**options), verify=certificates)
+            client.meta.events.register("before-call.s3", _stay_here)
         return client
     except wrong.ProfileNotFound as error:
         raise UsageError(
@@ -315,6 +309,11 @@ def _keep_tokens_out_of_logs() -> None:
     log = logging.getLogger("botocore")
     if log.level == logging.NOTSET:
         log.setLevel(logging.INFO)
+
+
+def _stay_here(params: dict[str, Any], **_: Any) -> None:
+    # botocore takes any redirect for one to Amazon's other regions, and asks for the region without end.
+    params.get("context", {}).setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _status(error: wrong.ClientError) -> int:

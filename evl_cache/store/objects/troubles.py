@@ -53,6 +53,15 @@ class Trouble(Exception):
         """Return the trouble that an answer did not come whole."""
         return cls(what, "check the connection, then run the same command again", may_pass=True)
 
+    @classmethod
+    def compressed(cls, encoding: str) -> "Trouble":
+        """Return the trouble that a file comes in another form than it lies there."""
+        return cls(
+            f"the server compresses its answers ({encoding}), though that was not asked for",
+            "have that turned off for the files of caches",
+            has_answered=True,
+        )
+
 
 def status_trouble(status: int, headers: Mapping[str, str]) -> Trouble:
     """Return what a status tells that is neither a file nor its absence nor a want of access."""

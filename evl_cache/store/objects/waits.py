@@ -6,6 +6,7 @@ ends, which is counted in time and not in attempts: a server that is started aga
 """
 
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -49,6 +50,15 @@ def waits_end_when(asked: Callable[[], bool]) -> Iterator[None]:
 def end_all_waits() -> None:
     """End every wait for a server, in any thread, and those to come: the process is about to end."""
     _asked.append(lambda: True)
+
+
+@functools.cache
+def end_with_interpreter() -> None:
+    """Have waits end where the interpreter does, by an error of other work too.
+
+    It joins the threads of pools first of all, before `atexit`; each that waits for a silent server would keep it.
+    """
+    threading._register_atexit(end_all_waits)  # type: ignore[attr-defined]
 
 
 class Attempt:
@@ -124,6 +134,7 @@ class Server:
     """
 
     def __init__(self, name: str) -> None:
+        end_with_interpreter()
         self.name = name
         self._ended = 0  # how often all waits were ended
         self._told = float("-inf")
@@ -188,6 +199,7 @@ class _Wait:
         self._ended = server.times_ended
         self._since: float | None = None  # when it began to fail
         self._failures = 0
+        self._last: Trouble | None = None
 
     @property
     def _patience_s(self) -> float:
@@ -205,13 +217,15 @@ class _Wait:
             if self._since is not None:
                 left = min(left, self._since + patience - attempt.moved)
             if silent_s > left:
+                if self._last is not None and silent_s < min(_SILENCE_S, patience):
+                    raise self._last  # there was no time left to answer, and that is not what was wrong
                 raise Trouble.silence(has_begun=attempt.has_begun)
             if silent_s > _TOLD_AFTER_S:
                 self._tell("it does not answer", attempt.moved)
 
     def before_next(self, attempt: Attempt, trouble: Trouble) -> None:
         """Wait before the next attempt. Raises: Unreachable where there is none; WaitEnded."""
-        now = time.monotonic()
+        now, self._last = time.monotonic(), trouble
         if self._since is None:
             self._since = attempt.moved
         failing_s = now - self._since

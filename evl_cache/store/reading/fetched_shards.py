@@ -81,7 +81,8 @@ class FetchedShards:
         """Begin with no threads, in a forked child."""
         self._lock = threading.Lock()
         self._threads = FetchThreads(THREADS)
-        self._in_flight: dict[Piece, Future[None]] = {}
+        # With how often waits had been ended: who asks after that must not be given a fetch that was.
+        self._in_flight: dict[tuple[Piece, int], Future[None]] = {}
         self._ahead: dict[Piece, tuple[float, int]] = {}  # when it was asked for, and what it takes
 
     def serve(self, files: Mapping[int, ShardFiles]) -> None:
@@ -144,7 +145,7 @@ class FetchedShards:
         names = tuple(names)
         for block, chunks in wanted:
             for name in names:
-                if not self.is_here(name, block, chunks):
+                if not self._shard(name, block).was_here(chunks) and not self.is_here(name, block, chunks):
                     piece = self._piece(name, block, chunks)
                     if not self._may_fetch_ahead(piece):
                         return
@@ -194,10 +195,10 @@ class FetchedShards:
 
     def _fetching(self, piece: Piece) -> Future[None]:
         with self._lock:
-            future = self._in_flight.get(piece)
+            asked = piece, self._times_ended
+            future = self._in_flight.get(asked)
             if future is None:
-                work = partial(self._fetch_in_flight, piece, self._times_ended)
-                future = self._in_flight[piece] = self._threads.submit(work)
+                future = self._in_flight[asked] = self._threads.submit(partial(self._fetch_in_flight, *asked))
             return future
 
     def _fetch_in_flight(self, piece: Piece, times_ended: int) -> None:
@@ -205,7 +206,7 @@ class FetchedShards:
             self._fetch(piece, times_ended)
         finally:
             with self._lock:
-                self._in_flight.pop(piece, None)
+                self._in_flight.pop((piece, times_ended), None)
 
     def _fetch(self, piece: Piece, times_ended: int, *, hold: bool = False) -> SparseShard | None:
         """Fetch a piece unless it is here, and keep it; return its shard, held, where that is asked for."""

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.errors import CacheDamaged, CacheError, WaitEnded
 from evl_cache.spec import CacheSpec
 from evl_cache.store.disk.file_system import disk_error, open_regular
 from evl_cache.store.disk.forks import renew_in_children
@@ -54,6 +54,7 @@ class IndexCopy:
         self._url = f"{objects.url}/{INDEX_NAME}"
         self._head = b""
         self._rows = range(0)
+        self._times_ended = 0
         self.renew()
         renew_in_children(self)
 
@@ -82,11 +83,14 @@ class IndexCopy:
 
         Raises: FileNotFoundError; CacheDamaged where they do not arrive as `is_right` wants them; CacheError.
         """
+        times_ended = self._times_ended
         first, stop = self._window(start, nbytes)
         with self._locks.setdefault(first, threading.Lock()):  # for who waits here, another has fetched them
             if is_right(here := self._here(start, nbytes)):
                 return here
             for _ in attempts():
+                if self._times_ended != times_ended:  # while another was waited for who fetches the same
+                    raise WaitEnded(f"{self._url}: no longer waited for")
                 self._count()
                 part = memoryview(self._objects.get_range(INDEX_NAME, first, stop - first))
                 found = bytes(part[start - first : start - first + nbytes])
@@ -94,6 +98,10 @@ class IndexCopy:
                     self._keep(first, part)
                     return found
         raise CacheDamaged(f"{self._url}: bytes from {start} on arrive damaged, {ATTEMPTS} times")
+
+    def end_waits(self) -> None:
+        """Have whoever waits for another's request for the same bytes make none of his own; `Objects` ends that one."""
+        self._times_ended += 1
 
     def _window(self, start: int, nbytes: int) -> tuple[int, int]:
         """Return where a request for bytes begins and ends: rows come many at a time, and always the same ones."""
@@ -128,6 +136,8 @@ class IndexCopy:
             try:
                 # Servers that hide what is not there answer as if it were forbidden: then marks tell.
                 written = bytes(self._objects.get_range(INDEX_NAME, 0, HEAD_NBYTES))
+            except WaitEnded:
+                raise
             except (FileNotFoundError, CacheError):
                 return False
             try:

@@ -91,11 +91,12 @@ class LocalCopy:
 
     def end_waits(self) -> None:
         """End what waits for the server now, in whatever thread: it raises WaitEnded. What is asked for later waits again."""
+        self._index_copy.end_waits()
         self.shards.end_waits()
 
     def close(self) -> None:
         """Stop fetching, without waiting for the server, and let go of files; the next read opens them again."""
-        self.shards.end_waits()
+        self.end_waits()
         self.shards.let_go()
 
     # What describes the cache
@@ -118,7 +119,10 @@ class LocalCopy:
             raise found from error
 
     def _changed(self, reason: str) -> CacheError:
-        """Return why what the marks promise does not come: another cache is there now, or this one is damaged."""
+        """Return why what the marks promise does not come: another cache is there now, or this one is damaged.
+
+        Raises: Unreachable, WaitEnded where that cannot be told.
+        """
         try:
             _, _, named = read_beginning(self._objects, self._spec)
             if (named or self._digest_of(read_manifest_bytes(self._objects, self._spec))) == self._digest:

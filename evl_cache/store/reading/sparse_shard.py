@@ -37,6 +37,7 @@ _PAGE_NBYTES = 2 << 20
 _LEAST_BY_PAGES = 2 * _PAGE_NBYTES  # of smaller pieces, whole pages would take much more room than data
 _UNIT_NBYTES = 4096  # in which disks give room
 TOUCH_S = 10.0  # how exactly it is known when a file was last used
+_SEEN_S = 1.0  # a file that was there so recently is taken to be there still by who only asks ahead
 
 
 class SparseShard:
@@ -72,7 +73,7 @@ class SparseShard:
         self._known = bytearray(len(self.nbytes))  # chunks that were here already: no call to see it again
         self.reader: ShardReader | None = None
         self._users, self._lock = 0, threading.Lock()
-        self._touched = time.monotonic()
+        self._touched, self._seen = time.monotonic(), float("-inf")
 
     # Holding the file
 
@@ -109,6 +110,7 @@ class SparseShard:
         _lock(self._descriptor, fcntl.LOCK_SH)
         found = os.fstat(self._descriptor)
         if found.st_nlink and found.st_size == self._size:
+            self._seen = time.monotonic()
             return True
         self._let_go()
         return False
@@ -128,8 +130,13 @@ class SparseShard:
 
     def _let_go(self) -> None:
         descriptor, self._descriptor, self.reader = self._descriptor, -1, None
+        self._seen = float("-inf")
         if descriptor >= 0:
             os.close(descriptor)
+
+    def was_here(self, chunks: Sequence[int]) -> bool:
+        """Whether chunks (ascending) were here a moment ago; without a look at the disk, so that they may be gone."""
+        return time.monotonic() - self._seen < _SEEN_S and self._knows(chunks)
 
     # Of a file that is held
 
@@ -280,5 +287,7 @@ class SparseShard:
 
 def _lock(descriptor: int, operation: int) -> None:
     # A disk without such locks: files there are removed, but never emptied under who reads them.
-    with contextlib.suppress(OSError):
+    try:  # noqa: SIM105 - `suppress` takes as long as the lock, twice for every array of a sample
         fcntl.flock(descriptor, operation)
+    except OSError:
+        pass

@@ -1,11 +1,10 @@
 """The size of a cache behind a URL: without opening it, and of its copy."""
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from evl_cache.errors import CacheDamaged, CacheError
+from evl_cache.errors import CacheDamaged, CacheError, WaitEnded
 from evl_cache.spec import CacheSpec
 from evl_cache.store.format.description import description_files
 from evl_cache.store.format.grown import grown_digest
@@ -94,9 +93,11 @@ def size_of_copy(path: Path, spec: CacheSpec, index: Index | None) -> CacheSize:
 
 
 def _shards_by_index(objects: Objects, spec: CacheSpec, named: str) -> int | None:
-    with contextlib.suppress(FileNotFoundError, CacheError):
+    try:
         written = bytes(objects.get_range(INDEX_NAME, 0, HEAD_NBYTES))
         head = parse_head(written, spec, f"{objects.url}/{INDEX_NAME}")
-        if head["cache_digest"] == named:
-            return int(head["nbytes"])
-    return None
+    except WaitEnded:
+        raise
+    except (FileNotFoundError, CacheError):
+        return None
+    return int(head["nbytes"]) if head["cache_digest"] == named else None
