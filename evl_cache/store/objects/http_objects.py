@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
-from urllib.parse import SplitResult, quote, urljoin, urlsplit, urlunsplit
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
 import urllib3
 from urllib3.exceptions import HTTPError
@@ -115,7 +115,7 @@ class HttpObjects:
                 _check_is_html(answer)
                 found = listed_folders(page, answer.url)
                 # A page without folders that came from elsewhere is hardly the folder's own.
-                if found is None or (not found and not _is_same_folder(answer.url, self.url)):
+                if found is None or (not found and not self._is_own(answer.url)):
                     raise _sign_in(answer)
                 return found
 
@@ -124,6 +124,10 @@ class HttpObjects:
     def end_waits(self) -> None:
         """See `Objects`."""
         self._server.end_waits()
+
+    def _is_own(self, url: str) -> bool:
+        paths = {unquote(urlsplit(one).path).rstrip("/") for one in (self.url, url)}
+        return len(paths) == 1 and is_given_for(self.url, url)
 
     def _address(self, name: str) -> str:
         return f"{self.url}/{quote(name)}"
@@ -211,11 +215,6 @@ def _check_is_file(answer: _Answer) -> None:
     encoding = answer.response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise Trouble.compressed(encoding)
-
-
-def _is_same_folder(one: str, other: str) -> bool:
-    mine, theirs = urlsplit(one), urlsplit(other)
-    return (mine.hostname, mine.path.rstrip("/")) == (theirs.hostname, theirs.path.rstrip("/"))
 
 
 def _check_is_html(answer: _Answer) -> None:
