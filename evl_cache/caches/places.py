@@ -5,10 +5,11 @@ import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import quote
 
 from evl_cache.errors import (
     NO_SUCH_FILE,
@@ -19,11 +20,12 @@ from evl_cache.errors import (
     WaitEnded,
 )
 from evl_cache.spec import CacheSpec
-from evl_cache.store import CachePart, OtherZarr, cache_parts, is_url, open_objects, public_url
+from evl_cache.store import CachePart, OtherZarr, as_url, cache_parts, is_url, open_objects, public_url
 
 CACHE_ROOT_VARIABLE = "EVL_CACHE_ROOT"
 _DEFAULT_PLACE = "caches"
 _AT_ONCE = 16  # places, and caches of each: they wait for servers and disks
+_LOOK_EVERY_S = 0.1
 _SILENCE_S = 5.0  # a look that fails after so long has waited for a server
 # A URL up to the colon that ends it: user and password, a host that may be in brackets, a port, a path without colons.
 # What follows its bracket, or lacks one, stays with it, and is refused as one; so does a secret key's slash.
@@ -48,7 +50,7 @@ class FoundCache:
         parts: it and what was added to it; none where they were not looked for.
     """
 
-    address: str
+    address: str = field(repr=False)
     spec: CacheSpec
     origin: Mapping[str, Any] = field(default_factory=dict)
     parts: tuple[CachePart, ...] = field(default=(), repr=False, compare=False)
@@ -126,8 +128,14 @@ def look_at_places(
         places = cache_places()
         if not split_places(os.environ.get(CACHE_ROOT_VARIABLE, "")) and not os.path.lexists(_DEFAULT_PLACE):
             return
-    for seen in _together(lambda place: list(look(place)), places):
+    once = {_one_name(str(place)): place for place in reversed(places)}  # of several names the first
+    for seen in _together(lambda place: list(look(place)), list(reversed(once.values()))):
         yield from seen
+
+
+def _one_name(place: str) -> str:
+    """Return the same for a place that is named twice, with a slash at its end or through a link."""
+    return as_url(place).rstrip("/") if is_url(place) else os.path.realpath(place)
 
 
 def find_caches(place: str | Path) -> Iterator[FoundCache | NotSeen]:
@@ -160,7 +168,9 @@ def find_caches(place: str | Path) -> Iterator[FoundCache | NotSeen]:
         if trouble is None:
             yield NotSeen.of(address, error)
         return
-    below = [f"{address.rstrip('/')}/{name}" for name in names]
+    # A server's folder may be named such as `50% #2`; in a bucket such a name stands as it is.
+    is_http = is_url(address) and as_url(address).lower().startswith("http")
+    below = [f"{address.rstrip('/')}/{quote(name) if is_http else name}" for name in names]
     yield from (seen for seen in look_together(_seen, below, address_of=str) if seen is not None)
 
 
@@ -197,7 +207,10 @@ def look_together(
 def _together(look: Callable[[Item], Seen], items: Sequence[Item]) -> Iterator[Seen]:
     threads = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="look")
     try:
-        yield from threads.map(look, items)
+        for future in [threads.submit(look, item) for item in items]:
+            while not wait((future,), timeout=_LOOK_EVERY_S).done:
+                pass  # a signal that comes just before a wait is handled at its end only
+            yield future.result()
     finally:
         # Who is interrupted does not wait for servers: a wait is ended by the signal, or when it has lasted long enough.
         threads.shutdown(wait=False, cancel_futures=True)

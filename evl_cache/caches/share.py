@@ -3,12 +3,14 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import unquote
 
 from evl_cache.caches.places import cache_root
 from evl_cache.errors import UsageError
 from evl_cache.store import (
     OnBlock,
     TransferResult,
+    as_url,
     cache_parts,
     copy_part,
     copy_to_bucket,
@@ -87,7 +89,9 @@ def _name(source: str, layers: Sequence[int] | None, codec: str | None) -> str:
     if layers is not None:
         return part_spec(cache_parts(source).spec, layers=layers, codec=codec).name
     if is_url(source):
-        return public_url(source).rpartition("/")[2]
+        last = public_url(source).rpartition("/")[2]
+        name = last if as_url(source).lower().startswith("s3:") else unquote(last)
+        return last if "/" in name or "\0" in name or name in (".", "..") else name
     return os.path.basename(
         os.path.realpath(source)
     )  # which takes a circle of links, as `Path.resolve` does not

@@ -74,6 +74,7 @@ from evl_cache.store.format.size import (
 )
 from evl_cache.store.objects.address import (
     SCHEMES,
+    as_url,
     directory_of,
     is_url,
     public_text,

@@ -183,7 +183,7 @@ ANSWERS = {
     "cut in headers": "the connection broke off|other bytes",
     "cut in the body": "the connection broke off",
     "gzip": "compresses its answers",
-    "another range": "other bytes came than were asked for",
+    "another range": "other bytes than were asked for",
     "redirect in a circle": "the server answers 302 Found",
 }
 

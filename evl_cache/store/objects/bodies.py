@@ -17,9 +17,13 @@ class Body(Protocol):
     def readinto(self, buffer: memoryview, /) -> int:
         """Fill a buffer, or what of it there is. Returns: bytes; 0 at the end."""
 
+    def shutdown(self) -> None:
+        """End a read that another thread waits in."""
+
 
 def read_known(body: Body, nbytes: int, attempt: Attempt) -> memoryview:
     """Return so many bytes; fewer where the body ends before."""
+    attempt.reads(body.shutdown)
     out, filled, step = memoryview(bytearray(nbytes)), 0, _Step()
     while filled < nbytes:
         with step.timed():
@@ -33,6 +37,7 @@ def read_known(body: Body, nbytes: int, attempt: Attempt) -> memoryview:
 
 def read_most(body: Body, most_nbytes: int, attempt: Attempt) -> bytes | None:
     """Return a whole body whose size is not known; None where it has more bytes than `most_nbytes`."""
+    attempt.reads(body.shutdown)
     out, buffer, step = bytearray(), memoryview(bytearray(_MOST_STEP_NBYTES)), _Step()
     while True:
         with step.timed():

@@ -41,7 +41,9 @@ def error_trouble(error: BaseException, *, host: str, proxy: str | None) -> Trou
         return Trouble("is no address", "check it: https://host/path")
     if isinstance(error, wrong.ProtocolError) and _is_no_http(error):
         return Trouble(
-            "does not speak HTTP", "check the address and the port; is it https://, or another service?"
+            "does not speak HTTP",
+            "check the address and the port; is it https://, or another service?",
+            may_pass=True,  # one answer may be garbled
         )
     if isinstance(error, wrong.HTTPError | OSError):
         return Trouble.broken()
@@ -88,7 +90,9 @@ def _tls_trouble(error: BaseException, host: str) -> Trouble:
         return Trouble(f"{host} does not speak TLS at this port", "use http://, or the port of https")
     if "EOF" in text:
         return Trouble.broken()
-    return Trouble(f"no TLS connection to {host} ({_short(inner)})", "check the address and the port")
+    return Trouble(
+        f"no TLS connection to {host} ({_short(inner)})", "check the address and the port", may_pass=True
+    )
 
 
 def _proxy_trouble(error: BaseException, host: str, proxy: str | None) -> Trouble:

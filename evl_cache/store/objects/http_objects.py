@@ -2,36 +2,30 @@
 
 import contextlib
 import http.client
-import os
 import re
-import ssl
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
-from urllib.parse import quote, urljoin, urlsplit, urlunsplit
+from typing import TypeVar
+from urllib.parse import SplitResult, quote, unquote, urljoin, urlsplit, urlunsplit
 
-import certifi
 import urllib3
 from urllib3.exceptions import HTTPError
 
-from evl_cache.errors import CacheError, UsageError
-from evl_cache.store.objects.address import Data, public_text, public_url
+from evl_cache.errors import CacheError, EvlCacheError, UsageError
+from evl_cache.store.objects.address import Data, public_url
 from evl_cache.store.objects.bodies import read_known, read_most
 from evl_cache.store.objects.causes import error_trouble
+from evl_cache.store.objects.connections import client, proxy_for
 from evl_cache.store.objects.listing_page import is_web_page, listed_folders
 from evl_cache.store.objects.logins import is_given_for, login_of
 from evl_cache.store.objects.troubles import Trouble, status_trouble
 from evl_cache.store.objects.waits import Attempt, Server
 
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 10.0, 30.0
-_SERVERS, _CONNECTIONS = 16, 64  # connections to a server that are kept open, of so many servers
 _MOST_REDIRECTS = 5
 _MOST_LISTING_NBYTES = 16 << 20
 _MOST_PASSED_OVER_NBYTES = 32 << 20  # of a file that comes whole where a part was asked for
 _RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 _T = TypeVar("_T")
-_clients: dict[tuple[int, str | None, str | None, bool], urllib3.PoolManager] = {}
 
 
 @dataclass(frozen=True)
@@ -46,6 +40,12 @@ class _Answer:
     response: urllib3.BaseHTTPResponse
     url: str
 
+    @property
+    def size(self) -> int | None:
+        """How many bytes its body is said to have; None where that is not said."""
+        told = self.response.headers.get("content-length", "")
+        return int(told) if told.isdecimal() else None
+
 
 class HttpObjects:
     """Files below an http(s) address. See `Objects`.
@@ -59,24 +59,22 @@ class HttpObjects:
         if not parts.hostname:
             raise UsageError(f"{self.url}: expected https://host/path")
         self._host, self._login = parts.hostname, login_of(parts)
-        self._proxy = _proxy_for(url)
+        self._proxy = proxy_for(url)
         self._server = Server(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}".lower())
 
     def get(self, name: str, *, most_nbytes: int) -> bytes:
         """See `Objects`."""
 
         def read(attempt: Attempt) -> bytes:
-            with self._answer(self._address(name), {}) as answer:
+            with self._answer(self._address(name)) as answer:
                 attempt.came(0)
                 _check_is_file(answer)
-                size = answer.response.headers.get("content-length", "")
-                found = None
-                if not size.isdecimal() or int(size) <= most_nbytes:
+                size, found = answer.size, None
+                if size is None or size <= most_nbytes:
                     found = read_most(answer.response, most_nbytes, attempt)
                 if found is None:
-                    raise CacheError(
-                        f"{self.url}/{name}: has {size or 'more'} bytes, expected at most {most_nbytes}"
-                    )
+                    told = "more" if size is None else size
+                    raise CacheError(f"{self.url}/{name}: has {told} bytes, expected at most {most_nbytes}")
                 _check_is_no_page(answer, found)
                 if not found and not answer.response.headers.get("content-length"):
                     raise Trouble.broken()  # among its headers, which urllib3 takes for an answer
@@ -88,16 +86,15 @@ class HttpObjects:
         """See `Objects`."""
 
         def read(attempt: Attempt) -> Data:
-            with self._answer(
-                self._address(name), {"Range": f"bytes={start}-{start + nbytes - 1}"}
-            ) as answer:
+            with self._answer(self._address(name), part=f"bytes={start}-{start + nbytes - 1}") as answer:
                 attempt.came(0)
                 if answer.response.status == 416:  # the file ends before `start`
                     return b""
                 _check_is_file(answer)
                 if answer.response.status != 206:
                     return _part_of_whole(answer, start, nbytes, attempt)
-                expected = _range_nbytes(answer, start, nbytes)
+                told = answer.response.headers.get("content-range", "")
+                expected = range_nbytes(told, start, nbytes)
                 found = read_known(answer.response, expected, attempt)
                 if len(found) < expected:
                     raise Trouble.broken()
@@ -109,15 +106,17 @@ class HttpObjects:
         """See `Objects`: what the links of the server's own listing lead to."""
 
         def read(attempt: Attempt) -> list[str]:
-            with self._answer(f"{self.url}/", {}, listing=True) as answer:
+            with self._answer(f"{self.url}/", listing=True) as answer:
                 attempt.came(0)
                 _check_is_file(answer)
                 page = read_most(answer.response, _MOST_LISTING_NBYTES, attempt)
                 if page is None:
                     raise Trouble("its listing is too long", "name the cache itself", has_answered=True)
+                _check_is_html(answer)
                 found = listed_folders(page, answer.url)
-                if found is None or (not found and not is_given_for(self.url, answer.url)):
-                    raise _sign_in(answer)  # of another server at times, which lists no folder of this one
+                # A page without folders that came from elsewhere is hardly the folder's own.
+                if found is None or (not found and not self._is_own(answer.url)):
+                    raise _sign_in(answer)
                 return found
 
         return self._ask("", read)
@@ -125,6 +124,10 @@ class HttpObjects:
     def end_waits(self) -> None:
         """See `Objects`."""
         self._server.end_waits()
+
+    def _is_own(self, url: str) -> bool:
+        paths = {unquote(urlsplit(one).path).rstrip("/") for one in (self.url, url)}
+        return len(paths) == 1 and is_given_for(self.url, url)
 
     def _address(self, name: str) -> str:
         return f"{self.url}/{quote(name)}"
@@ -137,19 +140,24 @@ class HttpObjects:
             raise FileNotFoundError(f"{place}: no such file") from None
 
     @contextlib.contextmanager
-    def _answer(self, url: str, headers: dict[str, str], *, listing: bool = False) -> Iterator[_Answer]:
-        """Yield an answer that is a file, or that its end is passed. Raises: FileNotFoundError; Trouble."""
+    def _answer(self, url: str, *, part: str | None = None, listing: bool = False) -> Iterator[_Answer]:
+        """Yield an answer that is a file, or, where a part is asked for, that, or that its end is passed.
+
+        Raises: FileNotFoundError; Trouble.
+        """
         try:
-            answer = self._follow(url, headers)
+            answer = self._follow(url, {} if part is None else {"Range": part})
             try:
                 self._check_status(answer.response, listing)
+                if part is None and answer.response.status != 200:  # part of a file, or the page of an error
+                    raise status_trouble(answer.response.status, answer.response.headers)
                 yield answer
             finally:
                 answer.response.drain_conn() if _is_nearly_read(answer.response) else answer.response.close()
                 answer.response.release_conn()
-        except FileNotFoundError:
+        except (FileNotFoundError, EvlCacheError):
             raise
-        except (HTTPError, OSError, http.client.HTTPException, UnicodeError) as error:
+        except (HTTPError, OSError, http.client.HTTPException, ValueError) as error:
             shown = None if self._proxy is None else public_url(self._proxy)
             raise error_trouble(error, host=self._host, proxy=shown) from error
 
@@ -160,17 +168,15 @@ class HttpObjects:
             own = {**headers, "Accept-Encoding": "identity", "User-Agent": "evl-cache"}
             if self._login.header is not None and is_given_for(self.url, here):
                 own["Authorization"] = self._login.header
-            proxy = self._proxy if here is url else _proxy_for(here)
-            response = _client(here, proxy).urlopen(
+            proxy = self._proxy if here is url else proxy_for(here)
+            response = client(here, proxy).urlopen(
                 "GET", here, headers=own, redirect=False, preload_content=False, decode_content=False
             )
             location = response.headers.get("location")
             if response.status not in (301, 302, 303, 307, 308) or location is None:
                 return _Answer(response, here)
             response.close()
-            target = urlsplit(urljoin(here, location))
-            if target.scheme not in ("http", "https") or not target.hostname:
-                break
+            target = _target(here, location)
             here = urlunsplit((target.scheme, target.netloc.rpartition("@")[2], *target[2:4], ""))
         raise Trouble("the server sends requests in a circle", "check the address", has_answered=True)
 
@@ -189,73 +195,19 @@ class HttpObjects:
             raise status_trouble(status, response.headers)
 
 
-def _client(url: str, proxy: str | None) -> urllib3.PoolManager:
-    """Return what asks for an address, directly or through a proxy.
-
-    All of a process share it, and so its connections; a forked process makes its own.
-    """
-    is_tls = url.lower().startswith("https:")
-    key = (os.getpid(), proxy, os.environ.get("SSL_CERT_FILE") if is_tls else None, is_tls)
-    if (client := _clients.get(key)) is None:
-        options: dict[str, Any] = {
-            "num_pools": _SERVERS,
-            "maxsize": _CONNECTIONS,
-            "retries": False,
-            "timeout": urllib3.Timeout(connect=CONNECT_TIMEOUT_S, read=READ_TIMEOUT_S),
-            "ssl_context": tls_context() if is_tls else None,
-        }
-        client = urllib3.PoolManager(**options) if proxy is None else _through(proxy, options)
-        client = _clients.setdefault(key, client)
-    return client
-
-
-def tls_context() -> ssl.SSLContext:
-    """Return what proves servers' certificates: by the system's, or those that SSL_CERT_FILE names.
-
-    Raises: UsageError where that is no file of certificates.
-    """
-    if named := os.environ.get("SSL_CERT_FILE"):
-        try:
-            return ssl.create_default_context(cafile=named)
-        except (ssl.SSLError, OSError) as error:
-            why = "holds no certificate in PEM" if isinstance(error, ssl.SSLError) else f"{error.strerror}"
-            raise UsageError(
-                f"SSL_CERT_FILE is {named}: {why}; name a file of certificates, or unset it"
-            ) from error
-    context, known = ssl.create_default_context(), ssl.get_default_verify_paths()
-    if not any((known.cafile, known.capath)):  # a Python that does not know the system's
-        context.load_verify_locations(certifi.where())
-    return context
-
-
-def _proxy_for(url: str) -> str | None:
-    """Return the proxy that the environment names for an address; looked for once, as that takes as long as a request."""
-    parts = urlsplit(url)
-    if urllib.request.proxy_bypass(parts.netloc.rpartition("@")[2]):
-        return None
-    found = urllib.request.getproxies()
-    proxy = found.get(parts.scheme) or found.get("all")
-    if not proxy:
-        return None
-    proxy = proxy if "://" in proxy else f"http://{proxy}"
+def _target(here: str, location: str) -> SplitResult:
+    """Return where a server sends a request on to. Raises: Trouble where that is no address of a server."""
     try:
-        named = urlsplit(proxy)
-        is_address = named.scheme in ("http", "https") and bool(named.hostname) and named.port != 0
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise UsageError(
-            f"the proxy {public_text(proxy)} is no address; expected http://host:port in HTTP_PROXY and HTTPS_PROXY"
-        )
-    return proxy
-
-
-def _through(proxy: str, options: dict[str, Any]) -> urllib3.PoolManager:
-    parts, headers = urlsplit(proxy), None
-    if parts.username is not None:
-        headers = {"Proxy-Authorization": login_of(parts).header or ""}
-    address = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], "", "", ""))
-    return urllib3.ProxyManager(address, proxy_headers=headers, **options)
+        target = urlsplit(urljoin(here, location))
+        if target.scheme in ("http", "https") and target.hostname and target.port != 0:
+            return target
+    except ValueError:  # what Python says of it may hold a password
+        pass
+    raise Trouble(
+        "the server sends requests on to what is no address",
+        "check the address, or ask who keeps the server",
+        has_answered=True,
+    )
 
 
 def _check_is_file(answer: _Answer) -> None:
@@ -263,6 +215,17 @@ def _check_is_file(answer: _Answer) -> None:
     encoding = answer.response.headers.get("content-encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise Trouble.compressed(encoding)
+
+
+def _check_is_html(answer: _Answer) -> None:
+    """Raises: Trouble where a listing is one for programs, which would seem to name no folders."""
+    kind = answer.response.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind and "html" not in kind and not kind.startswith("text/"):
+        raise Trouble(
+            f"its listing is {kind}, no web page",
+            "have the server list folders as HTML (nginx: autoindex_format html), or name the cache itself",
+            has_answered=True,
+        )
 
 
 def _check_is_no_page(answer: _Answer, content: bytes) -> None:
@@ -279,14 +242,14 @@ def _sign_in(answer: _Answer) -> Trouble:
     )
 
 
-def _range_nbytes(answer: _Answer, start: int, nbytes: int) -> int:
-    """Return how many of the bytes asked for come. Raises: Trouble where others do."""
-    found = _RANGE.fullmatch(answer.response.headers.get("content-range", "").strip())
+def range_nbytes(told: str, start: int, nbytes: int) -> int:
+    """Return how many of the bytes asked for come, as Content-Range tells. Raises: Trouble where others do."""
+    found = _RANGE.fullmatch(told.strip())
     if found is not None:
         first, last = int(found[1]), int(found[2])
-        size = None if found[3] == "*" else int(found[3])
-        wanted = start + nbytes - 1 if size is None else min(start + nbytes, size) - 1
-        if (first, last) == (start, wanted):
+        wanted = start + nbytes - 1 if found[3] == "*" else min(start + nbytes, int(found[3])) - 1
+        # A server that does not tell the size may know of less.
+        if first == start and (last == wanted or (found[3] == "*" and first <= last < wanted)):
             return last - first + 1
     raise Trouble(
         "the server answers with other bytes than were asked for",
@@ -298,18 +261,17 @@ def _range_nbytes(answer: _Answer, start: int, nbytes: int) -> int:
 
 def _part_of_whole(answer: _Answer, start: int, nbytes: int, attempt: Attempt) -> Data:
     """Return a part of a file that comes whole, as from servers that know no ranges, unless too much would be passed over."""
-    if start + nbytes > _MOST_PASSED_OVER_NBYTES:
-        size = answer.response.headers.get("content-length", "")
-        if not size.isdecimal() or int(size) > _MOST_PASSED_OVER_NBYTES:
-            raise Trouble(
-                "the server gives whole files only, no parts (no Range requests; python -m http.server is so)",
-                "serve the cache with nginx or from a bucket, or copy its directory",
-                has_answered=True,
-            )
-    found = read_known(answer.response, start + nbytes, attempt)
+    size = answer.size
+    wanted = start + nbytes if size is None else min(start + nbytes, size)
+    if wanted > _MOST_PASSED_OVER_NBYTES:
+        raise Trouble(
+            "the server gives whole files only, no parts (no Range requests; python -m http.server is so)",
+            "serve the cache with nginx or from a bucket, or copy its directory",
+            has_answered=True,
+        )
+    found = read_known(answer.response, wanted, attempt)
     _check_is_no_page(answer, bytes(found[:1024]))
-    size = answer.response.headers.get("content-length", "")
-    if len(found) < start + nbytes and len(found) < (int(size) if size.isdecimal() else 1):
+    if len(found) < wanted and (size is not None or not found):
         raise Trouble.broken()
     return found[start:]
 

@@ -3,6 +3,8 @@
 from html.parser import HTMLParser
 from urllib.parse import unquote, urljoin, urlsplit
 
+from evl_cache.store.objects.logins import origin
+
 
 class _Links(HTMLParser):
     def __init__(self) -> None:
@@ -42,7 +44,7 @@ def _folder(link: str, base: str) -> str | None:
     """Return the name of the folder directly below that a link leads to, or None."""
     try:
         target, here = urlsplit(urljoin(base, link.strip())), urlsplit(base)
-        if (target.scheme, target.hostname, target.port) != (here.scheme, here.hostname, here.port):
+        if origin(target.geturl()) != origin(base):
             return None
     except ValueError:
         return None

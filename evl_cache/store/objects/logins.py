@@ -3,7 +3,7 @@
 import base64
 import netrc
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import SplitResult, unquote, urlsplit
 
 _DEFAULT_PORTS = {"http": 80, "https": 443}
@@ -19,7 +19,7 @@ class Login:
         remedy: what to do where the server wants another.
     """
 
-    header: str | None
+    header: str | None = field(repr=False)
     remedy: str
 
 
@@ -31,7 +31,7 @@ def login_of(url: SplitResult) -> Login:
     named = os.environ.get("NETRC")
     shown = named or "~/.netrc"
     try:
-        found = netrc.netrc(named).authenticators(url.hostname or "")
+        machines = {name.lower(): login for name, login in netrc.netrc(named).hosts.items()}
     except FileNotFoundError:
         return Login(None, _PUT_IT)
     except OSError as error:
@@ -45,6 +45,9 @@ def login_of(url: SplitResult) -> Login:
         if error.lineno is None:
             return Login(None, f"{shown} may be read by others, so it is not used; chmod 600 {shown}")
         return Login(None, f"{shown} has a mistake in line {error.lineno}, so it is not used; mend it")
+    found = machines.get(url.hostname or "")
+    if found is None and "default" in machines:  # given for no host: any stranger's would be told
+        return Login(None, f"{_PUT_IT.replace('~/.netrc', shown)}: its entry default is not used")
     if found is None:
         return Login(None, _PUT_IT if named is None else f"put user and password for the host into {shown}")
     return Login(_basic(found[0], found[2] or ""), f"the server refuses the user and password of {shown}")
@@ -52,12 +55,13 @@ def login_of(url: SplitResult) -> Login:
 
 def is_given_for(url: str, other: str) -> bool:
     """Whether a login for one address may be told to another: one server, or the same name by TLS at the usual ports."""
-    mine, theirs = _origin(url), _origin(other)
+    mine, theirs = origin(url), origin(other)
     is_upgrade = mine[0] == "http" and theirs[0] == "https" and (mine[2], theirs[2]) == (80, 443)
     return mine == theirs or (is_upgrade and mine[1] == theirs[1])
 
 
-def _origin(url: str) -> tuple[str, str, int]:
+def origin(url: str) -> tuple[str, str, int]:
+    """Return scheme, host and port of a URL, written in one way. Raises: ValueError."""
     parts = urlsplit(url)
     scheme = parts.scheme.lower()
     return scheme, (parts.hostname or "").lower(), parts.port or _DEFAULT_PORTS.get(scheme, 0)

@@ -1,8 +1,9 @@
 """A cache's files in an S3 bucket, through boto3, which knows where Amazon's tools keep keys, profiles and endpoints."""
 
 import contextlib
+import io
+import logging
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,18 +16,19 @@ import botocore.exceptions as wrong
 from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 
-from evl_cache.errors import CacheError, UsageError
+from evl_cache.errors import CacheError, EvlCacheError, UsageError
+from evl_cache.notation import without_logins
 from evl_cache.store.objects.address import Data, public_url
 from evl_cache.store.objects.bodies import read_known, read_most
 from evl_cache.store.objects.causes import error_trouble
-from evl_cache.store.objects.http_objects import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, tls_context
+from evl_cache.store.objects.connections import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, tls_context
+from evl_cache.store.objects.http_objects import range_nbytes
 from evl_cache.store.objects.troubles import Trouble, status_trouble
 from evl_cache.store.objects.waits import Attempt, Server
 
 UNSIGNED_VARIABLE = "AWS_NO_SIGN_REQUEST"  # as GDAL and others name it
 _PART_NBYTES = 8 << 20  # of an upload
 _CONNECTIONS = 64
-_RANGE = re.compile(r"bytes (\d+)-(\d+)/")
 _MOST_FOLDERS = 100_000
 _KEYS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, and AWS_ENDPOINT_URL if not Amazon's"
@@ -70,14 +72,14 @@ class S3Objects:
 
         def read(attempt: Attempt) -> bytes:
             with self._object(name) as found:
-                size = found.get("ContentLength")
-                content = None
+                if found["ResponseMetadata"]["HTTPStatusCode"] != 200:
+                    raise Trouble.broken("a part of the file came for the whole")
+                size, content = found.get("ContentLength"), None
                 if size is None or size <= most_nbytes:
-                    content = read_most(found["Body"], most_nbytes, attempt)
+                    content = read_most(_Body(found["Body"]), most_nbytes, attempt)
                 if content is None:
-                    raise CacheError(
-                        f"{self.url}/{name}: has {size or 'more'} bytes, expected at most {most_nbytes}"
-                    )
+                    told = "more" if size is None else size
+                    raise CacheError(f"{self.url}/{name}: has {told} bytes, expected at most {most_nbytes}")
                 if not content and size is None:
                     raise Trouble.broken()  # among its headers
                 return content
@@ -90,11 +92,8 @@ class S3Objects:
         def read(attempt: Attempt) -> Data:
             try:
                 with self._object(name, Range=f"bytes={start}-{start + nbytes - 1}") as found:
-                    parts = _RANGE.match(str(found.get("ContentRange", "")))
-                    expected = 0 if parts is None else int(parts[2]) - int(parts[1]) + 1
-                    if parts is None or int(parts[1]) != start or not 0 < expected <= nbytes:
-                        raise Trouble.broken("other bytes came than were asked for")
-                    content = read_known(found["Body"], expected, attempt)
+                    expected = range_nbytes(str(found.get("ContentRange", "")), start, nbytes)
+                    content = read_known(_Body(found["Body"]), expected, attempt)
                     if len(content) < expected:
                         raise Trouble.broken()
                     return content
@@ -118,7 +117,7 @@ class S3Objects:
                     raise Trouble("what answers is no S3 server", "check AWS_ENDPOINT_URL", has_answered=True)
                 found += [folder["Prefix"][len(prefix) : -1] for folder in page.get("CommonPrefixes", ())]
                 if len(found) > _MOST_FOLDERS:
-                    break
+                    raise Trouble("its listing is too long", "name the cache itself", has_answered=True)
             return sorted(name for name in found if name not in ("", ".", ".."))
 
         return self._ask("", read)
@@ -127,21 +126,17 @@ class S3Objects:
         """See `WritableObjects`: the server compares sha256 digests."""
 
         def write(attempt: Attempt) -> None:
-            if isinstance(data, bytes):
-                self._client().put_object(
-                    Bucket=self._bucket, Key=self._key(name), Body=data, ChecksumAlgorithm="SHA256"
+            with io.BytesIO(data) if isinstance(data, bytes) else data.open("rb") as content:
+                self._client().upload_fileobj(
+                    content,
+                    self._bucket,
+                    self._key(name),
+                    ExtraArgs={"ChecksumAlgorithm": "SHA256"},
+                    Callback=attempt.came,
+                    Config=TransferConfig(
+                        multipart_threshold=_PART_NBYTES, multipart_chunksize=_PART_NBYTES, use_threads=False
+                    ),
                 )
-                return
-            self._client().upload_file(
-                str(data),
-                self._bucket,
-                self._key(name),
-                ExtraArgs={"ChecksumAlgorithm": "SHA256"},
-                Callback=attempt.came,
-                Config=TransferConfig(
-                    multipart_threshold=_PART_NBYTES, multipart_chunksize=_PART_NBYTES, use_threads=False
-                ),
-            )
 
         if isinstance(data, Path) and not data.is_file():
             raise CacheError(f"{data}: is gone; run the same command again")
@@ -183,6 +178,10 @@ class S3Objects:
                 return request(attempt)
             except (wrong.BotoCoreError, wrong.ClientError, boto3.exceptions.Boto3Error) as error:
                 raise self._trouble(error) from error
+            except EvlCacheError:
+                raise
+            except (ValueError, OSError) as error:  # a header that is none, or of the system
+                raise error_trouble(error, host=self._bucket, proxy=None) from error
 
         try:
             return self._server.ask(place, told)
@@ -212,7 +211,9 @@ class S3Objects:
             return error_trouble(inner, host=host, proxy=None)
         if isinstance(error, wrong.HTTPClientError):
             return error_trouble(error.__cause__ or error, host=host, proxy=None)
-        return Trouble(f"the request fails ({_short(error)})", "check bucket, endpoint and region")
+        return Trouble(
+            f"the request fails ({without_logins(_short(error))})", "check bucket, endpoint and region"
+        )
 
     def _answered(self, error: wrong.ClientError) -> Exception:
         status, code = _status(error), str(error.response.get("Error", {}).get("Code", ""))
@@ -238,12 +239,27 @@ class S3Objects:
     def _client(self) -> Any:
         """Return boto3's client, which all of a process share while the environment stays; a forked process makes its own."""
         settings = sorted(
-            (name, value) for name, value in os.environ.items() if name.startswith(("AWS_", "SSL_", "HOME"))
+            (name, value)
+            for name, value in os.environ.items()
+            if name.startswith(("AWS_", "SSL_", "HOME")) or name.lower().endswith("_proxy")
         )
         key = (os.getpid(), tuple(settings))
         if (client := _clients.get(key)) is None:
             client = _clients.setdefault(key, _make_client(self.url))
         return client
+
+
+class _Body:
+    """What bodies are read from: boto3's, whose reading can be ended."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        return int(self._body.readinto(buffer))
+
+    def shutdown(self) -> None:
+        self._body._raw_stream.shutdown()  # urllib3's, which boto3 gives in no other way
 
 
 def _make_client(url: str) -> Any:
@@ -258,9 +274,10 @@ def _make_client(url: str) -> Any:
     }
     if os.environ.get(UNSIGNED_VARIABLE, "").lower() in ("1", "yes", "true", "on"):
         options["signature_version"] = botocore.UNSIGNED
-    certificates = os.environ.get("AWS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE")
-    if certificates == os.environ.get("SSL_CERT_FILE") and certificates:
-        tls_context()
+    variable = "AWS_CA_BUNDLE" if os.environ.get("AWS_CA_BUNDLE") else "SSL_CERT_FILE"
+    if certificates := os.environ.get(variable):
+        tls_context(variable)
+    _keep_tokens_out_of_logs()
     try:
         session = boto3.session.Session()
         region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
@@ -283,8 +300,15 @@ def _make_client(url: str) -> Any:
         raise UsageError(f"{url}: a key without its secret, or the reverse; {_KEYS}") from error
     except (wrong.BotoCoreError, ValueError) as error:
         named = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-        shown = f"AWS_ENDPOINT_URL is {public_url(named)!r}" if named else _short(error)
+        shown = f"AWS_ENDPOINT_URL is {public_url(named)!r}" if named else without_logins(_short(error))
         raise UsageError(f"{url}: {shown}; expected http://host:port or https://host") from error
+
+
+def _keep_tokens_out_of_logs() -> None:
+    """Keep botocore from logging requests, with the session's token, where a program logs everything: unless it asks."""
+    log = logging.getLogger("botocore")
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)
 
 
 def _stay_here(params: dict[str, Any], **_: Any) -> None:

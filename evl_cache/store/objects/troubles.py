@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 _PASSING_STATUSES = frozenset({408, 425, 429, 500, 502, 503, 504, 520, 521, 522, 523, 524})
 
+_LONGEST_RETRY_S = 366 * 86400.0  # more is said by a clock that is wrong
+
 
 class Trouble(Exception):
     """A request failed.
@@ -90,9 +92,9 @@ def retry_after_s(value: str | None) -> float | None:
     if value is None:
         return None
     if value.strip().isdecimal():
-        return float(value)
+        return min(float(value), _LONGEST_RETRY_S)
     try:
-        when = email.utils.parsedate_to_datetime(value)
-    except ValueError:
+        when = email.utils.parsedate_to_datetime(value).timestamp()
+    except (ValueError, OverflowError):
         return None
-    return max(0.0, when.timestamp() - time.time())
+    return min(max(0.0, when - time.time()), _LONGEST_RETRY_S)

@@ -80,6 +80,8 @@ class Attempt:
         self.moved = time.monotonic()
         self.has_begun = False
         self._since_moved = 0
+        self._is_given_up = False
+        self._break_off: Callable[[], None] | None = None
         self._result: Any = None
         self._error: BaseException | None = None
 
@@ -92,8 +94,23 @@ class Attempt:
                 f"no thread for a request ({error}); raise the limit of processes (ulimit -u)"
             ) from error
 
+    def give_up(self) -> None:
+        """Have it end, as nobody waits for it any more: a trickle would keep a thread and a connection for days."""
+        self._is_given_up = True
+        if (break_off := self._break_off) is not None:
+            with contextlib.suppress(OSError, ValueError, RuntimeError):  # it has ended meanwhile
+                break_off()
+
+    def reads(self, break_off: Callable[[], None]) -> None:
+        """Note how to end the reading of an answer, from another thread. Raises: Trouble, once given up."""
+        self._break_off = break_off
+        if self._is_given_up:
+            raise Trouble.silence(has_begun=True)
+
     def came(self, nbytes: int) -> None:
-        """Note that bytes came. A trickle is silence: else it could go on for days."""
+        """Note that bytes came. A trickle is silence: else it could go on for days. Raises: Trouble, once given up."""
+        if self._is_given_up:
+            raise Trouble.silence(has_begun=True)
         self.has_begun = True
         self._since_moved += nbytes
         if self._since_moved >= _LEAST_NBYTES:
@@ -145,7 +162,11 @@ class Server:
             attempt = Attempt()
             try:
                 attempt.start(request)
-                wait.until_done(attempt)
+                try:
+                    wait.until_done(attempt)
+                except BaseException:  # a signal, too
+                    attempt.give_up()
+                    raise
                 found: _T = attempt.result()
                 _answered.add(self.name)
                 return found
@@ -242,6 +263,6 @@ def patience_s() -> float:
         seconds = float(named)
     except ValueError:
         seconds = -1.0
-    if not 0 <= seconds < 1e7:
-        raise UsageError(f"{PATIENCE_VARIABLE} is {named!r}; expected seconds, such as 600")
+    if not 0 < seconds < 1e7:
+        raise UsageError(f"{PATIENCE_VARIABLE} is {named!r}; expected seconds above 0, such as 600")
     return seconds
