@@ -86,14 +86,21 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "home"
 
 
+def descriptors_of_all() -> Iterator[str]:
+    """Every open file of every process, by its path under /proc."""
+    for process in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):  # it has ended meanwhile, or is of another user
+            yield from [f"/proc/{process}/fd/{number}" for number in os.listdir(f"/proc/{process}/fd")]
+
+
 def taken_by_shards(home: Path) -> int:
     """Bytes that shard files below a place have on the disk, those included that have no name and are open somewhere."""
     found: dict[int, int] = {}
     for path in home.rglob("c.*"):
         with contextlib.suppress(OSError):
             found[path.lstat().st_ino] = path.lstat().st_blocks
-    for descriptor in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):  # closed meanwhile, or of another user
+    for descriptor in descriptors_of_all():
+        with contextlib.suppress(OSError):  # closed meanwhile
             if (
                 os.readlink(descriptor).startswith(f"{home}/")
                 and (status := os.stat(descriptor)).st_nlink == 0

@@ -22,6 +22,7 @@ from evl_cache.store.format.layout import array_layouts
 from evl_cache.store.objects.objects import open_writable
 from evl_cache.store.reading import attempts
 from evl_cache_cli.main import cli
+from tests.support.credentials import PASSWORD, USER
 from tests.support.damage_kinds import KINDS
 from tests.support.feature_caches import write_cache
 from tests.support.servers import KEYS, FaultyServer, Nginx, faulty_server, nginx, s3_server
@@ -290,20 +291,23 @@ def invoke(*words: object) -> Result:
     return CliRunner().invoke(cli, [str(word) for word in words], standalone_mode=False)
 
 
-def test_the_command_tells_of_the_url_and_never_of_its_password(served: Path, web: Nginx) -> None:
-    url = web.url.replace("http://", "http://someone:pa-ss@")
+def test_the_command_tells_of_the_url_and_never_of_its_password(
+    served: Path, web: Nginx, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSL_CERT_FILE", str(web.certificate))
+    url = web.tls_url.replace("https://", f"https://{USER}:{PASSWORD}@")
     told = invoke("verify", f"{url}/a", "--json")
-    assert told.return_value == 0 and json.loads(told.stdout)["cache"] == f"{web.url}/a"
+    assert told.return_value == 0 and json.loads(told.stdout)["cache"] == f"{web.tls_url}/a"
     shard = served / "tokens" / "c.1.0.0.0.0"
     shard.write_bytes(shard.read_bytes()[:-1])
     told = invoke("verify", f"{url}/a")
     assert told.return_value == 1
     assert (
-        f"damaged: {web.url}/a/tokens/c.1.0.0.0.0: " in told.stderr
+        f"damaged: {web.tls_url}/a/tokens/c.1.0.0.0.0: " in told.stderr
         and "tell who keeps the cache" in told.stderr
     )
-    assert f"{web.url}/a: 2 of 3 blocks done and intact, 1 problems" in told.stdout
-    assert "pa-ss" not in told.output + told.stderr
+    assert f"{web.tls_url}/a: 2 of 3 blocks done and intact, 1 problems" in told.stdout
+    assert PASSWORD not in told.output + told.stderr
 
 
 def test_sources_of_a_url_are_one_line_that_says_what_to_do(web: Nginx) -> None:
