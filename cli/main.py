@@ -148,12 +148,14 @@ def main(args: list[str] | None = None) -> None:
 def _terminate(number: int, frame: FrameType | None) -> None:
     # As an exception, so that staged files are removed and locks released on the way out.
     _end_waits()
-    sys.exit(128 + number)
+    if not lost_signals.is_put_off(number, frame):
+        sys.exit(128 + number)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _end_waits()
-    signal.default_int_handler(number, frame)
+    if not lost_signals.is_put_off(number, frame):
+        signal.default_int_handler(number, frame)
 
 
 def _end_waits() -> None:

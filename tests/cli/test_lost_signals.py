@@ -1,4 +1,4 @@
-"""A signal ends a command even where it comes while Python runs a callback whose exceptions it drops."""
+"""A signal ends a command wherever it comes: in a callback whose exceptions Python drops, and while a thread is joined."""
 
 import os
 import subprocess
@@ -7,6 +7,13 @@ import pytest
 
 from tests.support.example_data import ROOT
 from tests.support.warm_python import warm_python
+
+
+def run(code: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [warm_python(), "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT, env=os.environ
+    )
+
 
 # A command that asks itself to end in a callback, and then works on for long.
 CODE = """
@@ -31,16 +38,41 @@ commands.cli = command
 commands.main([])
 """
 
+# A command that joins a thread which takes a moment to leave things as they should be left.
+JOINS = """
+import os, signal, threading, time
+import click
+from evl_cache_cli import main as commands
+
+def work():
+    time.sleep(0.2)
+    os.kill(os.getpid(), signal.{name})
+    time.sleep(0.3)
+    print("left in order", flush=True)
+
+@click.command()
+def command():
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    time.sleep(30)
+    print("went on")
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+commands.cli = command
+commands.main([])
+"""
+
+
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_thread_that_is_joined_ends_before_the_command(name: str, status: int) -> None:
+    ended = run(JOINS.replace("{name}", name))
+    assert (ended.returncode, ended.stdout) == (status, "left in order\n"), ended
+    assert "Traceback" not in ended.stderr and "ignored" not in ended.stderr
+
 
 @pytest.mark.parametrize(("name", "status"), [("SIGTERM", 143), ("SIGINT", 130)])
 def test_a_signal_in_a_callback_of_the_garbage_collection_ends_the_command(name: str, status: int) -> None:
-    ended = subprocess.run(
-        [warm_python(), "-c", CODE.replace("{name}", name)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=ROOT,
-        env=os.environ,
-    )
+    ended = run(CODE.replace("{name}", name))
     assert (ended.returncode, ended.stdout) == (status, ""), ended
     assert "Traceback" not in ended.stderr and "ignored" not in ended.stderr
