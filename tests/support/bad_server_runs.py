@@ -170,7 +170,9 @@ class Schedules:
             wrong.append(f"ends with status {status}: {told[-1500:]}")
         errors = [line for line in told.splitlines() if line.startswith("error: ")]
         if run.signalled_at is not None:
-            is_ignored = run.took_s < _ENDS_IN_S and status in (0, 1) and run.took_s > _JUST_THEN_S
+            # A training that is whole writes what it came to; what it came to is compared below.
+            just_then_s = _ENDS_IN_S if run.kind == "train" and status == 0 else _JUST_THEN_S
+            is_ignored = run.took_s < _ENDS_IN_S and status in (0, 1) and run.took_s > just_then_s
             if is_ignored or "no longer waited for" in told:
                 wrong.append(f"signal {run.number} leads to status {status}: {told[-800:]}")
             if run.took_s > _ENDS_IN_S:
@@ -190,7 +192,9 @@ class Schedules:
     def _leavings(self, run: Run) -> list[str]:
         assert run.ended is not None
         is_done = run.ended.status == 0
-        wrong = [f"leaves {p}" for p in run.folder.rglob("*") if _is_leaving(p)]
+        # Threads that fetch into a copy end with the process, wherever they are: staged files may stay in the copy.
+        here = [p for p in run.folder.rglob("*") if "copies" not in p.relative_to(run.folder).parts]
+        wrong = [f"leaves {p}" for p in here if _is_leaving(p)]
         if run.kind == "train":
             digest, head = run.ended.stdout.split("\n", 1)[0].strip(), run.folder / "run" / "head.safetensors"
             if digest and digest != self._sources.features:
