@@ -52,6 +52,7 @@ class Run:
     took_s: float = 0.0
     signalled_at: float | None = None
     number: int = signal.SIGTERM
+    was_whole: bool = False  # the result was written when the signal came
 
 
 def words(kind: str, url: str, folder: Path) -> list[str]:
@@ -148,6 +149,7 @@ class Schedules:
         if run.signal_after_s is not None and run.signal_at is None and run.server.begun.is_set():
             run.signal_at = now + run.signal_after_s
         if run.signal_at is not None and run.signalled_at is None and now >= run.signal_at:
+            run.was_whole = (run.folder / "run" / "result.json").exists()
             os.kill(run.pid, run.number)
             run.signalled_at = now
         if _is_zombie(run.pid):
@@ -170,9 +172,8 @@ class Schedules:
             wrong.append(f"ends with status {status}: {told[-1500:]}")
         errors = [line for line in told.splitlines() if line.startswith("error: ")]
         if run.signalled_at is not None:
-            # A training that is whole writes what it came to; what it came to is compared below.
-            just_then_s = _ENDS_IN_S if run.kind == "train" and status == 0 else _JUST_THEN_S
-            is_ignored = run.took_s < _ENDS_IN_S and status in (0, 1) and run.took_s > just_then_s
+            may_end_well = run.took_s <= _JUST_THEN_S or run.was_whole
+            is_ignored = run.took_s < _ENDS_IN_S and status in (0, 1) and not may_end_well
             if is_ignored or "no longer waited for" in told:
                 wrong.append(f"signal {run.number} leads to status {status}: {told[-800:]}")
             if run.took_s > _ENDS_IN_S:
@@ -192,9 +193,7 @@ class Schedules:
     def _leavings(self, run: Run) -> list[str]:
         assert run.ended is not None
         is_done = run.ended.status == 0
-        # Threads that fetch into a copy end with the process, wherever they are: staged files may stay in the copy.
-        here = [p for p in run.folder.rglob("*") if "copies" not in p.relative_to(run.folder).parts]
-        wrong = [f"leaves {p}" for p in here if _is_leaving(p)]
+        wrong = [f"leaves {p}" for p in run.folder.rglob("*") if _is_leaving(p)]
         if run.kind == "train":
             digest, head = run.ended.stdout.split("\n", 1)[0].strip(), run.folder / "run" / "head.safetensors"
             if digest and digest != self._sources.features:

@@ -36,6 +36,7 @@ from evl_cache.store.format.layout import (
     PROJECTIONS_NAME,
     array_layouts,
 )
+from evl_cache.store.reading.staged_files import STAGED, remove_old_staged, staged_file
 from evl_cache.store.shards.metadata import METADATA_NAME
 
 ROOT_VARIABLE, LIMIT_VARIABLE = "EVL_CACHE_COPY_ROOT", "EVL_CACHE_COPY_GB"
@@ -55,7 +56,6 @@ MARKER_NAME = "evl-cache-copy.json"  # only directories that hold it are copies
 _MARKER = re.compile(rb'\{"cache_digest":"([0-9a-f]{64})"\}\n')
 _DIGITS = 32  # of the cache digest, in the copy's name
 _COPY_NAME = re.compile(f"[0-9a-f]{{{_DIGITS}}}")
-_STAGED = re.compile(r"\.tmp-[0-9]+-.+")  # files on their way, beside their names
 _STAGED_SHARD = re.compile(r"\.tmp-[0-9]+-[0-9a-f]{16}")
 _ACCOUNT_DIGITS = 20
 _ACCOUNT = re.compile(rb"[0-9]{20}\n")
@@ -104,10 +104,11 @@ class CopyRoot:
         check_no_links(self.path, path)
         make_directories(path)
         if _is_copy(path):
+            remove_old_staged(path)
             return path
         # Copies of older versions have no marker, but nothing else either: a cache that was put here has.
         foreign = sorted(
-            name for name in os.listdir(path) if name not in _OF_A_COPY and not _STAGED.match(name)
+            name for name in os.listdir(path) if name not in _OF_A_COPY and not STAGED.fullmatch(name)
         )
         if foreign:
             raise CacheError(
@@ -280,15 +281,11 @@ def _locked(descriptor: int, patience_s: float, check: Callable[[], None]) -> bo
 
 def write_in_copy(path: Path, content: bytes) -> None:
     """Write a small file of a copy, whole or not at all; several processes may do so at once. Raises: CacheError."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{threading.get_ident()}-{path.name}")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
+        with staged_file(path) as temporary:
+            temporary.write_bytes(content)
     except OSError as error:
         raise disk_error("write", path, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def _is_copy(path: Path) -> bool:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,6 +31,7 @@ from evl_cache.store.format.index_head import (
 )
 from evl_cache.store.objects.objects import Objects
 from evl_cache.store.reading.attempts import ATTEMPTS, attempts
+from evl_cache.store.reading.staged_files import staged_file
 
 _WINDOW_NBYTES = 1 << 20  # of rows that one request brings
 
@@ -159,20 +159,16 @@ class IndexCopy:
         """Make the file, with holes but whole otherwise. Raises: CacheDamaged where what comes is not intact."""
         start, stop = head["sections"][TABLES][0], index_nbytes(head)
         tables = self._objects.get_range(INDEX_NAME, start, stop - start)
-        staged = self._path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(8)}-{INDEX_NAME}")
         try:
-            with staged.open("xb") as file:
-                file.write(written_head)
-                file.truncate(start)
-                file.seek(start)
-                file.write(tables)
-            Index(staged, self._spec)
-            staged.replace(self._path)
+            with staged_file(self._path) as staged:
+                with staged.open("xb") as file:
+                    file.write(written_head)
+                    file.truncate(start)
+                    file.seek(start)
+                    file.write(tables)
+                Index(staged, self._spec)
         except OSError as error:
             raise disk_error("write", self._path, error) from error
-        finally:
-            with contextlib.suppress(OSError):
-                staged.unlink(missing_ok=True)
 
     def renew(self) -> None:
         """Begin with no locks, in a forked child: one may be held by a thread that only the parent has."""

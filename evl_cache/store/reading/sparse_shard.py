@@ -14,7 +14,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +25,7 @@ import numpy as np
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store.disk.file_system import check_no_links, disk_error, link_error
 from evl_cache.store.objects.address import Data
+from evl_cache.store.reading.staged_files import staged_file
 from evl_cache.store.shards.codec import CRC_NBYTES, ChunkCodec, byte_view
 from evl_cache.store.shards.shard import ShardReader, ShardRecord
 from evl_cache.store.shards.shard_file import LocalFile, ShardFile
@@ -276,15 +276,9 @@ class SparseShard:
     def _make(self) -> None:
         """Make the file, without chunks, in place of what has its name. Raises: OSError."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".tmp-{os.getpid()}-{secrets.token_hex(8)}")
-        try:
-            with temporary.open("xb") as file:
-                file.seek(self._flags - self._tail)
-                file.write(bytes(self._tail + len(self.nbytes)) + self._index())
-            temporary.rename(self.path)
-        except OSError:
-            temporary.unlink(missing_ok=True)
-            raise
+        with staged_file(self.path) as temporary, temporary.open("xb") as file:
+            file.seek(self._flags - self._tail)
+            file.write(bytes(self._tail + len(self.nbytes)) + self._index())
 
     def _index(self) -> bytes:
         index = np.full((len(self.nbytes), 2), MISSING, dtype="<u8")
