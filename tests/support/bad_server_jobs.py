@@ -10,6 +10,8 @@ import numpy as np
 
 from tests.support.forked_commands import run_command, serve_commands, take_streams
 
+VALIDATED = "is validated"
+
 
 def epochs_digest(place: str | Path) -> str:
     """The digest of what a loader gives of a cache in two shuffled epochs."""
@@ -51,7 +53,21 @@ def _work(job: dict[str, Any]) -> None:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    _mark_the_end_of(command)
     main(command)
+
+
+def _mark_the_end_of(command: list[str]) -> None:
+    """Leave a mark beside the run when its only epoch is trained and validated: nothing is left then but to write."""
+    from evl_cache.train.trainer import Trainer
+
+    real, mark = Trainer.end_epoch, Path(command[command.index("--out") + 1]).with_name(VALIDATED)
+
+    def end_epoch(self: Trainer, *given: Any) -> None:
+        mark.touch()
+        real(self, *given)
+
+    Trainer.end_epoch = end_epoch  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

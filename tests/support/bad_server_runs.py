@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.support.bad_answers import FAULTS, names_a_cause
+from tests.support.bad_server_jobs import VALIDATED
 from tests.support.bad_servers import NOTHING_WRONG, BadServer, misbehaving_server
 from tests.support.credentials import PASSWORD, USER, write_secret
 from tests.support.forked_commands import Commands, Ended
@@ -52,7 +53,7 @@ class Run:
     took_s: float = 0.0
     signalled_at: float | None = None
     number: int = signal.SIGTERM
-    was_whole: bool = False  # the result was written when the signal came
+    was_whole: bool = False  # nothing but writing was left when the signal came
 
 
 def words(kind: str, url: str, folder: Path) -> list[str]:
@@ -149,7 +150,7 @@ class Schedules:
         if run.signal_after_s is not None and run.signal_at is None and run.server.begun.is_set():
             run.signal_at = now + run.signal_after_s
         if run.signal_at is not None and run.signalled_at is None and now >= run.signal_at:
-            run.was_whole = (run.folder / "run" / "result.json").exists()
+            run.was_whole = (run.folder / VALIDATED).exists()
             os.kill(run.pid, run.number)
             run.signalled_at = now
         if _is_zombie(run.pid):

@@ -91,10 +91,13 @@ def _end_with(work: Callable[[dict[str, Any]], None], job: dict[str, Any]) -> No
     """In the child; does not return."""
     status = 1
     try:
-        work(job)
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else int(bool(end.code))
+        try:
+            work(job)
+            status = 0
+        except SystemExit as end:
+            status = _status_of(end)
+    except SystemExit as end:  # of a signal that came just then
+        status = _status_of(end)
     except BaseException:
         traceback.print_exc()
     finally:
@@ -102,3 +105,7 @@ def _end_with(work: Callable[[dict[str, Any]], None], job: dict[str, Any]) -> No
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+def _status_of(end: SystemExit) -> int:
+    return end.code if isinstance(end.code, int) else int(bool(end.code))
