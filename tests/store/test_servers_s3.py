@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
 from evl_cache.caches.share import push
@@ -61,6 +62,23 @@ def test_without_keys_it_says_what_gives_them(endpoint: str, monkeypatch: pytest
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     told = line_of("s3://lab/caches/a")
     assert "no credentials are found" in told and "AWS_ACCESS_KEY_ID" in told and "AWS_PROFILE" in told
+
+
+def test_a_public_bucket_is_read_unsigned(
+    keys: str, endpoint: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = boto3.client("s3", endpoint_url=endpoint)
+    client.create_bucket(Bucket="open", ACL="public-read")
+    write_cache(folder := tmp_path_factory.mktemp("open") / "a")
+    push(folder, "s3://open/caches/a")
+    for name in client.list_objects_v2(Bucket="open")["Contents"]:
+        client.put_object_acl(Bucket="open", Key=name["Key"], ACL="public-read")
+    for name in KEYS:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_NO_SIGN_REQUEST", "yes")
+    assert FeatureCache("s3://open/caches/a").is_complete
+    assert open_objects("s3://open/caches").folders() == ["a"]
+    assert "access denied" in line_of(keys)  # the other bucket is not public
 
 
 def test_a_key_without_its_secret_is_told(keys: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,9 @@ import http.client
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
+
+from tests.support.servers import answering
 
 
 @dataclass
@@ -65,13 +67,5 @@ def gated_proxy(server_url: str) -> Iterator[GatedProxy]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        state.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield state
-        finally:
-            is_over.set()
-            server.shutdown()
-            thread.join(timeout=60)
+    with answering(Handler, at_the_end=is_over.set) as state.url:
+        yield state

@@ -254,15 +254,21 @@ def faulty_server(root: Path, *, given: tuple[str, ...] = ()) -> Iterator[Faulty
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with (
-        ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server,
-        recorded("faulty server", given=given) as state.record,
-    ):
-        state.url = f"http://127.0.0.1:{server.server_port}"
+    with recorded("faulty server", given=given) as state.record, answering(Handler) as state.url:
+        yield state
+
+
+@contextlib.contextmanager
+def answering(
+    handler: type[BaseHTTPRequestHandler], *, at_the_end: Callable[[], None] = lambda: None
+) -> Iterator[str]:
+    """Serve by a handler, a thread a request; yields the address. at_the_end: frees requests that are held back."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
-            yield state
+            yield f"http://127.0.0.1:{server.server_port}"
         finally:
+            at_the_end()
             server.shutdown()
             thread.join(timeout=60)

@@ -4,9 +4,11 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Literal
+
+from tests.support.servers import answering
 
 Silence = Literal["whole", "from mid-body"]
 
@@ -84,13 +86,5 @@ def silent_server(root: Path, silence: Callable[[str], Silence | None]) -> Itera
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        state.url = f"http://127.0.0.1:{server.server_port}"
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-        thread.start()
-        try:
-            yield state
-        finally:
-            is_over.set()
-            server.shutdown()
-            thread.join(timeout=60)
+    with answering(Handler, at_the_end=is_over.set) as state.url:
+        yield state
