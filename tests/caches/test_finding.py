@@ -20,6 +20,7 @@ from evl_cache.train.needs import HeadNeeds
 from evl_cache.train.options import TrainOptions
 from evl_cache_cli.main import cli, main
 from tests.support.feature_caches import TOWER, write_cache
+from tests.support.patience import patience_of_attempts
 
 
 @pytest.mark.parametrize(
@@ -76,7 +77,7 @@ def test_any_text_as_a_place_ends_in_a_result_or_one_line(
         "?q", "#f", "%", "%zz", "caches", "..", " ", "\t", "\n", "é", "\udcff", "℀", "~", "-", "\x1b[31m", "*", "'", "",
     ]  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.2")
+    patience_of_attempts(monkeypatch)
     for name in ("http_proxy", "https_proxy", "all_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     for _ in range(6):

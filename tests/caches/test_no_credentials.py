@@ -18,6 +18,7 @@ from evl_cache.store import FeatureCache, public_text
 from evl_cache.train.needs import HeadNeeds
 from evl_cache_cli.main import main
 from tests.support.feature_caches import write_cache
+from tests.support.patience import patience_of_attempts
 from tests.support.servers import PASSWORD, USER, Nginx, nginx
 
 SECRET = "wJalr/K7MDENG+bPxRfiCY"  # as Amazon's keys are: with a slash
@@ -46,7 +47,7 @@ def home(web: Nginx, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("SSL_CERT_FILE", str(web.certificate))
     monkeypatch.setenv("NETRC", str(tmp_path / "no-netrc"))
     monkeypatch.setenv("EVL_CACHE_COPY_ROOT", str(tmp_path / "copies"))
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.3")
+    patience_of_attempts(monkeypatch)
     monkeypatch.setenv("EVL_CACHE_DEBUG", "")  # and what --debug leaves there goes again
     monkeypatch.chdir(tmp_path)
     shutil.copytree(web.www / "a", "mine")

@@ -22,6 +22,7 @@ from evl_cache.train.needs import HeadNeeds
 from evl_cache.train.options import TrainOptions
 from evl_cache_cli.main import main
 from tests.support.feature_caches import write_cache
+from tests.support.patience import patience_of_attempts
 from tests.support.servers import FaultyServer, faulty_server, free_port
 from tests.support.without_rights import closed
 
@@ -99,7 +100,7 @@ def test_one_forbidden_file_of_four_caches_hides_that_cache_alone(server: Faulty
 def test_a_server_that_is_down_hides_no_other_place_and_is_no_empty_one(
     four: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.5")
+    patience_of_attempts(monkeypatch)
     down = f"http://127.0.0.1:{free_port()}/caches"
     done = ls(down, four, "s3://lab:x@y/z?")
     assert (done.exit_code, names(done)) == (1, ["a", "b", "c", "d"])
@@ -132,7 +133,7 @@ def test_silent_servers_are_each_one_line_beside_what_is_there(
     four: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two are silent until both are asked: they are waited for at the same time."""
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1")
+    patience_of_attempts(monkeypatch, 1, silence_s=0.5)
     both, answer = threading.Barrier(2), threading.Event()
 
     def silent(path: str, body: bytes) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tests.support.credentials import PASSWORD, USER, write_secret
 from tests.support.feature_caches import write_cache
 from tests.support.forked_commands import Commands, Ended
+from tests.support.patience import patience_of_attempts
 from tests.support.servers import KEYS, Nginx, nginx, s3_server
 from tests.support.store_helpers import (
     BROKEN,
@@ -385,7 +386,7 @@ def test_a_file_in_the_way_and_a_full_disk_are_one_line_each(
 def test_errors_of_a_bucket_are_one_line_without_keys(
     caches: Path, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.3")
+    patience_of_attempts(monkeypatch)
     with pytest.raises(CacheError, match="no such bucket") as raised:
         push(caches / "a", "s3://no-such-bucket/a")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")

@@ -20,6 +20,7 @@ from evl_cache.store.objects.listing_page import listed_folders
 from evl_cache.store.objects.logins import login_of
 from evl_cache.store.objects.objects import Objects, open_objects, open_writable
 from evl_cache.store.objects.troubles import retry_after_s
+from tests.support.patience import patience_of_attempts
 from tests.support.scripted_server import ScriptedServer, answer, scripted_server
 
 OK = answer(200, body=b"ok")
@@ -36,8 +37,7 @@ def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-1a2b3c")
     monkeypatch.setenv("AWS_SESSION_TOKEN", "token-4d5e6f")
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.5")
-    monkeypatch.setattr(waits, "_FIRST_WAIT_S", 0.02)
+    patience_of_attempts(monkeypatch)
     monkeypatch.setattr(waits, "_answered", set())
 
 
@@ -159,7 +159,6 @@ def test_a_proxy_that_is_set_later_is_used(monkeypatch: pytest.MonkeyPatch) -> N
     with files("s3", OK) as (objects, _):
         assert objects.get("x", most_nbytes=9) == b"ok"
         monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-        monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "2")  # boto3's client is made anew, which takes long
         with pytest.raises(Unreachable, match="the proxy fails"):
             objects.get("x", most_nbytes=9)
 
@@ -208,7 +207,7 @@ def test_logins_of_netrc_are_for_the_hosts_it_names(monkeypatch: pytest.MonkeyPa
 
 def test_who_is_not_waited_for_any_more_ends_at_its_next_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a trickle would keep a thread and a connection for days after each attempt."""
-    monkeypatch.setattr(waits, "_SILENCE_S", 0.3)
+    patience_of_attempts(monkeypatch, silence_s=0.3)
     ended = threading.Event()
 
     def trickle(listening: socket.socket) -> None:
@@ -223,7 +222,6 @@ def test_who_is_not_waited_for_any_more_ends_at_its_next_bytes(monkeypatch: pyte
 
     with socket.create_server(("127.0.0.1", 0)) as listening:
         threading.Thread(target=trickle, args=(listening,), daemon=True).start()
-        monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.2")
         with pytest.raises(Unreachable, match=r"does not answer|half way"):
             open_objects(f"http://127.0.0.1:{listening.getsockname()[1]}").get("x", most_nbytes=10**9)
         assert ended.wait(30)
@@ -232,14 +230,14 @@ def test_who_is_not_waited_for_any_more_ends_at_its_next_bytes(monkeypatch: pyte
 def test_a_slow_upload_of_bytes_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waits, "_SILENCE_S", 1.5)
     monkeypatch.setattr(s3_objects, "_PART_NBYTES", 1 << 30)
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1.5")
     requests = []
 
     def read_slowly(listening: socket.socket) -> None:
-        while True:
-            connection, _ = listening.accept()
-            requests.append(connection)
-            threading.Thread(target=swallow, args=(connection,), daemon=True).start()
+        with contextlib.suppress(OSError):  # shut
+            while True:
+                connection, _ = listening.accept()
+                requests.append(connection)
+                threading.Thread(target=swallow, args=(connection,), daemon=True).start()
 
     def swallow(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
@@ -265,4 +263,5 @@ def test_a_slow_upload_of_bytes_is_no_silence(monkeypatch: pytest.MonkeyPatch) -
         began = time.monotonic()
         open_writable("s3://lab/p").put("x", bytes(24_000_000))
         assert time.monotonic() - began > 1.5, "as slow as a silence is long"
+        listening.shutdown(socket.SHUT_RDWR)
     assert len(requests) == 1

@@ -12,6 +12,7 @@ import torch
 
 from tests.support.credentials import PASSWORD, USER, write_secret
 from tests.support.feature_caches import write_cache
+from tests.support.patience import patience_of_attempts
 from tests.support.servers import FaultyServer, Nginx, faulty_server, nginx
 
 pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
@@ -19,7 +20,6 @@ pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remot
 from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.errors import CacheDamaged, CacheError, Unreachable, UsageError
 from evl_cache.store import FeatureCache, open_objects
-from evl_cache.store.objects import waits
 from evl_cache.store.reading import attempts, fetched_shards
 from evl_cache.store.reading.copy_root import CopyRoot
 
@@ -50,8 +50,7 @@ def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def faulty(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyServer]:
     monkeypatch.setattr(attempts, "_BACKOFF_S", 0.001)
-    monkeypatch.setattr(waits, "_FIRST_WAIT_S", 0.01)
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.5")
+    patience_of_attempts(monkeypatch)
     with faulty_server(cache.parent) as server:
         yield server
 
@@ -200,7 +199,7 @@ def test_a_description_that_does_not_arrive_whole_is_refused(
 
 
 def test_a_server_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.3")
+    patience_of_attempts(monkeypatch)
     with pytest.raises(Unreachable, match=r"http://127\.0\.0\.1:9/x/zarr\.json: nothing listens there"):
         FeatureCache("http://127.0.0.1:9/x")
 

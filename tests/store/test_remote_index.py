@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from tests.support.feature_caches import write_cache
+from tests.support.patience import patience_of_attempts
 from tests.support.servers import FaultyServer, faulty_server
 from tests.support.warm_python import warm_python
 
@@ -24,7 +25,6 @@ from evl_cache.caches.listing import list_caches
 from evl_cache.errors import CacheDamaged, CacheError
 from evl_cache.store import FeatureCache
 from evl_cache.store.format import manifest as manifest_module
-from evl_cache.store.objects import waits
 from evl_cache.store.reading import attempts, index_copy
 
 BLOCKS = 30
@@ -49,8 +49,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EVL_CACHE_COPY_ROOT", str(tmp_path / "copies"))
     monkeypatch.setattr(attempts, "_BACKOFF_S", 0.0001)
-    monkeypatch.setattr(waits, "_FIRST_WAIT_S", 0.001)
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.5")
+    patience_of_attempts(monkeypatch)
     return tmp_path / "copies"
 
 

@@ -18,12 +18,12 @@ from tests.support.bad_answers import Answer, Request
 from tests.support.bad_servers import NOTHING_WRONG, Always, BadServer, misbehaving_server
 from tests.support.certificates import Certificate, make_certificate
 from tests.support.feature_caches import write_cache
+from tests.support.patience import patience_of_attempts
 from tests.support.redirects import redirecting
 from tests.support.servers import free_port
 from tests.support.store_helpers import wait_until
 from tests.support.warm_python import warm_python
 
-PATIENCE_S = "0.3"  # of what answers at once
 SILENT = ("silence", "stops in the middle")
 
 
@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVL_CACHE_COPY_ROOT", str(tmp_path / "copies"))
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", PATIENCE_S)
+    patience_of_attempts(monkeypatch)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -103,18 +103,9 @@ def test_an_answer_that_is_of_no_use_is_told_by_its_cause(
     root: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault in SILENT:
-        monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1")
+        patience_of_attempts(monkeypatch, silence_s=0.3)
     with always(root, fault) as server:
         line_of(f"{server.url}/a", REFUSED[fault])
-
-
-def test_what_a_slow_server_answered_is_told_and_not_that_it_is_silent(
-    root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1")  # the last answer comes after the end of it
-    with always(root, "503") as server:
-        server.schedule = Always("503", pause_s=0.3)
-        line_of(f"{server.url}/a", REFUSED["503"])
 
 
 @pytest.mark.parametrize(
@@ -225,7 +216,10 @@ def test_a_port_where_nobody_listens(root: Path) -> None:
     line_of(f"http://127.0.0.1:{free_port()}/a", "nothing listens there")
 
 
-def test_a_port_that_never_answers_and_one_that_takes_no_connection(root: Path) -> None:
+def test_a_port_that_never_answers_and_one_that_takes_no_connection(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patience_of_attempts(monkeypatch, silence_s=0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and that is all
         line_of(f"http://127.0.0.1:{silent.getsockname()[1]}/a", "does not answer")
     with contextlib.ExitStack() as stack:

@@ -27,6 +27,7 @@ from tests.support.credentials import (
     write_secret,
 )
 from tests.support.feature_caches import write_cache
+from tests.support.patience import patience_of_attempts
 from tests.support.redirects import redirecting
 from tests.support.servers import faulty_server, nginx, s3_server
 
@@ -42,7 +43,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     monkeypatch.setenv("EVL_CACHE_COPY_ROOT", str(tmp_path / "copies"))
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "2")
+    patience_of_attempts(monkeypatch)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "NO_PROXY", "SSL_CERT_FILE"):
         monkeypatch.delenv(name, raising=False)

@@ -12,6 +12,7 @@ from tests.support.bad_servers import NOTHING_WRONG, BadServer, misbehaving_serv
 from tests.support.certificates import make_certificate
 from tests.support.credentials import KEY_ID, PASSWORD, PROXY_PASSWORD, PROXY_USER, SECRET_KEY, USER
 from tests.support.feature_caches import write_cache
+from tests.support.patience import patience_of_attempts
 from tests.support.proxies import Proxy, http_proxy
 from tests.support.servers import free_port
 
@@ -29,7 +30,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EVL_CACHE_COPY_ROOT", str(tmp_path / "copies"))
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.3")
+    patience_of_attempts(monkeypatch)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)

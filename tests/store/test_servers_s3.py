@@ -14,6 +14,7 @@ from tests.support.bad_answers import Answer
 from tests.support.bad_servers import NOTHING_WRONG, Always, BadServer, misbehaving_server
 from tests.support.credentials import KEY_ID, SECRET_KEY, write_secret
 from tests.support.feature_caches import write_cache
+from tests.support.patience import patience_of_attempts
 from tests.support.servers import KEYS, free_port, s3_server
 
 
@@ -34,7 +35,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("EVL_CACHE_COPY_ROOT", str(tmp_path / "copies"))
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.3")
+    patience_of_attempts(monkeypatch)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

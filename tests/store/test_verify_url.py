@@ -25,6 +25,7 @@ from evl_cache_cli.main import cli
 from tests.support.credentials import PASSWORD, USER
 from tests.support.damage_kinds import KINDS
 from tests.support.feature_caches import write_cache
+from tests.support.patience import patience_of_attempts
 from tests.support.servers import KEYS, FaultyServer, Nginx, faulty_server, nginx, s3_server
 from tests.support.store_helpers import ROOT, tree
 
@@ -210,7 +211,7 @@ def test_each_arriving_otherwise_is_damage(faulty: FaultyServer) -> None:
 def test_a_server_in_trouble_is_one_line_and_no_damage(
     faulty: FaultyServer, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.5")
+    patience_of_attempts(monkeypatch)
     faulty.fault = lambda path, body: 503 if path.endswith(f"a/{where}") else None
     with pytest.raises(Unreachable, match=where):
         verify_cache(f"{faulty.url}/a")

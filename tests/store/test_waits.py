@@ -1,10 +1,15 @@
 """Waits for servers: bounded by time, told, ended from outside; what fails and may pass is asked for again."""
 
 import logging
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 from email.utils import formatdate
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +17,7 @@ from evl_cache.errors import CacheError, Unreachable, UsageError, WaitEnded
 from evl_cache.store.objects import waits
 from evl_cache.store.objects.troubles import Trouble, retry_after_s, status_trouble
 from evl_cache.store.objects.waits import Attempt, Server, waits_end_when
+from tests.support.store_helpers import wait_until
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +127,51 @@ def test_silence_and_a_trickle_end_a_request(monkeypatch: pytest.MonkeyPatch, se
     with pytest.raises(Unreachable, match=f"x: {expected}; check that"):
         Server("a").ask("x", request)
     stopped.set()
+
+
+def test_what_was_answered_last_is_told_and_not_that_no_time_was_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1")
+    answers = iter([refused])
+
+    def request(attempt: Attempt) -> None:
+        for answer in answers:
+            time.sleep(0.5)  # of its time, half is left to the next
+            raise answer()
+        never(attempt)
+
+    with pytest.raises(Unreachable, match=r"^x: nothing listens there"):
+        Server("a").ask("x", request)
+
+
+def test_while_this_process_stands_still_no_server_is_silent(tmp_path: Path) -> None:
+    """Ctrl-Z, or a job that is suspended."""
+    script = """if True:
+        import sys, time
+        from pathlib import Path
+        from evl_cache.store.objects.waits import Server
+        asked, answered = map(Path, sys.argv[1:])
+        def request(attempt):
+            asked.touch()
+            while not answered.exists():
+                time.sleep(0.01)
+            return "answered"
+        print(Server("a").ask("x", request))
+    """
+    asked, answered = tmp_path / "asked", tmp_path / "answered"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(asked), str(answered)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=os.environ | {"EVL_CACHE_SERVER_PATIENCE": "3"},
+    )  # fmt: skip
+    wait_until(asked.exists, what="it asks")
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(4.0)
+    process.send_signal(signal.SIGCONT)
+    time.sleep(0.3)
+    answered.touch()
+    assert process.communicate(timeout=60)[0] == "answered\n"
 
 
 def test_a_long_answer_that_comes_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,12 +258,16 @@ def faulty_server(root: Path, *, given: tuple[str, ...] = ()) -> Iterator[Faulty
         yield state
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # of the usual five, the next is dropped, and comes again after a second
+
+
 @contextlib.contextmanager
 def answering(
     handler: type[BaseHTTPRequestHandler], *, at_the_end: Callable[[], None] = lambda: None
 ) -> Iterator[str]:
     """Serve by a handler, a thread a request; yields the address. at_the_end: frees requests that are held back."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+    with _Server(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         try:
