@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from evl_cache.errors import NO_SUCH_FILE, ClipError, Outage
+from evl_cache.standstill import Standstill
 
 OUTAGE_PATIENCE_S = 600.0
 UNREAD_PATIENCE_S = 10.0  # before any clip was read: rather a wrong folder, or a disk that nobody has mounted
@@ -62,7 +63,7 @@ class Surroundings:
         Raises: Outage where it lasts longer than patience, or the run is closed.
         """
         began_s: float | None = None
-        pause_s = FIRST_PAUSE_S
+        standstill, pause_s = Standstill(), FIRST_PAUSE_S
         while True:
             try:
                 result = attempt()
@@ -71,7 +72,9 @@ class Surroundings:
                 if began_s is None:
                     began_s = time.monotonic()
                     self._join(outage)
+                standstill.begin()
                 self._wait(outage, time.monotonic() - began_s, pause_s)
+                began_s += standstill.look(pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         if began_s is not None:
             self._leave()

@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -23,11 +22,13 @@ from typing import Any
 import numpy as np
 
 from evl_cache.errors import ClipError, Outage, WorkerError
+from evl_cache.standstill import TimeLimit
 from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
 from evl_cache.video.user_limits import raise_limit, said_of_memory
 
 WORKER = "evl_cache.video.worker"
 _START_TIMEOUT_S = 120.0
+_STEP_S = 1.0  # of a wait
 _ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
 # By default glibc returns the memory of each clip's frames to the system, which clears it again: 5 ms a clip.
 _KEEPS_MEMORY = {"MALLOC_TRIM_THRESHOLD_": str(64 << 20), "MALLOC_MMAP_THRESHOLD_": str(16 << 20)}
@@ -106,7 +107,7 @@ class DecodeProcess:
             was killed by another than us.
         """
         self._wait_until_ready()
-        deadline = time.monotonic() + timeout_s
+        limit = TimeLimit(timeout_s)
         self._send(
             {
                 **_file(path),
@@ -116,7 +117,7 @@ class DecodeProcess:
             }
         )
         size = (0, 0)
-        while "growth_bytes" not in (said := self._receive(deadline, timeout_s)):
+        while "growth_bytes" not in (said := self._receive(limit)):
             if "asks" in said:
                 self._send(_choice(choose, int(said["asks"])))
                 continue
@@ -126,17 +127,16 @@ class DecodeProcess:
                 size = event.frame_size
             else:
                 event = self._take_frames((said["frames"], *size, 3))
-            given = time.monotonic()
-            yield event
-            deadline += time.monotonic() - given
+            with limit.suspended():
+                yield event
         self._finish(said)
 
     def doubt(self, path: str | Path, decoder: str, timeout_s: float) -> str | None:
         """Return what `video.doubt` returns. Raises: as `frames`."""
         self._wait_until_ready()
-        deadline = time.monotonic() + timeout_s
+        limit = TimeLimit(timeout_s)
         self._send({**_file(path), "doubt": decoder})
-        said = self._receive(deadline, timeout_s)
+        said = self._receive(limit)
         self._finish(said)
         found: str | None = said["doubtful"]
         return found
@@ -167,7 +167,7 @@ class DecodeProcess:
         if self.is_ready:
             return
         try:
-            self._receive(time.monotonic() + _START_TIMEOUT_S, _START_TIMEOUT_S)
+            self._receive(TimeLimit(_START_TIMEOUT_S))
         except WorkerLost as error:  # no clip's fault
             reason = WorkerError(
                 f"the process that decodes cannot start ({self._cause_of_death()}); "
@@ -183,10 +183,10 @@ class DecodeProcess:
         except OSError as error:
             raise self._loss() from error
 
-    def _receive(self, deadline: float, timeout_s: float) -> dict[str, Any]:
+    def _receive(self, limit: TimeLimit) -> dict[str, Any]:
         while b"\n" not in self._unread:
             more = bytearray(1 << 16)
-            self._unread += more[: self._receive_into(memoryview(more), deadline, timeout_s)]
+            self._unread += more[: self._receive_into(memoryview(more), limit)]
         line, _, self._unread = self._unread.partition(b"\n")
         message: dict[str, Any] = json.loads(line)
         return message
@@ -204,23 +204,22 @@ class DecodeProcess:
         self._send({"taken": True})
         return frames
 
-    def _receive_into(self, buffer: memoryview, deadline: float, timeout_s: float) -> int:
+    def _receive_into(self, buffer: memoryview, limit: TimeLimit) -> int:
         """Return the number of bytes received, at least one. Raises: WorkerLost where none come in time."""
-        left = deadline - time.monotonic()
-        try:
-            if left <= 0:
-                raise TimeoutError
-            self._channel.settimeout(left)
-            count = self._channel.recv_into(buffer)
-        except TimeoutError as error:
-            raise WorkerLost(
-                f"decoding took longer than {timeout_s:g} s (--clip-timeout) and was stopped"
-            ) from error
-        except OSError as error:
-            raise self._loss() from error
-        if not count:
-            raise self._loss()
-        return count
+        while (left_s := limit.left_s) > 0:
+            try:
+                self._channel.settimeout(min(left_s, _STEP_S))
+                count = self._channel.recv_into(buffer)
+            except TimeoutError:
+                continue
+            except OSError as error:
+                raise self._loss() from error
+            finally:
+                limit.look(_STEP_S)
+            if not count:
+                raise self._loss()
+            return count
+        raise WorkerLost(f"decoding took longer than {limit.seconds:g} s (--clip-timeout) and was stopped")
 
     def _loss(self) -> WorkerLost | Outage:
         """Return the error that tells how the process ended."""

@@ -31,6 +31,10 @@ def _act(path):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # deaf to everything but a kill
         while True:
             time.sleep(3600)
+    if "waits" in name:
+        open(os.fsdecode(path) + ".asked", "w").close()
+        while not os.path.exists(os.fsdecode(path) + ".answer"):
+            time.sleep(0.01)
     if "talks" in name:
         os.write(2, b"[swscaler @ 0x5581] deprecated pixel format used\n" * 100_000)
     if "says why" in name:

@@ -1,6 +1,9 @@
 """What a pool's processes are asked for beside frames, and where what they say goes."""
 
 import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from evl_cache.video import DecodeOptions, collect
 from evl_cache.video import process as decode_process
 from evl_cache.video.pool import DecodePool
 from tests.support.example_data import ROOT
+from tests.support.store_helpers import wait_until
 
 WANTED = np.arange(4)[None]
 
@@ -41,6 +45,33 @@ def test_a_doubt_that_cannot_be_found_out_fails_the_clip(
         with pytest.raises(ClipError, match=f"{name}: .*{reason}"):
             pool.doubt(motions / name, "decord 0.6.0")
         assert pool.doubt(motions / "00.mp4", "decord 0.6.0") is None
+
+
+def test_while_all_stand_still_no_decoder_is_slow(motions: Path, tmp_path: Path) -> None:
+    """Ctrl-Z, or a job that is suspended: its decoding processes stop with it."""
+    waits = tmp_path / "waits.mp4"
+    waits.write_bytes((motions / "00.mp4").read_bytes())
+    script = """if True:
+        import sys
+        import numpy as np
+        from evl_cache.video import collect, process
+        from evl_cache.video.pool import DecodePool
+        process.WORKER = "tests.support.faulty_worker"
+        with DecodePool(1, timeout_s=3) as pool:
+            print(collect(pool.frames(sys.argv[1], lambda count: np.arange(4)[None])).header.num_frames_in_file)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(waits)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
+    )  # fmt: skip
+    wait_until((tmp_path / "waits.mp4.asked").exists, what="it decodes")
+    os.killpg(process.pid, signal.SIGSTOP)
+    time.sleep(4.0)
+    os.killpg(process.pid, signal.SIGCONT)
+    time.sleep(0.3)
+    (tmp_path / "waits.mp4.answer").touch()
+    assert process.communicate(timeout=60)[0] == "8\n"
 
 
 def test_what_a_decoder_writes_to_stderr_is_not_printed(

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 from evl_cache.errors import CacheError, Unreachable, UsageError, WaitEnded
 from evl_cache.notation import escaped
+from evl_cache.standstill import Standstill
 from evl_cache.store.objects.troubles import Trouble
 
 PATIENCE_VARIABLE = "EVL_CACHE_SERVER_PATIENCE"
@@ -30,7 +31,6 @@ _FIRST_WAIT_S, _LONGEST_WAIT_S = (
 )  # before it is asked again; each is drawn, so that not all come at once
 _TOLD_AFTER_S, _TOLD_EVERY_S = 3.0, 30.0
 _LOOK_EVERY_S = 0.1  # whether the wait is to end
-_STOOD_STILL_S = 1.0  # a look that comes so late says that this process did
 
 _asked: list[Callable[[], bool]] = []
 _answered: set[str] = set()  # servers that did, in this process
@@ -206,7 +206,7 @@ class _Wait:
         self._since: float | None = None  # when it began to fail
         self._failures = 0
         self._last: Trouble | None = None
-        self._looked = time.monotonic()
+        self._standstill = Standstill()
 
     @property
     def _patience_s(self) -> float:
@@ -215,10 +215,10 @@ class _Wait:
 
     def until_done(self, attempt: Attempt) -> None:
         """Wait for an attempt. Raises: Trouble where nothing comes; WaitEnded."""
-        self._looked = attempt.moved
+        self._standstill.begin(attempt.moved)
         while True:
             is_done = attempt.done.wait(_LOOK_EVERY_S)
-            attempt.moved += self._stood_still_s()
+            attempt.moved = min(attempt.moved + self._look(), time.monotonic())  # bytes may have come since
             if is_done:
                 return
             self._server.check_ended(self._ended, self._place)
@@ -249,26 +249,21 @@ class _Wait:
         self._failures += 1
         if not trouble.may_pass or left_s <= 0 or pause > left_s:
             raise Unreachable(f"{self._place}: {trouble.told(failing_s)}") from trouble
-        self._looked, until = now, now + pause
+        until = now + pause
+        self._standstill.begin(now)
         while (left := until - time.monotonic()) > 0:
             self._server.check_ended(self._ended, self._place)
             if time.monotonic() - self._since > _TOLD_AFTER_S or pause > _TOLD_AFTER_S:
                 self._tell(trouble.reason, self._since)
             time.sleep(min(left, _LOOK_EVERY_S))
-            self._stood_still_s()
+            self._look()
 
-    def _stood_still_s(self) -> float:
-        """Return for how long this process stood still since the last look, which is not counted against the server.
-
-        Ctrl-Z and a job that the scheduler suspends stop it for minutes, and it goes on where it was.
-        """
-        now = time.monotonic()
-        late_s, self._looked = now - self._looked - _LOOK_EVERY_S, now
-        if late_s < _STOOD_STILL_S:
-            return 0.0
+    def _look(self) -> float:
+        """Return for how long this process stood still since the last look, which is no time of the server's."""
+        stood_s = self._standstill.look(_LOOK_EVERY_S)
         if self._since is not None:
-            self._since += late_s
-        return late_s
+            self._since += stood_s
+        return stood_s
 
     def _tell(self, reason: str, since: float) -> None:
         left = (self._since or since) + self._patience_s - time.monotonic()
