@@ -279,6 +279,21 @@ def test_pauses_grow_up_to_the_longest(tmp_path: Path, monkeypatch: pytest.Monke
     assert all(waited > 0.99 * pause for waited, pause in zip(np.diff(tried), pauses, strict=True))
 
 
+def test_while_this_process_stands_still_patience_does_not_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, stood = threading.get_ident(), list[float]()
+
+    def wait(self: threading.Condition, timeout: float | None = None) -> bool:
+        if threading.get_ident() == mine and not stood:
+            stood.append(1.5)
+            time.sleep(1.5)
+        return False
+
+    monkeypatch.setattr(threading.Condition, "wait", wait)
+    assert Surroundings(tmp_path, patience_s=1.0).patiently(failing(3)) == "done" and stood
+
+
 def test_an_outage_that_lasts_ends_the_run_with_what_to_do(tmp_path: Path) -> None:
     around = Surroundings(tmp_path, patience_s=0.2)
     with pytest.raises(Outage, match="the disk is away, still after 0 s; no clip was recorded as failed for it; "
