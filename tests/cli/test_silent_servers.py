@@ -22,10 +22,10 @@ from tests.support.feature_caches import write_cache
 from tests.support.forked_commands import Commands
 from tests.support.servers import KEYS
 from tests.support.silent_server import silent_server
+from tests.support.soon import SOON_S
 from tests.support.warm_python import warm_python
 
-SOON_S = 2.0  # after a signal
-TOLD_S = 5.0  # after the server falls silent
+TOLD_S = 3.0 + SOON_S  # after the server falls silent
 AT_ONCE = 12
 PATIENCE = {"EVL_CACHE_SERVER_PATIENCE": "3"}
 COMMANDS = {
@@ -153,6 +153,7 @@ def has_ended(pid):
     return True
 
 
+@pytest.mark.timed
 def test_commands_say_what_they_wait_for_and_end_at_a_signal(folder, tmp_path, commands):
     for case, ended in Runs(folder, tmp_path, commands).all([signal.SIGTERM, signal.SIGINT]).items():
         name, when, number = case
@@ -169,16 +170,18 @@ def test_commands_say_what_they_wait_for_and_end_at_a_signal(folder, tmp_path, c
             assert "stopped after step 0 of 1, which is kept; go on with --out" in errors[0], (case, ended)
 
 
+@pytest.mark.timed
 def test_commands_end_by_themselves_where_patience_does(folder, tmp_path, commands):
     for case, ended in Runs(folder, tmp_path, commands).all([0]).items():
         # Which caches there are is not known then: no pair is found.
         is_pair_unknown = case[0] == "train --dataset" and case[1] != "features"
         assert ended.status == (2 if is_pair_unknown else 1), (case, ended)
-        assert ended.took_s < 3 + 5, (case, ended)
+        assert ended.took_s < 3 + 3 + SOON_S, (case, ended)
         errors = [line for line in ended.errors if line.startswith(("error: ", "not seen: "))]
         assert len(errors) == 1 and not any("Traceback" in line for line in ended.errors), (case, ended)
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("seed", [0])
 def test_a_training_that_is_stopped_at_random_moments_ends_as_one_that_is_not(
     folder, tmp_path, commands, seed
@@ -262,6 +265,7 @@ except KeyboardInterrupt:
 }
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_ends_while_threads_wait(folder, tmp_path, name):
     does, says = SCRIPTS[name]
@@ -287,6 +291,7 @@ def test_a_script_ends_while_threads_wait(folder, tmp_path, name):
     assert child.returncode == 1 and says in errors, errors
 
 
+@pytest.mark.timed
 def test_a_forked_child_ends_at_a_signal(folder, tmp_path, monkeypatch):
     """One that reads a cache which its parent opened, beside a training that notes signals."""
     before = signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -16,6 +16,7 @@ from tests.support.feature_caches import write_cache
 from tests.support.forked_commands import Commands
 from tests.support.gated_proxy import gated_proxy
 from tests.support.servers import KEYS, FaultyServer, faulty_server, s3_server
+from tests.support.soon import SOON_S
 from tests.support.store_helpers import differences, tree
 
 pytest.importorskip("boto3", reason="no boto3 here: pip install 'evl-cache[remote]'")
@@ -30,7 +31,6 @@ from evl_cache.store.shards.codec import ChunkCodec
 from evl_cache.store.shards.shard import ShardRecord, ShardWriter
 
 LABELS = tuple(i % 3 for i in range(30))
-SOON_S = 2.0  # after a signal
 
 
 @pytest.fixture(scope="module")
@@ -207,6 +207,7 @@ def staged(target: Path) -> list[str]:
     return [name for name in tree(target) if "/.tmp-" in f"/{name}" or name.startswith("locks/")]
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("more", [(), ("--layers", "3"), ("--codec", "raw")])
 def test_a_signal_ends_a_pull_from_a_silent_server(
@@ -235,6 +236,7 @@ def test_a_signal_ends_a_pull_from_a_silent_server(
     assert (tmp_path / "a" / "manifest.json").is_file()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_a_push_to_a_silent_bucket(
     cache: Path, tmp_path: Path, commands: Commands, monkeypatch: pytest.MonkeyPatch, number: int

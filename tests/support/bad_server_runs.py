@@ -14,13 +14,13 @@ from tests.support.bad_server_jobs import VALIDATED
 from tests.support.bad_servers import NOTHING_WRONG, BadServer, misbehaving_server
 from tests.support.credentials import PASSWORD, USER, write_secret
 from tests.support.forked_commands import Commands, Ended
+from tests.support.soon import SOON_S
 from tests.support.store_helpers import differences, tree
 
 PATIENCE_S = 2.0  # EVL_CACHE_SERVER_PATIENCE of the commands
 SLACK_S = 8.0  # of a computer that does other things: to start, compute, write
 # What a fault that passes costs a client beside its own answer, at most.
 _COST_S = {"429 with Retry-After": 1.0, "503 with a date": 2.0, "restart": 1.0, "delay": 0.2}
-_ENDS_IN_S = 2.0  # of a command that was asked to end
 _JUST_THEN_S = 0.7  # it had ended by itself when the signal came
 _AT_ONCE = 4
 _LATE = "ends late"
@@ -174,10 +174,10 @@ class Schedules:
         errors = [line for line in told.splitlines() if line.startswith("error: ")]
         if run.signalled_at is not None:
             may_end_well = run.took_s <= _JUST_THEN_S or run.was_whole
-            is_ignored = run.took_s < _ENDS_IN_S and status in (0, 1) and not may_end_well
+            is_ignored = run.took_s < SOON_S and status in (0, 1) and not may_end_well
             if is_ignored or "no longer waited for" in told:
                 wrong.append(f"signal {run.number} leads to status {status}: {told[-800:]}")
-            if run.took_s > _ENDS_IN_S:
+            if run.took_s > SOON_S:
                 wrong.append(f"{_LATE}: {run.took_s:.1f} s after signal {run.number}, {sorted(served)}")
         elif run.took_s > (allowed := _allowed_s(run)):
             wrong.append(f"{_LATE}: {run.took_s:.1f} s of {allowed:.1f} s, {sorted(served)}")

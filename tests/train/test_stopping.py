@@ -21,9 +21,9 @@ from evl_cache.sweep.stage import sweep
 from evl_cache.train.stage import TrainOptions, train
 from tests.support.feature_caches import write_cache
 from tests.support.silent_server import silent_server
+from tests.support.soon import SOON_S
 
 OPTIONS = TrainOptions(head="decoder2", epochs=2, batch=4, lr=3e-3, seed=5, shuffle_blocks=1)
-SOON_S = 2.0
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -93,6 +93,7 @@ def same_files(a, b):
     assert (a / "steps.jsonl").read_bytes() == (b / "steps.jsonl").read_bytes()
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("side", "batch", "steps"),
     [("train", 0, 0), ("train", 5, 5), ("val", 3, 8)],
@@ -153,6 +154,7 @@ def sweep_runs():
     ]
 
 
+@pytest.mark.timed
 @pytest.mark.parametrize(
     ("side", "batch", "steps"), [("train", 5, 5), ("val", 3, 8)], ids=["epoch", "validation"]
 )
