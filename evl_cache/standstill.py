@@ -20,15 +20,19 @@ class Standstill:
     def begin(self, at: float | None = None) -> None:
         """Begin a step, now or at a time of the monotonic clock."""
         self._looked = time.monotonic() if at is None else at
+        self._worked = time.process_time()
 
     def look(self, step_s: float) -> float:
         """Return the seconds for which this process stood still during a step, and begin the next one.
 
+        A step that is late because this process computed (another of its threads held the interpreter) is none.
+
         Args:
-            step_s: how long the step was to take at most.
+            step_s: how long the step was to take at most; short, since what was computed meanwhile is taken off.
         """
-        now = time.monotonic()
-        late_s, self._looked = now - self._looked - step_s, now
+        now, worked = time.monotonic(), time.process_time()
+        late_s = now - self._looked - step_s - (worked - self._worked)
+        self._looked, self._worked = now, worked
         return late_s if late_s >= _LEAST_S else 0.0
 
 
@@ -56,6 +60,7 @@ class TimeLimit:
     @contextmanager
     def suspended(self) -> Iterator[None]:
         """While this is entered, the time does not run."""
+        self.look(0.0)
         began = time.monotonic()
         try:
             yield

@@ -10,10 +10,13 @@ class Clock:
     """A clock that the test moves."""
 
     def __init__(self) -> None:
-        self.now = 100.0
+        self.now = self.worked = 100.0
 
     def monotonic(self) -> float:
         return self.now
+
+    def process_time(self) -> float:
+        return self.worked
 
 
 @pytest.fixture
@@ -33,6 +36,8 @@ def test_a_step_that_took_much_longer_than_it_was_to_is_a_standstill(clock: Cloc
     assert steps.look(0.1) == pytest.approx(60)
     clock.now += 0.1
     assert steps.look(0.1) == 0
+    clock.now, clock.worked = clock.now + 60, clock.worked + 59.5
+    assert steps.look(0.1) == 0  # another thread computed, and held the interpreter
     steps.begin(clock.now - 5)
     assert steps.look(1.0) == pytest.approx(4)
 
@@ -46,6 +51,7 @@ def test_a_limit_runs_while_this_process_does(clock: Clock) -> None:
     clock.now += 3601
     limit.look(1.0)
     assert limit.left_s == pytest.approx(5)
+    clock.now += 3600  # while frames were copied
     with limit.suspended():
         clock.now += 50
     limit.look(1.0)

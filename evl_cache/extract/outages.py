@@ -63,7 +63,7 @@ class Surroundings:
         Raises: Outage where it lasts longer than patience, or the run is closed.
         """
         began_s: float | None = None
-        standstill, pause_s = Standstill(), FIRST_PAUSE_S
+        pause_s = FIRST_PAUSE_S
         while True:
             try:
                 result = attempt()
@@ -72,9 +72,7 @@ class Surroundings:
                 if began_s is None:
                     began_s = time.monotonic()
                     self._join(outage)
-                standstill.begin()
-                self._wait(outage, time.monotonic() - began_s, pause_s)
-                began_s += standstill.look(pause_s)
+                began_s += self._wait(outage, time.monotonic() - began_s, pause_s)
                 pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
         if began_s is not None:
             self._leave()
@@ -90,16 +88,23 @@ class Surroundings:
             f"{outage.trouble}; no clip's fault: tried again for up to {self._patience_s:g} s ({outage.remedy})"
         )
 
-    def _wait(self, outage: Outage, waited_s: float, pause_s: float) -> None:
-        """Wait before the next attempt. Raises: Outage where there is to be none."""
+    def _wait(self, outage: Outage, waited_s: float, pause_s: float) -> float:
+        """Wait before the next attempt; return for how long this process stood still. Raises: Outage where none is to be."""
+        standstill, stood_s, is_told = Standstill(), 0.0, False
         with self._changed:
             if self._over is None and waited_s < self._patience_s:
-                self._changed.wait(min(pause_s, self._patience_s - waited_s))
+                left_s = min(pause_s, self._patience_s - waited_s)
+                while left_s > 0 and not is_told:
+                    step_s = min(left_s, 1.0)
+                    is_told = self._changed.wait(step_s)
+                    stood_s += standstill.look(step_s)
+                    left_s -= step_s
             elif self._over is None:
                 self._over = outage if self._patience_s <= 0 else _lasting(outage, waited_s)
                 self._changed.notify_all()
             if self._over is not None:
                 raise self._over
+        return stood_s
 
     def _leave(self) -> None:
         with self._changed:

@@ -114,19 +114,20 @@ class DecodeProcess:
                 "decoder": self._options.decoder,
                 "tolerate_bad_frames": self._options.tolerate_bad_frames,
                 "device": self._options.device,
-            }
+            },
+            limit,
         )
         size = (0, 0)
         while "growth_bytes" not in (said := self._receive(limit)):
             if "asks" in said:
-                self._send(_choice(choose, int(said["asks"])))
+                self._send(_choice(choose, int(said["asks"])), limit)
                 continue
             event: FrameEvent
             if "indices" in said:
                 event = _header(said)
                 size = event.frame_size
             else:
-                event = self._take_frames((said["frames"], *size, 3))
+                event = self._take_frames((said["frames"], *size, 3), limit)
             with limit.suspended():
                 yield event
         self._finish(said)
@@ -135,7 +136,7 @@ class DecodeProcess:
         """Return what `video.doubt` returns. Raises: as `frames`."""
         self._wait_until_ready()
         limit = TimeLimit(timeout_s)
-        self._send({**_file(path), "doubt": decoder})
+        self._send({**_file(path), "doubt": decoder}, limit)
         said = self._receive(limit)
         self._finish(said)
         found: str | None = said["doubtful"]
@@ -177,8 +178,9 @@ class DecodeProcess:
             raise reason from error
         self.is_ready = True
 
-    def _send(self, message: dict[str, Any]) -> None:
+    def _send(self, message: dict[str, Any], limit: TimeLimit) -> None:
         try:
+            self._channel.settimeout(max(limit.left_s, _STEP_S))
             self._channel.sendall(json.dumps(message).encode() + b"\n")
         except OSError as error:
             raise self._loss() from error
@@ -191,7 +193,7 @@ class DecodeProcess:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def _take_frames(self, shape: tuple[int, ...]) -> np.ndarray:
+    def _take_frames(self, shape: tuple[int, ...], limit: TimeLimit) -> np.ndarray:
         """Return a copy of the frames in the file, and let the process write the next ones."""
         frames = np.empty(shape, np.uint8)
         view = frames.data.cast("B")
@@ -201,11 +203,12 @@ class DecodeProcess:
             if not count:
                 raise WorkerLost("the decoder's process gave fewer frames than it said")
             got += count
-        self._send({"taken": True})
+        self._send({"taken": True}, limit)
         return frames
 
     def _receive_into(self, buffer: memoryview, limit: TimeLimit) -> int:
         """Return the number of bytes received, at least one. Raises: WorkerLost where none come in time."""
+        limit.look(_STEP_S)  # frames were copied, or chosen
         while (left_s := limit.left_s) > 0:
             try:
                 self._channel.settimeout(min(left_s, _STEP_S))

@@ -17,6 +17,7 @@ from evl_cache.caches.pairing import find_pair
 from evl_cache.caches.places import NotSeen, find_caches
 from evl_cache.errors import Unreachable, UsageError, WaitEnded
 from evl_cache.store import waits_end_when
+from evl_cache.store.objects import waits
 from evl_cache.store.objects.objects import DirectoryObjects
 from evl_cache.train.needs import HeadNeeds
 from evl_cache.train.options import TrainOptions
@@ -133,17 +134,19 @@ def test_silent_servers_are_each_one_line_beside_what_is_there(
     four: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two are silent until both are asked: they are waited for at the same time."""
-    patience_of_attempts(monkeypatch, 1, silence_s=0.5)
+    patience_of_attempts(monkeypatch, 0)
     both, answer = threading.Barrier(2), threading.Event()
 
     def silent(path: str, body: bytes) -> None:
-        both.wait(60)
+        both.wait(20)  # who asks one after the other waits for longer
+        monkeypatch.setattr(waits, "_SILENCE_S", 0.5)
         answer.wait(60)
 
     with faulty_server(four) as first, faulty_server(four) as second:
         first.fault = second.fault = silent
         done = ls(f"{first.url}/a", four, f"{second.url}/b")
         answer.set()
+    assert not both.broken
     assert (done.exit_code, names(done)) == (1, ["a", "b", "c", "d"])
     told = done.stderr.splitlines()
     for line, place in zip(told, (f"{first.url}/a", f"{second.url}/b"), strict=True):

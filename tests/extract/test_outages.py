@@ -286,12 +286,12 @@ def test_while_this_process_stands_still_patience_does_not_run(
 
     def wait(self: threading.Condition, timeout: float | None = None) -> bool:
         if threading.get_ident() == mine and not stood:
-            stood.append(1.5)
-            time.sleep(1.5)
+            stood.append(4.0)
+            time.sleep(4.0)
         return False
 
     monkeypatch.setattr(threading.Condition, "wait", wait)
-    assert Surroundings(tmp_path, patience_s=1.0).patiently(failing(3)) == "done" and stood
+    assert Surroundings(tmp_path, patience_s=2.5).patiently(failing(3)) == "done" and stood
 
 
 def test_an_outage_that_lasts_ends_the_run_with_what_to_do(tmp_path: Path) -> None:

@@ -103,7 +103,7 @@ def test_an_answer_that_is_of_no_use_is_told_by_its_cause(
     root: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault in SILENT:
-        patience_of_attempts(monkeypatch, silence_s=0.3)
+        patience_of_attempts(monkeypatch, 0, silence_s=2.0)
     with always(root, fault) as server:
         line_of(f"{server.url}/a", REFUSED[fault])
 
@@ -219,7 +219,7 @@ def test_a_port_where_nobody_listens(root: Path) -> None:
 def test_a_port_that_never_answers_and_one_that_takes_no_connection(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patience_of_attempts(monkeypatch, silence_s=0.3)
+    patience_of_attempts(monkeypatch, 1, silence_s=0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:  # connects, and that is all
         line_of(f"http://127.0.0.1:{silent.getsockname()[1]}/a", "does not answer")
     with contextlib.ExitStack() as stack:

@@ -26,7 +26,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waits, "_LOOK_EVERY_S", 0.01)
     monkeypatch.setattr(waits, "_asked", [])
     monkeypatch.setattr(waits, "_answered", set())
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "0.4")
+    monkeypatch.setenv(
+        "EVL_CACHE_SERVER_PATIENCE", "60"
+    )  # no test waits so long, however slow the machine is
 
 
 def refused() -> Trouble:
@@ -67,19 +69,20 @@ def test_what_may_pass_is_asked_again_and_what_may_not_is_told_at_once() -> None
 
 def test_patience_is_counted_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     request = fails(10**9)
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "2")
 
     def ask() -> None:
-        with pytest.raises(Unreachable, match=r"^x: nothing listens there; start it$"):
+        with pytest.raises(Unreachable, match=r"^x: nothing listens there(, for \d+ s)?; start it$"):
             Server("a").ask("x", request)
 
-    assert 0.2 < seconds_of(ask) < 5
+    assert 1.9 < seconds_of(ask) < 20
     monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "soon")
     with pytest.raises(UsageError, match="EVL_CACHE_SERVER_PATIENCE is 'soon'; expected seconds"):
         Server("a").ask("x", request)
 
 
 def test_a_server_that_has_answered_is_waited_for_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waits, "_FIRST_PATIENCE_S", 0.05)
+    monkeypatch.setattr(waits, "_FIRST_PATIENCE_S", 1.5)
     monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "600")
     ready = threading.Event()
 
@@ -93,7 +96,7 @@ def test_a_server_that_has_answered_is_waited_for_longer(monkeypatch: pytest.Mon
     ready.set()
     assert Server("a").ask("x", request) == 1
     ready.clear()
-    threading.Timer(0.3, ready.set).start()  # its restart
+    threading.Timer(2.0, ready.set).start()  # its restart
     assert Server("a").ask("x", request) == 1
     with pytest.raises(Unreachable):
         Server("another").ask("x", fails(10**9))
@@ -115,7 +118,7 @@ def test_retry_after_is_heeded_where_patience_allows_it() -> None:
 
 @pytest.mark.parametrize("sends", [False, True])
 def test_silence_and_a_trickle_end_a_request(monkeypatch: pytest.MonkeyPatch, sends: bool) -> None:
-    monkeypatch.setattr(waits, "_SILENCE_S", 0.1)
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1.5")
     stopped = threading.Event()
 
     def request(attempt: Attempt) -> None:
@@ -124,7 +127,7 @@ def test_silence_and_a_trickle_end_a_request(monkeypatch: pytest.MonkeyPatch, se
                 attempt.came(1)
 
     expected = "its answer stopped half way" if sends else "it does not answer"
-    with pytest.raises(Unreachable, match=f"x: {expected}; check that"):
+    with pytest.raises(Unreachable, match=rf"x: {expected}(, for \d+ s)?; check that"):
         Server("a").ask("x", request)
     stopped.set()
 
@@ -132,12 +135,12 @@ def test_silence_and_a_trickle_end_a_request(monkeypatch: pytest.MonkeyPatch, se
 def test_what_was_answered_last_is_told_and_not_that_no_time_was_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1")
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "4")
     answers = iter([refused])
 
     def request(attempt: Attempt) -> None:
         for answer in answers:
-            time.sleep(0.5)  # of its time, half is left to the next
+            time.sleep(2.0)  # of its time, half is left to the next
             raise answer()
         never(attempt)
 
@@ -175,11 +178,11 @@ def test_while_this_process_stands_still_no_server_is_silent(tmp_path: Path) -> 
 
 
 def test_a_long_answer_that_comes_is_no_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waits, "_SILENCE_S", 0.3)
+    monkeypatch.setattr(waits, "_SILENCE_S", 2.0)
 
     def request(attempt: Attempt) -> str:
-        for _ in range(20):
-            time.sleep(0.05)
+        for _ in range(30):
+            time.sleep(0.1)
             attempt.came(4096)
         return "whole"
 
@@ -190,6 +193,7 @@ def test_a_wait_is_told_once_for_all_threads(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(waits, "_TOLD_AFTER_S", 0.05)
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "2")
     server = Server("a")
 
     def ask() -> None:

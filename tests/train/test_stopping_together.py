@@ -158,7 +158,7 @@ def test_a_process_that_is_lost_while_it_waits_is_told_at_once(folder, tmp_path)
 def test_a_server_that_stays_silent_for_one_process_ends_all(folder, tmp_path, monkeypatch):
     from tests.train.test_stopping import silent_at
 
-    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "1")
+    monkeypatch.setenv("EVL_CACHE_SERVER_PATIENCE", "5")
     with (
         silent_server(folder, silent_at(folder, "train", batch=5)) as silent,
         silent_server(folder, lambda path: None) as sound,

@@ -218,7 +218,8 @@ class _Wait:
         self._standstill.begin(attempt.moved)
         while True:
             is_done = attempt.done.wait(_LOOK_EVERY_S)
-            attempt.moved = min(attempt.moved + self._look(), time.monotonic())  # bytes may have come since
+            if stood_s := self._look():
+                attempt.moved = min(attempt.moved + stood_s, time.monotonic())  # bytes may have come since
             if is_done:
                 return
             self._server.check_ended(self._ended, self._place)
