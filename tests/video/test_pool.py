@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from evl_cache.errors import ClipError, UsageError, WorkerError
+from evl_cache.standstill import TimeLimit
 from evl_cache.video import DecodeOptions, collect
 from evl_cache.video import process as decode_process
 from evl_cache.video.pool import DecodePool
@@ -72,6 +74,18 @@ def test_while_all_stand_still_no_decoder_is_slow(motions: Path, tmp_path: Path)
     time.sleep(0.3)
     (tmp_path / "waits.mp4.answer").touch()
     assert process.communicate(timeout=60)[0] == "8\n"
+
+
+def test_a_process_that_reads_late_is_sent_a_long_message() -> None:
+    process = decode_process.DecodeProcess(DecodeOptions())
+    number = process._process.pid
+    try:
+        process._wait_until_ready()
+        os.kill(number, signal.SIGSTOP)
+        threading.Timer(2.0, os.kill, (number, signal.SIGCONT)).start()
+        process._send({"more than a socket holds": "x" * 4_000_000}, TimeLimit(60))
+    finally:
+        process.kill()
 
 
 def test_what_a_decoder_writes_to_stderr_is_not_printed(
