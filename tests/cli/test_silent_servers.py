@@ -35,6 +35,7 @@ COMMANDS = {
     "push": "push {local}/train s3://lab/pushed",
     "verify": "verify {url}/train",
     "card": "card {url}/train --print",
+    "show": "show c0 --cache {url}/train --run {run} --out {out}/clip.png",
     "eval": "eval --run {run} --cache {url}/val",
     "train": "train --cache {url}/train --val-cache {url}/val --head linear --epochs 1 --out {out}/run",
     "train --dataset": "train --dataset test --head linear --epochs 1 --out {out}/run",
@@ -51,7 +52,7 @@ CASES = [
     (name, when)
     for name in COMMANDS
     for when in SILENCES
-    if when != "features" or name in ("pull", "verify", "eval", "train", "train --dataset", "sweep")
+    if when != "features" or name in ("pull", "verify", "show", "eval", "train", "train --dataset", "sweep")
 ]
 
 
