@@ -16,7 +16,7 @@ import pytest
 from evl_cache.errors import EvlCacheError, Unreachable, UsageError
 from evl_cache.store.objects import s3_objects, waits
 from evl_cache.store.objects.address import split_url
-from evl_cache.store.objects.listing_page import listed_folders
+from evl_cache.store.objects.listing_page import read_listing
 from evl_cache.store.objects.logins import login_of
 from evl_cache.store.objects.objects import Objects, open_objects, open_writable
 from evl_cache.store.objects.troubles import retry_after_s
@@ -142,7 +142,20 @@ def test_a_listing_that_is_none_is_not_empty() -> None:
         objects.folders()
     with files("http", page) as (objects, _):
         assert objects.folders() == []
-    assert listed_folders(b'<a href="https://LAB:443/c/a/">', "https://lab/c/") == ["a"]
+    assert read_listing(b'<a href="https://LAB:443/c/a/">', "https://lab/c/").folders == ["a"]
+
+
+def test_a_page_that_a_script_makes_is_no_empty_listing() -> None:
+    page = b'<!doctype html><html><body><div id="root"></div><script src="/app.js"></script></body></html>'
+    told = r"made by a script in a browser.*; name the cache itself"
+    with (
+        files("http", answer(200, "Content-Type: text/html", body=page)) as (objects, _),
+        pytest.raises(Unreachable, match=told),
+    ):
+        objects.folders()
+    empty = b'<html><script src="/sort.js"></script><a href="../">..</a></html>'
+    with files("http", answer(200, "Content-Type: text/html", body=empty)) as (objects, _):
+        assert objects.folders() == []
 
 
 @BOTH

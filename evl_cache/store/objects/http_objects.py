@@ -16,7 +16,7 @@ from evl_cache.store.objects.address import Data, public_url
 from evl_cache.store.objects.bodies import read_known, read_most
 from evl_cache.store.objects.causes import error_trouble
 from evl_cache.store.objects.connections import client, proxy_for
-from evl_cache.store.objects.listing_page import is_web_page, listed_folders
+from evl_cache.store.objects.listing_page import is_web_page, read_listing
 from evl_cache.store.objects.logins import is_given_for, login_of
 from evl_cache.store.objects.troubles import Trouble, status_trouble
 from evl_cache.store.objects.waits import Attempt, Server
@@ -113,11 +113,17 @@ class HttpObjects:
                 if page is None:
                     raise Trouble("its listing is too long", "name the cache itself", has_answered=True)
                 _check_is_html(answer)
-                found = listed_folders(page, answer.url)
+                found = read_listing(page, answer.url)
                 # A page without folders that came from elsewhere is hardly the folder's own.
-                if found is None or (not found and not self._is_own(answer.url)):
+                if found.wants_password or (not found.folders and not self._is_own(answer.url)):
                     raise _sign_in(answer)
-                return found
+                if found.needs_script:
+                    raise Trouble(
+                        "its page is made by a script in a browser, and links to nothing here",
+                        "name the cache itself, or have the server list its folders",
+                        has_answered=True,
+                    )
+                return found.folders
 
         return self._ask("", read)
 
