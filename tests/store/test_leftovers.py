@@ -23,7 +23,7 @@ from evl_cache.store import (
     valid_mark,
     verify_cache,
 )
-from evl_cache.store.disk.locks import machine_id
+from evl_cache.store.disk.lock_files import machine_id
 from evl_cache.store.disk.publish import is_staging_name, stage_file, staged_block
 from tests.support.feature_caches import cache_spec, clip_list
 

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import pytest
 
 from evl_cache.errors import CacheError
+from evl_cache.store.disk import lock_files, locks
 from evl_cache.store.disk.locks import BlockLock, LockWatcher
 from evl_cache.store.writing.leftovers import remove_leftovers
 from tests.support.store_helpers import extract_small, load_clips, tree, watched_changes
@@ -122,6 +123,35 @@ FOREIGN = (
     "12.lock",
     "000001.lock.swp",
 )
+
+
+@pytest.mark.parametrize(
+    "where", ["give_second_name", "open_lock", "BlockLock", "is_held", "remove_leftover"]
+)
+def test_a_signal_at_any_moment_leaves_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """One that raises in the main thread, while the lock is taken or given back."""
+    owner: object = {"give_second_name": lock_files, "is_held": locks.BlockLock}.get(where, locks)
+    real = getattr(owner, where)
+    struck: list[object] = []
+
+    def strike(*given: object, **more: object) -> object:
+        found = None if where == "remove_leftover" and not struck else real(*given, **more)
+        if not struck:
+            struck.append(found)
+            raise KeyboardInterrupt
+        return found
+
+    watcher = LockWatcher(tmp_path / "locks")
+    if where == "give_second_name":
+        taken(watcher, 1).release()  # the directory is there
+    monkeypatch.setattr(owner, where, strike)
+    with pytest.raises(KeyboardInterrupt):
+        taken(watcher, 1).release()
+    assert struck and list((tmp_path / "locks").iterdir()) == []
+    if isinstance(struck[0], BlockLock):
+        struck[0].release()  # its thread
 
 
 def test_a_sweep_removes_locks_of_the_dead_and_nothing_that_is_not_ours(tmp_path: Path) -> None:

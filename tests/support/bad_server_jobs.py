@@ -1,8 +1,10 @@
 """What is done with servers that misbehave, in children: commands, and `epochs`. As a script: the process that forks them."""
 
 import hashlib
+import json
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 from tests.support.forked_commands import run_command, serve_commands, take_streams
 
 VALIDATED = "is validated"
+ERRORS = "errors.jsonl"  # when each began, by the monotonic clock, and what it says
 
 
 def epochs_digest(place: str | Path) -> str:
@@ -33,6 +36,8 @@ def epochs_digest(place: str | Path) -> str:
 
 def _work(job: dict[str, Any]) -> None:
     """A command; or `epochs URL`, and `train ...` behind it where that ended well."""
+    if copies := job["environment"].get("EVL_CACHE_COPY_ROOT"):
+        _note_errors(Path(copies).with_name(ERRORS))
     if job["argv"][0] != "epochs":
         run_command(job)
         return
@@ -55,6 +60,17 @@ def _work(job: dict[str, Any]) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     _mark_the_end_of(command)
     main(command)
+
+
+def _note_errors(path: Path) -> None:
+    """Note when each error of ours is made: to tell it takes a while longer."""
+    from evl_cache.errors import EvlCacheError
+
+    def init(self: EvlCacheError, *given: object) -> None:
+        with path.open("a") as file:
+            file.write(json.dumps([time.monotonic(), str(given[0])]) + "\n")
+
+    EvlCacheError.__init__ = init  # type: ignore[method-assign, assignment]
 
 
 def _mark_the_end_of(command: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Commands against servers that misbehave by seed: started, watched, and judged by how they end."""
 
+import json
 import os
 import random
 import re
@@ -10,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tests.support.bad_answers import FAULTS, names_a_cause
-from tests.support.bad_server_jobs import VALIDATED
+from tests.support.bad_server_jobs import ERRORS, VALIDATED
 from tests.support.bad_servers import NOTHING_WRONG, BadServer, misbehaving_server
 from tests.support.credentials import PASSWORD, USER, write_secret
 from tests.support.forked_commands import Commands, Ended
@@ -21,7 +22,7 @@ PATIENCE_S = 2.0  # EVL_CACHE_SERVER_PATIENCE of the commands
 SLACK_S = 8.0  # of a computer that does other things: to start, compute, write
 # What a fault that passes costs a client beside its own answer, at most.
 _COST_S = {"429 with Retry-After": 1.0, "503 with a date": 2.0, "restart": 1.0, "delay": 0.2}
-_JUST_THEN_S = 0.7  # it had ended by itself when the signal came
+_JUST_THEN_S = 0.7  # after the signal: it was ending by itself when it came
 _AT_ONCE = 4
 _LATE = "ends late"
 
@@ -173,7 +174,10 @@ class Schedules:
             wrong.append(f"ends with status {status}: {told[-1500:]}")
         errors = [line for line in told.splitlines() if line.startswith("error: ")]
         if run.signalled_at is not None:
-            may_end_well = run.took_s <= _JUST_THEN_S or run.was_whole
+            ended_at = run.signalled_at + run.took_s
+            may_end_well = (
+                _began_at(run, errors, ended_at) - run.signalled_at <= _JUST_THEN_S or run.was_whole
+            )
             is_ignored = run.took_s < SOON_S and status in (0, 1) and not may_end_well
             if is_ignored or "no longer waited for" in told:
                 wrong.append(f"signal {run.number} leads to status {status}: {told[-800:]}")
@@ -245,6 +249,13 @@ def _must_pass(run: Run) -> bool:
 
 def _is_zombie(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def _began_at(run: Run, told: list[str], ended_at: float) -> float:
+    """When what a run ends with began: the error that it tells was made, or it has ended."""
+    path = run.folder / ERRORS
+    made = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return min([at for at, text in made if any(text in line for line in told)], default=ended_at)
 
 
 def _is_leaving(path: Path) -> bool:

@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import secrets
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,13 +39,14 @@ def take_name(path: Path, content: bytes) -> bool:
     whose maker died before it had written into it, or half of it, is taken over by time alone.
     """
     temporary = aside_name(path)
-    _write_new(temporary, content)
     try:
-        give_second_name(temporary, path)
-    except NoHardLinks:
-        return _create_in_place(path, content)
-    except (FileExistsError, FileNotFoundError):
-        return False  # taken; or swept, and the caller tries again
+        _write_new(temporary, content)
+        try:
+            give_second_name(temporary, path)
+        except NoHardLinks:
+            return _create_in_place(path, content)
+        except (FileExistsError, FileNotFoundError):
+            return False  # taken; or swept, and the caller tries again
     finally:
         remove_leftover(temporary)
     return True
@@ -147,3 +149,21 @@ def read_lock(path: Path) -> bytes | None:
         return again_if_stale(path.read_bytes)
     except OSError:
         return None
+
+
+def machine_id() -> str:
+    """Return the name of this machine since its last start and of the process name space: there a pid means something."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return f"{socket.gethostname()}:{secrets.token_hex(4)}"  # never taken for the same machine
+
+
+def process_start(pid: int) -> str:
+    """Return the start of a process in clock ticks, which tells a reused pid from the old one; '' if there is none."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return ""
+    return "" if fields[0] in "ZX" else fields[19]

@@ -31,7 +31,9 @@ from evl_cache.store.disk.lock_files import (
     aside_name,
     check_readable,
     is_of,
+    machine_id,
     open_lock,
+    process_start,
     put_back,
     read_lock,
     take_name,
@@ -130,13 +132,22 @@ class BlockLock:
         if self._is_released:
             return
         self._is_released = True
-        self._stop_beats()
+        try:
+            self._stop_beats()
+            self._give_back()
+        except BaseException:  # a signal on the way: nobody comes back for it
+            self._give_back()
+            raise
+
+    def _give_back(self) -> None:
         try:
             is_held = self.is_held()
         except CacheError:
             is_held = False  # it is not known whose it is: its time runs out
-        with contextlib.suppress(OSError):
-            os.close(self._descriptor)
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):
+                os.close(descriptor)
         if is_held:
             remove_leftover(self.path)
 
@@ -246,22 +257,24 @@ class LockWatcher:
             token=secrets.token_hex(8),
         )
         token = holder.token.encode()
+        descriptor: int | None = None
         try:
             if not take_name(path, b"0" * COUNTER_DIGITS + json.dumps(asdict(holder)).encode()):
                 return None
-            descriptor = open_lock(path, token)
+            if (descriptor := open_lock(path, token)) is None:
+                return None
+            beat_s, runtime = self.beat_s, self._runtime
+            return BlockLock(path, descriptor, token, beat_s=beat_s, runtime=runtime, took_over=took_over)
         except OSError as error:
             raise disk_error("lock", path, error) from error
-        if descriptor is None:
-            return None
-        try:
-            return BlockLock(
-                path, descriptor, token, beat_s=self.beat_s, runtime=self._runtime, took_over=took_over
-            )
-        except CacheError:  # it does not beat: others would wait for it as long as this process lives
-            os.close(descriptor)
-            with contextlib.suppress(OSError):
-                path.unlink()
+        except BaseException as error:  # a signal, or it does not beat: nobody would give it back
+            with contextlib.suppress(OSError, CacheError):
+                if descriptor is not None and isinstance(
+                    error, CacheError
+                ):  # after a signal it may be beating
+                    os.close(descriptor)
+                if is_of(token, path):
+                    path.unlink()
             raise
 
     def _is_abandoned(self, path: Path, content: bytes) -> bool:
@@ -287,24 +300,6 @@ class LockWatcher:
             # It lives: put it back, unless a third job took the name: the displaced one notices by is_held.
             put_back(aside, path)
         remove_leftover(aside)
-
-
-def machine_id() -> str:
-    """Return the name of this machine since its last start and of the process name space: there a pid means something."""
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot}:{os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return f"{socket.gethostname()}:{secrets.token_hex(4)}"  # never taken for the same machine
-
-
-def process_start(pid: int) -> str:
-    """Return the start of a process in clock ticks, which tells a reused pid from the old one; '' if there is none."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return ""
-    return "" if fields[0] in "ZX" else fields[19]
 
 
 def lock_holders(directory: Path) -> dict[int, str]:
