@@ -37,7 +37,7 @@ def parse_list(text: str, *, source: str) -> list[ListLine]:
 
     Raises: UsageError with the line number for a line without a label, or with several.
     """
-    out = []
+    out: list[ListLine] = []
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue

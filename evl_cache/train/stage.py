@@ -14,6 +14,7 @@ from evl_cache.train.memory import Loads
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult
 from evl_cache.train.setup import check_caches, prepare_run, run_config, written_by_first
+from evl_cache.train.sides import notes_of_sides
 from evl_cache.train.trainer import Trainer
 
 __all__ = ["TrainOptions", "TrainResult", "Trainer", "train", "train_with_loaders"]
@@ -112,6 +113,10 @@ def train_with_loaders(
         writer: the right to write `out`; None in processes that are not the first.
         records_steps: batches have one size and few places, so that a step may be recorded and replayed.
     """
+    loaders = train_loader, val_loader
+    if processes.place.is_first:
+        for note in notes_of_sides([of.cache for of in loaders], [of.samples for of in loaders]):
+            on_note(note)
     config = run_config(train_loader.cache, {"train": train_loader, "val": val_loader}, options, layers)
     environment = training_environment(options.device, options.precision, processes.place, command)
     config = replace(config, environment=environment)
