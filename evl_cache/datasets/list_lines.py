@@ -1,10 +1,10 @@
 """Read the lines of a list: the path of a clip and its one label."""
 
 import csv
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
 
 from evl_cache.datasets.places import VIDEO_SUFFIXES
 from evl_cache.errors import UsageError
@@ -13,7 +13,7 @@ LIST_FORMS = "'path label', 'path<TAB>label' or 'path,label'"
 _VIDEO = "|".join(map(re.escape, sorted(VIDEO_SUFFIXES)))
 # A path that ends as videos do, and what follows; else, before a comma, any path with an ending.
 _AFTER_VIDEO = re.compile(rf"(?P<path>.*(?:{_VIDEO}))(?P<mark>\s*,\s*|\s+)(?P<label>\S.*)", re.IGNORECASE)
-_BEFORE_COMMA = re.compile(r"(?P<path>.*\.[A-Za-z]\w{1,4})(?P<mark>\s*,\s*)(?P<label>\S.*)")
+_BEFORE_COMMA = re.compile(r"(?P<path>.*\.[A-Za-z]\w{1,4})(?P<mark>\s*,\s*)(?P<label>\S+)")
 _ENDING = re.compile(r"\.\w+")
 _NUMBERS = re.compile(r"\[?\s*\d+(?:\s*[,;|]\s*\d+|\s+\d+)+\s*\]?")
 _BETWEEN_NAMES = re.compile(r"[,;|]")
@@ -60,7 +60,7 @@ def _split(line: str, where: str) -> tuple[str, str]:
 
 def _marked(line: str, before_last_word: str, where: str) -> tuple[str, str] | None:
     """Return the two columns where the label is not the last word of a line, but what follows a comma or an ending."""
-    if _ENDING.fullmatch(PurePath(before_last_word).suffix):
+    if _ENDING.fullmatch(os.path.splitext(before_last_word)[1]):
         return None
     if line.startswith('"'):
         return _columns(_fields(line, where), line, where)

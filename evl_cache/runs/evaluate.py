@@ -128,9 +128,9 @@ def evaluate(
     precision = precision or precision_of_run(config.training, device)
     check_precision(precision, device)
     head = load_head(run, best=best).to(device)
+    loader = run_loader(run, config, head, cache, clips=clips, batch=batch, device=device, threads=threads)
     if classes_of_run(run, config, cache).by_number:
         on_note(f"{run}: classes are compared by number, as only one of its head and {cache.place} has names")
-    loader = run_loader(run, config, head, cache, clips=clips, batch=batch, device=device, threads=threads)
     started = time.monotonic()
     scores = score(head, loader, device=torch.device(device), precision=precision, on_batch=on_batch)
     top1, top5, clips_scored = scores.top(1), scores.top(5), len(scores.clips)

@@ -102,8 +102,6 @@ def sweep(
     caches = train_cache, val_cache
     served = [served_samples(cache, rows) for cache, rows in zip(caches, samples, strict=True)]
     planned = [_planned(run, train_cache, val_cache) for run in runs]
-    for note in notes_of_sides(caches, served):
-        on_note(note)
     beside = [out / RUNS_NAME / run.name for run in runs]
     with writing(out, beside=beside, on_wait=on_wait) as writer:
         data = _Data(
@@ -117,6 +115,8 @@ def sweep(
         )
         errors, seconds = _begin(out, runs, resume=resume)
         _check_sides(data)
+        for note in notes_of_sides(caches, served):
+            on_note(note)
         return _in_passes(planned, data, errors, started - seconds, memory_bytes, progress)
 
 

@@ -113,15 +113,15 @@ def train_with_loaders(
         writer: the right to write `out`; None in processes that are not the first.
         records_steps: batches have one size and few places, so that a step may be recorded and replayed.
     """
-    loaders = train_loader, val_loader
-    if processes.place.is_first:
-        for note in notes_of_sides([of.cache for of in loaders], [of.samples for of in loaders]):
-            on_note(note)
     config = run_config(train_loader.cache, {"train": train_loader, "val": val_loader}, options, layers)
     environment = training_environment(options.device, options.precision, processes.place, command)
     config = replace(config, environment=environment)
     when = "while preparing the run"
     processes.on_first(lambda: prepare_run(out, config, resume=resume), when)
+    loaders = train_loader, val_loader
+    if processes.place.is_first:
+        for note in notes_of_sides([of.cache for of in loaders], [of.samples for of in loaders]):
+            on_note(note)
     trainer = Trainer(
         config,
         options,

@@ -74,6 +74,7 @@ def test_a_list_whose_labels_are_all_minus_one_is_refused() -> None:
         ("copy of a.mp4 last.bin 3", "copy of a.mp4 last.bin", "3"),
         ("clip without ending 3", "clip without ending", "3"),
         ("some/folder 299 1", "some/folder 299", "1"),
+        ("no.ending, part two 3", "no.ending, part two", "3"),
     ],
 )
 def test_a_line_is_a_path_and_a_label(line: str, path: str, label: str) -> None:
