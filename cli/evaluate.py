@@ -65,6 +65,7 @@ def command(
         precision=precision,
         threads=read_threads,
         best=best,
+        on_note=lambda message: say(f"note: {message}", err=True),
     )
     if result.clips_trained_on:
         say(

@@ -22,6 +22,8 @@ SPLIT_NAMES: Mapping[str, str] = {
     "test": "test",
 }
 MAX_CLASSES = 100_000  # a larger number in a list is a number of frames or an id, not a class
+_WHOLE = re.compile(r"\d+(?:\.0*)?")
+_NEGATIVE = re.compile(r"[-\u2212]\d+(?:\.\d*)?")
 _NUMBERED = re.compile(r"(?P<name>[a-z]*)(?:[ _-]?0?(?P<fold>[1-3]))?")
 
 
@@ -102,49 +104,31 @@ class ClipList:
         return digest_of_list([clip.id, clip.label] for clip in self.clips)
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ListLine:
-    """One line `path label` of a list, before labels are numbered."""
-
-    line: int
-    path: str
-    label: str
-
-
-def parse_list(text: str, *, source: str) -> list[ListLine]:
-    """Return the lines of a list, but for empty ones.
-
-    A line is `path label`, whose path may hold spaces, or `path<TAB>label`, where both may.
-
-    Raises: UsageError with the line number for a line without a label.
-    """
-    out = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        parts = line.strip().rsplit("\t", 1) if "\t" in line.strip() else line.strip().rsplit(None, 1)
-        if len(parts) != 2 or not parts[0].strip() or not parts[1].strip():
-            raise UsageError(f"{source}, line {number}: {line.strip()!r} has no label; expected 'path label'")
-        out.append(ListLine(line=number, path=parts[0].strip(), label=parts[1].strip()))
-    return out
-
-
 def number_labels(
     labels: Sequence[str], *, source: str, lines: Sequence[int]
 ) -> tuple[list[int], tuple[str, ...]]:
     """Return class numbers and class names; labels that are names are numbered in alphabetical order.
 
-    Raises: UsageError for labels of both kinds, or for a number of `MAX_CLASSES` or more, with the line number.
+    Whole numbers are class numbers also where they are written `2.0`.
+
+    Raises: UsageError with the line number for labels of both kinds, for a negative number, or for one of `MAX_CLASSES`
+        or more.
     """
-    numeric = [label.isdecimal() for label in labels]
-    if all(numeric):
-        numbers = [int(label) for label in labels]
+    for label, line in zip(labels, lines, strict=True):
+        if _NEGATIVE.fullmatch(label):
+            raise UsageError(
+                f"{source}, line {line}: label {label} is no class, and often marks a clip without a label; expected "
+                "class numbers from 0, or names: give the label, or leave the line out"
+            )
+    if all(map(_WHOLE.fullmatch, labels)):
+        numbers = [int(label.partition(".")[0]) for label in labels]
         for number, line in zip(numbers, lines, strict=True):
             if number >= MAX_CLASSES:
                 raise UsageError(
                     f"{source}, line {line}: label {number}; expected class numbers below {MAX_CLASSES}"
                 )
-        return numbers, tuple(str(i) for i in range(max(numbers, default=-1) + 1))
+        return numbers, class_numbers(max(numbers, default=-1) + 1)
+    numeric = [label.isdecimal() for label in labels]
     if any(numeric):
         odd = numeric.index(not numeric[0])
         raise UsageError(
@@ -154,6 +138,11 @@ def number_labels(
     classes = tuple(sorted(set(labels)))
     index = {name: i for i, name in enumerate(classes)}
     return [index[label] for label in labels], classes
+
+
+def class_numbers(count: int) -> tuple[str, ...]:
+    """Return what classes that have only numbers are called: `0`, `1`, …"""
+    return tuple(str(number) for number in range(count))
 
 
 def fold_of(split: object) -> int:

@@ -7,9 +7,10 @@ import pytest
 
 from evl_cache.batches.folds import split_clips
 from evl_cache.canonical_json import digest
-from evl_cache.clips import MAX_CLASSES, Clip, ClipList, number_labels, parse_list, select
+from evl_cache.clips import MAX_CLASSES, Clip, ClipList, number_labels, select
 from evl_cache.datasets.folder import read_folder
 from evl_cache.datasets.list_file import read_list_file
+from evl_cache.datasets.list_lines import parse_list
 from evl_cache.errors import CacheError, UsageError
 
 

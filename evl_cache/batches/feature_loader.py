@@ -7,7 +7,7 @@ device that uses them.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ class FeatureLoader:
             training views the epoch has; None keeps the order, and has all.
         shuffle_blocks: 0 permutes all samples (local disks). Otherwise blocks are permuted, and samples are shuffled
             within so many of them at a time: shards are then read nearly in one piece (network and spinning disks).
+        classes: the class number to serve for each class of the cache, int64; as the cache numbers them by default.
         rank, world: this process reads its part of every batch.
         threads: how many read.
         pin_memory: page-locked buffers, for who copies batches to a GPU.
@@ -60,6 +61,7 @@ class FeatureLoader:
         tokens: TokensRead = "all",
         shuffle_seed: int | None = None,
         shuffle_blocks: int = 0,
+        classes: np.ndarray | None = None,
         rank: int = 0,
         world: int = 1,
         threads: int = 2,
@@ -76,7 +78,7 @@ class FeatureLoader:
         if (reads is None) != bool(numbers):
             raise UsageError(f"layers are {list(numbers)}, reads {reads}; expected one of them")
         self.reads = reads or Reads(layers=numbers, with_maps=with_maps, tokens=tokens)
-        self.cache, self.batch = cache, batch
+        self.cache, self.batch, self._classes = cache, batch, classes
         self.skipped_clips = int(
             np.count_nonzero(np.bincount(cache.sample_clips[rows[~cache.is_valid[rows]]]))
         )
@@ -105,6 +107,11 @@ class FeatureLoader:
     def __len__(self) -> int:
         """Batches of an epoch."""
         return len(self.order)
+
+    @cached_property
+    def labels(self) -> np.ndarray:
+        """The label of each sample of the cache as it is served, int64."""
+        return self.cache.labels if self._classes is None else self._classes[self.cache.labels]
 
     @property
     def waits_for_server(self) -> bool:
@@ -153,7 +160,7 @@ class FeatureLoader:
     def _from_ring(self, ring: Ring) -> Iterator[Batch]:
         """Yield batches where they were read."""
         while (read := ring.next()) is not None:
-            labels = torch.from_numpy(self.cache.labels[read.part.rows])
+            labels = torch.from_numpy(self.labels[read.part.rows])
             features = read.slot.buffers.batch(len(read.part.rows))
             yield self._batch(read.part, features, labels, Hold.of(read.slot.turns))
             ring.free(read.slot)
@@ -162,7 +169,7 @@ class FeatureLoader:
         """Return the work that puts a part into a slot on the device."""
         rows, host = read.part.rows, read.slot
         labels = host.labels[: len(rows)]
-        labels.copy_(torch.from_numpy(self.cache.labels[rows]))
+        labels.copy_(torch.from_numpy(self.labels[rows]))
         features: Callable[[], None]
         if read.is_kept is None:
             features = partial(_copy, host.buffers, slot.buffers, len(rows))

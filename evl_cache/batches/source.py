@@ -56,6 +56,10 @@ class Loader(Protocol):
         """What the samples are rows of."""
 
     @property
+    def labels(self) -> np.ndarray:
+        """The label of each sample of the source as it is served, int64: a class number of the head."""
+
+    @property
     def waits_for_server(self) -> bool:
         """Whether batches may have to be waited for until a server answers; one that is silent may keep some for minutes."""
 

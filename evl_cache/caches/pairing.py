@@ -71,7 +71,7 @@ def find_pair(
 def _fitting(
     found: Sequence[FoundCache], needs: HeadNeeds, not_seen: list[NotSeen]
 ) -> list[tuple[FoundCache, FoundCache]]:
-    """Return the pairs that fit: of one rule for frames if there are any, and of the newest.
+    """Return the pairs that fit: of the same classes and of one rule for frames if there are any, and of the newest.
 
     Args:
         not_seen: gets those whose clips cannot be read: they are in no pair.
@@ -88,8 +88,8 @@ def _fitting(
         # Folds of one data set: what one trains on, another validates on.
         and clips.are_apart(t, v)
     ]
-    best = max(map(_by_rules, pairs), default=None)
-    return [pair for pair in pairs if _by_rules(pair) == best]
+    best = max(map(_rank, pairs), default=None)
+    return [pair for pair in pairs if _rank(pair) == best]
 
 
 class _Clips:
@@ -138,9 +138,10 @@ def _made_anew(dataset: str | None, needs: HeadNeeds) -> str:
     )
 
 
-def _by_rules(pair: tuple[FoundCache, FoundCache]) -> tuple[bool, int]:
+def _rank(pair: tuple[FoundCache, FoundCache]) -> tuple[bool, bool, int]:
     rules = {cache.spec.frame_rule for cache in pair}
-    return len(rules) == 1, min(rules)
+    # Of several lists of one data set each goes with that of its own classes.
+    return pair[0].spec.classes == pair[1].spec.classes, len(rules) == 1, min(rules)
 
 
 def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:
@@ -156,6 +157,8 @@ def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:
             and _belong_together(nearest.spec, c.spec)
             and c.spec.content_id == nearest.spec.content_id
         ]
+        if not same and (others := _of_other_classes(nearest, found)) is not None:
+            return f"{nearest.name} fits, but its validation cache is missing: {others}"
         if not same:
             return f"{nearest.name} fits, but its validation cache is missing; {_other_side(nearest, 'val')}"
         whole = replace(nearest, origin={**nearest.origin, "is_undivided": True})
@@ -177,6 +180,16 @@ def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:
         except UsageError as error:  # no cache is of those layers and maps together
             remedy = str(error)
     return f"{nearest.name}: {needs.objection(spec)}; {remedy}"
+
+
+def _of_other_classes(train: FoundCache, found: Sequence[FoundCache]) -> str | None:
+    """Return why a validation cache is not that of a training cache where only its classes do not fit; None if none is."""
+    for cache in found:
+        alike = replace(cache.spec, classes=train.spec.classes)
+        differing = pair_differences(train.spec, cache.spec)
+        if cache.spec.split in VAL_SPLITS and differing and _belong_together(train.spec, alike):
+            return f"{cache.name} is like it, but for {'; '.join(differing)}"
+    return None
 
 
 def _no_command(model: str, lacking: str | None) -> str | None:

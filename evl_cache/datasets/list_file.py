@@ -1,9 +1,10 @@
-"""Read a list file: one `path label` a line."""
+"""Read a list file: a path and a label a line."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePath
 
-from evl_cache.clips import Clip, ClipList, ListLine, number_labels, parse_list
+from evl_cache.clips import Clip, ClipList, number_labels
+from evl_cache.datasets.list_lines import LIST_FORMS, ListLine, parse_list
 from evl_cache.datasets.missing import FRAMES_REMEDY
 from evl_cache.datasets.places import VIDEO_SUFFIXES
 from evl_cache.errors import UsageError
@@ -23,10 +24,10 @@ def read_list_file(path: Path, *, split: str) -> ClipList:
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise UsageError(
-            f"{path}: cannot be read as a list of clips ({reason}); expected lines 'path label'"
+            f"{path}: cannot be read as a list of clips ({reason}); expected lines {LIST_FORMS}"
         ) from error
     if "\0" in text:  # as in UTF-16
-        raise UsageError(f"{path}: is no list of clips (it holds zeros); expected UTF-8 lines 'path label'")
+        raise UsageError(f"{path}: is no list of clips (it holds zeros); expected UTF-8 lines {LIST_FORMS}")
     rows = parse_list(text, source=str(path))
     _refuse_frame_folders(rows, source=str(path))
     labels, classes = number_labels([r.label for r in rows], source=str(path), lines=[r.line for r in rows])

@@ -133,10 +133,12 @@ A folder of classes, --root (default $EVL_DATA_ROOT/folder):
 
 _LIST = """\
 A list of videos, --list FILE, with --root for what its paths are relative to:
-  list         lines 'path label'; paths may hold spaces; mmaction2's lists of videos have the same form
+  list         lines 'path label', whose paths may hold spaces; 'path<TAB>label' or 'path,label' (quoted
+               where they hold commas); mmaction2's lists of videos have the first form
                (its lists of frame folders, 'folder total_frames label', are not read);
                files of any ending that FFmpeg decodes, GIFs too
-  labels       numbers as they stand, or names, then numbered in alphabetical order
+  labels       one a clip: numbers from 0 as they stand, or names, then numbered in alphabetical order;
+               a name of several words behind a TAB, a comma or a video's ending
   splits       the one --split names; all where it names none"""
 
 _READERS = (

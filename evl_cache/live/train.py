@@ -24,7 +24,7 @@ from evl_cache.extract import (
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.processes import Processes, giving_back_memory
-from evl_cache.runs import OnWait
+from evl_cache.runs import OnWait, match_classes
 from evl_cache.towers import Backbone
 from evl_cache.train import (
     OnBottleneck,
@@ -70,7 +70,7 @@ def train_online(
         decoding: how; by default with a decoder that gives the pixels of the request.
         clip_timeout_s: longest time for decoding one clip.
         on_failure: called at the end with each clip that could not be decoded, and why.
-        on_outage: called with a line when a disk, say, is away, and with one when it is back.
+        on_outage: called with a line when a disk, say, is away, and with one when it is back; and as `on_note` of `train`.
         on_wait, command: as for `train`.
 
     Raises: as `plan_extraction` and `train`; UsageError for options that need a cache; Outage where
@@ -112,6 +112,7 @@ def train_online(
                     decode=pool.frames,
                     workers=workers,
                     processes=processes,
+                    classes=match_classes(sources[0].spec.classes, source.spec.classes).numbers,
                     on_outage=on_outage,
                 )
             )
@@ -126,6 +127,7 @@ def train_online(
             resume=resume,
             on_step=on_step,
             on_bottleneck=on_bottleneck,
+            on_note=on_outage,
             processes=processes,
             writer=writer,
             records_steps=False,

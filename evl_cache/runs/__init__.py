@@ -1,5 +1,6 @@
 """Run directories of trained heads: written, read, scored; imported from the official code."""
 
+from evl_cache.runs.classes import ClassMatch, match_classes
 from evl_cache.runs.comparable import (
     ALL_CLIPS,
     ONLINE_PREFIX,
@@ -24,7 +25,7 @@ from evl_cache.runs.directory import (
     save_state,
     write_run_config,
 )
-from evl_cache.runs.evaluate import run_loader
+from evl_cache.runs.evaluate import classes_of_run, run_loader
 from evl_cache.runs.finite import extremes, not_finite
 from evl_cache.runs.fit import (
     check_features,
@@ -58,6 +59,7 @@ __all__ = [
     "ONLINE_PREFIX",
     "OPERATIONAL",
     "RUNS_NAME",
+    "ClassMatch",
     "HeadInputs",
     "Interval",
     "OnWait",
@@ -71,6 +73,7 @@ __all__ = [
     "check_no_others_files",
     "check_reads",
     "class_probabilities",
+    "classes_of_run",
     "clips_of_run",
     "comparable_key",
     "comparable_rows",
@@ -89,6 +92,7 @@ __all__ = [
     "load_head",
     "load_official_checkpoint",
     "load_state",
+    "match_classes",
     "new_run_directory",
     "not_finite",
     "other_sides",

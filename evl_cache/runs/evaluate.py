@@ -12,6 +12,7 @@ from evl_cache.canonical_json import digest
 from evl_cache.errors import UsageError
 from evl_cache.heads import Head
 from evl_cache.precision import check_precision, device_named, precision_of_run
+from evl_cache.runs.classes import ClassMatch, match_classes
 from evl_cache.runs.comparable import Scored, clips_of_run, scored_key
 from evl_cache.runs.directory import RunConfig, read_run_config
 from evl_cache.runs.fit import check_features, check_reads, head_reads
@@ -51,6 +52,25 @@ class EvalResult:
     comparable_key: str
 
 
+def classes_of_run(run: str | Path, config: RunConfig, cache: FeatureCache) -> ClassMatch:
+    """Match the classes of a cache with those of a run's head.
+
+    Names that an imported head was given, or was not, leave room: its numbers may be those of a cache with names.
+
+    Raises: UsageError naming both sides where the cache has a class that the head has not.
+    """
+    try:
+        return match_classes(
+            config.classes, cache.spec.classes, numbers_may_have_names=config.features is None
+        )
+    except UsageError as error:
+        remedy = "; import it with the names of its classes (--classes)" if config.features is None else ""
+        raise UsageError(
+            f"{run}: its head has {len(config.classes)} classes, {cache.place} has {len(cache.spec.classes)}, "
+            f"matched by name: {error}{remedy}"
+        ) from error
+
+
 def run_loader(
     run: str | Path,
     config: RunConfig,
@@ -66,15 +86,7 @@ def run_loader(
 
     Raises: UsageError naming both sides where the cache's features or classes are not the head's.
     """
-    if len(cache.spec.classes) != config.head_config["num_classes"]:
-        raise UsageError(
-            f"{run}: its head has {config.head_config['num_classes']} classes, {cache.place} has {len(cache.spec.classes)}"
-        )
-    if config.features is not None and cache.spec.classes != config.classes:
-        ours, theirs = next((a, b) for a, b in zip(config.classes, cache.spec.classes, strict=True) if a != b)
-        raise UsageError(
-            f"{run}: its head was trained on other classes ({ours!r}) than {cache.place} has ({theirs!r})"
-        )
+    match = classes_of_run(run, config, cache)
     reads = head_reads(head, check_features(config, cache.spec, run=run))
     check_reads(reads, cache)
     return FeatureLoader(
@@ -82,6 +94,7 @@ def run_loader(
         samples_of_clips(cache, clips),
         batch=batch,
         reads=reads,
+        classes=match.numbers,
         threads=read_threads(threads, device),
         memory=BatchMemory(device),
     )
@@ -98,6 +111,7 @@ def evaluate(
     threads: int | None = None,
     best: bool = False,
     on_batch: Callable[[int], None] = lambda samples: None,
+    on_note: Callable[[str], None] = lambda message: None,
 ) -> EvalResult:
     """Score a run's head on a cache: the last one, or with `best` that of its best epoch.
 
@@ -105,6 +119,7 @@ def evaluate(
         clips: rows of the clip list, one or several, a slice, or a mask of all clips; all by default.
         precision: to compute in; that of the run's training by default, where the device has it.
         threads: that read and decode; what suits device and processors by default.
+        on_note: told in a line where classes could be compared by number only.
 
     Raises: UsageError naming both sides where the cache's features or classes are not the head's, or for a precision
         that the device cannot compute in.
@@ -114,6 +129,8 @@ def evaluate(
     check_precision(precision, device)
     head = load_head(run, best=best).to(device)
     loader = run_loader(run, config, head, cache, clips=clips, batch=batch, device=device, threads=threads)
+    if classes_of_run(run, config, cache).by_number:
+        on_note(f"{run}: classes are compared by number, as only one of its head and {cache.place} has names")
     started = time.monotonic()
     scores = score(head, loader, device=torch.device(device), precision=precision, on_batch=on_batch)
     top1, top5, clips_scored = scores.top(1), scores.top(5), len(scores.clips)

@@ -38,6 +38,9 @@ def import_head(
         raise UsageError(
             f"{checkpoint}: has {num_classes} classes, {len(classes)} names were given; make them equal"
         )
+    if classes is not None and len({*classes}) != num_classes:
+        twice = next(name for place, name in enumerate(classes) if name in classes[:place])
+        raise UsageError(f"{checkpoint}: two classes would be called {twice!r}; give each a name of its own")
     config = RunConfig(
         head=f"decoder{depth}",
         head_config={**head.config, "grid": list(head.grid)},

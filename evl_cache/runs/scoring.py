@@ -135,13 +135,19 @@ class ViewSums:
         self.refused |= {clip for clip, counts in zip(clips, is_finite, strict=True) if not counts}
         if not all(is_finite):
             return
-        loss = float(torch.nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        loss = _loss_sum(logits, labels)
         if not math.isfinite(loss):  # differences of huge logits
-            loss = float(torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
+            loss = _loss_sum(logits.double(), labels)
         self.loss += loss
         self.samples += len(labels)
         for clip, row in zip(clips, class_probabilities(logits).numpy(), strict=True):
             self.add(clip, row)
+
+
+def _loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The sum of samples' cross-entropies, the same to the bit in whatever order the classes are numbered."""
+    of_label = logits.gather(1, labels[:, None])[:, 0]
+    return float((logits.sort(dim=-1).values.logsumexp(dim=-1) - of_label).sum())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +267,7 @@ def scores_of(parts: Sequence[ViewSums], loader: Loader) -> Scores:
         )
     rows = sorted(total.clips)
     labels = np.empty(len(loader.cache.clips), dtype=np.int64)
-    labels[loader.cache.sample_clips] = loader.cache.labels
+    labels[loader.cache.sample_clips] = loader.labels
     return Scores(
         clips=np.asarray(rows, dtype=np.int64),
         labels=labels[rows],

@@ -74,7 +74,7 @@ def show_page(
                 picture = folder / f"{name}-{number:02d}.png"
                 clip = cache.clips[int(scores.clips[place])]
                 draw_cached(cache, clip.id, picture, run=run, decode=decode)
-                rows.append((picture.name, escaped(clip.id), _verdict(scores, place, cache.spec.classes)))
+                rows.append((picture.name, escaped(clip.id), _verdict(scores, place, run.config.classes)))
                 on_picture(len(sections) * each + number, len(wrong) + len(right))
             sections.append((name, rows))
     page = folder / PAGE_NAME

@@ -40,6 +40,7 @@ from evl_cache.train import (
     all_reads,
     check_caches,
     make_loaders,
+    notes_of_sides,
     shuffle_blocks,
     training_reads,
 )
@@ -89,7 +90,7 @@ def sweep(
         memory_bytes: most that heads and a batch's features may take together; other heads wait for a later pass.
         progress: opens the progress line of a pass.
         on_wait: told once, if it must first be seen whether a writer on another machine lives.
-        on_note: told in a line where fewer samples are kept than was asked for.
+        on_note: told in a line where fewer samples are kept than was asked for, and of clips on both sides.
         command: the command line that called, without credentials; each run records it.
 
     Raises: UsageError where caches, heads and options do not fit each other, where `out` holds a sweep, or where
@@ -98,14 +99,14 @@ def sweep(
     """
     started, out = time.monotonic(), Path(out)
     samples = samples_of_clips(train_cache, train_clips), samples_of_clips(val_cache, val_clips)
-    for cache, rows in zip((train_cache, val_cache), samples, strict=True):
-        served_samples(cache, rows)
+    caches = train_cache, val_cache
+    served = [served_samples(cache, rows) for cache, rows in zip(caches, samples, strict=True)]
     planned = [_planned(run, train_cache, val_cache) for run in runs]
     beside = [out / RUNS_NAME / run.name for run in runs]
     with writing(out, beside=beside, on_wait=on_wait) as writer:
         data = _Data(
             runs=runs,
-            caches=(train_cache, val_cache),
+            caches=caches,
             samples=samples,
             folder=out / RUNS_NAME,
             writer=writer,
@@ -114,6 +115,8 @@ def sweep(
         )
         errors, seconds = _begin(out, runs, resume=resume)
         _check_sides(data)
+        for note in notes_of_sides(caches, served):
+            on_note(note)
         return _in_passes(planned, data, errors, started - seconds, memory_bytes, progress)
 
 

@@ -8,6 +8,7 @@ from evl_cache.train.needs import HeadNeeds
 from evl_cache.train.options import DEFAULT_EPOCHS, OPERATIONAL, TrainOptions, options_of
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult, read_result
 from evl_cache.train.setup import check_caches, pair_differences, prepare_run, run_config, written_by_first
+from evl_cache.train.sides import notes_of_sides
 from evl_cache.train.stage import train, train_with_loaders
 from evl_cache.train.step_loss import Diverged, told_of_training
 from evl_cache.train.trainer import Trainer
@@ -30,6 +31,7 @@ __all__ = [
     "check_caches",
     "kept_nbytes",
     "make_loaders",
+    "notes_of_sides",
     "options_of",
     "pair_differences",
     "prepare_run",

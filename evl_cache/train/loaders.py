@@ -17,7 +17,7 @@ from evl_cache.batches import (
     shared_out,
 )
 from evl_cache.processes import Processes, available_bytes, shared_memory, sharing_groups, sharing_processors
-from evl_cache.runs import read_run_config
+from evl_cache.runs import match_classes, read_run_config
 from evl_cache.store import FeatureCache, Reads
 from evl_cache.train.memory import keeps_on_host
 from evl_cache.train.options import TrainOptions
@@ -59,10 +59,12 @@ def make_loaders(
     memory = _batch_memory(caches, reads, options, processes)
     residents = _residents(caches, samples, reads, options, processes, kept_nbytes, memory.device)
     threads = read_threads(options.read_threads, options.device, sharing=sharing_processors(processes))
+    classes = [match_classes(caches[0].spec.classes, cache.spec.classes).numbers for cache in caches]
     return [
         FeatureLoader(
             cache,
             rows,
+            classes=numbers,
             batch=options.global_batch,
             reads=reads,
             shuffle_seed=seed,
@@ -73,8 +75,8 @@ def make_loaders(
             resident=resident,
             memory=memory,
         )
-        for cache, rows, seed, resident in zip(
-            caches, samples, (options.clip_order_seed, None), residents, strict=True
+        for cache, rows, numbers, seed, resident in zip(
+            caches, samples, classes, (options.clip_order_seed, None), residents, strict=True
         )
     ]
 

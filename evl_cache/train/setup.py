@@ -25,6 +25,7 @@ from evl_cache.runs import (
     check_no_others_files,
     check_reads,
     feature_differences,
+    match_classes,
     other_sides,
     read_run_config,
     samples_digest,
@@ -43,8 +44,14 @@ _MOST_CLIPS_NBYTES = 4 << 20  # of a list of clips in `config.json`
 def pair_differences(train: CacheSpec, val: CacheSpec) -> list[str]:
     """Why a head that is trained on one cache cannot be validated on the other; empty where it can."""
     differing = feature_differences(train, val)
-    if train.classes != val.classes:
-        differing.append(f"{len(train.classes)} classes, not {len(val.classes)}, or others")
+    try:
+        match_classes(train.classes, val.classes)
+    except UsageError as error:
+        ours, theirs = len(train.classes), len(val.classes)
+        counts = f"{ours} classes, not {theirs}" if ours != theirs else "other classes"
+        differing.append(
+            f"{counts}, matched by name: {error}; each class to validate on must be one to train on"
+        )
     return differing
 
 

@@ -14,6 +14,7 @@ from evl_cache.train.memory import Loads
 from evl_cache.train.options import TrainOptions
 from evl_cache.train.result import OnBottleneck, OnNote, OnStep, TrainResult
 from evl_cache.train.setup import check_caches, prepare_run, run_config, written_by_first
+from evl_cache.train.sides import notes_of_sides
 from evl_cache.train.trainer import Trainer
 
 __all__ = ["TrainOptions", "TrainResult", "Trainer", "train", "train_with_loaders"]
@@ -117,6 +118,10 @@ def train_with_loaders(
     config = replace(config, environment=environment)
     when = "while preparing the run"
     processes.on_first(lambda: prepare_run(out, config, resume=resume), when)
+    loaders = train_loader, val_loader
+    if processes.place.is_first:
+        for note in notes_of_sides([of.cache for of in loaders], [of.samples for of in loaders]):
+            on_note(note)
     trainer = Trainer(
         config,
         options,

@@ -312,3 +312,24 @@ def test_ls_of_an_empty_place_says_what_to_do(tmp_path: Path) -> None:
     done = CliRunner().invoke(cli, ["ls", str(tmp_path)])
     assert (done.exit_code, done.stdout) == (0, "")
     assert "run evl-cache extract" in done.stderr
+
+
+def test_a_pair_whose_validation_labels_are_among_those_trained_on_is_found(tmp_path: Path) -> None:
+    write_cache(tmp_path / "a", names=("x", "y", "z"))
+    write_cache(tmp_path / "b", names=("z", "x"), labels=[0, 1], split="val", prefix="v")
+    found = find_pair("test", places=[tmp_path], needs=needs_of("decoder3"))
+    assert [cache.name for cache in found] == ["a", "b"]
+    # Another data set of more classes, which are the same names: each goes with its own.
+    write_cache(tmp_path / "c", names=("x", "z"), labels=[0, 1, 1], prefix="w")
+    write_cache(tmp_path / "d", names=("x", "z"), labels=[0, 1], split="val", prefix="u")
+    found = find_pair("test", places=[tmp_path], needs=needs_of("decoder3"))
+    assert [cache.name for cache in found] == ["c", "d"]
+
+
+def test_a_validation_cache_of_another_class_is_told_with_the_class(tmp_path: Path) -> None:
+    write_cache(tmp_path / "a", names=("x", "y", "z"))
+    write_cache(tmp_path / "b", names=("q", "x", "y"), labels=[0, 1], split="val", prefix="v")
+    message = r"a fits, but .* is missing: b is like it, but for other classes, .* no class 'q' \(but 'z'\)"
+    with pytest.raises(UsageError, match=message) as raised:
+        find_pair("test", places=[tmp_path], needs=needs_of("decoder3"))
+    assert "evl-cache extract" not in str(raised.value)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def write_cache(
     *,
     labels: Sequence[int] = tuple(i % 3 for i in range(13)),
     classes: int = 3,
+    names: tuple[str, ...] | None = None,
     tower: TowerSpec = TOWER,
     views: ViewSpec = VIEWS,
     layers: tuple[int, ...] = (2, 3, 4),
@@ -86,8 +88,15 @@ def write_cache(
     frame_rule: int = FRAME_RULE,
     seed: int = 0,
 ) -> FeatureCache:
-    """Write a finished cache whose tokens carry their clip's label among noise. `failed`: rows of failed clips."""
+    """Write a finished cache whose tokens carry their clip's class among noise.
+
+    Args:
+        names: of the classes, by label; caches whose labels mean the same names have the same features.
+        failed: rows of failed clips.
+    """
     clips = clip_list(labels, classes=classes, prefix=prefix, split=split)
+    if names is not None:
+        clips, classes = replace(clips, classes=names), len(names)
     spec = cache_spec(
         clips,
         dataset=dataset,
@@ -105,6 +114,8 @@ def write_cache(
     create_cache(path, spec, clips.clips, origin={}, created_with={"evl-cache": "test"})
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(classes, tower.width, generator=torch.Generator().manual_seed(99))
+    if names is not None:
+        directions = directions[[sorted(names).index(name) for name in names]]
     locks = LockWatcher(path / LOCKS_NAME, expiry_s=60.0)
     with ThreadPoolExecutor(1) as encoders:
         for block in range(spec.num_blocks):

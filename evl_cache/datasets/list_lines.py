@@ -1,0 +1,101 @@
+"""Read the lines of a list: the path of a clip and its one label."""
+
+import csv
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from evl_cache.datasets.places import VIDEO_SUFFIXES
+from evl_cache.errors import UsageError
+
+LIST_FORMS = "'path label', 'path<TAB>label' or 'path,label'"
+_VIDEO = "|".join(map(re.escape, sorted(VIDEO_SUFFIXES)))
+# A path that ends as videos do, and what follows; else, before a comma, any path with an ending.
+_AFTER_VIDEO = re.compile(rf"(?P<path>.*(?:{_VIDEO}))(?P<mark>\s*,\s*|\s+)(?P<label>\S.*)", re.IGNORECASE)
+_BEFORE_COMMA = re.compile(r"(?P<path>.*\.[A-Za-z]\w{1,4})(?P<mark>\s*,\s*)(?P<label>\S+)")
+_ENDING = re.compile(r"\.\w+")
+_NUMBERS = re.compile(r"\[?\s*\d+(?:\s*[,;|]\s*\d+|\s+\d+)+\s*\]?")
+_BETWEEN_NAMES = re.compile(r"[,;|]")
+_HEADERS = ({"path", "video", "video_path", "file", "filename", "clip"}, {"label", "class", "category"})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ListLine:
+    """One line of a list, before labels are numbered."""
+
+    line: int
+    path: str
+    label: str
+
+
+def parse_list(text: str, *, source: str) -> list[ListLine]:
+    """Return the lines of a list, but for empty ones and a first one that names the columns.
+
+    A line is `path label`, whose path may hold spaces; `path<TAB>label` or `path,label`, where both may. After a path
+    with a video's ending a label may have several words without that.
+
+    Raises: UsageError with the line number for a line without a label, or with several.
+    """
+    out: list[ListLine] = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        path, label = _split(line.strip(), f"{source}, line {number}")
+        if out or path.lower() not in _HEADERS[0] or label.lower() not in _HEADERS[1]:
+            out.append(ListLine(line=number, path=path, label=label))
+    _refuse_several_labels(out, source=source)
+    return out
+
+
+def _split(line: str, where: str) -> tuple[str, str]:
+    """Return path and label of a line. Raises: UsageError that begins with `where`."""
+    parts = line.rsplit("\t", 1) if "\t" in line else line.rsplit(None, 1)
+    found = None if "\t" in line else _marked(line, parts[0] if len(parts) == 2 else "", where)
+    path, label = (part.strip() for part in found or parts) if len(found or parts) == 2 else (line, "")
+    if not path or not label:
+        raise UsageError(f"{where}: {line!r} has no label; expected {LIST_FORMS}")
+    return path, label
+
+
+def _marked(line: str, before_last_word: str, where: str) -> tuple[str, str] | None:
+    """Return the two columns where the label is not the last word of a line, but what follows a comma or an ending."""
+    if _ENDING.fullmatch(os.path.splitext(before_last_word)[1]):
+        return None
+    if line.startswith('"'):
+        return _columns(_fields(line, where), line, where)
+    match = _AFTER_VIDEO.fullmatch(line) or _BEFORE_COMMA.fullmatch(line)
+    if match is None:
+        return _columns(_fields(line, where), line, where) if "," in line and not before_last_word else None
+    if match["mark"].isspace():
+        return match["path"], match["label"]
+    return _columns([match["path"], *_fields(match["label"], where)], line, where)
+
+
+def _fields(text: str, where: str) -> list[str]:
+    """Return what commas part, which quotes may hold."""
+    try:
+        return next(csv.reader([text]))
+    except csv.Error as error:
+        raise UsageError(f"{where}: {text[:80]!r} cannot be read ({error}); expected {LIST_FORMS}") from error
+
+
+def _columns(columns: Sequence[str], line: str, where: str) -> tuple[str, str]:
+    if len(columns) != 2:
+        raise UsageError(
+            f"{where}: {line!r} has {len(columns)} columns by its commas; expected a path and one label: write "
+            "path<TAB>label where a path or a label holds commas"
+        )
+    return columns[0], columns[1]
+
+
+def _refuse_several_labels(rows: Sequence[ListLine], *, source: str) -> None:
+    """Raise UsageError for a label of several numbers, or of several names that are labels of other lines."""
+    names = {row.label for row in rows}
+    for row in rows:
+        parts = _BETWEEN_NAMES.split(row.label)
+        if _NUMBERS.fullmatch(row.label) or (len(parts) > 1 and names.issuperset(parts)):
+            raise UsageError(
+                f"{source}, line {row.line}: {row.label!r} are several labels (or a number of frames and a label); "
+                "expected one label for each clip"
+            )

@@ -1,0 +1,152 @@
+"""Lists and labels as people have them, from extract to a score: the cases of tests/fixtures/lists, as typed."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from evl_cache import EVLHead
+from evl_cache_cli.main import main
+from tests.support.example_data import ROOT
+
+LISTS = ROOT / "tests" / "fixtures" / "lists"
+TINY = "--model evl-tiny --layers 5-8 --frames 4 --stride 2 --device cpu".split()
+# How the official code calls what a head's parameters are called here.
+OFFICIAL_NAMES = (
+    (r"class_query", "decoder.cls_token"),
+    (r"layers\.(\d+)\.conv\.", r"decoder.temporal_conv.\1."),
+    (r"layers\.(\d+)\.pos_embed", r"decoder.temporal_pos_embed.\1"),
+    (r"layers\.(\d+)\.motion_prev", r"decoder.cross_attention.\1.w1"),
+    (r"layers\.(\d+)\.motion_next", r"decoder.cross_attention.\1.w2"),
+    (r"layers\.(\d+)\.(\w_proj|out_proj)\.", r"decoder.decoder_layers.\1.attn.\2."),
+    (r"layers\.(\d+)\.(fc\d)\.", r"decoder.decoder_layers.\1.mlp.\2."),
+    (r"layers\.(\d+)\.", r"decoder.decoder_layers.\1."),
+    (r"norm\.", "proj.0."),
+    (r"classifier\.", "proj.2."),
+)
+Run = Callable[[str], tuple[int, str, str]]
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The case's name; its lists and videos are in the working directory, and caches go there."""
+    name: str = request.param
+    shutil.copytree(LISTS / name, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(LISTS / "v", tmp_path / "v")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EVL_CACHE_ROOT", str(tmp_path / "caches"))
+    return name
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], one_thread: None) -> Run:
+    """Run a command line; gives exit status, stdout, stderr."""
+
+    def call(line: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            main(line.split())
+        assert isinstance(stop.value.code, int)
+        return (stop.value.code, *capsys.readouterr())
+
+    return call
+
+
+def extract(run: Run, more: str) -> None:
+    status, _, err = run(f"extract --dataset list --root v {' '.join(TINY)} {more}")
+    assert status == 0, err
+
+
+def save_checkpoint(path: str, classes: int) -> None:
+    """Save a head in the official layout that always says its first class."""
+    torch.manual_seed(0)
+    head = EVLHead(num_layers=4, width=192, num_frames=4, grid=(6, 6), num_classes=classes)
+    tensors = {}
+    for name, value in head.state_dict().items():
+        pattern, official = next(pair for pair in OFFICIAL_NAMES if re.match(pair[0], name))
+        tensors["module." + re.sub(f"^{pattern}", official, name)] = value
+    tensors["module.proj.2.bias"][0] = 100.0
+    torch.save({"model": tensors, "next_step": 1}, path)
+
+
+@pytest.mark.parametrize("case", ["head-of-other-names"], indirect=True)
+def test_an_imported_head_is_right_by_the_names_of_its_classes(case, run):
+    save_checkpoint("o.pth", 3)
+    assert run("import-head o.pth --out run --classes names.txt")[0] == 0
+    extract(run, "--list l.txt --cache c")
+    status, out, err = run("eval --cache c --run run --json --device cpu")
+    assert status == 0, err
+    found = json.loads(out)
+    assert (found["top1"], found["val_clips"]) == (60.0, 5)
+    assert "by number" not in err
+    assert run("show --page page --cache c --run run --clips-each 1")[0] == 0
+    page = Path("page/index.html").read_text()
+    assert "walk (0.0 %), taken for run (100.0 %)" in page or "clap (0.0 %), taken for run" in page
+    assert "run, found with 100.0 %" in page
+    # Without names its numbers are compared, and that is told.
+    assert run("import-head o.pth --out unnamed")[0] == 0
+    status, out, err = run("eval --cache c --run unnamed --json --device cpu")
+    assert (status, json.loads(out)["top1"]) == (0, 20.0)
+    assert "note: unnamed: classes are compared by number" in err
+
+
+@pytest.mark.parametrize("case", ["head-of-400"], indirect=True)
+def test_a_head_of_400_classes_scores_a_list_of_numbers_below(case, run):
+    save_checkpoint("k400.pth", 400)
+    assert run("import-head k400.pth --out run")[0] == 0
+    extract(run, "--list l.txt --cache c")
+    status, out, err = run("eval --cache c --run run --json --device cpu")
+    assert status == 0, err
+    assert (json.loads(out)["top1"], json.loads(out)["val_clips"], err) == (0.0, 5, "")
+
+
+@pytest.mark.parametrize("case", ["numbers-subset", "names-subset"], indirect=True)
+def test_two_lists_whose_labels_differ_are_found_and_trained_on(case, run):
+    extract(run, "--list train.txt --split train")
+    extract(run, "--list val.txt --split val")
+    status, _, err = run("train --dataset list --epochs 1 --device cpu --out run")
+    assert status == 0, err
+    classes = json.loads(Path("run/config.json").read_text())["classes"]
+    scored = [line.split(",")[:2] for line in Path("run/scored.csv").read_text().splitlines()[1:]]
+    if case == "numbers-subset":
+        assert (classes, scored) == (["0", "1", "2", "3", "4"], [["5.mp4", "3"]])
+    else:
+        assert (classes, scored) == (["a", "b", "c"], [["3.mp4", "a"], ["4.mp4", "c"]])
+
+
+@pytest.mark.parametrize("case", ["shared-clip"], indirect=True)
+def test_a_clip_that_is_trained_on_and_scored_in_two_caches_is_told(case, run):
+    for name, number in {"x": 0, "y": 1, "z": 2}.items():
+        shutil.copy(f"v/{number}.mp4", f"v/{name}.mp4")
+    for side in ("train", "val"):
+        extract(run, f"--list {side}.txt --cache c-{side}")
+    status, _, err = run("train --cache c-train --val-cache c-val --epochs 1 --out r --device cpu")
+    assert status == 0, err
+    assert "note: 1 of 2 clips to validate on are trained on too, by their names ('x.mp4')" in err
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [("label-minus-one", "l.txt, line 1: label -1 is no class")],
+    indirect=["case"],
+)
+def test_a_list_without_labels_is_refused_before_work(case, message, run):
+    status, out, err = run(f"extract --dataset list --list l.txt --root v {' '.join(TINY)}")
+    assert (status, out) == (2, "") and message in err and len(err.splitlines()) == 1
+    assert not Path("caches").exists()
+
+
+@pytest.mark.parametrize("case", ["labels-as-floats", "commas", "label-of-two-words"], indirect=True)
+def test_lists_as_people_write_them_are_extracted(case, run):
+    names = {"labels-as-floats": "abcd", "commas": ("my clip", "b c"), "label-of-two-words": "ab"}[case]
+    for number, name in enumerate(names):
+        shutil.copy(f"v/{number}.mp4", f"v/{name}.mp4")
+    extract(run, "--list l.txt --cache c")
+    rows = [json.loads(line) for line in Path("c/clips.jsonl").read_text().splitlines()]
+    labels = {"labels-as-floats": [0, 1, 2, 10], "commas": [3, 1], "label-of-two-words": [1, 0]}[case]
+    assert [row["label"] for row in rows] == labels
+    assert [row["path"] for row in rows] == [f"{name}.mp4" for name in names]

@@ -1,0 +1,116 @@
+"""Lists as people write them: commas, quotes, labels of several words, numbers with a point, labels that are none."""
+
+from pathlib import Path
+
+import pytest
+
+from evl_cache.clips import number_labels
+from evl_cache.datasets.list_file import read_list_file
+from evl_cache.datasets.list_lines import parse_list
+from evl_cache.errors import UsageError
+from tests.support.example_data import ROOT
+
+LISTS = ROOT / "tests" / "fixtures" / "lists"
+
+
+def read(path: Path) -> dict[str, str]:
+    """The name of each clip's class, by path."""
+    clips = read_list_file(path, split="train")
+    return {clip.path: clips.classes[clip.label] for clip in clips.clips}
+
+
+def test_lists_with_commas_and_labels_of_two_words_are_read() -> None:
+    assert read(LISTS / "commas" / "l.txt") == {"my clip.mp4": "3", "b c.mp4": "1"}
+    assert read(LISTS / "label-of-two-words" / "l.txt") == {
+        "a.mp4": "playing guitar",
+        "b.mp4": "playing flute",
+    }
+
+
+def test_numbers_with_a_point_are_numbers() -> None:
+    clips = read_list_file(LISTS / "labels-as-floats" / "l.txt", split="all")
+    assert [clip.label for clip in clips.clips] == [0, 1, 2, 10]
+    assert clips.classes == tuple(str(number) for number in range(11))
+    assert number_labels(["2.", "0", "1.00"], source="x", lines=[1, 2, 3])[0] == [2, 0, 1]
+
+
+def test_names_that_look_like_numbers_with_parts_stay_names() -> None:
+    assert number_labels(["0.5", "1.0", "0.25"], source="x", lines=[1, 2, 3]) == (
+        [1, 2, 0],
+        ("0.25", "0.5", "1.0"),
+    )
+
+
+@pytest.mark.parametrize("label", ["-1", "-1.0", "-2", "\u22121"])
+@pytest.mark.parametrize("others", [[], ["0"], ["run"]])
+def test_a_negative_label_is_refused_with_its_line(label: str, others: list[str]) -> None:
+    lines = list(range(7, 8 + len(others)))
+    with pytest.raises(UsageError, match=f"x, line {lines[-1]}: label {label} is no class"):
+        number_labels([*others, label], source="x", lines=lines)
+
+
+def test_a_list_whose_labels_are_all_minus_one_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"l\.txt, line 1: label -1 is no class"):
+        read(LISTS / "label-minus-one" / "l.txt")
+
+
+@pytest.mark.parametrize(
+    ("line", "path", "label"),
+    [
+        ("a.mp4,3", "a.mp4", "3"),
+        ("a.mp4 , 3", "a.mp4", "3"),
+        ("my clip.mp4,playing guitar", "my clip.mp4", "playing guitar"),
+        ("a,b c.mp4,3", "a,b c.mp4", "3"),
+        ("a, b.mp4 3", "a, b.mp4", "3"),
+        ("one.mp4,two.mp4 3", "one.mp4,two.mp4", "3"),
+        ("clip.bin,3", "clip.bin", "3"),
+        ("my clip.xyz,3", "my clip.xyz", "3"),
+        ("clip,3", "clip", "3"),
+        ('"my, clip.mp4",3', "my, clip.mp4", "3"),
+        ('a.mp4,"eating, drinking"', "a.mp4", "eating, drinking"),
+        ("a.mp4\teating, drinking", "a.mp4", "eating, drinking"),
+        ("A.MP4 playing the guitar", "A.MP4", "playing the guitar"),
+        ("my clip.avi playing the guitar", "my clip.avi", "playing the guitar"),
+        ("copy of a.mp4 last.bin 3", "copy of a.mp4 last.bin", "3"),
+        ("clip without ending 3", "clip without ending", "3"),
+        ("some/folder 299 1", "some/folder 299", "1"),
+        ("no.ending, part two 3", "no.ending, part two", "3"),
+    ],
+)
+def test_a_line_is_a_path_and_a_label(line: str, path: str, label: str) -> None:
+    (found,) = parse_list(line, source="x")
+    assert (found.path, found.label) == (path, label)
+
+
+@pytest.mark.parametrize("header", ["path,label", "path\tlabel", "Video,Class", "filename label"])
+def test_a_first_line_that_names_the_columns_is_no_clip(header: str) -> None:
+    (found,) = parse_list(f"{header}\na.mp4,3\n", source="x")
+    assert (found.line, found.path, found.label) == (2, "a.mp4", "3")
+
+
+@pytest.mark.parametrize(
+    "line", ["a.mp4 1,3", "a.mp4,1;3", "a.mp4\t1 3", "a.mp4 1 3", "a.mp4 [1, 3]", "a.mp4 1|3", "a.mp4 a,b"]
+)
+def test_several_labels_are_refused_saying_so(line: str) -> None:
+    text = f"y.mp4 a\nz.mp4 b\n{line}\n"
+    with pytest.raises(UsageError, match=r"x, line 3: .* are several labels .* expected one label"):
+        parse_list(text, source="x")
+
+
+@pytest.mark.parametrize("line", ["a.mp4,3,train", "a.mp4,1,3", '"a b.mp4",3,train', "a,b,3"])
+def test_more_than_two_columns_are_refused_with_a_word_on_the_comma(line: str) -> None:
+    with pytest.raises(UsageError, match=r"x, line 1: .* has 3 columns by its commas; expected .* one label"):
+        parse_list(line, source="x")
+
+
+@pytest.mark.parametrize("line", ["a.mp4,", ",3", "a.mp4"])
+def test_a_line_without_a_label_says_how_one_is_written(line: str) -> None:
+    with pytest.raises(
+        UsageError, match="has no label; expected 'path label', 'path<TAB>label' or 'path,label'"
+    ):
+        parse_list(line, source="x")
+
+
+def test_a_column_longer_than_any_path_is_told() -> None:
+    with pytest.raises(UsageError, match=r"x, line 1: .* cannot be read"):
+        parse_list(f'"{"x" * 200_000}",3', source="x")
