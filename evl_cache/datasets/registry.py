@@ -126,7 +126,10 @@ HMDB51 under --root (default $EVL_DATA_ROOT/hmdb51):
 _FOLDER = """\
 A folder of classes, --root (default $EVL_DATA_ROOT/folder):
   videos       train/<class>/<video> and val/<class>/<video>; or <class>/<video>, one split called all;
-               files of other endings (.gif, pictures) are passed over, and extract says how many
+               in capitals too, and val/ as validation/, validate/, valid/, dev/ or eval/; folders beside them
+               are no splits; what would be misread (splits inside classes, a root a level too high) is refused
+               files of other endings (.gif, .m2ts, .vob, .asf, pictures), links to folders inside a class and
+               folders without a video are passed over, and extract says which before it begins
   annotations  none
   labels       names of the class folders in alphabetical order, numbered from 0
   splits       train and val as there are (test where there is no val); --split names one"""
