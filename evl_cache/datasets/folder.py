@@ -152,11 +152,11 @@ def _remarks(tree: FolderTree, classes: Sequence[str], split: str) -> list[str]:
     closed = [path for path, folder in folders.items() if folder.is_unreadable]
     closed += [path for path, folder in below if folder.is_unreadable]
     told = [
-        (empty, "no class, as no video lies in it, so that it takes no number: {}"),
-        (absent, f"no video in {split} of class {{}}"),
-        (tree.videos, "passed over, in no folder of a class: {}"),
-        (links, "passed over, a link to a folder inside a class: {}"),
-        (closed, "passed over, a folder that may not be read: {}"),
+        (empty, "folders without a video are no classes, and take no number: {}"),
+        (absent, f"classes without a video in {split}: {{}}"),
+        (tree.videos, "videos outside folders of classes are passed over: {}"),
+        (links, "links to folders inside a class are not followed: {}"),
+        (closed, "folders that may not be read are passed over: {}"),
     ]
     remarks = [text.format(_names(names)) for names, text in told if names]
     only = filled.get(classes[0]) if len(classes) == 1 else None
@@ -177,9 +177,9 @@ def _beside(
     ]
     flat = [f"{splits[name]}/" for name in unwanted if name == "test" and parts[name].videos]
     told = [
-        (others, "passed over, no split beside the splits: {}"),
-        (flat, "passed over, videos in no folder of a class: {}"),
-        (tree.videos, "passed over, videos beside the splits: {}"),
+        (others, "folders of videos beside the splits are passed over: {}"),
+        (flat, "videos outside folders of classes are passed over: {}"),
+        (tree.videos, "videos beside the splits are passed over: {}"),
     ]
     return [text.format(_names(names)) for names, text in told if names]
 

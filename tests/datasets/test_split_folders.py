@@ -74,8 +74,8 @@ def test_videos_in_a_third_folder_are_told(tmp_path: Path) -> None:
     lists = read(lay_out(tmp_path, *SPLITS, "unlabeled/9.mp4", "8.mp4"))
     assert [clips.classes for clips in lists.values()] == [("a", "b")] * 2
     assert lists["train"].remarks == (
-        "passed over, no split beside the splits: unlabeled/",
-        "passed over, videos beside the splits: 8.mp4",
+        "folders of videos beside the splits are passed over: unlabeled/",
+        "videos beside the splits are passed over: 8.mp4",
     )
 
 
@@ -132,7 +132,7 @@ def test_a_flat_test_folder_is_nobodys_business(tmp_path: Path) -> None:  # fixt
     for split in ("train", "val"):
         (clips,) = read(tmp_path, split).values()
         assert len(clips.clips) == 2 and clips.classes == ("a", "b")
-        assert clips.remarks == ("passed over, videos in no folder of a class: test/",)
+        assert clips.remarks == ("videos outside folders of classes are passed over: test/",)
     assert list(read(tmp_path)) == ["train", "val"]
     assert "test: 1 video in it directly, and none in a folder of a class" in refusal(tmp_path, "test")
 
@@ -153,15 +153,15 @@ def test_videos_without_a_folder_of_a_class_are_refused(tmp_path: Path) -> None:
 def test_classes_without_a_video_are_told_with_what_takes_no_number(tmp_path: Path) -> None:
     (clips,) = read(lay_out(tmp_path, "a/1.mp4", "b/", "c/2.mp4", "moving/e.gif")).values()
     assert clips.classes == ("a", "c")
-    assert clips.remarks == ("no class, as no video lies in it, so that it takes no number: b, moving",)
+    assert clips.remarks == ("folders without a video are no classes, and take no number: b, moving",)
 
 
 def test_a_class_that_a_split_lacks_is_told(tmp_path: Path) -> None:
     lists = read(lay_out(tmp_path, *SPLITS, "test/only/5.mp4", "train/1.mp4"))
     assert lists["train"].classes == ("a", "b", "only")
     assert lists["train"].remarks == (
-        "no video in train of class only",
-        "passed over, in no folder of a class: 1.mp4",
+        "classes without a video in train: only",
+        "videos outside folders of classes are passed over: 1.mp4",
     )
 
 
@@ -171,7 +171,7 @@ def test_links_to_folders_inside_classes_are_told_and_links_to_classes_followed(
     os.symlink(tmp_path / "store" / "x", tmp_path / "d" / "train" / "a" / "more")
     lists = read(tmp_path / "d")
     assert [clip.path for clip in lists["train"].clips] == ["train/a/2.mp4", "train/b/1.mp4"]
-    assert lists["train"].remarks == ("passed over, a link to a folder inside a class: a/more",)
+    assert lists["train"].remarks == ("links to folders inside a class are not followed: a/more",)
 
 
 def test_folders_that_may_not_be_read_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +184,7 @@ def test_folders_that_may_not_be_read_are_told(tmp_path: Path, monkeypatch: pyte
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    assert read(tmp_path)["all"].remarks == ("passed over, a folder that may not be read: a/deep",)
+    assert read(tmp_path)["all"].remarks == ("folders that may not be read are passed over: a/deep",)
 
 
 def test_one_class_whose_folders_look_like_classes_is_told(tmp_path: Path) -> None:
@@ -211,7 +211,7 @@ def test_extract_tells_before_work_what_it_passes_over(tmp_path: Path) -> None: 
     lines = said.splitlines()
     tower = next(i for i, line in enumerate(lines) if "evl-tiny" in line)
     assert "passed over 5 files (2 .gif, 1 .asf, 1 .m2ts, 1 .vob), no videos by their endings" in lines[0]
-    assert "no class, as no video lies in it, so that it takes no number: moving" in lines[1]
+    assert "folders without a video are no classes, and take no number: moving" in lines[1]
     assert tower == 2
 
 
