@@ -149,10 +149,12 @@ def _remarks(tree: FolderTree, classes: Sequence[str], split: str) -> list[str]:
     there = tree.classes()
     absent = [name for name in classes if name not in there or not there[name].has_videos()]
     links = [f"{path}/{name}" for path, folder in below for name in [*folder.links, *folder.linked]]
+    hidden = [name for name in there if name.startswith(".") and name in classes]
     closed = [path for path, folder in folders.items() if folder.is_unreadable]
     closed += [path for path, folder in below if folder.is_unreadable]
     told = [
         (empty, "folders without a video are no classes, and take no number: {}"),
+        (hidden, "folders whose names begin with a dot are classes, too: {}"),
         (absent, f"classes without a video in {split}: {{}}"),
         (tree.videos, "videos outside folders of classes are passed over: {}"),
         (links, "links to folders inside a class are not followed: {}"),

@@ -175,6 +175,9 @@ _COMPOSED = "its letters are composed otherwise (Unicode NFC and NFD): write the
 _CAPITALS = "capitals differ: write the names as the files have them, or rename the files"
 _ENDING = "the ending differs: write the names as the files have them"
 _FOLDER = "it lies in another folder: write the names as the files lie, or move the files"
+_FOLDER_AND_ENDING = (
+    "it lies in another folder, and its ending differs: write the names as the files lie and have them"
+)
 _NO_TIMES = "its name has no times, and may be of another clip of that video: name the file as expected"
 _PART = "a part of its name differs: write the names as the files have them, or rename the files"
 _LETTERS = "spaces, dashes or other marks differ: write the names as the files have them, or rename the files"
@@ -184,7 +187,7 @@ _KEYS: tuple[tuple[str, Callable[[str], str]], ...] = (
     (_CAPITALS, _small),
     (_ENDING, lambda path: _small(_no_ending(path))),
     (_FOLDER, lambda path: _small(_base(path))),
-    (_FOLDER, lambda path: _small(_no_ending(_base(path)))),
+    (_FOLDER_AND_ENDING, lambda path: _small(_no_ending(_base(path)))),
     (_LETTERS, _loose),
 )
 

@@ -9,6 +9,7 @@ from evl_cache.errors import UsageError
 VIDEO_SUFFIXES = frozenset((
     ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv", ".3gp", ".mts",
 ))  # fmt: skip
+_TABLE_SUFFIXES = frozenset((".csv", ".gz", ".json", ".jsonl", ".pkl", ".tsv", ".txt", ".xlsx", ".zip"))
 _MOST_ENDINGS = 5  # named in a message
 
 
@@ -40,10 +41,10 @@ def find_annotation(directories: Sequence[Path], names: Sequence[str], *, what: 
 
 
 def files_like(directory: Path, names: Sequence[str]) -> list[Path]:
-    """Return the files of a directory whose names begin like one of `names` without its ending, capitals apart."""
+    """Return the tables and lists in a directory whose names begin like one of `names` without its ending, capitals apart."""
     stems = tuple(name.rpartition(".")[0].lower() for name in names)
-    entries = [entry for entry in list_directory(directory) if entry.name.lower().startswith(stems)]
-    return sorted(directory / entry.name for entry in entries if is_file(entry) and suffix_of(entry.name))
+    like = [entry for entry in list_directory(directory) if entry.name.lower().startswith(stems)]
+    return sorted(directory / e.name for e in like if suffix_of(e.name) in _TABLE_SUFFIXES and is_file(e))
 
 
 def find_annotation_if_any(directories: Sequence[Path], names: Sequence[str], *, what: str) -> Path | None:

@@ -39,7 +39,7 @@ CASES = {
     "accents": (E_ACUTE, unicodedata.normalize("NFD", E_ACUTE), "composed otherwise"),
     "a folder more": ("a/b.mp4", "deep/er/a/b.mp4", "put it before them, move the files up"),
     "another folder": ("a/b.mp4", "c/b.mp4", "it lies in another folder"),
-    "another folder and ending": ("a/b.avi", "c/b.mp4", "it lies in another folder"),
+    "another folder and ending": ("a/b.avi", "c/b.mp4", "in another folder, and its ending differs"),
     "an absolute name": ("/data/old/a/b.mp4", "a/b.mp4", "leave out /data/old/ in them"),
     "a folder too many": ("sets/a/b.mp4", "a/b.mp4", "leave out sets/ in them"),
     "marks": ("my-clip 1.mp4", "my_clip_1.mp4", "spaces, dashes or other marks differ"),

@@ -187,6 +187,12 @@ def test_folders_that_may_not_be_read_are_told(tmp_path: Path, monkeypatch: pyte
     assert read(tmp_path)["all"].remarks == ("folders that may not be read are passed over: a/deep",)
 
 
+def test_a_hidden_folder_of_videos_is_told(tmp_path: Path) -> None:
+    (clips,) = read(lay_out(tmp_path, "a/1.mp4", ".Trash/2.mp4", ".cache/x.txt")).values()
+    assert clips.classes == (".Trash", "a")
+    assert clips.remarks == ("folders whose names begin with a dot are classes, too: .Trash",)
+
+
 def test_one_class_whose_folders_look_like_classes_is_told(tmp_path: Path) -> None:
     (clips,) = read(lay_out(tmp_path, "set/a/1.mp4", "set/b/2.mp4")).values()
     assert clips.remarks == ("all videos have the one class 'set', whose folders a/, b/ are no classes",)
