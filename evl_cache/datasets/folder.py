@@ -70,7 +70,9 @@ def read_folder(root: Path, *, split: str | None = None) -> dict[str, ClipList]:
         raise _no_class(root, tree, splits.values())
     wanted = _wanted(root, splits, split, filled)
     for name in wanted:
-        _check_part(places[name], parts[name], filled[name], split=name)
+        _check_part(places[name], parts[name], filled[name])
+    for name in parts:  # all of them: they number the classes
+        refuse_misread(places[name], filled[name], split=name)
     beside = _beside(tree, splits, set(parts) - set(wanted), parts) if splits else []
     lists = {name: _one_split(root, places[name], name, classes, parts[name]) for name in wanted}
     first = next(iter(lists))
@@ -108,7 +110,7 @@ def _wanted(
     return [split]
 
 
-def _check_part(part: Path, tree: FolderTree, filled: Mapping[str, FolderTree], *, split: str) -> None:
+def _check_part(part: Path, tree: FolderTree, filled: Mapping[str, FolderTree]) -> None:
     if tree.is_unreadable:
         raise UsageError(f"{part}: cannot be listed (permission denied); expected a folder you may read")
     if not filled:
@@ -117,7 +119,6 @@ def _check_part(part: Path, tree: FolderTree, filled: Mapping[str, FolderTree], 
             f"{part}: {found}, and none in a folder of a class; expected {part.name}/<class>/<video>: "
             "name another split with --split, or list the videos with their labels (--dataset list)"
         )
-    refuse_misread(part, filled, split=split)
 
 
 def _one_split(root: Path, part: Path, split: str, classes: tuple[str, ...], tree: FolderTree) -> ClipList:

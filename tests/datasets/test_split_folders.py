@@ -124,7 +124,8 @@ def test_splits_inside_classes_are_refused(tmp_path: Path) -> None:
 
 def test_a_split_unpacked_into_itself_is_refused(tmp_path: Path) -> None:
     lay_out(tmp_path, *(f"{name.split('/')[0]}/{name}" for name in SPLITS))
-    assert "train/ in it is called like a split, too, and would be a class" in refusal(tmp_path)
+    for split in (None, "train", "val"):  # of either, as classes of one number those of the other
+        assert "/ in it is called like a split, too, and would be a class" in refusal(tmp_path, split)
 
 
 def test_a_flat_test_folder_is_nobodys_business(tmp_path: Path) -> None:  # fixture folder-flat-test
