@@ -185,6 +185,8 @@ def _say_job(job: ExtractionJob, options: ExtractOptions) -> None:
             ),
             err=True,
         )
+    for remark in job.clips.remarks:
+        say(f"{job.clips.source}: {remark}", err=True)
     t = job.tower.spec
     say(
         f"{t.model} ({t.pretrained}), {t.image_size} pixels, patch {t.patch_size}, "

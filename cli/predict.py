@@ -65,7 +65,7 @@ def command(
     Tower, sampling and views are the run's own. Exit status 3: some videos could not be read.
     """
     from evl_cache.datasets import describe_passed_over
-    from evl_cache.live.predict import count_passed_over, predict
+    from evl_cache.live.predict import count_passed_over, links_passed_over, predict
 
     if csv_path is not None and csv_path != "-":
         check_file_to_write("--csv", Path(csv_path))
@@ -73,6 +73,11 @@ def command(
     if others := count_passed_over(videos):
         say(
             f"passed over {describe_passed_over(others)}, no videos by their endings; files that are named are taken",
+            err=True,
+        )
+    if links := links_passed_over(videos):
+        say(
+            f"links to folders are not followed ({len(links)}, such as {links[0]}); name the folders themselves",
             err=True,
         )
     found = predict(

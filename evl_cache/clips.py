@@ -76,6 +76,7 @@ class ClipList:
         source: where they were read, for messages.
         is_undivided: whether what was read holds no other split: a folder without splits, an annotation file of one.
         passed_over: numbers of files that lie among the clips and are none, by their endings.
+        remarks: what else a person should know before work begins, a line each.
 
     Raises: UsageError for an empty list, or for an id that occurs twice, with both line numbers.
     """
@@ -85,6 +86,7 @@ class ClipList:
     source: str
     is_undivided: bool = field(default=False, compare=False)
     passed_over: Mapping[str, int] = field(default_factory=dict, compare=False)
+    remarks: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if not self.clips:

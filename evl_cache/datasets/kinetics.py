@@ -3,7 +3,8 @@
 import csv
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from evl_cache.clips import SPLIT_NAMES, Clip, ClipList, normal_split
 from evl_cache.datasets.places import (
     VideoTree,
     annotation_folders,
+    files_like,
     find_annotation,
     find_annotation_if_any,
     join,
@@ -22,6 +24,7 @@ from evl_cache.errors import UsageError
 _COLUMNS = ("label", "youtube_id", "time_start", "time_end", "split")
 _EXPECTED = f"a CSV file whose first line is {','.join(_COLUMNS)} (is_cc may follow)"
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]+")
+_SECONDS = re.compile(r"(?P<whole>[0-9]{1,6})(?:\.0*)?")  # pandas writes 59.0
 _SPLIT_FOLDERS = {
     "train": ("train", "training", "videos_train", "train_256"),
     "val": ("val", "validate", "validation", "valid", "videos_val", "val_256"),
@@ -34,8 +37,19 @@ _FILE_SPLITS = {"train": ("train",), "val": ("val", "validate", "validation"), "
 class _Row:
     line: int
     label: str
-    clip_id: str
+    youtube_id: str
+    seconds: tuple[int, int]
     split: str
+
+    @property
+    def clip_id(self) -> str:
+        """The published name of the clip's file, without its ending."""
+        return f"{self.youtube_id}_{self.seconds[0]:06d}_{self.seconds[1]:06d}"
+
+    @property
+    def short_times(self) -> str:
+        """The name with times as some downloaders write them, without leading zeros."""
+        return f"{self.youtube_id}_{self.seconds[0]}_{self.seconds[1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,21 +88,43 @@ def read_kinetics(
     """
     require_root(root, dataset=f"Kinetics-{release}")
     wanted = (normal_split(split),) if split is not None else ("train", "val")
-    if annotations is not None and annotations.is_file():
-        given = _read_table(annotations)
+    given_file = annotations if annotations is not None and annotations.is_file() else None
+    if given_file is not None:
+        given = _read_table(given_file)
         held = [name for name in wanted if given.of(name)] or wanted
         tables = {name: _checked(given, name) for name in held}
-        folders = [annotations.parent]
+        folders = [given_file.parent]
     else:
         folders = annotation_folders(root, annotations, _usual_folders(release))
         tables = {name: _checked(_read_table(_find(folders, release, name)), name) for name in wanted}
     train = _train_table(tables, folders, release)
     tree = VideoTree(root, suffix=".mp4")
-    is_undivided = annotations is not None and annotations.is_file() and len(given.splits) == 1
+    is_undivided = given_file is not None and len(given.splits) == 1
+    numbered = {table.path: table for table in (*tables.values(), *filter(None, [train]))}
+    once = _named_once(numbered.values())
+    lists = {name: _clip_list(tree, table, train or table, name, once) for name, table in tables.items()}
+    longer = {name: [] if given_file else _longer_beside(table) for name, table in tables.items()}
     return {
-        name: replace(_clip_list(tree, table, train or table, name), is_undivided=is_undivided)
-        for name, table in tables.items()
+        name: replace(clips, is_undivided=is_undivided, remarks=(*longer[name], *clips.remarks))
+        for name, clips in lists.items()
     }
+
+
+def _named_once(tables: Iterable[_Table]) -> set[str]:
+    """Return the YouTube ids of which the annotations have one clip: a file of that name is no other clip's."""
+    clips = {(row.youtube_id, row.seconds) for table in tables for row in table.rows}
+    return {name for name, number in Counter(name for name, _ in clips).items() if number == 1}
+
+
+def _longer_beside(table: _Table) -> list[str]:
+    """Return a remark for each text file beside a table that begins like its name and has more lines than it has clips."""
+    texts = [p for p in files_like(table.path.parent, [table.path.name]) if p.suffix.lower() == ".txt"]
+    counted = [(path.name, len(path.read_bytes().splitlines())) for path in texts]
+    return [
+        f"{name} beside it has {lines} lines, more than its {len(table.rows)} rows, and is not read"
+        for name, lines in counted
+        if lines > len(table.rows)
+    ]
 
 
 def _usual_folders(release: int) -> list[str]:
@@ -180,17 +216,21 @@ def _row(fields: list[str], at: tuple[int, ...], *, width: int, path: Path, line
         raise UsageError(
             f"{where}: time_end {times[1]} is not after time_start {times[0]}; expected a later second"
         )
-    clip_id = f"{youtube_id}_{times[0]:06d}_{times[1]:06d}"
-    return _Row(line=line, label=label, clip_id=clip_id, split=SPLIT_NAMES[split.lower()])
+    return _Row(
+        line=line, label=label, youtube_id=youtube_id, seconds=times, split=SPLIT_NAMES[split.lower()]
+    )
 
 
 def _seconds(text: str, name: str, where: str) -> int:
-    if not (text.isascii() and text.isdecimal() and len(text) <= 6):
+    match = _SECONDS.fullmatch(text)
+    if match is None:
         raise UsageError(f"{where}: {name} {text!r:.60}; expected a whole number of seconds, 0 to 999999")
-    return int(text)
+    return int(match["whole"])
 
 
-def _clip_list(tree: VideoTree, table: _Table, numbering: _Table, split: str) -> ClipList:
+def _clip_list(
+    tree: VideoTree, table: _Table, numbering: _Table, split: str, once: Container[str]
+) -> ClipList:
     rows = table.of(split)
     classes = tuple(sorted({row.label for row in numbering.of("train") or rows}))
     numbers = {name: number for number, name in enumerate(classes)}
@@ -201,6 +241,8 @@ def _clip_list(tree: VideoTree, table: _Table, numbering: _Table, split: str) ->
                 "expected classes of the train annotation, which numbers them"
             )
     found = _found(tree, {row.clip_id for row in rows}, split)
+    by_id = _found_otherwise(tree, [row for row in rows if row.clip_id not in found], split, once)
+    found |= by_id
     clips = tuple(
         Clip(
             id=row.clip_id,
@@ -211,7 +253,16 @@ def _clip_list(tree: VideoTree, table: _Table, numbering: _Table, split: str) ->
         )
         for row in rows
     )
-    return ClipList(clips=clips, classes=classes, source=str(table.path))
+    return ClipList(
+        clips=clips, classes=classes, source=str(table.path), remarks=_by_id_told(list(by_id.values()))
+    )
+
+
+def _by_id_told(paths: Sequence[str]) -> tuple[str, ...]:
+    if not paths:
+        return ()
+    number = f"{len(paths)} {'file has' if len(paths) == 1 else 'files have'} no times in the name, or other digits"
+    return (f"{number}, such as {paths[0]}; each is taken whole, as the seconds of its row",)
 
 
 def _found(tree: VideoTree, wanted: set[str], split: str) -> dict[str, str]:
@@ -226,6 +277,18 @@ def _found(tree: VideoTree, wanted: set[str], split: str) -> dict[str, str]:
     return found
 
 
+def _found_otherwise(
+    tree: VideoTree, rows: Sequence[_Row], split: str, once: Container[str]
+) -> dict[str, str]:
+    """Return paths by clip id of files with other times in their names, or none where the id has one clip alone."""
+    names = {
+        row.clip_id: [row.short_times, *([row.youtube_id] if row.youtube_id in once else [])] for row in rows
+    }
+    found = _found(tree, {name for others in names.values() for name in others}, split) if names else {}
+    there = {clip_id: [found[name] for name in others if name in found] for clip_id, others in names.items()}
+    return {clip_id: paths[0] for clip_id, paths in there.items() if paths}
+
+
 def _places(tree: VideoTree, split: str) -> Iterator[str]:
     own = _own_folders(tree, split)
     yield from own
@@ -233,12 +296,11 @@ def _places(tree: VideoTree, split: str) -> Iterator[str]:
         yield from (join(folder, name) for name in tree.folders(folder))
     yield ""
     taken = {name for names in _SPLIT_FOLDERS.values() for name in names}
-    yield from (name for name in tree.folders("") if name not in taken)
+    yield from (name for name in tree.folders("") if name.lower() not in taken)
 
 
 def _own_folders(tree: VideoTree, split: str) -> list[str]:
-    present = tree.folders("")
-    return [name for name in _SPLIT_FOLDERS[split] if name in present]
+    return [like for name in _SPLIT_FOLDERS[split] for like in tree.folders_like("", name)]
 
 
 def _expected_path(tree: VideoTree, row: _Row, split: str) -> str:

@@ -8,9 +8,11 @@ found later fills its own row.
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from evl_cache.clips import Clip, ClipList
+from evl_cache.datasets.near_names import files_there, likeliest_cause
 from evl_cache.datasets.places import is_file, list_directory
 from evl_cache.errors import UsageError
 
@@ -42,7 +44,8 @@ def missing_clips(clips: ClipList, root: Path) -> list[Clip]:
 def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> list[Clip]:
     """Return the clips that are missing, in list order, if they are at most `allow_percent` (0 to 100) of all.
 
-    Raises: UsageError otherwise, with count, percentage, the first files with their lines, and the remedy.
+    Raises: UsageError otherwise, with count, percentage, the first files with their lines, a file that is there under
+    another name, and the remedy.
     """
     if not 0 <= allow_percent <= 100:
         raise UsageError(f"--allow-missing {allow_percent}; expected a percentage from 0 to 100")
@@ -52,16 +55,37 @@ def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> list[
         return missing
     shown = ", ".join(_named(clip) for clip in missing[:_SHOWN])
     more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
-    if any(_names_frames(clip, root) for clip in missing[:_SHOWN]):
-        remedy = f"frames in files of their own are not read: {FRAMES_REMEDY}"
-    elif len(missing) == len(clips.clips):
-        remedy = "give the folder that holds the videos as --root (--explain says what is expected in it)"
-    else:
-        remedy = f"fetch them, or go on without them by --allow-missing {math.ceil(percent * 100) / 100:g}"
+    without = f"go on without them by --allow-missing {math.ceil(percent * 100) / 100:g}"
     raise UsageError(
         f"{clips.source}: {len(missing)} of {len(clips.clips)} clips ({percent:.3g} %) are missing "
-        f"under {root}: {shown}{more}; expected at most {allow_percent:g} %; {remedy}"
+        f"under {root}: {shown}{more}; expected at most {allow_percent:g} %; "
+        f"{_remedy(clips, missing, root, without=without)}"
     )
+
+
+def _remedy(clips: ClipList, missing: Sequence[Clip], root: Path, *, without: str) -> str:
+    """Return what to do about missing clips. Another root is offered only where no file is under the one given."""
+    if any(_names_frames(clip, root) for clip in missing[:_SHOWN]):
+        return f"frames in files of their own are not read: {FRAMES_REMEDY}"
+    there, paths = files_there(root), {clip.path for clip in clips.clips}
+    cause = likeliest_cause(
+        [clip.path for clip in missing], root, there=there, wanted=lambda path: path in paths
+    )
+    is_partial = len(missing) < len(clips.clips)
+    if cause is not None:
+        return f"{cause}; fetch those that are not there, or {without}" if is_partial else cause
+    if is_partial:
+        packed = f" or unpack {there.archives[0]}" if there.archives else ""
+        return f"fetch them{packed}, or {without}"
+    if there.videos:
+        number = f"{'' if there.is_whole else 'at least '}{len(there.videos)}"
+        return (
+            f"other names are there, such as {there.videos[0]} ({number} in all): compare them with those expected "
+            "(--explain says more)"
+        )
+    if there.archives:
+        return f"no video is there, but {there.archives[0]} is: unpack it"
+    return "give the folder that holds the videos as --root (--explain says what is expected in it)"
 
 
 def _named(clip: Clip) -> str:

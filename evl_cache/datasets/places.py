@@ -9,6 +9,7 @@ from evl_cache.errors import UsageError
 VIDEO_SUFFIXES = frozenset((
     ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".ogv", ".ts", ".webm", ".wmv", ".3gp", ".mts",
 ))  # fmt: skip
+_TABLE_SUFFIXES = frozenset((".csv", ".gz", ".json", ".jsonl", ".pkl", ".tsv", ".txt", ".xlsx", ".zip"))
 _MOST_ENDINGS = 5  # named in a message
 
 
@@ -29,11 +30,21 @@ def find_annotation(directories: Sequence[Path], names: Sequence[str], *, what: 
     found = find_annotation_if_any(directories, names, what=what)
     if found is None:
         places = " or ".join(str(directory) for directory in directories)
+        beside = [path for directory in directories for path in files_like(directory, names)]
+        told = f" ({beside[0]} is there, and is not read as one)" if beside else ""
+        lists = "; lists of lines 'path label' are read by --dataset list" if ".txt" in told else ""
         raise UsageError(
-            f"no {what} in {places}; expected {' or '.join(names[:4])}; "
-            "say where with --annotations (--explain says more)"
+            f"no {what} in {places}{told}; expected {' or '.join(names[:4])}; "
+            f"say where with --annotations (--explain says more){lists}"
         )
     return found
+
+
+def files_like(directory: Path, names: Sequence[str]) -> list[Path]:
+    """Return the tables and lists in a directory whose names begin like one of `names` without its ending, capitals apart."""
+    stems = tuple(name.rpartition(".")[0].lower() for name in names)
+    like = [entry for entry in list_directory(directory) if entry.name.lower().startswith(stems)]
+    return sorted(directory / e.name for e in like if suffix_of(e.name) in _TABLE_SUFFIXES and is_file(e))
 
 
 def find_annotation_if_any(directories: Sequence[Path], names: Sequence[str], *, what: str) -> Path | None:
@@ -80,6 +91,7 @@ class VideoTree:
         self._root = root
         self._suffix = suffix
         self._listed: dict[str, tuple[dict[str, str], KeysView[str]]] = {}
+        self._folded: dict[str, dict[str, list[str]]] = {}
 
     def videos(self, folder: str) -> Mapping[str, str]:
         """Return the file names of the videos in a folder (`""` is the root), by their names without ending."""
@@ -95,6 +107,20 @@ class VideoTree:
             if name in self.videos(folder):
                 return join(folder, self.videos(folder)[name])
         return None
+
+    def folders_like(self, folder: str, name: str) -> list[str]:
+        """Return the folders in a folder that have a name, capitals apart; the one that has it exactly comes first."""
+        like = [found for found in self.folders(folder) if found.lower() == name.lower()]
+        return sorted(like, key=lambda found: found != name)
+
+    def video_like(self, folder: str, name: str) -> str | None:
+        """Return the file name of the only video in a folder that has a name without ending, capitals apart, or None."""
+        if folder not in self._folded:
+            self._folded[folder] = {}
+            for stem, file_name in self.videos(folder).items():
+                self._folded[folder].setdefault(stem.lower(), []).append(file_name)
+        like = self._folded[folder].get(name.lower(), [])
+        return like[0] if len(like) == 1 else None
 
     def _list(self, folder: str) -> tuple[dict[str, str], KeysView[str]]:
         if folder not in self._listed:
@@ -123,11 +149,27 @@ class VideoTree:
 def find_in_class_folder(tree: VideoTree, bases: Sequence[str], class_name: str, file_name: str) -> str:
     """Return the path, relative to the root, of `<base>/<class>/<file>`, with any ending of a video.
 
-    For a missing video it is the path under the first of `bases` that exists, or else under the root.
+    Where no name is exactly so, the one is taken that is so but for capitals: UCF101's lists have HandstandPushups, its
+    archive HandStandPushups. For a missing video it is the path under the first of `bases` that exists, or else under
+    the root.
     """
+    stem = PurePosixPath(file_name).stem
     present = [base for base in bases if not base or base in tree.folders("")]
-    found = tree.find((join(base, class_name) for base in present), PurePosixPath(file_name).stem)
-    return found or join(present[0] if present else "", class_name, file_name)
+    found = tree.find((join(base, class_name) for base in present), stem)
+    return (
+        found
+        or _find_in_capitals(tree, bases, class_name, stem)
+        or join(present[0] if present else "", class_name, file_name)
+    )
+
+
+def _find_in_capitals(tree: VideoTree, bases: Sequence[str], class_name: str, stem: str) -> str | None:
+    present = [like for base in bases for like in (tree.folders_like("", base) if base else [""])]
+    for base in present:
+        for folder in tree.folders_like(base, class_name):
+            if (video := tree.video_like(join(base, folder), stem)) is not None:
+                return join(base, folder, video)
+    return None
 
 
 def list_directory(directory: Path) -> list[os.DirEntry[str]]:

@@ -90,7 +90,8 @@ Kinetics-{n} under --root (default $EVL_DATA_ROOT/k{n}):
   videos       <youtube id>_<start, 6 digits>_<end, 6 digits>.mp4 (or another video ending)
                in train/ and val/ (also validate/, validation/), flat or by class:
                train/<file>, train/<class name>/<file>; or without train/ and val/
-               class folders may have spaces or underscores
+               class folders may have spaces or underscores; also <youtube id>_<start>_<end>.mp4 without the
+               zeros, and <youtube id>.mp4 where the annotations have one clip of the id (extract says how many)
   annotations  train.csv and val.csv (also validate.csv, kinetics{n}_train.csv, kinetics{n}_val.csv, ...)
                in annotations/, kinetics{n}/ or the root, or where --annotations says (a folder or one file);
                columns label,youtube_id,time_start,time_end,split; is_cc may follow
@@ -103,12 +104,13 @@ Something-Something v2 under --root (default $EVL_DATA_ROOT/ssv2):
   annotations  something-something-v2-labels.json, -train.json, -validation.json
                (also labels.json, train.json, validation.json)
                in annotations/, labels/ or the root, or in the folder --annotations names
-  labels       numbers of the labels file; templates are looked up there without their brackets
+  labels       numbers of the labels file; brackets of templates, and of the labels, do not count
   splits       train and val; --split names one (the test file has no labels)"""
 
 _UCF101 = """\
 UCF101 under --root (default $EVL_DATA_ROOT/ucf101):
-  videos       <class>/<file>.avi (or another video ending) in UCF-101/, UCF101/, videos/ or the root
+  videos       <class>/<file>.avi (or another video ending) in UCF-101/, UCF101/, videos/ or the root;
+               other capitals too (the lists have HandstandPushups, the archive HandStandPushups)
   annotations  classInd.txt, trainlist01.txt to trainlist03.txt, testlist01.txt to testlist03.txt
                in annotations/, ucfTrainTestlist/ or the root, or in the folder --annotations names
   labels       numbers of classInd.txt less one
@@ -116,7 +118,8 @@ UCF101 under --root (default $EVL_DATA_ROOT/ucf101):
 
 _HMDB51 = """\
 HMDB51 under --root (default $EVL_DATA_ROOT/hmdb51):
-  videos       <class>/<file>.avi (or another video ending) in hmdb51_org/, hmdb51/, videos/ or the root
+  videos       <class>/<file>.avi (or another video ending) in hmdb51_org/, hmdb51/, videos/ or the root;
+               other capitals too
   annotations  <class>_test_split1.txt to <class>_test_split3.txt, lines '<file>.avi code'
                (1 train, 2 test, 0 neither) in annotations/, testTrainMulti_7030_splits/, test_train_splits/,
                splits/ or the root, or in the folder --annotations names
@@ -126,7 +129,10 @@ HMDB51 under --root (default $EVL_DATA_ROOT/hmdb51):
 _FOLDER = """\
 A folder of classes, --root (default $EVL_DATA_ROOT/folder):
   videos       train/<class>/<video> and val/<class>/<video>; or <class>/<video>, one split called all;
-               files of other endings (.gif, pictures) are passed over, and extract says how many
+               in capitals too, and val/ as validation/, validate/, valid/, dev/ or eval/; folders beside them
+               are no splits; what would be misread (splits inside classes, a root a level too high) is refused
+               files of other endings (.gif, .m2ts, .vob, .asf, pictures), links to folders inside a class and
+               folders without a video are passed over, and extract says which before it begins
   annotations  none
   labels       names of the class folders in alphabetical order, numbered from 0
   splits       train and val as there are (test where there is no val); --split names one"""

@@ -15,7 +15,7 @@ _FILES = {
     "train": [f"{_PREFIX}train.json", "train.json"],
     "val": [f"{_PREFIX}validation.json", "validation.json", "val.json"],
 }
-_VIDEO_FOLDERS = ("20bn-something-something-v2", "videos", "")
+_VIDEO_FOLDERS = ("20bn-something-something-v2", "videos")
 _EXPECTED_LABELS = 'a JSON object {"template without brackets": "number"}, numbers from 0 without gaps'
 _EXPECTED_CLIPS = 'a JSON list of {"id": "…", "template": "… [something] …"}'
 _CLIP_ID = re.compile(r"[A-Za-z0-9_-]+")
@@ -56,14 +56,20 @@ def _read_labels(path: Path) -> dict[str, int]:
     numbers: dict[str, int] = {}
     taken: dict[int, str] = {}
     members, line_of = read_json_object(path, expected=_EXPECTED_LABELS)
-    for name, value in members.items():
+    for key, value in members.items():
+        name = _without_brackets(key)
+        if name in numbers:
+            raise UsageError(
+                f"{path}, line {line_of(key)}: {key!r} is the label {name!r}, which is there already; "
+                "expected each label once, with or without brackets"
+            )
         text = str(value) if isinstance(value, str | int) and not isinstance(value, bool) else ""
         known = text.isascii() and text.isdecimal() and len(text) <= 9
         if not known or int(text) >= len(members) or int(text) in taken:
             reason = f", which {taken[int(text)]!r} has" if known and int(text) in taken else ""
             shown = f"{value!r:.60}"
             raise UsageError(
-                f"{path}, line {line_of(name)}: {name!r} has number {shown}{reason}; "
+                f"{path}, line {line_of(key)}: {key!r} has number {shown}{reason}; "
                 f"expected each of 0 to {len(members) - 1} once"
             )
         numbers[name] = int(text)
@@ -77,19 +83,23 @@ def _read_clips(
     path: Path, *, numbers: dict[str, int], labels_path: Path, tree: VideoTree, split: str
 ) -> ClipList:
     clips = []
-    folder = next((name for name in _VIDEO_FOLDERS[:-1] if name in tree.folders("")), "")
+    folders = [*(like for name in _VIDEO_FOLDERS for like in tree.folders_like("", name)), ""]
     for line, entry in read_json_entries(path, expected=_EXPECTED_CLIPS):
         clip_id, template = _fields(entry, where=f"{path}, line {line}")
-        name = template.replace("[", "").replace("]", "")
+        name = _without_brackets(template)
         if name not in numbers:
             raise UsageError(
                 f"{path}, line {line}: clip {clip_id} has the template {template!r:.100}, which is not in "
                 f"{labels_path}; expected files of one release"
             )
-        found = tree.find(_VIDEO_FOLDERS, clip_id) or join(folder, f"{clip_id}.webm")
+        found = tree.find(folders, clip_id) or join(folders[0], f"{clip_id}.webm")
         clips.append(Clip(id=clip_id, path=found, label=numbers[name], split=split, line=line))
     classes = tuple(sorted(numbers, key=numbers.__getitem__))
     return ClipList(clips=tuple(clips), classes=classes, source=str(path))
+
+
+def _without_brackets(template: str) -> str:
+    return template.replace("[", "").replace("]", "")
 
 
 def _fields(entry: Any, *, where: str) -> tuple[str, str]:

@@ -138,14 +138,17 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
         raise UsageError(
             f"augmented training views, but no train split in {', '.join(lists)}; name it with --split train"
         )
+    if request.limit is not None:
+        lists = {split: replace(clips, clips=clips.clips[: request.limit]) for split, clips in lists.items()}
+    missing = {  # counted before a tower is built, which may mean to fetch its weights
+        split: check_missing(clips, root, allow_percent=request.allow_missing_percent)
+        for split, clips in lists.items()
+    }
     tower = build_tower(request.model, request.weights)
     last = tower.spec.blocks
     layers = request.layers or tuple(range(max(1, last - DEFAULT_LAYERS + 1), last + 1))
     jobs = []
     for split, clips in lists.items():
-        if request.limit is not None:
-            clips = replace(clips, clips=clips.clips[: request.limit])
-        missing = check_missing(clips, root, allow_percent=request.allow_missing_percent)
         spec = make_spec(
             clips,
             dataset=request.dataset,
@@ -173,7 +176,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
                 spec=spec_there(spec, cache_path),
                 tower=tower,
                 origin=request.origin(root, is_undivided=clips.is_undivided),
-                known_missing=frozenset(clip.id for clip in missing),
+                known_missing=frozenset(clip.id for clip in missing[split]),
             )
         )
     return jobs

@@ -162,6 +162,13 @@ def count_passed_over(given: Sequence[str | Path]) -> Mapping[str, int]:
     return Counter(file.suffix.lower() for file in below if is_passed_over(file))
 
 
+def links_passed_over(given: Sequence[str | Path]) -> list[Path]:
+    """Return the links to folders in the folders given: they may lead back, and `find_videos` does not follow them."""
+    walks = (os.walk(path) for path in map(Path, given) if path.is_dir())
+    below = (Path(directory) / name for walk in walks for directory, folders, _ in walk for name in folders)
+    return sorted(path for path in below if path.is_symlink())
+
+
 def _files_below(folder: Path) -> Iterator[Path]:
     for directory, folders, names in os.walk(folder):
         folders.sort()

@@ -9,7 +9,7 @@ from evl_cache.datasets import check_missing, describe_passed_over
 from evl_cache.datasets.folder import read_folder
 from evl_cache.datasets.list_file import read_list_file
 from evl_cache.errors import UsageError
-from evl_cache.live.predict import count_passed_over, find_videos
+from evl_cache.live.predict import count_passed_over, find_videos, links_passed_over
 from evl_cache.video import DecodeOptions, decode_clip
 from evl_cache_cli.main import cli
 
@@ -61,6 +61,18 @@ def test_predict_passes_over_the_same_and_takes_what_is_named(tmp_path):
     given = [tmp_path / "x", tmp_path / "4.gif"]
     assert find_videos(given) == [tmp_path / "x" / "1.mp4", tmp_path / "4.gif"]
     assert count_passed_over(given) == {".gif": 2}
+
+
+def test_predict_names_the_links_to_folders_that_it_does_not_follow(tmp_path):
+    make_files(tmp_path, "x/1.mp4", "y/2.mp4")
+    (tmp_path / "x" / "deep").mkdir()
+    (tmp_path / "x" / "deep" / "y").symlink_to(tmp_path / "y")
+    (tmp_path / "link").symlink_to(tmp_path / "y")
+    given = [tmp_path / "x", tmp_path / "link"]
+    assert find_videos(given) == [tmp_path / "x" / "1.mp4", tmp_path / "link" / "2.mp4"]
+    assert links_passed_over(given) == [tmp_path / "x" / "deep" / "y"]
+    answer = CliRunner().invoke(cli, ["predict", str(tmp_path / "x"), "--run", str(tmp_path / "none")])
+    assert "links to folders are not followed (1, such as " in answer.stderr
 
 
 def every(count):

@@ -1,0 +1,101 @@
+"""What lies in a folder and below it: every folder is listed once, and nothing in it is dropped unsaid."""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from evl_cache.datasets.places import VIDEO_SUFFIXES, is_directory, is_file, list_directory, suffix_of
+
+
+@dataclass(kw_only=True, slots=True)
+class FolderTree:
+    """A folder, and those below it.
+
+    Attributes:
+        videos: names of the videos that lie in the folder itself, sorted; hidden ones are left out.
+        others: numbers of its other files by their endings; hidden ones are left out.
+        folders: those in it by name, sorted.
+        links: names of the links to folders in it that were not followed, sorted.
+        linked: links to folders in it that were followed, as `folders`.
+        is_unreadable: whether it may not be listed.
+    """
+
+    videos: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
+    folders: "dict[str, FolderTree]" = field(default_factory=dict)
+    links: list[str] = field(default_factory=list)
+    linked: "dict[str, FolderTree]" = field(default_factory=dict)
+    is_unreadable: bool = False
+
+    def all_videos(self, prefix: str = "") -> Iterator[str]:
+        """Yield the paths of all videos in the folder and below, after `prefix`; sorted by name, folder by folder."""
+        for name in sorted([*self.videos, *self.folders]) if self.folders else self.videos:
+            if name in self.folders:
+                yield from self.folders[name].all_videos(f"{prefix}{name}/")
+            else:
+                yield f"{prefix}{name}"
+
+    def has_videos(self) -> bool:
+        """Whether a video lies in the folder or below."""
+        return bool(self.videos) or any(folder.has_videos() for folder in self.folders.values())
+
+    def all_others(self) -> Counter[str]:
+        """Return the numbers of other files in the folder and below."""
+        counts = Counter(self.others)
+        for folder in self.folders.values():
+            counts.update(folder.all_others())
+        return counts
+
+    def walk(self, name: str) -> "Iterator[tuple[str, FolderTree]]":
+        """Yield the folder, which is called `name`, and all below it with their paths."""
+        yield name, self
+        for below, folder in self.folders.items():
+            yield from folder.walk(f"{name}/{below}")
+
+    def classes(self) -> "dict[str, FolderTree]":
+        """Return the folders in it, and those that links lead to, by name, sorted."""
+        return dict(sorted((self.folders | self.linked).items()))
+
+
+def read_tree(root: Path, *, is_divided: Callable[[str], bool]) -> FolderTree:
+    """Return what lies in a folder. Links in it are followed; links below them may lead back, and are not.
+
+    Args:
+        is_divided: tells by its name whether a folder in it may hold folders of classes; links in that are followed, too.
+
+    Raises: UsageError where the folder itself may not be listed.
+    """
+    return _tree(list_directory(root), depth=0, is_divided=is_divided)
+
+
+def _tree(
+    entries: "list[os.DirEntry[str]]", *, depth: int, is_divided: Callable[[str], bool], follows: bool = True
+) -> FolderTree:
+    tree = FolderTree()
+    for entry in sorted(entries, key=lambda entry: entry.name):
+        if is_directory(entry):
+            is_link = entry.is_symlink()
+            if is_link and not follows:
+                tree.links.append(entry.name)
+                continue
+            below = _below(entry, depth + 1, is_divided)
+            (tree.linked if is_link else tree.folders)[entry.name] = below
+        elif entry.name.startswith("."):
+            continue
+        elif (suffix := suffix_of(entry.name)) in VIDEO_SUFFIXES:
+            tree.videos.append(entry.name)
+        elif is_file(entry):
+            tree.others[suffix] += 1
+    return tree
+
+
+def _below(entry: "os.DirEntry[str]", depth: int, is_divided: Callable[[str], bool]) -> FolderTree:
+    try:
+        with os.scandir(entry.path) as found:
+            entries = list(found)
+    except PermissionError:
+        return FolderTree(is_unreadable=True)
+    follows = depth == 1 and is_divided(entry.name)
+    return _tree(entries, depth=depth, is_divided=is_divided, follows=follows)
