@@ -60,12 +60,26 @@ def _chosen(
         )
     fitting = [each for each in likeliest if each.fits(own)]
     if not fitting and convert is not None:
-        likeliest = [replace(each, tensors=convert(each.tensors)) for each in likeliest]
+        likeliest = _converted(likeliest, convert)
         fitting = [each for each in likeliest if each.fits(own)]
     fitting = [each for each in fitting if not _extra(each.tensors, own)] or fitting
     if len(fitting) > 1 and len({tensors_sha256({n: each.tensors[n] for n in own}) for each in fitting}) > 1:
         raise WeightsError(_several(weights, fitting, pretrained))
     return fitting[0] if fitting else likeliest[0]
+
+
+def _converted(candidates: list[Candidate], convert: Callable[[Tensors], Tensors]) -> list[Candidate]:
+    """Return candidates with the tower's names. Raises: WeightsError where none can be converted."""
+    converted: list[Candidate] = []
+    refused: list[WeightsError] = []
+    for each in candidates:
+        try:
+            converted.append(replace(each, tensors=convert(each.tensors)))
+        except WeightsError as error:
+            refused.append(error)
+    if not converted:
+        raise refused[0]
+    return converted
 
 
 def _several(weights: TowerWeights, fitting: list[Candidate], pretrained: str) -> str:

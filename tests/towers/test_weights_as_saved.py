@@ -201,3 +201,27 @@ def test_a_timm_tower_is_found_behind_a_prefix_with_its_classifier_left_out(
         "'module.backbone.' in ['teacher']" in caplog.text
         and "left out head.weight, head.bias" in caplog.text
     )
+
+
+def test_authors_names_are_converted_behind_a_prefix_beside_what_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    name = "timm/vit_tiny_patch16_224@64"
+    visual, spec = build_tower(name, "none")
+    module = sys.modules[type(visual).__module__]
+
+    def authors(state: State, model: object) -> State:
+        if "patch_embed.proj.weight" not in state or len(state) == 1:
+            raise KeyError("patch_embed.proj.bias")
+        return {n.replace("layers.", "blocks."): value for n, value in state.items()}
+
+    monkeypatch.setattr(module, "checkpoint_filter_fn", authors)
+    state = {n.replace("blocks.", "layers."): value for n, value in visual.state_dict().items()}
+    alone = {"decoder.patch_embed.proj.weight": torch.zeros(1)}
+    torch.save({"model": {**alone, **behind("encoder.", state)}}, tmp_path / "w.pt")
+    assert build_tower(name, str(tmp_path / "w.pt")).spec.weights_sha256 == spec.weights_sha256
+    torch.save(alone, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="timm cannot convert them"):
+        build_tower(name, str(tmp_path / "w.pt"))
