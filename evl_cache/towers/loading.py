@@ -84,12 +84,12 @@ def _converted(candidates: list[Candidate], convert: Callable[[Tensors], Tensors
 
 def _several(weights: TowerWeights, fitting: list[Candidate], pretrained: str) -> str:
     """Return what is said of several sets of weights in a file, and how one is chosen."""
-    one = fitting[0]
+    one, path = fitting[0], str(weights.path)
     inside = "".join(f"[{key!r}]" for key in one.container)
     names = f"{{n: v for n, v in s.items() if n.startswith({one.prefix!r})}}" if one.prefix else "s"
     return (
         f"weights {pretrained!r} hold {len(fitting)} towers that fit and differ: {' and '.join(map(str, fitting))}; save the "
-        f"one you mean alone, as s = torch.load({str(weights.path)!r}, weights_only=True){inside}; torch.save({names}, 'one.pt')"
+        f"one you mean alone, as s = torch.load({path!r}, weights_only=True){inside}; torch.save({names}, 'one.pt')"
         " does for the first"
     )
 
