@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from evl_cache.errors import NotEnoughMemory, is_want_of_memory, reason_alone, told_of_memory
 from evl_cache.notation import encodable, escaped, without_logins
 
 from .environment import check_environment, name_variables
+from .words import at_home, told_of_dash, with_home
 
 if TYPE_CHECKING:
     from evl_cache.caches.places import NotSeen
@@ -77,7 +79,10 @@ class Command(click.Command):
     ) -> click.Context:
         """The context, which knows the command line as it was given."""
         words = (info_name or "", *args)
-        context = super().make_context(info_name, args, parent, **extra)
+        try:
+            context = super().make_context(info_name, [*map(with_home, args)], parent, **extra)
+        except click.NoSuchOption as error:
+            raise told_of_dash(error, words[1:]) from error
         context.meta[_WORDS] = words
         return context
 
@@ -92,6 +97,9 @@ class Command(click.Command):
         """Read arguments and environment. Raises: click.UsageError for a variable that is none of the command's."""
         name_variables(ctx)
         rest = super().parse_args(ctx, args)  # --help ends here
+        for name, value in ctx.params.items():  # those of `args` have it, and there ./~ is a folder's name
+            if ctx.get_parameter_source(name) is ParameterSource.ENVIRONMENT:
+                ctx.params[name] = at_home(value)
         check_environment(ctx)
         return rest
 

@@ -7,7 +7,7 @@ from typing import TextIO
 
 import click
 
-from evl_cache.errors import reason_alone
+from evl_cache.errors import UsageError, reason_alone
 from evl_cache.extract_options import Role, options_with
 
 from .cache_flags import run_precision_flag
@@ -67,6 +67,8 @@ def command(
     from evl_cache.datasets import describe_passed_over
     from evl_cache.live.predict import count_passed_over, links_passed_over, predict
 
+    if csv_path == "-" and as_json:
+        raise UsageError("--csv - and --json both write to stdout; use one of them, or --csv FILE --json")
     if csv_path is not None and csv_path != "-":
         check_file_to_write("--csv", Path(csv_path))
     device = default_device(device)

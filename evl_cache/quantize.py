@@ -291,7 +291,7 @@ def not_storable(bad: Tensor, what: str, expected: str) -> ClipError:
     where = f" at index {index}" if index else ""
     return ClipError(
         f"{what}{where} cannot be stored: got values that are not finite or out of range, "
-        f"expected {expected}; check the clip's frames, or compute in float32 if half precision overflows"
+        f"expected {expected}; check the clip's frames and the tower's weights"
     )
 
 

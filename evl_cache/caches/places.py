@@ -97,7 +97,8 @@ def _shown(address: str) -> str:
 
 def cache_places() -> tuple[str, ...]:
     """The directories and URLs that `$EVL_CACHE_ROOT` names, parted as in PATH; `./caches` by default."""
-    return split_places(os.environ.get(CACHE_ROOT_VARIABLE, "")) or (_DEFAULT_PLACE,)
+    named = split_places(os.environ.get(CACHE_ROOT_VARIABLE, ""))
+    return tuple(map(os.path.expanduser, named)) or (_DEFAULT_PLACE,)
 
 
 def split_places(text: str) -> tuple[str, ...]:

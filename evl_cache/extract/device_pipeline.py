@@ -19,6 +19,7 @@ from evl_cache.store import FeaturesOverflow, Row, make_rows
 from evl_cache.towers import Backbone, Features
 
 _BATCHES_AT_ONCE = 2  # whose features are on the device: one that runs, one whose rows are made
+_UNSTORABLE_FROM_THE_START = 8  # samples, none of which can be stored: the tower's fault, not theirs
 
 
 class ClipRows:
@@ -119,7 +120,7 @@ class DevicePipeline:
         self._backbone, self._spec, self._device, self.batch = backbone, spec, device, batch
         self._waited, self._on_failure = waited, on_failure
         self.failure: BaseException | None = None
-        self.failed_at_clips, self.has_stored = False, has_stored
+        self.failed_at_clips, self.has_stored, self._unstorable = False, has_stored, 0
         self._is_gpu = self.makes_rows_beside = device.type == "cuda"
         # Copies to the device and rows wait neither for the batch that runs nor for each other.
         self._copies = torch.cuda.Stream(device) if self._is_gpu else None  # type: ignore[no-untyped-call]
@@ -271,7 +272,7 @@ class DevicePipeline:
             rows = [
                 row if is_filled else None for row, is_filled in zip(made, staged.is_filled, strict=False)
             ]
-            self._check_overflow([row for row in rows if row is not None])
+            self._check_storable([row for row in rows if row is not None])
         made_s = time.monotonic() - started
         for (clip, _), row in zip(staged.slots, rows, strict=True):
             if clip.add(row):
@@ -292,15 +293,22 @@ class DevicePipeline:
                 self._rows.wait_event(event)
             return make_rows(tokens, maps, spec)
 
-    def _check_overflow(self, rows: Sequence[Row | ClipError]) -> None:
-        """Check that a tower of which nothing was stored yet does not overflow on all of a batch: then no clip is to blame.
+    def _check_storable(self, rows: Sequence[Row | ClipError]) -> None:
+        """Check that a tower of which nothing was stored yet is not at fault: then no clip is to blame.
 
-        Raises: UsageError.
+        Raises: UsageError where it overflows float16 on all of a batch, or none of the first samples can be stored.
         """
-        are_overflows = [isinstance(row, FeaturesOverflow) for row in rows]
-        if are_overflows and all(are_overflows) and not self.has_stored:
-            raise UsageError(f"every clip of a batch overflows in the tower: {rows[0]}")
-        self.has_stored |= not all(isinstance(row, ClipError) for row in rows)
+        failed = [row for row in rows if isinstance(row, ClipError)]
+        self._unstorable += len(failed)
+        self.has_stored |= len(failed) < len(rows)
+        if self.has_stored or not failed:
+            return
+        if all(isinstance(row, FeaturesOverflow) for row in failed):
+            raise UsageError(f"every clip of a batch overflows in the tower: {failed[0]}")
+        if self._unstorable >= _UNSTORABLE_FROM_THE_START:
+            raise UsageError(
+                f"none of the first {self._unstorable} samples can be stored, so no clip is to blame: {failed[0]}"
+            )
 
     def _end(self) -> None:
         for handoff in (self._blocks, self._staged, self._ran, self._places):

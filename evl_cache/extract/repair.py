@@ -11,7 +11,7 @@ from typing import Any
 
 from evl_cache.canonical_json import flatten
 from evl_cache.clips import ClipList
-from evl_cache.errors import CacheDamaged, CacheError, UsageError
+from evl_cache.errors import NO_SUCH_FILE, CacheDamaged, CacheError, UsageError
 from evl_cache.extract.decoding import decoding_for
 from evl_cache.extract.defaults import batch_for
 from evl_cache.extract.environment import run_environment
@@ -144,6 +144,11 @@ def _job_of(cache_path: Path, tower: LoadTower, root: Path | None) -> Extraction
     videos = root or cache.origin.get("root")
     if not videos:
         raise UsageError("the cache does not tell where its videos lie; give --root")
+    if _is_gone(Path(str(videos))):
+        moved = "" if root else ", where the videos of this cache were"
+        raise UsageError(
+            f"{videos}: no such folder{moved}; give --root where they are now, or bring the disk back; no block was redone"
+        )
     return ExtractionJob(
         clips=ClipList(clips=cache.clips, classes=cache.spec.classes, source=str(cache_path)),
         root=Path(str(videos)),
@@ -152,6 +157,14 @@ def _job_of(cache_path: Path, tower: LoadTower, root: Path | None) -> Extraction
         tower=tower(cache.description),
         origin=cache.origin,
     )
+
+
+def _is_gone(folder: Path) -> bool:
+    try:
+        folder.stat()
+    except OSError as error:
+        return error.errno in NO_SUCH_FILE  # whatever else there is may pass, and is waited for
+    return False
 
 
 def _redo(

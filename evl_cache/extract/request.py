@@ -246,4 +246,4 @@ def dataset_root(request: ExtractRequest) -> Path:
         raise UsageError(
             f"where is {request.dataset}? give --root, or set {DATA_ROOT_VARIABLE} to the folder above it"
         )
-    return Path(base) / request.dataset
+    return Path(base).expanduser() / request.dataset

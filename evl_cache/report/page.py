@@ -8,7 +8,7 @@ from pathlib import Path
 
 from evl_cache.errors import UsageError
 from evl_cache.report.data import Group, ReportData, RunAccount
-from evl_cache.report.plots import CURVES, as_bytes, draw_plots
+from evl_cache.report.plots import CURVES, as_bytes, draw_plots, lettering_of
 from evl_cache.runs import is_online, spread_text, whole_file, write_text
 
 PAGE_NAME = "report.html"
@@ -103,6 +103,7 @@ def render(data: ReportData, images: Mapping[str, bytes]) -> str:
         f"<h2>Confusion of {_text(best.label)}</h2>",
         '<p class="soft">Rows: the class; columns: the class said; numbers: clips; colour: share of the row.</p>',
         _plots(images, {"confusion": "confusion matrix"}),
+        _numbers(data),
         _cost(data),
         _wrongest(best),
     ]
@@ -122,6 +123,15 @@ def render(data: ReportData, images: Mapping[str, bytes]) -> str:
 </body>
 </html>
 """
+
+
+def _numbers(data: ReportData) -> str:
+    """Return what the numbers in the confusion matrix stand for, where no font draws a name; browsers have more fonts."""
+    classes = data.best.config.classes
+    named = ", ".join(
+        f"#{number} {_text(classes[number])}" for number in lettering_of(data).numbered(classes)
+    )
+    return f'<p class="soft">Classes by number: {named}.</p>' if named else ""
 
 
 def _cards(data: ReportData) -> str:

@@ -4,14 +4,13 @@ E epochs, K classes.
 """
 
 import io
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from evl_cache.errors import UsageError
-from evl_cache.notation import escaped
+from evl_cache.lettering import Lettering
 from evl_cache.report.data import Group, ReportData
 from evl_cache.runs import spread_text
 
@@ -41,22 +40,30 @@ Figure = Any
 def draw_plots(data: ReportData) -> dict[str, Figure]:
     """Return every plot by the name of its file. Raises: UsageError where matplotlib is not installed."""
     matplotlib = _matplotlib()
-    with matplotlib.rc_context(_STYLE):
-        plots = {f"curve-{name}": _curves(data.groups, name, text) for name, text in CURVES.items()}
+    lettering = lettering_of(data)
+    lettering.tell()
+    with matplotlib.rc_context({**_STYLE, "font.family": lettering.families}):
+        plots = {
+            f"curve-{name}": _curves(data.groups, name, text, lettering) for name, text in CURVES.items()
+        }
         if len(data.groups) > 1:
-            plots["ablation"] = _bars(data.groups)
+            plots["ablation"] = _bars(data.groups, lettering)
         run = data.best
-        plots["confusion"] = _confusion(run.confusion, run.config.classes)
+        plots["confusion"] = _confusion(run.confusion, lettering.names(run.config.classes))
     return plots
+
+
+def lettering_of(data: ReportData) -> Lettering:
+    """Return how the names of a report's groups and classes are drawn."""
+    classes = data.best.config.classes
+    named = classes if len(classes) <= _NAMED_CLASSES else ()
+    return Lettering.of([*(group.name for group in data.groups), *named])
 
 
 def as_bytes(figure: Figure, kind: str) -> bytes:
     """Return a figure as the bytes of an `svg` or `png` file."""
     file = io.BytesIO()
-    with _matplotlib().rc_context(_STYLE), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph"
-        )  # a name in a script that the font has not: boxes stand for it
+    with _matplotlib().rc_context(_STYLE):
         metadata: Mapping[str, Any] = {"Date": None} if kind == "svg" else {}
         figure.savefig(file, format=kind, dpi=200, metadata=metadata)
     return file.getvalue()
@@ -79,7 +86,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     return figure, figure.subplots()
 
 
-def _curves(groups: Sequence[Group], name: str, label: str) -> Figure:
+def _curves(groups: Sequence[Group], name: str, label: str, lettering: Lettering) -> Figure:
     """Draw a line for each group: the mean over seeds, and a band from the smallest to the largest."""
     coloured, others = groups[: len(COLOURS)], groups[len(COLOURS) :]
     legend_lines = len(coloured) + bool(others)
@@ -91,7 +98,7 @@ def _curves(groups: Sequence[Group], name: str, label: str) -> Figure:
         every = max(1, len(epochs) // 8)
         axes.plot(
             epochs, mean, color=COLOURS[place], marker=MARKERS[place], markevery=every, markersize=5,
-            linewidth=1.6, label=_named(group), zorder=3,
+            linewidth=1.6, label=_named(group, lettering), zorder=3,
         )  # fmt: skip
         if len(group.runs) > 1:
             found = group.curve(name)
@@ -109,9 +116,9 @@ def _curves(groups: Sequence[Group], name: str, label: str) -> Figure:
     return figure
 
 
-def _named(group: Group) -> str:
+def _named(group: Group, lettering: Lettering) -> str:
     """Return a name of one line that fits: all that tells a group from others may be longer than the picture is wide."""
-    name = escaped(group.name)
+    name = lettering.written(group.name)
     return name if len(name) <= _MOST_LETTERS else f"{name[: _MOST_LETTERS - 1]}…"
 
 
@@ -120,7 +127,7 @@ def _line(group: Group, name: str) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(1, found.shape[1] + 1), found.mean(0)
 
 
-def _bars(groups: Sequence[Group]) -> Figure:
+def _bars(groups: Sequence[Group], lettering: Lettering) -> Figure:
     """Draw the top-1 of every group with its deviation, or the interval of one run, the best on top."""
     figure, axes = _figure(PANEL_INCHES, 0.9 + 0.42 * len(groups))
     places = np.arange(len(groups))[::-1]
@@ -139,7 +146,7 @@ def _bars(groups: Sequence[Group]) -> Figure:
     )
     for place, group in zip(places, groups, strict=True):
         value = f"{group.top1:.1f}{spread_text(group.deviation, group.interval)}"
-        axes.text(0, place - 0.03, f" {_named(group)}: {value}", va="top", ha="left", fontsize=8.5)
+        axes.text(0, place - 0.03, f" {_named(group, lettering)}: {value}", va="top", ha="left", fontsize=8.5)
     axes.set_yticks([])
     axes.set_xlim(0, 100)
     axes.set_ylim(-0.55, len(groups) - 0.4)
@@ -162,7 +169,7 @@ def _confusion(matrix: np.ndarray, classes: Sequence[str]) -> Figure:
     axes.grid(visible=False)
     if K <= _NAMED_CLASSES:
         size = 9 if K <= _NUMBERED_CLASSES else 7
-        shown = [name if len(name) <= 20 else f"{name[:19]}…" for name in map(escaped, classes)]
+        shown = [name if len(name) <= 20 else f"{name[:19]}…" for name in classes]
         axes.set_xticks(range(K), shown, rotation=90, fontsize=size)
         axes.set_yticks(range(K), shown, fontsize=size)
     if K <= _NUMBERED_CLASSES:

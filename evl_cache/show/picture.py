@@ -4,7 +4,6 @@ T frames, P patches (grid Hp x Wp, row by row), S pixels.
 Colours are those of Okabe and Ito and of the map `cividis`, which colour-blind people can tell apart.
 """
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from evl_cache.errors import UsageError
-from evl_cache.notation import escaped
+from evl_cache.lettering import Lettering
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,6 +58,8 @@ def draw_view(picture: ViewPicture, path: Path) -> None:
         raise UsageError(
             "pictures are drawn by matplotlib, which is not installed; pip install 'evl-cache[show]'"
         ) from error
+    lettering = Lettering.of([picture.title, picture.subtitle, *picture.notes])
+    lettering.tell()
     T = len(picture.frame_names)
     columns, strips = min(T, PER_ROW), -(-T // PER_ROW)
     kinds = ["frames"] + (["attention", "shares"] if picture.attention is not None else [])
@@ -85,7 +86,8 @@ def draw_view(picture: ViewPicture, path: Path) -> None:
 
     def write(up: float, line: str, **how: Any) -> None:
         """Write a line, whose names may hold anything, `$` too, at inches from the bottom."""
-        figure.text(0.15 / width, up / height, escaped(line), parse_math=False, **how)
+        how |= {"parse_math": False, "fontfamily": lettering.families}
+        figure.text(0.15 / width, up / height, lettering.written(line), **how)
 
     write(height - 0.28, picture.title, fontsize=12, weight="bold", va="center")
     write(height - 0.54, picture.subtitle, fontsize=10, va="center")
@@ -105,11 +107,7 @@ def draw_view(picture: ViewPicture, path: Path) -> None:
                     )
     if picture.attention is not None:
         _colour_bar(figure, axes[kinds.index("attention")], picture)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Glyph"
-        )  # a name in a script that the font has not: boxes stand for it
-        figure.savefig(path, format="png")
+    figure.savefig(path, format="png")
 
 
 def _notes(picture: ViewPicture) -> list[str]:

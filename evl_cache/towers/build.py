@@ -11,8 +11,9 @@ from torch import nn
 from evl_cache.errors import UsageError
 from evl_cache.spec import TowerSpec
 from evl_cache.towers.families import adapter_of
+from evl_cache.towers.loading import load_weights
 from evl_cache.towers.names import TIMM_PREFIX, TINY_TOWER, is_model_file, is_weights_file
-from evl_cache.towers.pretrained import bundled, find_weights, load_weights
+from evl_cache.towers.pretrained import bundled, find_weights
 from evl_cache.towers.timm_names import build_timm
 from evl_cache.towers.tower import Tower
 from evl_cache.towers.weights import tensors_sha256

@@ -10,8 +10,6 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import getproxies
 
-from torch import nn
-
 from evl_cache.errors import WeightsError, WeightsUnavailable, first_line
 from evl_cache.towers.names import TINY_PRETRAINED, TINY_TOWER, is_model_file, is_weights_file
 from evl_cache.towers.weights import TowerWeights, read_tower_weights
@@ -109,22 +107,3 @@ def _download(model: str, pretrained: str, tag: dict[str, Any]) -> Path:
 
     with downloading(model, pretrained):
         return Path(download_pretrained(tag))
-
-
-def load_weights(visual: nn.Module, weights: TowerWeights, *, model: str, pretrained: str) -> None:
-    """Load weights into a tower. Raises: WeightsError where a name or a shape does not match."""
-    own = visual.state_dict()
-    wrong = [n for n in own if n in weights.tensors and weights.tensors[n].shape != own[n].shape]
-    missing = [name for name in own if name not in weights.tensors]
-    extra = [name for name in weights.tensors if name not in own]
-    if wrong or missing or extra:
-        first = (
-            f"{wrong[0]} is {tuple(weights.tensors[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}"
-            if wrong
-            else f"missing {missing[:2]}, not in the model {extra[:2]}"
-        )
-        raise WeightsError(
-            f"weights {pretrained!r} do not match model {model}: {first} ({len(wrong)} shapes, {len(missing)} "
-            f"missing, {len(extra)} extra); choose the --model they were trained for"
-        )
-    visual.load_state_dict(weights.tensors)

@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ from torch import nn
 
 from evl_cache.errors import UsageError, WeightsError, first_line
 from evl_cache.towers.families import adapter_of
+from evl_cache.towers.loading import load_weights
 from evl_cache.towers.names import TIMM_DEFAULT, TIMM_PREFIX, is_weights_file
-from evl_cache.towers.pretrained import downloading, load_weights
-from evl_cache.towers.weights import TowerWeights, read_tower_weights
+from evl_cache.towers.pretrained import downloading
+from evl_cache.towers.weights import read_tower_weights
 
 
 def build_timm(model: str, pretrained: str, *, seed: int) -> tuple[nn.Module, dict[str, Any], str]:
@@ -92,19 +94,18 @@ def _random_model(name: str, pixels: int | None, seed: int, model: str) -> nn.Mo
 
 def _load_file(visual: nn.Module, model: str, pretrained: str) -> None:
     """Load weights from a file with timm's names, or with the authors' names where timm converts them."""
-    weights = read_tower_weights(Path(pretrained))
-    tensors = weights.tensors
-    own = visual.state_dict()
-    if any(name not in tensors or tensors[name].shape != own[name].shape for name in own):
-        convert = getattr(sys.modules[type(visual).__module__], "checkpoint_filter_fn", None)
+    convert = getattr(sys.modules[type(visual).__module__], "checkpoint_filter_fn", None)
+
+    def converted(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        full = {name: value.to(torch.float32) for name, value in tensors.items()}
         try:
-            tensors = dict(convert(tensors, visual)) if convert is not None else tensors
+            return full if convert is None else dict(convert(full, visual))
         except (KeyError, ValueError, RuntimeError, AttributeError) as error:
             raise WeightsError(
-                f"weights {pretrained!r} do not match model {model}: timm cannot convert them ({error}); choose the "
-                "--model they were trained for"
+                f"weights {pretrained!r} do not match model {model}: timm cannot convert them ({first_line(error)}); "
+                "choose the --model they were trained for"
             ) from error
-    tensors = {name: value for name, value in tensors.items() if not name.startswith(("head.", "mask_token"))}
+
     load_weights(
-        visual, TowerWeights(tensors=tensors, is_openai_archive=False), model=model, pretrained=pretrained
+        visual, read_tower_weights(Path(pretrained)), model=model, pretrained=pretrained, convert=converted
     )

@@ -1,53 +1,105 @@
-"""Read image towers' weights: safetensors, state dicts and OpenAI's TorchScript archives."""
+"""The image tower's part of a weights file, whatever stands before its names and beside it."""
 
 import hashlib
-import warnings
-import zipfile
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from evl_cache.errors import WeightsError, first_line
+from evl_cache.towers.weights_file import read_weights_file
 
 # Names of the patch embedding in open_clip's own tower, in a timm trunk of open_clip's, and in timm's own models.
 _STEMS = ("conv1.weight", "trunk.patch_embed.proj.weight", "patch_embed.proj.weight", "patch_embed.weight")
-_WRAPPERS = ("state_dict", "model", "module")
+# Parts of names that wrappers leave, anywhere: data parallel, torch.compile, FSDP and checkpointed layers.
+_WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+# What stands beside a tower under the same prefix: classifiers, decoders, and what only training needs.
+_BESIDE = frozenset(
+    {
+        *("head", "heads", "head_dist", "fc", "classifier", "cls_head", "classification_head", "linear_head"),
+        *("decoder", "projector", "predictor", "mask_token", "logit_scale", "logit_bias", "n_averaged"),
+    }
+)
+# As CLIP's own files and common training scripts have them.
+_PLAIN_PREFIXES = frozenset({"", "visual.", "module.", "module.visual."})
+_PLAIN_CONTAINERS = frozenset({"state_dict", "model", "module"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """Tensors of a file that may be a tower's: those of one container whose names begin alike.
+
+    Attributes:
+        container: keys of the dictionaries around them, outermost first.
+        prefix: what is before each name in the file.
+        tensors: by name without the prefix, as they are in the file.
+        found: how many names of the tower are among them.
+    """
+
+    container: tuple[str, ...]
+    prefix: str
+    tensors: Mapping[str, torch.Tensor]
+    found: int
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is nothing to tell: every reader of such files knows container and prefix."""
+        return self.prefix in _PLAIN_PREFIXES and _PLAIN_CONTAINERS.issuperset(self.container)
+
+    @property
+    def is_image_tower(self) -> bool:
+        """Whether a patch embedding is among them."""
+        return any(stem in self.tensors for stem in _STEMS)
+
+    def fits(self, own: Mapping[str, torch.Tensor]) -> bool:
+        """Whether every name of a tower is here, with its shape."""
+        return all(n in self.tensors and self.tensors[n].shape == own[n].shape for n in own)
+
+    def __str__(self) -> str:
+        inside = "".join(f"[{key!r}]" for key in self.container)
+        if not self.prefix:
+            return inside or "names without a prefix"
+        return f"{self.prefix!r} in {inside}" if inside else repr(self.prefix)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TowerWeights:
-    """The image tower's part of a weights file.
+    """What a weights file holds.
 
     Attributes:
-        tensors: float32 by name, without the `visual.` prefix.
+        path: the file.
+        containers: the tensors by name, by the keys of the dictionaries around them.
         is_openai_archive: whether the file is a TorchScript archive as OpenAI publishes it; those towers use QuickGELU.
     """
 
-    tensors: dict[str, torch.Tensor]
+    path: Path
+    containers: Mapping[tuple[str, ...], Mapping[str, torch.Tensor]] = field(repr=False)
     is_openai_archive: bool
+
+    def candidates(self, own: Mapping[str, torch.Tensor]) -> list[Candidate]:
+        """Return what may be a tower with these names, the likeliest first: all of its names, or a patch embedding."""
+        found = [
+            _behind(container, prefix, names, tensors, own)
+            for container, tensors in self.containers.items()
+            for names in [_unwrapped(tensors)]
+            for prefix in _prefixes(names, own)
+        ]
+        return sorted(found, key=lambda each: (-each.found, not each.is_image_tower, len(each.prefix)))
 
 
 def read_tower_weights(path: Path) -> TowerWeights:
-    """Return the image tower's weights of a file of any of the three kinds.
+    """Return the weights of a file of any of the three kinds. Raises: WeightsError where the file is of no such kind."""
+    content, is_archive = read_weights_file(path)
+    containers = {keys: tensors for keys, tensors in _containers(content, (), set()) if tensors}
+    return TowerWeights(path=path, containers=containers, is_openai_archive=is_archive)
 
-    Raises: WeightsError where the file is of no such kind.
-    """
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such weights file; give a file or a pretrained tag")
-    is_archive = _is_torchscript(path)
-    state = _read(path, is_archive)
-    plain: dict[str, Any] = {str(name).removeprefix("module."): value for name, value in state.items()}
-    visual = {n.removeprefix("visual."): v for n, v in plain.items() if n.startswith("visual.")} or plain
-    tensors = {n: v.to(torch.float32) for n, v in visual.items() if torch.is_tensor(v)}
-    if not any(stem in tensors for stem in _STEMS):
-        raise WeightsError(
-            f"{path}: holds no image tower ('visual.conv1.weight' is missing); expected weights of an "
-            "open_clip, OpenAI CLIP or timm vision transformer"
-        )
-    return TowerWeights(tensors=tensors, is_openai_archive=is_archive)
+
+def beside(names: Mapping[str, object], own: Mapping[str, object]) -> list[str]:
+    """Return the names that are no part of a tower, but stand beside it: a classifier's, for example."""
+    parts = {name.partition(".")[0] for name in own}
+    return [n for n in names if n not in own and n.partition(".")[0] in _BESIDE - parts]
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -60,40 +112,52 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("constants.pkl") for name in archive.namelist())
+def _containers(
+    content: Mapping[Any, Any], keys: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[tuple[str, ...], dict[str, torch.Tensor]]]:
+    """Yield the tensors of each dictionary in a file, which may hold itself."""
+    seen.add(id(content))
+    yield keys, {str(name): value for name, value in content.items() if torch.is_tensor(value)}
+    for name, value in content.items():
+        if isinstance(value, Mapping) and id(value) not in seen:
+            yield from _containers(value, (*keys, str(name)), seen)
 
 
-def _read(path: Path, is_torchscript: bool) -> Mapping[str, torch.Tensor]:
-    try:
-        content = _load(path, is_torchscript)
-    except Exception as error:  # what torch, pickle and safetensors raise for a damaged file is open-ended
-        raise WeightsError(
-            f"{path}: cannot be read as weights ({first_line(error)[:200]}); expected safetensors, a state dict of tensors "
-            "(torch.save) or OpenAI's TorchScript archive"
-        ) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
-    if not isinstance(content, Mapping):
-        raise WeightsError(
-            f"{path}: holds a {type(content).__name__}; expected a state dict of tensors (torch.save)"
-        )
-    return content
+def _unwrapped(names: Iterable[str]) -> dict[str, str]:
+    """Return names by what they are without wrappers' parts; as they are where two would become one."""
+    written = list(names)
+    plain = {".".join(part for part in name.split(".") if part not in _WRAPPERS): name for name in written}
+    return plain if len(plain) == len(written) else {name: name for name in written}
 
 
-def _load(path: Path, is_torchscript: bool) -> Any:
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
+def _prefixes(names: Iterable[str], own: Mapping[str, object]) -> list[str]:
+    """Return the prefixes before most of a tower's names and before each patch embedding."""
+    counts: Counter[str] = Counter()
+    stems: dict[str, None] = {}
+    for name in names:
+        for start in (0, *(i + 1 for i, letter in enumerate(name) if letter == ".")):
+            if name[start:] in own:
+                counts[name[:start]] += 1
+            if name[start:] in _STEMS:
+                stems[name[:start]] = None
+    most = max(counts.values(), default=0)
+    return list(dict.fromkeys([*(p for p, count in counts.items() if count == most), *stems]))
 
-        return load_file(path)
-    with warnings.catch_warnings():
-        # Warnings about the files' formats, which users cannot change.
-        warnings.filterwarnings("ignore", message=r".*torch\.jit\.load.* is deprecated")
-        warnings.filterwarnings("ignore", message=r"Detected pickle protocol")
-        if is_torchscript:
-            return torch.jit.load(str(path), map_location="cpu").state_dict()  # type: ignore[no-untyped-call]
-        return torch.load(path, map_location="cpu", weights_only=True)
+
+def _behind(
+    container: tuple[str, ...],
+    prefix: str,
+    names: Mapping[str, str],
+    tensors: Mapping[str, torch.Tensor],
+    own: Mapping[str, object],
+) -> Candidate:
+    """Return the tensors behind a prefix, of names without wrappers' parts."""
+    inside = {n.removeprefix(prefix): written for n, written in names.items() if n.startswith(prefix)}
+    first = next(iter([stem for stem in _STEMS if stem in inside] or inside))
+    is_whole = inside[first].endswith(f".{first}") or inside[first] == first
+    return Candidate(
+        container=container,
+        prefix=inside[first].removesuffix(first) if is_whole else prefix,
+        tensors={name: tensors[written] for name, written in inside.items()},
+        found=sum(name in inside for name in own),
+    )

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -96,6 +97,20 @@ def test_a_tower_that_overflows_on_every_clip_stops_the_run_after_its_first_batc
     with pytest.raises(UsageError, match="--compute-dtype bfloat16"):
         extract_in(2, clips, tmp_path / "cache", spec=float16_spec(clips, motions))
     assert environments(tmp_path / "cache") == [] and len(device.batches) <= 3
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "bfloat16"])
+def test_a_tower_whose_features_are_never_storable_stops_the_run_and_blames_no_clip(
+    motions: Path, tmp_path: Path, device: Device, compute_dtype: str
+) -> None:
+    few = load_clips(motions)
+    clips = replace(few, clips=(*few.clips, *(replace(clip, id=f"again-{clip.id}") for clip in few.clips)))
+    device.after = lambda features: overflown(features, slice(None))
+    spec = small_spec(clips, small_tower(motions), compute_dtype=compute_dtype)
+    with pytest.raises(UsageError, match="none of the first 8 samples can be stored") as raised:
+        extract_in(2, clips, tmp_path / "cache", spec=spec)
+    assert len(device.batches) <= 6
+    assert "float32" not in str(raised.value) and "weights" in str(raised.value)
 
 
 def test_a_clip_that_overflows_alone_fails_alone(motions: Path, tmp_path: Path, device: Device) -> None:

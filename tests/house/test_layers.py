@@ -22,6 +22,7 @@ errors
 untrusted
 cpu_codes                                                                         llvmlite numba
 pure           cpu_codes untrusted
+lettering                                                                         matplotlib
 rendered                                                                          av
 datasets       rendered
 processes
@@ -41,11 +42,11 @@ batches        processes store
 runs           batches heads store untrusted
 train          batches heads processes runs store
 sweep          batches heads processes runs store train
-report         runs sweep                                                         matplotlib
+report         lettering runs sweep                                               matplotlib
 caches         store train
 extract        caches datasets processes store towers video                       PIL timm
 live           batches datasets extract processes runs store towers train video
-show           extract heads live runs store video                                matplotlib
+show           extract heads lettering live runs store video                      matplotlib
 demo           extract rendered store train
 cli            *                                                                  click
 """

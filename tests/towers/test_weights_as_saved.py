@@ -1,0 +1,227 @@
+"""Weights as training scripts save them: behind prefixes, in dictionaries, beside other objects; evl-tiny's own."""
+
+import argparse
+import logging
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from evl_cache.errors import WeightsError
+from evl_cache.towers import build_tower
+
+State = dict[str, torch.Tensor]
+MLP = "transformer.resblocks.5.mlp.c_fc.weight"
+
+
+@pytest.fixture(scope="module")
+def tiny() -> State:
+    return dict(build_tower("evl-tiny", "rendered-v1").visual.state_dict())
+
+
+def behind(prefix: str, state: State) -> State:
+    return {prefix + name: value for name, value in state.items()}
+
+
+def compiled_blocks(state: State) -> State:
+    return {name.replace("resblocks.1.", "resblocks.1._orig_mod."): value for name, value in state.items()}
+
+
+# What is saved, and what is said of it: a part of the line, or nothing.
+SAVED: dict[str, tuple[Callable[[State], Any], str]] = {
+    "image_encoder": (
+        lambda s: {"model": behind("module.image_encoder.", s)},
+        "'module.image_encoder.' in ['model']",
+    ),
+    "model.visual": (
+        lambda s: {"state_dict": behind("model.visual.", s)},
+        "'model.visual.' in ['state_dict']",
+    ),
+    "backbone": (lambda s: {"model_state": behind("backbone.", s)}, "'backbone.' in ['model_state']"),
+    "encoder.visual": (
+        lambda s: {"network": behind("encoder.visual.", s)},
+        "'encoder.visual.' in ['network']",
+    ),
+    "_orig_mod": (lambda s: behind("_orig_mod.", s), "'_orig_mod.'"),
+    "_orig_mod.visual": (lambda s: behind("_orig_mod.visual.", s), "'_orig_mod.visual.'"),
+    "module._orig_mod": (lambda s: behind("module._orig_mod.visual.", s), "'module._orig_mod.visual.'"),
+    "compiled layers": (lambda s: behind("net.", compiled_blocks(s)), "'net.'"),
+    "compiled layers alone": (compiled_blocks, ""),
+    "containers": (
+        lambda s: {"net": {"teacher": OrderedDict(behind("a.b.", s))}},
+        "'a.b.' in ['net']['teacher']",
+    ),
+    "only EMA": (lambda s: {"model_ema": s, "epoch": 3}, "['model_ema']"),
+    "equal EMA": (lambda s: {"model": s, "model_ema": {n: v.clone() for n, v in s.items()}}, ""),
+    "text beside it": (
+        lambda s: {**behind("visual.", s), "transformer.resblocks.0.ln_1.weight": torch.ones(4)},
+        "",
+    ),
+    "a teacher of another size": (
+        lambda s: {**behind("student.", s), **behind("teacher.", {n: v[..., :1] for n, v in s.items()})},
+        "'student.'",
+    ),
+    "an optimizer beside it": (
+        lambda s: {"model": s, "optimizer": {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": []}},
+        "",
+    ),
+    "argparse": (lambda s: {"model": s, "args": argparse.Namespace(lr=1, out=PurePosixPath("runs"))}, ""),
+    "numpy": (lambda s: {"state_dict": s, "best": np.float64(0.5), "curve": np.arange(3.0)}, ""),
+    "head": (lambda s: {**s, "head.weight": torch.zeros(3, 3)}, "left out head.weight"),
+    "averaged": (lambda s: {**behind("module.", s), "n_averaged": torch.tensor(3)}, "left out n_averaged"),
+}
+
+
+@pytest.mark.parametrize("kind", SAVED)
+def test_weights_behind_a_prefix_or_beside_other_things_have_the_digest_of_the_tower_alone(
+    tiny: State, tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    save, told = SAVED[kind]
+    torch.save(save(tiny), tmp_path / "w.pt")
+    with caplog.at_level(logging.WARNING, logger="evl_cache"):
+        tower = build_tower("evl-tiny", str(tmp_path / "w.pt"))
+    assert tower.spec.weights_sha256 == build_tower("evl-tiny", "rendered-v1").spec.weights_sha256
+    assert told in caplog.text if told else not caplog.text
+
+
+def refused(state: Any, path: Path) -> str:
+    torch.save(state, path)
+    with pytest.raises(WeightsError) as raised:
+        build_tower("evl-tiny", str(path))
+    assert "\n" not in str(raised.value) and "\x1b" not in str(raised.value)
+    return str(raised.value)
+
+
+def test_two_towers_that_fit_and_differ_are_an_error_that_names_both_and_its_advice_works(
+    tiny: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = {name: value + 1 for name, value in tiny.items()}
+    said = refused({"model": tiny, "model_ema": other}, tmp_path / "ema.pt")
+    assert "2 towers that fit and differ: ['model'] and ['model_ema']" in said
+    said = refused(
+        {**behind("teacher.visual.", other), **behind("student.visual.", tiny)}, tmp_path / "two.pt"
+    )
+    assert "'teacher.visual.' and 'student.visual.'" in said
+    advice = said.partition("alone, as ")[2].partition(" does for")[0]
+    exec(advice, {"torch": torch})  # what the line tells people to run
+    assert torch.equal(build_tower("evl-tiny", "one.pt").visual.state_dict()[MLP], other[MLP])
+
+
+def test_a_name_that_lacks_behind_a_prefix_is_told(tiny: State, tmp_path: Path) -> None:
+    lacking = {name: value for name, value in tiny.items() if name != MLP}
+    said = refused({"model": behind("module.image_encoder.", lacking)}, tmp_path / "w.pt")
+    assert f"missing ['{MLP}']" in said and "'module.image_encoder.' in ['model']" in said
+    assert "holds no image tower" not in said
+    without_stem = {name: value for name, value in tiny.items() if name != "conv1.weight"}
+    assert "missing ['conv1.weight']" in refused(behind("backbone.", without_stem), tmp_path / "w.pt")
+
+
+def test_names_that_the_tower_lacks_are_refused_unless_they_are_a_classifiers(
+    tiny: State, tmp_path: Path
+) -> None:
+    assert "not in the model ['ln_extra.weight']" in refused(
+        {**tiny, "ln_extra.weight": torch.ones(2)}, tmp_path / "w.pt"
+    )
+
+
+class Recipe:
+    """An object of somebody's training script."""
+
+
+class Runs:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("exploded"),))
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_other_objects_are_one_plain_line_and_no_code_is_run(
+    tiny: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for content in (Recipe(), Runs(), argparse.Namespace(inner=Runs()), np.array([Runs()], dtype=object)):
+        torch.save({"model": tiny, "args": content}, "w.pt", _use_new_zipfile_serialization=zipped)
+        with pytest.raises(
+            WeightsError, match=r"holds more than tensors \([\w.]+\).*save the state dict alone"
+        ) as raised:
+            build_tower("evl-tiny", "w.pt")
+        assert "weights_only" not in str(raised.value) and "\n" not in str(raised.value)
+    assert not Path("exploded").exists()
+
+
+class Constructed:
+    """What a hostile file says of an object that is passed over: its class is called with anything."""
+
+    def __init__(self, kind: Any, *values: Any) -> None:
+        self.kind, self.values = kind, values
+
+    def __reduce__(self) -> Any:
+        return (self.kind, self.values, {"anything": 1})
+
+
+def test_what_a_file_says_of_objects_that_are_passed_over_reaches_none_of_their_classes(
+    tiny: State, tmp_path: Path
+) -> None:
+    forged = Constructed(np.dtype, "no such type", 7)
+    torch.save({"model": tiny, "args": forged}, tmp_path / "w.pt")  # numpy would raise
+    tower = build_tower("evl-tiny", str(tmp_path / "w.pt"))
+    assert torch.equal(tower.visual.state_dict()[MLP], tiny[MLP])
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"", "it is empty"),
+        (pickle.dumps({"a": 1})[:-3], "damaged, cut short"),
+    ],
+)
+def test_what_is_no_weights_file_says_what_it_is(tmp_path: Path, content: bytes, told: str) -> None:
+    (tmp_path / "w.pt").write_bytes(content)
+    with pytest.raises(WeightsError, match=told):
+        build_tower("evl-tiny", str(tmp_path / "w.pt"))
+
+
+def test_a_timm_tower_is_found_behind_a_prefix_with_its_classifier_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "timm/vit_tiny_patch16_224@64"
+    visual, spec = build_tower(name, "none")
+    state = {**visual.state_dict(), "head.weight": torch.zeros(3, 192), "head.bias": torch.zeros(3)}
+    torch.save({"teacher": behind("module.backbone.", state)}, tmp_path / "w.pt")
+    with caplog.at_level(logging.WARNING, logger="evl_cache"):
+        assert build_tower(name, str(tmp_path / "w.pt")).spec.weights_sha256 == spec.weights_sha256
+    assert (
+        "'module.backbone.' in ['teacher']" in caplog.text
+        and "left out head.weight, head.bias" in caplog.text
+    )
+
+
+def test_authors_names_are_converted_behind_a_prefix_beside_what_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import sys
+
+    name = "timm/vit_tiny_patch16_224@64"
+    visual, spec = build_tower(name, "none")
+    module = sys.modules[type(visual).__module__]
+
+    def authors(state: State, model: object) -> State:
+        if "patch_embed.proj.weight" not in state or len(state) == 1:
+            raise KeyError("patch_embed.proj.bias")
+        return {n.replace("layers.", "blocks."): value for n, value in state.items()}
+
+    monkeypatch.setattr(module, "checkpoint_filter_fn", authors)
+    state = {n.replace("blocks.", "layers."): value for n, value in visual.state_dict().items()}
+    alone = {"decoder.patch_embed.proj.weight": torch.zeros(1)}
+    torch.save({"model": {**alone, **behind("encoder.", state)}}, tmp_path / "w.pt")
+    assert build_tower(name, str(tmp_path / "w.pt")).spec.weights_sha256 == spec.weights_sha256
+    torch.save(alone, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="timm cannot convert them"):
+        build_tower(name, str(tmp_path / "w.pt"))
