@@ -4,6 +4,7 @@ H classes of the head, C classes of the cache.
 """
 
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,10 @@ from evl_cache.clips import class_numbers
 from evl_cache.errors import UsageError
 
 _MOST_NAMED = 3
-_BETWEEN_WORDS = re.compile(r"[\s_-]+")
+_NUMBER = re.compile(r"(?P<whole>[-+]?[0-9]+)(?:\.(?:0*|(?P<part>[0-9]+)))?")
+_UNDERSCORES = re.compile(r"(?<=[^\s_])_+(?=[^\s_])")
+_HYPHENS = re.compile(r"(?<=[^\W_])(?:-+|\s+-+\s+)(?=[^\W_])")
+_BLANKS = re.compile(r"\s+")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,10 +47,12 @@ def match_classes(
 ) -> ClassMatch:
     """Match the classes of a cache with those of a head: by name, so that neither their order nor their number counts.
 
-    Spaces, underscores, hyphens and capitals of names count only where classes differ in nothing else.
+    Spaces, underscores and hyphens between words, capitals, Unicode forms and the point of `1.0` count only where classes
+    differ in nothing else. The hyphen of `-1` always counts.
 
     Args:
-        numbers_may_have_names: where one side has names and the other numbers, numbers are compared, if they can be.
+        numbers_may_have_names: where one side has names and the other numbers, numbers are compared, if they can be: not
+            where a name is a number itself, as of folders 1 to 11, whose order is another.
 
     Raises: UsageError that says what differs, where the cache has a class that the head has not.
     """
@@ -55,7 +61,8 @@ def match_classes(
     found = _by_names(head, cache)
     if found is not None:
         return ClassMatch(numbers=found)
-    if are_numbers(head) != are_numbers(cache):
+    named = cache if are_numbers(head) else head
+    if are_numbers(head) != are_numbers(cache) and not any(map(_NUMBER.fullmatch, named)):
         fit = len(cache) <= len(head) if are_numbers(cache) else len(cache) == len(head)
         if numbers_may_have_names and fit:
             return ClassMatch(numbers=None, by_number=True)
@@ -69,7 +76,7 @@ def _differing(head: Sequence[str], cache: Sequence[str]) -> str:
     lacking = [name for name in cache if _plain(name) not in of_head]
     alone = [name for name in head if _plain(name) not in of_cache]
     if not lacking:
-        return "classes of one side have the same name, but for spaces and capitals"
+        return "classes of one side have the same name, but for spaces, capitals and the like"
     return f"there is no class {_named(lacking)}" + (f" (but {_named(alone)})" if alone else "")
 
 
@@ -85,7 +92,13 @@ def _by_names(head: Sequence[str], cache: Sequence[str]) -> np.ndarray | None:
 
 
 def _plain(name: str) -> str:
-    return _BETWEEN_WORDS.sub(" ", name).strip().casefold()
+    """Return a name without what people write in several ways; a number stays one, and `1.0` is `1`."""
+    text = unicodedata.normalize("NFC", name).strip()
+    number = _NUMBER.fullmatch(text)
+    if number is not None:
+        return text if number["part"] else number["whole"]
+    words = _BLANKS.sub(" ", _HYPHENS.sub(" ", _UNDERSCORES.sub(" ", text)))
+    return unicodedata.normalize("NFC", words.casefold())
 
 
 def _kind(classes: Sequence[str]) -> str:

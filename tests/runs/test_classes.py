@@ -1,7 +1,9 @@
 """Scores by the names of classes: their order and number are a cache's own, and a head is right or wrong by name."""
 
 import json
+import re
 import shutil
+import unicodedata
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -29,6 +31,7 @@ from tests.support.feature_caches import write_cache
 pytestmark = pytest.mark.usefixtures("one_thread")
 OPTIONS = TrainOptions(head="linear", epochs=8, batch=4, lr=1e-2)
 CLAP, JUMP, RUN, WALK = "clap", "jump", "run", "walk"
+CAFE = "caf\N{LATIN SMALL LETTER E WITH ACUTE}"
 ORDER, OTHER = (CLAP, JUMP, RUN), (RUN, CLAP, JUMP)
 VAL = (CLAP, JUMP, RUN, RUN, JUMP)
 RUN_FILES = ("head.safetensors", "best.safetensors", "confusion.csv", "classes.json", "scored.csv")
@@ -168,6 +171,12 @@ def test_a_trained_head_is_not_scored_by_number(trained, tmp_path):
         (("air drumming", "Yo-Yo"), ("Yo Yo", "air_drumming"), [1, 0]),
         (("c", "c++"), ("c++",), [1]),
         (("0", "1", "10", "2"), ("0", "1", "2"), [0, 1, 3]),  # folders
+        (("0.0", "1.0", "10.0", "2."), ("0", "1", "2"), [0, 1, 3]),  # trained before `1.0` was a number
+        (("0", "1", "2"), ("0.0", "2.0"), [0, 2]),
+        ((unicodedata.normalize("NFD", CAFE), "bar"), (CAFE,), [0]),
+        (("-1", "1"), ("1",), [1]),
+        (("passing football (in game)", "jump"), ("Passing_football_(in_game)",), [0]),
+        (("front - crawl", "jump"), ("front_crawl",), [0]),
     ],
 )
 def test_names_are_matched(head, cache, numbers):
@@ -186,6 +195,11 @@ def test_names_are_matched(head, cache, numbers):
         (("a_b", "a b", "c"), ("a-b",), "have the same name"),
         (("0", "1"), ("0", "1", "2"), "there is no class '2'$"),
         (("0", "1"), ("a", "b"), "2 classes that are numbers cannot be compared with 2 classes with names"),
+        (("0", "1"), ("-1", "0"), r"no class '-1' \(but '1'\)"),
+        (("1", "2"), ("-1.0",), "no class '-1.0'"),
+        (("level 1", "level 2"), ("level -1",), "no class 'level -1'"),
+        (("1.5", "2"), ("1",), "no class '1'"),
+        (("private", "b"), ("_private",), "no class '_private'"),
     ],
 )
 def test_names_that_do_not_fit_are_refused(head, cache, message):
@@ -197,6 +211,20 @@ def test_names_that_do_not_fit_are_refused(head, cache, message):
 def test_numbers_that_do_not_fit_names_are_refused_even_where_they_may_have_some(head, cache):
     with pytest.raises(UsageError, match="cannot be compared"):
         match_classes(head, cache, numbers_may_have_names=True)
+
+
+@pytest.mark.parametrize("folders_are_of", ["head", "cache"])
+def test_folders_whose_names_are_numbers_are_not_compared_by_number(folders_are_of):
+    sides = [tuple(map(str, range(11))), tuple(sorted(map(str, range(1, 12))))]  # "1", "10", "11", "2", …
+    head, cache = sides if folders_are_of == "cache" else sides[::-1]
+    lacking = "'11' (but '0')" if folders_are_of == "cache" else "'0' (but '11')"
+    with pytest.raises(UsageError, match=f"^there is no class {re.escape(lacking)}$"):
+        match_classes(head, cache, numbers_may_have_names=True)
+
+
+def test_a_number_among_names_is_not_another_number():
+    with pytest.raises(UsageError, match=r"^there is no class 'cat' \(but '1'\)$"):
+        match_classes(("0", "1"), ("cat", "0"), numbers_may_have_names=True)
 
 
 @pytest.mark.parametrize("K", [3, 7, 50, 401])

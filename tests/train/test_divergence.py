@@ -216,7 +216,7 @@ def test_a_head_whose_logits_overflow_has_no_score(caches, trained, monkeypatch)
 
 def test_logits_of_any_process_that_are_no_numbers_are_refused_by_all(caches):
     class Loaded:
-        cache = caches[1]
+        cache, labels = caches[1], caches[1].labels
 
     mine, theirs = ViewSums(), ViewSums()
     mine.add_logits(torch.eye(3), torch.tensor([0, 1, 2]), [0, 1, 2])
