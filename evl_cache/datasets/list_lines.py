@@ -14,6 +14,10 @@ _VIDEO = "|".join(map(re.escape, sorted(VIDEO_SUFFIXES)))
 # A path that ends as videos do, and what follows; else, before a comma, any path with an ending.
 _AFTER_VIDEO = re.compile(rf"(?P<path>.*(?:{_VIDEO}))(?P<mark>\s*,\s*|\s+)(?P<label>\S.*)", re.IGNORECASE)
 _BEFORE_COMMA = re.compile(r"(?P<path>.*\.[A-Za-z]\w{1,4})(?P<mark>\s*,\s*)(?P<label>\S+)")
+# A path in quotes, blanks, and a label without any or in quotes, too.
+_QUOTED = re.compile(r'"(?P<path>(?:[^"]|"")+)"\s+(?P<label>"(?:[^"]|"")+"|[^",\s][^"]*)')
+_HOLDS_VIDEO = re.compile(rf"(?:{_VIDEO})(?:\s|$)", re.IGNORECASE)
+_NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?")
 _ENDING = re.compile(r"\.\w+")
 _NUMBERS = re.compile(r"\[?\s*\d+(?:\s*[,;|]\s*\d+|\s+\d+)+\s*\]?")
 _BETWEEN_NAMES = re.compile(r"[,;|]")
@@ -33,9 +37,9 @@ def parse_list(text: str, *, source: str) -> list[ListLine]:
     """Return the lines of a list, but for empty ones and a first one that names the columns.
 
     A line is `path label`, whose path may hold spaces; `path<TAB>label` or `path,label`, where both may. After a path
-    with a video's ending a label may have several words without that.
+    with a video's ending, or in quotes, a label may have several words without that, but none that look like more columns.
 
-    Raises: UsageError with the line number for a line without a label, or with several.
+    Raises: UsageError with the line number for a line without a label, with several, or whose columns are in doubt.
     """
     out: list[ListLine] = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -62,14 +66,35 @@ def _marked(line: str, before_last_word: str, where: str) -> tuple[str, str] | N
     """Return the two columns where the label is not the last word of a line, but what follows a comma or an ending."""
     if _ENDING.fullmatch(os.path.splitext(before_last_word)[1]):
         return None
+    quoted = _QUOTED.fullmatch(line)
+    if quoted is not None and not _HOLDS_VIDEO.search(quoted["label"]):
+        return _unquoted(f'"{quoted["path"]}"'), _one_label(quoted["label"], line, where)
     if line.startswith('"'):
         return _columns(_fields(line, where), line, where)
     match = _AFTER_VIDEO.fullmatch(line) or _BEFORE_COMMA.fullmatch(line)
     if match is None:
         return _columns(_fields(line, where), line, where) if "," in line and not before_last_word else None
     if match["mark"].isspace():
-        return match["path"], match["label"]
+        return match["path"], _one_label(match["label"], line, where)
     return _columns([match["path"], *_fields(match["label"], where)], line, where)
+
+
+def _one_label(label: str, line: str, where: str) -> str:
+    """Return what follows a path and blanks. Raises: UsageError where it may be further columns, or a comment."""
+    if label.startswith('"') and label.endswith('"') and len(label) > 2:
+        return _unquoted(label)
+    words = [word.strip(",;|") for word in label.split()]
+    is_doubtful = "#" in label or any(map(_NUMBER.fullmatch, (words[0], words[-1])))
+    if len(words) > 1 and is_doubtful and not _NUMBERS.fullmatch(label):  # several numbers are told as such
+        raise UsageError(
+            f"{where}: {line!r} has more than one word behind its path, of which {label!r} may be further columns or a "
+            "comment; expected one label: leave the rest out, or write path<TAB>label where a label has such words"
+        )
+    return label
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1].replace('""', '"')
 
 
 def _fields(text: str, where: str) -> list[str]:
@@ -81,6 +106,11 @@ def _fields(text: str, where: str) -> list[str]:
 
 
 def _columns(columns: Sequence[str], line: str, where: str) -> tuple[str, str]:
+    if len(columns) == 1:
+        raise UsageError(
+            f"{where}: {line!r} is no path and label by its quotes; expected '\"path\" label', or path<TAB>label where "
+            "quotes are part of a name"
+        )
     if len(columns) != 2:
         raise UsageError(
             f"{where}: {line!r} has {len(columns)} columns by its commas; expected a path and one label: write "
@@ -93,7 +123,7 @@ def _refuse_several_labels(rows: Sequence[ListLine], *, source: str) -> None:
     """Raise UsageError for a label of several numbers, or of several names that are labels of other lines."""
     names = {row.label for row in rows}
     for row in rows:
-        parts = _BETWEEN_NAMES.split(row.label)
+        parts = [part.strip() for part in _BETWEEN_NAMES.split(row.label)]
         if _NUMBERS.fullmatch(row.label) or (len(parts) > 1 and names.issuperset(parts)):
             raise UsageError(
                 f"{source}, line {row.line}: {row.label!r} are several labels (or a number of frames and a label); "

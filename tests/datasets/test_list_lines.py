@@ -74,6 +74,17 @@ def test_a_list_whose_labels_are_all_minus_one_is_refused() -> None:
         ("copy of a.mp4 last.bin 3", "copy of a.mp4 last.bin", "3"),
         ("clip without ending 3", "clip without ending", "3"),
         ("some/folder 299 1", "some/folder 299", "1"),
+        ('"0.mp4" 1', "0.mp4", "1"),
+        ('"my, clip.mp4"  playing guitar', "my, clip.mp4", "playing guitar"),
+        ('"a ""b"".mp4" "eating, drinking"', 'a "b".mp4', "eating, drinking"),
+        ('"my clip" 3', "my clip", "3"),
+        ('"my.mp4 x" 1', "my.mp4 x", "1"),
+        ('"my clip.mp4" , 3', "my clip.mp4", "3"),
+        ('a.mp4 "take 3"', "a.mp4", "take 3"),
+        ("a.mp4\ttake 3", "a.mp4", "take 3"),
+        ("a.mp4,take 3", "a.mp4", "take 3"),
+        ("a.mp4 c#", "a.mp4", "c#"),
+        ("a.mp4 over 2 bars", "a.mp4", "over 2 bars"),
         ("no.ending, part two 3", "no.ending, part two", "3"),
     ],
 )
@@ -95,6 +106,40 @@ def test_several_labels_are_refused_saying_so(line: str) -> None:
     text = f"y.mp4 a\nz.mp4 b\n{line}\n"
     with pytest.raises(UsageError, match=r"x, line 3: .* are several labels .* expected one label"):
         parse_list(text, source="x")
+
+
+@pytest.mark.parametrize("label", ["cat, dog", "cat ; dog", "cat |dog"])
+@pytest.mark.parametrize("mark", ["\t", ","])
+def test_several_names_with_blanks_between_are_several_labels(label: str, mark: str) -> None:
+    text = f'a.mp4\tcat\nb.mp4\tdog\nc.mp4{mark}"{label}"' if mark == "," else f"a\tcat\nb\tdog\nc\t{label}"
+    with pytest.raises(UsageError, match=r"x, line 3: .* are several labels"):
+        parse_list(text, source="x")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "0.mp4 train 3",
+        "0.mp4 3 train",
+        "0.mp4 3, train",
+        "0.mp4 train -1",
+        "0.mp4 3 # the best",
+        "0.mp4 run # the best",
+        "0.mp4 run #1",
+        '"0.mp4" train 3',
+        "0.mp4 take 3",
+    ],
+)
+def test_words_that_may_be_columns_or_a_comment_are_refused_with_the_tab(line: str) -> None:
+    with pytest.raises(UsageError, match=r"x, line 1: .* may be further columns .* path<TAB>label") as caught:
+        parse_list(line, source="x")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("line", ['"Hey" said.mp4 play guitar', '"a.mp4"', '"" 3', '"abc 3', '"a.mp4" ""'])
+def test_quotes_that_hold_no_path_before_a_label_are_told(line: str) -> None:
+    with pytest.raises(UsageError, match=r"x, line 1: .* quotes; expected .* or path<TAB>label"):
+        parse_list(line, source="x")
 
 
 @pytest.mark.parametrize("line", ["a.mp4,3,train", "a.mp4,1,3", '"a b.mp4",3,train', "a,b,3"])
