@@ -16,9 +16,12 @@ _SPLITS = {
     "evaluation": "val",
     "testing": "test",
 }
+# Three digits are a size, as of train_256; fewer count, as of classes test1 to test12.
 _NAME = re.compile(
-    rf"(?:(?:videos?|clips?)[ _-]*)?(?P<split>{'|'.join(_SPLITS)})[ _-]*(?:set|split|data|videos?|clips?|\d+p?)?"
+    rf"(?:(?:videos?|clips?)[ _-]*)?(?P<split>{'|'.join(_SPLITS)})"
+    r"[ _-]*(?:set|split|data|videos?|clips?|[1-9]\d{2,3}p?)?"
 )
+_COUNTED = re.compile(rf"(?P<split>{'|'.join(_SPLITS)})[ _-]*\d{{1,2}}")
 _REMEDY = "--dataset list takes labels from a file"
 
 
@@ -31,23 +34,36 @@ def split_named(folder: str) -> str | None:
 def find_splits(root: Path, tree: FolderTree) -> dict[str, str]:
     """Return the names of the folders of splits by split, in the order of their names; empty where the root has none.
 
-    Folders that hold no video, such as one of annotations, do not count. A single folder called like a split is a class
-    where videos lie in it beside other classes.
+    Folders that hold no video, such as one of annotations, do not count, nor do empty ones called like splits beside
+    folders of videos. A single folder called like a split is a class where videos lie in it beside other classes.
 
     Raises: UsageError where two folders are one split, or a folder is a split as well as a class.
     """
     visible = {name: folder for name, folder in tree.classes().items() if not name.startswith(".")}
-    named: dict[str, list[str]] = {}
-    for name in visible:
-        if (split := split_named(name)) is not None:
-            named.setdefault(split, []).append(name)
-    if not named:
+    called = {name: split for name in visible if (split := split_named(name)) is not None}
+    others = [name for name in visible if name not in called and visible[name].has_videos()]
+    if others and not any(_holds_classes(visible[name]) for name in called):
+        called = {name: split for name, split in called.items() if visible[name].videos}
+    if not called:
+        _refuse_counted(others, visible, root)
         return {}
-    taken = {name for names in named.values() for name in names}
-    others = [name for name in visible if name not in taken and visible[name].has_videos()]
+    named: dict[str, list[str]] = {}
+    for name, split in called.items():
+        named.setdefault(split, []).append(name)
+    taken = {*called}
     if len(named) == 1 and len(visible) > 1 and not _is_split_beside(visible, taken, others, root):
         return {}
     return {split: _only(names, visible, split, root) for split, names in named.items()}
+
+
+def _refuse_counted(names: list[str], visible: Mapping[str, FolderTree], root: Path) -> None:
+    """Raise UsageError where folders of classes are train1/ and val1/: as classes they would be misread."""
+    counted = {name: _SPLITS[m["split"]] for name in names if (m := _COUNTED.fullmatch(name.strip().lower()))}
+    if len({*counted.values()}) > 1 and all(_holds_classes(visible[name]) for name in counted):
+        raise UsageError(
+            f"{root}: {' and '.join(f'{name}/' for name in list(counted)[:3])} are called like splits, but for their "
+            f"numbers; expected train/, val/ and test/: rename those you mean, and move others elsewhere ({_REMEDY})"
+        )
 
 
 def _is_split_beside(

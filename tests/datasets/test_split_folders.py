@@ -92,6 +92,52 @@ def test_a_class_called_like_a_split_stays_a_class(tmp_path: Path) -> None:
     assert read(lay_out(tmp_path / "x", "test/1.mp4", "notes/x.txt"))["all"].classes == ("test",)
 
 
+@pytest.mark.parametrize(
+    "beside",
+    [
+        ["train/", "val/"],
+        ["train/", "val/", "test/"],
+        ["train/list.txt", "val/list.txt"],
+        ["train/a/notes.txt", "val/"],
+        ["training/x.txt", "train/"],
+    ],
+)
+def test_folders_called_like_splits_that_hold_no_video_hide_no_classes(
+    beside: list[str], tmp_path: Path
+) -> None:
+    lists = read(lay_out(tmp_path, "bus/1.mp4", "car/2.mp4", *beside))
+    assert list(lists) == ["all"] and lists["all"].classes == ("bus", "car")
+    assert any("folders without a video are no classes" in line for line in lists["all"].remarks)
+
+
+def test_a_class_called_like_a_split_stays_one_beside_an_empty_split(tmp_path: Path) -> None:
+    lists = read(lay_out(tmp_path, "train/1.mp4", "bus/2.mp4", "val/"))
+    assert lists["all"].classes == ("bus", "train")
+
+
+def test_an_empty_split_beside_a_full_one_and_other_videos_stays_a_split(tmp_path: Path) -> None:
+    lists = read(lay_out(tmp_path, "train/a/1.mp4", "val/", "unlabeled/2.mp4"), "train")
+    assert list(lists) == ["train"] and lists["train"].classes == ("a",)
+
+
+@pytest.mark.parametrize("names", [("test1", "test2", "test3"), ("test 1", "train_2"), ("val01", "val12")])
+def test_classes_that_are_counted_are_no_splits(names: tuple[str, ...], tmp_path: Path) -> None:
+    lists = read(lay_out(tmp_path, *(f"{name}/{i}.mp4" for i, name in enumerate(names))))
+    assert list(lists) == ["all"] and lists["all"].classes == names
+
+
+def test_counted_splits_are_not_read_as_classes(tmp_path: Path) -> None:
+    files = [name.replace("train", "train1").replace("val", "val1") for name in SPLITS]
+    assert "train1/ and val1/ are called like splits, but for their numbers" in refusal(
+        lay_out(tmp_path, *files)
+    )
+
+
+@pytest.mark.parametrize("name", ["train_256", "train256", "Train-1080p", "train 480p"])
+def test_sizes_behind_the_name_of_a_split_are_passed_by(name: str) -> None:
+    assert split_named(name) == "train"
+
+
 def test_two_folders_of_one_split_are_refused(tmp_path: Path) -> None:
     lay_out(tmp_path, *SPLITS, "validation/a/5.mp4")
     assert "val/ and validation/ are both called like the split val" in refusal(tmp_path)
