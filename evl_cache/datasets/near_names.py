@@ -14,6 +14,8 @@ from evl_cache.datasets.places import VIDEO_SUFFIXES, is_directory, join, list_d
 _LOOKED_AT = 20  # missing names that are compared with what is there
 _MOST_ENTRIES = 200_000  # of the disk; a refusal should not take minutes
 _LEAST_PREFIX = 6  # letters that a name and a shorter one must share: fewer are chance
+# As the data sets of Kinetics name clips; other names may end in numbers that are no times.
+_TIMED = re.compile(r"[\w-]{11}(_\d{6}){2}", re.ASCII)
 _ARCHIVE = re.compile(r".*(\.(zip|tar|tgz|rar|7z|z\d\d|(tar|zip)\.\w+)|-v2-\d\d)", re.IGNORECASE)
 _MORE_SUFFIXES = frozenset((
     ".3g2", ".asf", ".divx", ".f4v", ".gif", ".m2ts", ".m2v", ".mxf", ".ogg", ".qt", ".rm", ".rmvb", ".vob", ".y4m",
@@ -106,7 +108,8 @@ def _near(path: str, root: Path, names: "_Names", wanted: Callable[[str], bool])
             return _Near(expected=path, there=there, cause=_cause_of(cause, relative, there, root))
     if (there := names.longer_or_shorter(relative)) is not None:
         more = _loose(relative).removeprefix(_loose(there))
-        cause = _NO_TIMES if re.fullmatch(r"(_\d+){1,2}", more) else _PART
+        is_timed = _TIMED.fullmatch(_no_ending(_base(relative))) and re.fullmatch(r"(_\d{6}){1,2}", more)
+        cause = _NO_TIMES if is_timed else _PART
         return _Near(expected=path, there=there, cause=cause)
     return None
 

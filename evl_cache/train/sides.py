@@ -1,6 +1,7 @@
 """What a training says of its clips before it begins: those on both sides, and classes that it cannot learn."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import compress
 
 import numpy as np
 
@@ -8,6 +9,7 @@ from evl_cache.batches import Source
 from evl_cache.runs import match_classes
 
 _MOST_NAMED = 3
+_PARTS_READ_WHOLE = 4  # where a fourth of the clips or more are asked for, all are read
 
 
 def notes_of_sides(caches: Sequence[Source], samples: Sequence[np.ndarray]) -> list[str]:
@@ -28,8 +30,8 @@ def _shared_clips(caches: Sequence[Source], samples: Sequence[np.ndarray]) -> li
     if train.spec.content_id == val.spec.content_id:  # no list of a million clips is read for one cache
         shared = [val.clips[row].id for row in np.intersect1d(rows[0], rows[1]).tolist()]
     else:
-        trained = {train.clips[row].id for row in rows[0].tolist()}
-        shared = [clip_id for row in rows[1].tolist() if (clip_id := val.clips[row].id) in trained]
+        trained = {*_ids(train, rows[0])}
+        shared = [clip_id for clip_id in _ids(val, rows[1]) if clip_id in trained]
     if not shared:
         return []
     told = (
@@ -37,6 +39,16 @@ def _shared_clips(caches: Sequence[Source], samples: Sequence[np.ndarray]) -> li
         "the accuracy of them says little of others"
     )
     return [told]
+
+
+def _ids(cache: Source, rows: np.ndarray) -> Iterator[str]:
+    """Yield the ids of clips, whose rows ascend: of many all lines are read at once, in a third of the time of one each."""
+    clips = cache.clips
+    if len(rows) * _PARTS_READ_WHOLE < len(clips):
+        return (clips[row].id for row in rows.tolist())
+    is_asked = np.zeros(len(clips), dtype=bool)
+    is_asked[rows] = True
+    return (clip.id for clip in compress(clips, is_asked.tolist()))
 
 
 def _untrained_classes(caches: Sequence[Source], samples: Sequence[np.ndarray]) -> list[str]:

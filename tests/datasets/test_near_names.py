@@ -44,6 +44,8 @@ CASES = {
     "a folder too many": ("sets/a/b.mp4", "a/b.mp4", "leave out sets/ in them"),
     "marks": ("my-clip 1.mp4", "my_clip_1.mp4", "spaces, dashes or other marks differ"),
     "no times": ("train/aaaaaaaaa00_000059_000069.mp4", "train/aaaaaaaaa00.mp4", "has no times"),
+    "numbers that are no times": ("holiday_2019_12.mp4", "holiday.mp4", "a part of its name differs"),
+    "a number that is no time": ("holiday_01.mp4", "holiday.mp4", "a part of its name differs"),
     "a part of the name": ("abcdefg.mp4", "abcdefg_small.mp4", "a part of its name differs"),
 }
 

@@ -7,6 +7,7 @@ import pytest
 
 from evl_cache.batches import split_clips
 from evl_cache.store import FeatureCache
+from evl_cache.store.format.clip_table import ClipTable
 from evl_cache.sweep import sweep
 from evl_cache.sweep.grid import expand
 from evl_cache.train import notes_of_sides
@@ -59,3 +60,15 @@ def test_clips_that_are_held_out_of_one_cache_are_on_one_side(tmp_path):
     assert notes_of_sides((cache, cache), samples) == []
     (note,) = notes_of_sides((cache, cache), (np.arange(13), samples[1]))
     assert "2 of 2 clips" in note and "('c3', 'c7')" in note
+
+
+def test_many_clips_are_not_read_one_by_one(tmp_path, monkeypatch):
+    caches = write_cache(tmp_path / "train"), write_cache(tmp_path / "val", labels=[0, 1, 2], split="val")
+    read = []
+    one = ClipTable.__getitem__
+    monkeypatch.setattr(ClipTable, "__getitem__", lambda clips, row: read.append(row) or one(clips, row))
+    samples = [np.arange(13), np.arange(3)]
+    (note,) = notes_of_sides(caches, samples)
+    assert "3 of 3 clips" in note and "('c0', 'c1', 'c2')" in note and not read
+    assert "1 of 1 clips" in notes_of_sides(caches, [np.array([7, 1]), np.array([1])])[0]
+    assert read == [1, 7]  # of a few, no list of a million is read
