@@ -28,7 +28,7 @@ def _shared_clips(caches: Sequence[Source], samples: Sequence[np.ndarray]) -> li
     train, val = caches
     rows = [np.unique(cache.sample_clips[of_side]) for cache, of_side in zip(caches, samples, strict=True)]
     if train.spec.content_id == val.spec.content_id:  # no list of a million clips is read for one cache
-        shared = [val.clips[row].id for row in np.intersect1d(rows[0], rows[1]).tolist()]
+        shared = [*_ids(val, np.intersect1d(rows[0], rows[1]))]
     else:
         trained = {*_ids(train, rows[0])}
         shared = [clip_id for clip_id in _ids(val, rows[1]) if clip_id in trained]
