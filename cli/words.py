@@ -32,17 +32,27 @@ def _expanded(word: str) -> str:
 
 def told_of_dash(error: click.NoSuchOption, words: Iterable[str]) -> click.UsageError:
     """Return the error, with what to do where a file was taken for an option as its name begins with a dash."""
-    named = next(_files_with_dash(words), None)
+    named = next(_files_with_dash(words, error.option_name), None)
     if named is None:
         return error
     told = f"{error.format_message().rstrip('.')}; a file whose name begins with - is given as ./{named}"
     return click.UsageError(told, error.ctx)
 
 
-def _files_with_dash(words: Iterable[str]) -> Iterator[str]:
-    return (
-        word for word in words if word.startswith("-") and (os.path.lexists(word) or _looks_like_file(word))
-    )
+def _files_with_dash(words: Iterable[str], unknown: str) -> Iterator[str]:
+    """Yield words that may be files, of those that an unknown option can have been read from: `-3` is from `-3B32.mp4`."""
+    for word in words:
+        is_unknown = word.startswith(unknown if unknown.startswith("--") else "-")
+        if is_unknown and not _is_number(word) and (os.path.lexists(word) or _looks_like_file(word)):
+            yield word
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _looks_like_file(word: str) -> bool:

@@ -19,7 +19,7 @@ from evl_cache.store import FeaturesOverflow, Row, make_rows
 from evl_cache.towers import Backbone, Features
 
 _BATCHES_AT_ONCE = 2  # whose features are on the device: one that runs, one whose rows are made
-_UNSTORABLE_FROM_THE_START = 8  # samples, none of which can be stored: the tower's fault, not theirs
+_UNSTORABLE_FROM_THE_START = 8  # clips, of which no sample can be stored: the tower's fault, not theirs
 
 
 class ClipRows:
@@ -120,7 +120,8 @@ class DevicePipeline:
         self._backbone, self._spec, self._device, self.batch = backbone, spec, device, batch
         self._waited, self._on_failure = waited, on_failure
         self.failure: BaseException | None = None
-        self.failed_at_clips, self.has_stored, self._unstorable = False, has_stored, 0
+        self.failed_at_clips, self.has_stored = False, has_stored
+        self._unstorable: set[ClipRows] = set()  # until something is stored
         self._is_gpu = self.makes_rows_beside = device.type == "cuda"
         # Copies to the device and rows wait neither for the batch that runs nor for each other.
         self._copies = torch.cuda.Stream(device) if self._is_gpu else None  # type: ignore[no-untyped-call]
@@ -272,7 +273,9 @@ class DevicePipeline:
             rows = [
                 row if is_filled else None for row, is_filled in zip(made, staged.is_filled, strict=False)
             ]
-            self._check_storable([row for row in rows if row is not None])
+            self._check_storable(
+                [(clip, row) for (clip, _), row in zip(staged.slots, rows, strict=True) if row is not None]
+            )
         made_s = time.monotonic() - started
         for (clip, _), row in zip(staged.slots, rows, strict=True):
             if clip.add(row):
@@ -293,21 +296,28 @@ class DevicePipeline:
                 self._rows.wait_event(event)
             return make_rows(tokens, maps, spec)
 
-    def _check_storable(self, rows: Sequence[Row | ClipError]) -> None:
+    def _check_storable(self, rows: Sequence[tuple[ClipRows, Row | ClipError]]) -> None:
         """Check that a tower of which nothing was stored yet is not at fault: then no clip is to blame.
 
-        Raises: UsageError where it overflows float16 on all of a batch, or none of the first samples can be stored.
+        Args:
+            rows: each with its clip, which may have several of them.
+
+        Raises: UsageError where it overflows float16 on all clips of a batch, or none of the first clips can be stored.
         """
-        failed = [row for row in rows if isinstance(row, ClipError)]
-        self._unstorable += len(failed)
+        failed = [(clip, row) for clip, row in rows if isinstance(row, ClipError)]
         self.has_stored |= len(failed) < len(rows)
+        if self.has_stored:
+            self._unstorable.clear()
         if self.has_stored or not failed:
             return
-        if all(isinstance(row, FeaturesOverflow) for row in failed):
-            raise UsageError(f"every clip of a batch overflows in the tower: {failed[0]}")
-        if self._unstorable >= _UNSTORABLE_FROM_THE_START:
+        clips = {clip for clip, _ in failed}
+        self._unstorable |= clips
+        _, first = failed[0]
+        if len(clips) > 1 and all(isinstance(row, FeaturesOverflow) for _, row in failed):
+            raise UsageError(f"every clip of a batch overflows in the tower: {first}")
+        if len(self._unstorable) >= _UNSTORABLE_FROM_THE_START:
             raise UsageError(
-                f"none of the first {self._unstorable} samples can be stored, so no clip is to blame: {failed[0]}"
+                f"none of the first {len(self._unstorable)} clips can be stored, so no clip is to blame: {first}"
             )
 
     def _end(self) -> None:

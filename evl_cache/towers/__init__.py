@@ -5,6 +5,7 @@ from evl_cache.towers.build import build_tower
 from evl_cache.towers.families import adapter_of
 from evl_cache.towers.names import default_pretrained, is_model_file, is_weights_file
 from evl_cache.towers.tower import Tower
+from evl_cache.towers.weights import read_tower_weights
 
 __all__ = [
     "Backbone",
@@ -17,4 +18,5 @@ __all__ = [
     "is_model_file",
     "is_weights_file",
     "map_projections",
+    "read_tower_weights",
 ]

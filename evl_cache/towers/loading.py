@@ -9,7 +9,8 @@ from torch import nn
 
 from evl_cache.errors import WeightsError
 from evl_cache.notation import escaped
-from evl_cache.towers.weights import Candidate, TowerWeights, beside, tensors_sha256
+from evl_cache.towers.several_towers import told_of_several
+from evl_cache.towers.weights import Candidate, TowerWeights, beside, extra, tensors_sha256
 
 Tensors = Mapping[str, torch.Tensor]
 _log = logging.getLogger("evl_cache")
@@ -62,10 +63,21 @@ def _chosen(
     if not fitting and convert is not None:
         likeliest = _converted(likeliest, convert)
         fitting = [each for each in likeliest if each.fits(own)]
-    fitting = [each for each in fitting if not _extra(each.tensors, own)] or fitting
-    if len(fitting) > 1 and len({tensors_sha256({n: each.tensors[n] for n in own}) for each in fitting}) > 1:
-        raise WeightsError(_several(weights, fitting, pretrained))
+    # Of equal ones, one that has no other names beside it; whether they are equal does not depend on those.
+    fitting.sort(key=lambda each: bool(extra(each.tensors, own)))
+    if len(differing := _differing(fitting, own)) > 1:
+        raise WeightsError(told_of_several(weights.path, differing, own, pretrained))
     return fitting[0] if fitting else likeliest[0]
+
+
+def _differing(fitting: list[Candidate], own: Tensors) -> list[Candidate]:
+    """Return the first of each set of candidates whose tensors are the same."""
+    if len(fitting) < 2:
+        return fitting
+    firsts: dict[str, Candidate] = {}
+    for each in fitting:
+        firsts.setdefault(tensors_sha256({n: each.tensors[n] for n in own}), each)
+    return list(firsts.values())
 
 
 def _converted(candidates: list[Candidate], convert: Callable[[Tensors], Tensors]) -> list[Candidate]:
@@ -82,40 +94,23 @@ def _converted(candidates: list[Candidate], convert: Callable[[Tensors], Tensors
     return converted
 
 
-def _several(weights: TowerWeights, fitting: list[Candidate], pretrained: str) -> str:
-    """Return what is said of several sets of weights in a file, and how one is chosen."""
-    one, path = fitting[0], str(weights.path)
-    inside = "".join(f"[{key!r}]" for key in one.container)
-    names = f"{{n: v for n, v in s.items() if n.startswith({one.prefix!r})}}" if one.prefix else "s"
-    return (
-        f"weights {pretrained!r} hold {len(fitting)} towers that fit and differ: {' and '.join(map(str, fitting))}; save the "
-        f"one you mean alone, as s = torch.load({path!r}, weights_only=True){inside}; torch.save({names}, 'one.pt')"
-        " does for the first"
-    )
-
-
-def _extra(tensors: Tensors, own: Tensors) -> list[str]:
-    left_out = set(beside(tensors, own))
-    return [name for name in tensors if name not in own and name not in left_out]
-
-
 def _check(tensors: Tensors, own: Tensors, chosen: Candidate, *, model: str, pretrained: str) -> None:
     """Raise a WeightsError where tensors are not those of a tower."""
     wrong = [n for n in own if n in tensors and tensors[n].shape != own[n].shape]
     missing = [name for name in own if name not in tensors]
-    extra = _extra(tensors, own)
-    if not (wrong or missing or extra):
+    others = extra(tensors, own)
+    if not (wrong or missing or others):
         return
     first = (
         f"{wrong[0]} is {tuple(tensors[wrong[0]].shape)}, expected {tuple(own[wrong[0]].shape)}"
         if wrong
-        else f"missing {missing[:2]}, not in the model {extra[:2]}"
+        else f"missing {missing[:2]}, not in the model {others[:2]}"
     )
     where = "" if chosen.is_plain else f" (read from {chosen})"
     remedy = "choose the --model they were trained for"
-    if missing and not wrong and not extra and 2 * len(missing) < len(own):
+    if missing and not wrong and not others and 2 * len(missing) < len(own):
         remedy += ", or save its whole state dict"
     raise WeightsError(
         f"weights {pretrained!r} do not match model {model}{where}: {first} ({len(wrong)} shapes, {len(missing)} "
-        f"missing, {len(extra)} extra); {remedy}"
+        f"missing, {len(others)} extra); {remedy}"
     )

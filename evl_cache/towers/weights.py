@@ -2,13 +2,14 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from evl_cache.errors import WeightsError
 from evl_cache.towers.weights_file import read_weights_file
 
 # Names of the patch embedding in open_clip's own tower, in a timm trunk of open_clip's, and in timm's own models.
@@ -25,6 +26,14 @@ _BESIDE = frozenset(
 # As CLIP's own files and common training scripts have them.
 _PLAIN_PREFIXES = frozenset({"", "visual.", "module.", "module.visual."})
 _PLAIN_CONTAINERS = frozenset({"state_dict", "model", "module"})
+_DEEPEST = 64  # dictionaries within each other; those of training scripts are a few
+_LONGEST_SHOWN = 60  # characters of a key or a prefix
+
+Keys = tuple[Hashable, ...]  # of the dictionaries around tensors, outermost first, as they are in the file
+
+
+class _TooDeep(Exception):
+    """Dictionaries are further within each other than any that hold weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +47,7 @@ class Candidate:
         found: how many names of the tower are among them.
     """
 
-    container: tuple[str, ...]
+    container: Keys
     prefix: str
     tensors: Mapping[str, torch.Tensor]
     found: int
@@ -58,10 +67,10 @@ class Candidate:
         return all(n in self.tensors and self.tensors[n].shape == own[n].shape for n in own)
 
     def __str__(self) -> str:
-        inside = "".join(f"[{key!r}]" for key in self.container)
+        inside = _cut("".join(f"[{_shown(key)}]" for key in self.container), 2 * _LONGEST_SHOWN)
         if not self.prefix:
             return inside or "names without a prefix"
-        return f"{self.prefix!r} in {inside}" if inside else repr(self.prefix)
+        return f"{_shown(self.prefix)} in {inside}" if inside else _shown(self.prefix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +84,7 @@ class TowerWeights:
     """
 
     path: Path
-    containers: Mapping[tuple[str, ...], Mapping[str, torch.Tensor]] = field(repr=False)
+    containers: Mapping[Keys, Mapping[str, torch.Tensor]] = field(repr=False)
     is_openai_archive: bool
 
     def candidates(self, own: Mapping[str, torch.Tensor]) -> list[Candidate]:
@@ -89,17 +98,29 @@ class TowerWeights:
         return sorted(found, key=lambda each: (-each.found, not each.is_image_tower, len(each.prefix)))
 
 
-def read_tower_weights(path: Path) -> TowerWeights:
+def read_tower_weights(path: Path | str) -> TowerWeights:
     """Return the weights of a file of any of the three kinds. Raises: WeightsError where the file is of no such kind."""
-    content, is_archive = read_weights_file(path)
-    containers = {keys: tensors for keys, tensors in _containers(content, (), set()) if tensors}
-    return TowerWeights(path=path, containers=containers, is_openai_archive=is_archive)
+    content, is_archive = read_weights_file(Path(path))
+    try:
+        containers = {keys: tensors for keys, tensors in _containers(content, (), set()) if tensors}
+    except _TooDeep as error:
+        raise WeightsError(
+            f"{path}: its dictionaries are more than {_DEEPEST} deep; expected a state dict of tensors (torch.save)"
+        ) from error
+    return TowerWeights(path=Path(path), containers=containers, is_openai_archive=is_archive)
 
 
 def beside(names: Mapping[str, object], own: Mapping[str, object]) -> list[str]:
     """Return the names that are no part of a tower, but stand beside it: a classifier's, for example."""
     parts = {name.partition(".")[0] for name in own}
     return [n for n in names if n not in own and n.partition(".")[0] in _BESIDE - parts]
+
+
+def extra(names: Iterable[str], own: Mapping[str, object]) -> list[str]:
+    """Return the names that are neither a tower's nor of what stands beside one."""
+    others = dict.fromkeys(name for name in names if name not in own)
+    left_out = set(beside(others, own))
+    return [name for name in others if name not in left_out]
 
 
 def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -113,14 +134,26 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def _containers(
-    content: Mapping[Any, Any], keys: tuple[str, ...], seen: set[int]
-) -> Iterator[tuple[tuple[str, ...], dict[str, torch.Tensor]]]:
-    """Yield the tensors of each dictionary in a file, which may hold itself."""
+    content: Mapping[Any, Any], keys: Keys, seen: set[int]
+) -> Iterator[tuple[Keys, dict[str, torch.Tensor]]]:
+    """Yield the tensors of each dictionary in a file, which may hold itself. Raises: _TooDeep."""
+    if len(keys) > _DEEPEST:
+        raise _TooDeep
     seen.add(id(content))
     yield keys, {str(name): value for name, value in content.items() if torch.is_tensor(value)}
     for name, value in content.items():
         if isinstance(value, Mapping) and id(value) not in seen:
-            yield from _containers(value, (*keys, str(name)), seen)
+            yield from _containers(value, (*keys, name), seen)
+
+
+def _shown(key: Hashable) -> str:
+    """Return a key in one short line, whatever a file has as a key."""
+    shown = repr(key) if isinstance(key, str | int | float | bytes | None) else f"a {type(key).__name__}"
+    return _cut(shown, _LONGEST_SHOWN)
+
+
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]}…"
 
 
 def _unwrapped(names: Iterable[str]) -> dict[str, str]:
@@ -145,7 +178,7 @@ def _prefixes(names: Iterable[str], own: Mapping[str, object]) -> list[str]:
 
 
 def _behind(
-    container: tuple[str, ...],
+    container: Keys,
     prefix: str,
     names: Mapping[str, str],
     tensors: Mapping[str, torch.Tensor],

@@ -118,6 +118,17 @@ def test_a_file_that_begins_with_a_dash_is_told_how_to_be_given(
     assert "given as" not in run("predict", "-x", "--run", "~/run")[2]
 
 
+@pytest.mark.parametrize("value", ["-0.5", "-1.5e-3", "-.5", "-0.5,0.5"])
+def test_a_negative_number_beside_an_unknown_option_is_taken_for_no_file(run: Run, value: str) -> None:
+    status, _, told = run("train", "--lr", value, "--bogus", "x")
+    assert status == 2 and "--bogus" in told and "given as" not in told
+
+
+def test_a_negative_number_in_the_place_of_a_file_is_taken_for_no_file(run: Run) -> None:
+    status, _, told = run("predict", "-0.5", "--run", "run")
+    assert status == 2 and "No such option" in told and "given as" not in told
+
+
 def test_stdout_holds_one_format(run: Run) -> None:
     status, out, told = run("predict", "d", "--run", "run", "--device", "cpu", "--csv", "-", "--json")
     assert status == 2 and out == "" and "--csv FILE --json" in told

@@ -13,6 +13,7 @@ from evl_cache.extract.block import BlockExtractor
 from evl_cache.extract.block_taker import BlockTaker
 from evl_cache.extract.device_pipeline import DevicePipeline
 from evl_cache.extract.stage_seconds import StageSeconds
+from evl_cache.spec import ViewSpec
 from evl_cache.store import LOCKS_NAME, LockWatcher, create_cache
 from evl_cache.towers import Backbone
 from tests.support.blocks_ahead import Device, extract_in, overflown
@@ -107,7 +108,7 @@ def test_a_tower_whose_features_are_never_storable_stops_the_run_and_blames_no_c
     clips = replace(few, clips=(*few.clips, *(replace(clip, id=f"again-{clip.id}") for clip in few.clips)))
     device.after = lambda features: overflown(features, slice(None))
     spec = small_spec(clips, small_tower(motions), compute_dtype=compute_dtype)
-    with pytest.raises(UsageError, match="none of the first 8 samples can be stored") as raised:
+    with pytest.raises(UsageError, match="none of the first 8 clips can be stored") as raised:
         extract_in(2, clips, tmp_path / "cache", spec=spec)
     assert len(device.batches) <= 6
     assert "float32" not in str(raised.value) and "weights" in str(raised.value)
@@ -119,6 +120,20 @@ def test_a_clip_that_overflows_alone_fails_alone(motions: Path, tmp_path: Path, 
     result, _, _ = extract_in(2, clips, tmp_path / "cache", spec=float16_spec(clips, motions))
     assert [clip for clip, _ in result.failures] == [clips.clips[0].id, BROKEN]
     assert "--compute-dtype bfloat16" in result.failures[0][1]
+
+
+@pytest.mark.parametrize("compute_dtype", ["float32", "float16"])
+def test_the_first_clip_fails_alone_whatever_its_views(
+    motions: Path, tmp_path: Path, device: Device, compute_dtype: str
+) -> None:
+    clips = load_clips(motions)
+    views = ViewSpec(frames=4, stride=2, temporal_views=4, spatial_views=3)
+    spec = small_spec(clips, small_tower(motions), compute_dtype=compute_dtype, views=views)
+    device.after = lambda features: (
+        overflown(features, slice(None)) if len(device.batches) <= views.per_clip // 4 else features
+    )
+    result, _, _ = extract_in(4, clips, tmp_path / "cache", spec=spec)
+    assert [clip for clip, _ in result.failures] == [clips.clips[0].id, BROKEN]
 
 
 def test_the_device_goes_on_while_a_block_is_committed(

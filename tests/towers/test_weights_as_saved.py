@@ -3,6 +3,7 @@
 import argparse
 import logging
 import pickle
+import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -11,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from torch import nn
 
 from evl_cache.errors import WeightsError
 from evl_cache.towers import build_tower
@@ -97,20 +100,137 @@ def refused(state: Any, path: Path) -> str:
     return str(raised.value)
 
 
+AUX = {"aux.w": torch.ones(2)}
+# A tower and another with the same names, and what the error says of them: no names beside either hide the other.
+TWO: dict[str, tuple[Callable[[State, State], Any], str]] = {
+    "EMA": (lambda s, o: {"model": s, "model_ema": o}, "['model'] and ['model_ema']"),
+    "teacher": (
+        lambda s, o: {**behind("teacher.visual.", s), **behind("student.visual.", o)},
+        "'teacher.visual.' and 'student.visual.'",
+    ),
+    "EMA beside plain names": (lambda s, o: {**s, **behind("ema.", o)}, "'ema.' and names without a prefix"),
+    "more in the first": (lambda s, o: {"model": s | AUX, "model_ema": o}, "['model_ema'] and ['model']"),
+    "more in the second": (lambda s, o: {"model": s, "model_ema": o | AUX}, "['model'] and ['model_ema']"),
+    "more in both": (lambda s, o: {"model": s | AUX, "model_ema": o | AUX}, "['model'] and ['model_ema']"),
+    "more behind one prefix": (
+        lambda s, o: {**behind("online.", s | AUX), **behind("target.", o)},
+        "'target.' and 'online.'",
+    ),
+    "beside a Namespace": (
+        lambda s, o: {"model": s, "ema": o, "args": argparse.Namespace(lr=1)},
+        "['model'] and ['ema']",
+    ),
+    "numbered": (lambda s, o: {"models": {0: s, "0": o}}, "['models'][0] and ['models']['0']"),
+}
+
+
+def advice_in(said: str) -> str:
+    return said.partition("alone, as ")[2].rpartition(" does for")[0]
+
+
+@pytest.mark.parametrize("kind", TWO)
 def test_two_towers_that_fit_and_differ_are_an_error_that_names_both_and_its_advice_works(
+    tiny: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    other = {name: value + 1 for name, value in tiny.items()}
+    save, told = TWO[kind]
+    said = refused(save(tiny, other), tmp_path / "two.pt")
+    assert f"2 towers that fit and differ: {told}; " in said
+    exec(advice_in(said))  # what the line tells people to run
+    is_first = "ema" not in told.partition(" and ")[0] and "target" not in told.partition(" and ")[0]
+    saved = build_tower("evl-tiny", "one.pt").visual.state_dict()
+    assert torch.equal(saved[MLP], (tiny if is_first else other)[MLP])
+
+
+def test_the_advice_for_two_towers_works_for_safetensors(
     tiny: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     other = {name: value + 1 for name, value in tiny.items()}
-    said = refused({"model": tiny, "model_ema": other}, tmp_path / "ema.pt")
-    assert "2 towers that fit and differ: ['model'] and ['model_ema']" in said
-    said = refused(
-        {**behind("teacher.visual.", other), **behind("student.visual.", tiny)}, tmp_path / "two.pt"
-    )
-    assert "'teacher.visual.' and 'student.visual.'" in said
-    advice = said.partition("alone, as ")[2].partition(" does for")[0]
-    exec(advice, {"torch": torch})  # what the line tells people to run
-    assert torch.equal(build_tower("evl-tiny", "one.pt").visual.state_dict()[MLP], other[MLP])
+    save_file(behind("b.", tiny) | behind("a.", other), "two.safetensors")
+    with pytest.raises(WeightsError) as raised:
+        build_tower("evl-tiny", "two.safetensors")
+    exec(advice_in(str(raised.value)))
+    saved = build_tower("evl-tiny", "one.pt").visual.state_dict()
+    assert torch.equal(saved[MLP], other[MLP])
+
+
+def test_equal_towers_are_read_from_the_one_without_other_names(tiny: State, tmp_path: Path) -> None:
+    torch.save({"model": tiny | AUX, "model_ema": tiny}, tmp_path / "w.pt")
+    tower = build_tower("evl-tiny", str(tmp_path / "w.pt"))
+    assert torch.equal(tower.visual.state_dict()[MLP], tiny[MLP])
+
+
+def test_many_towers_and_long_keys_are_a_short_line(tiny: State, tmp_path: Path) -> None:
+    towers = {"k" * 5000 + str(i): {name: value + i for name, value in tiny.items()} for i in range(5)}
+    said = refused(towers, tmp_path / "w.pt")
+    assert "5 towers that fit and differ" in said and " and 2 more; save the one you mean alone" in said
+    assert len(said) < 600
+
+
+def save_deep(state: State, depth: int, path: Path) -> None:
+    """Save a state dict within so many dictionaries, which Python's pickler could not write."""
+    torch.save(state, path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            if name.endswith("/data.pkl"):  # two bytes of protocol, an object, one byte that ends it
+                content = content[:2] + b"}X\x01\x00\x00\x00a" * depth + content[2:-1] + b"s" * depth + b"."
+            archive.writestr(name, content)
+
+
+def test_dictionaries_within_each_other_are_read_to_a_depth(tiny: State, tmp_path: Path) -> None:
+    save_deep(tiny, 60, tmp_path / "w.pt")
+    assert torch.equal(build_tower("evl-tiny", str(tmp_path / "w.pt")).visual.state_dict()[MLP], tiny[MLP])
+    save_deep(tiny, 3000, tmp_path / "w.pt")
+    with pytest.raises(WeightsError, match="dictionaries are more than 64 deep; expected a state dict"):
+        build_tower("evl-tiny", str(tmp_path / "w.pt"))
+
+
+class RunsOnLoading(nn.Module):
+    """Its TorchScript archive holds a method that torch.jit.load calls."""
+
+    @torch.jit.export
+    def __getstate__(self) -> int:
+        return 1
+
+    @torch.jit.export
+    def __setstate__(self, state: int) -> None:
+        raise RuntimeError("code of the file was run")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* deprecated")
+@pytest.mark.parametrize("entry", ["code/__torch__", "CODE/__TORCH__"])
+def test_a_torchscript_archive_that_runs_code_on_loading_is_refused_unrun(tmp_path: Path, entry: str) -> None:
+    torch.jit.script(RunsOnLoading()).save(str(tmp_path / "own.pt"))
+    with zipfile.ZipFile(tmp_path / "own.pt") as archive, zipfile.ZipFile(tmp_path / "w.pt", "w") as other:
+        for each in archive.infolist():
+            other.writestr(each.filename.replace("code/__torch__", entry), archive.read(each))
+    with pytest.raises(torch.jit.Error, match="was run"):
+        torch.jit.load(str(tmp_path / "w.pt"))
+    with pytest.raises(
+        WeightsError, match=r"more than tensors \(a method __setstate__\), and code .* not run"
+    ):
+        build_tower("evl-tiny", str(tmp_path / "w.pt"))
+
+
+def test_a_long_name_of_an_object_is_cut(tmp_path: Path) -> None:
+    module, name = "m" * 4000, "n" * 4000
+    torch.save({"args": Recipe()}, tmp_path / "w.pt")
+    with zipfile.ZipFile(tmp_path / "w.pt") as archive:
+        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+    with zipfile.ZipFile(tmp_path / "w.pt", "w") as archive:
+        for entry, content in entries.items():
+            named = f"c{Recipe.__module__}\nRecipe\n".encode()
+            archive.writestr(entry, content.replace(named, f"c{module}\n{name}\n".encode()))
+    with pytest.raises(WeightsError, match=r"more than tensors \(m{80}…\)") as raised:
+        build_tower("evl-tiny", str(tmp_path / "w.pt"))
+    assert len(str(raised.value)) < 400
 
 
 def test_a_name_that_lacks_behind_a_prefix_is_told(tiny: State, tmp_path: Path) -> None:
