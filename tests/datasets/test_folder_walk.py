@@ -53,6 +53,8 @@ def slow_walk(root: Path) -> dict[str, Any] | None:
     folders = [d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")]
     splits = {SPLIT_NAMES[d.name]: d for d in folders if d.name in SPLIT_NAMES}
     others = [d for d in folders if d.name not in SPLIT_NAMES and has_videos(d)]
+    if others and not any(map(classes_in, splits.values())):  # empty ones hide no classes
+        splits = {name: d for name, d in splits.items() if direct_videos(d)}
     if len(splits) == 1 and len(folders) > 1:
         (split,) = splits.values()
         if not direct_videos(split) and others and classes_in(split):

@@ -126,6 +126,11 @@ def test_classes_that_are_counted_are_no_splits(names: tuple[str, ...], tmp_path
     assert list(lists) == ["all"] and lists["all"].classes == names
 
 
+def test_classes_that_are_counted_may_hold_folders(tmp_path: Path) -> None:
+    lists = read(lay_out(tmp_path, *(f"test{i}/take/{i}.mp4" for i in (1, 2, 3))))
+    assert list(lists) == ["all"] and lists["all"].classes == ("test1", "test2", "test3")
+
+
 def test_counted_splits_are_not_read_as_classes(tmp_path: Path) -> None:
     files = [name.replace("train", "train1").replace("val", "val1") for name in SPLITS]
     assert "train1/ and val1/ are called like splits, but for their numbers" in refusal(
