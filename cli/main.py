@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from types import FrameType
+from typing import NoReturn
 
 import click
 
@@ -111,6 +112,14 @@ def main(args: list[str] | None = None) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         with contextlib.suppress(OSError):
             sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        _run(args)
+    except KeyboardInterrupt:  # while an error was told: a traceback would hide it
+        sys.exit(130)
+
+
+def _run(args: list[str] | None) -> NoReturn:
+    """Run a command, tell its error, and end."""
     try:
         status = cli.main(args=args, prog_name="evl-cache", standalone_mode=False)
     except click.exceptions.Abort:

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,9 @@ NUM_THREADS = 2
 
 def pytest_configure() -> None:
     torch.set_num_threads(NUM_THREADS)
+    # A shell starts what it puts into the background deaf to Ctrl-C, and children inherit that: tests send it to theirs.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -2,9 +2,11 @@
 
 import os
 import subprocess
+from typing import NoReturn
 
 import pytest
 
+from evl_cache_cli import main as main_module
 from tests.support.example_data import ROOT
 from tests.support.warm_python import warm_python
 
@@ -76,3 +78,13 @@ def test_a_signal_in_a_callback_of_the_garbage_collection_ends_the_command(name:
     ended = run(CODE.replace("{name}", name))
     assert (ended.returncode, ended.stdout) == (status, ""), ended
     assert "Traceback" not in ended.stderr and "ignored" not in ended.stderr
+
+
+def test_a_signal_while_an_error_is_told_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object, **__: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main_module.click, "echo", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main_module.main(["info", "no such cache"])
+    assert ended.value.code == 130

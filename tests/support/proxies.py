@@ -1,7 +1,7 @@
 """A real little HTTP proxy on loopback: it tunnels (CONNECT) and passes plain requests on, and records what it is sent."""
 
 import contextlib
-import select
+import selectors
 import socket
 import threading
 from collections.abc import Iterator
@@ -83,10 +83,12 @@ def _tunnel(connection: socket.socket, target: str) -> None:
         return
     with other:
         connection.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
-        ends = [connection, other]
-        while True:
-            for end in select.select(ends, [], [])[0]:
-                data = end.recv(1 << 16)
-                if not data:
-                    return
-                ends[1 - ends.index(end)].sendall(data)
+        with selectors.DefaultSelector() as ready:  # `select` takes no file above the thousandth
+            for end, opposite in ((connection, other), (other, connection)):
+                ready.register(end, selectors.EVENT_READ, opposite)
+            while True:
+                for key, _ in ready.select():
+                    data = key.fileobj.recv(1 << 16)  # type: ignore[union-attr]
+                    if not data:
+                        return
+                    key.data.sendall(data)

@@ -269,9 +269,8 @@ class LockWatcher:
             raise disk_error("lock", path, error) from error
         except BaseException as error:  # a signal, or it does not beat: nobody would give it back
             with contextlib.suppress(OSError, CacheError):
-                if descriptor is not None and isinstance(
-                    error, CacheError
-                ):  # after a signal it may be beating
+                is_still = isinstance(error, CacheError)  # after a signal it may be beating
+                if descriptor is not None and is_still:
                     os.close(descriptor)
                 if is_of(token, path):
                     path.unlink()
