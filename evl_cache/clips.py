@@ -1,5 +1,6 @@
 """Clips and their labels: the list whose order every cache keeps. The room `datasets` reads lists from disks."""
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,16 +28,66 @@ _NEGATIVE = re.compile(r"[-\u2212]\d+(?:\.\d*)?")
 _NUMBERED = re.compile(r"(?P<name>[a-z]*)(?:[ _-]?0?(?P<fold>[1-3]))?")
 
 
+SEGMENT_UNITS = ("seconds", "frames")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Clip:
-    """One video of a data set.
+class Segment:
+    """A part of a video: the frames shown from `start` on, and before `end`.
 
     Attributes:
-        id: unique within the list; often the path as the annotation has it.
+        unit: `seconds` since the video's first frame is shown, or `frames` counted from 0.
+        start: first second or frame, at least 0.
+        end: the second or frame that is no longer part of it; None for the video's end.
+
+    Raises: UsageError for another unit, a negative start, or an end that is not after the start.
+    """
+
+    unit: str
+    start: float
+    end: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.unit not in SEGMENT_UNITS:
+            raise UsageError(f"segment in {self.unit!r}; expected one of {', '.join(SEGMENT_UNITS)}")
+        bounds = [self.start] if self.end is None else [self.start, self.end]
+        if not all(map(math.isfinite, bounds)) or self.start < 0:
+            raise UsageError(f"segment {self}; expected a start of at least 0 and finite numbers")
+        if self.unit == "frames" and any(bound != int(bound) for bound in bounds):
+            raise UsageError(f"segment {self} in frames; expected whole numbers")
+        if self.end is not None and self.end <= self.start:
+            raise UsageError(f"segment {self}; expected an end after the start")
+
+    def __str__(self) -> str:
+        """`start-end`, as it stands behind the `#` of a clip's id; `start-` to the video's end."""
+        return f"{_shortest(self.start)}-{'' if self.end is None else _shortest(self.end)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a row of `clips.jsonl` has as `segment`."""
+        return {"unit": self.unit, "start": self.start, "end": self.end}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> "Segment":
+        """Return the segment of a row of `clips.jsonl`. Raises: KeyError, TypeError, ValueError for another form."""
+        end = told["end"]
+        return cls(
+            unit=intern(str(told["unit"])),
+            start=float(told["start"]),
+            end=None if end is None else float(end),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Clip:
+    """One video of a data set, or a part of one.
+
+    Attributes:
+        id: unique within the list; often the path as the annotation has it, `path#start-end` of a part.
         path: of the file, absolute or relative to the data set's root.
         label: class number.
         split: `train`, `val` or another name.
         line: its line in the annotation file; None where there is no such file.
+        segment: the part of the video that it is; None for all of it.
     """
 
     id: str
@@ -44,10 +95,12 @@ class Clip:
     label: int
     split: str
     line: int | None = None
+    segment: Segment | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return the clip's row of `clips.jsonl`."""
-        return {"id": self.id, "path": self.path, "label": self.label, "split": self.split}
+        """Return the clip's row of `clips.jsonl`, which has a `segment` only where the clip is one."""
+        row = {"id": self.id, "path": self.path, "label": self.label, "split": self.split}
+        return row if self.segment is None else row | {"segment": self.segment.to_json()}
 
     @classmethod
     def from_json(cls, row: Mapping[str, Any]) -> "Clip":
@@ -56,11 +109,17 @@ class Clip:
             clip_id, path = str(row["id"]), str(row["path"])
             if path == clip_id:  # of a million clips, one text each
                 path = clip_id
-            clip = cls(id=clip_id, path=path, label=int(row["label"]), split=intern(str(row["split"])))
+            clip = cls(
+                id=clip_id,
+                path=path,
+                label=int(row["label"]),
+                split=intern(str(row["split"])),
+                segment=Segment.from_json(row["segment"]) if "segment" in row else None,
+            )
             if not 0 <= clip.label < MAX_CLASSES:
                 raise ValueError(f"label {clip.label}")
             return clip
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, UsageError) as error:
             raise CacheError(
                 f"clips.jsonl: not a clip ({error!r}); expected id, path, label, split: verify the cache"
             ) from error
@@ -102,8 +161,15 @@ class ClipList:
 
     @cached_property
     def content_id(self) -> str:
-        """The digest of ids and labels in order; paths of files do not change it."""
-        return digest_of_list([clip.id, clip.label] for clip in self.clips)
+        """The digest of ids, labels and segments in order; paths of files do not change it."""
+        return digest_of_list(
+            [clip.id, clip.label] if clip.segment is None else [clip.id, clip.label, clip.segment.to_json()]
+            for clip in self.clips
+        )
+
+
+def _shortest(number: float) -> str:
+    return repr(float(number)).removesuffix(".0")
 
 
 def number_labels(
