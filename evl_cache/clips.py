@@ -57,6 +57,9 @@ class Segment:
             raise UsageError(f"segment {self} in frames; expected whole numbers")
         if self.end is not None and self.end <= self.start:
             raise UsageError(f"segment {self}; expected an end after the start")
+        # One form in `clips.jsonl` and in digests, whoever gave whole numbers.
+        object.__setattr__(self, "start", float(self.start))
+        object.__setattr__(self, "end", None if self.end is None else float(self.end))
 
     def __str__(self) -> str:
         """`start-end`, as it stands behind the `#` of a clip's id; `start-` to the video's end."""
@@ -255,24 +258,30 @@ def numbered_split(split: str | None) -> tuple[tuple[str, ...], int]:
 def select(clips: Sequence[Clip], wanted: Iterable[str], *, source: str) -> list[int]:
     """Return the rows of the clips that `wanted` names by id or path, in its order.
 
+    A path whose clips are all segments names all of them, in the list's order.
+
     Raises: UsageError for a name that no clip has, or where no clip is named.
     """
     names = list(wanted)
     # What is named, and not all there is: a list of a million clips is looked through once, and not kept.
-    asked, by_path, by_id = set(names), dict[str, int](), dict[str, int]()
+    asked, by_path, by_id = set(names), dict[str, list[int]](), dict[str, list[int]]()
+    segments: dict[str, list[int]] = {}
     for row, clip in enumerate(clips):
         if clip.path in asked:
-            by_path[clip.path] = row
+            if clip.segment is None:
+                by_path[clip.path] = [row]
+            else:
+                segments.setdefault(clip.path, []).append(row)
         if clip.id in asked:
-            by_id[clip.id] = row
-    rows = by_path | by_id
+            by_id[clip.id] = [row]
+    rows = segments | by_path | by_id
     out: list[int] = []
     for name in names:
         if name not in rows:
             raise UsageError(
                 f"{source}: {name!r} is no clip of the cache; expected ids or paths as `clips.jsonl` has them"
             )
-        out.append(rows[name])
+        out.extend(rows[name])
     if not out:
         raise UsageError(f"{source}: names no clip; expected one id or path a line")
     return out

@@ -10,6 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,10 @@ class Packets:
         count: of packets whose pictures are shown, if each is a picture.
         times: of the frames that are shown, ascending, in the stream's units; empty where `unproved` is set.
         keys: of key frames, likewise.
+        stamps: of the packets whose pictures are shown, in their order: when each is shown, or decoded where that is all
+            that is said; one is missing for each packet that says neither.
+        tick_s: the stream's unit of time in seconds.
+        rate: pictures a second, as the container says; None where it does not.
         unproved: why a decoder that seeks may serve other frames than it is asked for; None where it cannot.
         has_hidden: whether an edit list hides frames: then a decoder that counts packets is wrong, and one that looks
             at times is not.
@@ -56,6 +61,9 @@ class Packets:
     count: int = 0
     times: Sequence[int] = ()
     keys: Sequence[int] = ()
+    stamps: Sequence[int] = ()
+    tick_s: Fraction = Fraction(1)
+    rate: Fraction | None = None
     unproved: str | None = None
     has_hidden: bool = False
     lost: str | None = None
@@ -165,7 +173,7 @@ class _Reading:
     ) -> None:
         self._path, self._container, self._stream = path, container, stream
         self._codec = stream.codec_context.codec.canonical_name
-        self._times, self._keys = array("q"), array("q")
+        self._times, self._keys, self._stamps = array("q"), array("q"), array("q")
         self._doubt: str | None = None
         self._has_hidden = self._changes_pictures = False
         self._is_in_order = True  # whether each frame is shown after those before it in the file
@@ -189,6 +197,8 @@ class _Reading:
         if (coded := packet.dts if time is None else time) is not None:
             self._start = coded if self._start is None else min(self._start, coded)
             self._end = max(self._end, coded + (packet.duration or 0))
+            if not packet.is_discard:
+                self._stamps.append(coded)
         if time is None:
             return
         self._is_in_order &= self._last is None or time > self._last
@@ -307,6 +317,9 @@ class _Reading:
             count=self._count,
             times=() if doubt else times,
             keys=() if doubt else keys,
+            stamps=self._stamps,
+            tick_s=self._stream.time_base or Fraction(1),
+            rate=self._stream.average_rate or self._stream.guessed_rate,
             unproved=doubt,
             has_hidden=self._has_hidden,
             only_pyav=only_pyav,

@@ -5,8 +5,8 @@ imports torch for torchcodec only, and nothing of the cache, so that it starts f
 
     worker   {"ready"}, once, when it has started
     parent   {"path", "folder", "decoder", "tolerate_bad_frames", "device"}: a clip to decode; a relative path is
-             relative to the folder
-    worker   {"asks"}: the number of frames in the file
+             relative to the folder; with {"by_time"} where the choice has to know when frames are shown
+    worker   {"asks"}: the number of frames in the file; by time, their seconds are in the file of frames, float64
     parent   {"indices"} of the frames wanted, or {"error"}; it may be asked again, with another number
     worker   {"indices", "count", "size", "decoder"}: a header; frames before it must be dropped
     worker   {"frames"}: so many frames are in the file
@@ -86,6 +86,12 @@ class _Connection:
         self._lines.write(json.dumps(message) + "\n")
         self._lines.flush()
 
+    def ask_by_time(self, shown: video.Shown) -> np.ndarray:
+        """Return the frames that the parent wants, by the times that it finds in the file. Raises: as `ask`."""
+        self.wait_until_taken()
+        self._write(shown.seconds)
+        return self.ask(shown.count)
+
     def ask(self, count: int) -> np.ndarray:
         """Return the frames that the parent wants of `count`, int64 (views, T). Raises: ClipError with its reason."""
         self.wait_until_taken()
@@ -108,12 +114,15 @@ class _Connection:
                 }
             )
             return
-        view = np.ascontiguousarray(event).data.cast("B")
+        self._write(event)
+        self.say({"frames": len(event)})
+        self._is_given = True
+
+    def _write(self, array: np.ndarray) -> None:
+        view = np.ascontiguousarray(array).data.cast("B")
         written = 0
         while written < len(view):
             written += os.pwrite(self._frames_fd, view[written:], written)
-        self.say({"frames": len(event)})
-        self._is_given = True
 
     def wait_until_taken(self) -> None:
         """Wait until the parent has copied the frames in the file: only before the next write, so that both work at once."""
@@ -129,7 +138,9 @@ def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str | 
         _enter(folder)
         if "doubt" in request:
             return {"doubtful": video.doubt(path, request["doubt"])}
-        for event in video.decode_frames(path, connection.ask, options=video.DecodeOptions(**request)):
+        by_time = request.pop("by_time", False)
+        choose = video.ByTime(connection.ask_by_time) if by_time else connection.ask
+        for event in video.decode_frames(path, choose, options=video.DecodeOptions(**request)):
             connection.give(event)
     except Outage as outage:
         return {"outage": outage.trouble, "remedy": outage.remedy}
