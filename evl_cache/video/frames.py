@@ -21,7 +21,6 @@ _UNREADABLE = "Error reading "  # how decord begins where FFmpeg cannot open a f
 _TIME_OF_DAY = re.compile(r"\[\d\d:\d\d:\d\d\] ")  # in decord's messages: a record must not depend on it
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class Shown:
     """What a choice by time is told of a file.

@@ -15,7 +15,9 @@ def seconds_of(packets: Packets) -> np.ndarray:
 
     Raises: ClipError where nothing tells.
     """
-    return seconds_since_first(packets, packets.times or sorted(packets.stamps), len(packets.times) or packets.count)
+    return seconds_since_first(
+        packets, packets.times or sorted(packets.stamps), len(packets.times) or packets.count
+    )
 
 
 def seconds_since_first(packets: Packets, stamps: Sequence[int], count: int) -> np.ndarray:

@@ -73,6 +73,10 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
             connection.say({**ended, "growth_bytes": resident - after_first})
 
 
+class _Refused(ClipError):
+    """The parent wants no frame, and said why."""
+
+
 class _Connection:
     """The parent's end: messages by lines, frames by a file."""
 
@@ -98,7 +102,7 @@ class _Connection:
         self.say({"asks": count})
         reply = json.loads(self._lines.readline())
         if "error" in reply:
-            raise ClipError(reply["error"])
+            raise _Refused(reply["error"])
         return np.asarray(reply["indices"], dtype=np.int64)
 
     def give(self, event: video.FrameEvent) -> None:
@@ -161,6 +165,8 @@ def _failure(path: str, error: Exception) -> dict[str, str | None]:
     """Return what the last message says of an error. Raises: the error, where no message of ours says it better."""
     if (found := refused(error)) is not None:
         return {"outage": f"{path}: {found[0]}", "remedy": found[1]}
+    if isinstance(error, _Refused):  # word for word, as where no process is between
+        return {"error": str(error)}
     if isinstance(error, EvlCacheError):
         return {"error": f"{error}{said_of_memory()}"}
     if isinstance(error, MemoryError):

@@ -202,7 +202,11 @@ def canonical_parts(clips: Iterable[Clip]) -> Iterator[bytes]:
 
 def _segment(clip: Clip) -> str:
     """Return the field of a row that only segments have, and what divides it from the next."""
-    return "" if clip.segment is None else f'"segment":{canonical_json(clip.segment.to_json()).decode().strip()},'
+    return (
+        ""
+        if clip.segment is None
+        else f'"segment":{canonical_json(clip.segment.to_json()).decode().strip()},'
+    )
 
 
 def map_clips(path: Path, most_nbytes: int, *, labels: np.ndarray | None = None) -> ClipTable:
