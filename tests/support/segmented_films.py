@@ -3,6 +3,8 @@
 A film is 96 pixels square, the size of the tower's image, so that a sample shows whole frames, and their numbers.
 """
 
+import json
+import random
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -10,10 +12,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from evl_cache.clips import Clip, Segment
+from evl_cache.clips import Clip, ClipList, Segment
 from evl_cache.extract.prepare import PreparedClip
+from evl_cache.rendered import DEMO_CLASSES
 from evl_cache.spec import TowerSpec, ViewSpec
 from tests.support.numbered_films import numbers_shown
+from tests.support.store_helpers import load_clips, make_clips
 from tests.support.video_writing import Film, Streams, write_streams
 
 SIDE = 96
@@ -110,3 +114,50 @@ def clip_of(path: Path, segment: Segment | None, *, label: int = 0) -> Clip:
     name = path.name
     clip_id = name if segment is None else f"{name}#{segment}"
     return Clip(id=clip_id, path=name, label=label, split="train", segment=segment)
+
+
+def films_of(count: int, frames: int) -> list[LongFilm]:
+    """Films of several containers, codecs and rates, in turn."""
+    kinds = (
+        {"suffix": "mp4", "x264": (("bframes", 2),)},
+        {"suffix": "mp4", "rate": Fraction(24)},
+        {"suffix": "avi", "encoder": "mpeg4", "options": (("bf", "2"),)},
+        {"suffix": "ts", "x264": (("bframes", 2),)},
+        {"suffix": "mkv", "rate": Fraction(30)},
+    )
+    films = []
+    for number in range(count):
+        kind = dict(kinds[number % len(kinds)])
+        suffix = kind.pop("suffix")
+        first = 211 * number  # of each film other numbers
+        film = square(frames=frames, first=first, **kind)
+        tick = Fraction(1, 1000) if suffix == "mkv" else None
+        films.append(LongFilm(name=f"film{number:02d}.{suffix}", film=film, tick=tick))
+    return films
+
+
+def segmented(folder: Path, films: list[LongFilm], count: int, *, seed: int) -> ClipList:
+    """Write films, and a list of segments of them: films one after the other, both units, overlapping; one is beyond its film."""
+    make_clips(folder, 1)
+    (folder / "00.mp4").unlink()
+    rng, clips = random.Random(seed), {}
+    for film in films:
+        path = film.write(folder)
+        length = film.film.frames
+        while sum(clip.path == path.name for clip in clips.values()) < count // len(films):
+            start = rng.randrange(length - 10)
+            frames = rng.randrange(8, 30)
+            if rng.random() < 0.5:
+                segment = Segment(unit="frames", start=start, end=start + frames)
+            else:
+                at = round(float(start / film.film.rate), 3) + 0.002
+                segment = Segment(
+                    unit="seconds", start=round(at, 3), end=round(at + float(frames / film.film.rate), 3)
+                )
+            clip = clip_of(path, segment, label=rng.randrange(len(DEMO_CLASSES)))
+            clips[clip.id] = clip
+    last = next(reversed(clips))
+    beyond = clip_of(folder / clips[last].path, Segment(unit="seconds", start=1e4, end=1e4 + 5))
+    listed = [*list(clips.values())[:-1], beyond]
+    (folder / "list.jsonl").write_text("".join(json.dumps(clip.to_json()) + "\n" for clip in listed))
+    return load_clips(folder)
