@@ -56,7 +56,11 @@ def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> list[
     files = list({clip.path: clip for clip in reversed(missing)}.values())[::-1]  # of many segments one file
     shown = ", ".join(_named(clip) for clip in files[:_SHOWN])
     more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
-    segments = f": {len(files)} files" if any(clip.segment is not None for clip in missing) else ""
+    segments = (
+        f": {len(files)} file{'' if len(files) == 1 else 's'}"
+        if any(clip.segment is not None for clip in missing)
+        else ""
+    )
     without = f"go on without them by --allow-missing {math.ceil(percent * 100) / 100:g}"
     raise UsageError(
         f"{clips.source}: {len(missing)} of {len(clips.clips)} clips ({percent:.3g} %) are missing "
@@ -71,7 +75,10 @@ def _remedy(clips: ClipList, missing: Sequence[Clip], root: Path, *, without: st
         return f"frames in files of their own are not read: {FRAMES_REMEDY}"
     there, paths = files_there(root), {clip.path for clip in clips.clips}
     cause = likeliest_cause(
-        list(dict.fromkeys(clip.path for clip in missing)), root, there=there, wanted=lambda path: path in paths
+        list(dict.fromkeys(clip.path for clip in missing)),
+        root,
+        there=there,
+        wanted=lambda path: path in paths,
     )
     is_partial = len(missing) < len(clips.clips)
     if cause is not None:

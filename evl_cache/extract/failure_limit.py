@@ -49,9 +49,10 @@ class FailureCount:
         uncounted: ids of clips that are expected to fail.
         seen: clips counted.
         failed: those that failed.
-        in_a_row: those that failed since the last that did not.
+        in_a_row: those that failed since the last that did not; segments of one bad video are one.
         most_in_a_row: the most that failed without one between them.
         last_reason: of the last that failed.
+        last_source: sha256 of its video.
     """
 
     limit: FailureLimit | None = None
@@ -61,20 +62,30 @@ class FailureCount:
     in_a_row: int = 0
     most_in_a_row: int = 0
     last_reason: str = ""
+    last_source: str | None = None
 
     def after(self, clips: Sequence[ClipRecord], *, expected: Collection[str] = ()) -> "FailureCount":
         """The count with these clips, in the order of the list; `expected`: failed before, and were accepted."""
         seen, failed, in_a_row = self.seen, self.failed, self.in_a_row
-        most, reason = self.most_in_a_row, self.last_reason
+        most, reason, source = self.most_in_a_row, self.last_reason, self.last_source
         for clip in clips:
             if clip.error is not None and (clip.id in self.uncounted or clip.id in expected):
                 continue
             seen += 1
-            in_a_row = 0 if clip.error is None else in_a_row + 1
-            if clip.error is not None:
-                failed, reason, most = failed + 1, clip.error, max(most, in_a_row)
+            if clip.error is None:
+                in_a_row, source = 0, None
+                continue
+            in_a_row += clip.source_sha256 is None or clip.source_sha256 != source
+            failed, reason, source = failed + 1, clip.error, clip.source_sha256
+            most = max(most, in_a_row)
         return replace(
-            self, seen=seen, failed=failed, in_a_row=in_a_row, most_in_a_row=most, last_reason=reason
+            self,
+            seen=seen,
+            failed=failed,
+            in_a_row=in_a_row,
+            most_in_a_row=most,
+            last_reason=reason,
+            last_source=source,
         )
 
     def after_others(self, clips: Sequence[ClipRecord]) -> "FailureCount":

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evl_cache.video import h264
-from evl_cache.video.packets import LEAST_PICTURE_NBYTES, NEVER_CODED, demuxed
+from evl_cache.video.coded import LEAST_PICTURE_NBYTES, NEVER_CODED
+from evl_cache.video.packets import demuxed
 from evl_cache.video.pyav_messages import Listener
 
 if TYPE_CHECKING:

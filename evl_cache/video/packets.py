@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from evl_cache.errors import ClipError
 from evl_cache.video import h264
+from evl_cache.video.coded import LEAST_PICTURE_NBYTES, NEVER_CODED, is_key
 from evl_cache.video.orientation import display_matrix, is_plain_turn
 from evl_cache.video.pixels import MISCOPIED_WIDTHS, OLD_MISCOPIED_WIDTHS, decord_converts_alike
 from evl_cache.video.pyav_messages import listening
@@ -25,9 +26,6 @@ if TYPE_CHECKING:
 
 # Containers that give pictures their times, and whose key frames are found exactly.
 _TIMED = ("mov", "matroska")
-# In DivX and Xvid files a packet of a few bytes holds no picture; in other codecs even the smallest packet does.
-NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
-LEAST_PICTURE_NBYTES = 8
 _MIRRORED = "it is mirrored, or turned by no right angle"
 # Their headers say how long the longest stream is; those of others are believed of files with one stream only.
 _DECLARED = ("flv", "matroska")
@@ -227,7 +225,7 @@ class _Reading:
             if h264.turns_pictures(data, extradata):
                 return "its pictures are turned within the stream"
             self._changes_pictures |= h264.changes_pictures(data, extradata)
-        elif not _is_key(self._codec, bytes(packet)):
+        elif not is_key(self._codec, bytes(packet)):
             return "it calls frames key frames that are none"
         if self._codec.startswith(NEVER_CODED) and packet.size < LEAST_PICTURE_NBYTES:
             return "some of its frames were never coded"
@@ -328,18 +326,6 @@ class _Reading:
             codec=self._codec,
             frame_bytes=3 * coded.width * coded.height,
         )
-
-
-def _is_key(codec: str, packet: bytes) -> bool:
-    """Whether a packet's picture needs no other, as far as its first byte tells (RFC 6386, 9.1; VP9, 6.2)."""
-    if codec == "vp8":
-        return not packet[0] & 1
-    if codec == "vp9":
-        is_profile_3 = packet[0] & 0x30 == 0x30
-        return not packet[0] & (
-            6 if is_profile_3 else 0xC
-        )  # it is shown for the first time, and is a key frame
-    return True
 
 
 def _loss(path: str | Path, reading: _Reading, missing_s: float) -> str | None:

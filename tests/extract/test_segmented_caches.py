@@ -15,24 +15,27 @@ from evl_cache.clips import ClipList, Segment
 from evl_cache.datasets import check_missing
 from evl_cache.errors import UsageError
 from evl_cache.extract import block, outages, sources
-from evl_cache.extract.failure_limit import FailureLimit
+from evl_cache.extract.failure_limit import DEFAULT_IN_A_ROW, FailureLimit
+from evl_cache.extract.job import ExtractOptions
+from evl_cache.extract.repair import repair
 from evl_cache.extract.sources import check_sources
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.processes import Processes
 from evl_cache.show import view
 from evl_cache.spec import CacheSpec, ViewSpec
-from evl_cache.store import FeatureCache, Reads, valid_marks, verify_cache
+from evl_cache.store import FeatureCache, Reads, array_layouts, valid_marks, verify_cache
 from evl_cache.towers import Backbone
 from evl_cache.video import decode_clip
 from evl_cache.video.pool import DecodePool
 from tests.support.extraction_server import Server
 from tests.support.grown_caches import grow
 from tests.support.numbered_films import numbers_shown
-from tests.support.segmented_films import LongFilm, films_of, plain_views, segmented
+from tests.support.segmented_films import LongFilm, clip_of, films_of, plain_views, segmented
 from tests.support.store_helpers import (
     differences,
     extract_small,
+    one_thread,
     small_spec,
     small_tower,
     tree,
@@ -243,7 +246,7 @@ def test_a_missing_film_is_one_file_of_many_clips(clips: ClipList, tmp_path: Pat
     shutil.copytree(clips.source, videos)
     (videos / clips.clips[0].path).unlink()
     with pytest.raises(
-        UsageError, match=r"10 of 40 clips \(25 %\) are missing under .*: 1 files: film00\.mp4; expected"
+        UsageError, match=r"10 of 40 clips \(25 %\) are missing under .*: 1 file: film00\.mp4; expected"
     ):
         check_missing(clips, videos, allow_percent=0)
     assert len(check_missing(clips, videos, allow_percent=25)) == 10
@@ -292,6 +295,34 @@ def test_live_features_of_segments_are_those_of_the_cache(clips: ClipList, whole
     tokens, _ = FeatureCache(whole).read_stored(rows[:3], Reads(layers=spec.layers)).dequantized()
     for live, stored in zip(batch.features.tokens, tokens, strict=True):
         assert (live - stored).abs().max() < 0.05 * stored.abs().max()
+
+
+def test_a_bad_video_of_many_segments_is_one_failure_in_a_row(clips: ClipList, tmp_path: Path) -> None:
+    videos = tmp_path / "videos"
+    shutil.copytree(clips.source, videos)
+    bad = videos / clips.clips[0].path
+    bad.write_bytes(bad.read_bytes()[:200])
+    many = tuple(
+        clip_of(bad, Segment(unit="frames", start=n, end=n + 9)) for n in range(DEFAULT_IN_A_ROW + 3)
+    )
+    listed = replace(clips, clips=(*many, clips.clips[20]))
+    extract_small(listed, tmp_path / "cache", spec=spec_of(listed), folder=videos)
+    assert len(FeatureCache(tmp_path / "cache").failures) == len(many)
+
+
+def test_a_damaged_shard_is_repaired_to_the_same_bytes(clips: ClipList, whole: Path, tmp_path: Path) -> None:
+    cache, spec = tmp_path / "cache", FeatureCache(whole).spec
+    shutil.copytree(whole, cache)
+    shard = array_layouts(spec)["tokens"].shard(cache, 1)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 255
+    shard.write_bytes(content)
+    tower = small_tower(Path(clips.source))
+    with one_thread():
+        options = ExtractOptions(batch=4, decode_workers=1)
+        result = repair(cache, tower=lambda description: tower, root=Path(clips.source), options=options)
+    assert result.blocks_redone == (1,) and verify_cache(cache).problems == ()
+    assert differences(tree(cache), tree(whole)) == []
 
 
 @pytest.mark.soak
