@@ -49,7 +49,7 @@ class FailureCount:
         uncounted: ids of clips that are expected to fail.
         seen: clips counted.
         failed: those that failed.
-        in_a_row: those that failed since the last that did not; segments of one bad video are one.
+        in_a_row: those that failed since the last that did not; segments of one video that fail alike are one.
         most_in_a_row: the most that failed without one between them.
         last_reason: of the last that failed.
         last_source: sha256 of its video.
@@ -75,7 +75,9 @@ class FailureCount:
             if clip.error is None:
                 in_a_row, source = 0, None
                 continue
-            in_a_row += clip.source_sha256 is None or clip.source_sha256 != source
+            # Reasons name the file: equal files under other names are others.
+            is_same_video = source is not None and (source, reason) == (clip.source_sha256, clip.error)
+            in_a_row += not is_same_video
             failed, reason, source = failed + 1, clip.error, clip.source_sha256
             most = max(most, in_a_row)
         return replace(
