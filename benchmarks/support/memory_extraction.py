@@ -5,7 +5,7 @@ B samples of a batch, T frames, S the tower's image size, P patches, C channels,
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
