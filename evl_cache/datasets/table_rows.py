@@ -44,7 +44,8 @@ def _of_csv(text: str, *, source: str) -> Table | None:
     if first is None:
         return None
     mark = max(
-        _DELIMITERS, key=lambda mark: sum(kind_of(name) is not None for name in lines[first].split(mark))
+        _DELIMITERS,
+        key=lambda mark: sum(kind_of(name.strip(' "')) is not None for name in lines[first].split(mark)),
     )
     if '"' not in lines[first] and not is_header(lines[first].split(mark)):
         return None
