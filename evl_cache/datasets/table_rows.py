@@ -20,6 +20,7 @@ _JSON_LINE = re.compile(r'\s*\{\s*["}]')
 _JSON_FORM = 'JSON objects like {"path": "a.mp4", "label": "run"}, one a line'
 _SECONDS = re.compile(r"(?:\d+(?:\.\d*)?|\.\d+)(?:e[-+]?\d+)?", re.ASCII | re.IGNORECASE)
 _CLOCK = re.compile(r"(?:(?P<h>\d+):)?(?P<m>\d{1,2}):(?P<s>\d{1,2}(?:\.\d*)?)", re.ASCII)
+_COMMENT = re.compile(r"#(?:\s|#|$)")  # a video may be called #1.mp4
 _FRAME = re.compile(r"\d{1,15}(?:\.0*)?", re.ASCII)
 _Cells = Mapping[str, str]  # what a row says, by the kinds of its columns
 Table = tuple[list[ListLine], list[str]]
@@ -40,7 +41,7 @@ def read_table(path: Path, text: str) -> Table | None:
 
 def _of_csv(text: str, *, source: str) -> Table | None:
     lines = text.split("\n")
-    first = next((n for n, line in enumerate(lines) if line.strip() and not line.startswith("#")), None)
+    first = next((n for n, line in enumerate(lines) if line.strip() and not _COMMENT.match(line)), None)
     if first is None:
         return None
     mark = max(
@@ -49,8 +50,8 @@ def _of_csv(text: str, *, source: str) -> Table | None:
     )
     if '"' not in lines[first] and not is_header(lines[first].split(mark)):
         return None
-    comments = sum(line.startswith("#") for line in lines)
-    kept = ["" if line.startswith("#") else line for line in lines]
+    comments = sum(map(bool, map(_COMMENT.match, lines)))
+    kept = ["" if _COMMENT.match(line) else line for line in lines]
     records = _records(kept, first, mark, source)
     try:
         at, header = next(records)

@@ -18,7 +18,21 @@ from evl_cache.errors import UsageError
 from tests.support.plain_folders import slow_walk
 
 FILES = ("a.mp4", "b.MP4", "c.gif", "d", "e.", ".h.mp4", "..mp4", "f.txt", "z z.avi", "a-b.webm", "a.b.mkv")
-FOLDERS = ("train", "val", "test", "x", "x-1", "x.mp4", ".hidden", "y z", "a", "Train", "dev", "test_set", "VALIDATION")
+FOLDERS = (
+    "train",
+    "val",
+    "test",
+    "x",
+    "x-1",
+    "x.mp4",
+    ".hidden",
+    "y z",
+    "a",
+    "Train",
+    "dev",
+    "test_set",
+    "VALIDATION",
+)
 
 
 def told(lists: dict[str, ClipList]) -> dict[str, Any]:
