@@ -16,7 +16,7 @@ _VIDEO = "|".join(map(re.escape, sorted(VIDEO_SUFFIXES)))
 _AFTER_VIDEO = re.compile(rf"(?P<path>.*(?:{_VIDEO}))(?P<mark>\s*,\s*|\s+)(?P<label>\S.*)", re.IGNORECASE)
 _BEFORE_COMMA = re.compile(r"(?P<path>.*\.[A-Za-z]\w{1,4})(?P<mark>\s*,\s*)(?P<label>\S+)")
 # A path in quotes, blanks, and a label without any or in quotes, too.
-_QUOTED = re.compile(r'"(?P<path>(?:[^"]|"")+)"\s+(?P<label>"(?:[^"]|"")+"|[^",\s][^"]*)')
+_QUOTED = re.compile(r'"(?P<path>(?:[^"]|"")+)"\s+(?P<label>"(?:[^"]|"")+"|[^",\s].*)')
 _HOLDS_VIDEO = re.compile(rf"(?:{_VIDEO})(?:\s|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?")
 _ENDING = re.compile(r"\.\w+")
@@ -112,7 +112,7 @@ def _unquoted(text: str) -> str:
 def _fields(text: str, where: str) -> list[str]:
     """Return what commas part, which quotes may hold."""
     try:
-        return next(csv.reader([text]))
+        return next(csv.reader([text], skipinitialspace=True))
     except csv.Error as error:
         raise UsageError(f"{where}: {text[:80]!r} cannot be read ({error}); expected {LIST_FORMS}") from error
 

@@ -1,7 +1,6 @@
 """Random trees, lists and tables give the clips of an independent reader, or one line before a tower is built."""
 
 import json
-import random
 from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,6 +16,9 @@ from evl_cache_cli.main import main
 from tests.datasets.test_folder_walk import odd_tree, told
 from tests.support.plain_folders import slow_walk
 from tests.support.plain_lists import Refused, draw_case, plain_read
+
+
+COUNT = 500
 
 
 class TowerAskedForError(Exception):
@@ -92,9 +94,6 @@ def test_trees_and_lists_are_read_as_the_obvious_way_does(tmp_path: Path, no_tow
     kinds = compare(tmp_path, range(COUNT))
     assert {kind.split()[0] for kind in kinds} == {".txt", ".csv", ".jsonl", ".json", "tree"}
     assert all(count > COUNT / 100 for count in kinds.values()), kinds
-
-
-COUNT = 500
 
 
 @pytest.mark.soak
