@@ -48,6 +48,12 @@ def _of_csv(text: str, *, source: str) -> Table | None:
         _DELIMITERS,
         key=lambda mark: sum(kind_of(name.strip(' "')) is not None for name in lines[first].split(mark)),
     )
+    words = lines[first].split()
+    if len(words) > 2 and all(map(kind_of, words)) and mark not in lines[first]:
+        raise UsageError(
+            f"{source}, line {first + 1}: names columns ({' '.join(words)}) with blanks between them; expected commas, TABs or "
+            "semicolons between columns, here and in the lines below"
+        )
     if '"' not in lines[first] and not is_header(lines[first].split(mark)):
         return None
     comments = sum(map(bool, map(_COMMENT.match, lines)))

@@ -17,7 +17,6 @@ from tests.datasets.test_folder_walk import odd_tree, told
 from tests.support.plain_folders import slow_walk
 from tests.support.plain_lists import Refused, draw_case, plain_read
 
-
 COUNT = 500
 
 

@@ -90,6 +90,7 @@ def test_one_table_makes_both_splits_which_number_classes_alike(tmp_path: Path) 
     [
         ("path,class,label\na,b,c\n", r"line 1: 'class' and 'label' both name the label"),
         ("vidio,label,split\na,b,train\n", r"line 1: no column path among .*'vidio' may be meant as path.*path,label\["),
+        ("path label split\na run train\n", r"line 1: names columns .* with blanks between them; expected commas"),
         ("path,lable\na,b\n", r"line 1: no column label .*'lable' may be meant as label"),
         ("path,label,split\na.mp4,b,\n", r"line 2: no split; expected train, val"),
         ("path,label,split\na.mp4,b,fold1\n", r"line 2: split 'fold1'; expected train, val"),
