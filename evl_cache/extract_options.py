@@ -145,6 +145,7 @@ EXTRACT_OPTIONS = (
     ExtractOption("--split", _ALL, "Only this split [both train and val]."),
     ExtractOption("--annotations", _ALL, "File or folder [under --root].", kind=Path),
     ExtractOption("--list", _ALL, "Lines 'path label', for --dataset list.", kind=Path, parameter="list_path"),
+    ExtractOption("--classes", _ALL, "Names of classes in order, for --dataset list.", kind=Path, parameter="classes_path"),
     ExtractOption("--model", _ALL, "open_clip or timm/NAME, evl-tiny, JSON.", default=DEFAULT_MODEL, shows_default=True),
     ExtractOption("--pretrained", _ALL, _PRETRAINED),
     ExtractOption("--layers", _SPEC, _LAYERS, metavar="8-12"),

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from evl_cache.clips import Segment
 from evl_cache.datasets.places import VIDEO_SUFFIXES
 from evl_cache.errors import UsageError
 
@@ -15,7 +16,7 @@ _VIDEO = "|".join(map(re.escape, sorted(VIDEO_SUFFIXES)))
 _AFTER_VIDEO = re.compile(rf"(?P<path>.*(?:{_VIDEO}))(?P<mark>\s*,\s*|\s+)(?P<label>\S.*)", re.IGNORECASE)
 _BEFORE_COMMA = re.compile(r"(?P<path>.*\.[A-Za-z]\w{1,4})(?P<mark>\s*,\s*)(?P<label>\S+)")
 # A path in quotes, blanks, and a label without any or in quotes, too.
-_QUOTED = re.compile(r'"(?P<path>(?:[^"]|"")+)"\s+(?P<label>"(?:[^"]|"")+"|[^",\s][^"]*)')
+_QUOTED = re.compile(r'"(?P<path>(?:[^"]|"")+)"\s+(?P<label>"(?:[^"]|"")+"|[^",\s].*)')
 _HOLDS_VIDEO = re.compile(rf"(?:{_VIDEO})(?:\s|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?")
 _ENDING = re.compile(r"\.\w+")
@@ -26,11 +27,22 @@ _HEADERS = ({"path", "video", "video_path", "file", "filename", "clip"}, {"label
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListLine:
-    """One line of a list, before labels are numbered."""
+    """One line of a list or row of a table, before labels are numbered.
+
+    Attributes:
+        line: its number.
+        path, label: as written.
+        split: `train`, `val` or `test` of a table with such a column.
+        segment: the part of the video that a table gives.
+        id: of the clip; the path where empty.
+    """
 
     line: int
     path: str
     label: str
+    split: str | None = None
+    segment: Segment | None = None
+    id: str = ""
 
 
 def parse_list(text: str, *, source: str) -> list[ListLine]:
@@ -48,7 +60,7 @@ def parse_list(text: str, *, source: str) -> list[ListLine]:
         path, label = _split(line.strip(), f"{source}, line {number}")
         if out or path.lower() not in _HEADERS[0] or label.lower() not in _HEADERS[1]:
             out.append(ListLine(line=number, path=path, label=label))
-    _refuse_several_labels(out, source=source)
+    refuse_several_labels(out, source=source)
     return out
 
 
@@ -100,7 +112,7 @@ def _unquoted(text: str) -> str:
 def _fields(text: str, where: str) -> list[str]:
     """Return what commas part, which quotes may hold."""
     try:
-        return next(csv.reader([text]))
+        return next(csv.reader([text], skipinitialspace=True))
     except csv.Error as error:
         raise UsageError(f"{where}: {text[:80]!r} cannot be read ({error}); expected {LIST_FORMS}") from error
 
@@ -114,12 +126,12 @@ def _columns(columns: Sequence[str], line: str, where: str) -> tuple[str, str]:
     if len(columns) != 2:
         raise UsageError(
             f"{where}: {line!r} has {len(columns)} columns by its commas; expected a path and one label: write "
-            "path<TAB>label where a path or a label holds commas"
+            "path<TAB>label where a path or a label holds commas, or name the columns in a first line: path,label,split"
         )
     return columns[0], columns[1]
 
 
-def _refuse_several_labels(rows: Sequence[ListLine], *, source: str) -> None:
+def refuse_several_labels(rows: Sequence[ListLine], *, source: str) -> None:
     """Raise UsageError for a label of several numbers, or of several names that are labels of other lines."""
     names = {row.label for row in rows}
     for row in rows:

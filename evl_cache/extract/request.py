@@ -35,7 +35,7 @@ class ExtractRequest(ViewChoice):
 
     Attributes:
         dataset: name.
-        root, annotations, list_path: where the data set lies; a `str` becomes a Path, here and below.
+        root, annotations, list_path, classes_path: where the data set lies; a `str` becomes a Path, here and below.
         split: the only split to extract; both train and val by default.
         model, pretrained: the tower.
         layers: the tower's layers to keep, counted from 1; the last four by default.
@@ -52,6 +52,7 @@ class ExtractRequest(ViewChoice):
     split: str | None = None
     annotations: Path | None = None
     list_path: Path | None = None
+    classes_path: Path | None = None
     model: str = DEFAULT_MODEL
     pretrained: str | None = None
     layers: tuple[int, ...] | None = None
@@ -66,7 +67,7 @@ class ExtractRequest(ViewChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("root", "annotations", "list_path", "cache"):
+        for name in ("root", "annotations", "list_path", "classes_path", "cache"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
         if self.cache is not None:
@@ -100,6 +101,7 @@ class ExtractRequest(ViewChoice):
         if is_weights_file(self.weights):
             told["pretrained"] = Path(self.weights)
         told |= {"is_undivided": is_undivided, "is_apart": not self._options_tell(views, of_train)}
+        told["is_divided_list"] = self.dataset == "list" and not is_undivided
         kept = {n: str(v.absolute()) if isinstance(v, Path) else v for n, v in told.items() if v}
         return kept | {"is_whole": True}  # older versions kept the root and the tower only
 
@@ -128,7 +130,11 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
     views, of_train = request.chosen_views()
     root = dataset_root(request)
     lists = reader.read(
-        root, annotations=request.annotations, split=request.split, list_path=request.list_path
+        root,
+        annotations=request.annotations,
+        split=request.split,
+        list_path=request.list_path,
+        classes_path=request.classes_path,
     )
     if request.cache is not None and len(lists) > 1:
         raise UsageError(

@@ -150,3 +150,44 @@ def test_lists_as_people_write_them_are_extracted(case, run):
     labels = {"labels-as-floats": [0, 1, 2, 10], "commas": [3, 1], "label-of-two-words": [1, 0]}[case]
     assert [row["label"] for row in rows] == labels
     assert [row["path"] for row in rows] == [f"{name}.mp4" for name in names]
+
+
+@pytest.mark.parametrize("case", ["names-subset"], indirect=True)
+def test_lists_extracted_with_one_file_of_classes_number_them_alike(case, run):
+    Path("names.txt").write_text("c\nb\na\n")
+    for side in ("train", "val"):
+        extract(run, f"--list {side}.txt --split {side} --classes names.txt --cache c-{side}")
+    labels = {
+        row["path"]: row["label"]
+        for side in ("train", "val")
+        for row in map(json.loads, Path(f"c-{side}/clips.jsonl").read_text().splitlines())
+    }
+    assert labels == {"0.mp4": 2, "1.mp4": 1, "2.mp4": 0, "3.mp4": 2, "4.mp4": 0}
+    status, _, err = run("train --cache c-train --val-cache c-val --epochs 1 --device cpu --out run")
+    assert status == 0, err
+    assert json.loads(Path("run/config.json").read_text())["classes"] == ["c", "b", "a"]
+    status, out, err = run("extract --dataset folder --root v --classes names.txt")
+    assert (status, out) == (2, "") and "--classes names.txt with --dataset folder" in err
+
+
+@pytest.mark.parametrize("case", ["names-subset"], indirect=True)
+def test_lists_whose_names_do_not_fit_are_told_of_the_file_of_classes(case, run):
+    Path("val.txt").write_text("3.mp4 other\n4.mp4 c\n")
+    for side in ("train", "val"):
+        extract(run, f"--list {side}.txt --split {side} --cache c-{side}")
+    status, _, err = run("train --cache c-train --val-cache c-val --epochs 1 --device cpu --out run")
+    assert status == 2 and "there is no class 'other'" in err and "one --classes FILE" in err
+
+
+@pytest.mark.parametrize("case", ["names-subset"], indirect=True)
+def test_one_table_with_a_split_column_makes_two_caches_and_a_run(case, run):
+    rows = ["b,train,0.mp4", "c,train,1.mp4", "a,val,2.mp4", "c,validation,3.mp4", "a,train,4.mp4"]
+    Path("t.csv").write_text("\n".join(["class,split,video", *rows]))
+    extract(run, "--list t.csv")
+    status, _, err = run("train --dataset list --epochs 1 --device cpu --out run")
+    assert status == 0, err
+    scored = [line.split(",")[:2] for line in Path("run/scored.csv").read_text().splitlines()[1:]]
+    assert scored == [["2.mp4", "a"], ["3.mp4", "c"]]
+    shutil.rmtree(next(path for path in Path("caches").iterdir() if "val" in path.name))
+    status, _, err = run("train --dataset list --epochs 1 --device cpu --out again")
+    assert status == 2 and "--split val" in err and "t.csv" in err

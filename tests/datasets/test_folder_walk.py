@@ -9,82 +9,30 @@ from typing import Any
 
 import pytest
 
-from evl_cache.clips import SPLIT_NAMES, ClipList
+from evl_cache.clips import ClipList
 from evl_cache.datasets.folder import read_folder
 from evl_cache.datasets.list_file import read_list_file
 from evl_cache.datasets.missing import missing_clips
-from evl_cache.datasets.places import is_passed_over, is_video, suffix_of
+from evl_cache.datasets.places import suffix_of
 from evl_cache.errors import UsageError
+from tests.support.plain_folders import slow_walk
 
 FILES = ("a.mp4", "b.MP4", "c.gif", "d", "e.", ".h.mp4", "..mp4", "f.txt", "z z.avi", "a-b.webm", "a.b.mkv")
-FOLDERS = ("train", "val", "test", "x", "x-1", "x.mp4", ".hidden", "y z", "a")
-
-
-def has_videos(folder: Path) -> bool:
-    return any(map(is_video, folder.rglob("*")))
-
-
-def direct_videos(folder: Path) -> bool:
-    return any(map(is_video, folder.iterdir()))
-
-
-def classes_in(folder: Path) -> list[Path]:
-    return [d for d in folder.iterdir() if d.is_dir() and has_videos(d)]
-
-
-def is_misread(part: Path, is_split: bool) -> bool:
-    """Whether classes of a part hold splits, or are called so themselves."""
-    classes = classes_in(part)
-    if is_split and all(d.name in SPLIT_NAMES and not direct_videos(d) for d in classes):
-        return True
-    for folder in (below for d in classes for below in (d, *d.rglob("*")) if below.is_dir()):
-        if folder.is_symlink() and folder not in classes:
-            continue
-        inside = [d for d in folder.iterdir() if d.is_dir() and not d.is_symlink() and has_videos(d)]
-        splits = {SPLIT_NAMES[d.name] for d in inside if d.name in SPLIT_NAMES}
-        is_all = len(classes) == 1 and len(inside) == len(splits) == 1 and not direct_videos(folder)
-        if len(splits) > 1 or is_all:
-            return True
-    return False
-
-
-def slow_walk(root: Path) -> dict[str, Any] | None:
-    """The obvious way: paths by `rglob`, each asked what it is. None where the tree is refused."""
-    folders = [d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")]
-    splits = {SPLIT_NAMES[d.name]: d for d in folders if d.name in SPLIT_NAMES}
-    others = [d for d in folders if d.name not in SPLIT_NAMES and has_videos(d)]
-    if others and not any(map(classes_in, splits.values())):  # empty ones hide no classes
-        splits = {name: d for name, d in splits.items() if direct_videos(d)}
-    if len(splits) == 1 and len(folders) > 1:
-        (split,) = splits.values()
-        if not direct_videos(split) and others and classes_in(split):
-            return None  # a split, or a class
-        if direct_videos(split) or others:
-            splits = {}
-    if len(splits) > 1 and "test" in splits and not classes_in(splits["test"]):
-        del splits["test"]
-    parts = splits or {"all": root}
-    if not all(map(classes_in, parts.values())):
-        return None
-    if any(is_misread(part, split != "all") for split, part in parts.items()):
-        return None
-    classes = sorted({d.name for part in parts.values() for d in classes_in(part)})
-    found = {}
-    for split, part in parts.items():
-        below = {
-            d.name: sorted(d.rglob("*"))
-            for d in part.iterdir()
-            if d.is_dir() and (d.name in classes or d.name[0] != ".")
-        }
-        others = [path for paths in below.values() for path in paths if is_passed_over(path)]
-        videos = [
-            (path.relative_to(root).as_posix(), label)
-            for label, name in enumerate(classes)
-            for path in below.get(name, ())
-            if is_video(path)
-        ]
-        found[split] = (videos, tuple(classes), dict(Counter(path.suffix.lower() for path in others)))
-    return found
+FOLDERS = (
+    "train",
+    "val",
+    "test",
+    "x",
+    "x-1",
+    "x.mp4",
+    ".hidden",
+    "y z",
+    "a",
+    "Train",
+    "dev",
+    "test_set",
+    "VALIDATION",
+)
 
 
 def told(lists: dict[str, ClipList]) -> dict[str, Any]:
@@ -98,7 +46,7 @@ def odd_tree(root: Path, seed: int) -> Path:
     draw, places = random.Random(seed), [root]
     root.mkdir()
     for _ in range(draw.randint(2, 12)):
-        folder = draw.choice(places) / draw.choice(FOLDERS[: draw.choice((2, 9))])
+        folder = draw.choice(places) / draw.choice(FOLDERS[: draw.choice((2, 9, 13))])
         if not folder.exists():
             folder.mkdir()
             places.append(folder)

@@ -78,6 +78,8 @@ def test_a_list_whose_labels_are_all_minus_one_is_refused() -> None:
         ('"my, clip.mp4"  playing guitar', "my, clip.mp4", "playing guitar"),
         ('"a ""b"".mp4" "eating, drinking"', 'a "b".mp4', "eating, drinking"),
         ('"my clip" 3', "my clip", "3"),
+        ('"a.mp4" say "no"', "a.mp4", 'say "no"'),
+        ('"a.mp4" , "eat, drink"', "a.mp4", "eat, drink"),
         ('"my.mp4 x" 1', "my.mp4 x", "1"),
         ('"my clip.mp4" , 3', "my clip.mp4", "3"),
         ('a.mp4 "take 3"', "a.mp4", "take 3"),
