@@ -92,6 +92,9 @@ def test_an_imported_head_is_right_by_the_names_of_its_classes(case, run):
     status, out, err = run("eval --cache c --run unnamed --json --device cpu")
     assert (status, json.loads(out)["top1"]) == (0, 20.0)
     assert "note: unnamed: classes are compared by number" in err
+    assert "by number" not in page
+    assert run("show --page numbered --cache c --run unnamed --clips-each 1")[0] == 0
+    assert "Classes are compared by number" in Path("numbered/index.html").read_text()
 
 
 @pytest.mark.parametrize("case", ["head-of-400"], indirect=True)
@@ -127,6 +130,13 @@ def test_a_clip_that_is_trained_on_and_scored_in_two_caches_is_told(case, run):
     status, _, err = run("train --cache c-train --val-cache c-val --epochs 1 --out r --device cpu")
     assert status == 0, err
     assert "note: 1 of 2 clips to validate on are trained on too, by their names ('x.mp4')" in err
+    # A cache of another list, scored later, is compared with the training cache where that is still there.
+    status, out, err = run("eval --cache c-val --run r --json --device cpu")
+    assert (status, json.loads(out)["clips_trained_on"]) == (0, 1)
+    assert "note: r was trained on 1 of these 2 clips, by their names" in err
+    Path("c-train").rename("away")
+    status, out, err = run("eval --cache c-val --run r --json --device cpu")
+    assert (status, json.loads(out)["clips_trained_on"], err) == (0, None, "")
 
 
 @pytest.mark.parametrize(
