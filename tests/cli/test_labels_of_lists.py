@@ -97,6 +97,15 @@ def test_an_imported_head_is_right_by_the_names_of_its_classes(case, run):
     assert "Classes are compared by number" in Path("numbered/index.html").read_text()
 
 
+@pytest.mark.parametrize("case", ["head-of-other-names"], indirect=True)
+def test_a_head_whose_classes_have_one_name_is_not_imported(case, run):
+    save_checkpoint("o.pth", 3)
+    Path("twice.txt").write_text("run\nwalk\nrun\n")
+    status, out, err = run("import-head o.pth --out run --classes twice.txt")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "two classes would be called 'run'" in err
+    assert not Path("run").exists()
+
+
 @pytest.mark.parametrize("case", ["head-of-400"], indirect=True)
 def test_a_head_of_400_classes_scores_a_list_of_numbers_below(case, run):
     save_checkpoint("k400.pth", 400)
@@ -119,6 +128,16 @@ def test_two_lists_whose_labels_differ_are_found_and_trained_on(case, run):
         assert (classes, scored) == (["0", "1", "2", "3", "4"], [["5.mp4", "3"]])
     else:
         assert (classes, scored) == (["a", "b", "c"], [["3.mp4", "a"], ["4.mp4", "c"]])
+    # Every later command means the same classes: eval of the validation cache, and the names that predict gives.
+    (val,) = Path("caches").glob("list-val-*")
+    top1 = json.loads(Path("run/result.json").read_text())["top1"]
+    status, out, err = run(f"eval --cache {val} --run run --json --device cpu")
+    assert (status, json.loads(out)["top1"]) == (0, top1), err
+    videos = [f"v/{clip}" for clip, _ in scored]
+    status, out, err = run(f"predict {' '.join(videos)} --run run --json --device cpu --topk 9")
+    assert status == 0, err
+    found = json.loads(out)["videos"]
+    assert all({top["label"] for top in video["labels"]} == {*classes} for video in found)
 
 
 @pytest.mark.parametrize("case", ["shared-clip"], indirect=True)
