@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from evl_cache import EVLHead
+from evl_cache.datasets.list_lines import parse_list
+from evl_cache.errors import UsageError
 from evl_cache_cli.main import main
 from tests.support.example_data import ROOT
 
@@ -179,3 +181,9 @@ def test_lists_as_people_write_them_are_extracted(case, run):
     labels = {"labels-as-floats": [0, 1, 2, 10], "commas": [3, 1], "label-of-two-words": [1, 0]}[case]
     assert [row["label"] for row in rows] == labels
     assert [row["path"] for row in rows] == [f"{name}.mp4" for name in names]
+
+
+def test_columns_of_numbers_before_the_last_word_are_no_part_of_a_path():
+    with pytest.raises(UsageError, match="more than one word behind its path"):
+        parse_list("0.mp4 0 0.5 train\n1.mp4 1 0.7 val\n", source="l.txt")
+    assert [line.path for line in parse_list("my clip.001 3\n", source="l.txt")] == ["my clip.001"]
