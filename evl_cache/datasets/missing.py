@@ -50,6 +50,7 @@ def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> list[
     if not 0 <= allow_percent <= 100:
         raise UsageError(f"--allow-missing {allow_percent}; expected a percentage from 0 to 100")
     missing = missing_clips(clips, root)
+    _check_locale(missing, clips.source)
     percent = 100 * len(missing) / len(clips.clips)
     if percent <= allow_percent:
         return missing
@@ -67,6 +68,18 @@ def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> list[
         f"under {root}{segments}: {shown}{more}; expected at most {allow_percent:g} %; "
         f"{_remedy(clips, missing, root, without=without)}"
     )
+
+
+def _check_locale(missing: Sequence[Clip], source: str) -> None:
+    """Raise UsageError for a path with letters that this process cannot ask the disk for."""
+    for clip in missing:
+        try:
+            os.fsencode(clip.path)
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"{source}: {_named(clip)} cannot be looked up, as the locale's names of files are {error.encoding}; "
+                "set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale such as C.UTF-8"
+            ) from error
 
 
 def _remedy(clips: ClipList, missing: Sequence[Clip], root: Path, *, without: str) -> str:
