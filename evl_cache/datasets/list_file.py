@@ -1,17 +1,21 @@
 """Read a list file or a table: a path and a label a line, and what more a table's columns say."""
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 
 from evl_cache.clips import Clip, ClipList, number_labels
 from evl_cache.datasets.class_file import number_by_names, read_class_names
-from evl_cache.datasets.list_lines import LIST_FORMS, ListLine, parse_list
+from evl_cache.datasets.list_lines import LIST_FORMS, ListLine, parse_list, refuse_several_labels
 from evl_cache.datasets.missing import FRAMES_REMEDY
 from evl_cache.datasets.places import VIDEO_SUFFIXES
 from evl_cache.datasets.table_rows import read_table
 from evl_cache.errors import UsageError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a byte that is not UTF-8
+_NO_LABEL = re.compile(r"-\d+(?:\.\d*)?")  # that a test set's clips are given
 
 
 def read_list_file(path: Path, *, split: str) -> ClipList:
@@ -37,8 +41,10 @@ def read_lists(path: Path, *, split: str | None, classes_path: Path | None = Non
     rows, remarks = (parse_list(text, source=source), []) if table is None else table
     if table is None:
         _refuse_frame_folders(rows, source=source)
+    rows = _labelled(rows, split, source)
     lines, names = [row.line for row in rows], [row.label for row in rows]
     if classes_path is None:
+        refuse_several_labels(rows, source=source)
         labels, classes = number_labels(names, source=source, lines=lines)
     else:
         classes = read_class_names(classes_path)
@@ -66,10 +72,38 @@ def read_lists(path: Path, *, split: str | None, classes_path: Path | None = Non
     return _by_split(listed, split) if has_splits else {split or "all": listed}
 
 
+def _labelled(rows: Sequence[ListLine], split: str | None, source: str) -> list[ListLine]:
+    """Return the rows without those of splits that are not read and have no label, as test sets often have none.
+
+    Raises: UsageError for another row without a label, or with one that is not UTF-8.
+    """
+    wanted = _wanted({row.split for row in rows if row.split}, split)
+    kept = [
+        row
+        for row in rows
+        if row.split in (None, *wanted) or (row.label and not _NO_LABEL.fullmatch(row.label))
+    ]
+    for row in kept:
+        if not row.label:
+            raise UsageError(
+                f"{source}, line {row.line}: no label; expected a path and one label for each clip"
+            )
+        if not row.label.isascii() and _SURROGATE.search(row.label):
+            raise UsageError(
+                f"{source}, line {row.line}: label {row.label!r} is not UTF-8; save the list as UTF-8"
+            )
+    return kept
+
+
+def _wanted(there: Collection[str], split: str | None) -> list[str]:
+    """Return the splits that are read: the one named, or train and val (test where there is no val)."""
+    usual = ("train", "val") if "val" in there else ("train", "test")
+    return [name for name in usual if name in there] if split is None else [split]
+
+
 def _by_split(listed: ClipList, split: str | None) -> dict[str, ClipList]:
     counts = Counter(clip.split for clip in listed.clips)
-    usual = ("train", "val") if counts["val"] else ("train", "test")
-    wanted = [name for name in usual if counts[name]] if split is None else [split]
+    wanted = _wanted(counts, split)
     if not counts[wanted[0]]:
         raise UsageError(
             f"{listed.source}: no clip of split {split}, only of {', '.join(sorted(counts))}; expected one of these as --split"

@@ -43,20 +43,23 @@ def is_header(names: Sequence[str]) -> bool:
 
 
 def find_columns(names: Sequence[str], *, where: str) -> dict[str, str]:
-    """Return the name of each column that is known, by what it means.
+    """Return the name of each column that is read, by what it means. Where one has its own name, others like it are not read.
 
     Raises: UsageError that begins with `where` for two columns that mean the same, or for one that lacks.
     """
     found: dict[str, str] = {}
-    for name in names:
-        kind = kind_of(name)
-        if kind is not None and kind in found:
+    for kind in _NAMES:
+        alike = [name for name in names if kind_of(name) == kind]
+        own = [
+            name for name in alike if _plain(name) == kind
+        ] or alike  # `label` beside `class_id` is the label
+        if len(own) > 1:
             raise UsageError(
-                f"{where}: {found[kind]!r} and {name!r} both name the {kind} of a clip; expected one such column: "
+                f"{where}: {own[0]!r} and {own[1]!r} both name the {kind} of a clip; expected one such column: "
                 "rename the other, or leave it out"
             )
-        if kind is not None:
-            found[kind] = name
+        if own:
+            found[kind] = own[0]
     lacking = [kind for kind in ("path", "label") if kind not in found]
     if lacking:
         meant = [f"{name!r} may be meant as {near}" for name in names if (near := _near(name)) in lacking]
@@ -68,9 +71,9 @@ def find_columns(names: Sequence[str], *, where: str) -> dict[str, str]:
     return found
 
 
-def remark_of_unknown(names: Iterable[str]) -> list[str]:
+def remark_of_unread(names: Iterable[str], read: Iterable[str]) -> list[str]:
     """Return a line on columns that are not read, which asks about those that are nearly known; none without any."""
-    unknown = [name for name in dict.fromkeys(names) if kind_of(name) is None]
+    unknown = [name for name in dict.fromkeys(names) if name not in {*read}]
     told = [f"{name!r}" + (f" (is it {near}?)" if (near := _near(name)) else "") for name in unknown]
     return [f"columns that are not read: {', '.join(told)}"] if told else []
 

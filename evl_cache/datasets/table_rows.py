@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from evl_cache.clips import Segment
-from evl_cache.datasets.list_lines import ListLine, refuse_several_labels
+from evl_cache.datasets.list_lines import ListLine
 from evl_cache.datasets.split_folders import split_named
-from evl_cache.datasets.table_columns import find_columns, is_header, kind_of, remark_of_unknown
+from evl_cache.datasets.table_columns import find_columns, is_header, kind_of, remark_of_unread
 from evl_cache.datasets.text_file import read_json_entries
 from evl_cache.errors import UsageError
 
@@ -79,8 +79,7 @@ def _of_csv(text: str, *, source: str) -> Table | None:
         unnamed |= any(field and not name for name, field in zip(header, fields, strict=True))
         cells = {kind: fields[number] for kind, number in place.items()}
         rows.append(_row(cells, line, f"{source}, line {line}"))
-    refuse_several_labels(rows, source=source)
-    remarks = remark_of_unknown(name for name in header if name)
+    remarks = remark_of_unread((name for name in header if name), columns.values())
     remarks += ["a column without a name is not read"] if unnamed else []
     remarks += [f"lines that begin with # are passed over: {comments}"] if comments else []
     return rows, remarks
@@ -131,17 +130,17 @@ def _json_lines(text: str, source: str) -> Iterator[tuple[int, Any]]:
 
 
 def _of_objects(entries: Iterable[tuple[int, Any]], *, source: str) -> Table:
-    rows, keys = [], dict[str, None]()
+    rows, keys, read = [], dict[str, None](), set[str]()
     for line, value in entries:
         where = f"{source}, line {line}"
         if not isinstance(value, dict):
             raise UsageError(f"{where}: {json.dumps(value)[:60]} is no object; expected {_JSON_FORM}")
         keys |= dict.fromkeys(value)
         columns = find_columns(list(value), where=where)
+        read |= {*columns.values()}
         cells = {kind: _cell(kind, name, value[name], where) for kind, name in columns.items()}
         rows.append(_row(cells, line, where))
-    refuse_several_labels(rows, source=source)
-    return rows, remark_of_unknown(keys)
+    return rows, remark_of_unread(keys, read)
 
 
 _TYPES: Mapping[str, tuple[type, ...]] = {
@@ -158,7 +157,7 @@ def _cell(kind: str, name: str, value: Any, where: str) -> str:
         raise UsageError(
             f"{where}: {name!r} is {json.dumps(value)[:60]}, which are several labels; expected one label for each clip"
         )
-    if value is None and kind not in ("path", "label"):
+    if value is None and kind != "path":
         return ""
     types = _TYPES.get(kind, (str, int, float))
     if isinstance(value, bool) or not isinstance(value, types):
@@ -168,9 +167,8 @@ def _cell(kind: str, name: str, value: Any, where: str) -> str:
 
 
 def _row(cells: _Cells, line: int, where: str) -> ListLine:
-    for kind in ("path", "label"):
-        if not cells[kind]:
-            raise UsageError(f"{where}: no {kind}; expected a path and one label for each clip")
+    if not cells["path"]:
+        raise UsageError(f"{where}: no path; expected a path and one label for each clip")
     for kind in ("path", "label", "id"):
         _check_letters(kind, cells.get(kind, ""), where)
     split = cells.get("split")
@@ -204,16 +202,12 @@ def _check_letters(kind: str, text: str, where: str) -> None:
 
 
 def _segment(cells: _Cells, where: str) -> Segment | None:
+    """Return the part of a video that a row names: by times, where it has them as well as frames."""
     seconds = {kind: cells[kind] for kind in ("start", "end") if cells.get(kind)}
     frames = {kind: cells[kind] for kind in ("start_frame", "end_frame") if cells.get(kind)}
-    if seconds and frames:
-        raise UsageError(
-            f"{where}: times ({', '.join(seconds)}) as well as frames ({', '.join(frames)}); expected one of the two: leave the "
-            "other columns out"
-        )
     if not seconds and not frames:
         return None
-    read, unit = (_frame, "frames") if frames else (_second, "seconds")
+    read, unit = (_second, "seconds") if seconds else (_frame, "frames")
     bounds = {kind.partition("_")[0]: read(kind, text, where) for kind, text in (seconds or frames).items()}
     start, end = bounds.get("start", 0.0), bounds.get("end")
     if end is not None and end <= start:

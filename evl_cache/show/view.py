@@ -21,7 +21,6 @@ from evl_cache.runs import (
     RunConfig,
     check_features,
     class_probabilities,
-    classes_of_run,
     head_logits,
     load_head,
     read_run_config,
@@ -141,9 +140,6 @@ def draw_cached(
         prepared = PreparedClip(record=ClipRecord(id=cache.clips[row].id, error=outage.trouble), samples=None)
     features = _Features(spec=cache.spec, layers=tuple(layers), tokens=tokens, maps=maps)
     label = cache.spec.classes[cache.clips[row].label]
-    if run is not None:
-        match = classes_of_run(run.path, run.config, cache)
-        label = run.config.classes[match.labels(np.asarray(cache.clips[row].label))]
     draw_view(_picture(_title(cache.clips[row]), label, features, prepared, view, run, layer), out)
 
 

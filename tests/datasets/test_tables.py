@@ -88,7 +88,7 @@ def test_one_table_makes_both_splits_which_number_classes_alike(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("path,class,label\na,b,c\n", r"line 1: 'class' and 'label' both name the label"),
+        ("path,class,category\na,b,c\n", r"line 1: 'class' and 'category' both name the label"),
         ("vidio,label,split\na,b,train\n", r"line 1: no column path among .*'vidio' may be meant as path.*path,label\["),
         ("path label split\na run train\n", r"line 1: names columns .* with blanks between them; expected commas"),
         ("path,lable\na,b\n", r"line 1: no column label .*'lable' may be meant as label"),
@@ -107,7 +107,6 @@ def test_one_table_makes_both_splits_which_number_classes_alike(tmp_path: Path) 
         ("path,label,end\na.mp4,b,inf\n", r"line 2: end 'inf'"),
         ("path,label,start,end\na.mp4,b,3,3\n", r"line 2: end 3 is not after start 3"),
         ("path,label,start_frame\na.mp4,b,1.5\n", r"line 2: start_frame '1.5'; expected a whole number"),
-        ("path,label,start,end_frame\na.mp4,b,1,5\n", r"line 2: times \(start\) as well as frames \(end_frame\)"),
         ("path,label,start\na.mp4,b,1\na.mp4,b,1.0\n", r"'a.mp4#1-' occurs twice \(lines 2 and 3\)"),
         ("path,label,id\na.mp4,b,1\na.mp4,c,2\n", r"'a.mp4' occurs twice \(lines 2 and 3\)"),
         ("path,label,split\na.mp4,b,train\na.mp4,b,val\n", r"'a.mp4' occurs twice \(lines 2 and 3\)"),
@@ -126,6 +125,22 @@ def test_a_table_that_is_wrong_is_refused_with_its_line(tmp_path: Path, text: st
     with pytest.raises(UsageError, match=message) as caught:
         read(tmp_path, text)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_column_of_its_own_name_is_read_and_times_before_frames(tmp_path: Path) -> None:
+    text = "path,class_id,label,start_timestamp,stop_timestamp,start_frame,stop_frame\na.mp4,7,run,00:00:01.14,3,8,89\n"
+    path = write(tmp_path, text)
+    (found,) = read_lists(path, split=None).values()
+    assert found.classes == ("run",)
+    assert found.clips[0].segment == Segment(unit="seconds", start=1.14, end=3)
+    assert found.remarks == ("columns that are not read: 'class_id'",)
+
+
+def test_clips_of_splits_that_are_not_read_need_no_label(tmp_path: Path) -> None:
+    text = "path,label,split\na.mp4,run,train\nb.mp4,,test\nc.mp4,-1,test\nd.mp4,walk,val\n"
+    assert read(tmp_path, text) == {"train": [("a.mp4", "run", None)], "val": [("d.mp4", "walk", None)]}
+    with pytest.raises(UsageError, match="line 3: no label"):
+        read(tmp_path, text, split="test")
 
 
 def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:

@@ -164,6 +164,7 @@ def plain_read(path: Path) -> dict[str, list[tuple[Any, ...]]]:
         rows = _read_json(text, path.suffix == ".json")
     else:
         rows = _read_csv(text) if path.suffix == ".csv" else _read_list(text)
+    rows = [row for row in rows if row.split in _wanted(rows) or not re.fullmatch(r"(-\d.*)?", row.label)]
     refuse_if(not rows)
     names = _classes([row.label for row in rows])
     ids = [row.id or row.path + _told(row.segment) for row in rows]
@@ -193,13 +194,16 @@ def _told(segment: tuple[str, float, float | None] | None) -> str:
 
 def _classes(labels: list[str]) -> list[str]:
     for label in labels:
-        parts = [part.strip() for part in re.split("[,;|]", label)]
+        parts = [part for part in re.split(r"[,;|\s]+", label) if part]
         refuse_if(re.fullmatch(r"[-+]\d.*|\[?\d+([,;| ]+\d+)+\]?", label) or not label)
         refuse_if(len(parts) > 1 and {*parts} <= {*labels})
+    for mark in ";|":
+        parts = [part for label in {*labels} if mark in label for part in {*label.split(mark)}]
+        refuse_if(len({*parts}) < len(parts))
     if all(re.fullmatch(r"\d+(\.0*)?", label) for label in labels):
         refuse_if(any(float(label) >= 100_000 for label in labels))
         return [str(int(float(label))) for label in labels]
-    refuse_if(any(label.isdigit() for label in labels))
+    refuse_if(any(re.fullmatch(r"\d+(\.\d*)?", label) for label in labels))
     return labels
 
 
@@ -233,7 +237,11 @@ def _line(line: str) -> Row:
 
 def _kinds(names: list[str]) -> list[str | None]:
     of = {re.sub(r"[ -]", "_", name.lower()): kind for kind, alike in KINDS.items() for name in alike}
-    kinds = [of.get(re.sub(r"[ -]", "_", name.lower())) for name in names]
+    plain = [re.sub(r"[ -]", "_", name.lower()) for name in names]
+    kinds = [of.get(name) for name in plain]
+    kinds = [
+        None if kind in plain and name != kind else kind for name, kind in zip(plain, kinds, strict=True)
+    ]
     known = [kind for kind in kinds if kind]
     refuse_if(len({*known}) < len(known) or "path" not in known or "label" not in known)
     return kinds
@@ -273,23 +281,22 @@ def _object(value: dict[str, Any]) -> Row:
     for kind, cell in zip(_kinds(list(value)), value.values(), strict=True):
         number = (int,) if kind in ("label", "id") else (int, float) if kind not in ("path", "split") else ()
         if kind:
-            allowed = isinstance(cell, (str, *number)) or (cell is None and kind not in ("path", "label"))
+            allowed = isinstance(cell, (str, *number)) or (cell is None and kind != "path")
             refuse_if(not allowed or isinstance(cell, bool))
             cells[kind] = "" if cell is None else str(cell)
     return _row(cells)
 
 
 def _row(cells: dict[str, str]) -> Row:
-    refuse_if(not cells["path"] or not cells["label"] or "\n" in cells["path"] + cells["label"])
+    refuse_if(not cells["path"] or "\n" in cells["path"] + cells["label"])
     refuse_if("split" in cells and cells["split"] not in SPLITS)
     seconds = [cells.get("start", ""), cells.get("end", "")]
     frames = [cells.get("start_frame", ""), cells.get("end_frame", "")]
-    refuse_if(any(seconds) and any(frames))
     segment = None
     if any(seconds + frames):
-        start, end = (_number(text, bool(any(frames))) for text in (frames if any(frames) else seconds))
+        start, end = (_number(text, not any(seconds)) for text in (seconds if any(seconds) else frames))
         refuse_if(end is not None and end <= (start or 0))
-        segment = ("frames" if any(frames) else "seconds", start or 0.0, end)
+        segment = ("seconds" if any(seconds) else "frames", start or 0.0, end)
     split = SPLITS[cells["split"]] if "split" in cells else None
     return Row(cells["path"], cells["label"], split, segment, cells.get("id") or None)
 
