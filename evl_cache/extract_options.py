@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 from enum import Flag, auto
 from pathlib import Path
 
+from evl_cache.sampling import AUTO_STRIDE
 from evl_cache.spec import CODECS, DECODERS, MAP_STORAGE, SAMPLING, TOKEN_STORAGE, ViewSpec
 from evl_cache.untrusted.spec_limits import COMPUTE_DTYPES
 
@@ -65,6 +66,7 @@ class ExtractOption:
         default: value where none is given; None where it depends on other things.
         shows_default: whether the help says it.
         is_required: whether there must be a value.
+        word: a word that may stand in the place of a number.
         metavar: what stands for its value in the help.
         parameter: its name in the command, and in the environment; from the flag where not given.
         field: the field it fills; the parameter where not given.
@@ -82,6 +84,7 @@ class ExtractOption:
     default: str | int | float | None = None
     shows_default: bool = False
     is_required: bool = False
+    word: str = ""
     metavar: str | None = None
     parameter: str = ""
     field: str = ""
@@ -152,7 +155,8 @@ EXTRACT_OPTIONS = (
                   choices=tuple(VIEW_RECIPES), metavar="NAME"),
     ExtractOption("--frames", _SPEC, f"Frames of a view [{_V.frames}].", kind=int),
     ExtractOption("--sampling", _SPEC, f"[{_V.sampling}]", choices=SAMPLING),
-    ExtractOption("--stride", _SPEC, f"Frames between two of a view [{_V.stride}].", kind=int),
+    ExtractOption("--stride", _SPEC, f"Take every Nth frame; auto: spread over a clip [{_V.stride}].", kind=int,
+                  word=AUTO_STRIDE, metavar="N|auto"),
     ExtractOption("--views", _ALL, f"Temporal x spatial views [{_V.crops}].", metavar="TxS"),
     ExtractOption("--train-views", _ALL, "Augmented, of the train split.", kind=int, least=1, metavar="V"),
     ExtractOption("--augment-seed", _ALL, f"What they are drawn from [{_V.augment_seed}].", kind=int, least=0, metavar="N"),
