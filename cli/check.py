@@ -56,7 +56,9 @@ def _lines(found: Check) -> Iterator[str]:
     if found.in_both:
         yield from _wrapped("both", f"{len(found.in_both)} in two splits: {_some(found.in_both)}")
     for name, classes in found.only_in.items():
-        yield from _wrapped("one only", f"classes with clips in {name} only ({len(classes)}): {_some(classes)}")
+        yield from _wrapped(
+            "one only", f"classes with clips in {name} only ({len(classes)}): {_some(classes)}"
+        )
     if found.cache is not None:
         yield from _wrapped("cache", str(found.cache))
     yield "extract would begin" if found.would_begin else "extract would refuse to begin"

@@ -59,7 +59,7 @@ def _settings(option: ExtractOption) -> dict[str, Any]:
     }
 
 
-class _NumberOr(click.ParamType):
+class _NumberOr(click.ParamType[int | str]):
     """A whole number, or one word."""
 
     name = "number"
@@ -67,9 +67,7 @@ class _NumberOr(click.ParamType):
     def __init__(self, word: str) -> None:
         self._word = word
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | str:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
         """Return the number, or the word."""
         if value == self._word or isinstance(value, int):
             return value  # type: ignore[no-any-return]

@@ -172,9 +172,7 @@ def check(request: ExtractRequest) -> Check:
         _cost(request, read, split, shape=shape, missing=tuple(clip.id for clip in missing[split]))
         for split in read.lists
     ]
-    splits = check_splits(
-        read, skipped={clip.id for clips in missing.values() for clip in clips}
-    )
+    splits = check_splits(read, skipped={clip.id for clips in missing.values() for clip in clips})
     lists = {split: clips.clips for split, clips in read.lists.items()}
     return Check(
         root=read.root,
@@ -267,9 +265,7 @@ def _only_in(splits: Sequence[SplitCheck]) -> dict[str, tuple[str, ...]]:
     """Return classes with clips in one split only, by name; nothing of a single split."""
     if len(splits) < 2:
         return {}
-    filled = {
-        each.split: [name for name, count in each.clips_by_class.items() if count] for each in splits
-    }
+    filled = {each.split: [name for name, count in each.clips_by_class.items() if count] for each in splits}
     times = Counter(name for names in filled.values() for name in names)
     only = {split: tuple(name for name in names if times[name] == 1) for split, names in filled.items()}
     return {split: names for split, names in only.items() if names}

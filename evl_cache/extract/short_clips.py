@@ -61,7 +61,9 @@ class ShortClips:
         whole = self.looked_at == self.clips
         of = counted(self.clips, "clip") if whole else f"{counted(self.looked_at, 'clip')} looked at"
         is_one = self.short == 1
-        fits = f"--stride {self.fitting_stride} fits nine of ten, " if self.fitting_stride < self.stride else ""
+        fits = (
+            f"--stride {self.fitting_stride} fits nine of ten, " if self.fitting_stride < self.stride else ""
+        )
         return (
             f"{self.short} of {of} {'has' if is_one else 'have'} fewer frames than a view lies over "
             f"({frames_spanned(frames=self.frames, stride=self.stride)} = {self.stride} x {self.frames - 1} + 1): "
