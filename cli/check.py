@@ -20,6 +20,7 @@ EXAMPLES = """
 evl-cache check --dataset folder --root clips
 evl-cache check --dataset list --list clips.txt --root videos --json
 """
+_JOINED = "\N{NO-BREAK SPACE}"  # between a class and its number, which stay in one line
 _WIDTH, _INDENT = 80, 10
 _MOST_NOTES, _MOST_NAMED = 4, 5
 
@@ -99,7 +100,7 @@ def _some(names: Iterable[str]) -> str:
 
 def _wrapped(title: str, text: str) -> list[str]:
     """Return a text beside its title, in lines of a terminal's width."""
-    return textwrap.wrap(
+    lines = textwrap.wrap(
         printable(text),
         _WIDTH,
         initial_indent=f"  {title:<{_INDENT}}",
@@ -107,3 +108,4 @@ def _wrapped(title: str, text: str) -> list[str]:
         break_long_words=False,
         break_on_hyphens=False,
     )
+    return [line.replace(_JOINED, " ") for line in lines]

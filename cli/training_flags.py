@@ -174,7 +174,7 @@ def train_flags(function: Function) -> Function:
     flags: list[Flag[Function]] = [
         cache_flags,
         path_flag("--again", "A run, to do as it was; options given win."),
-        click.option("--recipe", metavar="k400|ssv2", help="Settings of the EVL paper; options given win."),
+        click.option("--recipe", metavar="k400|ssv2", help="The EVL paper's settings; options given win."),
         click.option(
             "--head",
             default="decoder4",

@@ -276,4 +276,4 @@ def _named(name: str, ids: Sequence[str]) -> dict[str, Any]:
 
 
 def _with_counts(counts: Iterable[tuple[str, int]]) -> str:
-    return ", ".join(f"{name} {count}" for name, count in counts)
+    return ", ".join(f"{name}\N{NO-BREAK SPACE}{count}" for name, count in counts)
