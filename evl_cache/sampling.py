@@ -20,6 +20,14 @@ def stride_of(num_frames_in_file: int, *, frames: int, stride: int | str) -> int
     return int(stride)
 
 
+def check_stride(stride: int | str | None) -> None:
+    """Check the stride of views, None for TSN. Raises: UsageError for a word but `auto`, or a number below 1."""
+    if isinstance(stride, str) and stride != AUTO_STRIDE:
+        raise UsageError(f"stride {stride!r}; expected a number of frames, or {AUTO_STRIDE}")
+    if not isinstance(stride, str) and stride is not None and stride < 1:
+        raise UsageError(f"stride is {stride}; expected at least 1")
+
+
 def frames_spanned(*, frames: int, stride: int) -> int:
     """Return how many frames of a file a view lies over: s(T-1)+1."""
     return stride * (frames - 1) + 1

@@ -11,7 +11,7 @@ from typing import Any
 
 from evl_cache.canonical_json import digest, flatten
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.sampling import AUTO_STRIDE
+from evl_cache.sampling import check_stride
 from evl_cache.untrusted.spec_limits import check_spec
 
 FORMAT_VERSION = 2  # of caches that are made; older ones, of 1, are read and written as they are
@@ -113,13 +113,10 @@ class ViewSpec:
             raise UsageError(
                 f"stride {self.stride} with {self.sampling} sampling; TSN takes no stride, strided needs it"
             )
-        for name in ("frames", "stride", "temporal_views"):
-            value = getattr(self, name)
-            if name == "stride" and isinstance(value, str):
-                if value != AUTO_STRIDE:
-                    raise UsageError(f"stride {value!r}; expected a number of frames, or {AUTO_STRIDE}")
-            elif value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; expected at least 1")
+        check_stride(self.stride)
+        for name in ("frames", "temporal_views"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.spatial_views not in (1, 3):
             raise UsageError(f"spatial views: got {self.spatial_views}; expected 1 (centre) or 3")
         if self.train_views < 0 or self.augment_seed < 0:

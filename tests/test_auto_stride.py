@@ -44,7 +44,7 @@ def test_training_views_of_auto_stay_in_the_clip_and_use_all_of_it(T: int) -> No
             for seed in range(40)
         ]
         s = slow_stride(n, T)
-        assert all(0 <= view[0] and view[-1] < n for view in drawn)
+        assert all(view[0] >= 0 and view[-1] < n for view in drawn)
         if n >= T:
             assert all(view == [view[0] + i * s for i in range(T)] for view in drawn)
             assert len({view[0] for view in drawn}) > 1 or n - 1 - s * (T - 1) == 0

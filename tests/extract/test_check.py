@@ -19,6 +19,7 @@ from evl_cache.spec import ViewSpec
 from evl_cache.store import ClipRecord
 from evl_cache.video import Length
 from evl_cache_cli.main import cli
+from tests.support.example_data import ROOT, make_data
 from tests.support.store_helpers import make_clips
 
 TINY = ("--model", "evl-tiny", "--layers", "7-8", "--frames", "4")
@@ -117,7 +118,18 @@ def test_clips_in_both_splits_are_told(clips: Path, tmp_path: Path) -> None:
 
 
 def test_extract_says_the_short_form_first_and_stdout_stays_json(clips: Path, tmp_path: Path) -> None:
-    words = ["--dataset", "folder", "--root", str(clips), "--split", "train", *TINY, "--device", "cpu", "--json"]
+    words = [
+        "--dataset",
+        "folder",
+        "--root",
+        str(clips),
+        "--split",
+        "train",
+        *TINY,
+        "--device",
+        "cpu",
+        "--json",
+    ]
     result = CliRunner().invoke(cli, ["extract", *words, "--cache", str(tmp_path / "c")])
     said = result.stderr.splitlines()
     assert result.exit_code == 0 and told(result)["caches"]
@@ -149,7 +161,9 @@ def looked(
 
 
 def test_the_stride_that_fits_nine_of_ten_is_the_largest(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = {clip.path: Length(20 if row < 2 else 45 if row < 18 else 300, 25.0) for row, clip in enumerate(LIST)}
+    lengths = {
+        clip.path: Length(20 if row < 2 else 45 if row < 18 else 300, 25.0) for row, clip in enumerate(LIST)
+    }
     found = looked(monkeypatch, lengths, LIST[:20])
     assert found is not None and found.short == 18 and found.fitting_stride == 6 and found.median == 45
     assert found.told() == (
@@ -215,3 +229,11 @@ def test_a_run_of_bad_files_stops_after_twenty(tmp_path: Path) -> None:
         standalone_mode=False,
     )
     assert on.return_value == 3 and "60 failed" in on.stdout
+
+
+def test_the_screen_of_the_docs_is_real(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_data(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs/own-videos.md").read_text(encoding="utf-8")
+    screen = page.partition("evl-cache check ")[2].partition("```text\n")[2].partition("```")[0]
+    assert check("--dataset", "list", "--list", "clips.txt", "--root", "videos").stdout == screen
