@@ -15,6 +15,7 @@ from evl_cache.extract.clips_ahead import ClipsAhead
 from evl_cache.extract.defaults import batch_for, workers_for
 from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
 from evl_cache.extract.environment import run_environment
+from evl_cache.extract.failure_limit import FailureCount
 from evl_cache.extract.handoff import Closed
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
 from evl_cache.extract.outages import OnOutage, Surroundings
@@ -119,7 +120,10 @@ class BlockExtractor:
         self._encoders = ThreadPoolExecutor(workers.compressing, thread_name_prefix="encode")
         # A thread for each process, and one that crops meanwhile.
         self._threads = workers.decoding + 1
-        self._set_up(batch_for(options, spec), has_stored=bool(finished_blocks(job.cache_path)))
+        has_stored = bool(finished_blocks(job.cache_path))
+        self._counts_start = not has_stored
+        self._from_start = FailureCount(limit=options.most_failures, uncounted=job.known_missing)
+        self._set_up(batch_for(options, spec), has_stored=has_stored)
 
     def _set_up(self, batch: int, *, has_stored: bool) -> None:
         """Start the threads that prepare clips and run batches."""
@@ -204,6 +208,9 @@ class BlockExtractor:
             begun.told += 1
             self._on_bottleneck(self.waited.bottleneck)
             self._on_clip(record.error is not None)
+            if self._counts_start and begun.kept is None:
+                self._from_start = self._from_start.after([record])
+                self._from_start.check_start()
 
     def end(self, begun: BegunBlock) -> ExtractedBlock:
         """Return a block that is ready. The caller commits its writer, and closes it."""

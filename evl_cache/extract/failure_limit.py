@@ -10,6 +10,8 @@ from evl_cache.store import ClipRecord
 
 # Without --max-failures. Real lists have one or two bad files in a hundred; more is a fault of something else.
 DEFAULT_PERCENT, DEFAULT_FROM_CLIPS, DEFAULT_IN_A_ROW = 5.0, 100, 50
+# Where not one was read before them: fewer than a block has, so that a run that cannot work ends soon.
+DEFAULT_FROM_THE_START = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +111,14 @@ class FailureCount:
             "wrong and run the same command again, or accept them with "
             f"{'--max-failures 100%' if self.limit is None else 'a higher --max-failures'}"
         )
+
+    def check_start(self) -> None:
+        """Raises: TooManyFailures where every clip failed that this run has seen, and they are many; not with a limit."""
+        if self.limit is None and self.seen == self.failed and self.in_a_row >= DEFAULT_FROM_THE_START:
+            raise TooManyFailures(
+                f"each of the first {self.seen} clips failed; the last: {self.last_reason}; mend what is wrong and run "
+                "the same command again, or go on through clips that fail with --max-failures 100%"
+            )
 
     def _excess(self) -> str | None:
         """What is too much; None where nothing is."""

@@ -26,6 +26,7 @@ from evl_cache.video.frames import (
     chosen,
     reason_of,
 )
+from evl_cache.video.lengths import Length, told_length
 from evl_cache.video.linear import linear_frames
 from evl_cache.video.native_messages import hears
 from evl_cache.video.packets import Packets, is_first_stream, read_packets
@@ -41,12 +42,14 @@ __all__ = [
     "DecodeOptions",
     "DecodedClip",
     "FrameEvent",
+    "Length",
     "Shown",
     "chosen",
     "collect",
     "decode_clip",
     "decode_frames",
     "doubt",
+    "told_length",
 ]
 
 

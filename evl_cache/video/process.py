@@ -23,7 +23,7 @@ import numpy as np
 
 from evl_cache.errors import ClipError, Outage, WorkerError
 from evl_cache.standstill import TimeLimit
-from evl_cache.video import ByTime, Choose, ClipHeader, DecodeOptions, FrameEvent, chosen
+from evl_cache.video import ByTime, Choose, ClipHeader, DecodeOptions, FrameEvent, Length, chosen
 from evl_cache.video.user_limits import raise_limit, said_of_memory
 
 WORKER = "evl_cache.video.worker"
@@ -142,6 +142,15 @@ class DecodeProcess:
         self._finish(said)
         found: str | None = said["doubtful"]
         return found
+
+    def length(self, path: str | Path, timeout_s: float) -> Length:
+        """Return what `video.told_length` returns. Raises: as `frames`."""
+        self._wait_until_ready()
+        limit = TimeLimit(timeout_s)
+        self._send({**_file(path), "length": True}, limit)
+        said = self._receive(limit)
+        self._finish(said)
+        return Length(*said["length"])
 
     def _finish(self, said: dict[str, Any]) -> None:
         """Take the last message of a request. Raises: ClipError, Outage where it tells of one."""

@@ -12,8 +12,10 @@ imports torch for torchcodec only, and nothing of the cache, so that it starts f
     worker   {"frames"}: so many frames are in the file
     parent   {"taken"}: the next frames may be written
     parent   {"path", "folder", "doubt"}: a clip to judge, and the decoder that served it once
+    parent   {"path", "folder", "length"}: a clip whose header is asked how long it is
     worker   {"growth_bytes"} of resident memory since the first clip, and {"error"} if the clip failed, or {"outage",
-             "remedy"} where it is not to blame, or what is {"doubtful"} about a clip to judge: it is finished
+             "remedy"} where it is not to blame, or what is {"doubtful"} about a clip to judge, or its {"length"}: it is
+             finished
 """
 
 import contextlib
@@ -135,13 +137,15 @@ class _Connection:
             self._lines.readline()
 
 
-def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str | None]:
+def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, Any]:
     """Decode or judge one clip, and return what the last message says of it."""
     path, folder = (os.fsdecode(bytes.fromhex(request.pop(name))) for name in ("path", "folder"))
     try:
         _enter(folder)
         if "doubt" in request:
             return {"doubtful": video.doubt(path, request["doubt"])}
+        if "length" in request:
+            return {"length": video.told_length(path)}
         by_time = request.pop("by_time", False)
         choose = video.ByTime(connection.ask_by_time) if by_time else connection.ask
         for event in video.decode_frames(path, choose, options=video.DecodeOptions(**request)):
