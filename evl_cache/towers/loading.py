@@ -59,6 +59,8 @@ def _chosen(
             f"{weights.path}: holds no image tower ('visual.conv1.weight' is missing); expected weights of an "
             "open_clip, OpenAI CLIP or timm vision transformer"
         )
+    for each in likeliest:
+        _refuse_without_values(each, weights)
     fitting = [each for each in likeliest if each.fits(own)]
     if not fitting and convert is not None:
         likeliest = _converted(likeliest, convert)
@@ -68,6 +70,19 @@ def _chosen(
     if len(differing := _differing(fitting, own)) > 1:
         raise WeightsError(told_of_several(weights.path, differing, own, pretrained))
     return fitting[0] if fitting else likeliest[0]
+
+
+def _refuse_without_values(candidate: Candidate, weights: TowerWeights) -> None:
+    """Raise a WeightsError for tensors that are not the plain numbers which a tower has."""
+    for name, tensor in candidate.tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_complex():
+            kind = (
+                "without values (device 'meta')" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}"
+            ).replace("torch.", "")
+            raise WeightsError(
+                f"{weights.path}: {escaped(name)[:200]} is a tensor {kind}; expected plain real numbers: save the weights "
+                "when they are loaded, and dense"
+            )
 
 
 def _differing(fitting: list[Candidate], own: Tensors) -> list[Candidate]:
