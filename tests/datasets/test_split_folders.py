@@ -1,6 +1,7 @@
 """Folders of splits as people have them: understood, or refused before work with what to give instead."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from click.testing import CliRunner
 
 from evl_cache.clips import ClipList
 from evl_cache.datasets.folder import read_class_folders
+from evl_cache.datasets.folder_tree import read_tree
 from evl_cache.datasets.split_folders import split_named
 from evl_cache.errors import UsageError
 from evl_cache_cli.main import cli
@@ -237,6 +239,40 @@ def test_folders_that_may_not_be_read_are_told(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "scandir", refusing)
     assert read(tmp_path)["all"].remarks == ("folders that may not be read are passed over: a/deep",)
+
+
+def test_a_folder_that_the_disk_cannot_list_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_out(tmp_path, "a/1.mp4", "a/deep/2.mp4")
+    scandir = os.scandir
+
+    def failing(path: str) -> object:
+        if str(path).endswith("deep"):
+            raise OSError(5, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert "deep: cannot be listed (Input/output error); expected" in refusal(tmp_path)
+
+
+def test_folders_are_read_to_a_depth(tmp_path: Path) -> None:
+    deep = "/".join(["d"] * 190)
+    (clips,) = read(lay_out(tmp_path / "a", f"{deep}/1.mp4")).values()
+    assert [clip.path for clip in clips.clips] == [f"{deep}/1.mp4"]
+    deeper = "/".join(["d"] * 900)
+    assert "folders are more than 200 deep" in refusal(lay_out(tmp_path / "b", f"{deeper}/1.mp4"))
+
+
+def test_a_folder_of_one_video_keeps_little(tmp_path: Path) -> None:
+    lay_out(tmp_path, *(f"a/{i}/v.mp4" for i in range(300)))
+    tracemalloc.start()
+    try:
+        tree = read_tree(tmp_path, is_divided=lambda name: False)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tree.has_videos() and kept < 300 * 500  # of which the names are a third
 
 
 def test_a_hidden_folder_of_videos_is_told(tmp_path: Path) -> None:
