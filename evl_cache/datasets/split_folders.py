@@ -124,11 +124,13 @@ def refuse_misread(part: Path, folders: Mapping[str, FolderTree], *, split: str)
     path, splits = found[0]
     names = " and ".join(f"{name}/" for name in splits)
     inside = f"{part}: {path}/ would be part of a class, but it holds {names}"
-    if any(_holds_classes(below) for below in splits.values()) and len(found) == 1:
+    is_root = any(_holds_classes(below) for below in splits.values())
+    if is_root and len(found) == 1:
         raise UsageError(f"{inside}; expected the folder of these as --root: give --root {part / path}")
+    number = f", as do {len(found)} folders in all" if len(found) > 1 else ""
     raise UsageError(
-        f"{inside}, as do {len(found)} folders in all; expected train/<class>/<video> and val/<class>/<video>: "
-        f"move them so, or give one of these folders as --root ({_REMEDY})"
+        f"{inside}{number}; expected train/<class>/<video> and val/<class>/<video>: "
+        f"move them so{f', or give one folder as --root: {part / path}' if is_root else ''} ({_REMEDY})"
     )
 
 

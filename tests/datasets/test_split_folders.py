@@ -67,9 +67,8 @@ def test_folders_called_like_splits_are_splits(
 
 
 def test_names_of_classes_are_no_splits() -> None:
-    assert [
-        split_named(name) for name in ("trains", "valley", "test tube", "training a dog", "2", "set")
-    ] == [None] * 6
+    names = ("trains", "valley", "test tube", "training a dog", "2", "set", "test1", "train 7", "val_12")
+    assert [split_named(name) for name in names] == [None] * len(names)
 
 
 def test_videos_in_a_third_folder_are_told(tmp_path: Path) -> None:
@@ -172,7 +171,20 @@ def test_a_lone_train_folder_a_level_too_deep_is_refused(tmp_path: Path) -> None
 
 def test_splits_inside_classes_are_refused(tmp_path: Path) -> None:
     lay_out(tmp_path, *(f"{c}/{s}/{c}{s}.mp4" for c in "abc" for s in ("train", "test")))
-    assert "as do 3 folders in all; expected train/<class>/<video>" in refusal(tmp_path)
+    said = refusal(tmp_path)
+    assert "as do 3 folders in all; expected train/<class>/<video>" in said
+    assert "as --root" not in said  # it would be refused at once
+
+
+def test_one_class_with_splits_inside_is_told_without_a_number(tmp_path: Path) -> None:
+    said = refusal(lay_out(tmp_path, "a/train/1.mp4", "a/test/2.mp4", "b/3.mp4"))
+    assert "it holds test/ and train/; expected train/<class>/<video>" in said and "as --root" not in said
+
+
+def test_a_root_of_several_data_sets_is_refused_with_one_that_is_read(tmp_path: Path) -> None:
+    said = refusal(lay_out(tmp_path, *(f"{part}/{name}" for part in ("one", "two") for name in SPLITS)))
+    assert "as do 2 folders in all" in said and f"give one folder as --root: {tmp_path / 'one'}" in said
+    assert list(read(tmp_path / "one")) == ["train", "val"]
 
 
 def test_a_split_unpacked_into_itself_is_refused(tmp_path: Path) -> None:
