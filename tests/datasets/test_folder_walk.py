@@ -9,72 +9,35 @@ from typing import Any
 
 import pytest
 
-from evl_cache.clips import SPLIT_NAMES, ClipList
+from evl_cache.clips import ClipList
 from evl_cache.datasets.folder import read_folder
 from evl_cache.datasets.list_file import read_list_file
 from evl_cache.datasets.missing import missing_clips
 from evl_cache.datasets.places import is_passed_over, is_video, suffix_of
+from evl_cache.datasets.split_folders import split_named
 from evl_cache.errors import UsageError
 
 FILES = ("a.mp4", "b.MP4", "c.gif", "d", "e.", ".h.mp4", "..mp4", "f.txt", "z z.avi", "a-b.webm", "a.b.mkv")
-FOLDERS = ("train", "val", "test", "x", "x-1", "x.mp4", ".hidden", "y z", "a")
+FOLDERS = ("x", "x-1", "x.mp4", ".hidden", "y z", "a", "test1", "trains", "valley")  # no splits
+SPLITS = {
+    "train": ("train", "Train", "TRAINING", "train_256", "videos_train", "Training Set"),
+    "val": ("val", "validate", "Validation", "dev", "eval", "val-1080p"),
+    "test": ("test", "Test", "testing", "test_set", "Test Videos"),
+}
 
 
 def has_videos(folder: Path) -> bool:
     return any(map(is_video, folder.rglob("*")))
 
 
-def direct_videos(folder: Path) -> bool:
-    return any(map(is_video, folder.iterdir()))
-
-
-def classes_in(folder: Path) -> list[Path]:
-    return [d for d in folder.iterdir() if d.is_dir() and has_videos(d)]
-
-
-def is_misread(part: Path, is_split: bool) -> bool:
-    """Whether classes of a part hold splits, or are called so themselves."""
-    classes = classes_in(part)
-    if is_split and all(d.name in SPLIT_NAMES and not direct_videos(d) for d in classes):
-        return True
-    for folder in (below for d in classes for below in (d, *d.rglob("*")) if below.is_dir()):
-        if folder.is_symlink() and folder not in classes:
-            continue
-        inside = [d for d in folder.iterdir() if d.is_dir() and not d.is_symlink() and has_videos(d)]
-        splits = {SPLIT_NAMES[d.name] for d in inside if d.name in SPLIT_NAMES}
-        is_all = len(classes) == 1 and len(inside) == len(splits) == 1 and not direct_videos(folder)
-        if len(splits) > 1 or is_all:
-            return True
-    return False
-
-
-def slow_walk(root: Path) -> dict[str, Any] | None:
-    """The obvious way: paths by `rglob`, each asked what it is. None where the tree is refused."""
-    folders = [d for d in sorted(root.iterdir()) if d.is_dir() and not d.name.startswith(".")]
-    splits = {SPLIT_NAMES[d.name]: d for d in folders if d.name in SPLIT_NAMES}
-    others = [d for d in folders if d.name not in SPLIT_NAMES and has_videos(d)]
-    if others and not any(map(classes_in, splits.values())):  # empty ones hide no classes
-        splits = {name: d for name, d in splits.items() if direct_videos(d)}
-    if len(splits) == 1 and len(folders) > 1:
-        (split,) = splits.values()
-        if not direct_videos(split) and others and classes_in(split):
-            return None  # a split, or a class
-        if direct_videos(split) or others:
-            splits = {}
-    if len(splits) > 1 and "test" in splits and not classes_in(splits["test"]):
-        del splits["test"]
-    parts = splits or {"all": root}
-    if not all(map(classes_in, parts.values())):
-        return None
-    if any(is_misread(part, split != "all") for split, part in parts.items()):
-        return None
-    classes = sorted({d.name for part in parts.values() for d in classes_in(part)})
+def slow_walk(root: Path, parts: dict[str, Path]) -> dict[str, Any]:
+    """The obvious way: paths by `rglob`, each asked what it is. Which folders are splits is known."""
+    folders = {split: [d for d in part.iterdir() if d.is_dir()] for split, part in parts.items()}
+    classes = sorted({d.name for found in folders.values() for d in found if has_videos(d)})
     found = {}
-    for split, part in parts.items():
+    for split in parts:
         below = {
-            d.name: sorted(d.rglob("*"))
-            for d in part.iterdir()
-            if d.is_dir() and (d.name in classes or d.name[0] != ".")
+            d.name: sorted(d.rglob("*")) for d in folders[split] if d.name in classes or d.name[0] != "."
         }
         others = [path for paths in below.values() for path in paths if is_passed_over(path)]
         videos = [
@@ -94,11 +57,13 @@ def told(lists: dict[str, ClipList]) -> dict[str, Any]:
     }
 
 
-def odd_tree(root: Path, seed: int) -> Path:
-    draw, places = random.Random(seed), [root]
-    root.mkdir()
-    for _ in range(draw.randint(2, 12)):
-        folder = draw.choice(places) / draw.choice(FOLDERS[: draw.choice((2, 9))])
+def fill(part: Path, draw: random.Random) -> None:
+    """Put anything into a folder, and a class with a video."""
+    places = [part, part / "x"]
+    (part / "x").mkdir(parents=True)
+    (part / "x" / "sure.mp4").touch()
+    for _ in range(draw.randint(0, 10)):
+        folder = draw.choice(places) / draw.choice(FOLDERS)
         if not folder.exists():
             folder.mkdir()
             places.append(folder)
@@ -112,21 +77,42 @@ def odd_tree(root: Path, seed: int) -> Path:
             file.symlink_to(draw.choice((draw.choice(places), Path("nowhere"), Path(file.name))))
         else:
             os.mkfifo(file)
-    return root
+
+
+def odd_tree(root: Path, draw: random.Random) -> dict[str, Path]:
+    """Build a tree of classes, or of two or three splits; return its parts, as they are meant."""
+    splits = draw.sample(sorted(SPLITS), draw.choice((0, 2, 3)))
+    parts = {split: root / draw.choice(SPLITS[split]) for split in splits} or {"all": root}
+    for part in parts.values():
+        fill(part, draw)
+    for name in draw.sample(("annotations", "dev", "Test", "training", "labels"), 2):
+        if not splits or split_named(name) is None:  # beside classes, empty ones are no splits
+            (root / name / "csv").mkdir(parents=True)
+    return parts
 
 
 def test_a_tree_with_anything_in_it_is_read_as_by_the_obvious_way(tmp_path: Path) -> None:
-    refused = 0
     for seed in range(120):
-        root = odd_tree(tmp_path / str(seed), seed)
-        try:
-            found = told(read_folder(root))
-        except UsageError:
-            refused += 1
-            assert slow_walk(root) is None, seed
-        else:
-            assert found == slow_walk(root), seed
-    assert 10 < refused < 100
+        root = tmp_path / str(seed)
+        parts = odd_tree(root, random.Random(seed))
+        assert told(read_folder(root)) == slow_walk(root, parts), seed
+
+
+def test_a_tree_with_anything_in_it_that_has_two_meanings_is_refused(tmp_path: Path) -> None:
+    for seed in range(60):
+        root, draw = tmp_path / str(seed), random.Random(seed)
+        parts = odd_tree(root, draw)
+        train, val = (draw.choice(SPLITS[split]) for split in ("train", "val"))
+        if "all" in parts or seed % 2:  # splits inside a class
+            place = draw.choice([*parts.values()]) / "x"
+            for split in (train, val):
+                (place / split).mkdir()
+                (place / split / "a.mp4").touch()
+        else:  # two folders of one split
+            split, there = draw.choice([*parts.items()])
+            fill(root / draw.choice([name for name in SPLITS[split] if name != there.name]), draw)
+        with pytest.raises(UsageError):
+            read_folder(root)
 
 
 @pytest.fixture
