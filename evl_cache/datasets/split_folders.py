@@ -76,6 +76,9 @@ def _is_split_beside(
         return True
     if not any(_holds_classes(visible[name]) for name in taken):
         return False
+    inside = {tuple(visible[name].classes()) for name in (*taken, *others)}
+    if len(others) > 1 and len(inside) == 1 and len(*inside) == 1:
+        return False  # as bus/s1/, car/s1/ and train/s1/: a split of one class is nobody's
     name, other = min(taken), others[0]
     raise UsageError(
         f"{root}: {name}/ holds folders of videos like a split, but {other}/ beside it is no split; expected train/, val/ "

@@ -87,6 +87,14 @@ def test_a_single_split_beside_folders_of_videos_is_refused(tmp_path: Path) -> N
     )
 
 
+def test_a_class_called_like_a_split_stays_one_where_all_hold_the_same_folder(tmp_path: Path) -> None:
+    files = [f"{name}/s1/{number}.mp4" for number, name in enumerate(("bus", "car", "train"))]
+    lists = read(lay_out(tmp_path / "a", *files))
+    assert lists["all"].classes == ("bus", "car", "train")
+    for more in ("train/s2/4.mp4", "holdout/s3/5.mp4"):
+        assert "beside it is no split" in refusal(lay_out(tmp_path / more[0], *files, more))
+
+
 def test_a_class_called_like_a_split_stays_a_class(tmp_path: Path) -> None:
     lists = read(lay_out(tmp_path, "train/1.mp4", "bus/2.mp4", "annotations/x.csv"))
     assert lists["all"].classes == ("bus", "train")
