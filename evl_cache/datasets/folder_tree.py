@@ -2,14 +2,22 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 from evl_cache.datasets.places import VIDEO_SUFFIXES, is_directory, is_file, list_directory, suffix_of
+from evl_cache.errors import UsageError
+
+_DEEPEST = 200  # folders within each other; those of people are a few
+_NONE: Mapping[str, "FolderTree"] = MappingProxyType(
+    {}
+)  # shared: most folders of large trees hold one video alone
+_NO_OTHERS: Mapping[str, int] = MappingProxyType({})
 
 
-@dataclass(kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class FolderTree:
     """A folder, and those below it.
 
@@ -22,11 +30,11 @@ class FolderTree:
         is_unreadable: whether it may not be listed.
     """
 
-    videos: list[str] = field(default_factory=list)
-    others: Counter[str] = field(default_factory=Counter)
-    folders: "dict[str, FolderTree]" = field(default_factory=dict)
-    links: list[str] = field(default_factory=list)
-    linked: "dict[str, FolderTree]" = field(default_factory=dict)
+    videos: Sequence[str] = ()
+    others: Mapping[str, int] = field(default_factory=lambda: _NO_OTHERS)
+    folders: "Mapping[str, FolderTree]" = field(default_factory=lambda: _NONE)
+    links: Sequence[str] = ()
+    linked: "Mapping[str, FolderTree]" = field(default_factory=lambda: _NONE)
     is_unreadable: bool = False
 
     def all_videos(self, prefix: str = "") -> Iterator[str]:
@@ -43,9 +51,10 @@ class FolderTree:
 
     def all_others(self) -> Counter[str]:
         """Return the numbers of other files in the folder and below."""
-        counts = Counter(self.others)
-        for folder in self.folders.values():
-            counts.update(folder.all_others())
+        counts: Counter[str] = Counter()
+        for _, folder in self.walk(""):
+            if folder.others:
+                counts.update(folder.others)
         return counts
 
     def walk(self, name: str) -> "Iterator[tuple[str, FolderTree]]":
@@ -56,7 +65,7 @@ class FolderTree:
 
     def classes(self) -> "dict[str, FolderTree]":
         """Return the folders in it, and those that links lead to, by name, sorted."""
-        return dict(sorted((self.folders | self.linked).items()))
+        return dict(sorted({**self.folders, **self.linked}.items()))
 
 
 def read_tree(root: Path, *, is_divided: Callable[[str], bool]) -> FolderTree:
@@ -65,7 +74,7 @@ def read_tree(root: Path, *, is_divided: Callable[[str], bool]) -> FolderTree:
     Args:
         is_divided: tells by its name whether a folder in it may hold folders of classes; links in that are followed, too.
 
-    Raises: UsageError where the folder itself may not be listed.
+    Raises: UsageError where the folder itself may not be listed, or folders are very many within each other.
     """
     return _tree(list_directory(root), depth=0, is_divided=is_divided)
 
@@ -73,29 +82,47 @@ def read_tree(root: Path, *, is_divided: Callable[[str], bool]) -> FolderTree:
 def _tree(
     entries: "list[os.DirEntry[str]]", *, depth: int, is_divided: Callable[[str], bool], follows: bool = True
 ) -> FolderTree:
-    tree = FolderTree()
+    videos: list[str] = []
+    links: list[str] = []
+    others: Counter[str] = Counter()
+    folders: dict[str, FolderTree] = {}
+    linked: dict[str, FolderTree] = {}
     for entry in sorted(entries, key=lambda entry: entry.name):
         if is_directory(entry):
             is_link = entry.is_symlink()
             if is_link and not follows:
-                tree.links.append(entry.name)
+                links.append(entry.name)
                 continue
             below = _below(entry, depth + 1, is_divided)
-            (tree.linked if is_link else tree.folders)[entry.name] = below
+            (linked if is_link else folders)[entry.name] = below
         elif entry.name.startswith("."):
             continue
         elif (suffix := suffix_of(entry.name)) in VIDEO_SUFFIXES:
-            tree.videos.append(entry.name)
+            videos.append(entry.name)
         elif is_file(entry):
-            tree.others[suffix] += 1
-    return tree
+            others[suffix] += 1
+    return FolderTree(
+        videos=tuple(videos),
+        others=others or _NO_OTHERS,
+        folders=folders or _NONE,
+        links=tuple(links),
+        linked=linked or _NONE,
+    )
 
 
 def _below(entry: "os.DirEntry[str]", depth: int, is_divided: Callable[[str], bool]) -> FolderTree:
+    if depth > _DEEPEST:
+        raise UsageError(
+            f"{entry.path:.200}…: folders are more than {_DEEPEST} deep; expected <class>/<video>: move the videos up"
+        )
     try:
         with os.scandir(entry.path) as found:
             entries = list(found)
     except PermissionError:
         return FolderTree(is_unreadable=True)
+    except OSError as error:
+        raise UsageError(
+            f"{entry.path}: cannot be listed ({error.strerror}); expected a folder of videos you may read"
+        ) from error
     follows = depth == 1 and is_divided(entry.name)
     return _tree(entries, depth=depth, is_divided=is_divided, follows=follows)

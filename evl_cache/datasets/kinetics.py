@@ -4,8 +4,9 @@ import csv
 import io
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 
 from evl_cache.clips import SPLIT_NAMES, Clip, ClipList, normal_split
@@ -100,8 +101,8 @@ def read_kinetics(
     train = _train_table(tables, folders, release)
     tree = VideoTree(root, suffix=".mp4")
     is_undivided = given_file is not None and len(given.splits) == 1
-    numbered = {table.path: table for table in (*tables.values(), *filter(None, [train]))}
-    once = _named_once(numbered.values())
+    known = (*tables.values(), *filter(None, [train]))
+    once = lru_cache(lambda: _named_once(known, folders, release))
     lists = {name: _clip_list(tree, table, train or table, name, once) for name, table in tables.items()}
     longer = {name: [] if given_file else _longer_beside(table) for name, table in tables.items()}
     return {
@@ -110,9 +111,17 @@ def read_kinetics(
     }
 
 
-def _named_once(tables: Iterable[_Table]) -> set[str]:
-    """Return the YouTube ids of which the annotations have one clip: a file of that name is no other clip's."""
-    clips = {(row.youtube_id, row.seconds) for table in tables for row in table.rows}
+def _named_once(known: Iterable[_Table], folders: Iterable[Path], release: int) -> set[str]:
+    """Return the YouTube ids of which the annotations have one clip: a file of that name is no other clip's.
+
+    The tables of splits that were not asked for count, too: what is a clip's file does not depend on `--split`.
+    """
+    tables = {table.path: table for table in known}
+    names = [name for split in _FILE_SPLITS for name in _file_names(release, split)]
+    for path in (folder / name for folder in folders for name in names):
+        if path not in tables and path.is_file():
+            tables[path] = _read_table(path)
+    clips = {(row.youtube_id, row.seconds) for table in tables.values() for row in table.rows}
     return {name for name, number in Counter(name for name, _ in clips).items() if number == 1}
 
 
@@ -139,7 +148,7 @@ def _train_table(tables: Mapping[str, _Table], folders: Sequence[Path], release:
     """Return the table that numbers the classes, read already or beside the others on the disk; None without one."""
     for table in tables.values():
         if table.of("train"):
-            return table
+            return _checked(table, "train")
     path = find_annotation_if_any(folders, _file_names(release, "train"), what=_what(release, "train"))
     return None if path is None else _checked(_read_table(path), "train")
 
@@ -155,6 +164,11 @@ def _checked(table: _Table, split: str) -> _Table:
             f"{table.path}, line {table.rows[0].line}: no row of split {split}, only {held}; "
             f"expected rows of {split}: name another file with --annotations, or another --split"
         )
+    for row in table.of(split):
+        if not row.label:
+            raise UsageError(
+                f"{table.path}, line {row.line}: no label; expected a class name (annotations without labels cannot be used)"
+            )
     return table
 
 
@@ -203,10 +217,6 @@ def _row(fields: list[str], at: tuple[int, ...], *, width: int, path: Path, line
             f"{where}: {len(fields)} fields; expected {width}, as in the header (quote a name with a comma)"
         )
     label, youtube_id, start, end, split = (fields[i].strip() for i in at)
-    if not label:
-        raise UsageError(
-            f"{where}: no label; expected a class name (annotations without labels cannot be used)"
-        )
     if _YOUTUBE_ID.fullmatch(youtube_id) is None:
         raise UsageError(f"{where}: youtube_id {youtube_id!r:.60}; expected letters, digits, - and _")
     if split.lower() not in SPLIT_NAMES:
@@ -229,7 +239,7 @@ def _seconds(text: str, name: str, where: str) -> int:
 
 
 def _clip_list(
-    tree: VideoTree, table: _Table, numbering: _Table, split: str, once: Container[str]
+    tree: VideoTree, table: _Table, numbering: _Table, split: str, once: Callable[[], Container[str]]
 ) -> ClipList:
     rows = table.of(split)
     classes = tuple(sorted({row.label for row in numbering.of("train") or rows}))
@@ -240,35 +250,41 @@ def _clip_list(
                 f"{table.path}, line {row.line}: label {row.label!r:.100} is in no train row of {numbering.path}; "
                 "expected classes of the train annotation, which numbers them"
             )
-    found = _found(tree, {row.clip_id for row in rows}, split)
-    by_id = _found_otherwise(tree, [row for row in rows if row.clip_id not in found], split, once)
+    own = [like for name in _SPLIT_FOLDERS[split] for like in tree.folders_like("", name)]
+    found = _found(tree, {row.clip_id for row in rows}, own)
+    short = _found_as(tree, {r.clip_id: r.short_times for r in rows if r.clip_id not in found}, own)
+    found |= short
+    by_id = _found_as(tree, {r.clip_id: r.youtube_id for r in rows if r.clip_id not in found}, own)
+    if by_id:
+        by_id = {r.clip_id: by_id[r.clip_id] for r in rows if r.clip_id in by_id and r.youtube_id in once()}
     found |= by_id
     clips = tuple(
         Clip(
             id=row.clip_id,
-            path=found.get(row.clip_id) or _expected_path(tree, row, split),
+            path=found.get(row.clip_id) or _expected_path(tree, row, (own or [split])[0]),
             label=numbers[row.label],
             split=split,
             line=row.line,
         )
         for row in rows
     )
-    return ClipList(
-        clips=clips, classes=classes, source=str(table.path), remarks=_by_id_told(list(by_id.values()))
+    remarks = _told(short, "times in the name without leading zeros") + _told(
+        by_id, "no times in the name", "; each is taken whole, as the seconds of its row"
     )
+    return ClipList(clips=clips, classes=classes, source=str(table.path), remarks=remarks)
 
 
-def _by_id_told(paths: Sequence[str]) -> tuple[str, ...]:
-    if not paths:
+def _told(found: Mapping[str, str], what: str, more: str = "") -> tuple[str, ...]:
+    if not found:
         return ()
-    number = f"{len(paths)} {'file has' if len(paths) == 1 else 'files have'} no times in the name, or other digits"
-    return (f"{number}, such as {paths[0]}; each is taken whole, as the seconds of its row",)
+    number = f"{len(found)} {'file has' if len(found) == 1 else 'files have'}"
+    return (f"{number} {what}, such as {next(iter(found.values()))}{more}",)
 
 
-def _found(tree: VideoTree, wanted: set[str], split: str) -> dict[str, str]:
-    """Return paths by clip id; a folder is listed only while a clip is missing in the ones before."""
+def _found(tree: VideoTree, wanted: set[str], own: Sequence[str]) -> dict[str, str]:
+    """Return paths by name without ending; a folder is listed only while a clip is missing in the ones before."""
     found: dict[str, str] = {}
-    for folder in _places(tree, split):
+    for folder in _places(tree, own):
         videos = tree.videos(folder)
         new = [name for name in videos if name in wanted and name not in found]
         found |= {name: join(folder, videos[name]) for name in new}
@@ -277,20 +293,14 @@ def _found(tree: VideoTree, wanted: set[str], split: str) -> dict[str, str]:
     return found
 
 
-def _found_otherwise(
-    tree: VideoTree, rows: Sequence[_Row], split: str, once: Container[str]
-) -> dict[str, str]:
-    """Return paths by clip id of files with other times in their names, or none where the id has one clip alone."""
-    names = {
-        row.clip_id: [row.short_times, *([row.youtube_id] if row.youtube_id in once else [])] for row in rows
-    }
-    found = _found(tree, {name for others in names.values() for name in others}, split) if names else {}
-    there = {clip_id: [found[name] for name in others if name in found] for clip_id, others in names.items()}
-    return {clip_id: paths[0] for clip_id, paths in there.items() if paths}
+def _found_as(tree: VideoTree, names: Mapping[str, str], own: Sequence[str]) -> dict[str, str]:
+    """Return paths by clip id of files with other names; `names` has them by clip id."""
+    found = _found(tree, {*names.values()}, own) if names else {}
+    return {clip_id: found[name] for clip_id, name in names.items() if name in found}
 
 
-def _places(tree: VideoTree, split: str) -> Iterator[str]:
-    own = _own_folders(tree, split)
+def _places(tree: VideoTree, own: Sequence[str]) -> Iterator[str]:
+    """Yield where videos of a split may lie, whose own folders under the root are `own`."""
     yield from own
     for folder in own:
         yield from (join(folder, name) for name in tree.folders(folder))
@@ -299,13 +309,8 @@ def _places(tree: VideoTree, split: str) -> Iterator[str]:
     yield from (name for name in tree.folders("") if name.lower() not in taken)
 
 
-def _own_folders(tree: VideoTree, split: str) -> list[str]:
-    return [like for name in _SPLIT_FOLDERS[split] for like in tree.folders_like("", name)]
-
-
-def _expected_path(tree: VideoTree, row: _Row, split: str) -> str:
-    """Return where a missing clip would be, by the layout of the other clips."""
-    own = (_own_folders(tree, split) or [split])[0]
+def _expected_path(tree: VideoTree, row: _Row, own: str) -> str:
+    """Return where a missing clip would be in the split's folder, by the layout of the other clips."""
     by_class = tree.folders(own)
     folders = [name for name in (row.label, row.label.replace(" ", "_")) if name in by_class]
     return join(own, (folders or [row.label])[0] if by_class else "", f"{row.clip_id}.mp4")

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import unquote
 
 from evl_cache.datasets.places import VIDEO_SUFFIXES, is_directory, join, list_directory, suffix_of
+from evl_cache.errors import UsageError
 
 _LOOKED_AT = 20  # missing names that are compared with what is there
 _MOST_ENTRIES = 200_000  # of the disk; a refusal should not take minutes
@@ -48,15 +49,17 @@ class _Near:
 
 
 def files_there(root: Path) -> FilesThere:
-    """Return the files under a root; links to folders are followed once.
-
-    Raises: UsageError where a folder cannot be listed.
-    """
+    """Return the files under a root; links to folders are followed once. Folders that cannot be listed are left out."""
     out, seen, left = FilesThere(), {os.path.realpath(root)}, [""]
     entries = 0
     while left:
         folder = left.pop()
-        for entry in sorted(list_directory(root / folder), key=lambda entry: entry.name):
+        try:
+            found = list_directory(root / folder)
+        except UsageError:  # what is missing is told all the same: one such as lost+found has none of it
+            out.is_whole = False
+            continue
+        for entry in sorted(found, key=lambda entry: entry.name):
             entries += 1
             path = join(folder, entry.name)
             if entries > _MOST_ENTRIES:
@@ -106,6 +109,10 @@ def _near(path: str, root: Path, names: "_Names", wanted: Callable[[str], bool])
     for cause, key in _KEYS:
         if (there := names.only(key, relative)) is not None:
             return _Near(expected=path, there=there, cause=_cause_of(cause, relative, there, root))
+    before_comma, comma, _ = relative.partition(",")
+    for key in (_small_without_ending, _base_without_ending) if comma else ():
+        if (there := names.only(key, before_comma)) is not None:
+            return _Near(expected=path, there=there, cause=_COMMA)
     if (there := names.longer_or_shorter(relative)) is not None:
         more = _loose(relative).removeprefix(_loose(there))
         is_timed = _TIMED.fullmatch(_no_ending(_base(relative))) and re.fullmatch(r"(_\d{6}){1,2}", more)
@@ -170,8 +177,16 @@ def _base(path: str) -> str:
     return path.rpartition("/")[2]
 
 
+def _small_without_ending(path: str) -> str:
+    return _small(_no_ending(path))
+
+
+def _base_without_ending(path: str) -> str:
+    return _small_without_ending(_base(path))
+
+
 def _loose(path: str) -> str:
-    return re.sub(r"[\W_]+", "_", _small(_no_ending(_base(path))))
+    return re.sub(r"[\W_]+", "_", _base_without_ending(path))
 
 
 _COMPOSED = "its letters are composed otherwise (Unicode NFC and NFD): write the names as the files have them"
@@ -182,15 +197,16 @@ _FOLDER_AND_ENDING = (
     "it lies in another folder, and its ending differs: write the names as the files lie and have them"
 )
 _NO_TIMES = "its name has no times, and may be of another clip of that video: name the file as expected"
+_COMMA = "a comma is read as part of the name: write path<TAB>label in the list"
 _PART = "a part of its name differs: write the names as the files have them, or rename the files"
 _LETTERS = "spaces, dashes or other marks differ: write the names as the files have them, or rename the files"
 # From the nearest on; what is unlike by two things has the cause of the later.
 _KEYS: tuple[tuple[str, Callable[[str], str]], ...] = (
     (_COMPOSED, _composed),
     (_CAPITALS, _small),
-    (_ENDING, lambda path: _small(_no_ending(path))),
+    (_ENDING, _small_without_ending),
     (_FOLDER, lambda path: _small(_base(path))),
-    (_FOLDER_AND_ENDING, lambda path: _small(_no_ending(_base(path)))),
+    (_FOLDER_AND_ENDING, _base_without_ending),
     (_LETTERS, _loose),
 )
 

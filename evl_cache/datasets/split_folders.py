@@ -76,6 +76,9 @@ def _is_split_beside(
         return True
     if not any(_holds_classes(visible[name]) for name in taken):
         return False
+    inside = {tuple(visible[name].classes()) for name in (*taken, *others)}
+    if len(others) > 1 and len(inside) == 1 and len(*inside) == 1:
+        return False  # as bus/s1/, car/s1/ and train/s1/: a split of one class is nobody's
     name, other = min(taken), others[0]
     raise UsageError(
         f"{root}: {name}/ holds folders of videos like a split, but {other}/ beside it is no split; expected train/, val/ "
@@ -124,11 +127,13 @@ def refuse_misread(part: Path, folders: Mapping[str, FolderTree], *, split: str)
     path, splits = found[0]
     names = " and ".join(f"{name}/" for name in splits)
     inside = f"{part}: {path}/ would be part of a class, but it holds {names}"
-    if any(_holds_classes(below) for below in splits.values()) and len(found) == 1:
+    is_root = any(_holds_classes(below) for below in splits.values())
+    if is_root and len(found) == 1:
         raise UsageError(f"{inside}; expected the folder of these as --root: give --root {part / path}")
+    number = f", as do {len(found)} folders in all" if len(found) > 1 else ""
     raise UsageError(
-        f"{inside}, as do {len(found)} folders in all; expected train/<class>/<video> and val/<class>/<video>: "
-        f"move them so, or give one of these folders as --root ({_REMEDY})"
+        f"{inside}{number}; expected train/<class>/<video> and val/<class>/<video>: "
+        f"move them so{f', or give one folder as --root: {part / path}' if is_root else ''} ({_REMEDY})"
     )
 
 

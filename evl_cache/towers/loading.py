@@ -59,15 +59,35 @@ def _chosen(
             f"{weights.path}: holds no image tower ('visual.conv1.weight' is missing); expected weights of an "
             "open_clip, OpenAI CLIP or timm vision transformer"
         )
+    for each in likeliest:
+        _refuse_without_values(each, weights)
     fitting = [each for each in likeliest if each.fits(own)]
-    if not fitting and convert is not None:
-        likeliest = _converted(likeliest, convert)
+    if convert is not None:
+        converted, refused = _converted([each for each in likeliest if not each.fits(own)], convert)
+        if not fitting and not converted:
+            raise refused[0]
+        likeliest = (
+            fitting + converted
+        )  # beside a tower with names of its own, another by its authors' is a second one
         fitting = [each for each in likeliest if each.fits(own)]
     # Of equal ones, one that has no other names beside it; whether they are equal does not depend on those.
     fitting.sort(key=lambda each: bool(extra(each.tensors, own)))
     if len(differing := _differing(fitting, own)) > 1:
         raise WeightsError(told_of_several(weights.path, differing, own, pretrained))
     return fitting[0] if fitting else likeliest[0]
+
+
+def _refuse_without_values(candidate: Candidate, weights: TowerWeights) -> None:
+    """Raise a WeightsError for tensors that are not the plain numbers which a tower has."""
+    for name, tensor in candidate.tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_complex():
+            kind = (
+                "without values (device 'meta')" if tensor.is_meta else f"{tensor.layout}, {tensor.dtype}"
+            ).replace("torch.", "")
+            raise WeightsError(
+                f"{weights.path}: {escaped(name)[:200]} is a tensor {kind}; expected plain real numbers: save the weights "
+                "when they are loaded, and dense"
+            )
 
 
 def _differing(fitting: list[Candidate], own: Tensors) -> list[Candidate]:
@@ -80,8 +100,10 @@ def _differing(fitting: list[Candidate], own: Tensors) -> list[Candidate]:
     return list(firsts.values())
 
 
-def _converted(candidates: list[Candidate], convert: Callable[[Tensors], Tensors]) -> list[Candidate]:
-    """Return candidates with the tower's names. Raises: WeightsError where none can be converted."""
+def _converted(
+    candidates: list[Candidate], convert: Callable[[Tensors], Tensors]
+) -> tuple[list[Candidate], list[WeightsError]]:
+    """Return candidates with the tower's names, and why others cannot be converted."""
     converted: list[Candidate] = []
     refused: list[WeightsError] = []
     for each in candidates:
@@ -89,9 +111,7 @@ def _converted(candidates: list[Candidate], convert: Callable[[Tensors], Tensors
             converted.append(replace(each, tensors=convert(each.tensors)))
         except WeightsError as error:
             refused.append(error)
-    if not converted:
-        raise refused[0]
-    return converted
+    return converted, refused
 
 
 def _check(tensors: Tensors, own: Tensors, chosen: Candidate, *, model: str, pretrained: str) -> None:

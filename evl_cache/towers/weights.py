@@ -1,6 +1,7 @@
 """The image tower's part of a weights file, whatever stands before its names and beside it."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +28,12 @@ _BESIDE = frozenset(
 # As CLIP's own files and common training scripts have them.
 _PLAIN_PREFIXES = frozenset({"", "visual.", "module.", "module.visual."})
 _PLAIN_CONTAINERS = frozenset({"state_dict", "model", "module"})
+# Dictionaries, or parts of prefixes, of training's own values by the names of the weights: momenta are no towers. Averaged
+# weights are, such as those of a momentum_encoder.
+_OF_TRAINING = re.compile(
+    r"optim(izer)?s?(_states?(_dict)?|_\d+)?|(max_)?exp_(avg|inf)(_sq)?|square_avg|momentum(s|_buffers?)?|grad(ient)?s?",
+    re.IGNORECASE,
+)
 _DEEPEST = 64  # dictionaries within each other; those of training scripts are a few
 _LONGEST_SHOWN = 60  # characters of a key or a prefix
 
@@ -95,6 +102,7 @@ class TowerWeights:
             for container, tensors in self.containers.items()
             for names in [_unwrapped(tensors)]
             for prefix in _prefixes(names, own)
+            if not any(map(_OF_TRAINING.fullmatch, prefix.split(".")))
         ]
         return sorted(found, key=lambda each: (-each.found, not each.is_image_tower, len(each.prefix)))
 
@@ -137,7 +145,7 @@ def tensors_sha256(tensors: Mapping[str, torch.Tensor]) -> str:
 def _containers(
     content: Mapping[Any, Any], keys: Keys, seen: set[int]
 ) -> Iterator[tuple[Keys, dict[str, torch.Tensor]]]:
-    """Yield the tensors of each dictionary in a file, which may hold itself. Raises: _TooDeep."""
+    """Yield the tensors of each dictionary in a file, which may hold itself; not training's own. Raises: _TooDeep."""
     if len(keys) > _DEEPEST:
         raise _TooDeep
     seen.add(id(content))
@@ -146,6 +154,8 @@ def _containers(
         with_open_clip_names({str(name): value for name, value in content.items() if torch.is_tensor(value)}),
     )
     for name, value in content.items():
+        if _OF_TRAINING.fullmatch(str(name)):
+            continue
         inside: list[tuple[Keys, Any]] = [((name,), value)]
         if isinstance(value, list | tuple):
             inside = [((name, place), each) for place, each in enumerate(value)]

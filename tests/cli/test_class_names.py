@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from evl_cache.lettering import fonts
+from evl_cache import lettering
 from evl_cache_cli.main import main
 from tests.support.store_helpers import make_clips
 
@@ -32,7 +32,8 @@ def test_report_and_show_tell_classes_apart_that_no_font_draws(
         shutil.copy(clip, target)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", list)
-    fonts._tell_once.cache_clear()
+    monkeypatch.setattr(lettering, "_FAMILIES", {})
+    lettering._tell_once.cache_clear()
     assert status_of("extract", "--dataset", "folder", "--root", "d", *TINY) == 0
     assert status_of(*"train --dataset folder --head linear --steps 2 --device cpu --out run".split()) == 0
     capfd.readouterr()

@@ -46,6 +46,10 @@ CASES = {
     "no times": ("train/aaaaaaaaa00_000059_000069.mp4", "train/aaaaaaaaa00.mp4", "has no times"),
     "numbers that are no times": ("holiday_2019_12.mp4", "holiday.mp4", "a part of its name differs"),
     "a number that is no time": ("holiday_01.mp4", "holiday.mp4", "a part of its name differs"),
+    "a comma and a blank": ("abc,", "abc.mp4", "a comma is read as part of the name: write path<TAB>label"),
+    "a comma and words": ("a/video1, walking the", "a/video1.mp4", "a comma is read as part of the name"),
+    "a comma, and another folder": ("abc, walking the", "a/abc.mp4", "a comma is read as part of the name"),
+    "a comma of the name": ("a, b.avi", "a, b.mp4", "the ending differs"),
     "a part of the name": ("abcdefg.mp4", "abcdefg_small.mp4", "a part of its name differs"),
 }
 
@@ -103,6 +107,24 @@ def test_packed_videos_are_told(name: str, tmp_path: Path) -> None:
 
 def test_another_root_is_offered_where_no_video_is_under_the_one_given(tmp_path: Path) -> None:
     assert "as --root" in refusal(tmp_path, ["a.mp4"], ["notes.txt", "x/labels.csv.gz"])
+
+
+@pytest.mark.parametrize("files", [["b.MP4"], []])
+def test_a_folder_that_cannot_be_listed_hides_nothing_that_is_told(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: Path) -> object:
+        if Path(path).name == "lost+found":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    said = refusal(tmp_path, ["a.mp4", "b.mp4"], ["a.mp4", *files])
+    assert said.startswith("b.mp4 is not there, but b.MP4 is" if files else "fetch them, or go on")
+    assert refusal(tmp_path, ["c.mp4"], []).startswith("other names are there, such as a.mp4 (at least ")
 
 
 def test_links_that_lead_back_and_very_many_files_end(

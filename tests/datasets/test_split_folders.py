@@ -1,6 +1,7 @@
 """Folders of splits as people have them: understood, or refused before work with what to give instead."""
 
 import os
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from click.testing import CliRunner
 
 from evl_cache.clips import ClipList
 from evl_cache.datasets.folder import read_class_folders
+from evl_cache.datasets.folder_tree import read_tree
 from evl_cache.datasets.split_folders import split_named
 from evl_cache.errors import UsageError
 from evl_cache_cli.main import cli
@@ -65,9 +67,8 @@ def test_folders_called_like_splits_are_splits(
 
 
 def test_names_of_classes_are_no_splits() -> None:
-    assert [
-        split_named(name) for name in ("trains", "valley", "test tube", "training a dog", "2", "set")
-    ] == [None] * 6
+    names = ("trains", "valley", "test tube", "training a dog", "2", "set", "test1", "train 7", "val_12")
+    assert [split_named(name) for name in names] == [None] * len(names)
 
 
 def test_videos_in_a_third_folder_are_told(tmp_path: Path) -> None:
@@ -84,6 +85,14 @@ def test_a_single_split_beside_folders_of_videos_is_refused(tmp_path: Path) -> N
     assert "train/ holds folders of videos like a split, but holdout/ beside it is no split" in refusal(
         tmp_path
     )
+
+
+def test_a_class_called_like_a_split_stays_one_where_all_hold_the_same_folder(tmp_path: Path) -> None:
+    files = [f"{name}/s1/{number}.mp4" for number, name in enumerate(("bus", "car", "train"))]
+    lists = read(lay_out(tmp_path / "a", *files))
+    assert lists["all"].classes == ("bus", "car", "train")
+    for more in ("train/s2/4.mp4", "holdout/s3/5.mp4"):
+        assert "beside it is no split" in refusal(lay_out(tmp_path / more[0], *files, more))
 
 
 def test_a_class_called_like_a_split_stays_a_class(tmp_path: Path) -> None:
@@ -170,7 +179,20 @@ def test_a_lone_train_folder_a_level_too_deep_is_refused(tmp_path: Path) -> None
 
 def test_splits_inside_classes_are_refused(tmp_path: Path) -> None:
     lay_out(tmp_path, *(f"{c}/{s}/{c}{s}.mp4" for c in "abc" for s in ("train", "test")))
-    assert "as do 3 folders in all; expected train/<class>/<video>" in refusal(tmp_path)
+    said = refusal(tmp_path)
+    assert "as do 3 folders in all; expected train/<class>/<video>" in said
+    assert "as --root" not in said  # it would be refused at once
+
+
+def test_one_class_with_splits_inside_is_told_without_a_number(tmp_path: Path) -> None:
+    said = refusal(lay_out(tmp_path, "a/train/1.mp4", "a/test/2.mp4", "b/3.mp4"))
+    assert "it holds test/ and train/; expected train/<class>/<video>" in said and "as --root" not in said
+
+
+def test_a_root_of_several_data_sets_is_refused_with_one_that_is_read(tmp_path: Path) -> None:
+    said = refusal(lay_out(tmp_path, *(f"{part}/{name}" for part in ("one", "two") for name in SPLITS)))
+    assert "as do 2 folders in all" in said and f"give one folder as --root: {tmp_path / 'one'}" in said
+    assert list(read(tmp_path / "one")) == ["train", "val"]
 
 
 def test_a_split_unpacked_into_itself_is_refused(tmp_path: Path) -> None:
@@ -237,6 +259,40 @@ def test_folders_that_may_not_be_read_are_told(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "scandir", refusing)
     assert read(tmp_path)["all"].remarks == ("folders that may not be read are passed over: a/deep",)
+
+
+def test_a_folder_that_the_disk_cannot_list_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lay_out(tmp_path, "a/1.mp4", "a/deep/2.mp4")
+    scandir = os.scandir
+
+    def failing(path: str) -> object:
+        if str(path).endswith("deep"):
+            raise OSError(5, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert "deep: cannot be listed (Input/output error); expected" in refusal(tmp_path)
+
+
+def test_folders_are_read_to_a_depth(tmp_path: Path) -> None:
+    deep = "/".join(["d"] * 190)
+    (clips,) = read(lay_out(tmp_path / "a", f"{deep}/1.mp4")).values()
+    assert [clip.path for clip in clips.clips] == [f"{deep}/1.mp4"]
+    deeper = "/".join(["d"] * 900)
+    assert "folders are more than 200 deep" in refusal(lay_out(tmp_path / "b", f"{deeper}/1.mp4"))
+
+
+def test_a_folder_of_one_video_keeps_little(tmp_path: Path) -> None:
+    lay_out(tmp_path, *(f"a/{i}/v.mp4" for i in range(300)))
+    tracemalloc.start()
+    try:
+        tree = read_tree(tmp_path, is_divided=lambda name: False)
+        kept, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert tree.has_videos() and kept < 300 * 500  # of which the names are a third
 
 
 def test_a_hidden_folder_of_videos_is_told(tmp_path: Path) -> None:

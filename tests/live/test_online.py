@@ -10,8 +10,9 @@ from click.testing import CliRunner
 
 from evl_cache.errors import UsageError
 from evl_cache.extract.job import ExtractOptions
-from evl_cache.extract.request import ExtractRequest, extract_dataset
+from evl_cache.extract.request import ExtractRequest, dataset_reader, extract_dataset
 from evl_cache.live.train import train_online
+from evl_cache.runs import read_json_lines
 from evl_cache.runs.directory import read_run_config
 from evl_cache.runs.evaluate import evaluate
 from evl_cache.spec import ViewSpec
@@ -224,3 +225,38 @@ def test_the_command_trains_online_and_refuses_its_options_without(videos, tmp_p
     args = ["train", "--cache", "x", "--val-cache", "y", "--frames", "4"]
     refused = CliRunner().invoke(cli, args, standalone_mode=False)
     assert isinstance(refused.exception, UsageError) and "--frames is for --online" in str(refused.exception)
+
+
+def test_videos_whose_classes_are_in_another_order_are_scored_by_names_to_the_bit(
+    videos, tmp_path, monkeypatch
+):
+    for place, path in enumerate(sorted(videos.glob("*.mp4"))):
+        target = tmp_path / "d" / ("train", "val")[place % 2] / "abc"[place // 2 % 3] / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    asked = replace(request(videos, VIEWS["centre"]), dataset="folder", list_path=None, root=tmp_path / "d")
+    options = replace(OPTIONS, head="linear", epochs=2)
+
+    folder = dataset_reader("folder")
+
+    def of_other_order(root, **more):
+        lists = folder.reader(root, **more)
+        val = lists["val"]
+        clips = tuple(replace(clip, label=2 - clip.label) for clip in val.clips)
+        return {**lists, "val": replace(val, clips=clips, classes=val.classes[::-1])}
+
+    train_online(asked, options=options, out=tmp_path / "same")
+    other = replace(folder, reader=of_other_order)
+    monkeypatch.setattr("evl_cache.extract.request.dataset_reader", lambda name: other)
+    train_online(asked, options=options, out=tmp_path / "other")
+    assert read_run_config(tmp_path / "other").classes == ("a", "b", "c")
+    assert (
+        read_run_config(tmp_path / "other").caches["val"] != read_run_config(tmp_path / "same").caches["val"]
+    )
+    for name in ("head.safetensors", "confusion.csv", "scored.csv", "classes.json"):
+        assert (tmp_path / "other" / name).read_bytes() == (tmp_path / "same" / name).read_bytes(), name
+    losses = [
+        [row["val_loss"] for row in read_json_lines(tmp_path / out / "metrics.jsonl")]
+        for out in ("same", "other")
+    ]
+    assert losses[0] == losses[1]

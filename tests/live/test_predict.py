@@ -17,8 +17,9 @@ from evl_cache.extract.job import ExtractOptions
 from evl_cache.extract.request import ExtractRequest, extract_dataset
 from evl_cache.live.predict import find_videos, predict
 from evl_cache.live.train import train_online
-from evl_cache.runs.directory import read_run_config
-from evl_cache.runs.head_files import load_head
+from evl_cache.runs.directory import read_run_config, write_run_config
+from evl_cache.runs.evaluate import evaluate
+from evl_cache.runs.head_files import load_head, save_head
 from evl_cache.runs.import_head import import_head
 from evl_cache.runs.scoring import score
 from evl_cache.spec import ViewSpec
@@ -234,3 +235,29 @@ def test_predict_equals_eval_within_quantisation_on_real_clips(ut_interaction, w
     expected = from_cache(tmp_path / "run", cache)
     np.testing.assert_allclose(found.probabilities, expected, atol=1e-2)
     assert np.array_equal(found.probabilities.argmax(1), expected.argmax(1))
+
+
+def test_labels_are_those_of_names_in_whatever_order_a_heads_classes_are(work, tmp_path):
+    """The classifier's rows and the names in another order, and a cache of that order: the same labels and scores."""
+    run = shutil.copytree(work / "run", tmp_path / "other")
+    config, head = read_run_config(run), load_head(run)
+    order = list(reversed(range(len(config.classes))))
+    with torch.no_grad():
+        head.classifier.weight.copy_(head.classifier.weight[order].clone())
+        head.classifier.bias.copy_(head.classifier.bias[order].clone())
+    names = tuple(config.classes[row] for row in order)
+    write_run_config(
+        run, replace(config, classes=names, features={**config.features, "classes": list(names)})
+    )
+    save_head(run, head)
+    one, other = (predict(place, [work / "videos"]) for place in (work / "run", run))
+    assert other.classes == names and one.classes == config.classes
+    # Rows of a product are summed in the order that they lie in.
+    np.testing.assert_allclose(one.probabilities[:, order], other.probabilities, atol=1e-6)
+    assert [[name for name, _ in row] for row in one.top(3)] == [
+        [name for name, _ in row] for row in other.top(3)
+    ]
+    # A cache has an order of its own, too, which changes no score.
+    cache = FeatureCache(work / "cache")
+    np.testing.assert_allclose(one.probabilities, from_cache(work / "run", cache), atol=5e-4)
+    assert evaluate(work / "run", cache).top1 == evaluate(run, cache).top1

@@ -107,7 +107,7 @@ def test_every_kind_of_file_gives_the_same_tower_and_the_same_digest(tmp_path, m
         assert torch.equal(value, state[name])
 
 
-def test_half_precision_weights_are_read_as_float32(tmp_path, state):
+def test_half_precision_weights_are_read_as_the_file_has_them(tmp_path, state):
     for kind in ("half.pt", "openai.pt"):
         WRITERS[kind](tmp_path / kind, state)
         found = read_tower_weights(tmp_path / kind)

@@ -59,6 +59,15 @@ def of_transformers(state: State) -> State:
     return out
 
 
+OF_TRAINING = (
+    "optim",
+    "optimizer_state_dict",
+    "optimizer_0",
+    "exp_avg",
+    "max_exp_avg_sq",
+    "momentum",
+    "grads",
+)
 # What is saved, and what is said of it: a part of the line, or nothing.
 SAVED: dict[str, tuple[Callable[[State], Any], str]] = {
     "image_encoder": (
@@ -103,6 +112,18 @@ SAVED: dict[str, tuple[Callable[[State], Any], str]] = {
         "'clip.visual.' in ['net']",
     ),
     "in a list": (lambda s: {"model": [s]}, "['model'][0]"),
+    "momenta by name": (
+        lambda s: {"model": s, "optimizer": {"exp_avg": s, "exp_avg_sq": {n: v + 1 for n, v in s.items()}}},
+        "",
+    ),
+    "momenta by name alone": (
+        lambda s: {"model": s, **{k: {n: v + 1 for n, v in s.items()} for k in OF_TRAINING}},
+        "",
+    ),
+    "momenta behind a prefix": (
+        lambda s: {**behind("m.", s), **behind("optimizer.exp_avg.", {n: v * 0 for n, v in s.items()})},
+        "'m.'",
+    ),
     "argparse": (lambda s: {"model": s, "args": argparse.Namespace(lr=1, out=PurePosixPath("runs"))}, ""),
     "numpy": (lambda s: {"state_dict": s, "best": np.float64(0.5), "curve": np.arange(3.0)}, ""),
     "head": (lambda s: {**s, "head.weight": torch.zeros(3, 3)}, "left out head.weight"),
@@ -150,6 +171,10 @@ TWO: dict[str, tuple[Callable[[State, State], Any], str]] = {
         lambda s, o: {"model": s, "ema": o, "args": argparse.Namespace(lr=1)},
         "['model'] and ['ema']",
     ),
+    "a momentum encoder": (
+        lambda s, o: {"encoder": s, "momentum_encoder": o},
+        "['encoder'] and ['momentum_encoder']",
+    ),
     "numbered": (lambda s, o: {"models": {0: s, "0": o}}, "['models'][0] and ['models']['0']"),
 }
 
@@ -184,6 +209,26 @@ def test_the_advice_for_two_towers_works_for_safetensors(
     exec(advice_in(str(raised.value)))
     saved = build_tower("evl-tiny", "one.pt").visual.state_dict()
     assert torch.equal(saved[MLP], other[MLP])
+
+
+@pytest.mark.parametrize(
+    ("kind", "made"),
+    [
+        ("without values (device 'meta')", lambda v: v.to("meta")),
+        ("sparse_coo, float32", lambda v: v.to_sparse()),
+        ("strided, complex64", lambda v: v.to(torch.complex64)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor invariants")
+@pytest.mark.parametrize("towers", [1, 2])
+def test_tensors_that_are_no_plain_numbers_are_refused(
+    tiny: State, tmp_path: Path, kind: str, made: Callable[[torch.Tensor], torch.Tensor], towers: int
+) -> None:
+    said = refused(
+        {str(i): {name: made(value) for name, value in tiny.items()} for i in range(towers)},
+        tmp_path / "w.pt",
+    )
+    assert f"is a tensor {kind}; expected plain real numbers" in said
 
 
 def test_equal_towers_are_read_from_the_one_without_other_names(tiny: State, tmp_path: Path) -> None:
@@ -247,6 +292,24 @@ def test_a_torchscript_archive_that_runs_code_on_loading_is_refused_unrun(tmp_pa
         WeightsError, match=r"more than tensors \(a method __setstate__\), and code .* not run"
     ):
         build_tower("evl-tiny", str(tmp_path / "w.pt"))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* deprecated")
+def test_a_torchscript_archive_of_much_source_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: State
+) -> None:
+    torch.jit.script(nn.Linear(2, 2)).save(str(tmp_path / "w.pt"))
+    with pytest.raises(WeightsError, match="holds no image tower"):  # it is read
+        build_tower("evl-tiny", str(tmp_path / "w.pt"))
+    monkeypatch.setattr("evl_cache.towers.weights_file._MOST_SOURCE", 100)
+    with pytest.raises(WeightsError, match="not run"):
+        build_tower("evl-tiny", str(tmp_path / "w.pt"))
+
+
+def test_names_that_are_one_without_wrappers_parts_stay_two(tiny: State, tmp_path: Path) -> None:
+    wrapped = {f"module.{name}": value + 1 for name, value in tiny.items()}
+    said = refused({**tiny, **wrapped}, tmp_path / "w.pt")
+    assert "2 towers that fit and differ: 'module.' and names without a prefix" in said
 
 
 def test_a_long_name_of_an_object_is_cut(tmp_path: Path) -> None:

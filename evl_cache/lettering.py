@@ -1,4 +1,7 @@
-"""Find fonts that have the letters of names; matplotlib is loaded only where something is drawn."""
+"""The letters of a picture: fonts of the system for names that matplotlib's own font does not draw.
+
+matplotlib is loaded only where something is drawn.
+"""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -10,6 +13,8 @@ from evl_cache.notation import escaped
 
 # Fonts of coloured pictures, which matplotlib cannot draw, and those that have a box for every letter.
 _NO_LETTERS = ("emoji", "lastresort")
+# The font of each letter that was looked for; None where none has it. All fonts are opened once, and not for every picture.
+_FAMILIES: dict[str, str | None] = {}
 _log = logging.getLogger("evl_cache")
 
 
@@ -32,14 +37,13 @@ class Lettering:
 
         own = tuple(rcParams["font.family"])
         missing = {letter for text in texts for letter in escaped(text)} - _letters_of_default(own)
-        families: list[str] = []
-        for path in _system_fonts() if missing else ():
-            if found := missing & _letters(path):
-                families.append(_family(path))
-                missing -= found
-            if not missing:
-                break
-        return cls(families=(*own, *families), missing=frozenset(missing))
+        if new := missing - _FAMILIES.keys():
+            _look_for(new)
+        families = dict.fromkeys(family for letter in sorted(missing) if (family := _FAMILIES[letter]))
+        return cls(
+            families=(*own, *families),
+            missing=frozenset(letter for letter in missing if _FAMILIES[letter] is None),
+        )
 
     def written(self, text: str) -> str:
         """Return one line in which letters that no font has stand as escapes: `\\u5531`."""
@@ -84,6 +88,25 @@ def _letters_of_default(families: tuple[str, ...]) -> frozenset[str]:
     return _letters(Path(findfont(FontProperties(family=list(families)))))
 
 
+def _look_for(letters: set[str]) -> None:
+    """Find the first font that has each letter, and have matplotlib know it."""
+    left = set(letters)
+    for path in _system_fonts():
+        try:
+            found = left & _letters(path)
+            family = _family(path) if found else ""
+        except (
+            Exception
+        ) as error:  # as matplotlib does: what a font raises is open-ended, and another may be drawn
+            _log.debug("%s: passed over (%s)", path, type(error).__name__)
+            continue
+        _FAMILIES.update(dict.fromkeys(found, family))
+        left -= found
+        if not left:
+            break
+    _FAMILIES.update(dict.fromkeys(left))
+
+
 def _system_fonts() -> list[Path]:
     """Return files of fonts, plain ones first: where several have a letter, each picture gets the same."""
     from matplotlib.font_manager import findSystemFonts
@@ -93,14 +116,10 @@ def _system_fonts() -> list[Path]:
     return sorted(fitting, key=lambda path: ("regular" not in path.name.lower(), path.name, str(path)))
 
 
-@lru_cache(maxsize=256)
 def _letters(path: Path) -> frozenset[str]:
     from matplotlib.font_manager import get_font
 
-    try:
-        return frozenset(map(chr, get_font(str(path)).get_charmap()))
-    except (OSError, RuntimeError):  # what FreeType cannot read draws nothing; another may
-        return frozenset()
+    return frozenset(map(chr, get_font(str(path)).get_charmap()))
 
 
 def _family(path: Path) -> str:

@@ -1,14 +1,17 @@
 """Names that matplotlib's own font does not draw: a font of the system, else numbers and escapes, never boxes."""
 
 import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.font_manager import FontManager
 
-from evl_cache.lettering import Lettering, fonts
+from evl_cache import lettering as fonts
+from evl_cache.lettering import Lettering
 from evl_cache.report.plots import _confusion, _matplotlib, as_bytes
 from evl_cache.show.picture import ViewPicture, draw_view
 
@@ -22,6 +25,7 @@ def system(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The files of the system's fonts: none, unless a test adds one. Only matplotlib's own is sure to be anywhere."""
     found: list[str] = []
     monkeypatch.setattr("matplotlib.font_manager.findSystemFonts", lambda: found)
+    monkeypatch.setattr(fonts, "_FAMILIES", {})
     fonts._tell_once.cache_clear()
     yield found
     fonts._tell_once.cache_clear()
@@ -43,6 +47,7 @@ def test_plain_names_are_drawn_as_they_are_and_no_font_is_looked_for(monkeypatch
 def test_a_font_of_the_system_that_has_the_letters_is_taken(system: list[str]) -> None:
     letter = only_in_stix()
     assert Lettering.of([letter]).missing == {letter}
+    fonts._FAMILIES.clear()
     system.append(str(STIX))
     lettering = Lettering.of([f"a{letter}"])
     assert lettering.families[-1] == "STIXGeneral" and not lettering.missing
@@ -53,6 +58,35 @@ def test_a_file_that_is_no_font_is_passed_over(system: list[str], tmp_path: Path
     (tmp_path / "a-regular.ttf").write_bytes(b"no font")
     system += [str(tmp_path / "a-regular.ttf"), str(STIX)]
     assert Lettering.of([only_in_stix()]).families[-1] == "STIXGeneral"
+
+
+def test_a_font_that_matplotlib_does_not_take_is_passed_over(
+    system: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a font of bitmaps, whose letters can be listed."""
+    letter, add = only_in_stix(), FontManager.addfont
+
+    def refusing(self: FontManager, path: str) -> None:
+        if Path(path).parent == tmp_path:
+            raise NotImplementedError("Non-scalable fonts are not supported")
+        add(self, path)
+
+    monkeypatch.setattr(FontManager, "addfont", refusing)
+    shutil.copy(STIX, tmp_path / "a-regular.ttf")
+    system += [str(tmp_path / "a-regular.ttf"), str(STIX)]
+    lettering = Lettering.of([letter])
+    assert lettering.families[-1] == "STIXGeneral" and not lettering.missing
+
+
+def test_the_fonts_are_opened_once_for_the_letters_of_many_pictures(
+    system: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    letter, opened, letters = only_in_stix(), [], fonts._letters
+    monkeypatch.setattr(fonts, "_letters", lambda path: opened.append(path) or letters(path))
+    system += [str(STIX)] * 300
+    found = [Lettering.of([f"violin 🎻{letter}"]) for _ in range(3)]
+    assert len({each.families for each in found}) == 1 and found[0].missing == {"🎻"}
+    assert len(opened) <= 301  # matplotlib's own once
 
 
 def test_names_that_no_font_draws_are_told_apart_by_their_numbers() -> None:
