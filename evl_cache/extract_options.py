@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 from enum import Flag, auto
 from pathlib import Path
 
-from evl_cache.sampling import AUTO_STRIDE
+from evl_cache.notation import AUTO_STRIDE
 from evl_cache.spec import CODECS, DECODERS, MAP_STORAGE, SAMPLING, TOKEN_STORAGE, ViewSpec
 from evl_cache.untrusted.spec_limits import COMPUTE_DTYPES
 

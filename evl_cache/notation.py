@@ -1,4 +1,4 @@
-"""Read and write what users do: layers (`8-12`, `9,11,12`), views (`3x1`), command lines, names of any bytes."""
+"""Read and write what users do: layers (`8-12`, `9,11,12`), views (`3x1`), strides, command lines, names of any bytes."""
 
 import operator
 import re
@@ -9,6 +9,7 @@ from typing import Any
 
 from evl_cache.errors import UsageError
 
+AUTO_STRIDE = "auto"  # spreads each view over its clip
 _SURROGATE = re.compile("[\ud800-\udfff]")
 # What follows a URL's slashes, of which `Path` leaves one.
 _LOGIN = re.compile(
@@ -157,3 +158,11 @@ def _escape(character: str) -> str:
 def counted(count: int, noun: str) -> str:
     """Return a number with its noun: `1 clip`, `2 clips`, `3 classes`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"
+
+
+def check_stride(stride: int | str | None) -> None:
+    """Check the stride of views, None for TSN. Raises: UsageError for a word but `auto`, or a number below 1."""
+    if isinstance(stride, str) and stride != AUTO_STRIDE:
+        raise UsageError(f"stride {stride!r}; expected a number of frames, or {AUTO_STRIDE}")
+    if not isinstance(stride, str) and stride is not None and stride < 1:
+        raise UsageError(f"stride is {stride}; expected at least 1")

@@ -9,8 +9,7 @@ Source: section 4 of arXiv 2208.03550 and the official data loader's rules.
 import numpy as np
 
 from evl_cache.errors import ClipError, UsageError
-
-AUTO_STRIDE = "auto"
+from evl_cache.notation import AUTO_STRIDE
 
 
 def stride_of(num_frames_in_file: int, *, frames: int, stride: int | str) -> int:
@@ -18,14 +17,6 @@ def stride_of(num_frames_in_file: int, *, frames: int, stride: int | str) -> int
     if stride == AUTO_STRIDE:
         return max(1, (num_frames_in_file - 1) // (frames - 1)) if frames > 1 else 1
     return int(stride)
-
-
-def check_stride(stride: int | str | None) -> None:
-    """Check the stride of views, None for TSN. Raises: UsageError for a word but `auto`, or a number below 1."""
-    if isinstance(stride, str) and stride != AUTO_STRIDE:
-        raise UsageError(f"stride {stride!r}; expected a number of frames, or {AUTO_STRIDE}")
-    if not isinstance(stride, str) and stride is not None and stride < 1:
-        raise UsageError(f"stride is {stride}; expected at least 1")
 
 
 def frames_spanned(*, frames: int, stride: int) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 from evl_cache.canonical_json import digest, flatten
 from evl_cache.errors import CacheError, UsageError
-from evl_cache.sampling import check_stride
+from evl_cache.notation import check_stride
 from evl_cache.untrusted.spec_limits import check_spec
 
 FORMAT_VERSION = 2  # of caches that are made; older ones, of 1, are read and written as they are

@@ -324,9 +324,9 @@ def test_extract_tells_before_work_what_it_passes_over(tmp_path: Path) -> None: 
     _, said = extract(lay_out(tmp_path / "d", *files, "other/f.mp4"), tmp_path / "cache")
     lines = said.splitlines()
     tower = next(i for i, line in enumerate(lines) if "evl-tiny" in line)
-    assert "passed over 5 files (2 .gif, 1 .asf, 1 .m2ts, 1 .vob), no videos by their endings" in lines[0]
-    assert "folders without a video are no classes, and take no number: moving" in lines[1]
-    assert tower == 2
+    assert "passed over 5 files (2 .gif, 1 .asf, 1 .m2ts, 1 .vob), no videos by their endings" in lines[1]
+    assert "folders without a video are no classes, and take no number: moving" in lines[2]
+    assert tower > 2
 
 
 def test_extract_refuses_a_root_that_is_a_level_too_high_without_work(tmp_path: Path) -> None:
