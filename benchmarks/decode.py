@@ -9,6 +9,10 @@ same frames.
 `avi` (MPEG-4 with B-frames, as Xvid codes) and `ts` (H.264) have the same figures without decord, whose seeks give other
 frames there.
 
+`segments` prepares segments of long videos (hashed, decoded, cropped), those of one video together as `extract` does,
+against one by one: of ten minutes of H.264, whose packets say where to seek, and of a minute of AVI, which is decoded from
+its start. Samples are the same to the bit.
+
 `h264`, `hevc` and `vp9` set the pool beside decord, decord2, torchcodec (exact, with PyAV's FFmpeg) and our own reading,
 each in one process with one thread: what each takes of a processor for a clip, how much faster the pool is, and whether
 all frames are PyAV's to the bit. Those that are not installed are null, with the reason. decord and decord2 are imported
@@ -22,21 +26,31 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import av
 import numpy as np
-import torch  # noqa: F401  # before decord: their bundled libraries clash otherwise
+import torch  # before decord: their bundled libraries clash otherwise
 
-from benchmarks.long_clips import NUM_FRAMES, SIZES, render_clips
+from benchmarks.long_clips import NUM_FRAMES, SIZES, render_clips, repeat_clip
 from benchmarks.support.decode_peers import NAMES, Peer, digest
 from benchmarks.support.machine import interleaved_seconds, machine, medians
+from evl_cache.clips import Clip, Segment
+from evl_cache.extract import PreparedClip, begin_crop_thread
+from evl_cache.extract.prepare import prepare_clips
 from evl_cache.sampling import strided_test_views
+from evl_cache.spec import TowerSpec, ViewSpec
 from evl_cache.video import collect
 from evl_cache.video.pool import DecodePool
 from evl_cache.video.which_decord import decord_and_version, has_decord, load_decord
 
 WORKERS = 2
+SEGMENT_S = 5.0
+VIT_B_16 = TowerSpec(
+    model="ViT-B-16", pretrained="none", weights_sha256="0" * 64, image_size=224, patch_size=16, width=768, blocks=12,
+    heads=12, quick_gelu=True, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25),
+)  # fmt: skip
 CODECS = {"h264": ("libx264", "mp4"), "hevc": ("libx265", "mp4"), "vp9": ("libvpx-vp9", "webm")}
 
 
@@ -55,6 +69,7 @@ def main() -> None:
             **measure_mp4(pool, Path(scratch) / "mp4", arguments),
             "avi": measure(pool, render(Path(scratch) / "avi", arguments, codec="mpeg4"), arguments),
             "ts": measure(pool, render(Path(scratch) / "ts", arguments, codec="libx264"), arguments),
+            "segments": measure_segments(pool, Path(scratch) / "segments", arguments.rounds),
             **measure_peers(pool, Path(scratch), arguments),
         }
     result |= {
@@ -109,6 +124,47 @@ def measure(
     ratios = {names[side]: seconds[side] / seconds["pool"] for side in sides if side != "pool"}
     rates = {f"{side}_clips_per_s": len(work) / seconds[side] for side in sides if side != "picked_first"}
     return ratios | rates
+
+
+def measure_segments(pool: DecodePool, folder: Path, rounds: int) -> dict[str, dict[str, float]]:
+    """Return how much faster segments of long videos are prepared together than one by one, by the kind of file."""
+    found = {}
+    for suffix, codec, times, count in (("mp4", "libx264", 60, 32), ("avi", "mpeg4", 6, 8)):
+        clips = []
+        for path in render_clips(folder / suffix, count=WORKERS, codec=codec, suffix=suffix):
+            film = path.with_name(f"long-{path.name}")
+            repeat_clip(path, film, times)
+            length_s = times * NUM_FRAMES / 30
+            bounds = np.linspace(0, length_s, count, endpoint=False).round(1).tolist()
+            segments = [Segment(unit="seconds", start=at, end=at + SEGMENT_S) for at in bounds]
+            clips.append(
+                [
+                    Clip(id=f"{film.name}#{s}", path=film.name, label=0, split="val", segment=s)
+                    for s in segments
+                ]
+            )
+        together = partial(prepared, pool, folder / suffix, clips)
+        alone = partial(prepared, pool, folder / suffix, [[clip] for film in clips for clip in film])
+        for one, other in zip(together(), alone(), strict=True):
+            assert one.samples is not None and torch.equal(one.samples, other.samples), one.record
+        seconds = medians(interleaved_seconds({"together": together, "alone": alone}, rounds))
+        found[suffix] = {
+            "vs_one_by_one": seconds["alone"] / seconds["together"],
+            "segments_per_s": WORKERS * count / seconds["together"],
+            "segments_of_a_video": count,
+            "video_s": length_s,
+        }
+    return found
+
+
+def prepared(pool: DecodePool, folder: Path, groups: list[list[Clip]]) -> list[PreparedClip]:
+    """Clips made ready as `extract` does, each group by one thread."""
+
+    def prepare(group: list[Clip]) -> list[PreparedClip]:
+        return prepare_clips(group, folder, tower=VIT_B_16, views=ViewSpec(), decode=pool.frames)
+
+    with ThreadPoolExecutor(WORKERS + 1, initializer=begin_crop_thread, initargs=(False,)) as threads:
+        return [clip for group in threads.map(prepare, groups) for clip in group]
 
 
 def measure_peers(pool: DecodePool, scratch: Path, arguments: argparse.Namespace) -> dict[str, object]:

@@ -58,7 +58,7 @@ run_precision_flag = click.option("--precision", metavar="NAME", help=f"{_PRECIS
 read_threads_flag = click.option(
     "--read-threads", type=int, metavar="N", help="That read and decode [as many as suit]."
 )
-trust_flag = click.option("--trust", is_flag=True, help="Do not check chunks against their marks.")
+trust_flag = click.option("--trust", is_flag=True, help="Faster: do not look for damage on reading.")
 device_flag = click.option("--device", metavar="NAME", help="cpu, cuda, cuda:N [the GPU, if any].")
 json_flag = click.option("--json", "as_json", is_flag=True, help="Report as JSON.")
 

@@ -25,7 +25,9 @@ evl-cache estimate --dataset k400 --layers 9-12 --cluster 64 --assume device_tfl
 @click.command(cls=Command, name="estimate", examples=EXAMPLES)
 @extract_flags(options_with(Role.ESTIMATE))
 @click.option("--measure", is_flag=True, help="Also run a few clips, for time and real bytes.")
-@click.option("--cluster", type=click.IntRange(1), metavar="N", help="Also on paper: N devices.")
+@click.option(
+    "--cluster", type=click.IntRange(1), metavar="N", help="Also: hours and disk of N GPUs, worked out."
+)
 @click.option(
     "--assume",
     "assumed",

@@ -69,8 +69,8 @@ def command(
     )
     if result.clips_trained_on:
         say(
-            f"note: {run} was trained on {result.clips_trained_on} of these {result.val_clips} clips: the accuracy of "
-            "them says little of others",
+            f"note: {run} was trained on {result.clips_trained_on} of these {result.val_clips} clips, by their names: the "
+            "accuracy of them says little of others",
             err=True,
         )
     if as_json:

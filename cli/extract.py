@@ -11,13 +11,14 @@ from evl_cache.extract_options import EXTRACT_OPTIONS, Role, options_with
 from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
-from .common import Command, default_device, human_bytes, print_json, say, say_failure, say_outage, shown
+from .common import Command, default_device, human_bytes, print_json, say, say_failure, say_outage
 from .extract_flags import decoding_of, extract_flags, make_request
 from .mode_option import mode_option
 
 if TYPE_CHECKING:
     from evl_cache.extract import ExtractionJob, ExtractOptions, ExtractResult
     from evl_cache.extract.growth import Growth
+    from evl_cache.extract.request import SplitsRead
     from evl_cache.processes import ProcessPlace
 
 EXAMPLES = """
@@ -85,6 +86,7 @@ def command(
         make_request(given, pixels=options.decoding.pixels),
         options=options,
         progress=lambda spec: extract_progress(spec.num_clips, spec.split, shown=place.is_first),
+        on_read=_say_read if place.is_first else lambda read: None,
         on_job=(lambda job: _say_job(job, options)) if place.is_first else lambda job: None,
         on_growth=_say_growth if place.is_first else lambda growth: None,
         on_outage=say_outage,
@@ -173,20 +175,18 @@ def _status(place: ProcessPlace, failed: list[dict[str, Any]]) -> int:
     return 0 if place.is_supervised else 3
 
 
+def _say_read(read: SplitsRead) -> None:
+    """Say what `evl-cache check` says of clips, in short."""
+    from evl_cache.extract.check import check_splits
+
+    for split in check_splits(read):
+        for line in split.in_short:
+            say(line, err=True)
+
+
 def _say_job(job: ExtractionJob, options: ExtractOptions) -> None:
-    from evl_cache.datasets import describe_passed_over
     from evl_cache.extract.older_rule import told_of_rule
 
-    if job.clips.passed_over:
-        say(
-            shown(
-                f"{job.clips.source}: passed over {describe_passed_over(job.clips.passed_over)}, "
-                "no videos by their endings; --dataset list takes files of any ending"
-            ),
-            err=True,
-        )
-    for remark in job.clips.remarks:
-        say(f"{job.clips.source}: {remark}", err=True)
     t = job.tower.spec
     say(
         f"{t.model} ({t.pretrained}), {t.image_size} pixels, patch {t.patch_size}, "

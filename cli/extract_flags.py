@@ -52,9 +52,29 @@ def _settings(option: ExtractOption) -> dict[str, Any]:
         return settings | {"type": click.Choice(option.choices)}
     if option.kind is Path:
         return settings | {"type": click.Path(path_type=Path)}
+    if option.word:
+        return settings | {"type": _NumberOr(option.word)}
     return settings | {
         "type": option.kind if option.least is None else click.IntRange(option.least, option.most)
     }
+
+
+class _NumberOr(click.ParamType[int | str]):
+    """A whole number, or one word."""
+
+    name = "number"
+
+    def __init__(self, word: str) -> None:
+        self._word = word
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | str:
+        """Return the number, or the word."""
+        if value == self._word or isinstance(value, int):
+            return value  # type: ignore[no-any-return]
+        try:
+            return int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither a whole number nor {self._word}", param, ctx)
 
 
 class Decoding(TypedDict):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from .common import Command, existing_lines, say
+from .common import Command, say
 
 EXAMPLES = """
 evl-cache import-head k400_vitb16_8f_dec4x768.pth --out runs/official
@@ -26,6 +26,7 @@ def command(
     checkpoint: Path, out: Path, num_heads: int | None, head_layers: str | None, classes: Path | None
 ) -> int:
     """Turn a checkpoint of the official EVL code into a run with the official model's logits."""
+    from evl_cache.datasets.class_file import read_class_names
     from evl_cache.notation import parse_layers
     from evl_cache.runs.import_head import import_head
 
@@ -34,7 +35,7 @@ def command(
         out,
         num_heads=num_heads,
         layers=None if head_layers is None else parse_layers(head_layers),
-        classes=None if classes is None else tuple(existing_lines(classes)),
+        classes=None if classes is None else read_class_names(classes),
     )
     c = head.config
     say(

@@ -47,7 +47,7 @@ def command(cache: Path, failures: bool, as_csv: bool, watched: bool, every: flo
     if watched:
         _watch(cache, every, as_json=as_json)
         return 0
-    found = describe(cache)
+    found = describe(cache, counts_all=as_json)
     if as_json:
         print_json(found)
         return 0
@@ -122,6 +122,11 @@ def _lines(found: dict[str, Any]) -> list[str]:
         f"  frames    {_frames(found)}",
         f"  made with {', '.join(f'{name} {version}' for name, version in found['created_with'].items())}",
     ]
+    if short := found["short_clips"]:
+        lines.append(
+            f"  short     {short} of {found['clips_done']} clips have fewer frames than a view lies over: their views "
+            "repeat frames (docs/own-videos.md)"
+        )
     lines += [f"  added     {told}" for told in found["additions"]]
     lines += [f"  failed    {count} x {reason}" for reason, count in found["failures_by_reason"].items()]
     return lines + [f"  damaged   {reason}" for reason in found["damaged_marks"]]

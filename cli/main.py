@@ -22,6 +22,7 @@ from .common import printable
 # section -> name -> (module, one line of help); the module's `command` is loaded only when it is called
 SECTIONS = {
     "Extract, once": {
+        "check": ("check", "What extract would work on: clips, classes, files amiss."),
         "extract": ("extract", "Run the frozen backbone once over every clip."),
         "estimate": ("estimate", "What extract with the same options would cost."),
     },

@@ -22,7 +22,9 @@ evl-cache render scenes --root data/scenes-hard --difficulty hard --train-clips 
 )
 @click.option("--train-clips", type=click.IntRange(1), default=100, show_default=True, help="Of each class.")
 @click.option("--val-clips", type=click.IntRange(1), default=30, show_default=True, help="Of each class.")
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Other clips by another N."
+)
 @click.option("--side", type=int, default=96, show_default=True, help="Pixels.")
 @click.option("--clip-frames", type=int, default=16, show_default=True, help="Frames of a clip.")
 def command(

@@ -30,7 +30,11 @@ evl-cache show --page page --run runs/fold1 --cache caches/mine --clips-each 3
     "--page", type=click.Path(path_type=Path), help="Folder for a page of a run's wrongest and surest clips."
 )
 @click.option(
-    "--clips-each", type=click.IntRange(1), default=6, show_default=True, help="Of either, on the page."
+    "--clips-each",
+    type=click.IntRange(1),
+    default=6,
+    show_default=True,
+    help="With --page: so many right, so many wrong.",
 )
 @click.option(
     "--clips",

@@ -174,7 +174,7 @@ def train_flags(function: Function) -> Function:
     flags: list[Flag[Function]] = [
         cache_flags,
         path_flag("--again", "A run, to do as it was; options given win."),
-        click.option("--recipe", metavar="k400|ssv2", help="Published settings; options given win."),
+        click.option("--recipe", metavar="k400|ssv2", help="The EVL paper's settings; options given win."),
         click.option(
             "--head",
             default="decoder4",
@@ -191,16 +191,20 @@ def train_flags(function: Function) -> Function:
         click.option("--accumulate", type=int, metavar="N", help="Passes a step is split into [1]."),
         click.option("--lr", type=float, metavar="LR", help="Peak; cosine to zero [4e-4]."),
         click.option("--warmup-steps", type=int, metavar="N", help="Linear, from zero [0]."),
-        click.option("--weight-decay", type=float, metavar="W", help="[0.05]"),
+        click.option(
+            "--weight-decay", type=float, metavar="W", help="AdamW's pull of weights to zero [0.05]."
+        ),
         click.option(
             "--decay-norms-and-biases/--no-decay-norms-and-biases", default=None, help="[with, as published]"
         ),
         click.option("--grad-clip", type=float, metavar="NORM", help="Of all gradients together [off]."),
-        click.option("--dropout", type=float, metavar="P", help="[0.5]"),
+        click.option(
+            "--dropout", type=float, metavar="P", help="Share of features dropped in training [0.5]."
+        ),
         click.option("--label-smoothing", type=float, metavar="P", help="[0]"),
         click.option("--ema", type=float, metavar="DECAY", help="Validate and save averaged weights."),
         precision_flag,
-        click.option("--seed", type=int, metavar="N", help="[0]"),
+        click.option("--seed", type=int, metavar="N", help="Of start, order and dropout [0]."),
         click.option("--order-seed", type=int, metavar="N", help="Of the clips' order alone [--seed]."),
         path_flag("--out", "Run directory [a new one under runs/]."),
         click.option("--resume", is_flag=True, help="Go on from the last state in --out."),

@@ -23,8 +23,8 @@ SPLIT_NAMES: Mapping[str, str] = {
     "test": "test",
 }
 MAX_CLASSES = 100_000  # a larger number in a list is a number of frames or an id, not a class
-_WHOLE = re.compile(r"\d+(?:\.0*)?")
-_NEGATIVE = re.compile(r"[-\u2212]\d+(?:\.\d*)?")
+_NUMBER = re.compile(r"\+?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
+_NEGATIVE = re.compile(r"[-\u2212](?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?")
 _NUMBERED = re.compile(r"(?P<name>[a-z]*)(?:[ _-]?0?(?P<fold>[1-3]))?")
 
 
@@ -57,6 +57,9 @@ class Segment:
             raise UsageError(f"segment {self} in frames; expected whole numbers")
         if self.end is not None and self.end <= self.start:
             raise UsageError(f"segment {self}; expected an end after the start")
+        # One form in `clips.jsonl` and in digests, whoever gave whole numbers.
+        object.__setattr__(self, "start", float(self.start))
+        object.__setattr__(self, "end", None if self.end is None else float(self.end))
 
     def __str__(self) -> str:
         """`start-end`, as it stands behind the `#` of a clip's id; `start-` to the video's end."""
@@ -177,10 +180,10 @@ def number_labels(
 ) -> tuple[list[int], tuple[str, ...]]:
     """Return class numbers and class names; labels that are names are numbered in alphabetical order.
 
-    Whole numbers are class numbers also where they are written `2.0`.
+    Whole numbers are class numbers also where they are written `2.0` or `2e+00`.
 
-    Raises: UsageError with the line number for labels of both kinds, for a negative number, or for one of `MAX_CLASSES`
-        or more.
+    Raises: UsageError with the line number for labels of both kinds, for a number that is negative or not whole, or for one
+        of `MAX_CLASSES` or more.
     """
     for label, line in zip(labels, lines, strict=True):
         if _NEGATIVE.fullmatch(label):
@@ -188,20 +191,21 @@ def number_labels(
                 f"{source}, line {line}: label {label} is no class, and often marks a clip without a label; expected "
                 "class numbers from 0, or names: give the label, or leave the line out"
             )
-    if all(map(_WHOLE.fullmatch, labels)):
-        numbers = [int(label.partition(".")[0]) for label in labels]
-        for number, line in zip(numbers, lines, strict=True):
-            if number >= MAX_CLASSES:
+    is_number = [_NUMBER.fullmatch(label) is not None for label in labels]
+    if all(is_number):
+        for label, line in zip(labels, lines, strict=True):
+            if not float(label).is_integer() or float(label) >= MAX_CLASSES:
                 raise UsageError(
-                    f"{source}, line {line}: label {number}; expected class numbers below {MAX_CLASSES}"
+                    f"{source}, line {line}: label {label}; expected class numbers below {MAX_CLASSES} (names that look "
+                    "like numbers are given by --classes FILE)"
                 )
+        numbers = [int(float(label)) for label in labels]
         return numbers, class_numbers(max(numbers, default=-1) + 1)
-    numeric = [label.isdecimal() for label in labels]
-    if any(numeric):
-        odd = numeric.index(not numeric[0])
+    if any(is_number):
+        odd = is_number.index(not is_number[0])
         raise UsageError(
             f"{source}, line {lines[odd]}: label {labels[odd]!r} among labels like {labels[0]!r}; "
-            "expected either numbers or names throughout"
+            "expected either numbers or names throughout (or all names by --classes FILE)"
         )
     classes = tuple(sorted(set(labels)))
     index = {name: i for i, name in enumerate(classes)}
@@ -255,24 +259,30 @@ def numbered_split(split: str | None) -> tuple[tuple[str, ...], int]:
 def select(clips: Sequence[Clip], wanted: Iterable[str], *, source: str) -> list[int]:
     """Return the rows of the clips that `wanted` names by id or path, in its order.
 
+    A path whose clips are all segments names all of them, in the list's order.
+
     Raises: UsageError for a name that no clip has, or where no clip is named.
     """
     names = list(wanted)
     # What is named, and not all there is: a list of a million clips is looked through once, and not kept.
-    asked, by_path, by_id = set(names), dict[str, int](), dict[str, int]()
+    asked, by_path, by_id = set(names), dict[str, list[int]](), dict[str, list[int]]()
+    segments: dict[str, list[int]] = {}
     for row, clip in enumerate(clips):
         if clip.path in asked:
-            by_path[clip.path] = row
+            if clip.segment is None:
+                by_path[clip.path] = [row]
+            else:
+                segments.setdefault(clip.path, []).append(row)
         if clip.id in asked:
-            by_id[clip.id] = row
-    rows = by_path | by_id
+            by_id[clip.id] = [row]
+    rows = segments | by_path | by_id
     out: list[int] = []
     for name in names:
         if name not in rows:
             raise UsageError(
                 f"{source}: {name!r} is no clip of the cache; expected ids or paths as `clips.jsonl` has them"
             )
-        out.append(rows[name])
+        out.extend(rows[name])
     if not out:
         raise UsageError(f"{source}: names no clip; expected one id or path a line")
     return out

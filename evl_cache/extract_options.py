@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, dataclass
 from enum import Flag, auto
 from pathlib import Path
 
+from evl_cache.sampling import AUTO_STRIDE
 from evl_cache.spec import CODECS, DECODERS, MAP_STORAGE, SAMPLING, TOKEN_STORAGE, ViewSpec
 from evl_cache.untrusted.spec_limits import COMPUTE_DTYPES
 
@@ -65,6 +66,7 @@ class ExtractOption:
         default: value where none is given; None where it depends on other things.
         shows_default: whether the help says it.
         is_required: whether there must be a value.
+        word: a word that may stand in the place of a number.
         metavar: what stands for its value in the help.
         parameter: its name in the command, and in the environment; from the flag where not given.
         field: the field it fills; the parameter where not given.
@@ -82,6 +84,7 @@ class ExtractOption:
     default: str | int | float | None = None
     shows_default: bool = False
     is_required: bool = False
+    word: str = ""
     metavar: str | None = None
     parameter: str = ""
     field: str = ""
@@ -131,11 +134,11 @@ _BATCH = f"Samples at once [{CPU_BATCH}; GPU: ≤ {MOST_DEFAULT_BATCH}]."
 _WORKERS = f"Processes [CPU {CPU_DECODE_WORKERS}; GPU: all cores]."
 _LAYERS = f"Counted from 1, also 9,11,12 [the last {DEFAULT_LAYERS}]."
 _PRETRAINED = "Tag, file, or none (seeded random) [openai; evl-tiny's own]."
-_DECODER = "torchcodec: also on a GPU."
+_DECODER = f"{', '.join(DECODERS)} (GPU too) [auto]"
 
 
-def _storage(flag: str, choices: tuple[str, ...], text: str | None = None) -> ExtractOption:
-    return ExtractOption(flag, _STORED, text, choices=choices, default=choices[0], shows_default=True)
+def _storage(flag: str, choices: tuple[str, ...], text: str, metavar: str | None = None) -> ExtractOption:
+    return ExtractOption(flag, _STORED, text, choices=choices, default=choices[0], metavar=metavar)
 
 
 # fmt: off
@@ -145,22 +148,26 @@ EXTRACT_OPTIONS = (
     ExtractOption("--split", _ALL, "Only this split [both train and val]."),
     ExtractOption("--annotations", _ALL, "File or folder [under --root].", kind=Path),
     ExtractOption("--list", _ALL, "Lines 'path label', for --dataset list.", kind=Path, parameter="list_path"),
+    ExtractOption("--classes", _ALL, "Names of classes in order, for --dataset list.", kind=Path, parameter="classes_path"),
     ExtractOption("--model", _ALL, "open_clip or timm/NAME, evl-tiny, JSON.", default=DEFAULT_MODEL, shows_default=True),
     ExtractOption("--pretrained", _ALL, _PRETRAINED),
     ExtractOption("--layers", _SPEC, _LAYERS, metavar="8-12"),
-    ExtractOption("--recipe", _STORED | Role.KEPT, "Published views: k400-8, -16, -32, ssv2-8, …",
+    ExtractOption("--recipe", _STORED | Role.KEPT, "The EVL paper's views: k400-8, ssv2-16, …",
                   choices=tuple(VIEW_RECIPES), metavar="NAME"),
     ExtractOption("--frames", _SPEC, f"Frames of a view [{_V.frames}].", kind=int),
-    ExtractOption("--sampling", _SPEC, f"[{_V.sampling}]", choices=SAMPLING),
-    ExtractOption("--stride", _SPEC, f"Frames between two of a view [{_V.stride}].", kind=int),
-    ExtractOption("--views", _ALL, f"Temporal x spatial views [{_V.crops}].", metavar="TxS"),
-    ExtractOption("--train-views", _ALL, "Augmented, of the train split.", kind=int, least=1, metavar="V"),
-    ExtractOption("--augment-seed", _ALL, f"What they are drawn from [{_V.augment_seed}].", kind=int, least=0, metavar="N"),
-    ExtractOption("--flip", _ALL, "Mirror half of them (published: none).", kind=bool),
-    _storage("--tokens", TOKEN_STORAGE),
-    _storage("--maps", MAP_STORAGE),
-    _storage("--codec", CODECS, "Lossless profile."),
-    ExtractOption("--compute-dtype", _SPEC, "[float16 on a GPU]", choices=COMPUTE_DTYPES),
+    ExtractOption("--sampling", _SPEC, f"tsn: frames spread over a clip [{_V.sampling}].", choices=SAMPLING),
+    ExtractOption("--stride", _SPEC, f"Every Nth frame; auto: spread [{_V.stride}].", kind=int,
+                  word=AUTO_STRIDE, metavar="N|auto"),
+    ExtractOption("--views", _ALL, f"Samples of a clip: over time x crops [{_V.crops}].", metavar="TxS"),
+    ExtractOption("--train-views", _ALL, "Of train clips: V random crops each.", kind=int, least=1, metavar="V"),
+    ExtractOption("--augment-seed", _ALL, f"Other random crops by another N [{_V.augment_seed}].", kind=int, least=0,
+                  metavar="N"),
+    ExtractOption("--flip", _ALL, "Mirror half of these (published: none).", kind=bool),
+    _storage("--tokens", TOKEN_STORAGE, "Features: fp16 is exact, twice as big [int8]."),
+    _storage("--maps", MAP_STORAGE, "Attention maps: uint8, fp16, recompute, none [uint8] (docs/choosing.md).", "HOW"),
+    _storage("--codec", CODECS, "raw: fast, large; archive: slow, small."),
+    ExtractOption("--compute-dtype", _SPEC, "float32, float16, bfloat16 [float16 on a GPU]", choices=COMPUTE_DTYPES,
+                  metavar="DTYPE"),
     ExtractOption("--cache", _STORED, "To write [named under $EVL_CACHE_ROOT].", kind=Path),
     ExtractOption("--limit", _ALL, "Only the first N clips.", kind=int, least=1),
     ExtractOption("--allow-missing", _ALL, "Of files that are not there [0].", kind=float, default=0.0,
@@ -168,7 +175,7 @@ EXTRACT_OPTIONS = (
     ExtractOption("--device", Role.ESTIMATE, "cpu, cuda, cuda:N [a GPU if any]."),
     ExtractOption("--batch", Role.ESTIMATE, _BATCH, kind=int, least=1, most=MOST_BATCH),
     ExtractOption("--decode-workers", _HOW, _WORKERS, kind=int, least=1, metavar="N"),
-    ExtractOption("--decoder", _HOW, _DECODER, choices=DECODERS, default=DECODERS[0], shows_default=True),
+    ExtractOption("--decoder", _HOW, _DECODER, choices=DECODERS, default=DECODERS[0], metavar="NAME"),
     ExtractOption("--tolerate-bad-frames", _HOW, "Keep clips with damaged frames.", kind=bool),
     ExtractOption("--clip-timeout", _HOW, "For decoding a clip [120].", kind=float, metavar="SECONDS"),
     ExtractOption("--max-failures", _RUN, "Stop beyond 20, 5%, … [5%; 50 in a row].", metavar="N%"),
@@ -176,7 +183,7 @@ EXTRACT_OPTIONS = (
     ExtractOption("--retry-failed", _RUN, "Try the clips that failed again.", kind=bool),
     ExtractOption("--check-sources", _RUN, "Redo clips whose video was replaced.", kind=bool, alias="--sources"),
     ExtractOption("--retry-doubtful", _RUN, "Redo old clips of doubtful frames.", kind=bool),
-    ExtractOption("--reuse", _RUN, "Copy rows of equal features and files.", kind=Path),
+    ExtractOption("--reuse", _RUN, "A cache: copy what it has already.", kind=Path),
 )
 # fmt: on
 

@@ -152,3 +152,8 @@ def encodable(text: str) -> str:
 def _escape(character: str) -> str:
     byte = ord(character) - 0xDC00  # as Python holds the bytes of a name that are not UTF-8
     return f"\\x{byte:02x}" if 0x80 <= byte <= 0xFF else repr(character)[1:-1]
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun: `1 clip`, `2 clips`, `3 classes`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}{'es' if noun.endswith('s') else 's'}"

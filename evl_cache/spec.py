@@ -11,6 +11,7 @@ from typing import Any
 
 from evl_cache.canonical_json import digest, flatten
 from evl_cache.errors import CacheError, UsageError
+from evl_cache.sampling import check_stride
 from evl_cache.untrusted.spec_limits import check_spec
 
 FORMAT_VERSION = 2  # of caches that are made; older ones, of 1, are read and written as they are
@@ -86,7 +87,7 @@ class ViewSpec:
     Attributes:
         frames: frames T of a view.
         sampling: `strided` or `tsn`.
-        stride: step from one frame of a view to the next; None for `tsn`.
+        stride: step from one frame of a view to the next; `auto` spreads each view over its clip; None for `tsn`.
         temporal_views: views over time; a clip's samples are ordered by spatial view, then by temporal view.
         spatial_views: crops of each temporal view, 1 (centre) or 3.
         train_views: random augmented views instead of these; 0 for none.
@@ -97,7 +98,7 @@ class ViewSpec:
 
     frames: int = 8
     sampling: str = SAMPLING[0]
-    stride: int | None = 16
+    stride: int | str | None = 16
     temporal_views: int = 1
     spatial_views: int = 1
     train_views: int = 0
@@ -112,10 +113,10 @@ class ViewSpec:
             raise UsageError(
                 f"stride {self.stride} with {self.sampling} sampling; TSN takes no stride, strided needs it"
             )
-        for name in ("frames", "stride", "temporal_views"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} is {value}; expected at least 1")
+        check_stride(self.stride)
+        for name in ("frames", "temporal_views"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.spatial_views not in (1, 3):
             raise UsageError(f"spatial views: got {self.spatial_views}; expected 1 (centre) or 3")
         if self.train_views < 0 or self.augment_seed < 0:

@@ -5,7 +5,7 @@ B samples of a batch, T frames, S the tower's image size, P patches, C channels,
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,8 +108,11 @@ class StubTower:
 def frames_at_hand(frames: Tensor) -> Iterator[None]:
     """Have every extraction take these decoded frames (K, T, 3, S, S): clip i those of i modulo K."""
 
-    def prepare(_: BlockExtractor, row: int) -> PreparedClip:
-        return PreparedClip(record=ClipRecord(id=f"{row:05d}"), samples=frames[row % len(frames)][None])
+    def prepare(_: BlockExtractor, rows: Sequence[int]) -> list[PreparedClip]:
+        return [
+            PreparedClip(record=ClipRecord(id=f"{row:05d}"), samples=frames[row % len(frames)][None])
+            for row in rows
+        ]
 
     with mock.patch.object(BlockExtractor, "_prepare", prepare):
         yield

@@ -70,7 +70,8 @@ def run_command(command: str | None) -> str:
 
 def is_undivided(cache: FoundCache) -> bool:
     """Whether what a cache was made from holds no other split: a list, a folder without splits, a file of one split."""
-    is_alone = cache.spec.dataset == "list" or cache.spec.split == _UNDIVIDED
+    is_list = cache.spec.dataset == "list" and cache.origin.get("is_divided_list") is not True
+    is_alone = is_list or cache.spec.split == _UNDIVIDED
     return is_alone or cache.origin.get("is_undivided") is True
 
 

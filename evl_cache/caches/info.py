@@ -10,6 +10,7 @@ from evl_cache.errors import reason_alone
 from evl_cache.spec import FRAME_RULE
 from evl_cache.store import FeatureCache, cache_size, size_together
 
+_MOST_MARKS = 2000  # that are read where nobody asks: about a second
 _ALL_BY_RULE = f"all clips by rule {FRAME_RULE}"
 # Of containers in which no decoder finds a frame by its number without reading what is before it.
 # fmt: off
@@ -21,8 +22,11 @@ _DOUBTFUL_ENDINGS = frozenset((
 # fmt: on
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path, *, counts_all: bool = True) -> dict[str, Any]:
     """Describe a cache as plain JSON values: spec, size, completeness, failures by reason, versions.
+
+    Args:
+        counts_all: count short clips of large caches too, for which all marks are read; `short_clips` is None otherwise.
 
     `bytes` and `files` are of what describes it and of marks and shards of the blocks done, in a directory and behind a URL.
 
@@ -58,7 +62,30 @@ def describe(path: str | Path) -> dict[str, Any]:
         "created_with": dict(cache.description.created_with),
         "decoders": sorted({decoder for decoder, _ in cache.provenance}),
         "frames": asdict(frames_of(cache)),
+        "short_clips": short_clips(cache) if counts_all or cache.num_blocks <= _MOST_MARKS else None,
     }
+
+
+def short_clips(cache: FeatureCache) -> int | None:
+    """Count clips with features whose views repeat frames, as they have fewer frames than a view lies over.
+
+    Only marks tell it, of which all are read. Returns: None of a cache that is not on this disk.
+    """
+    if cache.copy is not None:
+        return None
+    held = (
+        [(member.done.intact_mark, member.spec.num_blocks) for member in cache.members]
+        if cache.members
+        else [(cache.mark, cache.num_blocks)]
+    )
+    marks = (mark_of(block) for mark_of, num_blocks in held for block in range(num_blocks))
+    short = {clip.id for mark in marks if mark is not None for clip in mark.clips if _repeats(clip.indices)}
+    return len(short)
+
+
+def _repeats(indices: tuple[tuple[int, ...], ...] | None) -> bool:
+    """Whether a view shows a frame twice; a clip that failed has no views."""
+    return any(len(set(view)) < len(view) for view in indices or ())
 
 
 @dataclass(frozen=True, kw_only=True)

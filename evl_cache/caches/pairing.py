@@ -150,20 +150,17 @@ def _missing(found: Sequence[FoundCache], needs: HeadNeeds) -> str:
     fitting = [c for c in train if needs.objection(c.spec) is None]
     if fitting:
         nearest = fitting[0]
-        same = [
-            c
-            for c in found
-            if c.spec.split in VAL_SPLITS
-            and _belong_together(nearest.spec, c.spec)
-            and c.spec.content_id == nearest.spec.content_id
-        ]
+        same = [c for c in found if c.spec.split in VAL_SPLITS and _belong_together(nearest.spec, c.spec)]
         if not same and (others := _of_other_classes(nearest, found)) is not None:
             return f"{nearest.name} fits, but its validation cache is missing: {others}"
         if not same:
             return f"{nearest.name} fits, but its validation cache is missing; {_other_side(nearest, 'val')}"
         whole = replace(nearest, origin={**nearest.origin, "is_undivided": True})
+        clips = (
+            "the same clips" if same[0].spec.content_id == nearest.spec.content_id else "some of its clips"
+        )
         return (
-            f"{nearest.name} fits, but {same[0].name} has the same clips, by their names (of other videos, name both: "
+            f"{nearest.name} fits, but {same[0].name} has {clips}, by their names (of other videos, name both: "
             f"--cache, --val-cache); {_other_side(whole, 'val')}"
         )
     if not train:

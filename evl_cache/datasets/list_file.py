@@ -1,23 +1,148 @@
-"""Read a list file: a path and a label a line."""
+"""Read a list file or a table: a path and a label a line, and what more a table's columns say."""
 
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePath
 
 from evl_cache.clips import Clip, ClipList, number_labels
-from evl_cache.datasets.list_lines import LIST_FORMS, ListLine, parse_list
+from evl_cache.datasets.class_file import number_by_names, read_class_names
+from evl_cache.datasets.list_lines import LIST_FORMS, ListLine, parse_list, refuse_several_labels
 from evl_cache.datasets.missing import FRAMES_REMEDY
 from evl_cache.datasets.places import VIDEO_SUFFIXES
+from evl_cache.datasets.table_rows import read_table
 from evl_cache.errors import UsageError
+
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a byte that is not UTF-8
+_NO_LABEL = re.compile(r"-\d+(?:\.\d*)?")  # that a test set's clips are given
 
 
 def read_list_file(path: Path, *, split: str) -> ClipList:
-    """Return the clips of a list file. Paths stay as written: `extract --root` says what they are relative to.
+    """Return the clips of one split of a list file, as `read_lists` does."""
+    return read_lists(path, split=split)[split]
 
-    mmaction2's lists of videos have this form. Its lists of frame folders (`folder total_frames label`) do not name
-    videos, and are an error.
 
-    Raises: UsageError where the file cannot be read, a line has no label, or the lines name frame folders.
+def read_lists(path: Path, *, split: str | None, classes_path: Path | None = None) -> dict[str, ClipList]:
+    """Return the clips of a list or table by split. Paths stay as written: `--root` says what they are relative to.
+
+    mmaction2's lists of videos are read. Its lists of frame folders (`folder total_frames label`) do not name videos, and
+    are an error. All splits of one table number their classes alike.
+
+    Args:
+        split: the one wanted, or that of a file without a column of splits; None is `all` of such a file, and train and
+            val (test where there is no val) of a table.
+        classes_path: a file that names the classes in their order.
+
+    Raises: UsageError where a file cannot be read, or with the line of whatever is wrong in it.
     """
+    text, source = _text(path), str(path)
+    table = read_table(path, text)
+    rows, remarks = (parse_list(text, source=source), []) if table is None else table
+    if table is None:
+        _refuse_frame_folders(rows, source=source)
+    rows = _labelled(rows, split, source)
+    lines, names = [row.line for row in rows], [row.label for row in rows]
+    if classes_path is None:
+        refuse_several_labels(rows, source=source)
+        labels, classes = number_labels(names, source=source, lines=lines)
+    else:
+        classes = read_class_names(classes_path)
+        labels = number_by_names(names, classes, path=classes_path, source=source, lines=lines)
+        if empty := len(classes) - len({*labels}):
+            remarks.append(f"{empty} of {len(classes)} classes of {classes_path} have no clip")
+    clips = tuple(
+        Clip(
+            id=r.id or r.path,
+            path=r.path,
+            label=label,
+            split=r.split or split or "all",
+            line=r.line,
+            segment=r.segment,
+        )
+        for r, label in zip(rows, labels, strict=True)
+    )
+    has_splits = any(row.split is not None for row in rows)
+    # Also of all splits together: no clip is in two of them.
+    listed = ClipList(
+        clips=clips, classes=classes, source=source, is_undivided=not has_splits, remarks=tuple(remarks)
+    )
+    if table is not None:
+        _refuse_same_parts(rows, has_splits=has_splits, source=source)
+    return _by_split(listed, split) if has_splits else {split or "all": listed}
+
+
+def _labelled(rows: Sequence[ListLine], split: str | None, source: str) -> list[ListLine]:
+    """Return the rows without those of splits that are not read and have no label, as test sets often have none.
+
+    Raises: UsageError for another row without a label, or with one that is not UTF-8.
+    """
+    wanted = _wanted({row.split for row in rows if row.split}, split)
+    kept = [
+        row
+        for row in rows
+        if row.split in (None, *wanted) or (row.label and not _NO_LABEL.fullmatch(row.label))
+    ]
+    for row in kept:
+        if not row.label:
+            raise UsageError(
+                f"{source}, line {row.line}: no label; expected a path and one label for each clip"
+            )
+        if not row.label.isascii() and _SURROGATE.search(row.label):
+            raise UsageError(
+                f"{source}, line {row.line}: label {row.label!r} is not UTF-8; save the list as UTF-8"
+            )
+    return kept
+
+
+def _wanted(there: Collection[str], split: str | None) -> list[str]:
+    """Return the splits that are read: the one named, or train and val (test where there is no val)."""
+    usual = ("train", "val") if "val" in there else ("train", "test")
+    return [name for name in usual if name in there] if split is None else [split]
+
+
+def _by_split(listed: ClipList, split: str | None) -> dict[str, ClipList]:
+    counts = Counter(clip.split for clip in listed.clips)
+    wanted = _wanted(counts, split)
+    if not counts[wanted[0]]:
+        raise UsageError(
+            f"{listed.source}: no clip of split {split}, only of {', '.join(sorted(counts))}; expected one of these as --split"
+        )
+    remarks = [*listed.remarks, *_in_both(listed.clips)]
+    if split is None:
+        remarks += [
+            f"{n} clips of split {name} are left out: --split {name}"
+            for name, n in counts.items()
+            if name not in wanted
+        ]
+    out = {}
+    for name in wanted:
+        clips = tuple(clip for clip in listed.clips if clip.split == name)
+        out[name] = replace(listed, clips=clips, remarks=tuple(remarks))
+        remarks = []  # they are told once
+    return out
+
+
+def _in_both(clips: Sequence[Clip]) -> list[str]:
+    """Return a line on videos of which segments are trained on and others scored; none without any."""
+    sides = {name: {clip.path for clip in clips if clip.split == name} for name in ("train", "val", "test")}
+    both = {name: len(sides["train"] & sides[name]) for name in ("val", "test")}
+    return [f"{n} videos have segments in both train and {name}" for name, n in both.items() if n]
+
+
+def _refuse_same_parts(rows: Sequence[ListLine], *, has_splits: bool, source: str) -> None:
+    """Raise UsageError where one part of a video is two clips, under two ids: it would have two labels, or count twice."""
+    seen: dict[object, ListLine] = {}
+    for row in rows:
+        other = seen.setdefault((row.path, row.segment), row)
+        if other is not row:
+            raise UsageError(
+                f"{source}: {row.path!r} occurs twice (lines {other.line} and {row.line}); expected each video, or part of "
+                f"it, once{', in one split' if has_splits else ''}"
+            )
+
+
+def _text(path: Path) -> str:
     try:
         # Names of files need not be UTF-8, and those in another encoding are not found on the disk.
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
@@ -28,14 +153,7 @@ def read_list_file(path: Path, *, split: str) -> ClipList:
         ) from error
     if "\0" in text:  # as in UTF-16
         raise UsageError(f"{path}: is no list of clips (it holds zeros); expected UTF-8 lines {LIST_FORMS}")
-    rows = parse_list(text, source=str(path))
-    _refuse_frame_folders(rows, source=str(path))
-    labels, classes = number_labels([r.label for r in rows], source=str(path), lines=[r.line for r in rows])
-    clips = tuple(
-        Clip(id=row.path, path=row.path, label=label, split=split, line=row.line)
-        for row, label in zip(rows, labels, strict=True)
-    )
-    return ClipList(clips=clips, classes=classes, source=str(path), is_undivided=True)
+    return text
 
 
 def _refuse_frame_folders(rows: Sequence[ListLine], *, source: str) -> None:

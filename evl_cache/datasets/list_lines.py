@@ -3,34 +3,49 @@
 import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from evl_cache.datasets.places import VIDEO_SUFFIXES
+from evl_cache.clips import Segment
+from evl_cache.datasets.places import VIDEO_SUFFIXES, suffix_of
 from evl_cache.errors import UsageError
 
 LIST_FORMS = "'path label', 'path<TAB>label' or 'path,label'"
+_OR_NAMED = ", or name the columns in a first line: path,label,split"
 _VIDEO = "|".join(map(re.escape, sorted(VIDEO_SUFFIXES)))
 # A path that ends as videos do, and what follows; else, before a comma, any path with an ending.
 _AFTER_VIDEO = re.compile(rf"(?P<path>.*(?:{_VIDEO}))(?P<mark>\s*,\s*|\s+)(?P<label>\S.*)", re.IGNORECASE)
 _BEFORE_COMMA = re.compile(r"(?P<path>.*\.[A-Za-z]\w{1,4})(?P<mark>\s*,\s*)(?P<label>\S+)")
 # A path in quotes, blanks, and a label without any or in quotes, too.
-_QUOTED = re.compile(r'"(?P<path>(?:[^"]|"")+)"\s+(?P<label>"(?:[^"]|"")+"|[^",\s][^"]*)')
+_QUOTED = re.compile(r'"(?P<path>(?:[^"]|"")+)"\s+(?P<label>"(?:[^"]|"")+"|[^",\s].*)')
 _HOLDS_VIDEO = re.compile(rf"(?:{_VIDEO})(?:\s|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?")
-_ENDING = re.compile(r"\.\w+")
+_ENDING = re.compile(r"\.(?=\d*[^\W\d])\w+")  # the .5 of a number is none
 _NUMBERS = re.compile(r"\[?\s*\d+(?:\s*[,;|]\s*\d+|\s+\d+)+\s*\]?")
-_BETWEEN_NAMES = re.compile(r"[,;|]")
+_BETWEEN_NAMES = re.compile(r"\s*[,;|\s]\s*")
+_SURELY_BETWEEN = re.compile(r"\s*[;|]\s*")  # names hold commas and blanks
 _HEADERS = ({"path", "video", "video_path", "file", "filename", "clip"}, {"label", "class", "category"})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListLine:
-    """One line of a list, before labels are numbered."""
+    """One line of a list or row of a table, before labels are numbered.
+
+    Attributes:
+        line: its number.
+        path, label: as written.
+        split: `train`, `val` or `test` of a table with such a column.
+        segment: the part of the video that a table gives.
+        id: of the clip; the path where empty.
+    """
 
     line: int
     path: str
     label: str
+    split: str | None = None
+    segment: Segment | None = None
+    id: str = ""
 
 
 def parse_list(text: str, *, source: str) -> list[ListLine]:
@@ -39,7 +54,7 @@ def parse_list(text: str, *, source: str) -> list[ListLine]:
     A line is `path label`, whose path may hold spaces; `path<TAB>label` or `path,label`, where both may. After a path
     with a video's ending, or in quotes, a label may have several words without that, but none that look like more columns.
 
-    Raises: UsageError with the line number for a line without a label, with several, or whose columns are in doubt.
+    Raises: UsageError with the line number for a line without a label, or whose columns are in doubt.
     """
     out: list[ListLine] = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -48,13 +63,17 @@ def parse_list(text: str, *, source: str) -> list[ListLine]:
         path, label = _split(line.strip(), f"{source}, line {number}")
         if out or path.lower() not in _HEADERS[0] or label.lower() not in _HEADERS[1]:
             out.append(ListLine(line=number, path=path, label=label))
-    _refuse_several_labels(out, source=source)
     return out
 
 
 def _split(line: str, where: str) -> tuple[str, str]:
     """Return path and label of a line. Raises: UsageError that begins with `where`."""
     parts = line.rsplit("\t", 1) if "\t" in line else line.rsplit(None, 1)
+    columns = [part.strip() for part in line.split("\t")]
+    if len(columns) > 2 and suffix_of(columns[0]) in VIDEO_SUFFIXES:  # else a name may hold a TAB
+        raise UsageError(
+            f"{where}: {line!r} has {len(columns)} columns by its TABs; expected {LIST_FORMS}{_OR_NAMED}"
+        )
     found = None if "\t" in line else _marked(line, parts[0] if len(parts) == 2 else "", where)
     path, label = (part.strip() for part in found or parts) if len(found or parts) == 2 else (line, "")
     if not path or not label:
@@ -100,7 +119,7 @@ def _unquoted(text: str) -> str:
 def _fields(text: str, where: str) -> list[str]:
     """Return what commas part, which quotes may hold."""
     try:
-        return next(csv.reader([text]))
+        return next(csv.reader([text], skipinitialspace=True))
     except csv.Error as error:
         raise UsageError(f"{where}: {text[:80]!r} cannot be read ({error}); expected {LIST_FORMS}") from error
 
@@ -114,18 +133,25 @@ def _columns(columns: Sequence[str], line: str, where: str) -> tuple[str, str]:
     if len(columns) != 2:
         raise UsageError(
             f"{where}: {line!r} has {len(columns)} columns by its commas; expected a path and one label: write "
-            "path<TAB>label where a path or a label holds commas"
+            f"path<TAB>label where a path or a label holds commas{_OR_NAMED}"
         )
     return columns[0], columns[1]
 
 
-def _refuse_several_labels(rows: Sequence[ListLine], *, source: str) -> None:
-    """Raise UsageError for a label of several numbers, or of several names that are labels of other lines."""
+def refuse_several_labels(rows: Sequence[ListLine], *, source: str) -> None:
+    """Raise UsageError for a label of several numbers, or of several names that are, or recur as, labels of other lines."""
     names = {row.label for row in rows}
+    parted = Counter(part for name in names for part in {*_parts(name, _SURELY_BETWEEN)} if part != name)
     for row in rows:
-        parts = [part.strip() for part in _BETWEEN_NAMES.split(row.label)]
-        if _NUMBERS.fullmatch(row.label) or (len(parts) > 1 and names.issuperset(parts)):
+        parts = _parts(row.label, _BETWEEN_NAMES)
+        of_others = len(parts) > 1 and names.issuperset(parts)
+        recurs = any(parted[part] > 1 for part in _parts(row.label, _SURELY_BETWEEN))
+        if _NUMBERS.fullmatch(row.label) or of_others or recurs:
             raise UsageError(
                 f"{source}, line {row.line}: {row.label!r} are several labels (or a number of frames and a label); "
-                "expected one label for each clip"
+                "expected one label for each clip (where it is the name of one class, name all by --classes FILE)"
             )
+
+
+def _parts(label: str, between: re.Pattern[str]) -> list[str]:
+    return [part for part in between.split(label.strip("[]")) if part]

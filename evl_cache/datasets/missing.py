@@ -50,17 +50,36 @@ def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> list[
     if not 0 <= allow_percent <= 100:
         raise UsageError(f"--allow-missing {allow_percent}; expected a percentage from 0 to 100")
     missing = missing_clips(clips, root)
+    _check_locale(missing, clips.source)
     percent = 100 * len(missing) / len(clips.clips)
     if percent <= allow_percent:
         return missing
-    shown = ", ".join(_named(clip) for clip in missing[:_SHOWN])
-    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    files = list({clip.path: clip for clip in reversed(missing)}.values())[::-1]  # of many segments one file
+    shown = ", ".join(_named(clip) for clip in files[:_SHOWN])
+    more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
+    segments = (
+        f": {len(files)} file{'' if len(files) == 1 else 's'}"
+        if any(clip.segment is not None for clip in missing)
+        else ""
+    )
     without = f"go on without them by --allow-missing {math.ceil(percent * 100) / 100:g}"
     raise UsageError(
         f"{clips.source}: {len(missing)} of {len(clips.clips)} clips ({percent:.3g} %) are missing "
-        f"under {root}: {shown}{more}; expected at most {allow_percent:g} %; "
+        f"under {root}{segments}: {shown}{more}; expected at most {allow_percent:g} %; "
         f"{_remedy(clips, missing, root, without=without)}"
     )
+
+
+def _check_locale(missing: Sequence[Clip], source: str) -> None:
+    """Raise UsageError for a path with letters that this process cannot ask the disk for."""
+    for clip in missing:
+        try:
+            os.fsencode(clip.path)
+        except UnicodeEncodeError as error:
+            raise UsageError(
+                f"{source}: {_named(clip)} cannot be looked up, as the locale's names of files are {error.encoding}; "
+                "set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale such as C.UTF-8"
+            ) from error
 
 
 def _remedy(clips: ClipList, missing: Sequence[Clip], root: Path, *, without: str) -> str:
@@ -69,7 +88,10 @@ def _remedy(clips: ClipList, missing: Sequence[Clip], root: Path, *, without: st
         return f"frames in files of their own are not read: {FRAMES_REMEDY}"
     there, paths = files_there(root), {clip.path for clip in clips.clips}
     cause = likeliest_cause(
-        [clip.path for clip in missing], root, there=there, wanted=lambda path: path in paths
+        list(dict.fromkeys(clip.path for clip in missing)),
+        root,
+        there=there,
+        wanted=lambda path: path in paths,
     )
     is_partial = len(missing) < len(clips.clips)
     if cause is not None:

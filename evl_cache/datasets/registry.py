@@ -10,7 +10,7 @@ from evl_cache.clips import ClipList, normal_split
 from evl_cache.datasets.folder import read_class_folders
 from evl_cache.datasets.hmdb51 import read_hmdb51
 from evl_cache.datasets.kinetics import read_kinetics
-from evl_cache.datasets.list_file import read_list_file
+from evl_cache.datasets.list_file import read_lists
 from evl_cache.datasets.rendered_clips import RENDERED_VIEWS, read_rendered
 from evl_cache.datasets.something import read_something
 from evl_cache.datasets.ucf101 import read_ucf101
@@ -37,7 +37,13 @@ class DatasetReader:
     reader: Callable[..., dict[str, ClipList]] | None
 
     def read(
-        self, root: Path, *, annotations: Path | None, split: str | None, list_path: Path | None
+        self,
+        root: Path,
+        *,
+        annotations: Path | None,
+        split: str | None,
+        list_path: Path | None,
+        classes_path: Path | None = None,
     ) -> dict[str, ClipList]:
         """Return clip lists by split, or that of the one split named.
 
@@ -48,11 +54,16 @@ class DatasetReader:
             annotations: where annotation files are; None looks in the usual places.
             split: the split wanted; None for all usual ones.
             list_path: a list file, whose paths stay as written; None for every other data set.
+            classes_path: names the classes of a list, in their order; None for every other data set.
 
         Raises: UsageError for what the data set does not take, or files that are missing or malformed.
         """
         if self.reader is None:
-            return _read_list(annotations, split, list_path)
+            return _read_list(annotations, split, list_path, classes_path)
+        if classes_path is not None:
+            raise UsageError(
+                f"--classes {classes_path} with --dataset {self.name}; expected --dataset list with it, or no --classes"
+            )
         if list_path is not None:
             raise UsageError(
                 f"--list {list_path} with --dataset {self.name}; expected --dataset list with it, or no --list"
@@ -60,14 +71,16 @@ class DatasetReader:
         return self.reader(root, annotations=annotations, split=split)
 
 
-def _read_list(annotations: Path | None, split: str | None, list_path: Path | None) -> dict[str, ClipList]:
+def _read_list(
+    annotations: Path | None, split: str | None, list_path: Path | None, classes_path: Path | None
+) -> dict[str, ClipList]:
     if list_path is None or annotations is not None:
         got = "no --list" if list_path is None else f"--annotations {annotations}"
         raise UsageError(
             f"--dataset list with {got}; expected --list FILE (lines 'path label') and no --annotations"
         )
-    name = "all" if split is None else normal_split(split)
-    return {name: read_list_file(list_path, split=name)}
+    wanted = None if split is None else normal_split(split)
+    return read_lists(list_path, split=wanted, classes_path=classes_path)
 
 
 _RENDERED = """\
@@ -143,9 +156,14 @@ A list of videos, --list FILE, with --root for what its paths are relative to:
                where they hold commas); mmaction2's lists of videos have the first form
                (its lists of frame folders, 'folder total_frames label', are not read);
                files of any ending that FFmpeg decodes, GIFs too
+  table        CSV, TSV or ';' with a first line that names the columns, in any order and quoted where need be:
+               path,label[,split][,start,end][,start_frame,end_frame][,id]; or a JSON object of these a line
+               (start and end in seconds or 00:01:30.5, frames from 0, the end not included: a clip is that part)
   labels       one a clip: numbers from 0 as they stand, or names, then numbered in alphabetical order;
-               a name of several words behind a TAB, a comma or a video's ending
-  splits       the one --split names; all where it names none"""
+               a name of several words behind a TAB, a comma or a video's ending;
+               --classes FILE gives names and order (a name a line, or a table id,name)
+  splits       the one --split names; all where it names none; of a table with a column split train and val
+               (test where there is no val), which number their classes alike"""
 
 _READERS = (
     *(

@@ -37,15 +37,20 @@ def numbered_lines(text: str) -> list[tuple[int, str]]:
     return [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
 
 
-def read_json_entries(path: Path, *, expected: str) -> list[tuple[int, Any]]:
+def read_json_entries(
+    path: Path, *, expected: str, decoder: json.JSONDecoder | None = None
+) -> list[tuple[int, Any]]:
     """Return the entries of a JSON list, each with the line on which it starts.
 
     They are decoded one by one, as `json.loads` does not tell where a value was, and errors should.
 
+    Args:
+        decoder: of one entry; it may refuse more than the usual one, by ValueError.
+
     Raises: UsageError for what is not JSON, not a list, or nested too deep to read.
     """
     text = read_text(path, expected=expected)
-    decoder = json.JSONDecoder()
+    decoder = decoder or json.JSONDecoder()
     at = _skip_blanks(text, 0)
     if text[at] != "[":
         raise _wrong(path, _line(text, at), f"begins with {text[at : at + 20]!r}", expected)

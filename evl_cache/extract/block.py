@@ -2,6 +2,7 @@
 
 import gc
 import threading
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -14,12 +15,14 @@ from evl_cache.extract.clips_ahead import ClipsAhead
 from evl_cache.extract.defaults import batch_for, workers_for
 from evl_cache.extract.device_pipeline import ClipRows, DevicePipeline
 from evl_cache.extract.environment import run_environment
+from evl_cache.extract.failure_limit import FailureCount
 from evl_cache.extract.handoff import Closed
 from evl_cache.extract.job import ExtractionJob, ExtractOptions, OnBottleneck, OnClip
 from evl_cache.extract.outages import OnOutage, Surroundings
-from evl_cache.extract.prepare import PreparedClip, prepare_clip
+from evl_cache.extract.prepare import PreparedClip, prepare_clips
 from evl_cache.extract.redo import BlockRedo, KeptRows
 from evl_cache.extract.reuse import ReusableRows
+from evl_cache.extract.segments import rows_by_video
 from evl_cache.extract.stage_seconds import StageSeconds
 from evl_cache.store import BlockLock, BlockWriter, ClipRecord, finished_blocks, valid_mark
 from evl_cache.towers import Backbone
@@ -117,7 +120,10 @@ class BlockExtractor:
         self._encoders = ThreadPoolExecutor(workers.compressing, thread_name_prefix="encode")
         # A thread for each process, and one that crops meanwhile.
         self._threads = workers.decoding + 1
-        self._set_up(batch_for(options, spec), has_stored=bool(finished_blocks(job.cache_path)))
+        has_stored = bool(finished_blocks(job.cache_path))
+        self._counts_start = not has_stored
+        self._from_start = FailureCount(limit=options.most_failures, uncounted=job.known_missing)
+        self._set_up(batch_for(options, spec), has_stored=has_stored)
 
     def _set_up(self, batch: int, *, has_stored: bool) -> None:
         """Start the threads that prepare clips and run batches."""
@@ -175,7 +181,9 @@ class BlockExtractor:
             self._job.cache_path, spec, begun.block, lock=begun.lock, encoders=self._encoders
         )
         rows = spec.clips_of_block(begun.block)
-        prepared = self._ahead.add(rows, lambda row: self._kept_or_prepared(row, begun.kept))
+        prepared = self._ahead.add(
+            self._groups(rows), lambda together: self._kept_or_prepared(together, begun.kept)
+        )
         clips = (ClipRows(clip, spec.views.per_clip) for clip in prepared)
         with suppress(Closed):  # it has stopped: `wait` tells why, or starts the block anew
             self._pipeline.add(clips, lambda clip: self._finish(begun, clip))
@@ -200,6 +208,9 @@ class BlockExtractor:
             begun.told += 1
             self._on_bottleneck(self.waited.bottleneck)
             self._on_clip(record.error is not None)
+            if self._counts_start and begun.kept is None:
+                self._from_start = self._from_start.after([record])
+                self._from_start.check_start()
 
     def end(self, begun: BegunBlock) -> ExtractedBlock:
         """Return a block that is ready. The caller commits its writer, and closes it."""
@@ -256,9 +267,11 @@ class BlockExtractor:
     def _tries(self, kept: KeptRows) -> bool:
         """Whether one of the clips that are to be made again can be: else nothing need be read or written."""
         rows = kept.again
-        for start in range(0, len(rows), self._threads):
-            group = rows[start : start + self._threads]
-            prepared = dict(zip(group, self._ahead.add(group, self._prepare), strict=True))
+        groups = self._groups(rows)
+        for start in range(0, len(groups), self._threads):
+            some = groups[start : start + self._threads]
+            in_order = sorted(row for group in some for row in group)
+            prepared = dict(zip(in_order, self._ahead.add(some, self._prepare), strict=True))
             kept.tried(prepared)
             if any(clip.record.error is None for clip in prepared.values()):
                 return True
@@ -267,22 +280,28 @@ class BlockExtractor:
                 self.kept_instead[tried.record.id] = tried.record.error or ""
         return False
 
-    def _kept_or_prepared(self, row: int, kept: KeptRows | None) -> PreparedClip:
-        found = None if kept is None else kept.take(row)
-        return self._prepare(row) if found is None else found
+    def _groups(self, rows: Sequence[int]) -> list[list[int]]:
+        """Rows of clips, those together that are decoded together."""
+        return rows_by_video(rows, self._job.clips.clips, most=self._ahead.most_together)
 
-    def _prepare(self, row: int) -> PreparedClip:
-        clip = self._job.clips.clips[row]
-        path, reusable = self._job.root / clip.path, self._reusable
-        return prepare_clip(
-            clip,
+    def _kept_or_prepared(self, rows: Sequence[int], kept: KeptRows | None) -> list[PreparedClip]:
+        found = {} if kept is None else {row: clip for row in rows if (clip := kept.take(row)) is not None}
+        lacking = [row for row in rows if row not in found]
+        made = dict(zip(lacking, self._prepare(lacking), strict=True)) if lacking else {}
+        return [(found | made)[row] for row in rows]
+
+    def _prepare(self, rows: Sequence[int]) -> list[PreparedClip]:
+        clips = [self._job.clips.clips[row] for row in rows]
+        path, reusable = self._job.root / clips[0].path, self._reusable
+        return prepare_clips(
+            clips,
             self._job.root,
             tower=self._job.spec.tower,
             views=self._job.spec.views,
-            is_known=lambda clip_id, sha256: reusable is not None and reusable.fetch(clip_id, sha256, path),
+            is_known=lambda clip, sha256: reusable is not None and reusable.fetch(clip, sha256, path),
             decode=self._decode_pool.frames,
             surroundings=self._surroundings,
-            may_be_missing=clip.id in self._job.known_missing,
+            may_be_missing=clips[0].id in self._job.known_missing,
         )
 
     def _finish(self, begun: BegunBlock, clip: ClipRows) -> None:

@@ -4,13 +4,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from operator import itemgetter
 
 import torch
 
 from evl_cache.extract.prepare import PreparedClip, begin_crop_thread
 
-MOST_WAITING_BYTES = 512 << 20  # of prepared clips that wait; each thread may hold one more
-Prepare = Callable[[int], PreparedClip]
+MOST_WAITING_BYTES = (
+    512 << 20
+)  # of prepared clips that wait; each thread may hold one more, and one group as much again
+Prepare = Callable[[Sequence[int]], Sequence[PreparedClip]]
 
 
 class ClipsAhead:
@@ -21,6 +24,9 @@ class ClipsAhead:
         waiting: prepared clips that may wait for the device, where memory allows.
         clip_bytes: size of one prepared clip.
         on_drained: called, from any thread, when no added clip is left to be begun.
+
+    Attributes:
+        most_together: clips that one thread may prepare together, so that they do not fill the memory.
     """
 
     def __init__(
@@ -32,10 +38,11 @@ class ClipsAhead:
             initializer=begin_crop_thread,
             initargs=(torch.get_num_threads() > 1,),
         )
-        self._most = threads + max(1, min(waiting, MOST_WAITING_BYTES // clip_bytes))
+        self.most_together = max(1, MOST_WAITING_BYTES // clip_bytes)
+        self._most = threads + min(max(1, waiting), self.most_together)
         self._on_drained = on_drained
         self._lock = threading.Lock()
-        self._todo: deque[_Ahead] = deque()
+        self._todo: deque[_Group] = deque()
         self._held = 0  # clips that are begun, and that nobody has taken
 
     @property
@@ -43,35 +50,38 @@ class ClipsAhead:
         """Whether no clip is left to be begun: more may be added."""
         return not self._todo
 
-    def add(self, rows: Sequence[int], prepare: Prepare) -> Iterator[PreparedClip]:
-        """Have clips prepared after all that were added before. Yields them in order.
+    def add(self, groups: Sequence[Sequence[int]], prepare: Prepare) -> Iterator[PreparedClip]:
+        """Have clips prepared after all that were added before. Yields them in the order of their rows.
 
         Args:
-            prepare: makes a clip ready, by its row of the list.
+            groups: rows of the list; those of a group are prepared together, when the first of them is its turn.
+            prepare: makes the clips of a group ready, by their rows.
         """
-        added = deque(_Ahead(row, prepare) for row in rows)
+        added = [_Group(rows, prepare) for rows in groups]
         with self._lock:
             self._todo.extend(added)
         self._begin_some()
-        return self._taken(added)
+        return self._taken(
+            deque(sorted(((row, group) for group in added for row in group.rows), key=itemgetter(0)))
+        )
 
-    def _taken(self, added: "deque[_Ahead]") -> Iterator[PreparedClip]:
+    def _taken(self, added: "deque[tuple[int, _Group]]") -> Iterator[PreparedClip]:
         while added:
-            clip = added.popleft()
+            row, group = added.popleft()
             with self._lock:
-                if clip.future is None:  # out of turn: those before it are for others to take
-                    self._todo.remove(clip)
-                    self._begin(clip)
-                future = clip.future
+                if group.future is None:  # out of turn: those before it are for others to take
+                    self._todo.remove(group)
+                    self._begin(group)
+                future = group.future
             assert future is not None
             try:
-                prepared = future.result()
+                prepared = future.result().pop(row)
             finally:
                 with self._lock:
                     self._held -= 1
                 self._begin_some()
             yield prepared
-            del prepared, future, clip  # the clip is its taker's alone
+            del prepared, future, group  # the clip is its taker's alone
 
     def _begin_some(self) -> None:
         with self._lock:
@@ -81,9 +91,9 @@ class ClipsAhead:
         if is_drained:
             self._on_drained()
 
-    def _begin(self, clip: "_Ahead") -> None:
-        self._held += 1
-        clip.future = self._threads.submit(clip.prepare, clip.row)
+    def _begin(self, group: "_Group") -> None:
+        self._held += len(group.rows)
+        group.future = self._threads.submit(group.made)
 
     def close(self, *, wait: bool) -> None:
         """Drop the clips that are not begun; `wait` until the others are done."""
@@ -92,9 +102,13 @@ class ClipsAhead:
         self._threads.shutdown(wait=wait, cancel_futures=True)
 
 
-class _Ahead:
-    """A clip that was added, and what becomes of it once it is begun."""
+class _Group:
+    """Clips that were added to be prepared together, and what becomes of them once they are begun."""
 
-    def __init__(self, row: int, prepare: Prepare) -> None:
-        self.row, self.prepare = row, prepare
-        self.future: Future[PreparedClip] | None = None
+    def __init__(self, rows: Sequence[int], prepare: Prepare) -> None:
+        self.rows, self._prepare = rows, prepare
+        self.future: Future[dict[int, PreparedClip]] | None = None
+
+    def made(self) -> dict[int, PreparedClip]:
+        """Prepare them, and return them by row."""
+        return dict(zip(self.rows, self._prepare(self.rows), strict=True))

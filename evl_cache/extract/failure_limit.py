@@ -10,6 +10,8 @@ from evl_cache.store import ClipRecord
 
 # Without --max-failures. Real lists have one or two bad files in a hundred; more is a fault of something else.
 DEFAULT_PERCENT, DEFAULT_FROM_CLIPS, DEFAULT_IN_A_ROW = 5.0, 100, 50
+# Where not one was read before them: fewer than a block has, so that a run that cannot work ends soon.
+DEFAULT_FROM_THE_START = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,9 +51,10 @@ class FailureCount:
         uncounted: ids of clips that are expected to fail.
         seen: clips counted.
         failed: those that failed.
-        in_a_row: those that failed since the last that did not.
+        in_a_row: those that failed since the last that did not; segments of one video that fail alike are one.
         most_in_a_row: the most that failed without one between them.
         last_reason: of the last that failed.
+        last_source: sha256 of its video.
     """
 
     limit: FailureLimit | None = None
@@ -61,20 +64,32 @@ class FailureCount:
     in_a_row: int = 0
     most_in_a_row: int = 0
     last_reason: str = ""
+    last_source: str | None = None
 
     def after(self, clips: Sequence[ClipRecord], *, expected: Collection[str] = ()) -> "FailureCount":
         """The count with these clips, in the order of the list; `expected`: failed before, and were accepted."""
         seen, failed, in_a_row = self.seen, self.failed, self.in_a_row
-        most, reason = self.most_in_a_row, self.last_reason
+        most, reason, source = self.most_in_a_row, self.last_reason, self.last_source
         for clip in clips:
             if clip.error is not None and (clip.id in self.uncounted or clip.id in expected):
                 continue
             seen += 1
-            in_a_row = 0 if clip.error is None else in_a_row + 1
-            if clip.error is not None:
-                failed, reason, most = failed + 1, clip.error, max(most, in_a_row)
+            if clip.error is None:
+                in_a_row, source = 0, None
+                continue
+            # Reasons name the file: equal files under other names are others.
+            is_same_video = source is not None and (source, reason) == (clip.source_sha256, clip.error)
+            in_a_row += not is_same_video
+            failed, reason, source = failed + 1, clip.error, clip.source_sha256
+            most = max(most, in_a_row)
         return replace(
-            self, seen=seen, failed=failed, in_a_row=in_a_row, most_in_a_row=most, last_reason=reason
+            self,
+            seen=seen,
+            failed=failed,
+            in_a_row=in_a_row,
+            most_in_a_row=most,
+            last_reason=reason,
+            last_source=source,
         )
 
     def after_others(self, clips: Sequence[ClipRecord]) -> "FailureCount":
@@ -96,6 +111,14 @@ class FailureCount:
             "wrong and run the same command again, or accept them with "
             f"{'--max-failures 100%' if self.limit is None else 'a higher --max-failures'}"
         )
+
+    def check_start(self) -> None:
+        """Raises: TooManyFailures where every clip failed that this run has seen, and they are many; not with a limit."""
+        if self.limit is None and self.seen == self.failed and self.in_a_row >= DEFAULT_FROM_THE_START:
+            raise TooManyFailures(
+                f"each of the first {self.seen} clips failed; the last: {self.last_reason}; mend what is wrong and run "
+                "the same command again, or go on through clips that fail with --max-failures 100%"
+            )
 
     def _excess(self) -> str | None:
         """What is too much; None where nothing is."""

@@ -183,6 +183,10 @@ class _Planner:
                 raise self._another(
                     f"clip {clip.id!r} has label {self._given[clip.id].label}, not {clip.label}"
                 )
+            if self._given[clip.id].segment != clip.segment:
+                raise self._another(
+                    f"clip {clip.id!r} is {_part_of(self._given[clip.id])} in the list, not {_part_of(clip)}"
+                )
         known = {clip.id for clip in there}
         return [
             *(self._given[clip.id] for clip in there),
@@ -227,6 +231,10 @@ class _Planner:
             f"{self._job.cache_path} holds another cache ({shown[:400]}){': ' if why else ''}{why}; "
             "choose another --cache, or the options it was made with"
         )
+
+
+def _part_of(clip: Clip) -> str:
+    return "a whole video" if clip.segment is None else f"segment {clip.segment} ({clip.segment.unit})"
 
 
 def _field(difference: str) -> str:

@@ -30,6 +30,10 @@ _CLOSED = "make it readable (chmod), or move it away and use --allow-missing"
 
 OnOutage = Callable[[str], None]
 ResultT = TypeVar("ResultT")
+_Look = tuple[
+    int, int, int, int, int
+]  # disk, file, bytes, and when its content and its entry last changed, in ns
+_SETTLED_NS = 2_000_000_000  # the coarsest clock of a file system
 
 
 class Surroundings:
@@ -53,6 +57,8 @@ class Surroundings:
         self._known: dict[Path, int | None] = {root: None}
         with suppress(Outage):  # the first clip will tell
             self._known[root] = _device(root)
+        self._hashed: dict[Path, tuple[_Look, tuple[int, str]]] = {}
+        self._hashing: dict[Path, threading.Lock] = {}
         self._changed = threading.Condition()
         self._waiting, self._began_s = 0, 0.0
         self._over: Outage | None = None  # patience is: nobody waits any longer
@@ -148,6 +154,23 @@ class Surroundings:
             self._known |= folders
         return found
 
+    def hash_once(self, path: Path, *, may_be_missing: bool = False) -> tuple[int, str]:
+        """As `hash_file`, of a file that many clips are of: it is read again where a look at it shows another, or a later one.
+
+        What changed a moment ago is not remembered: it may change again within one tick of its disk's clock.
+        """
+        with self._changed:
+            one_at_a_time = self._hashing.setdefault(path, threading.Lock())
+        with one_at_a_time:
+            before = _look(path)
+            found, known = self._hashed.get(path, (None, None))
+            if known is not None and found == before:
+                return known
+            known = self.hash_file(path, may_be_missing=may_be_missing)
+            if before is not None and before == _look(path) and time.time_ns() - before[3] > _SETTLED_NS:
+                self._hashed[path] = before, known
+            return known
+
     def check_unchanged(self, path: Path, source: tuple[int, str]) -> None:
         """Read a clip's file again, of which a decoder complained. Raises: Outage where it is not what it was."""
         try:
@@ -155,6 +178,7 @@ class Surroundings:
         except ClipError:
             same = False
         if not same:
+            self._hashed.pop(path, None)
             raise Outage(
                 f"{path}: changes while it is read", remedy="wait until nothing writes to the videos any more"
             )
@@ -202,6 +226,15 @@ def sha256_of(path: Path) -> tuple[int, str]:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
         return file.tell(), found
+
+
+def _look(path: Path) -> _Look | None:
+    """What tells a file from another without reading it; None where it cannot be looked at."""
+    try:
+        at = path.stat()
+    except (OSError, ValueError):
+        return None
+    return at.st_dev, at.st_ino, at.st_size, at.st_mtime_ns, at.st_ctime_ns
 
 
 def _lasting(outage: Outage, waited_s: float) -> Outage:

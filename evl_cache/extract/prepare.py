@@ -1,9 +1,13 @@
-"""A clip's video made ready for the backbone: hashed, decoded, cropped; with a record of where it came from."""
+"""A clip's video made ready for the backbone: hashed, decoded, cropped; with a record of where it came from.
+
+Segments of one video are made ready together: it is hashed once, and decoded once.
+"""
 
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +15,11 @@ import torch  # before anything that decodes: see video
 
 from evl_cache.clips import Clip
 from evl_cache.errors import ClipError
-from evl_cache.extract.augmentation import ViewAugmentation, view_generator
+from evl_cache.extract.augmentation import view_generator
+from evl_cache.extract.crops import AugmentedViews, CroppedViews
 from evl_cache.extract.outages import Surroundings
-from evl_cache.preprocess import resize_as_several_threads, spatial_crops
+from evl_cache.extract.segments import FrameChoice
+from evl_cache.preprocess import resize_as_several_threads
 from evl_cache.processes import single_threaded
 from evl_cache.sampling import strided_test_views, strided_train_view, tsn_test_views, tsn_train_view
 from evl_cache.spec import TowerSpec, ViewSpec
@@ -60,53 +66,113 @@ def prepare_clip(
     tower: TowerSpec,
     views: ViewSpec,
     decode: Decode,
-    is_known: Callable[[str, str], bool] = lambda clip_id, sha256: False,
     train_view: int | None = None,
     surroundings: Surroundings | None = None,
     may_be_missing: bool = False,
 ) -> PreparedClip:
-    """Hash, decode and crop one clip. A clip that fails gives a record that says why, not an error.
+    """Hash, decode and crop one clip: `prepare_clips` of it alone."""
+    (prepared,) = prepare_clips(
+        [clip],
+        root,
+        tower=tower,
+        views=views,
+        decode=decode,
+        train_view=train_view,
+        surroundings=surroundings,
+        may_be_missing=may_be_missing,
+    )
+    return prepared
+
+
+def prepare_clips(
+    clips: Sequence[Clip],
+    root: Path,
+    *,
+    tower: TowerSpec,
+    views: ViewSpec,
+    decode: Decode,
+    is_known: Callable[[Clip, str], bool] = lambda clip, sha256: False,
+    train_view: int | None = None,
+    surroundings: Surroundings | None = None,
+    may_be_missing: bool = False,
+) -> list[PreparedClip]:
+    """Hash, decode and crop clips of one file. A clip that fails gives a record that says why, not an error.
 
     Args:
+        clips: of one path: one clip, or segments.
         root: what relative paths are relative to.
         tower: gives image size, mean and std.
-        views: what is cut from the clip.
+        views: what is cut from each clip.
         decode: gives the frames chosen of a file: `frames` of a `DecodePool`, as a decoder may crash, or hang.
-        is_known: whether features of a clip (id, sha256 of its file) are at hand; such a clip is not decoded.
+        is_known: whether features of a clip (and the sha256 of its file) are at hand; such a clip is not decoded.
         train_view: only this one of the augmented training views.
         surroundings: of all clips of the run, with its patience; none is had by default.
         may_be_missing: the file was missing before the run began, and that was allowed.
 
-    Raises: Outage where the clip cannot be read, and is not to blame.
+    Returns: in the order of `clips`.
+    Raises: Outage where the file cannot be read, and is not to blame.
     """
     drawn = _view_numbers(views) if train_view is None else (train_view,)
-    path = root / clip.path
+    path = root / clips[0].path
     around = surroundings or Surroundings(root)
+    hash_file = around.hash_file if clips[0].segment is None else around.hash_once
 
-    def attempt() -> PreparedClip:
+    def attempt() -> list[PreparedClip]:
         try:
-            size, sha256 = around.hash_file(path, may_be_missing=may_be_missing)
+            size, sha256 = hash_file(path, may_be_missing=may_be_missing)
         except ClipError as error:
-            return PreparedClip(record=ClipRecord(id=clip.id, error=str(error)), samples=None)
-        source = ClipRecord(id=clip.id, source_bytes=size, source_sha256=sha256)
-        if is_known(clip.id, sha256):
-            return PreparedClip(record=source, samples=None)
-        return _believed(
-            lambda: _decoded(
-                decode(path, lambda count: choose_frames(count, views, clip.id, drawn)),
-                clip,
-                source,
-                tower,
-                views,
-                drawn,
+            return [
+                PreparedClip(record=ClipRecord(id=clip.id, error=str(error)), samples=None) for clip in clips
+            ]
+        records = [ClipRecord(id=clip.id, source_bytes=size, source_sha256=sha256) for clip in clips]
+        unknown = [place for place, clip in enumerate(clips) if not is_known(clip, sha256)]
+        made = _prepared(
+            lambda places: _decoded(
+                decode, path, [clips[p] for p in places], [records[p] for p in places], tower, views, drawn
             ),
+            unknown,
             lambda: around.check_unchanged(path, (size, sha256)),
         )
+        return [
+            made.get(place) or PreparedClip(record=record, samples=None)
+            for place, record in enumerate(records)
+        ]
 
     return around.patiently(attempt)
 
 
-def _believed(decoded: Callable[[], PreparedClip], check_unchanged: Callable[[], None]) -> PreparedClip:
+def _prepared(
+    decoded: Callable[[Sequence[int]], list[PreparedClip]],
+    places: Sequence[int],
+    check_unchanged: Callable[[], None],
+) -> dict[int, PreparedClip]:
+    """Return clips by their places, decoded together as far as that gives what each would be alone.
+
+    A decoder complains of all that it was asked for, and takes the time of all. Then each half is decoded for itself, so
+    that a clip fails for its own frames only; damage in one region costs a few decodes more.
+
+    Args:
+        decoded: decodes clips once; where a decoder complains of several, it raises `_Complaint`.
+        places: of the clips to decode.
+        check_unchanged: reads the file again.
+
+    Raises: Outage as `check_unchanged` does.
+    """
+    if len(places) < 2:
+        return {place: _believed(partial(decoded, [place]), check_unchanged) for place in places}
+    try:
+        return dict(zip(places, decoded(places), strict=True))
+    except _Complaint:
+        halves = places[: len(places) // 2], places[len(places) // 2 :]
+        first, second = (_prepared(decoded, half, check_unchanged) for half in halves)
+        return first | second
+
+
+class _Complaint(Exception):
+    """A decoder complained of clips that were decoded together."""
+
+
+def _believed(decoded: Callable[[], list[PreparedClip]], check_unchanged: Callable[[], None]) -> PreparedClip:
     """Decode a clip, and where a decoder complained, until it did twice, or was content twice.
 
     It complains of a disk that fails beneath it, too, and of real damage not always.
@@ -119,7 +185,7 @@ def _believed(decoded: Callable[[], PreparedClip], check_unchanged: Callable[[],
     """
     outcomes: Counter[str | None] = Counter()
     while True:
-        prepared = decoded()
+        (prepared,) = decoded()
         complaint = prepared.record.error
         if complaint is None and not outcomes:
             return prepared
@@ -131,106 +197,85 @@ def _believed(decoded: Callable[[], PreparedClip], check_unchanged: Callable[[],
 
 
 def _decoded(
-    events: Iterator[FrameEvent],
-    clip: Clip,
-    source: ClipRecord,
+    decode: Decode,
+    path: Path,
+    clips: Sequence[Clip],
+    records: Sequence[ClipRecord],
     tower: TowerSpec,
     views: ViewSpec,
     drawn: Sequence[int],
-) -> PreparedClip:
-    """A clip decoded once."""
+) -> list[PreparedClip]:
+    """Return clips of one file, decoded once; records: of the same clips. Raises: _Complaint where several fail."""
+    choice = FrameChoice(clips, lambda count, clip: choose_frames(count, views, clip.id, drawn))
     try:
-        header, samples = _crop(events, clip, tower, views, drawn)
+        made = _crop(decode(path, choice.choose), clips, choice, tower, views, drawn)
     except ClipError as error:
-        return PreparedClip(record=replace(source, error=str(error)), samples=None)
-    record = replace(
-        source,
-        frame_size=header.frame_size,
-        frame_count=header.num_frames_in_file,
-        indices=tuple(tuple(int(i) for i in view) for view in header.indices),
-        decoder=header.decoder,
-    )
-    return PreparedClip(record=record, samples=samples)
+        if len(clips) > 1:
+            raise _Complaint from error
+        return [PreparedClip(record=replace(records[0], error=str(error)), samples=None)]
+    header, indices = made.header, iter(made.indices)
+    samples = iter(made.samples)
+    prepared = []
+    for place, source in enumerate(records):
+        if place in choice.errors:
+            refused = replace(source, error=str(choice.errors[place]))
+            prepared.append(PreparedClip(record=refused, samples=None))
+            continue
+        record = replace(
+            source,
+            frame_size=header.frame_size,
+            frame_count=header.num_frames_in_file,
+            indices=tuple(tuple(view) for view in next(indices).tolist()),
+            decoder=header.decoder,
+        )
+        prepared.append(PreparedClip(record=record, samples=next(samples)))
+    return prepared
 
 
 def _crop(
-    events: Iterator[FrameEvent], clip: Clip, tower: TowerSpec, views: ViewSpec, drawn: Sequence[int]
-) -> tuple[ClipHeader, torch.Tensor]:
-    """The samples of a clip, made from each frame as it comes, so that few large frames are held at a time."""
-    making: _TestViews | _TrainViews | None = None
+    events: Iterator[FrameEvent],
+    clips: Sequence[Clip],
+    choice: FrameChoice,
+    tower: TowerSpec,
+    views: ViewSpec,
+    drawn: Sequence[int],
+) -> CroppedViews | AugmentedViews:
+    """The samples of those clips that have frames."""
+    making: CroppedViews | AugmentedViews | None = None
     with contextlib.closing(events):  # type: ignore[type-var]  # a generator
         for event in events:
             if isinstance(event, ClipHeader):
+                chosen = choice.num_frames
                 making = (
-                    _TrainViews(event, clip.id, tower, views, drawn)
+                    AugmentedViews(
+                        event,
+                        [_generators(clips[p].id, n, views, drawn) for p, n in chosen.items()],
+                        tower,
+                        views,
+                    )
                     if views.train_views
-                    else _TestViews(event, tower, views)
+                    else CroppedViews(event, len(chosen), tower, views)
                 )
             else:
                 assert making is not None  # a header comes first; another one begins anew
                 making.add(event)
     assert making is not None  # else ClipError was raised
-    return making.header, making.samples
-
-
-class _TestViews:
-    """Crops of temporal views, from frames as they come."""
-
-    def __init__(self, header: ClipHeader, tower: TowerSpec, views: ViewSpec) -> None:
-        self.header, self._tower = header, tower
-        self._positions = header.positions  # (V,T)
-        size = tower.image_size
-        self._crops = torch.empty(views.spatial_views, *self._positions.shape, 3, size, size)
-        self.samples = self._crops.flatten(0, 1)  # the same memory, (spatial x temporal views,T,3,S,S)
-        self._added = 0
-
-    def add(self, frames: np.ndarray) -> None:
-        tower = self._tower
-        crops = spatial_crops(
-            frames, size=tower.image_size, mean=tower.mean, std=tower.std, crops=len(self._crops)
-        )  # (crops,some,3,S,S)
-        for number in range(len(frames)):
-            for view, t in np.argwhere(self._positions == self._added + number).tolist():
-                self._crops[:, view, t] = crops[:, number]
-        self._added += len(frames)
-
-
-class _TrainViews:
-    """Augmented views, from frames as they come; their random parts are drawn before the first."""
-
-    def __init__(
-        self, header: ClipHeader, clip_id: str, tower: TowerSpec, views: ViewSpec, drawn: Sequence[int]
-    ) -> None:
-        self.header, self._tower = header, tower
-        self._positions = header.positions
-        self._augmentations = []
-        height, width = header.frame_size
-        for view in drawn:
-            rng = view_generator(views.augment_seed, clip_id, view)
-            # As `choose_frames` drew them: what follows comes after it from the generator.
-            _train_indices(header.num_frames_in_file, views, rng)
-            self._augmentations.append(
-                ViewAugmentation.draw(rng, height=height, width=width, flip=views.flip)
-            )
-        size = tower.image_size
-        self.samples = torch.empty(*self._positions.shape, 3, size, size)  # (views drawn,T,3,S,S)
-        self._added = 0
-
-    def add(self, frames: np.ndarray) -> None:
-        tower = self._tower
-        for frame in frames:
-            for view, augmentation in enumerate(self._augmentations):
-                places = np.flatnonzero(self._positions[view] == self._added)
-                if len(places):
-                    self.samples[view, places] = augmentation.apply(
-                        frame[None], size=tower.image_size, mean=tower.mean, std=tower.std
-                    )
-            self._added += 1
+    return making
 
 
 def _view_numbers(views: ViewSpec) -> range:
     """The augmented views, each of which is drawn by its number alone."""
     return range(views.first_view, views.first_view + views.train_views)
+
+
+def _generators(
+    clip_id: str, num_frames: int, views: ViewSpec, drawn: Sequence[int]
+) -> list[np.random.Generator]:
+    """The generator of each training view, after what `choose_frames` draws of it: its frames come first."""
+    generators = [view_generator(views.augment_seed, clip_id, view) for view in drawn]
+    for rng in generators:
+        _train_indices(num_frames, views, rng)
+    return generators
 
 
 def _train_indices(count: int, views: ViewSpec, rng: np.random.Generator) -> np.ndarray:

@@ -29,7 +29,7 @@ class ViewChoice:
     recipe: str | None = None
     frames: int | None = None
     sampling: str | None = None
-    stride: int | None = None
+    stride: int | str | None = None
     views: str | ViewSpec | None = None
     train_views: int | None = None
     augment_seed: int | None = None

@@ -1,7 +1,7 @@
 """A data set by name, extracted into one cache a split: what `evl-cache extract` does."""
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from evl_cache.caches.places import cache_root
-from evl_cache.clips import TRAIN_SPLITS, fold_of
+from evl_cache.clips import TRAIN_SPLITS, ClipList, fold_of
 from evl_cache.datasets import DATASETS, DatasetReader, check_missing
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.grown import Progress, extract_grown
@@ -35,7 +35,7 @@ class ExtractRequest(ViewChoice):
 
     Attributes:
         dataset: name.
-        root, annotations, list_path: where the data set lies; a `str` becomes a Path, here and below.
+        root, annotations, list_path, classes_path: where the data set lies; a `str` becomes a Path, here and below.
         split: the only split to extract; both train and val by default.
         model, pretrained: the tower.
         layers: the tower's layers to keep, counted from 1; the last four by default.
@@ -52,6 +52,7 @@ class ExtractRequest(ViewChoice):
     split: str | None = None
     annotations: Path | None = None
     list_path: Path | None = None
+    classes_path: Path | None = None
     model: str = DEFAULT_MODEL
     pretrained: str | None = None
     layers: tuple[int, ...] | None = None
@@ -66,7 +67,7 @@ class ExtractRequest(ViewChoice):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("root", "annotations", "list_path", "cache"):
+        for name in ("root", "annotations", "list_path", "classes_path", "cache"):
             if isinstance(value := getattr(self, name), str):
                 object.__setattr__(self, name, Path(value))
         if self.cache is not None:
@@ -100,6 +101,7 @@ class ExtractRequest(ViewChoice):
         if is_weights_file(self.weights):
             told["pretrained"] = Path(self.weights)
         told |= {"is_undivided": is_undivided, "is_apart": not self._options_tell(views, of_train)}
+        told["is_divided_list"] = self.dataset == "list" and not is_undivided
         kept = {n: str(v.absolute()) if isinstance(v, Path) else v for n, v in told.items() if v}
         return kept | {"is_whole": True}  # older versions kept the root and the tower only
 
@@ -119,16 +121,40 @@ class ExtractRequest(ViewChoice):
         return self.resolve(dataset_reader(self.dataset).views)
 
 
-def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJob]:
-    """A job for each cache of a request; nothing is written.
+@dataclass(frozen=True, kw_only=True)
+class SplitsRead:
+    """What a request names, as it was read from the disk before any tower is built.
 
-    Raises: UsageError, WeightsError for anything in the request that cannot be.
+    Attributes:
+        root: folder of the videos.
+        lists: clips by split.
+        views, of_train: as `ExtractRequest.chosen_views` returns them.
     """
+
+    root: Path
+    lists: Mapping[str, ClipList]
+    views: ViewSpec
+    of_train: ViewSpec | None
+
+    def views_of(self, split: str) -> ViewSpec:
+        """Return the views of a split's clips."""
+        return self.of_train if self.of_train is not None and split in TRAIN_SPLITS else self.views
+
+
+OnRead = Callable[[SplitsRead], None]
+
+
+def read_splits(request: ExtractRequest) -> SplitsRead:
+    """Read the lists of clips. Raises: UsageError for what cannot be read, and choices that contradict each other."""
     reader = dataset_reader(request.dataset)
     views, of_train = request.chosen_views()
     root = dataset_root(request)
     lists = reader.read(
-        root, annotations=request.annotations, split=request.split, list_path=request.list_path
+        root,
+        annotations=request.annotations,
+        split=request.split,
+        list_path=request.list_path,
+        classes_path=request.classes_path,
     )
     if request.cache is not None and len(lists) > 1:
         raise UsageError(
@@ -140,13 +166,29 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
         )
     if request.limit is not None:
         lists = {split: replace(clips, clips=clips.clips[: request.limit]) for split, clips in lists.items()}
-    missing = {  # counted before a tower is built, which may mean to fetch its weights
+    return SplitsRead(root=root, lists=lists, views=views, of_train=of_train)
+
+
+def plan_extraction(
+    request: ExtractRequest, *, device: str, on_read: OnRead = lambda read: None
+) -> list[ExtractionJob]:
+    """A job for each cache of a request; nothing is written.
+
+    Args:
+        on_read: called before a tower is built, which may mean to fetch its weights, and after files were counted.
+
+    Raises: UsageError, WeightsError for anything in the request that cannot be.
+    """
+    read = read_splits(request)
+    root, lists = read.root, read.lists
+    missing = {
         split: check_missing(clips, root, allow_percent=request.allow_missing_percent)
         for split, clips in lists.items()
     }
+    on_read(read)
     tower = build_tower(request.model, request.weights)
     last = tower.spec.blocks
-    layers = request.layers or tuple(range(max(1, last - DEFAULT_LAYERS + 1), last + 1))
+    layers = request.layers or last_layers(last)
     jobs = []
     for split, clips in lists.items():
         spec = make_spec(
@@ -155,7 +197,7 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
             split=split,
             tower=tower.spec,
             layers=layers,
-            views=of_train if of_train is not None and split in TRAIN_SPLITS else views,
+            views=read.views_of(split),
             tokens=request.tokens,
             maps=request.maps,
             codec=request.codec,
@@ -182,6 +224,11 @@ def plan_extraction(request: ExtractRequest, *, device: str) -> list[ExtractionJ
     return jobs
 
 
+def last_layers(blocks: int) -> tuple[int, ...]:
+    """Return the layers that are kept of a tower where none are named."""
+    return tuple(range(max(1, blocks - DEFAULT_LAYERS + 1), blocks + 1))
+
+
 def dataset_reader(name: str) -> DatasetReader:
     """The reader of a data set. Raises: UsageError for an unknown one."""
     if name not in DATASETS:
@@ -194,6 +241,7 @@ def extract_dataset(
     *,
     options: ExtractOptions,
     progress: Progress = lambda spec: nullcontext((lambda failed: None, lambda name: None)),
+    on_read: OnRead = lambda read: None,
     on_job: Callable[[ExtractionJob], None] = lambda job: None,
     on_growth: Callable[[Growth], None] = lambda growth: None,
     on_outage: OnOutage = lambda message: None,
@@ -203,12 +251,13 @@ def extract_dataset(
 
     Args:
         progress: opens the progress line of a cache, which is told of clips and of the bottleneck.
+        on_read: as `plan_extraction` takes it.
         on_job: called before each cache is begun.
         on_growth: called then where a cache that is there grows, or has grown.
         on_outage: as `extract` takes it.
         rendezvous: shared by the processes of one run.
     """
-    for job in plan_extraction(request, device=options.device):
+    for job in plan_extraction(request, device=options.device, on_read=on_read):
         if request.cache is None:
             job = job_to_redo(job, options)
         growth = plan_growth(job)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from evl_cache.clips import Clip, Segment
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.doubts import Doubt, why_doubted
 from evl_cache.spec import CacheSpec
@@ -49,24 +50,24 @@ class ReusableRows:
         parts = cache_parts(cache_path).parts
         self._records = GrownRecords(parts)
         self._fetched: dict[str, tuple[ClipRecord, list[dict[str, Any]]]] = {}
-        self._found: dict[tuple[str, str], int] = {}
+        self._found: dict[tuple[str, str, Segment | None], int] = {}
         for part in parts:
             if not part.starts_clips:
                 continue
             clips = read_clips(part.path, part.description)
             for found in KnownBlocks(part.path, part.spec).all():
                 records = clip_records(found, part.spec, clips)
-                for row, clip in zip(part.spec.clips_of_block(found.block), records, strict=True):
-                    if clip.error is None and clip.source_sha256 is not None:
-                        self._found[self._key(clip.id, clip.source_sha256)] = part.box.clips[row]
+                for row, record in zip(part.spec.clips_of_block(found.block), records, strict=True):
+                    if record.error is None and record.source_sha256 is not None:
+                        self._found[self._key(clips[row], record.source_sha256)] = part.box.clips[row]
 
-    def fetch(self, clip_id: str, sha256: str, path: Path) -> bool:
+    def fetch(self, clip: Clip, sha256: str, path: Path) -> bool:
         """Read the rows of a clip whose file, at `path`, has this sha256, to be taken.
 
         Returns: whether there are any that are intact, and of the frames that are asked for.
         Raises: Outage where the file cannot be read, and is not to blame.
         """
-        row = self._found.get(self._key(clip_id, sha256))
+        row = self._found.get(self._key(clip, sha256))
         record = None if row is None else self._records.of(row)
         if row is None or record is None or record.source_sha256 != sha256:
             return False
@@ -78,7 +79,7 @@ class ReusableRows:
         except CacheError:
             return False  # the clip is extracted as if it were in no other cache
         kept = [{name: array[self._positions] for name, array in stored.items()} for stored in rows]
-        self._fetched[clip_id] = replace(record, id=clip_id), kept
+        self._fetched[clip.id] = replace(record, id=clip.id), kept
         return True
 
     def take(self, record: ClipRecord) -> tuple[ClipRecord, list[Row]]:
@@ -86,9 +87,9 @@ class ReusableRows:
         found, rows = self._fetched.pop(record.id)
         return found, list(rows)
 
-    def _key(self, clip_id: str, sha256: str) -> tuple[str, str]:
-        # Augmented views are drawn from the clip's id; other features follow from the file alone.
-        return clip_id if self._cache.spec.views.train_views else "", sha256
+    def _key(self, clip: Clip, sha256: str) -> tuple[str, str, Segment | None]:
+        # Augmented views are drawn from the clip's id; other features follow from the file and the part of it alone.
+        return clip.id if self._cache.spec.views.train_views else "", sha256, clip.segment
 
 
 _NOT_FEATURES = (

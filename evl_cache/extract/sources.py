@@ -25,7 +25,7 @@ class SourceCheck:
     """What became of the videos of clips that have features.
 
     Attributes:
-        changed: what differs, by the clip's row in the cache.
+        changed: what differs, by the clip's row in the cache; the same of all segments of a video.
         unproved: clips whose video may be another (it is newer than the features, or cannot be read), by row.
     """
 
@@ -37,9 +37,10 @@ class SourceCheck:
         """What a user is told of videos that were replaced."""
         if not self.changed:
             return None
+        videos = list(dict.fromkeys(self.changed.values()))
         return (
-            f"{len(self.changed)} videos are not those that the features were made of "
-            f"({few(list(self.changed.values()))}); extract these again with --check-sources, or put the old ones back"
+            f"{len(videos)} videos are not those that the features were made of "
+            f"({few(videos)}); extract these again with --check-sources, or put the old ones back"
         )
 
     @property
@@ -47,8 +48,9 @@ class SourceCheck:
         """What a user is told of videos that may have been replaced."""
         if not self.unproved:
             return None
+        videos = list(dict.fromkeys(self.unproved.values()))
         return (
-            f"{len(self.unproved)} videos may have been replaced ({few(list(self.unproved.values()))}); bring back those "
+            f"{len(videos)} videos may have been replaced ({few(videos)}); bring back those "
             "that are not there, and compare the bytes of all with --check-sources"
         )
 
@@ -60,7 +62,13 @@ class _Made:
     row: int
     record: ClipRecord
     path: str
+    is_segment: bool
     marked_ns: int
+
+    @property
+    def named(self) -> str:
+        """The clip and its video; the video alone where that holds other clips, too."""
+        return self.path if self.is_segment else f"{self.record.id}: {self.path}"
 
 
 def check_sources(
@@ -81,20 +89,23 @@ def check_sources(
         look = sizes.of(made.path)
         if look is None:
             if prove:
-                unproved[made.row] = f"{made.record.id}: {made.path} is not there"
+                unproved[made.row] = f"{made.named} is not there"
             continue
         size, modified_ns = look
         if size != made.record.source_bytes:
             changed[made.row] = f"{made.path} has {size} bytes, {made.record.source_bytes} then"
         elif prove or modified_ns > made.marked_ns:
             to_hash.append(made)
-    if not prove and len(to_hash) > _MOST_HASHED:
-        newer = {made.row: f"{made.record.id}: {made.path} is newer than its features" for made in to_hash}
+    paths = list(dict.fromkeys(made.path for made in to_hash))  # of many segments one file
+    if not prove and len(paths) > _MOST_HASHED:
+        newer = {made.row: f"{made.named} is newer than its features" for made in to_hash}
         return SourceCheck(changed=changed, unproved=newer)
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="hash") as threads:
-        for made, sha256 in zip(to_hash, threads.map(_sha256, to_hash), strict=True):
+        digests = dict(zip(paths, threads.map(_sha256, paths), strict=True))
+        for made in to_hash:
+            sha256 = digests[made.path]
             if sha256 is None:
-                unproved[made.row] = f"{made.record.id}: {made.path} cannot be read"
+                unproved[made.row] = f"{made.named} cannot be read"
             elif sha256 != made.record.source_sha256:
                 changed[made.row] = f"{made.path} holds other bytes than then"
     return SourceCheck(changed=changed, unproved=unproved)
@@ -106,8 +117,14 @@ def _clips_made(cache_path: Path, spec: CacheSpec, clips: Sequence[Clip], root: 
         records = clip_records(found, spec, clips)
         for row, record in zip(spec.clips_of_block(found.block), records, strict=True):
             if record.error is None and record.source_sha256 is not None:
-                path = os.path.join(root, clips[row].path)
-                yield _Made(row=row, record=record, path=path, marked_ns=marked_ns)
+                clip = clips[row]
+                yield _Made(
+                    row=row,
+                    record=record,
+                    path=os.path.join(root, clip.path),
+                    is_segment=clip.segment is not None,
+                    marked_ns=marked_ns,
+                )
 
 
 class _FileLooks:
@@ -130,9 +147,9 @@ class _FileLooks:
         return found.st_size, found.st_mtime_ns
 
 
-def _sha256(made: _Made) -> str | None:
+def _sha256(path: str) -> str | None:
     try:
-        return file_digest(Path(made.path).resolve())[1]
+        return file_digest(Path(path).resolve())[1]
     except (OSError, CacheError):
         return None
 

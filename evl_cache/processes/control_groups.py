@@ -55,16 +55,10 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
     """Yield version and directory of each group that this process is in, and of their parents."""
     own = _own_names(controller, root)
-    for line in _text(root / "proc/self/mountinfo").splitlines():
-        mount, _, kind = line.partition(" - ")
-        fields, kinds = mount.split(" "), kind.split(" ")
-        if len(fields) < 5 or len(kinds) < 3:
+    for version, top, shown in _mounts(controller, root):
+        if version not in own:
             continue
-        version = {"cgroup": 1, "cgroup2": 2}.get(kinds[0])
-        if version is None or version not in own or (version == 1 and controller not in kinds[2].split(",")):
-            continue
-        top = root / _unescaped(fields[4]).lstrip("/")
-        group = top / _below(own[version], _unescaped(fields[3]))
+        group = top / _below(own[version], shown)
         if not group.is_dir():
             group = top
         while True:
@@ -72,6 +66,22 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
             if group == top:
                 break
             group = group.parent
+
+
+def _mounts(controller: str, root: Path) -> Iterator[tuple[int, Path, str]]:
+    """Yield version, directory and what is shown at its top of each mount; the usual ones where none can be read."""
+    lines = _text(root / "proc/self/mountinfo").splitlines()
+    if not lines:
+        usual = root / "sys/fs/cgroup"
+        yield from ((1, usual / controller, "/"), (2, usual, "/"))
+    for line in lines:
+        mount, _, kind = line.partition(" - ")
+        fields, kinds = mount.split(" "), kind.split(" ")
+        if len(fields) < 5 or len(kinds) < 3:
+            continue
+        version = {"cgroup": 1, "cgroup2": 2}.get(kinds[0])
+        if version == 2 or (version == 1 and controller in kinds[2].split(",")):
+            yield version, root / _unescaped(fields[4]).lstrip("/"), _unescaped(fields[3])
 
 
 def _own_names(controller: str, root: Path) -> dict[int, str]:

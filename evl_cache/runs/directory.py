@@ -142,6 +142,10 @@ def read_run_config(run: str | Path) -> RunConfig:
         if not isinstance(environment := content.get("environment"), dict | None):
             raise ValueError(f"environment holds {str(environment)[:40]!r}, expected an object")
         check_head_config(content["head_config"])
+        if content["head_config"].get("num_classes", len(classes)) != len(classes):
+            raise ValueError(
+                f"it names {len(classes)} classes, and its head has {content['head_config']['num_classes']}"
+            )
         return RunConfig(layers=None if layers is None else tuple(layers), classes=classes, **content)
     except OSError as error:
         raise UsageError(

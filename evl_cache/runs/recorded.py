@@ -57,16 +57,34 @@ def recorded_clips(run: Path, config: RunConfig, side: str, cache: FeatureCache)
 
 
 def count_trained_on(config: RunConfig, cache: FeatureCache, clips: Sequence[int]) -> int | None:
-    """Return how many clips of a cache a run was trained on; None where that is not known, as of caches of other lists.
+    """Return how many clips of a cache a run was trained on; None where that is not known.
+
+    Of a cache of another list they are told by their ids, where the training cache still lies on a disk here.
 
     Args:
         clips: rows of the cache's list.
     """
     recorded = config.caches.get("train", {})
     if recorded.get("content_id") != cache.spec.content_id:
-        return None
+        trained_ids = _ids_trained_on(config)
+        return None if trained_ids is None else sum(cache.clips[row].id in trained_ids for row in clips)
     try:
         trained = recorded_clips(Path(), config, "train", cache)
     except UsageError:
         return None
     return len(clips) if trained is None else len(set(trained).intersection(clips))
+
+
+def _ids_trained_on(config: RunConfig) -> frozenset[str] | None:
+    """Return the ids of the clips that a run was trained on; None where its cache is not there, or no longer what it was."""
+    recorded = config.caches.get("train", {})
+    place = str(recorded.get("path", ""))
+    if not place or is_url(place) or is_online(config) or not (Path(place) / "zarr.json").is_file():
+        return None
+    try:
+        cache = FeatureCache(place)
+        rows = recorded_clips(Path(), config, "train", cache)
+    except (CacheError, UsageError):
+        return None
+    wanted = None if rows is None else set(rows)
+    return frozenset(clip.id for row, clip in enumerate(cache.clips) if wanted is None or row in wanted)

@@ -146,8 +146,10 @@ class ViewSums:
 
 def _loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> float:
     """The sum of samples' cross-entropies, the same to the bit in whatever order the classes are numbered."""
-    of_label = logits.gather(1, labels[:, None])[:, 0]
-    return float((logits.sort(dim=-1).values.logsumexp(dim=-1) - of_label).sum())
+    # Less the largest first: of large logits the difference would lose the digits that it consists of.
+    below = logits - logits.amax(dim=-1, keepdim=True)
+    of_label = below.gather(1, labels[:, None])[:, 0]
+    return float((below.sort(dim=-1).values.logsumexp(dim=-1) - of_label).sum())
 
 
 @dataclass(frozen=True, kw_only=True)

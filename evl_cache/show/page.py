@@ -12,6 +12,7 @@ from evl_cache.notation import escaped
 from evl_cache.precision import precision_of_run
 from evl_cache.runs import (
     Scores,
+    classes_of_run,
     clips_of_run,
     count_trained_on,
     recorded_cache,
@@ -28,6 +29,7 @@ from evl_cache.video.pool import DEFAULT_TIMEOUT_S
 
 PAGE_NAME = "index.html"
 _NOTE = "Scores are means over a clip's views; the pictures show its first view."
+_BY_NUMBER = "Classes are compared by number, as only one of the head and the cache has names of them."
 
 
 def show_page(
@@ -79,7 +81,8 @@ def show_page(
             sections.append((name, rows))
     page = folder / PAGE_NAME
     whose = _whose_clips(run, cache, scores, loader.samples)
-    write_text(page, _page(run.path, cache, scores, sections, whose=whose))
+    by_number = classes_of_run(run.path, run.config, cache).by_number
+    write_text(page, _page(run.path, cache, scores, sections, whose=whose, by_number=by_number))
     return page
 
 
@@ -131,7 +134,9 @@ def _page(
     sections: Sequence[tuple[str, Sequence[tuple[str, str, str]]]],
     *,
     whose: str,
+    by_number: bool,
 ) -> str:
+    note = f"{_NOTE} {_BY_NUMBER}" if by_number else _NOTE
     interval = spread_text(None, wilson_interval(scores.top(1), len(scores.labels)))
     heading = {"wrongest": "Mistakes, the least probable label first", "surest": "Found, the surest first"}
     out = [
@@ -145,7 +150,7 @@ def _page(
         (
             f"<p>{len(scores.labels)} clips of <code>{html.escape(cache.name)}</code>{whose}, "
             f"tower {html.escape(cache.spec.tower.model)}, top-1 {scores.top(1):.1f} %{interval}. "
-            f"{_NOTE}</p>"
+            f"{note}</p>"
         ),
     ]
     for name, rows in sections:

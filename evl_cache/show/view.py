@@ -21,7 +21,6 @@ from evl_cache.runs import (
     RunConfig,
     check_features,
     class_probabilities,
-    classes_of_run,
     head_logits,
     load_head,
     read_run_config,
@@ -118,7 +117,14 @@ def draw_cached(
     layer: int | None = None,
 ) -> None:
     """Draw as `show_cached` does, with a decoder that several pictures share."""
-    (row,) = select(cache.clips, [name], source=cache.place)
+    rows = select(cache.clips, [name], source=cache.place)
+    if len(rows) > 1:
+        ids = [cache.clips[row].id for row in rows[:3]]
+        raise UsageError(
+            f"{cache.place}: {name!r} names {len(rows)} clips, segments of one video; expected one: give its id, such as "
+            f"{', '.join(map(repr, ids))}"
+        )
+    (row,) = rows
     views = cache.spec.views.per_clip
     if not 0 <= view < views:
         raise UsageError(f"--view {view}: a clip of {cache.place} has {views}; expected 0 to {views - 1}")
@@ -134,10 +140,7 @@ def draw_cached(
         prepared = PreparedClip(record=ClipRecord(id=cache.clips[row].id, error=outage.trouble), samples=None)
     features = _Features(spec=cache.spec, layers=tuple(layers), tokens=tokens, maps=maps)
     label = cache.spec.classes[cache.clips[row].label]
-    if run is not None:
-        match = classes_of_run(run.path, run.config, cache)
-        label = run.config.classes[match.labels(np.asarray(cache.clips[row].label))]
-    draw_view(_picture(cache.clips[row].id, label, features, prepared, view, run, layer), out)
+    draw_view(_picture(_title(cache.clips[row]), label, features, prepared, view, run, layer), out)
 
 
 def show_video(
@@ -206,6 +209,10 @@ class _Features:
     layers: tuple[int, ...]
     tokens: list[torch.Tensor]
     maps: list[torch.Tensor] | None
+
+
+def _title(clip: Clip) -> str:
+    return clip.id if clip.segment is None else f"{clip.id} ({clip.segment.unit} {clip.segment})"
 
 
 def _picture(

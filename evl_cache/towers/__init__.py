@@ -1,7 +1,7 @@
 """Frozen image towers: build one by name, and read its tokens, queries and keys through its family's adapter."""
 
 from evl_cache.towers.backbone import Backbone, Features, check_layers, map_projections
-from evl_cache.towers.build import build_tower
+from evl_cache.towers.build import build_tower, tower_shape
 from evl_cache.towers.families import adapter_of
 from evl_cache.towers.names import default_pretrained, is_model_file, is_weights_file
 from evl_cache.towers.tower import Tower
@@ -19,4 +19,5 @@ __all__ = [
     "is_weights_file",
     "map_projections",
     "read_tower_weights",
+    "tower_shape",
 ]

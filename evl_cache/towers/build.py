@@ -52,8 +52,29 @@ def build_tower(model: str, pretrained: str) -> Tower:
     return Tower(visual, spec)
 
 
+def tower_shape(model: str) -> TowerSpec:
+    """Return the spec of a model's tower without its weights, which are neither made nor fetched: no digest, no names of them.
+
+    Raises: UsageError as `build_tower`.
+    """
+    with torch.device("meta"):
+        if model.startswith(TIMM_PREFIX):
+            visual, preprocess, _ = build_timm(model, "none", seed=_RANDOM_SEED)
+            quick_gelu = False
+        else:
+            config, preprocess = _model_config(model)
+            visual, quick_gelu = _random_tower(config, model), bool(config.get("quick_gelu", False))
+        return _describe(visual, model, "", preprocess, quick_gelu=quick_gelu, is_shape=True)
+
+
 def _describe(
-    visual: nn.Module, model: str, pretrained: str, preprocess: dict[str, Any], *, quick_gelu: bool
+    visual: nn.Module,
+    model: str,
+    pretrained: str,
+    preprocess: dict[str, Any],
+    *,
+    quick_gelu: bool,
+    is_shape: bool = False,
 ) -> TowerSpec:
     tower = adapter_of(visual)
     sides = (*tower.image_size, *tower.patch_size)
@@ -64,7 +85,7 @@ def _describe(
     return TowerSpec(
         model=model,
         pretrained=pretrained,
-        weights_sha256=tensors_sha256(visual.state_dict()),
+        weights_sha256="" if is_shape else tensors_sha256(visual.state_dict()),
         image_size=tower.image_size[0],
         patch_size=tower.patch_size[0],
         width=tower.width,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from evl_cache.errors import WeightsError
+from evl_cache.towers.huggingface_names import with_open_clip_names
 from evl_cache.towers.weights_file import read_weights_file
 
 # Names of the patch embedding in open_clip's own tower, in a timm trunk of open_clip's, and in timm's own models.
@@ -148,10 +149,19 @@ def _containers(
     if len(keys) > _DEEPEST:
         raise _TooDeep
     seen.add(id(content))
-    yield keys, {str(name): value for name, value in content.items() if torch.is_tensor(value)}
+    yield (
+        keys,
+        with_open_clip_names({str(name): value for name, value in content.items() if torch.is_tensor(value)}),
+    )
     for name, value in content.items():
-        if isinstance(value, Mapping) and id(value) not in seen and not _OF_TRAINING.fullmatch(str(name)):
-            yield from _containers(value, (*keys, name), seen)
+        if _OF_TRAINING.fullmatch(str(name)):
+            continue
+        inside: list[tuple[Keys, Any]] = [((name,), value)]
+        if isinstance(value, list | tuple):
+            inside = [((name, place), each) for place, each in enumerate(value)]
+        for more, each in inside:
+            if isinstance(each, Mapping) and id(each) not in seen:
+                yield from _containers(each, (*keys, *more), seen)
 
 
 def _shown(key: Hashable) -> str:

@@ -50,7 +50,8 @@ def pair_differences(train: CacheSpec, val: CacheSpec) -> list[str]:
         ours, theirs = len(train.classes), len(val.classes)
         counts = f"{ours} classes, not {theirs}" if ours != theirs else "other classes"
         differing.append(
-            f"{counts}, matched by name: {error}; each class to validate on must be one to train on"
+            f"{counts}, matched by name: {error}; each class to validate on must be one to train on: "
+            "lists that name their classes otherwise are extracted with one --classes FILE"
         )
     return differing
 

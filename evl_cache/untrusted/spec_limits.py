@@ -56,7 +56,8 @@ def check_spec(content: Any) -> None:
         parts |= {f"{part}.{name}": value for name, value in values.items()}
     for name, (least, most) in _RANGES.items():
         value = parts.get(name, least)
-        if not (name == "views.stride" and value is None) and not (_is_int(value) and least <= value <= most):
+        is_word = name == "views.stride" and (value is None or value == "auto")
+        if not is_word and not (_is_int(value) and least <= value <= most):
             raise _wrong(name, value, f"a whole number of {least} to {most}")
     for name in _TEXTS:
         if not isinstance(parts.get(name, ""), str) or len(parts.get(name, "")) > _MOST_TEXT:

@@ -16,13 +16,17 @@ import numpy as np
 
 from evl_cache.errors import ClipError
 from evl_cache.video.frames import (
+    ByTime,
     Choose,
     ClipHeader,
     DecodedClip,
     DecodeOptions,
     FrameEvent,
+    Shown,
+    chosen,
     reason_of,
 )
+from evl_cache.video.lengths import Length, told_length
 from evl_cache.video.linear import linear_frames
 from evl_cache.video.native_messages import hears
 from evl_cache.video.packets import Packets, is_first_stream, read_packets
@@ -32,15 +36,20 @@ from evl_cache.video.with_pyav import Unsure, seek_frames
 from evl_cache.video.with_torchcodec import torchcodec_frames
 
 __all__ = [
+    "ByTime",
     "Choose",
     "ClipHeader",
     "DecodeOptions",
     "DecodedClip",
     "FrameEvent",
+    "Length",
+    "Shown",
+    "chosen",
     "collect",
     "decode_clip",
     "decode_frames",
     "doubt",
+    "told_length",
 ]
 
 
@@ -51,8 +60,9 @@ def decode_frames(
 
     Args:
         path: of the video.
-        choose: returns int64 frame numbers (views, T) for the number of frames in the file. It is called again where
-            the file is decoded again, from its start, and then shows another number of frames.
+        choose: returns int64 frame numbers (views, T) for the number of frames in the file, or `ByTime` for when they are
+            shown. It is called again where the file is decoded again, from its start, and then shows other frames; what
+            it returned last before a header is what the header tells.
         options: how to decode.
 
     Raises: ClipError with the reason where the file cannot be decoded or frames are damaged, Outage where something else

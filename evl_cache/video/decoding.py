@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from evl_cache.video import h264
-from evl_cache.video.packets import LEAST_PICTURE_NBYTES, NEVER_CODED, demuxed
+from evl_cache.video.coded import LEAST_PICTURE_NBYTES, NEVER_CODED
+from evl_cache.video.packets import demuxed
 from evl_cache.video.pyav_messages import Listener
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ class Decoding(Iterator["av.VideoFrame"]):
         packet: number of the last packet.
         keys: numbers of the packets so far that need nothing before them.
         first_key: number of the first packet that the container calls a key frame.
+        stamps: when the picture of each packet is shown, or decoded where that is all that is said; None where neither is.
         unshown: numbers of packets that need not give a picture.
         has_stand_ins: whether some packets are too small for a picture: beside them, others may hold two.
         recovery_points: key frames after which others may be shown that need what is before them.
@@ -61,6 +63,7 @@ class Decoding(Iterator["av.VideoFrame"]):
         self.packet = -1
         self.keys: list[int] = []
         self.first_key: int | None = None
+        self.stamps: list[int | None] = []
         self.unshown: set[int] = set()
         self.has_stand_ins = False
         self.recovery_points: set[int] = set()
@@ -84,6 +87,7 @@ class Decoding(Iterator["av.VideoFrame"]):
             said = self._listener.take()
             if packet.size:
                 self.packet += 1
+                self.stamps.append(packet.dts if packet.pts is None else packet.pts)
                 self._look(packet)
             for complaint in said:
                 is_lasting = complaint.is_of(self._container)

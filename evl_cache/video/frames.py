@@ -20,7 +20,44 @@ PIECE_BYTES = 8 << 20
 _UNREADABLE = "Error reading "  # how decord begins where FFmpeg cannot open a file; the name follows
 _TIME_OF_DAY = re.compile(r"\[\d\d:\d\d:\d\d\] ")  # in decord's messages: a record must not depend on it
 
-Choose = Callable[[int], np.ndarray]
+
+@dataclass(frozen=True, kw_only=True)
+class Shown:
+    """What a choice by time is told of a file.
+
+    Attributes:
+        seconds: when each frame is shown, since the first one is; float64 (frames in the file,), ascending.
+    """
+
+    seconds: np.ndarray
+
+    @property
+    def count(self) -> int:
+        """Frames in the file."""
+        return len(self.seconds)
+
+
+@dataclass(frozen=True)
+class ByTime:
+    """A choice that has to know when frames are shown. Others are not told: an hour of times is megabytes."""
+
+    of: Callable[[Shown], np.ndarray]
+
+
+Choose = Callable[[int], np.ndarray] | ByTime
+
+
+def chosen(choose: Choose, count: int, seconds: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return the frames that are wanted of a file, int64 (views, T).
+
+    Args:
+        choose: as `decode_frames` takes it.
+        count: frames in the file.
+        seconds: returns when each is shown, as `Shown` has it; called where the choice asks for it.
+
+    Raises: ClipError as the choice, or `seconds`, does.
+    """
+    return choose.of(Shown(seconds=seconds())) if isinstance(choose, ByTime) else choose(count)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +155,7 @@ def frames_in_pieces(
     choose: Choose,
     read: Callable[[np.ndarray], np.ndarray],
     *,
+    seconds: Callable[[], np.ndarray],
     frame_bytes: int | None,
     decoder: str,
 ) -> Iterator[FrameEvent]:
@@ -127,10 +165,11 @@ def frames_in_pieces(
         count: frames in the file.
         choose: as `decode_frames` takes it.
         read: returns frames by their numbers, uint8 (some, H, W, 3).
+        seconds: as `chosen` takes it.
         frame_bytes: bytes of one frame; None where they are not known before the first.
         decoder: library that decodes, with its version.
     """
-    indices = choose(count)
+    indices = chosen(choose, count, seconds)
     distinct = np.unique(indices)
     done = 0
     while done < len(distinct):

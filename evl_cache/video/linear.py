@@ -16,11 +16,12 @@ import numpy as np
 
 from evl_cache.errors import ClipError
 from evl_cache.video.decoding import PICTURE_UNITS, Complaint, Decoding
-from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent
+from evl_cache.video.frames import ByTime, Choose, DecodeOptions, FrameEvent, chosen
 from evl_cache.video.orientation import Matrix, display_matrix
 from evl_cache.video.packets import Packets, open_video
 from evl_cache.video.pictures import picture_of, with_header
 from evl_cache.video.pyav_messages import listening
+from evl_cache.video.shown import seconds_of, seconds_since_first
 
 if TYPE_CHECKING:
     import av
@@ -56,7 +57,10 @@ def linear_frames(
     if not len(film.packets):
         why = film.complaints[0].text if film.complaints else "it shows no frame"
         raise ClipError(f"{path}: cannot be decoded ({why})")
-    indices = guess if guess is not None and len(places) == packets.count else choose(len(places))
+    if guess is not None and len(places) == packets.count and not isinstance(choose, ByTime):
+        indices = guess
+    else:
+        indices = chosen(choose, len(places), lambda: film.seconds(packets, are_timed=are_timed))
     wanted = places[np.unique(indices)]
     if not options.tolerate_bad_frames:
         _check_whole(path, packets, film, wanted, are_timed=are_timed)
@@ -74,7 +78,8 @@ class _Film:
         codec: FFmpeg's name of it.
         packets: for each picture in the order in which they are shown, the number of its packet.
         times: likewise their times, in the stream's units; None where there is none.
-        matrices: likewise the display matrix that holds for them.
+        stamps: of all packets, as `Decoding` has them.
+        matrices: of the pictures, the display matrix that holds for them.
         called_keys: numbers of the packets that are said to need nothing before them.
         keys: those of which the decoder says so, too.
         recovery_points: those before which others may be needed for pictures that are shown earlier.
@@ -87,6 +92,7 @@ class _Film:
     codec: str
     packets: list[int] = field(default_factory=list)
     times: list[int | None] = field(default_factory=list)
+    stamps: list[int | None] = field(default_factory=list)
     matrices: list[Matrix | None] = field(default_factory=list)
     called_keys: list[int] = field(default_factory=list)
     keys: list[int] = field(default_factory=list)
@@ -111,6 +117,17 @@ class _Film:
             (places < 0).any() and not self.complaints
         )
         return (in_order, False) if is_strange else (places, True)
+
+    def seconds(self, packets: Packets, *, are_timed: bool) -> np.ndarray:
+        """When each frame is shown, as `Shown` has it; are_timed: whether packets' times number them. Raises: ClipError."""
+        if are_timed:
+            return seconds_of(packets)
+        stamps = [time for time in self.times if time is not None]
+        if len(stamps) < len(self.times):
+            # AVI says only when packets are decoded, in frames. In their order, these are the times of the pictures.
+            of_pictures = (self.stamps[packet] for packet in self.packets)
+            stamps = sorted(stamp for stamp in of_pictures if stamp is not None)
+        return seconds_since_first(packets, stamps, len(self.packets))
 
     def damaged(self, *, are_timed: bool) -> np.ndarray:
         """Whether each picture is damaged, or decoded with the help of one that is; bool.
@@ -167,8 +184,8 @@ class _Film:
 def _guess(choose: Choose, packets: Packets) -> np.ndarray | None:
     """The frames that are wanted if each packet is one; None where that cannot be said."""
     try:
-        return choose(packets.count) if packets.count else None
-    except ClipError:  # of a clip of another length it may not be said
+        return chosen(choose, packets.count, lambda: seconds_of(packets)) if packets.count else None
+    except ClipError:  # of a clip of another length, or of other times, it may not be said
         return None
 
 
@@ -198,7 +215,7 @@ def _decode(
                 nbytes += sum(plane.buffer_size for plane in frame.planes)
                 if nbytes <= MOST_HELD_BYTES:
                     film.frames[place] = frame
-        film.called_keys = decoding.keys
+        film.stamps, film.called_keys = decoding.stamps, decoding.keys
         film.complaints = decoding.complaints + [
             Complaint(packet, "one is lost", is_lasting=True) for packet in _lost(film, decoding)
         ]

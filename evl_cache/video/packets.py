@@ -10,11 +10,13 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evl_cache.errors import ClipError
 from evl_cache.video import h264
+from evl_cache.video.coded import LEAST_PICTURE_NBYTES, NEVER_CODED, is_key
 from evl_cache.video.orientation import display_matrix, is_plain_turn
 from evl_cache.video.pixels import MISCOPIED_WIDTHS, OLD_MISCOPIED_WIDTHS, decord_converts_alike
 from evl_cache.video.pyav_messages import listening
@@ -24,9 +26,6 @@ if TYPE_CHECKING:
 
 # Containers that give pictures their times, and whose key frames are found exactly.
 _TIMED = ("mov", "matroska")
-# In DivX and Xvid files a packet of a few bytes holds no picture; in other codecs even the smallest packet does.
-NEVER_CODED = ("mpeg4", "msmpeg4", "h263", "flv")
-LEAST_PICTURE_NBYTES = 8
 _MIRRORED = "it is mirrored, or turned by no right angle"
 # Their headers say how long the longest stream is; those of others are believed of files with one stream only.
 _DECLARED = ("flv", "matroska")
@@ -41,6 +40,10 @@ class Packets:
         count: of packets whose pictures are shown, if each is a picture.
         times: of the frames that are shown, ascending, in the stream's units; empty where `unproved` is set.
         keys: of key frames, likewise.
+        stamps: of the packets whose pictures are shown, in their order: when each is shown, or decoded where that is all
+            that is said; one is missing for each packet that says neither.
+        tick_s: the stream's unit of time in seconds.
+        rate: pictures a second, as the container says; None where it does not.
         unproved: why a decoder that seeks may serve other frames than it is asked for; None where it cannot.
         has_hidden: whether an edit list hides frames: then a decoder that counts packets is wrong, and one that looks
             at times is not.
@@ -56,6 +59,9 @@ class Packets:
     count: int = 0
     times: Sequence[int] = ()
     keys: Sequence[int] = ()
+    stamps: Sequence[int] = ()
+    tick_s: Fraction = Fraction(1)
+    rate: Fraction | None = None
     unproved: str | None = None
     has_hidden: bool = False
     lost: str | None = None
@@ -165,7 +171,7 @@ class _Reading:
     ) -> None:
         self._path, self._container, self._stream = path, container, stream
         self._codec = stream.codec_context.codec.canonical_name
-        self._times, self._keys = array("q"), array("q")
+        self._times, self._keys, self._stamps = array("q"), array("q"), array("q")
         self._doubt: str | None = None
         self._has_hidden = self._changes_pictures = False
         self._is_in_order = True  # whether each frame is shown after those before it in the file
@@ -189,6 +195,8 @@ class _Reading:
         if (coded := packet.dts if time is None else time) is not None:
             self._start = coded if self._start is None else min(self._start, coded)
             self._end = max(self._end, coded + (packet.duration or 0))
+            if not packet.is_discard:
+                self._stamps.append(coded)
         if time is None:
             return
         self._is_in_order &= self._last is None or time > self._last
@@ -217,7 +225,7 @@ class _Reading:
             if h264.turns_pictures(data, extradata):
                 return "its pictures are turned within the stream"
             self._changes_pictures |= h264.changes_pictures(data, extradata)
-        elif not _is_key(self._codec, bytes(packet)):
+        elif not is_key(self._codec, bytes(packet)):
             return "it calls frames key frames that are none"
         if self._codec.startswith(NEVER_CODED) and packet.size < LEAST_PICTURE_NBYTES:
             return "some of its frames were never coded"
@@ -307,6 +315,9 @@ class _Reading:
             count=self._count,
             times=() if doubt else times,
             keys=() if doubt else keys,
+            stamps=self._stamps,
+            tick_s=self._stream.time_base or Fraction(1),
+            rate=self._stream.average_rate or self._stream.guessed_rate,
             unproved=doubt,
             has_hidden=self._has_hidden,
             only_pyav=only_pyav,
@@ -315,18 +326,6 @@ class _Reading:
             codec=self._codec,
             frame_bytes=3 * coded.width * coded.height,
         )
-
-
-def _is_key(codec: str, packet: bytes) -> bool:
-    """Whether a packet's picture needs no other, as far as its first byte tells (RFC 6386, 9.1; VP9, 6.2)."""
-    if codec == "vp8":
-        return not packet[0] & 1
-    if codec == "vp9":
-        is_profile_3 = packet[0] & 0x30 == 0x30
-        return not packet[0] & (
-            6 if is_profile_3 else 0xC
-        )  # it is shown for the first time, and is a key frame
-    return True
 
 
 def _loss(path: str | Path, reading: _Reading, missing_s: float) -> str | None:

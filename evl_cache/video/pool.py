@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Self
 
 from evl_cache.errors import ClipError, Outage, UsageError, WorkerError
-from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
+from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent, Length
 from evl_cache.video.process import DecodeProcess, WorkerLost
 from evl_cache.video.user_limits import said_of_memory
 
@@ -95,6 +95,14 @@ class DecodePool:
         try:
             with self._free_worker() as worker:
                 return worker.doubt(path, decoder, self._timeout_s)
+        except WorkerLost as lost:
+            raise ClipError(f"{path}: {lost}") from lost
+
+    def length(self, path: str | Path) -> Length:
+        """Return what `video.told_length` returns, found out in a process. Raises: as `frames`."""
+        try:
+            with self._free_worker() as worker:
+                return worker.length(path, self._timeout_s)
         except WorkerLost as lost:
             raise ClipError(f"{path}: {lost}") from lost
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from evl_cache.errors import ClipError, Outage, WorkerError
 from evl_cache.standstill import TimeLimit
-from evl_cache.video import Choose, ClipHeader, DecodeOptions, FrameEvent
+from evl_cache.video import ByTime, Choose, ClipHeader, DecodeOptions, FrameEvent, Length, chosen
 from evl_cache.video.user_limits import raise_limit, said_of_memory
 
 WORKER = "evl_cache.video.worker"
@@ -114,13 +114,14 @@ class DecodeProcess:
                 "decoder": self._options.decoder,
                 "tolerate_bad_frames": self._options.tolerate_bad_frames,
                 "device": self._options.device,
+                **({"by_time": True} if isinstance(choose, ByTime) else {}),
             },
             limit,
         )
         size = (0, 0)
         while "growth_bytes" not in (said := self._receive(limit)):
             if "asks" in said:
-                self._send(_choice(choose, int(said["asks"])), limit)
+                self._send(self._choice(choose, int(said["asks"])), limit)
                 continue
             event: FrameEvent
             if "indices" in said:
@@ -141,6 +142,15 @@ class DecodeProcess:
         self._finish(said)
         found: str | None = said["doubtful"]
         return found
+
+    def length(self, path: str | Path, timeout_s: float) -> Length:
+        """Return what `video.told_length` returns. Raises: as `frames`."""
+        self._wait_until_ready()
+        limit = TimeLimit(timeout_s)
+        self._send({**_file(path), "length": True}, limit)
+        said = self._receive(limit)
+        self._finish(said)
+        return Length(*said["length"])
 
     def _finish(self, said: dict[str, Any]) -> None:
         """Take the last message of a request. Raises: ClipError, Outage where it tells of one."""
@@ -195,16 +205,27 @@ class DecodeProcess:
 
     def _take_frames(self, shape: tuple[int, ...], limit: TimeLimit) -> np.ndarray:
         """Return a copy of the frames in the file, and let the process write the next ones."""
-        frames = np.empty(shape, np.uint8)
-        view = frames.data.cast("B")
+        frames = self._read(np.empty(shape, np.uint8))
+        self._send({"taken": True}, limit)
+        return frames
+
+    def _choice(self, choose: Choose, count: int) -> dict[str, Any]:
+        try:
+            indices = chosen(choose, count, lambda: self._read(np.empty(count, np.float64)))
+            return {"indices": indices.tolist()}
+        except ClipError as error:
+            return {"error": str(error)}
+
+    def _read(self, array: np.ndarray) -> np.ndarray:
+        """Fill an array with what is in the file, and return it. Raises: WorkerLost where that is less."""
+        view = array.data.cast("B")
         got = 0
         while got < len(view):
             count = os.preadv(self._frames_fd, [view[got:]], got)
             if not count:
                 raise WorkerLost("the decoder's process gave fewer frames than it said")
             got += count
-        self._send({"taken": True}, limit)
-        return frames
+        return array
 
     def _receive_into(self, buffer: memoryview, limit: TimeLimit) -> int:
         """Return the number of bytes received, at least one. Raises: WorkerLost where none come in time."""
@@ -277,13 +298,6 @@ def _file(path: str | Path) -> dict[str, str]:
         with suppress(OSError):  # it was removed
             folder = os.getcwd()
     return {"path": os.fsencode(path).hex(), "folder": os.fsencode(folder).hex()}
-
-
-def _choice(choose: Choose, count: int) -> dict[str, Any]:
-    try:
-        return {"indices": choose(count).tolist()}
-    except ClipError as error:
-        return {"error": str(error)}
 
 
 def _header(said: dict[str, Any]) -> ClipHeader:

@@ -10,6 +10,7 @@ from evl_cache.errors import ClipError
 from evl_cache.video import native_messages
 from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
 from evl_cache.video.packets import Packets
+from evl_cache.video.shown import seconds_of
 from evl_cache.video.which_decord import decord_and_version, load_decord
 
 # decord counts the frames that it recovered; more than this share of all frames is an error.
@@ -71,7 +72,12 @@ def _read(path: str | Path, choose: Choose, options: DecodeOptions, packets: Pac
         return frames
 
     yield from frames_in_pieces(
-        count, choose, read, frame_bytes=packets.frame_bytes, decoder=decord_and_version()
+        count,
+        choose,
+        read,
+        seconds=lambda: seconds_of(packets),
+        frame_bytes=packets.frame_bytes,
+        decoder=decord_and_version(),
     )
 
 

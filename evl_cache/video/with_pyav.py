@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from evl_cache.video.frames import Choose, FrameEvent
+from evl_cache.video.frames import Choose, FrameEvent, chosen
 from evl_cache.video.linear import HEARD_LATE
 from evl_cache.video.orientation import display_matrix
 from evl_cache.video.packets import Packets, open_video
 from evl_cache.video.pictures import picture_of, with_header
 from evl_cache.video.pyav_messages import Listener, listening
+from evl_cache.video.shown import seconds_of
 
 if TYPE_CHECKING:
     import av
@@ -29,7 +30,7 @@ def seek_frames(path: str | Path, choose: Choose, packets: Packets) -> Iterator[
     """
     with listening() as listener, open_video(path) as (container, stream):
         listener.attend(container, stream)
-        indices = choose(len(packets.times))
+        indices = chosen(choose, len(packets.times), lambda: seconds_of(packets))
         wanted = [packets.times[number] for number in np.unique(indices).tolist()]
         frames = _frames_at(wanted, packets, container, stream, listener)
         pictures = (picture_of(path, frame, display_matrix(frame)) for frame in frames)

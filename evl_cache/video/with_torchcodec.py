@@ -9,6 +9,7 @@ import numpy as np
 from evl_cache.errors import ClipError, Outage
 from evl_cache.video.frames import Choose, DecodeOptions, FrameEvent, frames_in_pieces, reason_of
 from evl_cache.video.packets import Packets
+from evl_cache.video.shown import seconds_of
 
 # How it begins where FFmpeg is missing. Newer ones can be imported without, as they decode pictures too, and then say so
 # of every file.
@@ -47,6 +48,7 @@ def torchcodec_frames(
             len(reader),
             choose,
             read,
+            seconds=lambda: seconds_of(packets),
             frame_bytes=None,
             decoder=f"torchcodec {torchcodec.__version__} on {options.device}",
         )

@@ -5,15 +5,17 @@ imports torch for torchcodec only, and nothing of the cache, so that it starts f
 
     worker   {"ready"}, once, when it has started
     parent   {"path", "folder", "decoder", "tolerate_bad_frames", "device"}: a clip to decode; a relative path is
-             relative to the folder
-    worker   {"asks"}: the number of frames in the file
+             relative to the folder; with {"by_time"} where the choice has to know when frames are shown
+    worker   {"asks"}: the number of frames in the file; by time, their seconds are in the file of frames, float64
     parent   {"indices"} of the frames wanted, or {"error"}; it may be asked again, with another number
     worker   {"indices", "count", "size", "decoder"}: a header; frames before it must be dropped
     worker   {"frames"}: so many frames are in the file
     parent   {"taken"}: the next frames may be written
     parent   {"path", "folder", "doubt"}: a clip to judge, and the decoder that served it once
+    parent   {"path", "folder", "length"}: a clip whose header is asked how long it is
     worker   {"growth_bytes"} of resident memory since the first clip, and {"error"} if the clip failed, or {"outage",
-             "remedy"} where it is not to blame, or what is {"doubtful"} about a clip to judge: it is finished
+             "remedy"} where it is not to blame, or what is {"doubtful"} about a clip to judge, or its {"length"}: it is
+             finished
 """
 
 import contextlib
@@ -73,6 +75,10 @@ def main(socket_fd: int, frames_fd: int, parent: int, decoder: str) -> None:
             connection.say({**ended, "growth_bytes": resident - after_first})
 
 
+class _Refused(ClipError):
+    """The parent wants no frame, and said why."""
+
+
 class _Connection:
     """The parent's end: messages by lines, frames by a file."""
 
@@ -86,13 +92,19 @@ class _Connection:
         self._lines.write(json.dumps(message) + "\n")
         self._lines.flush()
 
+    def ask_by_time(self, shown: video.Shown) -> np.ndarray:
+        """Return the frames that the parent wants, by the times that it finds in the file. Raises: as `ask`."""
+        self.wait_until_taken()
+        self._write(shown.seconds)
+        return self.ask(shown.count)
+
     def ask(self, count: int) -> np.ndarray:
         """Return the frames that the parent wants of `count`, int64 (views, T). Raises: ClipError with its reason."""
         self.wait_until_taken()
         self.say({"asks": count})
         reply = json.loads(self._lines.readline())
         if "error" in reply:
-            raise ClipError(reply["error"])
+            raise _Refused(reply["error"])
         return np.asarray(reply["indices"], dtype=np.int64)
 
     def give(self, event: video.FrameEvent) -> None:
@@ -108,12 +120,15 @@ class _Connection:
                 }
             )
             return
-        view = np.ascontiguousarray(event).data.cast("B")
+        self._write(event)
+        self.say({"frames": len(event)})
+        self._is_given = True
+
+    def _write(self, array: np.ndarray) -> None:
+        view = np.ascontiguousarray(array).data.cast("B")
         written = 0
         while written < len(view):
             written += os.pwrite(self._frames_fd, view[written:], written)
-        self.say({"frames": len(event)})
-        self._is_given = True
 
     def wait_until_taken(self) -> None:
         """Wait until the parent has copied the frames in the file: only before the next write, so that both work at once."""
@@ -122,14 +137,18 @@ class _Connection:
             self._lines.readline()
 
 
-def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, str | None]:
+def _serve(request: dict[str, Any], connection: _Connection) -> dict[str, Any]:
     """Decode or judge one clip, and return what the last message says of it."""
     path, folder = (os.fsdecode(bytes.fromhex(request.pop(name))) for name in ("path", "folder"))
     try:
         _enter(folder)
         if "doubt" in request:
             return {"doubtful": video.doubt(path, request["doubt"])}
-        for event in video.decode_frames(path, connection.ask, options=video.DecodeOptions(**request)):
+        if "length" in request:
+            return {"length": video.told_length(path)}
+        by_time = request.pop("by_time", False)
+        choose = video.ByTime(connection.ask_by_time) if by_time else connection.ask
+        for event in video.decode_frames(path, choose, options=video.DecodeOptions(**request)):
             connection.give(event)
     except Outage as outage:
         return {"outage": outage.trouble, "remedy": outage.remedy}
@@ -150,6 +169,8 @@ def _failure(path: str, error: Exception) -> dict[str, str | None]:
     """Return what the last message says of an error. Raises: the error, where no message of ours says it better."""
     if (found := refused(error)) is not None:
         return {"outage": f"{path}: {found[0]}", "remedy": found[1]}
+    if isinstance(error, _Refused):  # word for word, as where no process is between
+        return {"error": str(error)}
     if isinstance(error, EvlCacheError):
         return {"error": f"{error}{said_of_memory()}"}
     if isinstance(error, MemoryError):

@@ -107,7 +107,17 @@ DRAWS: Mapping[str, Draw] = {
     "limit": lambda rng: rng.randint(1, 4),
     "allow_missing_percent": lambda rng: rng.choice([0, 12.5, 100]),
 }
-PLACES = {"dataset", "root", "split", "annotations", "list_path", "model", "pretrained", "cache"}
+PLACES = {
+    "dataset",
+    "root",
+    "split",
+    "annotations",
+    "list_path",
+    "classes_path",
+    "model",
+    "pretrained",
+    "cache",
+}
 
 
 def draw_options(rng: random.Random) -> dict[str, object]:

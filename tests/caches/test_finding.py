@@ -247,6 +247,9 @@ def test_caches_of_the_same_clips_are_no_pair(tmp_path: Path) -> None:
     assert "run evl-cache extract --dataset test --root FOLDER --split val" in str(raised.value)
     shutil.rmtree(tmp_path / "b")
     write_cache(tmp_path / "b", split="val", labels=[0, 1, 2])
+    with pytest.raises(UsageError, match="a fits, but b has some of its clips, by their names"):
+        find_pair("test", places=[tmp_path], needs=needs_of("decoder3"))
+    shutil.rmtree(tmp_path / "b")
     with pytest.raises(UsageError, match="a fits, but its validation cache is missing; run evl-cache"):
         find_pair("test", places=[tmp_path], needs=needs_of("decoder3"))
     write_cache(tmp_path / "c", split="val", prefix="v")

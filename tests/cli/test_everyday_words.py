@@ -164,6 +164,20 @@ def test_other_letters_in_the_c_locale_are_no_traceback(world: Path) -> None:
         assert found.returncode == 0 and b"Traceback" not in found.stderr, found.stderr
 
 
+def test_a_list_with_letters_that_the_locale_lacks_is_told_so(world: Path, tmp_path: Path) -> None:
+    import subprocess
+
+    (tmp_path / "l.txt").write_text(f"b/{OTHER_LETTERS} b\n", encoding="utf-8")
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    words = ["extract", "--dataset", "list", "--list", str(tmp_path / "l.txt"), "--root", "d", *TINY]
+    found = subprocess.run(
+        [sys.executable, "-m", "evl_cache_cli", *words],
+        cwd=world, env=environment, capture_output=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert found.returncode == 2 and b"set PYTHONUTF8=1" in found.stderr, found.stderr
+    assert found.stderr.count(b"\n") == 1 and b"missing" not in found.stderr
+
+
 def test_repair_of_a_cache_whose_videos_moved_asks_for_the_root_and_changes_nothing(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

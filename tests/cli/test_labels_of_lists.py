@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from evl_cache import EVLHead
+from evl_cache.datasets.list_lines import parse_list
+from evl_cache.errors import UsageError
 from evl_cache_cli.main import main
 from tests.support.example_data import ROOT
 
@@ -92,6 +94,18 @@ def test_an_imported_head_is_right_by_the_names_of_its_classes(case, run):
     status, out, err = run("eval --cache c --run unnamed --json --device cpu")
     assert (status, json.loads(out)["top1"]) == (0, 20.0)
     assert "note: unnamed: classes are compared by number" in err
+    assert "by number" not in page
+    assert run("show --page numbered --cache c --run unnamed --clips-each 1")[0] == 0
+    assert "Classes are compared by number" in Path("numbered/index.html").read_text()
+
+
+@pytest.mark.parametrize("case", ["head-of-other-names"], indirect=True)
+def test_a_head_whose_classes_have_one_name_is_not_imported(case, run):
+    save_checkpoint("o.pth", 3)
+    Path("twice.txt").write_text("run\nwalk\nrun\n")
+    status, out, err = run("import-head o.pth --out run --classes twice.txt")
+    assert (status, out, err.count("\n")) == (2, "", 1) and "two classes would be called 'run'" in err
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("case", ["head-of-400"], indirect=True)
@@ -116,6 +130,16 @@ def test_two_lists_whose_labels_differ_are_found_and_trained_on(case, run):
         assert (classes, scored) == (["0", "1", "2", "3", "4"], [["5.mp4", "3"]])
     else:
         assert (classes, scored) == (["a", "b", "c"], [["3.mp4", "a"], ["4.mp4", "c"]])
+    # Every later command means the same classes: eval of the validation cache, and the names that predict gives.
+    (val,) = Path("caches").glob("list-val-*")
+    top1 = json.loads(Path("run/result.json").read_text())["top1"]
+    status, out, err = run(f"eval --cache {val} --run run --json --device cpu")
+    assert (status, json.loads(out)["top1"]) == (0, top1), err
+    videos = [f"v/{clip}" for clip, _ in scored]
+    status, out, err = run(f"predict {' '.join(videos)} --run run --json --device cpu --topk 9")
+    assert status == 0, err
+    found = json.loads(out)["videos"]
+    assert all({top["label"] for top in video["labels"]} == {*classes} for video in found)
 
 
 @pytest.mark.parametrize("case", ["shared-clip"], indirect=True)
@@ -127,6 +151,13 @@ def test_a_clip_that_is_trained_on_and_scored_in_two_caches_is_told(case, run):
     status, _, err = run("train --cache c-train --val-cache c-val --epochs 1 --out r --device cpu")
     assert status == 0, err
     assert "note: 1 of 2 clips to validate on are trained on too, by their names ('x.mp4')" in err
+    # A cache of another list, scored later, is compared with the training cache where that is still there.
+    status, out, err = run("eval --cache c-val --run r --json --device cpu")
+    assert (status, json.loads(out)["clips_trained_on"]) == (0, 1)
+    assert "note: r was trained on 1 of these 2 clips, by their names" in err
+    Path("c-train").rename("away")
+    status, out, err = run("eval --cache c-val --run r --json --device cpu")
+    assert (status, json.loads(out)["clips_trained_on"], err) == (0, None, "")
 
 
 @pytest.mark.parametrize(
@@ -150,3 +181,50 @@ def test_lists_as_people_write_them_are_extracted(case, run):
     labels = {"labels-as-floats": [0, 1, 2, 10], "commas": [3, 1], "label-of-two-words": [1, 0]}[case]
     assert [row["label"] for row in rows] == labels
     assert [row["path"] for row in rows] == [f"{name}.mp4" for name in names]
+
+
+@pytest.mark.parametrize("case", ["names-subset"], indirect=True)
+def test_lists_extracted_with_one_file_of_classes_number_them_alike(case, run):
+    Path("names.txt").write_text("c\nb\na\n")
+    for side in ("train", "val"):
+        extract(run, f"--list {side}.txt --split {side} --classes names.txt --cache c-{side}")
+    labels = {
+        row["path"]: row["label"]
+        for side in ("train", "val")
+        for row in map(json.loads, Path(f"c-{side}/clips.jsonl").read_text().splitlines())
+    }
+    assert labels == {"0.mp4": 2, "1.mp4": 1, "2.mp4": 0, "3.mp4": 2, "4.mp4": 0}
+    status, _, err = run("train --cache c-train --val-cache c-val --epochs 1 --device cpu --out run")
+    assert status == 0, err
+    assert json.loads(Path("run/config.json").read_text())["classes"] == ["c", "b", "a"]
+    status, out, err = run("extract --dataset folder --root v --classes names.txt")
+    assert (status, out) == (2, "") and "--classes names.txt with --dataset folder" in err
+
+
+@pytest.mark.parametrize("case", ["names-subset"], indirect=True)
+def test_lists_whose_names_do_not_fit_are_told_of_the_file_of_classes(case, run):
+    Path("val.txt").write_text("3.mp4 other\n4.mp4 c\n")
+    for side in ("train", "val"):
+        extract(run, f"--list {side}.txt --split {side} --cache c-{side}")
+    status, _, err = run("train --cache c-train --val-cache c-val --epochs 1 --device cpu --out run")
+    assert status == 2 and "there is no class 'other'" in err and "one --classes FILE" in err
+
+
+@pytest.mark.parametrize("case", ["names-subset"], indirect=True)
+def test_one_table_with_a_split_column_makes_two_caches_and_a_run(case, run):
+    rows = ["b,train,0.mp4", "c,train,1.mp4", "a,val,2.mp4", "c,validation,3.mp4", "a,train,4.mp4"]
+    Path("t.csv").write_text("\n".join(["class,split,video", *rows]))
+    extract(run, "--list t.csv")
+    status, _, err = run("train --dataset list --epochs 1 --device cpu --out run")
+    assert status == 0, err
+    scored = [line.split(",")[:2] for line in Path("run/scored.csv").read_text().splitlines()[1:]]
+    assert scored == [["2.mp4", "a"], ["3.mp4", "c"]]
+    shutil.rmtree(next(path for path in Path("caches").iterdir() if "val" in path.name))
+    status, _, err = run("train --dataset list --epochs 1 --device cpu --out again")
+    assert status == 2 and "--split val" in err and "t.csv" in err
+
+
+def test_columns_of_numbers_before_the_last_word_are_no_part_of_a_path():
+    with pytest.raises(UsageError, match="more than one word behind its path"):
+        parse_list("0.mp4 0 0.5 train\n1.mp4 1 0.7 val\n", source="l.txt")
+    assert [line.path for line in parse_list("my clip.001 3\n", source="l.txt")] == ["my clip.001"]

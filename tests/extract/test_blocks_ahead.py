@@ -168,10 +168,10 @@ def test_clips_are_decoded_ahead_beside_another_job(
     assert others is not None
     second_begun, prepare = threading.Event(), BlockExtractor._prepare
 
-    def noted(extractor: BlockExtractor, row: int):
-        if row >= BLOCK_CLIPS:
+    def noted(extractor: BlockExtractor, rows: list[int]):
+        if rows[0] >= BLOCK_CLIPS:
             second_begun.set()
-        return prepare(extractor, row)
+        return prepare(extractor, rows)
 
     def held(frames: torch.Tensor) -> None:
         if not device.batches:

@@ -204,7 +204,7 @@ def test_repair_tells_the_batch_that_it_ran_with(motions: Path, tmp_path: Path, 
 def test_memory_that_runs_out_while_clips_are_prepared_halves_no_batch(
     motions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_memory(self, row):
+    def no_memory(self, rows):
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
     monkeypatch.setattr(BlockExtractor, "_prepare", no_memory)

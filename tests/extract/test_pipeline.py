@@ -4,6 +4,7 @@ import queue
 import threading
 import time
 import tracemalloc
+from collections.abc import Sequence
 from pathlib import Path
 
 import av
@@ -41,10 +42,14 @@ class Prepared:
         self.go_on = threading.Event()
         self.go_on.set()
 
-    def __call__(self, row: int) -> PreparedClip:
+    def __call__(self, rows: Sequence[int]) -> list[PreparedClip]:
         self.go_on.wait()
-        self.rows.append(row)
-        return PreparedClip(record=ClipRecord(id=str(row)), samples=None)
+        self.rows += rows
+        return [PreparedClip(record=ClipRecord(id=str(row)), samples=None) for row in rows]
+
+
+def alone(rows: range) -> list[list[int]]:
+    return [[row] for row in rows]
 
 
 def ids(clips) -> list[int]:
@@ -54,7 +59,7 @@ def ids(clips) -> list[int]:
 def test_clips_are_decoded_ahead_across_blocks_and_each_once() -> None:
     prepare = Prepared()
     ahead = ClipsAhead(threads=1, waiting=3, clip_bytes=1)
-    first, second = ahead.add(range(4), prepare), ahead.add(range(4, 8), prepare)
+    first, second = ahead.add(alone(range(4)), prepare), ahead.add(alone(range(4, 8)), prepare)
     wait_until(lambda: prepare.rows == [0, 1, 2, 3], what="the first block is decoded before anyone asks")
     assert ids(first) == [0, 1, 2, 3]
     wait_until(lambda: prepare.rows == list(range(8)), what="the second is decoded meanwhile")
@@ -66,7 +71,7 @@ def test_clips_are_decoded_ahead_across_blocks_and_each_once() -> None:
 def test_clips_that_are_asked_for_out_of_turn_are_begun_at_once() -> None:
     prepare = Prepared()
     ahead = ClipsAhead(threads=1, waiting=1, clip_bytes=1)
-    first, second = ahead.add(range(4), prepare), ahead.add(range(4, 6), prepare)
+    first, second = ahead.add(alone(range(4)), prepare), ahead.add(alone(range(4, 6)), prepare)
     assert ids(second) == [4, 5] and ids(first) == [0, 1, 2, 3]
     ahead.close(wait=True)
     assert sorted(prepare.rows) == list(range(6))
@@ -75,7 +80,7 @@ def test_clips_that_are_asked_for_out_of_turn_are_begun_at_once() -> None:
 def test_it_is_told_when_no_clip_is_left_to_be_begun() -> None:
     prepare, told = Prepared(), threading.Event()
     ahead = ClipsAhead(threads=1, waiting=1, clip_bytes=1, on_drained=told.set)
-    clips = ahead.add(range(3), prepare)
+    clips = ahead.add(alone(range(3)), prepare)
     assert not ahead.is_drained and not told.is_set()
     next(clips)
     assert ahead.is_drained and told.is_set()
@@ -88,7 +93,7 @@ def test_it_is_told_when_no_clip_is_left_to_be_begun() -> None:
 def test_no_more_clips_wait_than_memory_allows(clip_bytes: int, begun: int) -> None:
     prepare = Prepared()
     ahead = ClipsAhead(threads=2, waiting=6, clip_bytes=clip_bytes)
-    clips = ahead.add(range(100), prepare)
+    clips = ahead.add(alone(range(100)), prepare)
     wait_until(lambda: len(prepare.rows) == begun, what="so many are begun")
     time.sleep(0.02)  # for more, if there were
     assert len(prepare.rows) == begun

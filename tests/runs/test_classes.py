@@ -239,3 +239,35 @@ def test_a_loss_is_the_same_to_the_bit_in_any_order_of_classes(K):
     assert sums[0].loss == sums[1].loss
     expected = torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum")
     assert sums[0].loss == pytest.approx(expected.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 100.0, 3000.0, 60000.0])
+def test_the_loss_of_large_logits_is_that_of_small_ones_in_any_order_of_classes(offset):
+    logits = torch.randn(64, 40, generator=torch.Generator().manual_seed(0)) * 8 + offset
+    labels = torch.arange(64) % 40
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
+    loss = scored_loss(logits, labels)
+    assert loss == scored_loss(logits[:, order], order.argsort()[labels])
+    exact = float(torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
+    assert loss == pytest.approx(exact, rel=1e-6)
+    sure = torch.nn.functional.one_hot(labels, 40) * 16.0 + offset  # the loss is small beside its terms
+    exact = float(torch.nn.functional.cross_entropy(sure.double(), labels, reduction="sum"))
+    assert scored_loss(sure, labels) == pytest.approx(exact, rel=0.03)  # as far as float32 goes
+
+
+def scored_loss(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The sum of losses of samples, each a clip of its own."""
+    sums = ViewSums()
+    sums.add_logits(logits, labels, range(len(labels)))
+    return sums.loss
+
+
+@pytest.mark.parametrize("names", [("extra", *ORDER), ORDER[:-1]])
+def test_a_configuration_whose_names_are_not_as_many_as_its_heads_classes_is_refused(
+    trained, tmp_path, names
+):
+    shutil.copytree(trained[2], tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "classes": list(names)}))
+    with pytest.raises(UsageError, match=rf"names {len(names)} classes, and its head has {len(ORDER)}"):
+        read_run_config(tmp_path / "run")

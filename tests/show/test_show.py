@@ -133,6 +133,15 @@ def test_frames_names_motion_and_attention_are_those_of_the_view(work, drawn, tm
     assert picture.subtitle.startswith(f"label: {label}") and re.search(r"said: .* \d+ %, ", picture.subtitle)
 
 
+def test_a_clip_is_named_by_its_cache_s_class_whatever_classes_the_head_has(work, drawn, tmp_path):
+    cache, run = FeatureCache(work / "cache"), view.ShowRun.read(work / "run")
+    names = tuple(f"other {number}" for number in range(len(run.config.classes)))
+    others = replace(run, config=replace(run.config, classes=names))
+    view.show_cached(cache, "03.mp4", tmp_path / "x.png", run=others)
+    label = cache.spec.classes[cache.clips[3].label]
+    assert re.match(rf"label: {label}   said: other \d", drawn[0].subtitle)
+
+
 def test_every_crop_is_drawn_with_the_frames_it_was_cut_from(work):
     cache = FeatureCache(work / "cache")
     views = replace(VIEWS, spatial_views=3)

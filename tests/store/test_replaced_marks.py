@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged
 from evl_cache.extract.reuse import ReusableRows
 from evl_cache.store import LOCKS_NAME, FeatureCache, LockWatcher, finish_cache, valid_mark
@@ -49,5 +50,8 @@ def test_layers_of_a_block_are_not_copied_with_the_records_of_another_mark(
 
 def test_features_are_not_reused_with_the_records_of_another_mark(cache: Path) -> None:
     rows = ReusableRows(cache, FeatureCache(cache).spec, doubt=lambda path, decoder: None)
-    taken = [rows.fetch(f"c{row}", f"{row:064x}", Path("x.mp4")) for row in range(13)]
+    taken = [
+        rows.fetch(Clip(id=f"c{row}", path="x.mp4", label=0, split="train"), f"{row:064x}", Path("x.mp4"))
+        for row in range(13)
+    ]
     assert taken == [True] * 5 + [False] * 5 + [True] * 3

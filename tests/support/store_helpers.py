@@ -58,7 +58,12 @@ def make_clips(folder: Path, count: int = 8, *, seed: int = 0, broken: bool = Tr
 
 
 def load_clips(folder: Path) -> ClipList:
-    """The list of clips that `make_clips` made."""
+    """The list of clips that `make_clips` made, or that lies there as `list.jsonl`."""
+    listed = folder / "list.jsonl"
+    if listed.exists():
+        rows = listed.read_text().splitlines()
+        given = tuple(Clip.from_json(json.loads(row)) for row in rows)
+        return ClipList(clips=given, classes=DEMO_CLASSES, source=str(folder))
     clips = [
         Clip(id=path.name, path=path.name, label=i % len(DEMO_CLASSES), split="train")
         for i, path in enumerate(sorted(folder.glob("*.mp4")))

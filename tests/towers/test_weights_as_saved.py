@@ -35,6 +35,30 @@ def compiled_blocks(state: State) -> State:
     return {name.replace("resblocks.1.", "resblocks.1._orig_mod."): value for name, value in state.items()}
 
 
+def of_transformers(state: State) -> State:
+    """The state dict of transformers' CLIPVisionModelWithProjection."""
+    out = {"vision_model.embeddings.position_ids": torch.arange(37)[None]}
+    names = {
+        "ln_pre.": "pre_layrnorm.",
+        "ln_post.": "post_layernorm.",
+        "conv1.": "embeddings.patch_embedding.",
+    }
+    names |= {".ln_": ".layer_norm", ".attn.": ".self_attn.", ".c_fc.": ".fc1.", ".c_proj.": ".fc2."}
+    names |= {"transformer.resblocks.": "encoder.layers.", "class_emb": "embeddings.class_emb"}
+    names |= {"positional_embedding": "embeddings.position_embedding.weight"}
+    for name, value in state.items():
+        for own, theirs in names.items():
+            name = name.replace(own, theirs)
+        if name == "proj":
+            out["visual_projection.weight"] = value.T.contiguous()
+        elif ".in_proj_" in name:
+            for part, third in zip("qkv", value.chunk(3), strict=True):
+                out[f"vision_model.{name.replace('.in_proj_', f'.{part}_proj.')}"] = third.clone()
+        else:
+            out[f"vision_model.{name}"] = value
+    return out
+
+
 OF_TRAINING = (
     "optim",
     "optimizer_state_dict",
@@ -94,6 +118,12 @@ SAVED: dict[str, tuple[Callable[[State], Any], str]] = {
         lambda s: {**behind("m.", s), **behind("optimizer.exp_avg.", {n: v * 0 for n, v in s.items()})},
         "'m.'",
     ),
+    "transformers": (of_transformers, ""),
+    "transformers, wrapped": (
+        lambda s: {"net": behind("clip.", of_transformers(s))},
+        "'clip.visual.' in ['net']",
+    ),
+    "in a list": (lambda s: {"model": [s]}, "['model'][0]"),
     "argparse": (lambda s: {"model": s, "args": argparse.Namespace(lr=1, out=PurePosixPath("runs"))}, ""),
     "numpy": (lambda s: {"state_dict": s, "best": np.float64(0.5), "curve": np.arange(3.0)}, ""),
     "head": (lambda s: {**s, "head.weight": torch.zeros(3, 3)}, "left out head.weight"),

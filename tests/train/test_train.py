@@ -244,7 +244,7 @@ def test_eval_says_how_sure_it_is_and_whose_clips_it_scored(caches, tmp_path):
     some = evaluate(tmp_path / "0", cache, clips=[5, 6, 9])
     assert (some.scored_on, some.clips_trained_on) == ("other", 1)
     other = evaluate(tmp_path / "0", caches[1])
-    assert (other.scored_on, other.clips_trained_on) == ("other", None)
+    assert (other.scored_on, other.clips_trained_on) == ("other", 0)  # of another list, by their ids
     seed = evaluate(tmp_path / "1", cache, clips=[6, 7, 8])
     assert own.comparable_key == seed.comparable_key
     assert len({found.comparable_key for found in (own, seen, some, other)}) == 4

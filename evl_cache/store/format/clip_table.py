@@ -16,6 +16,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from evl_cache.canonical_json import canonical_json
 from evl_cache.clips import Clip
 from evl_cache.errors import CacheDamaged
 from evl_cache.store.disk.file_system import map_limited
@@ -193,10 +194,19 @@ def canonical_parts(clips: Iterable[Clip]) -> Iterator[bytes]:
     rest = iter(clips)
     while part := list(islice(rest, _ROWS_AT_A_TIME)):
         rows = (
-            f'{{"id":{text(clip.id)},"label":{clip.label:d},"path":{text(clip.path)},"split":{text(clip.split)}}}\n'
+            f'{{"id":{text(clip.id)},"label":{clip.label:d},"path":{text(clip.path)},{_segment(clip)}"split":{text(clip.split)}}}\n'
             for clip in part
         )
         yield "".join(rows).encode(errors="backslashreplace")
+
+
+def _segment(clip: Clip) -> str:
+    """Return the field of a row that only segments have, and what divides it from the next."""
+    return (
+        ""
+        if clip.segment is None
+        else f'"segment":{canonical_json(clip.segment.to_json()).decode().strip()},'
+    )
 
 
 def map_clips(path: Path, most_nbytes: int, *, labels: np.ndarray | None = None) -> ClipTable:

@@ -1,0 +1,102 @@
+"""Read a file that names the classes: `--classes FILE` of lists and of imported heads."""
+
+import csv
+import re
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+
+from evl_cache.clips import MAX_CLASSES
+from evl_cache.errors import UsageError
+
+_IDS = {"", "id", "class_id", "label_id", "index"}
+_NAMES = {"name", "class", "label", "class_name", "label_name"}
+_WHOLE = re.compile(r"\d{1,9}(?:\.0*)?", re.ASCII)
+_EXPECTED = "one name a line, or a table 'id,name' as Kinetics has it"
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """Return the names of classes in their order: one a line, or a table with the header `name` or `id,name`.
+
+    Raises: UsageError where it cannot be read, is empty, a name stands twice, or the ids are not 0, 1, … once each.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8"
+        raise UsageError(
+            f"{path}: cannot be read as names of classes ({reason}); expected {_EXPECTED}"
+        ) from error
+    if "\0" in text:
+        raise UsageError(f"{path}: not UTF-8 text (it holds zeros); expected {_EXPECTED}")
+    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if lines and _fields(lines[0][1]) == ["name"]:
+        lines = lines[1:]
+    elif lines and len(header := _fields(lines[0][1])) == 2 and _is_table(header):
+        lines = _by_id(lines[1:], path, swapped=header[0] in _NAMES)
+    if not 0 < len(lines) < MAX_CLASSES:
+        raise UsageError(
+            f"{path}: names {len(lines)} classes; expected {_EXPECTED}, and fewer than {MAX_CLASSES}"
+        )
+    seen: dict[str, int] = {}
+    for number, name in lines:
+        if name in seen:
+            raise UsageError(
+                f"{path}, line {number}: {name!r} stands in line {seen[name]}, too; expected each class once"
+            )
+        seen[name] = number
+    return tuple(seen)
+
+
+def number_by_names(
+    labels: Sequence[str], classes: Sequence[str], *, path: Path, source: str, lines: Sequence[int]
+) -> list[int]:
+    """Return the class number of each label: one of the names, or throughout numbers below their count.
+
+    Where names of `classes` are numbers themselves, labels are names.
+
+    Raises: UsageError with the line for a label that is no class.
+    """
+    index = {name: number for number, name in enumerate(classes)}
+    if all(map(_WHOLE.fullmatch, labels)) and not any(map(_WHOLE.fullmatch, classes)):
+        numbers = [int(label.partition(".")[0]) for label in labels]
+        for number, line in zip(numbers, lines, strict=True):
+            if number >= len(classes):
+                raise UsageError(
+                    f"{source}, line {line}: label {number}; expected numbers below {len(classes)}, the number of classes of "
+                    f"{path}"
+                )
+        return numbers
+    for label, line in zip(labels, lines, strict=True):
+        if label not in index:
+            near = get_close_matches(label, classes, n=3, cutoff=0.6) or classes[:1]
+            raise UsageError(
+                f"{source}, line {line}: label {label!r} is none of the {len(classes)} classes of {path}; expected one of "
+                f"them, such as {', '.join(map(repr, near))}"
+            )
+    return [index[label] for label in labels]
+
+
+def _fields(line: str) -> list[str]:
+    mark = "\t" if "\t" in line else ","
+    return [field.strip().lower() for field in next(csv.reader([line], delimiter=mark), [])]
+
+
+def _is_table(header: list[str]) -> bool:
+    return any(a in _IDS and b in _NAMES for a, b in (header, header[::-1]))
+
+
+def _by_id(lines: list[tuple[int, str]], path: Path, *, swapped: bool) -> list[tuple[int, str]]:
+    """Return lines and names in the order of their ids."""
+    mark = "\t" if lines and "\t" in lines[0][1] else ","
+    found: dict[int, tuple[int, str]] = {}
+    for number, line in lines:
+        fields = [field.strip() for field in next(csv.reader([line], delimiter=mark), [])]
+        index, name = (fields[::-1] if swapped else fields) if len(fields) == 2 else ("", "")
+        if not index.isdecimal() or not name or int(index) >= len(lines) or int(index) in found:
+            raise UsageError(
+                f"{path}, line {number}: {line[:60]!r} is no id and name; expected the ids 0 to {len(lines) - 1}, each once, "
+                "and a name quoted where it holds a comma"
+            )
+        found[int(index)] = (number, name)
+    return [found[index] for index in sorted(found)]
