@@ -49,6 +49,7 @@ class OnlineLoader:
         decode: `frames` of a `DecodePool`, which whoever opened it closes.
         workers: processes of the pool.
         processes: the processes that share the batches.
+        classes: as `FeatureLoader`.
         patience_s: how long an outage is waited for.
         on_outage: called when one begins, and when it is over.
     """
@@ -65,11 +66,12 @@ class OnlineLoader:
         decode: Decode,
         workers: int,
         processes: Processes,
+        classes: np.ndarray | None = None,
         patience_s: float = PATIENCE_S,
         on_outage: OnOutage = lambda message: None,
     ) -> None:
         self.cache, self.samples = source, samples
-        self.labels = source.labels
+        self.labels = source.labels if classes is None else classes[source.labels]
         self.times = LoaderTimes()
         self.failures: dict[int, str] = {}
         self.order = EpochOrder(

@@ -24,7 +24,7 @@ from evl_cache.extract import (
 from evl_cache.live.clips import LiveClips
 from evl_cache.live.loader import OnlineLoader
 from evl_cache.processes import Processes, giving_back_memory
-from evl_cache.runs import OnWait
+from evl_cache.runs import OnWait, match_classes
 from evl_cache.towers import Backbone
 from evl_cache.train import (
     OnBottleneck,
@@ -112,6 +112,7 @@ def train_online(
                     decode=pool.frames,
                     workers=workers,
                     processes=processes,
+                    classes=match_classes(sources[0].spec.classes, source.spec.classes).numbers,
                     on_outage=on_outage,
                 )
             )
