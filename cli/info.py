@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from .common import Command, human_bytes, human_seconds, print_json, shown, writ
 if TYPE_CHECKING:
     from evl_cache.caches.watch import Look
 
+_MOST_MARKS = 200  # that are read where nobody asks: it should answer at once, on network disks too
 EXAMPLES = """
 evl-cache info caches/mine
 evl-cache info caches/mine --json
@@ -47,7 +49,7 @@ def command(cache: Path, failures: bool, as_csv: bool, watched: bool, every: flo
     if watched:
         _watch(cache, every, as_json=as_json)
         return 0
-    found = describe(cache, counts_all=as_json)
+    found = describe(cache, most_marks=math.inf if as_json else _MOST_MARKS)
     if as_json:
         print_json(found)
         return 0

@@ -76,7 +76,7 @@ def _sweep_flags(function: Function) -> Function:
         path_flag("--out", "Directory of the sweep [a new one under runs/]."),
         click.option("--resume", is_flag=True, help="Go on with the sweep in --out."),
         click.option("--save-every-steps", type=int, metavar="N", help="The last states [every epoch]."),
-        click.option("--memory", metavar="GB", help="Most for heads trained at once [0.7 of the free]."),
+        click.option("--memory", metavar="GB", help="Most for heads trained at once [0.7 of what is free]."),
         gigabytes_flag("--cache-in-ram", "Keep samples once read."),
         read_threads_flag,
         trust_flag,

@@ -144,7 +144,7 @@ def _storage(flag: str, choices: tuple[str, ...], text: str, metavar: str | None
 # fmt: off
 EXTRACT_OPTIONS = (
     ExtractOption("--dataset", _STORED, _DATASETS, metavar="NAME", is_required=True),
-    ExtractOption("--root", _ALL, "Folder of the videos [$EVL_DATA_ROOT/NAME].", kind=Path),
+    ExtractOption("--root", _ALL, "Folder of the videos [$EVL_DATA_ROOT/NAME, or the list's].", kind=Path),
     ExtractOption("--split", _ALL, "Only this split [both train and val]."),
     ExtractOption("--annotations", _ALL, "File or folder [under --root].", kind=Path),
     ExtractOption("--list", _ALL, "Lines 'path label', for --dataset list.", kind=Path, parameter="list_path"),

@@ -10,7 +10,6 @@ from evl_cache.errors import reason_alone
 from evl_cache.spec import FRAME_RULE
 from evl_cache.store import FeatureCache, cache_size, size_together
 
-_MOST_MARKS = 2000  # that are read where nobody asks: about a second
 _ALL_BY_RULE = f"all clips by rule {FRAME_RULE}"
 # Of containers in which no decoder finds a frame by its number without reading what is before it.
 # fmt: off
@@ -22,11 +21,12 @@ _DOUBTFUL_ENDINGS = frozenset((
 # fmt: on
 
 
-def describe(path: str | Path, *, counts_all: bool = True) -> dict[str, Any]:
+def describe(path: str | Path, *, most_marks: float = 0) -> dict[str, Any]:
     """Describe a cache as plain JSON values: spec, size, completeness, failures by reason, versions.
 
     Args:
-        counts_all: count short clips of large caches too, for which all marks are read; `short_clips` is None otherwise.
+        most_marks: of caches with so many blocks at most, short clips are counted, for which every mark is read; of others
+            `short_clips` is None.
 
     `bytes` and `files` are of what describes it and of marks and shards of the blocks done, in a directory and behind a URL.
 
@@ -62,7 +62,7 @@ def describe(path: str | Path, *, counts_all: bool = True) -> dict[str, Any]:
         "created_with": dict(cache.description.created_with),
         "decoders": sorted({decoder for decoder, _ in cache.provenance}),
         "frames": asdict(frames_of(cache)),
-        "short_clips": short_clips(cache) if counts_all or cache.num_blocks <= _MOST_MARKS else None,
+        "short_clips": short_clips(cache) if cache.num_blocks <= most_marks else None,
     }
 
 

@@ -9,8 +9,11 @@ from pathlib import Path
 from evl_cache.clips import MAX_CLASSES
 from evl_cache.errors import UsageError
 
-_IDS = {"", "id", "class_id", "label_id", "index"}
-_NAMES = {"name", "class", "label", "class_name", "label_name"}
+_IDS = {
+    "", "id", "class_id", "classid", "class_index", "class_idx", "label_id", "label_index", "label_idx", "index", "idx", "number"
+}  # fmt: skip
+_NAMES = {"name", "class", "label", "class_name", "classname", "label_name", "names", "classes", "labels"}
+_NUMBERED = re.compile(r"\d+(?:\s*[,;:\t]\s*|\s+)\S.*")
 _WHOLE = re.compile(r"\d{1,9}(?:\.0*)?", re.ASCII)
 _EXPECTED = "one name a line, or a table 'id,name' as Kinetics has it"
 
@@ -29,11 +32,19 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         ) from error
     if "\0" in text:
         raise UsageError(f"{path}: not UTF-8 text (it holds zeros); expected {_EXPECTED}")
-    lines = [(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if lines and _fields(lines[0][1]) == ["name"]:
+    written = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
+    lines = [(number, line) for number, line in written if line and not line.startswith("# ")]
+    mark = _mark(lines[0][1]) if lines else ","
+    header = _fields(lines[0][1], mark) if lines else []
+    if len(header) == 1 and header[0] in _NAMES and len(lines) > 1:
         lines = lines[1:]
-    elif lines and len(header := _fields(lines[0][1])) == 2 and _is_table(header):
-        lines = _by_id(lines[1:], path, swapped=header[0] in _NAMES)
+    elif len(header) > 1 and {*header} & _IDS and {*header} & _NAMES:
+        lines = _by_id(lines[1:], path, header, mark)
+    elif len(lines) > 1 and all(_NUMBERED.fullmatch(line) for _, line in lines):
+        raise UsageError(
+            f"{path}, line {lines[0][0]}: {lines[0][1][:60]!r} and all others are a number and a name; expected {_EXPECTED}: "
+            "put a line id,name before them, or leave the numbers out"
+        )
     if not 0 < len(lines) < MAX_CLASSES:
         raise UsageError(
             f"{path}: names {len(lines)} classes; expected {_EXPECTED}, and fewer than {MAX_CLASSES}"
@@ -77,22 +88,21 @@ def number_by_names(
     return [index[label] for label in labels]
 
 
-def _fields(line: str) -> list[str]:
-    mark = "\t" if "\t" in line else ","
+def _mark(header: str) -> str:
+    return next((mark for mark in "\t;" if mark in header), ",")
+
+
+def _fields(line: str, mark: str) -> list[str]:
     return [field.strip().lower() for field in next(csv.reader([line], delimiter=mark), [])]
 
 
-def _is_table(header: list[str]) -> bool:
-    return any(a in _IDS and b in _NAMES for a, b in (header, header[::-1]))
-
-
-def _by_id(lines: list[tuple[int, str]], path: Path, *, swapped: bool) -> list[tuple[int, str]]:
+def _by_id(lines: list[tuple[int, str]], path: Path, header: list[str], mark: str) -> list[tuple[int, str]]:
     """Return lines and names in the order of their ids."""
-    mark = "\t" if lines and "\t" in lines[0][1] else ","
+    places = [next(n for n, name in enumerate(header) if name in names) for names in (_IDS, _NAMES)]
     found: dict[int, tuple[int, str]] = {}
     for number, line in lines:
         fields = [field.strip() for field in next(csv.reader([line], delimiter=mark), [])]
-        index, name = (fields[::-1] if swapped else fields) if len(fields) == 2 else ("", "")
+        index, name = (fields[place] for place in places) if len(fields) == len(header) else ("", "")
         if not index.isdecimal() or not name or int(index) >= len(lines) or int(index) in found:
             raise UsageError(
                 f"{path}, line {number}: {line[:60]!r} is no id and name; expected the ids 0 to {len(lines) - 1}, each once, "

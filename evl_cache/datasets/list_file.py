@@ -1,5 +1,6 @@
 """Read a list file or a table: a path and a label a line, and what more a table's columns say."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Collection, Sequence
@@ -10,10 +11,12 @@ from evl_cache.clips import Clip, ClipList, number_labels
 from evl_cache.datasets.class_file import number_by_names, read_class_names
 from evl_cache.datasets.list_lines import LIST_FORMS, ListLine, parse_list, refuse_several_labels
 from evl_cache.datasets.missing import FRAMES_REMEDY
-from evl_cache.datasets.places import VIDEO_SUFFIXES
+from evl_cache.datasets.places import VIDEO_SUFFIXES, suffix_of
 from evl_cache.datasets.table_rows import read_table
 from evl_cache.errors import UsageError
+from evl_cache.notation import counted
 
+_OFTEN_NONE = frozenset({"nan", "na", "n/a", "none", "null", "unknown", "?"})
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a byte that is not UTF-8
 _NO_LABEL = re.compile(r"-\d+(?:\.\d*)?")  # that a test set's clips are given
 
@@ -41,7 +44,10 @@ def read_lists(path: Path, *, split: str | None, classes_path: Path | None = Non
     rows, remarks = (parse_list(text, source=source), []) if table is None else table
     if table is None:
         _refuse_frame_folders(rows, source=source)
-    rows = _labelled(rows, split, source)
+        _refuse_unknown_header(rows, source=source)
+    read = rows
+    rows = _labelled(read, split, source, only_wanted=classes_path is not None)
+    remarks += _remarks_of_labels(rows, read)
     lines, names = [row.line for row in rows], [row.label for row in rows]
     if classes_path is None:
         refuse_several_labels(rows, source=source)
@@ -63,25 +69,40 @@ def read_lists(path: Path, *, split: str | None, classes_path: Path | None = Non
         for r, label in zip(rows, labels, strict=True)
     )
     has_splits = any(row.split is not None for row in rows)
+    _refuse_same_parts(rows, has_splits=has_splits, source=source)
+    _refuse_same_ids(rows, source=source)
     # Also of all splits together: no clip is in two of them.
     listed = ClipList(
         clips=clips, classes=classes, source=source, is_undivided=not has_splits, remarks=tuple(remarks)
     )
-    if table is not None:
-        _refuse_same_parts(rows, has_splits=has_splits, source=source)
     return _by_split(listed, split) if has_splits else {split or "all": listed}
 
 
-def _labelled(rows: Sequence[ListLine], split: str | None, source: str) -> list[ListLine]:
+def _labelled(
+    rows: Sequence[ListLine], split: str | None, source: str, *, only_wanted: bool
+) -> list[ListLine]:
     """Return the rows without those of splits that are not read and have no label, as test sets often have none.
 
-    Raises: UsageError for another row without a label, or with one that is not UTF-8.
+    Args:
+        only_wanted: whether other clips of splits that are not read are left out, too: they number no class.
+
+    Raises: UsageError for another row without a label, or with one that is not UTF-8, or for one without a split.
     """
-    wanted = _wanted({row.split for row in rows if row.split}, split)
+    there = {row.split for row in rows if row.split}
+    for row in rows:
+        if there and row.split is None:
+            raise UsageError(
+                f"{source}, line {row.line}: no split, as other lines have; expected train, val or test"
+            )
+    has_label = {row.split for row in rows if row.label and not _NO_LABEL.fullmatch(row.label)}
+    if split is None and "val" not in there and "train" in there and "test" not in has_label:
+        there.discard("test")
+    wanted = _wanted(there, split)
     kept = [
         row
         for row in rows
-        if row.split in (None, *wanted) or (row.label and not _NO_LABEL.fullmatch(row.label))
+        if row.split in (None, *wanted)
+        or (row.label and not _NO_LABEL.fullmatch(row.label) and not only_wanted)
     ]
     for row in kept:
         if not row.label:
@@ -93,6 +114,22 @@ def _labelled(rows: Sequence[ListLine], split: str | None, source: str) -> list[
                 f"{source}, line {row.line}: label {row.label!r} is not UTF-8; save the list as UTF-8"
             )
     return kept
+
+
+def _remarks_of_labels(rows: Sequence[ListLine], read: Sequence[ListLine]) -> list[str]:
+    """Return lines on clips that are left out without a word of the list, and on labels that often mean none."""
+    left = Counter(row.split for row in read) - Counter(row.split for row in rows)
+    odd = Counter(row.label for row in rows if row.label.lower() in _OFTEN_NONE)
+    return [
+        *(
+            f"of split {split} {counted(n, 'clip')} left out, with no label or not asked for"
+            for split, n in left.items()
+        ),
+        *(
+            f"{label!r} is the class of {counted(n, 'clip')}, and often marks a clip without a label"
+            for label, n in odd.items()
+        ),
+    ]
 
 
 def _wanted(there: Collection[str], split: str | None) -> list[str]:
@@ -111,7 +148,7 @@ def _by_split(listed: ClipList, split: str | None) -> dict[str, ClipList]:
     remarks = [*listed.remarks, *_in_both(listed.clips)]
     if split is None:
         remarks += [
-            f"{n} clips of split {name} are left out: --split {name}"
+            f"{counted(n, 'clip')} of split {name} left out: --split {name}"
             for name, n in counts.items()
             if name not in wanted
         ]
@@ -127,19 +164,43 @@ def _in_both(clips: Sequence[Clip]) -> list[str]:
     """Return a line on videos of which segments are trained on and others scored; none without any."""
     sides = {name: {clip.path for clip in clips if clip.split == name} for name in ("train", "val", "test")}
     both = {name: len(sides["train"] & sides[name]) for name in ("val", "test")}
-    return [f"{n} videos have segments in both train and {name}" for name, n in both.items() if n]
+    return [f"{counted(n, 'video')} with segments in both train and {name}" for name, n in both.items() if n]
 
 
 def _refuse_same_parts(rows: Sequence[ListLine], *, has_splits: bool, source: str) -> None:
     """Raise UsageError where one part of a video is two clips, under two ids: it would have two labels, or count twice."""
     seen: dict[object, ListLine] = {}
     for row in rows:
-        other = seen.setdefault((row.path, row.segment), row)
+        is_whole = row.segment is None or (row.segment.start == 0 and row.segment.end is None)
+        other = seen.setdefault((os.path.normpath(row.path), None if is_whole else row.segment), row)
         if other is not row:
+            name = row.id if row.id and row.id == other.id else row.path
             raise UsageError(
-                f"{source}: {row.path!r} occurs twice (lines {other.line} and {row.line}); expected each video, or part of "
+                f"{source}: {name!r} occurs twice (lines {other.line} and {row.line}); expected each video, or part of "
                 f"it, once{', in one split' if has_splits else ''}"
             )
+
+
+def _refuse_same_ids(rows: Sequence[ListLine], *, source: str) -> None:
+    """Raise UsageError where a column of ids names two clips alike, as ids of videos do."""
+    seen: dict[str, ListLine] = {}
+    for row in rows:
+        other = seen.setdefault(row.id or row.path, row)
+        if other is not row:
+            raise UsageError(
+                f"{source}: two clips have the id {row.id!r} (lines {other.line} and {row.line}); expected ids that name one "
+                "clip each: rename the column, or leave it out"
+            )
+
+
+def _refuse_unknown_header(rows: Sequence[ListLine], *, source: str) -> None:
+    """Raise UsageError where the first line alone names no video by its ending: it names columns, or is a title."""
+    is_video = [suffix_of(row.path) in VIDEO_SUFFIXES for row in rows]
+    if len(rows) > 1 and not is_video[0] and all(is_video[1:]):
+        raise UsageError(
+            f"{source}, line {rows[0].line}: {rows[0].path!r} is no video by its ending, as those of all other lines are; "
+            "expected columns called path and label, if it names them, or no such line"
+        )
 
 
 def _text(path: Path) -> str:

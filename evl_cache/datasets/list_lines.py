@@ -23,6 +23,7 @@ _HOLDS_VIDEO = re.compile(rf"(?:{_VIDEO})(?:\s|$)", re.IGNORECASE)
 _NUMBER = re.compile(r"[-+]?\d+(?:\.\d*)?")
 _ENDING = re.compile(r"\.(?=\d*[^\W\d])\w+")  # the .5 of a number is none
 _NUMBERS = re.compile(r"\[?\s*\d+(?:\s*[,;|]\s*\d+|\s+\d+)+\s*\]?")
+_A_LIST = re.compile(r"\[.*\]")
 _BETWEEN_NAMES = re.compile(r"\s*[,;|\s]\s*")
 _SURELY_BETWEEN = re.compile(r"\s*[;|]\s*")  # names hold commas and blanks
 _HEADERS = ({"path", "video", "video_path", "file", "filename", "clip"}, {"label", "class", "category"})
@@ -146,7 +147,7 @@ def refuse_several_labels(rows: Sequence[ListLine], *, source: str) -> None:
         parts = _parts(row.label, _BETWEEN_NAMES)
         of_others = len(parts) > 1 and names.issuperset(parts)
         recurs = any(parted[part] > 1 for part in _parts(row.label, _SURELY_BETWEEN))
-        if _NUMBERS.fullmatch(row.label) or of_others or recurs:
+        if _NUMBERS.fullmatch(row.label) or _A_LIST.fullmatch(row.label) or of_others or recurs:
             raise UsageError(
                 f"{source}, line {row.line}: {row.label!r} are several labels (or a number of frames and a label); "
                 "expected one label for each clip (where it is the name of one class, name all by --classes FILE)"

@@ -47,8 +47,7 @@ def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> list[
     Raises: UsageError otherwise, with count, percentage, the first files with their lines, a file that is there under
     another name, and the remedy.
     """
-    if not 0 <= allow_percent <= 100:
-        raise UsageError(f"--allow-missing {allow_percent}; expected a percentage from 0 to 100")
+    check_allowance(allow_percent)
     missing = missing_clips(clips, root)
     _check_locale(missing, clips.source)
     percent = 100 * len(missing) / len(clips.clips)
@@ -80,6 +79,12 @@ def _check_locale(missing: Sequence[Clip], source: str) -> None:
                 f"{source}: {_named(clip)} cannot be looked up, as the locale's names of files are {error.encoding}; "
                 "set PYTHONUTF8=1, or LC_ALL to a UTF-8 locale such as C.UTF-8"
             ) from error
+
+
+def check_allowance(allow_percent: float) -> None:
+    """Check how much may be missing. Raises: UsageError for what is no percentage."""
+    if not 0 <= allow_percent <= 100:
+        raise UsageError(f"--allow-missing {allow_percent}; expected a percentage from 0 to 100")
 
 
 def _remedy(clips: ClipList, missing: Sequence[Clip], root: Path, *, without: str) -> str:

@@ -19,6 +19,9 @@ _NAMES = {
     "end_frame": "end_frame frame_end stop_frame",
     "id": "id clip_id segment_id",
 }
+_LENGTHS = frozenset(
+    ["duration", "dur", "length", "length_s", "num_frames", "n_frames", "nframes", "frame_count"]
+)
 _KINDS = {name: kind for kind, names in _NAMES.items() for name in names.split()}
 _LEAST_KNOWN = 2  # names among three or more in a first line that make it a header
 _NEAR = 0.75
@@ -60,6 +63,13 @@ def find_columns(names: Sequence[str], *, where: str) -> dict[str, str]:
             )
         if own:
             found[kind] = own[0]
+    for start, end in (("start", "end"), ("start_frame", "end_frame")):
+        lengths = [name for name in names if _plain(name) in _LENGTHS]
+        if start in found and end not in found and lengths:
+            raise UsageError(
+                f"{where}: {found[start]!r} and {lengths[0]!r} name a segment, but no end; expected {start} and {end}: add "
+                f"a column {end}, or rename {lengths[0]!r} where it is none of the segment's"
+            )
     lacking = [kind for kind in ("path", "label") if kind not in found]
     if lacking:
         meant = [f"{name!r} may be meant as {near}" for name in names if (near := _near(name)) in lacking]

@@ -67,7 +67,7 @@ def _of_csv(text: str, *, source: str) -> Table | None:
         return None
     columns = find_columns([name for name in header if name], where=f"{source}, line {at}")
     place = {kind: header.index(name) for kind, name in columns.items()}
-    rows, unnamed = [], False
+    rows, unnamed, beside = [], False, 0
     for line, fields in records:
         while len(fields) > len(header) and not fields[-1]:  # as spreadsheets write
             fields.pop()
@@ -78,9 +78,11 @@ def _of_csv(text: str, *, source: str) -> Table | None:
             )
         unnamed |= any(field and not name for name, field in zip(header, fields, strict=True))
         cells = {kind: fields[number] for kind, number in place.items()}
+        beside += _has_both_units(cells)
         rows.append(_row(cells, line, f"{source}, line {line}"))
     remarks = remark_of_unread((name for name in header if name), columns.values())
     remarks += ["a column without a name is not read"] if unnamed else []
+    remarks += ["of rows with times and frames the times are read"] if beside else []
     remarks += [f"lines that begin with # are passed over: {comments}"] if comments else []
     return rows, remarks
 
@@ -207,12 +209,21 @@ def _segment(cells: _Cells, where: str) -> Segment | None:
     frames = {kind: cells[kind] for kind in ("start_frame", "end_frame") if cells.get(kind)}
     if not seconds and not frames:
         return None
+    if seconds and (alone := {kind for kind in frames if kind.removesuffix("_frame") not in seconds}):
+        raise UsageError(
+            f"{where}: {' and '.join(seconds)} in seconds, {' and '.join(sorted(alone))} in frames; expected both in one unit"
+        )
     read, unit = (_second, "seconds") if seconds else (_frame, "frames")
     bounds = {kind.partition("_")[0]: read(kind, text, where) for kind, text in (seconds or frames).items()}
     start, end = bounds.get("start", 0.0), bounds.get("end")
     if end is not None and end <= start:
         raise UsageError(f"{where}: end {end:g} is not after start {start:g}; expected a later end")
     return Segment(unit=unit, start=start, end=end)
+
+
+def _has_both_units(cells: _Cells) -> bool:
+    times, frames = (any(map(cells.get, names)) for names in (("start", "end"), ("start_frame", "end_frame")))
+    return times and frames
 
 
 def _second(kind: str, text: str, where: str) -> float:

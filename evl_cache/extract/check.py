@@ -13,7 +13,7 @@ from statistics import median_low
 from typing import Any
 
 from evl_cache.clips import Clip, ClipList
-from evl_cache.datasets import check_missing, describe_passed_over, missing_clips
+from evl_cache.datasets import check_allowance, check_missing, describe_passed_over, missing_clips
 from evl_cache.errors import UsageError
 from evl_cache.extract.request import ExtractRequest, SplitsRead, last_layers, read_splits
 from evl_cache.extract.short_clips import ShortClips, look_for_short
@@ -73,8 +73,8 @@ class SplitCheck:
                 "--dataset list takes files of any ending"
             )
         notes += self.remarks
-        if self.short is not None and (told := self.short.told()):
-            notes.append(told)
+        if self.short is not None:
+            notes += self.short.told()
         return notes
 
     @property
@@ -165,6 +165,7 @@ class Check:
 
 def check(request: ExtractRequest) -> Check:
     """Return what `extract` with the same request understands. Raises: UsageError where that cannot be read."""
+    check_allowance(request.allow_missing_percent)
     read = read_splits(request)
     shape = tower_shape(request.model)
     missing = {split: missing_clips(clips, read.root) for split, clips in read.lists.items()}

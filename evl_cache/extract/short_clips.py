@@ -4,7 +4,7 @@ Told before the work by what headers of some of the files say, and afterwards by
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +39,8 @@ class ShortClips:
         stride: of a view.
         median: frames of the clip in the middle; None where none was looked at.
         fitting_stride: the largest with which nine of ten are long enough; None where none was looked at.
-        unreadable: why the first that could not be read could not; None where all could.
+        unreadable: why the first that could not be read could not, or which segment holds no frame; None where all could.
+        failed: how many those are.
     """
 
     clips: int
@@ -51,11 +52,15 @@ class ShortClips:
     median: int | None
     fitting_stride: int | None
     unreadable: str | None
+    failed: int
 
-    def told(self) -> str | None:
-        """Return what a person should know before the work; None where clips are long enough."""
-        if self.asked and not self.looked_at and self.unreadable is not None:
-            return f"none of {counted(self.asked, 'clip')} looked at could be opened; the first: {self.unreadable}"
+    def told(self) -> list[str]:
+        """Return what a person should know before the work, a line each; none where clips are there and long enough."""
+        bad = f"{self.failed} of {counted(self.asked, 'clip')} looked at cannot be opened, or hold no frame"
+        lines = [f"{bad}; the first: {self.unreadable}"] if self.failed else []
+        return [*lines, *filter(None, [self._told_short()])]
+
+    def _told_short(self) -> str | None:
         if not self.short or self.fitting_stride is None:
             return None
         whole = self.looked_at == self.clips
@@ -84,12 +89,12 @@ def look_for_short(
         return None
     rows = np.unique(np.linspace(0, len(clips) - 1, min(len(clips), MOST_LOOKED_AT)).round().astype(int))
     asked = [clip for row in rows.tolist() if (clip := clips[row]).id not in skipped]
-    lengths, unreadable = _lengths(asked, root)
-    return _judge(lengths, views.frames, views.stride, len(clips), len(asked), unreadable)
+    lengths, failed = _lengths(asked, *_look(asked, root))
+    return _judge(lengths, views.frames, views.stride, len(clips), len(asked), failed)
 
 
 def _judge(
-    lengths: Sequence[int], frames: int, stride: int, clips: int, asked: int, unreadable: str | None
+    lengths: Sequence[int], frames: int, stride: int, clips: int, asked: int, failed: Sequence[str]
 ) -> ShortClips:
     spanned = frames_spanned(frames=frames, stride=stride)
     fitted = sorted(lengths)[int((1 - _FITTED) * len(lengths) + 1e-9)] if lengths else None
@@ -102,12 +107,13 @@ def _judge(
         stride=stride,
         median=median_low(lengths) if lengths else None,
         fitting_stride=None if fitted is None else max(1, (fitted - 1) // (frames - 1)),
-        unreadable=unreadable,
+        unreadable=failed[0] if failed else None,
+        failed=len(failed),
     )
 
 
-def _lengths(clips: Sequence[Clip], root: Path) -> tuple[list[int], str | None]:
-    """Return frames of the clips that could be looked at in time, and why the first other one could not be read."""
+def _look(clips: Sequence[Clip], root: Path) -> tuple[dict[str, Length], dict[str, str]]:
+    """Return what headers say of the clips' files that could be looked at in time, and why others cannot be read, by path."""
     until_s = time.monotonic() + _LOOK_S
     reasons: dict[str, str] = {}
     told: dict[str, Length] = {}
@@ -122,9 +128,23 @@ def _lengths(clips: Sequence[Clip], root: Path) -> tuple[list[int], str | None]:
                 reasons[path] = reason_alone(str(error), str(root / path))
 
         list(threads.map(look, dict.fromkeys(clip.path for clip in clips)))
-    found = [frames for clip in clips if clip.path in told and (frames := _frames(clip, told[clip.path]))]
-    first = next((f"{clip.path}: {reasons[clip.path]}" for clip in clips if clip.path in reasons), None)
-    return found, first
+    return told, reasons
+
+
+def _lengths(
+    clips: Sequence[Clip], told: Mapping[str, Length], reasons: Mapping[str, str]
+) -> tuple[list[int], list[str]]:
+    """Return frames of the clips that have some, and why others cannot be read or have none."""
+    found: list[int] = []
+    failed = [f"{clip.path}: {reasons[clip.path]}" for clip in clips if clip.path in reasons]
+    for clip in clips:
+        length = told.get(clip.path)
+        frames = None if length is None else _frames(clip, length)
+        if frames:
+            found.append(frames)
+        elif frames == 0 and length is not None:
+            failed.append(f"{clip.id}: the video has about {counted(length.frames, 'frame')}")
+    return found, failed
 
 
 def _frames(clip: Clip, length: Length) -> int | None:
@@ -136,4 +156,4 @@ def _frames(clip: Clip, length: Length) -> int | None:
         return None
     unit = length.rate if segment.unit == "seconds" and length.rate is not None else 1.0
     end = length.frames if segment.end is None else min(length.frames, segment.end * unit)
-    return max(0, round(end - segment.start * unit)) or None
+    return max(0, round(end - segment.start * unit))

@@ -38,7 +38,7 @@ from evl_cache.runs.head_files import load_head, save_head
 from evl_cache.runs.intervals import Interval, deviation_of, spread_text, wilson_interval
 from evl_cache.runs.log import RunLog
 from evl_cache.runs.official_checkpoint import load_official_checkpoint
-from evl_cache.runs.recorded import count_trained_on, recorded_cache, recorded_clips
+from evl_cache.runs.recorded import count_trained_on, names_of, recorded_cache, recorded_clips
 from evl_cache.runs.scoring import (
     HeadInputs,
     Scores,
@@ -93,6 +93,7 @@ __all__ = [
     "load_official_checkpoint",
     "load_state",
     "match_classes",
+    "names_of",
     "new_run_directory",
     "not_finite",
     "other_sides",

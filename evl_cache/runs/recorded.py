@@ -1,8 +1,10 @@
 """What a run's `config.json` records of its data, opened again."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from evl_cache.clips import Clip
 from evl_cache.errors import CacheError, UsageError, WaitEnded
 from evl_cache.notation import parse_rows
 from evl_cache.runs.comparable import ALL_CLIPS, is_online
@@ -59,15 +61,19 @@ def recorded_clips(run: Path, config: RunConfig, side: str, cache: FeatureCache)
 def count_trained_on(config: RunConfig, cache: FeatureCache, clips: Sequence[int]) -> int | None:
     """Return how many clips of a cache a run was trained on; None where that is not known.
 
-    Of a cache of another list they are told by their ids, where the training cache still lies on a disk here.
+    Of a cache of another list they are told by the names of their files, where the training cache still lies on a disk here.
 
     Args:
         clips: rows of the cache's list.
     """
     recorded = config.caches.get("train", {})
     if recorded.get("content_id") != cache.spec.content_id:
-        trained_ids = _ids_trained_on(config)
-        return None if trained_ids is None else sum(cache.clips[row].id in trained_ids for row in clips)
+        trained_on = _names_trained_on(config)
+        return (
+            None
+            if trained_on is None
+            else sum(not trained_on.isdisjoint(names_of(cache.clips[row])) for row in clips)
+        )
     try:
         trained = recorded_clips(Path(), config, "train", cache)
     except UsageError:
@@ -75,8 +81,17 @@ def count_trained_on(config: RunConfig, cache: FeatureCache, clips: Sequence[int
     return len(clips) if trained is None else len(set(trained).intersection(clips))
 
 
-def _ids_trained_on(config: RunConfig) -> frozenset[str] | None:
-    """Return the ids of the clips that a run was trained on; None where its cache is not there, or no longer what it was."""
+def names_of(clip: Clip) -> tuple[str, str]:
+    """Return two names, one of which two caches have in common of one clip: its path, and its id with the file's name.
+
+    Ids alone may be numbers that each list gives anew. The part of the video is in both names.
+    """
+    part = "" if clip.segment is None else f"#{clip.segment} {clip.segment.unit}"
+    return f"{os.path.normpath(clip.path)}{part}", f"{clip.id}\0{os.path.basename(clip.path)}{part}"
+
+
+def _names_trained_on(config: RunConfig) -> frozenset[str] | None:
+    """Return the names of the clips that a run was trained on; None where its cache is not there, or no longer what it was."""
     recorded = config.caches.get("train", {})
     place = str(recorded.get("path", ""))
     if not place or is_url(place) or is_online(config) or not (Path(place) / "zarr.json").is_file():
@@ -87,4 +102,9 @@ def _ids_trained_on(config: RunConfig) -> frozenset[str] | None:
     except (CacheError, UsageError):
         return None
     wanted = None if rows is None else set(rows)
-    return frozenset(clip.id for row, clip in enumerate(cache.clips) if wanted is None or row in wanted)
+    return frozenset(
+        name
+        for row, clip in enumerate(cache.clips)
+        if wanted is None or row in wanted
+        for name in names_of(clip)
+    )

@@ -6,7 +6,8 @@ from itertools import compress
 import numpy as np
 
 from evl_cache.batches import Source
-from evl_cache.runs import match_classes
+from evl_cache.clips import Clip
+from evl_cache.runs import match_classes, names_of
 
 _MOST_NAMED = 3
 _PARTS_READ_WHOLE = 4  # where a fourth of the clips or more are asked for, all are read
@@ -15,7 +16,8 @@ _PARTS_READ_WHOLE = 4  # where a fourth of the clips or more are asked for, all 
 def notes_of_sides(caches: Sequence[Source], samples: Sequence[np.ndarray]) -> list[str]:
     """Return lines on clips that are trained on and scored, and on classes scored that no clip is trained on.
 
-    Clips are told by their ids: of caches of other videos with the same names this is no fault, so it refuses nothing.
+    Clips are told by the names of their files: of caches of other videos with the same names this is no fault, so it
+    refuses nothing.
 
     Args:
         caches: to train on and to validate on; their classes fit.
@@ -28,10 +30,10 @@ def _shared_clips(caches: Sequence[Source], samples: Sequence[np.ndarray]) -> li
     train, val = caches
     rows = [np.unique(cache.sample_clips[of_side]) for cache, of_side in zip(caches, samples, strict=True)]
     if train.spec.content_id == val.spec.content_id:  # no list of a million clips is read for one cache
-        shared = [*_ids(val, np.intersect1d(rows[0], rows[1]))]
+        shared = [clip.id for clip in _clips(val, np.intersect1d(rows[0], rows[1]))]
     else:
-        trained = {*_ids(train, rows[0])}
-        shared = [clip_id for clip_id in _ids(val, rows[1]) if clip_id in trained]
+        trained = {name for clip in _clips(train, rows[0]) for name in names_of(clip)}
+        shared = [clip.id for clip in _clips(val, rows[1]) if not trained.isdisjoint(names_of(clip))]
     if not shared:
         return []
     told = (
@@ -41,14 +43,14 @@ def _shared_clips(caches: Sequence[Source], samples: Sequence[np.ndarray]) -> li
     return [told]
 
 
-def _ids(cache: Source, rows: np.ndarray) -> Iterator[str]:
-    """Yield the ids of clips, whose rows ascend: of many all lines are read at once, in a third of the time of one each."""
+def _clips(cache: Source, rows: np.ndarray) -> Iterator[Clip]:
+    """Yield clips, whose rows ascend: of many all lines are read at once, in a third of the time of one each."""
     clips = cache.clips
     if len(rows) * _PARTS_READ_WHOLE < len(clips):
-        return (clips[row].id for row in rows.tolist())
+        return (clips[row] for row in rows.tolist())
     is_asked = np.zeros(len(clips), dtype=bool)
     is_asked[rows] = True
-    return (clip.id for clip in compress(clips, is_asked.tolist()))
+    return compress(clips, is_asked.tolist())
 
 
 def _untrained_classes(caches: Sequence[Source], samples: Sequence[np.ndarray]) -> list[str]:

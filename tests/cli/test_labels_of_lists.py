@@ -104,7 +104,7 @@ def test_a_head_whose_classes_have_one_name_is_not_imported(case, run):
     save_checkpoint("o.pth", 3)
     Path("twice.txt").write_text("run\nwalk\nrun\n")
     status, out, err = run("import-head o.pth --out run --classes twice.txt")
-    assert (status, out, err.count("\n")) == (2, "", 1) and "two classes would be called 'run'" in err
+    assert (status, out, err.count("\n")) == (2, "", 1) and "line 3: 'run' stands in line 1, too" in err
     assert not Path("run").exists()
 
 

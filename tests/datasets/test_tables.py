@@ -74,8 +74,8 @@ def test_one_table_makes_both_splits_which_number_classes_alike(tmp_path: Path) 
     }
     assert lists["train"].classes == lists["val"].classes == ("0a", "a", "b", "c")
     assert lists["train"].remarks == (
-        "1 videos have segments in both train and val",
-        "1 clips of split test are left out: --split test",
+        "1 video with segments in both train and val",
+        "1 clip of split test left out: --split test",
     )
     (only,) = read_lists(path, split="test").values()
     assert (only.classes, only.clips[0].label, only.is_undivided) == (lists["val"].classes, 0, False)
@@ -98,6 +98,16 @@ def test_one_table_makes_both_splits_which_number_classes_alike(tmp_path: Path) 
         ('path,label\n\n"a.mp4,b\n', r"line 3: cannot be read"),
         ('path,label\n"a\nb.mp4",b\n', r"line 2: path .* holds a line end"),
         ("path,label\n,b\n", r"line 2: no path"),
+        ("path,label,start_frame,end\na.mp4,b,5,9\n", r"line 2: end in seconds, start_frame in frames; expected both"),
+        ("path,label,start,end,end_frame\na.mp4,b,5,,9\n", r"line 2: start in seconds, end_frame in frames"),
+        ("path,label,start,duration\na.mp4,b,5,9\n", r"'start' and 'duration' name a segment, but no end"),
+        ("path,label\na.mp4,[0]\n", r"line 2: '\[0\]' are several labels"),
+        ("path,label\na.mp4,\"['run', 'walk']\"\n", r"line 2: .* are several labels"),
+        ("video,gloss\na.mp4,run\nb.mp4,run\n", r"line 1: 'video' is no video by its ending, as those of all other"),
+        ("path,label\na.mp4,b\n./a.mp4,b\n", r"'./a.mp4' occurs twice \(lines 2 and 3\)"),
+        ("path,label,end,start\na.mp4,b,,0\na.mp4,b,,\n", r"'a.mp4' occurs twice \(lines 2 and 3\)"),
+        ("path,label,id\na.mp4,b,v\nb.mp4,b,v\n", r"two clips have the id 'v' \(lines 2 and 3\); expected ids that name"),
+        ('{"path": "a.mp4", "label": 1, "split": "train"}\n{"path": "b.mp4", "label": 1}\n', r"line 2: no split, as other"),
         ("path,label\na.mp4,\n", r"line 2: no label"),
         ("path,label\na.mp4,-1\n", r"line 2: label -1 is no class"),
         ('path,label\na.mp4,3\nb.mp4,"1,3"\n', r"line 3: '1,3' are several labels"),
@@ -133,7 +143,10 @@ def test_a_column_of_its_own_name_is_read_and_times_before_frames(tmp_path: Path
     (found,) = read_lists(path, split=None).values()
     assert found.classes == ("run",)
     assert found.clips[0].segment == Segment(unit="seconds", start=1.14, end=3)
-    assert found.remarks == ("columns that are not read: 'class_id'",)
+    assert found.remarks == (
+        "columns that are not read: 'class_id'",
+        "of rows with times and frames the times are read",
+    )
 
 
 def test_clips_of_splits_that_are_not_read_need_no_label(tmp_path: Path) -> None:
@@ -141,6 +154,21 @@ def test_clips_of_splits_that_are_not_read_need_no_label(tmp_path: Path) -> None
     assert read(tmp_path, text) == {"train": [("a.mp4", "run", None)], "val": [("d.mp4", "walk", None)]}
     with pytest.raises(UsageError, match="line 3: no label"):
         read(tmp_path, text, split="test")
+    text = "path,label,split\na.mp4,run,train\nb.mp4,,test\nc.mp4,,test\n"
+    assert read(tmp_path, text) == {"train": [("a.mp4", "run", None)]}
+    (found,) = read_lists(tmp_path / "t.csv", split=None).values()
+    assert found.remarks == ("of split test 2 clips left out, with no label or not asked for",)
+
+
+def test_labels_that_often_mean_none_are_told(tmp_path: Path) -> None:
+    (found,) = read_lists(write(tmp_path, "path,label\na.mp4,nan\nb.mp4,run\n"), split=None).values()
+    assert found.remarks == ("'nan' is the class of 1 clip, and often marks a clip without a label",)
+
+
+def test_a_split_that_is_not_read_needs_no_class_of_the_file(tmp_path: Path) -> None:
+    classes = write(tmp_path, "run\nwalk\n", "names.txt")
+    text = "path,label,split\na.mp4,run,train\nb.mp4,walk,val\nc.mp4,other,test\n"
+    assert [*read(tmp_path, text, classes_path=classes)] == ["train", "val"]
 
 
 def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
@@ -154,7 +182,15 @@ def test_columns_that_are_not_read_are_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["b\na\nc\n", "id,name\n0,b\n1,a\n2,c\n", "name\nb\na\nc\n", "\ufeffclass\tid\nc\t2\nb\t0\na\t1\n"],
+    [
+        "b\na\nc\n",
+        "label\nb\na\nc\n",
+        "# names\nb\na\nc",
+        "id;name;count\n0;b;7\n2;c;8\n1;a;9\n",
+        "id,name\n0,b\n1,a\n2,c\n",
+        "name\nb\na\nc\n",
+        "\ufeffclass\tid\nc\t2\nb\t0\na\t1\n",
+    ],
 )
 def test_a_file_of_classes_fixes_names_and_order(tmp_path: Path, text: str) -> None:
     classes = write(tmp_path, text, "names.txt")
@@ -173,6 +209,11 @@ def test_a_file_of_classes_fixes_names_and_order(tmp_path: Path, text: str) -> N
         ("run\nrun\n", r"names.txt, line 2: 'run' stands in line 1, too"),
         ("id,name\n0,a\n2,b\n", r"names.txt, line 3: '2,b' is no id and name; expected the ids 0 to 1"),
         ("\n", r"names.txt: names 0 classes"),
+        (
+            "1 run\n2 walk\n",
+            r"names.txt, line 1: '1 run' and all others are a number and a name; .* put a line id,name",
+        ),
+        ("0,run\n1,walk\n", r"names.txt, line 1: '0,run' and all others are a number and a name"),
     ],
 )
 def test_classes_that_do_not_fit_are_refused(tmp_path: Path, text: str, message: str) -> None:

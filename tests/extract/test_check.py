@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ from click.testing import CliRunner, Result
 from evl_cache.caches.info import describe
 from evl_cache.clips import Clip, Segment
 from evl_cache.errors import TooManyFailures, UsageError
+from evl_cache.extract import check as check_module
 from evl_cache.extract import request as request_module
 from evl_cache.extract import short_clips
 from evl_cache.extract.failure_limit import DEFAULT_FROM_THE_START, FailureCount, FailureLimit
+from evl_cache.extract.request import ExtractRequest
 from evl_cache.extract.short_clips import look_for_short
 from evl_cache.spec import ViewSpec
 from evl_cache.store import ClipRecord
@@ -136,10 +139,10 @@ def test_extract_says_the_short_form_first_and_stdout_stays_json(clips: Path, tm
     assert said[0] == "train: 4 clips of 2 classes: a, b"
     assert "passed over 1 file" in said[1] and "fewer frames than a view lies over" in said[2]
     assert "evl-tiny" in said[3]
-    assert describe(tmp_path / "c")["short_clips"] == 4
+    assert describe(tmp_path / "c", most_marks=9)["short_clips"] == 4
     auto = CliRunner().invoke(cli, ["extract", *words, "--stride", "auto", "--cache", str(tmp_path / "a")])
     assert auto.exit_code == 0 and "fewer frames" not in auto.stderr
-    found = describe(tmp_path / "a")
+    found = describe(tmp_path / "a", most_marks=9)
     assert found["short_clips"] == 0 and found["spec"]["views"]["stride"] == "auto"
     shown = CliRunner().invoke(cli, ["info", str(tmp_path / "c")]).stdout
     assert "short     4 of 4 clips" in shown
@@ -152,11 +155,7 @@ LIST = [Clip(id=str(n), path=f"{n}.mp4", label=0, split="all") for n in range(10
 def looked(
     monkeypatch: pytest.MonkeyPatch, lengths: dict[str, Length], clips: list[Clip], **views: Any
 ) -> short_clips.ShortClips | None:
-    monkeypatch.setattr(
-        short_clips, "_lengths", lambda asked, root: (
-            [n for c in asked if (n := short_clips._frames(c, lengths[c.path]))], None
-        )
-    )  # fmt: skip
+    monkeypatch.setattr(short_clips, "_look", lambda asked, root: (lengths, {}))
     return look_for_short(clips, Path("."), ViewSpec(**views))
 
 
@@ -166,7 +165,8 @@ def test_the_stride_that_fits_nine_of_ten_is_the_largest(monkeypatch: pytest.Mon
     }
     found = looked(monkeypatch, lengths, LIST[:20])
     assert found is not None and found.short == 18 and found.fitting_stride == 6 and found.median == 45
-    assert found.told() == (
+    (told,) = found.told()
+    assert told == (
         "18 of 20 clips have fewer frames than a view lies over (113 = 16 x 7 + 1): their views repeat the last frame; "
         "median 45 frames: --stride 6 fits nine of ten, --stride auto spreads each view over its clip"
     )
@@ -176,7 +176,7 @@ def test_the_stride_that_fits_nine_of_ten_is_the_largest(monkeypatch: pytest.Mon
 def test_of_long_lists_200_spread_clips_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     found = looked(monkeypatch, {clip.path: Length(8, None) for clip in LIST}, LIST)
     assert found is not None and found.asked == found.looked_at == 200
-    assert str(found.told()).startswith("200 of 200 clips looked at have fewer")
+    assert found.told()[0].startswith("200 of 200 clips looked at have fewer")
     assert looked(monkeypatch, {}, LIST, stride="auto") is None
     assert looked(monkeypatch, {}, LIST, stride=None, sampling="tsn") is None
 
@@ -189,7 +189,7 @@ def test_of_long_lists_200_spread_clips_are_looked_at(monkeypatch: pytest.Monkey
         (Segment(unit="frames", start=90, end=None), 10),
         (Segment(unit="seconds", start=1.0, end=3.0), 50),
         (Segment(unit="seconds", start=3.0, end=30.0), 25),
-        (Segment(unit="seconds", start=30.0), None),
+        (Segment(unit="seconds", start=30.0), 0),
     ],
 )
 def test_a_segment_has_frames_of_its_own(segment: Segment | None, frames: int | None) -> None:
@@ -201,7 +201,26 @@ def test_a_list_of_which_no_video_opens_is_told_before_the_work(tmp_path: Path) 
     for name in ("0.mp4", "1.mp4"):
         (tmp_path / name).write_bytes(b"no video")
     found = look_for_short(LIST[:2], tmp_path, ViewSpec())
-    assert found is not None and str(found.told()).startswith("none of 2 clips looked at could be opened; ")
+    assert found is not None and found.told()[0].startswith(
+        "2 of 2 clips looked at cannot be opened, or hold no frame; the first: "
+    )
+
+
+def test_segments_that_hold_no_frame_are_told_before_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    beyond = replace(LIST[0], id="0#9-", segment=Segment(unit="seconds", start=9.0))
+    found = looked(monkeypatch, {LIST[0].path: Length(150, 25.0)}, [LIST[0], beyond])
+    assert found is not None and found.told() == [
+        "1 of 2 clips looked at cannot be opened, or hold no frame; the first: 0#9-: the video has about 150 frames"
+    ]
+
+
+@pytest.mark.parametrize("percent", [200.0, -1.0, float("nan")])
+def test_a_percentage_that_is_none_is_refused_by_check_too(tmp_path: Path, percent: float) -> None:
+    (tmp_path / "l.txt").write_text("0.mp4 a\n")
+    (tmp_path / "0.mp4").touch()
+    asked = ExtractRequest(dataset="list", list_path=tmp_path / "l.txt", allow_missing_percent=percent)
+    with pytest.raises(UsageError, match=r"--allow-missing .* expected a percentage"):
+        check_module.check(asked)
 
 
 def test_a_run_whose_first_clips_all_fail_ends_unless_a_limit_allows_it() -> None:
@@ -222,7 +241,7 @@ def test_a_run_of_bad_files_stops_after_twenty(tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, ["extract", *words, "--cache", str(tmp_path / "c")])
     assert isinstance(result.exception, TooManyFailures)
     assert "each of the first 20 clips failed" in str(result.exception)
-    assert "none of 60 clips looked at could be opened" in result.stderr
+    assert "60 of 60 clips looked at cannot be opened" in result.stderr
     on = CliRunner().invoke(
         cli,
         ["extract", *words, "--cache", str(tmp_path / "c"), "--max-failures", "100%"],

@@ -168,7 +168,10 @@ def plain_read(path: Path) -> dict[str, list[tuple[Any, ...]]]:
     refuse_if(not rows)
     names = _classes([row.label for row in rows])
     ids = [row.id or row.path + _told(row.segment) for row in rows]
-    parts = [(row.path, row.segment) for row in rows]
+    parts = [
+        (row.path, None if row.segment and row.segment[1:] == (0.0, None) else row.segment) for row in rows
+    ]
+    refuse_if(len({row.split is None for row in rows}) > 1)
     refuse_if(len({*ids}) < len(ids) or len({*parts}) < len(parts))
     refuse_if(not all((path.parent / row.path).is_file() for row in rows if row.split in _wanted(rows)))
     out: dict[str, list[tuple[Any, ...]]] = {split or "all": [] for split in _wanted(rows)}
@@ -292,6 +295,9 @@ def _row(cells: dict[str, str]) -> Row:
     refuse_if("split" in cells and cells["split"] not in SPLITS)
     seconds = [cells.get("start", ""), cells.get("end", "")]
     frames = [cells.get("start_frame", ""), cells.get("end_frame", "")]
+    refuse_if(
+        any(seconds) and any(frame and not second for second, frame in zip(seconds, frames, strict=True))
+    )
     segment = None
     if any(seconds + frames):
         start, end = (_number(text, not any(seconds)) for text in (seconds if any(seconds) else frames))
