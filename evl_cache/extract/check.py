@@ -18,7 +18,7 @@ from evl_cache.errors import UsageError
 from evl_cache.extract.request import ExtractRequest, SplitsRead, last_layers, read_splits
 from evl_cache.extract.short_clips import ShortClips, look_for_short
 from evl_cache.extract.stage import make_spec
-from evl_cache.notation import counted
+from evl_cache.notation import AUTO_STRIDE, counted
 from evl_cache.spec import TowerSpec, ViewSpec
 from evl_cache.store import projections_nbytes, sample_nbytes
 from evl_cache.towers import tower_shape
@@ -75,6 +75,10 @@ class SplitCheck:
         notes += self.remarks
         if self.short is not None:
             notes += self.short.told()
+        if self.views.stride == AUTO_STRIDE and (self.views.temporal_views > 1 or self.views.train_views > 1):
+            notes.append(
+                "with --stride auto each view lies over the whole clip: several over time have nearly the same frames"
+            )
         return notes
 
     @property

@@ -1,5 +1,6 @@
 """How many clips may fail before an extraction is stopped."""
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from evl_cache.store import ClipRecord
 DEFAULT_PERCENT, DEFAULT_FROM_CLIPS, DEFAULT_IN_A_ROW = 5.0, 100, 50
 # Where not one was read before them: fewer than a block has, so that a run that cannot work ends soon.
 DEFAULT_FROM_THE_START = 20
+_SEGMENT = re.compile(r"segment \S+ ")  # as `segments.frames_of_segment` names it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ class FailureCount:
         in_a_row: those that failed since the last that did not; segments of one video that fail alike are one.
         most_in_a_row: the most that failed without one between them.
         last_reason: of the last that failed.
+        failed_apart: those that failed, of which segments of one video that fail alike, one after another, are one.
         last_source: sha256 of its video.
     """
 
@@ -64,12 +67,14 @@ class FailureCount:
     in_a_row: int = 0
     most_in_a_row: int = 0
     last_reason: str = ""
+    failed_apart: int = 0
     last_source: str | None = None
 
     def after(self, clips: Sequence[ClipRecord], *, expected: Collection[str] = ()) -> "FailureCount":
         """The count with these clips, in the order of the list; `expected`: failed before, and were accepted."""
         seen, failed, in_a_row = self.seen, self.failed, self.in_a_row
         most, reason, source = self.most_in_a_row, self.last_reason, self.last_source
+        apart = self.failed_apart
         for clip in clips:
             if clip.error is not None and (clip.id in self.uncounted or clip.id in expected):
                 continue
@@ -77,9 +82,10 @@ class FailureCount:
             if clip.error is None:
                 in_a_row, source = 0, None
                 continue
-            # Reasons name the file: equal files under other names are others.
-            is_same_video = source is not None and (source, reason) == (clip.source_sha256, clip.error)
-            in_a_row += not is_same_video
+            # Reasons that name no segment name the file: equal files under other names are others.
+            is_same_video = source is not None and source == clip.source_sha256
+            is_same_video = is_same_video and _kind(reason) == _kind(clip.error)
+            in_a_row, apart = in_a_row + (not is_same_video), apart + (not is_same_video)
             failed, reason, source = failed + 1, clip.error, clip.source_sha256
             most = max(most, in_a_row)
         return replace(
@@ -89,6 +95,7 @@ class FailureCount:
             in_a_row=in_a_row,
             most_in_a_row=most,
             last_reason=reason,
+            failed_apart=apart,
             last_source=source,
         )
 
@@ -128,6 +135,11 @@ class FailureCount:
             return f"{told}, more than --max-failures {self.limit}" if is_exceeded else None
         if self.most_in_a_row >= DEFAULT_IN_A_ROW:
             return f"{told}, {self.most_in_a_row} in a row"
-        if self.seen >= DEFAULT_FROM_CLIPS and 100.0 * self.failed > DEFAULT_PERCENT * self.seen:
+        if self.seen >= DEFAULT_FROM_CLIPS and 100.0 * self.failed_apart > DEFAULT_PERCENT * self.seen:
             return f"{told}, more than {DEFAULT_PERCENT:g} %"
         return None
+
+
+def _kind(reason: str) -> str:
+    """Return a reason without the segment that it is of."""
+    return _SEGMENT.sub("", reason)

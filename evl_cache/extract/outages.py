@@ -167,7 +167,11 @@ class Surroundings:
             if known is not None and found == before:
                 return known
             known = self.hash_file(path, may_be_missing=may_be_missing)
-            if before is not None and before == _look(path) and time.time_ns() - before[3] > _SETTLED_NS:
+            if (
+                before is not None
+                and before == _look(path)
+                and time.time_ns() - max(before[3:]) > _SETTLED_NS
+            ):
                 self._hashed[path] = before, known
             return known
 

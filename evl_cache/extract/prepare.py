@@ -126,13 +126,15 @@ def prepare_clips(
             ]
         records = [ClipRecord(id=clip.id, source_bytes=size, source_sha256=sha256) for clip in clips]
         unknown = [place for place, clip in enumerate(clips) if not is_known(clip, sha256)]
+        check = _Checks(lambda: around.check_unchanged(path, (size, sha256)), often=len(unknown) < 2)
         made = _prepared(
             lambda places: _decoded(
                 decode, path, [clips[p] for p in places], [records[p] for p in places], tower, views, drawn
             ),
             unknown,
-            lambda: around.check_unchanged(path, (size, sha256)),
+            check.after_a_complaint,
         )
+        check.at_the_end()
         return [
             made.get(place) or PreparedClip(record=record, samples=None)
             for place, record in enumerate(records)
@@ -166,6 +168,31 @@ def _prepared(
         halves = places[: len(places) // 2], places[len(places) // 2 :]
         first, second = (_prepared(decoded, half, check_unchanged) for half in halves)
         return first | second
+
+
+class _Checks:
+    """Looks whether a file is what it was when it was hashed, where a decoder complained of it.
+
+    A long video is read whole for that: of many segments it is done after the first complaint and at the end.
+
+    Args:
+        check: reads the file.
+        often: whether to do it after each complaint.
+    """
+
+    def __init__(self, check: Callable[[], None], *, often: bool) -> None:
+        self._check, self._often, self._complaints = check, often, 0
+
+    def after_a_complaint(self) -> None:
+        """Look, where that is due. Raises: Outage where the file is another, or cannot be read."""
+        self._complaints += 1
+        if self._often or self._complaints == 1:
+            self._check()
+
+    def at_the_end(self) -> None:
+        """Look once more after several complaints. Raises: as `after_a_complaint`."""
+        if not self._often and self._complaints > 1:
+            self._check()
 
 
 class _Complaint(Exception):
@@ -210,6 +237,11 @@ def _decoded(
     try:
         made = _crop(decode(path, choice.choose), clips, choice, tower, views, drawn)
     except ClipError as error:
+        if len(choice.errors) == len(clips) > 1:  # ours: no decoder complained
+            return [
+                PreparedClip(record=replace(source, error=str(choice.errors[place])), samples=None)
+                for place, source in enumerate(records)
+            ]
         if len(clips) > 1:
             raise _Complaint from error
         return [PreparedClip(record=replace(records[0], error=str(error)), samples=None)]

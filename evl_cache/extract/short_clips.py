@@ -3,6 +3,7 @@
 Told before the work by what headers of some of the files say, and afterwards by what was decoded.
 """
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +24,7 @@ from evl_cache.video.pool import DecodePool
 MOST_LOOKED_AT = 200
 _LOOK_S, _CLIP_S = 4.0, 1.0  # seconds for all of them, and for one
 _LOOKERS = 2
+_ROUNDING = 1e-3  # of a frame
 _FITTED = 0.9  # share of clips that a stride should fit
 
 
@@ -80,7 +82,7 @@ class ShortClips:
 def look_for_short(
     clips: Sequence[Clip], root: Path, views: ViewSpec, *, skipped: frozenset[str] = frozenset()
 ) -> ShortClips | None:
-    """Ask headers of up to `MOST_LOOKED_AT` clips, spread over the list, for some seconds at most; None where no clip is short.
+    """Ask headers of up to `MOST_LOOKED_AT` clips, spread over the list, for some seconds at most; None where none can be short.
 
     Args:
         skipped: ids of clips whose file is known to be missing.
@@ -124,8 +126,10 @@ def _look(clips: Sequence[Clip], root: Path) -> tuple[dict[str, Length], dict[st
                 return
             try:
                 told[path] = pool.length(root / path)
-            except (ClipError, Outage, WorkerError) as error:  # the run itself will judge it
+            except ClipError as error:
                 reasons[path] = reason_alone(str(error), str(root / path))
+            except (Outage, WorkerError):  # as of a slow disk: the run itself will judge the file
+                return
 
         list(threads.map(look, dict.fromkeys(clip.path for clip in clips)))
     return told, reasons
@@ -156,4 +160,5 @@ def _frames(clip: Clip, length: Length) -> int | None:
         return None
     unit = length.rate if segment.unit == "seconds" and length.rate is not None else 1.0
     end = length.frames if segment.end is None else min(length.frames, segment.end * unit)
-    return max(0, round(end - segment.start * unit))
+    # As `frames_of_segment`: frames shown from the start on and before the end.
+    return max(0, math.ceil(end - _ROUNDING) - math.ceil(segment.start * unit - _ROUNDING))

@@ -99,12 +99,15 @@ class DecodePool:
             raise ClipError(f"{path}: {lost}") from lost
 
     def length(self, path: str | Path) -> Length:
-        """Return what `video.told_length` returns, found out in a process. Raises: as `frames`."""
+        """Return what `video.told_length` returns, found out in a process.
+
+        Raises: ClipError where the file is to blame; WorkerError where the process was lost, as after too long a wait.
+        """
         try:
             with self._free_worker() as worker:
                 return worker.length(path, self._timeout_s)
         except WorkerLost as lost:
-            raise ClipError(f"{path}: {lost}") from lost
+            raise WorkerError(f"{path}: {lost}") from lost
 
     @contextmanager
     def _free_worker(self) -> Iterator[DecodeProcess]:

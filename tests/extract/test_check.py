@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 
 from evl_cache.caches.info import describe
 from evl_cache.clips import Clip, Segment
-from evl_cache.errors import TooManyFailures, UsageError
+from evl_cache.errors import TooManyFailures, UsageError, WorkerError
 from evl_cache.extract import check as check_module
 from evl_cache.extract import request as request_module
 from evl_cache.extract import short_clips
@@ -190,6 +190,8 @@ def test_of_long_lists_200_spread_clips_are_looked_at(monkeypatch: pytest.Monkey
         (Segment(unit="seconds", start=1.0, end=3.0), 50),
         (Segment(unit="seconds", start=3.0, end=30.0), 25),
         (Segment(unit="seconds", start=30.0), 0),
+        (Segment(unit="seconds", start=0.0, end=0.01), 1),
+        (Segment(unit="seconds", start=0.01, end=0.04), 0),
     ],
 )
 def test_a_segment_has_frames_of_its_own(segment: Segment | None, frames: int | None) -> None:
@@ -212,6 +214,28 @@ def test_segments_that_hold_no_frame_are_told_before_the_work(monkeypatch: pytes
     assert found is not None and found.told() == [
         "1 of 2 clips looked at cannot be opened, or hold no frame; the first: 0#9-: the video has about 150 frames"
     ]
+
+
+@pytest.mark.parametrize(("views", "is_told"), [("1x3", False), ("3x1", True)])
+def test_views_over_time_that_are_nearly_the_same_are_told(tmp_path: Path, views: str, is_told: bool) -> None:
+    (tmp_path / "l.txt").write_text("0.mp4 a\n")
+    (tmp_path / "0.mp4").touch()
+    asked = ExtractRequest(
+        dataset="list", list_path=tmp_path / "l.txt", stride="auto", views=views, model="evl-tiny"
+    )
+    ((split, _),) = check_module.check(asked).splits
+    assert any("nearly the same frames" in note for note in split.notes) is is_told
+
+
+def test_a_clip_that_takes_too_long_to_look_at_is_not_told_as_bad(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def length(pool: object, path: Path) -> Length:
+        raise WorkerError("decoding took longer than 1 s")
+
+    monkeypatch.setattr(short_clips.DecodePool, "length", length)
+    found = look_for_short(LIST[:3], tmp_path, ViewSpec())
+    assert found is not None and (found.looked_at, found.failed, found.told()) == (0, 0, [])
 
 
 @pytest.mark.parametrize("percent", [200.0, -1.0, float("nan")])

@@ -1,8 +1,10 @@
 """Segments of long videos: which frames they are, by drawn numbers, whatever the file; and decoded together to the same bits."""
 
+import os
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -11,12 +13,14 @@ import pytest
 import torch
 
 from evl_cache.clips import Clip, ClipList, Segment, select
-from evl_cache.errors import Outage, UsageError
+from evl_cache.errors import Outage, TooManyFailures, UsageError
 from evl_cache.extract import outages
+from evl_cache.extract.failure_limit import FailureCount
 from evl_cache.extract.outages import Surroundings
 from evl_cache.extract.prepare import PreparedClip, choose_frames, prepare_clip, prepare_clips
 from evl_cache.extract.segments import rows_by_video
 from evl_cache.spec import ViewSpec
+from evl_cache.store import ClipRecord
 from evl_cache.video import Choose, DecodeOptions, FrameEvent, decode_clip, decode_frames
 from evl_cache.video.pool import DecodePool
 from tests.support.segmented_films import LongFilm, clip_of, plain_views, shown_by, square, tower
@@ -201,6 +205,49 @@ def test_segments_are_decoded_once_and_hashed_once(
     assert len(hashed) == 2 and after[0].record.source_sha256 != before[0].record.source_sha256
 
 
+def test_a_bad_video_of_many_segments_is_read_a_few_times(
+    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed: list[Path] = []
+    real = outages.sha256_of
+    monkeypatch.setattr(outages, "sha256_of", lambda at: hashed.append(at) or real(at))
+    segments = [Segment(unit="frames", start=n, end=n + 3) for n in range(0, 60, 3)]
+    (tmp_path / "bad.mp4").write_bytes((films / "b.mp4").read_bytes()[:9000])
+    shutil.copyfile(films / "b.mp4", tmp_path / "short.mp4")
+    for name, clips, most_decodes in (
+        ("bad.mp4", segments, 80),
+        ("short.mp4", [replace(s, start=s.start + 500, end=s.end + 500) for s in segments], 1),
+    ):
+        hashed.clear()
+        decode = Counted()
+        failed = prepare_clips(
+            [clip_of(tmp_path / name, segment) for segment in clips],
+            tmp_path,
+            tower=tower(),
+            views=VIEWS,
+            decode=decode,
+        )
+        assert all(clip.record.error and clip.samples is None for clip in failed)
+        assert len(hashed) <= 3 and len(decode.decodes) <= most_decodes
+
+
+def test_segments_of_one_bad_video_stop_no_run() -> None:
+    def failed(n: int, sha256: str, reason: str) -> ClipRecord:
+        return ClipRecord(id=str(n), source_sha256=sha256, source_bytes=1, error=reason)
+
+    good = [ClipRecord(id=f"good {n}") for n in range(50)]
+    truncated = [
+        failed(n, "a", f"segment {n}-{n + 1} (seconds) holds no frame: the video has 5") for n in range(60)
+    ]
+    count = FailureCount().after([*good, *truncated])
+    count.check(Path("c"))
+    assert (count.failed, count.failed_apart, count.most_in_a_row) == (60, 1, 1)
+    FailureCount().after(truncated).check_start()
+    others = [failed(n, str(n), f"{n}.mp4: is cut off") for n in range(60)]
+    with pytest.raises(TooManyFailures, match="60 of 110 clips failed, 60 in a row"):
+        FailureCount().after([*good, *others]).check(Path("c"))
+
+
 def test_what_changed_a_moment_ago_is_hashed_again(
     films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -210,6 +257,7 @@ def test_what_changed_a_moment_ago_is_hashed_again(
     real = outages.sha256_of
     monkeypatch.setattr(outages, "sha256_of", lambda at: hashed.append(at) or real(at))
     around = Surroundings(tmp_path)
+    os.utime(path, (1, 1))  # as `rsync -t` leaves it; that it was laid down just now is told by its entry
     assert around.hash_once(path) == around.hash_once(path) and len(hashed) == 2
 
 
