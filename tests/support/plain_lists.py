@@ -164,6 +164,9 @@ def plain_read(path: Path) -> dict[str, list[tuple[Any, ...]]]:
         rows = _read_json(text, path.suffix == ".json")
     else:
         rows = _read_csv(text) if path.suffix == ".csv" else _read_list(text)
+    labelled = {row.split for row in rows if not re.fullmatch(r"(-\d.*)?", row.label)}
+    if "train" in {row.split for row in rows} and "val" not in {row.split for row in rows}:
+        rows = [row for row in rows if row.split != "test" or "test" in labelled]
     rows = [row for row in rows if row.split in _wanted(rows) or not re.fullmatch(r"(-\d.*)?", row.label)]
     refuse_if(not rows)
     names = _classes([row.label for row in rows])
