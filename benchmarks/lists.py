@@ -29,7 +29,7 @@ from evl_cache.batches.epoch_order import EpochOrder
 from evl_cache.batches.feature_loader import FeatureLoader
 from evl_cache.batches.folds import split_clips
 from evl_cache.datasets.folder import read_folder
-from evl_cache.datasets.list_file import read_list_file
+from evl_cache.datasets.list_file import read_lists
 from evl_cache.datasets.text_file import read_json_object
 from evl_cache.spec import CacheSpec
 from evl_cache.store import CacheDescription, read_clips
@@ -106,8 +106,8 @@ def of_lists(count: int) -> dict[str, dict[str, float]]:
 def _of_lists(scratch: Path, count: int) -> dict[str, dict[str, float]]:
     path = scratch / "list.txt"
     path.write_text("\n".join(f"{name}\t{label}" for name, label in names(count)))
-    found = {"read_list": _measured(lambda: read_list_file(path, split="train"))}
-    clips = read_list_file(path, split="train")
+    found = {"read_list": _measured(lambda: read_lists(path, split="train")["train"])}
+    clips = read_lists(path, split="train")["train"]
     lines = clips_lines(clips.clips)
     found["clips_jsonl"] = _measured(lambda: clips_lines(clips.clips))
     found["recovery_json"] = _measured(lambda: recovery_content({"attributes": {}}, lines))

@@ -10,7 +10,7 @@ import click
 from evl_cache.extract_options import Role, options_with
 
 from .common import Command, default_device, human_bytes, print_json, say
-from .extract_flags import decoding_of, extract_flags, make_request
+from .extract_flags import decoding_of, extract_flags, make_request, say_read
 
 if TYPE_CHECKING:
     from evl_cache.extract.cluster_costs import ClusterCosts
@@ -63,6 +63,7 @@ def command(
         measure=measure,
         cluster=cluster,
         assumed=assumptions,
+        on_read=say_read,
     )
     if as_json:
         report: dict[str, object] = {"caches": [asdict(row) for row in found]}

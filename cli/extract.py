@@ -12,13 +12,12 @@ from evl_cache.notation import command_line, format_layers
 from evl_cache.progress_lines import extract_progress
 
 from .common import Command, default_device, human_bytes, print_json, say, say_failure, say_outage
-from .extract_flags import decoding_of, extract_flags, make_request
+from .extract_flags import decoding_of, extract_flags, make_request, say_read
 from .mode_option import mode_option
 
 if TYPE_CHECKING:
     from evl_cache.extract import ExtractionJob, ExtractOptions, ExtractResult
     from evl_cache.extract.growth import Growth
-    from evl_cache.extract.request import SplitsRead
     from evl_cache.processes import ProcessPlace
 
 EXAMPLES = """
@@ -86,7 +85,7 @@ def command(
         make_request(given, pixels=options.decoding.pixels),
         options=options,
         progress=lambda spec: extract_progress(spec.num_clips, spec.split, shown=place.is_first),
-        on_read=_say_read if place.is_first else lambda read: None,
+        on_read=say_read if place.is_first else lambda read: None,
         on_job=(lambda job: _say_job(job, options)) if place.is_first else lambda job: None,
         on_growth=_say_growth if place.is_first else lambda growth: None,
         on_outage=say_outage,
@@ -173,15 +172,6 @@ def _status(place: ProcessPlace, failed: list[dict[str, Any]]) -> int:
         err=True,
     )
     return 0 if place.is_supervised else 3
-
-
-def _say_read(read: SplitsRead) -> None:
-    """Say what `evl-cache check` says of clips, in short."""
-    from evl_cache.extract.check import check_splits
-
-    for split in check_splits(read):
-        for line in split.in_short:
-            say(line, err=True)
 
 
 def _say_job(job: ExtractionJob, options: ExtractOptions) -> None:

@@ -12,10 +12,10 @@ from evl_cache.extract_options import ExtractOption, Role, options_with
 from evl_cache.notation import parse_layers
 from evl_cache.spec import SOFTWARE_PIXELS
 
-from .common import Function
+from .common import Function, say
 
 if TYPE_CHECKING:
-    from evl_cache.extract import ExtractRequest
+    from evl_cache.extract import ExtractRequest, SplitsRead
     from evl_cache.video import DecodeOptions
 
 
@@ -103,3 +103,12 @@ def make_request(given: Mapping[str, Any], *, pixels: str = SOFTWARE_PIXELS) -> 
     if values["layers"] is not None:
         values["layers"] = parse_layers(values["layers"])
     return ExtractRequest(**values, pixels=pixels)
+
+
+def say_read(read: SplitsRead) -> None:
+    """Say what was understood of clips: what `evl-cache check` says, in short."""
+    from evl_cache.extract.check import check_splits
+
+    for split in check_splits(read):
+        for line in split.in_short:
+            say(line, err=True)

@@ -14,7 +14,7 @@ from evl_cache.extract_options import Role, options_with
 from evl_cache.progress_lines import StepProgress, step_progress
 
 from .common import default_device, given_command, print_json, say, say_failure, say_outage
-from .extract_flags import decoding_of, make_request
+from .extract_flags import decoding_of, make_request, say_read
 from .training_flags import TrainCommand, TrainFlags, refuse_online_options, train_flags
 
 if TYPE_CHECKING:
@@ -139,6 +139,7 @@ def _online(flags: TrainFlags, options: TrainOptions, processes: Processes) -> t
             resume=flags.resume,
             workers=flags.of_videos["decode_workers"],
             **how,
+            on_read=say_read if processes.place.is_first else lambda read: None,
             on_step=line,
             on_bottleneck=line.note_bottleneck,
             on_failure=lambda clip, reason: failed.append((clip, reason)),

@@ -175,39 +175,53 @@ def _shortest(number: float) -> str:
     return repr(float(number)).removesuffix(".0")
 
 
+def is_negative(label: str) -> bool:
+    """Whether a label is a negative number, which often marks a clip without one."""
+    return _NEGATIVE.fullmatch(label) is not None
+
+
+def whole_number(label: str) -> int | None:
+    """Return the class number that a label is, however it is written (`2`, `2.0`, `2e+00`); None for another label."""
+    number = float(label) if _NUMBER.fullmatch(label) else math.nan
+    return int(number) if number.is_integer() else None
+
+
 def number_labels(
     labels: Sequence[str], *, source: str, lines: Sequence[int]
 ) -> tuple[list[int], tuple[str, ...]]:
     """Return class numbers and class names; labels that are names are numbered in alphabetical order.
 
-    Whole numbers are class numbers also where they are written `2.0` or `2e+00`.
-
     Raises: UsageError with the line number for labels of both kinds, for a number that is negative or not whole, or for one
         of `MAX_CLASSES` or more.
     """
-    for label, line in zip(labels, lines, strict=True):
-        if _NEGATIVE.fullmatch(label):
-            raise UsageError(
-                f"{source}, line {line}: label {label} is no class, and often marks a clip without a label; expected "
-                "class numbers from 0, or names: give the label, or leave the line out"
-            )
-    is_number = [_NUMBER.fullmatch(label) is not None for label in labels]
-    if all(is_number):
-        for label, line in zip(labels, lines, strict=True):
-            if not float(label).is_integer() or float(label) >= MAX_CLASSES:
+    distinct = list(dict.fromkeys(labels))  # of a million clips, the labels of some classes
+
+    def where(label: str) -> str:
+        return f"{source}, line {lines[labels.index(label)]}"
+
+    for label in filter(is_negative, distinct):
+        raise UsageError(
+            f"{where(label)}: label {label} is no class, and often marks a clip without a label; expected "
+            "class numbers from 0, or names: give the label, or leave the line out"
+        )
+    is_number = {label: _NUMBER.fullmatch(label) is not None for label in distinct}
+    if all(is_number.values()):
+        numbers = {label: whole_number(label) for label in distinct}
+        for label, number in numbers.items():
+            if number is None or number >= MAX_CLASSES:
                 raise UsageError(
-                    f"{source}, line {line}: label {label}; expected class numbers below {MAX_CLASSES} (names that look "
+                    f"{where(label)}: label {label}; expected class numbers below {MAX_CLASSES} (names that look "
                     "like numbers are given by --classes FILE)"
                 )
-        numbers = [int(float(label)) for label in labels]
-        return numbers, class_numbers(max(numbers, default=-1) + 1)
-    if any(is_number):
-        odd = is_number.index(not is_number[0])
+        found = [number for label in labels if (number := numbers[label]) is not None]
+        return found, class_numbers(max(found, default=-1) + 1)
+    if any(is_number.values()):
+        odd = next(label for label in distinct if is_number[label] != is_number[distinct[0]])
         raise UsageError(
-            f"{source}, line {lines[odd]}: label {labels[odd]!r} among labels like {labels[0]!r}; "
+            f"{where(odd)}: label {odd!r} among labels like {labels[0]!r}; "
             "expected either numbers or names throughout (or all names by --classes FILE)"
         )
-    classes = tuple(sorted(set(labels)))
+    classes = tuple(sorted(distinct))
     index = {name: i for i, name in enumerate(classes)}
     return [index[label] for label in labels], classes
 

@@ -9,7 +9,7 @@ from evl_cache.batches.folds import split_clips
 from evl_cache.canonical_json import digest
 from evl_cache.clips import MAX_CLASSES, Clip, ClipList, number_labels, select
 from evl_cache.datasets.folder import read_folder
-from evl_cache.datasets.list_file import read_list_file
+from evl_cache.datasets.list_file import read_lists
 from evl_cache.datasets.list_lines import parse_list
 from evl_cache.errors import CacheError, UsageError
 
@@ -17,7 +17,7 @@ from evl_cache.errors import CacheError, UsageError
 def read(tmp_path, text, name="clips.txt"):
     path = tmp_path / name
     path.write_text(text, encoding="utf-8")
-    return read_list_file(path, split="train")
+    return read_lists(path, split="train")["train"]
 
 
 def pairs(clips: ClipList):
@@ -93,10 +93,10 @@ def test_an_empty_list_is_refused(tmp_path, text):
 
 def test_a_missing_or_binary_list_is_refused(tmp_path):
     with pytest.raises(UsageError, match=r"nothing\.txt: cannot be read"):
-        read_list_file(tmp_path / "nothing.txt", split="all")
+        read_lists(tmp_path / "nothing.txt", split=None)["all"]
     (tmp_path / "video.mp4").write_bytes(b"\x00\xff\xfe\x80" * 9)
     with pytest.raises(UsageError, match=r"video\.mp4: is no list of clips \(it holds zeros\)"):
-        read_list_file(tmp_path / "video.mp4", split="all")
+        read_lists(tmp_path / "video.mp4", split=None)["all"]
 
 
 def test_the_content_id_follows_ids_labels_and_order_and_not_where_files_lie(tmp_path):

@@ -15,7 +15,7 @@ from benchmarks.support.stepped_processes import Steps, serve
 from evl_cache.batches.epoch_order import EpochOrder
 from evl_cache.caches.listing import list_caches
 from evl_cache.clips import select
-from evl_cache.datasets.list_file import read_list_file
+from evl_cache.datasets.list_file import read_lists
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.stage import extract
 from evl_cache.store import FeatureCache, finish_cache, read_clips, read_description
@@ -143,7 +143,7 @@ def lists(clips: int) -> Found:
             "".join(f"class_{i % NUM_CLASSES}/video_{i:09d}.mp4 {i % NUM_CLASSES}\n" for i in range(clips))
         )
         yield {}
-        found, costs = costs_of(lambda: read_list_file(text, split="train"))
+        found, costs = costs_of(lambda: read_lists(text, split="train")["train"])
         yield costs.to_json("list_file.")
     _, costs = costs_of(lambda: found.content_id)
     yield costs.to_json("content_id.")

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from evl_cache.clips import MAX_CLASSES
+from evl_cache.clips import MAX_CLASSES, whole_number
+from evl_cache.datasets.text_file import numbered_lines, read_text
 from evl_cache.errors import UsageError
 
 _IDS = {
@@ -14,7 +15,6 @@ _IDS = {
 }  # fmt: skip
 _NAMES = {"name", "class", "label", "class_name", "classname", "label_name", "names", "classes", "labels"}
 _NUMBERED = re.compile(r"\d+(?:\s*[,;:\t]\s*|\s+)\S.*")
-_WHOLE = re.compile(r"\d{1,9}(?:\.0*)?", re.ASCII)
 _EXPECTED = "one name a line, or a table 'id,name' as Kinetics has it"
 
 
@@ -23,17 +23,10 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
     Raises: UsageError where it cannot be read, is empty, a name stands twice, or the ids are not 0, 1, … once each.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8"
-        raise UsageError(
-            f"{path}: cannot be read as names of classes ({reason}); expected {_EXPECTED}"
-        ) from error
+    text = read_text(path, expected=_EXPECTED)
     if "\0" in text:
         raise UsageError(f"{path}: not UTF-8 text (it holds zeros); expected {_EXPECTED}")
-    written = ((number, line.strip()) for number, line in enumerate(text.split("\n"), 1))
-    lines = [(number, line) for number, line in written if line and not line.startswith("# ")]
+    lines = [(number, line) for number, line in numbered_lines(text) if not line.startswith("# ")]
     mark = _mark(lines[0][1]) if lines else ","
     header = _fields(lines[0][1], mark) if lines else []
     if len(header) == 1 and header[0] in _NAMES and len(lines) > 1:
@@ -69,20 +62,24 @@ def number_by_names(
     Raises: UsageError with the line for a label that is no class.
     """
     index = {name: number for number, name in enumerate(classes)}
-    if all(map(_WHOLE.fullmatch, labels)) and not any(map(_WHOLE.fullmatch, classes)):
-        numbers = [int(label.partition(".")[0]) for label in labels]
-        for number, line in zip(numbers, lines, strict=True):
+    distinct = list(dict.fromkeys(labels))
+
+    def where(label: str) -> str:
+        return f"{source}, line {lines[labels.index(label)]}"
+
+    numbers = {label: number for label in distinct if (number := whole_number(label)) is not None}
+    if len(numbers) == len(distinct) and all(whole_number(name) is None for name in classes):
+        for label, number in numbers.items():
             if number >= len(classes):
                 raise UsageError(
-                    f"{source}, line {line}: label {number}; expected numbers below {len(classes)}, the number of classes of "
-                    f"{path}"
+                    f"{where(label)}: label {label}; expected numbers below {len(classes)}, the number of classes of {path}"
                 )
-        return numbers
-    for label, line in zip(labels, lines, strict=True):
+        index = numbers
+    for label in distinct:
         if label not in index:
             near = get_close_matches(label, classes, n=3, cutoff=0.6) or classes[:1]
             raise UsageError(
-                f"{source}, line {line}: label {label!r} is none of the {len(classes)} classes of {path}; expected one of "
+                f"{where(label)}: label {label!r} is none of the {len(classes)} classes of {path}; expected one of "
                 f"them, such as {', '.join(map(repr, near))}"
             )
     return [index[label] for label in labels]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePath
 
-from evl_cache.clips import Clip, ClipList, number_labels
+from evl_cache.clips import Clip, ClipList, is_negative, number_labels
 from evl_cache.datasets.class_file import number_by_names, read_class_names
 from evl_cache.datasets.list_lines import LIST_FORMS, ListLine, parse_list, refuse_several_labels
 from evl_cache.datasets.missing import FRAMES_REMEDY
@@ -18,12 +18,6 @@ from evl_cache.notation import counted
 
 _OFTEN_NONE = frozenset({"nan", "na", "n/a", "none", "null", "unknown", "?"})
 _SURROGATE = re.compile("[\ud800-\udfff]")  # a byte that is not UTF-8
-_NO_LABEL = re.compile(r"-\d+(?:\.\d*)?")  # that a test set's clips are given
-
-
-def read_list_file(path: Path, *, split: str) -> ClipList:
-    """Return the clips of one split of a list file, as `read_lists` does."""
-    return read_lists(path, split=split)[split]
 
 
 def read_lists(path: Path, *, split: str | None, classes_path: Path | None = None) -> dict[str, ClipList]:
@@ -88,22 +82,8 @@ def _labelled(
 
     Raises: UsageError for another row without a label, or with one that is not UTF-8, or for one without a split.
     """
-    there = {row.split for row in rows if row.split}
-    for row in rows:
-        if there and row.split is None:
-            raise UsageError(
-                f"{source}, line {row.line}: no split, as other lines have; expected train, val or test"
-            )
-    has_label = {row.split for row in rows if row.label and not _NO_LABEL.fullmatch(row.label)}
-    if split is None and "val" not in there and "train" in there and "test" not in has_label:
-        there.discard("test")
-    wanted = _wanted(there, split)
-    kept = [
-        row
-        for row in rows
-        if row.split in (None, *wanted)
-        or (row.label and not _NO_LABEL.fullmatch(row.label) and not only_wanted)
-    ]
+    there = {row.split for row in rows}
+    kept = list(rows) if there <= {None} else _kept(rows, split, source, only_wanted=only_wanted)
     for row in kept:
         if not row.label:
             raise UsageError(
@@ -114,6 +94,26 @@ def _labelled(
                 f"{source}, line {row.line}: label {row.label!r} is not UTF-8; save the list as UTF-8"
             )
     return kept
+
+
+def _kept(rows: Sequence[ListLine], split: str | None, source: str, *, only_wanted: bool) -> list[ListLine]:
+    """Return the rows that `_labelled` keeps, whatever their labels. Raises: UsageError for one without a split."""
+    for row in rows:
+        if row.split is None:
+            raise UsageError(
+                f"{source}, line {row.line}: no split, as other lines have; expected train, val or test"
+            )
+    has_label = [bool(row.label) and not is_negative(row.label) for row in rows]
+    of_labels = {row.split for row, has in zip(rows, has_label, strict=True) if has}
+    there = {str(row.split) for row in rows}
+    if split is None and "val" not in there and "train" in there and "test" not in of_labels:
+        there.discard("test")
+    wanted = _wanted(there, split)
+    return [
+        row
+        for row, has in zip(rows, has_label, strict=True)
+        if row.split in wanted or (has and not only_wanted)
+    ]
 
 
 def _remarks_of_labels(rows: Sequence[ListLine], read: Sequence[ListLine]) -> list[str]:
@@ -184,7 +184,7 @@ def _refuse_same_parts(rows: Sequence[ListLine], *, has_splits: bool, source: st
 def _refuse_same_ids(rows: Sequence[ListLine], *, source: str) -> None:
     """Raise UsageError where a column of ids names two clips alike, as ids of videos do."""
     seen: dict[str, ListLine] = {}
-    for row in rows:
+    for row in rows if any(row.id for row in rows) else ():  # else ids are paths, and no two are alike
         other = seen.setdefault(row.id or row.path, row)
         if other is not row:
             raise UsageError(

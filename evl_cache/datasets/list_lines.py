@@ -70,10 +70,11 @@ def parse_list(text: str, *, source: str) -> list[ListLine]:
 def _split(line: str, where: str) -> tuple[str, str]:
     """Return path and label of a line. Raises: UsageError that begins with `where`."""
     parts = line.rsplit("\t", 1) if "\t" in line else line.rsplit(None, 1)
-    columns = [part.strip() for part in line.split("\t")]
-    if len(columns) > 2 and suffix_of(columns[0]) in VIDEO_SUFFIXES:  # else a name may hold a TAB
+    if (
+        "\t" in parts[0] and suffix_of(line.split("\t")[0].strip()) in VIDEO_SUFFIXES
+    ):  # else a name may hold a TAB
         raise UsageError(
-            f"{where}: {line!r} has {len(columns)} columns by its TABs; expected {LIST_FORMS}{_OR_NAMED}"
+            f"{where}: {line!r} has {line.count(chr(9)) + 1} columns by its TABs; expected {LIST_FORMS}{_OR_NAMED}"
         )
     found = None if "\t" in line else _marked(line, parts[0] if len(parts) == 2 else "", where)
     path, label = (part.strip() for part in found or parts) if len(found or parts) == 2 else (line, "")
@@ -143,15 +144,19 @@ def refuse_several_labels(rows: Sequence[ListLine], *, source: str) -> None:
     """Raise UsageError for a label of several numbers, or of several names that are, or recur as, labels of other lines."""
     names = {row.label for row in rows}
     parted = Counter(part for name in names for part in {*_parts(name, _SURELY_BETWEEN)} if part != name)
-    for row in rows:
-        parts = _parts(row.label, _BETWEEN_NAMES)
+
+    def is_several(name: str) -> bool:
+        parts = _parts(name, _BETWEEN_NAMES)
+        recurs = any(parted[part] > 1 for part in _parts(name, _SURELY_BETWEEN))
         of_others = len(parts) > 1 and names.issuperset(parts)
-        recurs = any(parted[part] > 1 for part in _parts(row.label, _SURELY_BETWEEN))
-        if _NUMBERS.fullmatch(row.label) or _A_LIST.fullmatch(row.label) or of_others or recurs:
-            raise UsageError(
-                f"{source}, line {row.line}: {row.label!r} are several labels (or a number of frames and a label); "
-                "expected one label for each clip (where it is the name of one class, name all by --classes FILE)"
-            )
+        return bool(_NUMBERS.fullmatch(name) or _A_LIST.fullmatch(name)) or of_others or recurs
+
+    if several := {*filter(is_several, names)}:
+        row = next(row for row in rows if row.label in several)
+        raise UsageError(
+            f"{source}, line {row.line}: {row.label!r} are several labels (or a number of frames and a label); "
+            "expected one label for each clip (where it is the name of one class, name all by --classes FILE)"
+        )
 
 
 def _parts(label: str, between: re.Pattern[str]) -> list[str]:

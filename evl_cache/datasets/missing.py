@@ -41,14 +41,19 @@ def missing_clips(clips: ClipList, root: Path) -> list[Clip]:
     return missing
 
 
-def check_missing(clips: ClipList, root: Path, *, allow_percent: float) -> list[Clip]:
+def check_missing(
+    clips: ClipList, root: Path, *, allow_percent: float, missing: list[Clip] | None = None
+) -> list[Clip]:
     """Return the clips that are missing, in list order, if they are at most `allow_percent` (0 to 100) of all.
+
+    Args:
+        missing: they, where they were looked for already.
 
     Raises: UsageError otherwise, with count, percentage, the first files with their lines, a file that is there under
     another name, and the remedy.
     """
     check_allowance(allow_percent)
-    missing = missing_clips(clips, root)
+    missing = missing_clips(clips, root) if missing is None else missing
     _check_locale(missing, clips.source)
     percent = 100 * len(missing) / len(clips.clips)
     if percent <= allow_percent:

@@ -6,7 +6,7 @@ from evl_cache.extract.grown import Progress
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
 from evl_cache.extract.outages import OnOutage, Surroundings
 from evl_cache.extract.prepare import Decode, PreparedClip, begin_crop_thread, prepare_clip
-from evl_cache.extract.request import ExtractRequest, extract_dataset, plan_extraction
+from evl_cache.extract.request import ExtractRequest, OnRead, SplitsRead, extract_dataset, plan_extraction
 from evl_cache.extract.stage import ExtractResult, extract
 
 __all__ = [
@@ -16,8 +16,10 @@ __all__ = [
     "ExtractResult",
     "ExtractionJob",
     "OnOutage",
+    "OnRead",
     "PreparedClip",
     "Progress",
+    "SplitsRead",
     "Surroundings",
     "begin_crop_thread",
     "decoding_for",

@@ -5,15 +5,15 @@ No tower is built, no weights are fetched and nothing is written.
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from statistics import median_low
 from typing import Any
 
-from evl_cache.clips import Clip, ClipList
-from evl_cache.datasets import check_allowance, check_missing, describe_passed_over, missing_clips
+from evl_cache.clips import Clip
+from evl_cache.datasets import check_missing, describe_passed_over
 from evl_cache.errors import UsageError
 from evl_cache.extract.request import ExtractRequest, SplitsRead, last_layers, read_splits
 from evl_cache.extract.short_clips import ShortClips, look_for_short
@@ -169,15 +169,10 @@ class Check:
 
 def check(request: ExtractRequest) -> Check:
     """Return what `extract` with the same request understands. Raises: UsageError where that cannot be read."""
-    check_allowance(request.allow_missing_percent)
     read = read_splits(request)
     shape = tower_shape(request.model)
-    missing = {split: missing_clips(clips, read.root) for split, clips in read.lists.items()}
-    costs = [
-        _cost(request, read, split, shape=shape, missing=tuple(clip.id for clip in missing[split]))
-        for split in read.lists
-    ]
-    splits = check_splits(read, skipped={clip.id for clips in missing.values() for clip in clips})
+    costs = [_cost(request, read, split, shape=shape) for split in read.lists]
+    splits = check_splits(read)
     lists = {split: clips.clips for split, clips in read.lists.items()}
     return Check(
         root=read.root,
@@ -188,21 +183,14 @@ def check(request: ExtractRequest) -> Check:
     )
 
 
-def check_splits(read: SplitsRead, *, skipped: Collection[str] = frozenset()) -> list[SplitCheck]:
-    """Return what was understood of each split, after a look at headers of its videos.
-
-    Args:
-        skipped: ids of clips without a file.
-    """
-    return [
-        _split_check(split, clips, read.views_of(split), read.root, frozenset(skipped))
-        for split, clips in read.lists.items()
-    ]
+def check_splits(read: SplitsRead) -> list[SplitCheck]:
+    """Return what was understood of each split, after a look at headers of its videos."""
+    return [_split_check(read, split) for split in read.lists]
 
 
-def _split_check(
-    split: str, clips: ClipList, views: ViewSpec, root: Path, skipped: frozenset[str]
-) -> SplitCheck:
+def _split_check(read: SplitsRead, split: str) -> SplitCheck:
+    clips, views = read.lists[split], read.views_of(split)
+    missing = frozenset(clip.id for clip in read.missing[split])
     counts = Counter(clip.label for clip in clips.clips)
     return SplitCheck(
         split=split,
@@ -213,13 +201,11 @@ def _split_check(
         views=views,
         passed_over=dict(clips.passed_over),
         remarks=clips.remarks,
-        short=look_for_short(clips.clips, root, views, skipped=skipped),
+        short=look_for_short(clips.clips, read.root, views, skipped=missing),
     )
 
 
-def _cost(
-    request: ExtractRequest, read: SplitsRead, split: str, *, shape: TowerSpec, missing: tuple[str, ...]
-) -> Cost:
+def _cost(request: ExtractRequest, read: SplitsRead, split: str, *, shape: TowerSpec) -> Cost:
     clips = read.lists[split]
     spec = make_spec(
         clips,
@@ -238,15 +224,15 @@ def _cost(
         samples=spec.num_samples,
         raw_bytes=raw * spec.num_samples + once,
         expected_bytes=expected * spec.num_samples + once,
-        missing=missing,
-        refusal=_refusal(clips, read.root, request.allow_missing_percent) if missing else None,
+        missing=tuple(clip.id for clip in read.missing[split]),
+        refusal=_refusal(read, split, request.allow_missing_percent),
     )
 
 
-def _refusal(clips: ClipList, root: Path, allow_percent: float) -> str | None:
+def _refusal(read: SplitsRead, split: str, allow_percent: float) -> str | None:
     """Return what `extract` would say of missing clips; None where so many are allowed."""
     try:
-        check_missing(clips, root, allow_percent=allow_percent)
+        check_missing(read.lists[split], read.root, allow_percent=allow_percent, missing=read.missing[split])
     except UsageError as error:
         return str(error)
     return None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from evl_cache.extract.cluster_costs import Assumptions, ClusterCosts, cluster_costs
 from evl_cache.extract.job import ExtractionJob, ExtractOptions
-from evl_cache.extract.request import ExtractRequest, plan_extraction
+from evl_cache.extract.request import ExtractRequest, OnRead, plan_extraction
 from evl_cache.extract.stage import extract
 from evl_cache.store import array_layouts, num_files, projections_nbytes, sample_nbytes
 
@@ -49,6 +49,7 @@ def estimate(
     measure: bool,
     cluster: int | None = None,
     assumed: Assumptions | None = None,
+    on_read: OnRead = lambda read: None,
 ) -> list[Estimate]:
     """Costs of every cache that `extract` with the same request would make; nothing of it is kept.
 
@@ -56,10 +57,11 @@ def estimate(
         measure: also extract a few clips of each.
         cluster: devices for which costs are worked out on paper too.
         assumed: what those devices are taken to do.
+        on_read: as `plan_extraction` takes it.
 
     Raises: as `plan_extraction`; CacheError where the few clips measured all failed; UsageError.
     """
-    jobs = plan_extraction(request, device=options.device)
+    jobs = plan_extraction(request, device=options.device, on_read=on_read)
     found = [_estimate(job, options, measure) for job in jobs]
     if cluster is None:
         return found

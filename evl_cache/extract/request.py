@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from evl_cache.caches.places import cache_root
-from evl_cache.clips import TRAIN_SPLITS, ClipList, fold_of
-from evl_cache.datasets import DATASETS, DatasetReader, check_missing
+from evl_cache.clips import TRAIN_SPLITS, Clip, ClipList, fold_of
+from evl_cache.datasets import DATASETS, DatasetReader, check_allowance, check_missing, missing_clips
 from evl_cache.errors import CacheError, UsageError
 from evl_cache.extract.grown import Progress, extract_grown
 from evl_cache.extract.growth import Growth, plan_growth
@@ -128,11 +128,13 @@ class SplitsRead:
     Attributes:
         root: folder of the videos.
         lists: clips by split.
+        missing: clips without a file by split, in the order of the lists.
         views, of_train: as `ExtractRequest.chosen_views` returns them.
     """
 
     root: Path
     lists: Mapping[str, ClipList]
+    missing: Mapping[str, list[Clip]]
     views: ViewSpec
     of_train: ViewSpec | None
 
@@ -148,6 +150,7 @@ def read_splits(request: ExtractRequest) -> SplitsRead:
     """Read the lists of clips. Raises: UsageError for what cannot be read, and choices that contradict each other."""
     reader = dataset_reader(request.dataset)
     views, of_train = request.chosen_views()
+    check_allowance(request.allow_missing_percent)
     root = dataset_root(request)
     lists = reader.read(
         root,
@@ -166,7 +169,8 @@ def read_splits(request: ExtractRequest) -> SplitsRead:
         )
     if request.limit is not None:
         lists = {split: replace(clips, clips=clips.clips[: request.limit]) for split, clips in lists.items()}
-    return SplitsRead(root=root, lists=lists, views=views, of_train=of_train)
+    missing = {split: missing_clips(clips, root) for split, clips in lists.items()}
+    return SplitsRead(root=root, lists=lists, missing=missing, views=views, of_train=of_train)
 
 
 def plan_extraction(
@@ -181,10 +185,8 @@ def plan_extraction(
     """
     read = read_splits(request)
     root, lists = read.root, read.lists
-    missing = {
-        split: check_missing(clips, root, allow_percent=request.allow_missing_percent)
-        for split, clips in lists.items()
-    }
+    for split, clips in lists.items():
+        check_missing(clips, root, allow_percent=request.allow_missing_percent, missing=read.missing[split])
     on_read(read)
     tower = build_tower(request.model, request.weights)
     last = tower.spec.blocks
@@ -218,7 +220,7 @@ def plan_extraction(
                 spec=spec_there(spec, cache_path),
                 tower=tower,
                 origin=request.origin(root, is_undivided=clips.is_undivided),
-                known_missing=frozenset(clip.id for clip in missing[split]),
+                known_missing=frozenset(clip.id for clip in read.missing[split]),
             )
         )
     return jobs

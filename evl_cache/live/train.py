@@ -17,6 +17,7 @@ from evl_cache.extract import (
     ExtractionJob,
     ExtractRequest,
     OnOutage,
+    OnRead,
     decoding_for,
     default_workers_on,
     plan_extraction,
@@ -52,6 +53,7 @@ def train_online(
     workers: int | None = None,
     decoding: DecodeOptions | None = None,
     clip_timeout_s: float = DEFAULT_TIMEOUT_S,
+    on_read: OnRead = lambda read: None,
     on_step: OnStep = lambda done, total, loss: None,
     on_bottleneck: OnBottleneck = lambda name: None,
     on_failure: Callable[[str, str], None] = lambda clip, reason: None,
@@ -69,6 +71,7 @@ def train_online(
         workers: processes that decode; by default as `extract` has it.
         decoding: how; by default with a decoder that gives the pixels of the request.
         clip_timeout_s: longest time for decoding one clip.
+        on_read: called with what was read before the tower is built.
         on_failure: called at the end with each clip that could not be decoded, and why.
         on_outage: called with a line when a disk, say, is away, and with one when it is back; and as `on_note` of `train`.
         on_wait, command: as for `train`.
@@ -91,7 +94,7 @@ def train_online(
         )
     options = replace(options, shuffle_blocks=0)
     decoding = decoding_for(request.pixels, decoding or DecodeOptions(), device=options.device)
-    jobs = _sides(plan_extraction(request, device=options.device), val_names)
+    jobs = _sides(plan_extraction(request, device=options.device, on_read=on_read), val_names)
     workers = workers or default_workers_on(options.device, jobs[0].spec, decoding).decoding
     with (
         written_by_first(out, processes, on_wait) as writer,

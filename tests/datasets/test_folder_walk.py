@@ -11,13 +11,12 @@ import pytest
 
 from evl_cache.clips import ClipList
 from evl_cache.datasets.folder import read_folder
-from evl_cache.datasets.list_file import read_list_file
+from evl_cache.datasets.list_file import read_lists
 from evl_cache.datasets.missing import missing_clips
 from evl_cache.datasets.places import suffix_of
 from evl_cache.errors import UsageError
-from tests.support.plain_folders import slow_walk
+from tests.support.plain_folders import FILES, scatter_files, slow_walk
 
-FILES = ("a.mp4", "b.MP4", "c.gif", "d", "e.", ".h.mp4", "..mp4", "f.txt", "z z.avi", "a-b.webm", "a.b.mkv")
 FOLDERS = (
     "train",
     "val",
@@ -50,16 +49,7 @@ def odd_tree(root: Path, seed: int) -> Path:
         if not folder.exists():
             folder.mkdir()
             places.append(folder)
-    for _ in range(draw.randint(3, 15)):
-        file, kind = draw.choice(places) / draw.choice(FILES), draw.random()
-        if os.path.lexists(file):
-            continue
-        if kind < 0.8:
-            file.touch()
-        elif kind < 0.95:
-            file.symlink_to(draw.choice((draw.choice(places), Path("nowhere"), Path(file.name))))
-        else:
-            os.mkfifo(file)
+    scatter_files(places, draw)
     return root
 
 
@@ -116,7 +106,7 @@ def test_missing_clips_are_found_by_one_listing_of_each_folder(tmp_path: Path, l
             (tmp_path / folder / f"{number}.mp4").touch()
     lines = [f"{folder}/{number}.mp4 0" for number in range(50) for folder in ("a", "b")]
     (tmp_path / "list.txt").write_text("\n".join(lines))
-    clips = read_list_file(tmp_path / "list.txt", split="train")
+    clips = read_lists(tmp_path / "list.txt", split="train")["train"]
     looks.clear()
     assert len(missing_clips(clips, tmp_path)) == 50
     assert looks == {"scandir": 2}

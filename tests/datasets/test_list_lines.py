@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from evl_cache.clips import number_labels
-from evl_cache.datasets.list_file import read_list_file, read_lists
+from evl_cache.datasets.list_file import read_lists
 from evl_cache.datasets.list_lines import parse_list, refuse_several_labels
 from evl_cache.errors import UsageError
 from tests.support.example_data import ROOT
@@ -16,7 +16,7 @@ LISTS = ROOT / "tests" / "fixtures" / "lists"
 
 def read(path: Path) -> dict[str, str]:
     """The name of each clip's class, by path."""
-    clips = read_list_file(path, split="train")
+    clips = read_lists(path, split="train")["train"]
     return {clip.path: clips.classes[clip.label] for clip in clips.clips}
 
 
@@ -29,7 +29,7 @@ def test_lists_with_commas_and_labels_of_two_words_are_read() -> None:
 
 
 def test_numbers_with_a_point_are_numbers() -> None:
-    clips = read_list_file(LISTS / "labels-as-floats" / "l.txt", split="all")
+    clips = read_lists(LISTS / "labels-as-floats" / "l.txt", split=None)["all"]
     assert [clip.label for clip in clips.clips] == [0, 1, 2, 10]
     assert clips.classes == tuple(str(number) for number in range(11))
     assert number_labels(["2.", "0", "1.00"], source="x", lines=[1, 2, 3])[0] == [2, 0, 1]

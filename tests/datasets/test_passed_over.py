@@ -7,7 +7,7 @@ from click.testing import CliRunner
 
 from evl_cache.datasets import check_missing, describe_passed_over
 from evl_cache.datasets.folder import read_folder
-from evl_cache.datasets.list_file import read_list_file
+from evl_cache.datasets.list_file import read_lists
 from evl_cache.errors import UsageError
 from evl_cache.live.predict import count_passed_over, find_videos, links_passed_over
 from evl_cache.video import DecodeOptions, decode_clip
@@ -124,7 +124,7 @@ def test_a_picture_whose_name_is_a_pattern_is_not_those_beside_it(tmp_path):
 def test_frames_in_files_of_their_own_are_refused_with_the_command_that_makes_a_video(tmp_path, name):
     make_files(tmp_path, "1.mp4", "frames/00001.jpg")
     (tmp_path / "list.txt").write_text(f"1.mp4 0\n{name} 1\n")
-    clips = read_list_file(tmp_path / "list.txt", split="all")
+    clips = read_lists(tmp_path / "list.txt", split=None)["all"]
     with pytest.raises(UsageError, match=r"line 2.*ffmpeg -framerate 25 -i '.*' -c copy CLIP\.mkv"):
         check_missing(clips, tmp_path, allow_percent=0)
 
@@ -132,4 +132,6 @@ def test_frames_in_files_of_their_own_are_refused_with_the_command_that_makes_a_
 def test_a_file_whose_name_is_a_pattern_is_that_file(tmp_path):
     make_files(tmp_path, "a%05d.mp4", "100%.jpg")
     (tmp_path / "list.txt").write_text("a%05d.mp4 0\n100%.jpg 1\n")
-    assert check_missing(read_list_file(tmp_path / "list.txt", split="all"), tmp_path, allow_percent=0) == []
+    assert (
+        check_missing(read_lists(tmp_path / "list.txt", split=None)["all"], tmp_path, allow_percent=0) == []
+    )

@@ -1,18 +1,15 @@
 """Trees of splits in everyday spellings, with anything in them, are read as they were built."""
 
-import os
 import random
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from evl_cache.datasets.folder import read_folder
-from evl_cache.datasets.places import is_passed_over, is_video
 from evl_cache.datasets.split_folders import split_named
 from evl_cache.errors import UsageError
-from tests.datasets.test_folder_walk import FILES, told
+from tests.datasets.test_folder_walk import told
+from tests.support.plain_folders import read_parts, scatter_files
 
 FOLDERS = ("x", "x-1", "x.mp4", ".hidden", "y z", "a", "test1", "trains", "valley")  # no splits
 SPLITS = {
@@ -20,30 +17,6 @@ SPLITS = {
     "val": ("val", "validate", "Validation", "dev", "eval", "val-1080p"),
     "test": ("test", "Test", "testing", "test_set", "Test Videos"),
 }
-
-
-def has_videos(folder: Path) -> bool:
-    return any(map(is_video, folder.rglob("*")))
-
-
-def slow_walk(root: Path, parts: dict[str, Path]) -> dict[str, Any]:
-    """The obvious way: paths by `rglob`, each asked what it is. Which folders are splits is known."""
-    folders = {split: [d for d in part.iterdir() if d.is_dir()] for split, part in parts.items()}
-    classes = sorted({d.name for found in folders.values() for d in found if has_videos(d)})
-    found = {}
-    for split in parts:
-        below = {
-            d.name: sorted(d.rglob("*")) for d in folders[split] if d.name in classes or d.name[0] != "."
-        }
-        others = [path for paths in below.values() for path in paths if is_passed_over(path)]
-        videos = [
-            (path.relative_to(root).as_posix(), label)
-            for label, name in enumerate(classes)
-            for path in below.get(name, ())
-            if is_video(path)
-        ]
-        found[split] = (videos, tuple(classes), dict(Counter(path.suffix.lower() for path in others)))
-    return found
 
 
 def fill(part: Path, draw: random.Random) -> None:
@@ -56,16 +29,7 @@ def fill(part: Path, draw: random.Random) -> None:
         if not folder.exists():
             folder.mkdir()
             places.append(folder)
-    for _ in range(draw.randint(3, 15)):
-        file, kind = draw.choice(places) / draw.choice(FILES), draw.random()
-        if os.path.lexists(file):
-            continue
-        if kind < 0.8:
-            file.touch()
-        elif kind < 0.95:
-            file.symlink_to(draw.choice((draw.choice(places), Path("nowhere"), Path(file.name))))
-        else:
-            os.mkfifo(file)
+    scatter_files(places, draw)
 
 
 def odd_tree(root: Path, draw: random.Random) -> dict[str, Path]:
@@ -84,7 +48,7 @@ def test_a_tree_with_anything_in_it_is_read_as_by_the_obvious_way(tmp_path: Path
     for seed in range(120):
         root = tmp_path / str(seed)
         parts = odd_tree(root, random.Random(seed))
-        assert told(read_folder(root)) == slow_walk(root, parts), seed
+        assert told(read_folder(root)) == read_parts(root, parts), seed
 
 
 def test_a_tree_with_anything_in_it_that_has_two_meanings_is_refused(tmp_path: Path) -> None:

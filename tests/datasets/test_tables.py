@@ -208,7 +208,8 @@ def test_a_file_of_classes_fixes_names_and_order(tmp_path: Path, text: str) -> N
         ("run\nwalk\n", r"l.txt, line 1: label 'runn' is none of the 2 classes of .*, such as 'run'"),
         ("run\nrun\n", r"names.txt, line 2: 'run' stands in line 1, too"),
         ("id,name\n0,a\n2,b\n", r"names.txt, line 3: '2,b' is no id and name; expected the ids 0 to 1"),
-        ("\n", r"names.txt: names 0 classes"),
+        ("\n", r"names.txt, line 1: the file is empty; expected one name a line"),
+        ("# none\n", r"names.txt: names 0 classes"),
         (
             "1 run\n2 walk\n",
             r"names.txt, line 1: '1 run' and all others are a number and a name; .* put a line id,name",

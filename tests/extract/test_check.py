@@ -280,3 +280,18 @@ def test_the_screen_of_the_docs_is_real(tmp_path: Path, monkeypatch: pytest.Monk
     page = (ROOT / "docs/own-videos.md").read_text(encoding="utf-8")
     screen = page.partition("evl-cache check ")[2].partition("```text\n")[2].partition("```")[0]
     assert check("--dataset", "list", "--list", "clips.txt", "--root", "videos").stdout == screen
+
+
+def test_all_who_read_videos_say_what_they_understood(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EVL_CACHE_ROOT", str(tmp_path / "caches"))
+    words = ["--dataset", "folder", "--root", str(clips), *TINY, "--device", "cpu"]
+    online = ["--online", "--head", "linear", "--steps", "1", "--batch", "2", "--out", str(tmp_path / "run")]
+    said = []
+    for command in (["extract"], ["estimate"], ["train", *online]):
+        done = CliRunner().invoke(cli, [*command, *words], standalone_mode=False)
+        assert done.exception is None, done
+        lines = done.stderr.splitlines()
+        said.append([line for line in lines if line.startswith(("train: 4", "val: 2", str(clips)))])
+    assert said[0] == said[1] == said[2] and "passed over 1 file (1 .txt)" in said[0][1]

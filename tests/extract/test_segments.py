@@ -75,6 +75,15 @@ def pool() -> Iterator[DecodePool]:
         yield opened
 
 
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are hashed, one after another."""
+    files: list[Path] = []
+    real = outages.sha256_of
+    monkeypatch.setattr(outages, "sha256_of", lambda at: files.append(at) or real(at))
+    return files
+
+
 def prepared(
     clips: Sequence[Clip], folder: Path, pool: DecodePool, views: ViewSpec = VIEWS
 ) -> list[PreparedClip]:
@@ -185,13 +194,10 @@ class Counted:
 
 
 def test_segments_are_decoded_once_and_hashed_once(
-    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    films: Path, tmp_path: Path, hashed: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "b.mp4"
     shutil.copyfile(films / "b.mp4", path)
-    hashed: list[Path] = []
-    real = outages.sha256_of
-    monkeypatch.setattr(outages, "sha256_of", lambda at: hashed.append(at) or real(at))
     monkeypatch.setattr(outages, "_SETTLED_NS", -(1 << 62))
     decode, around = Counted(), Surroundings(tmp_path)
     how = {"tower": tower(), "views": VIEWS, "decode": decode, "surroundings": around}
@@ -206,11 +212,8 @@ def test_segments_are_decoded_once_and_hashed_once(
 
 
 def test_a_bad_video_of_many_segments_is_read_a_few_times(
-    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    films: Path, tmp_path: Path, hashed: list[Path]
 ) -> None:
-    hashed: list[Path] = []
-    real = outages.sha256_of
-    monkeypatch.setattr(outages, "sha256_of", lambda at: hashed.append(at) or real(at))
     segments = [Segment(unit="frames", start=n, end=n + 3) for n in range(0, 60, 3)]
     (tmp_path / "bad.mp4").write_bytes((films / "b.mp4").read_bytes()[:9000])
     shutil.copyfile(films / "b.mp4", tmp_path / "short.mp4")
@@ -248,14 +251,9 @@ def test_segments_of_one_bad_video_stop_no_run() -> None:
         FailureCount().after([*good, *others]).check(Path("c"))
 
 
-def test_what_changed_a_moment_ago_is_hashed_again(
-    films: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_changed_a_moment_ago_is_hashed_again(films: Path, tmp_path: Path, hashed: list[Path]) -> None:
     path = tmp_path / "b.mp4"
     shutil.copyfile(films / "b.mp4", path)
-    hashed: list[Path] = []
-    real = outages.sha256_of
-    monkeypatch.setattr(outages, "sha256_of", lambda at: hashed.append(at) or real(at))
     around = Surroundings(tmp_path)
     os.utime(path, (1, 1))  # as `rsync -t` leaves it; that it was laid down just now is told by its entry
     assert around.hash_once(path) == around.hash_once(path) and len(hashed) == 2

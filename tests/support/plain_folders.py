@@ -1,10 +1,13 @@
 """A folder of classes read the obvious way: paths by `rglob`, each asked what it is."""
 
+import os
+import random
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 ENDINGS = ".avi .flv .m4v .mkv .mov .mp4 .mpeg .mpg .ogv .ts .webm .wmv .3gp .mts".split()
+FILES = ("a.mp4", "b.MP4", "c.gif", "d", "e.", ".h.mp4", "..mp4", "f.txt", "z z.avi", "a-b.webm", "a.b.mkv")
 SPLITS = {
     **dict.fromkeys(("train", "training", "train_set", "videos_train", "train_256"), "train"),
     **dict.fromkeys(("val", "valid", "validate", "validation", "dev", "eval", "val-set"), "val"),
@@ -85,6 +88,11 @@ def slow_walk(root: Path) -> dict[str, Any] | None:
         return None
     if any(is_misread(part, split != "all") for split, part in parts.items()):
         return None
+    return read_parts(root, parts)
+
+
+def read_parts(root: Path, parts: dict[str, Path]) -> dict[str, Any]:
+    """Paths with labels, classes, and numbers of other files, by split, of the folders that are known to be the splits."""
     classes = sorted({d.name for part in parts.values() for d in classes_in(part)})
     found = {}
     for split, part in parts.items():
@@ -102,3 +110,17 @@ def slow_walk(root: Path) -> dict[str, Any] | None:
         ]
         found[split] = (videos, tuple(classes), dict(Counter(path.suffix.lower() for path in others)))
     return found
+
+
+def scatter_files(places: list[Path], draw: random.Random) -> None:
+    """Put files of any kind into folders: videos and others, links to what is there and what is not, pipes."""
+    for _ in range(draw.randint(3, 15)):
+        file, kind = draw.choice(places) / draw.choice(FILES), draw.random()
+        if os.path.lexists(file):
+            continue
+        if kind < 0.8:
+            file.touch()
+        elif kind < 0.95:
+            file.symlink_to(draw.choice((draw.choice(places), Path("nowhere"), Path(file.name))))
+        else:
+            os.mkfifo(file)
