@@ -279,24 +279,27 @@ def select(clips: Sequence[Clip], wanted: Iterable[str], *, source: str) -> list
     """
     names = list(wanted)
     # What is named, and not all there is: a list of a million clips is looked through once, and not kept.
-    asked, by_path, by_id = set(names), dict[str, list[int]](), dict[str, list[int]]()
+    asked, by_path, by_id = set(names), dict[str, int](), dict[str, int]()
     segments: dict[str, list[int]] = {}
     for row, clip in enumerate(clips):
         if clip.path in asked:
             if clip.segment is None:
-                by_path[clip.path] = [row]
+                by_path[clip.path] = row
             else:
                 segments.setdefault(clip.path, []).append(row)
         if clip.id in asked:
-            by_id[clip.id] = [row]
-    rows = segments | by_path | by_id
+            by_id[clip.id] = row
+    rows = by_path | by_id
     out: list[int] = []
     for name in names:
-        if name not in rows:
+        if name in rows:
+            out.append(rows[name])
+        elif name in segments:
+            out.extend(segments[name])
+        else:
             raise UsageError(
                 f"{source}: {name!r} is no clip of the cache; expected ids or paths as `clips.jsonl` has them"
             )
-        out.extend(rows[name])
     if not out:
         raise UsageError(f"{source}: names no clip; expected one id or path a line")
     return out

@@ -169,6 +169,11 @@ def _in_both(clips: Sequence[Clip]) -> list[str]:
 
 def _refuse_same_parts(rows: Sequence[ListLine], *, has_splits: bool, source: str) -> None:
     """Raise UsageError where one part of a video is two clips, under two ids: it would have two labels, or count twice."""
+    if all(
+        row.segment is None and row.id in ("", row.path) and os.path.normpath(row.path) == row.path
+        for row in rows
+    ):
+        return  # ids are paths, as they stand: the list itself refuses two that are alike
     seen: dict[object, ListLine] = {}
     for row in rows:
         is_whole = row.segment is None or (row.segment.start == 0 and row.segment.end is None)
@@ -184,8 +189,10 @@ def _refuse_same_parts(rows: Sequence[ListLine], *, has_splits: bool, source: st
 def _refuse_same_ids(rows: Sequence[ListLine], *, source: str) -> None:
     """Raise UsageError where a column of ids names two clips alike, as ids of videos do."""
     seen: dict[str, ListLine] = {}
-    for row in rows if any(row.id for row in rows) else ():  # else ids are paths, and no two are alike
-        other = seen.setdefault(row.id or row.path, row)
+    for row in rows:
+        if row.id in ("", row.path):  # the list itself refuses two of those
+            continue
+        other = seen.setdefault(row.id, row)
         if other is not row:
             raise UsageError(
                 f"{source}: two clips have the id {row.id!r} (lines {other.line} and {row.line}); expected ids that name one "
